@@ -1,0 +1,251 @@
+"""Everything that can go wrong, as one tree.
+
+    KernelError                         code  also
+    ├── InvalidAddress                     1  ValueError
+    ├── InvalidSize                        2  ValueError
+    ├── InvalidMemState                    3
+    ├── WrongMappingFramesForType          4
+    ├── PhysicalMemoryExhaustion           5  MemoryError
+    ├── VirtualMemoryExhaustion            6  MemoryError
+    ├── AccessDenied                       7  PermissionError
+    │   └── InvalidRights                  8  ValueError
+    ├── InvalidHandle                      9
+    ├── UnknownSyscall                    10  LookupError
+    ├── SyscallFailed                     11
+    ├── SyscallTimeout                    12  TimeoutError
+    ├── MemoryFault                       13
+    ├── ProcessKilled                     14
+    ├── KernelDied                        15  ConnectionError
+    └── VersionMismatch                   16
+    KernelPanic                               RuntimeError; no KernelError: the caller broke a precondition
+
+Each error carries its facts as attributes (named in ``fields``), and a wire code that never
+changes its meaning. Errors pickle, and travel from the kernel to a caller as what they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "AccessDenied",
+    "InvalidAddress",
+    "InvalidHandle",
+    "InvalidMemState",
+    "InvalidRights",
+    "InvalidSize",
+    "KernelDied",
+    "KernelError",
+    "KernelPanic",
+    "MemoryFault",
+    "PhysicalMemoryExhaustion",
+    "ProcessKilled",
+    "SyscallFailed",
+    "SyscallTimeout",
+    "UnknownSyscall",
+    "VersionMismatch",
+    "VirtualMemoryExhaustion",
+    "WrongMappingFramesForType",
+]
+
+
+def show(name: str, fact: object) -> str:
+    """A fact as people read it: addresses in hex, everything else as it prints."""
+    return f"{name} {fact:#x}" if name == "address" and isinstance(fact, int) else f"{name} {fact}"
+
+
+class KernelError(Exception):
+    """What every error of realmap derives from. `facts()` are its attributes, by name."""
+
+    code: ClassVar[int] = 0
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *facts: Any, why: str = "") -> None:
+        if len(facts) > len(self.fields):
+            raise TypeError(f"{type(self).__name__} takes {self.fields} and why=, got {facts!r}")
+        for name, fact in zip(self.fields, (*facts, *[None] * (len(self.fields) - len(facts))), strict=True):
+            setattr(self, name, fact)
+        self.why = why
+        # One argument only: with two, OSError (a base of some) takes them for errno and text.
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        facts = ", ".join(show(name, getattr(self, name)) for name in self.fields if self._said(name))
+        return f"{self.why} ({facts})" if self.why and facts else self.why or facts or type(self).__name__
+
+    def _said(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+    def facts(self) -> dict[str, Any]:
+        """The facts of the error by name, in the order of its constructor."""
+        return {name: getattr(self, name) for name in self.fields}
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), tuple(self.facts().values()), self.why)
+
+
+def _rebuild(kind: type[KernelError], facts: tuple[Any, ...], why: str) -> KernelError:
+    return kind(*facts, why=why)
+
+
+class InvalidAddress(KernelError, ValueError):
+    """`address` (bytes) is unaligned, taken, outside of its land, or nothing is mapped there."""
+
+    code = 1
+    fields = ("address",)
+    address: int
+
+
+class InvalidSize(KernelError, ValueError):
+    """`size` (bytes) is zero, negative, unaligned, overflows, or runs past the end of something."""
+
+    code = 2
+    fields = ("size",)
+    size: int
+
+
+class InvalidMemState(KernelError):
+    """The memory at `address` is of a `type` (a `MemoryType`) that does not allow what was asked."""
+
+    code = 3
+    fields = ("address", "type")
+    address: int
+    type: Any
+
+
+class WrongMappingFramesForType(KernelError):
+    """A mapping of this `type` takes other frames: Shared where the type is counted, Owned or none elsewhere."""
+
+    code = 4
+    fields = ("type", "frames")
+    type: Any
+    frames: str
+
+
+class PhysicalMemoryExhaustion(KernelError, MemoryError):
+    """No frames: /dev/shm is full, a limit is reached, or no descriptor is left. `size` is what was asked, in bytes."""
+
+    code = 5
+    fields = ("size",)
+    size: int
+
+
+class VirtualMemoryExhaustion(KernelError, MemoryError):
+    """No addresses: the land has no hole of `size` bytes, or the machine's limit of mappings is reached."""
+
+    code = 6
+    fields = ("size",)
+    size: int
+
+
+class AccessDenied(KernelError, PermissionError):
+    """What was asked goes beyond what the caller may do: `asked` beside `allowed` (rights), where it is about rights."""
+
+    code = 7
+    fields = ("asked", "allowed", "address")
+    asked: Any
+    allowed: Any
+    address: int | None
+
+
+class InvalidRights(AccessDenied, ValueError):
+    """A rights value that is no combination of READABLE 1, WRITABLE 2, EXECUTABLE 4, USER_ACCESSIBLE 8."""
+
+    code = 8
+
+
+class InvalidHandle(KernelError):
+    """A handle, a name or a path (`handle`) that stands for nothing that can be used here."""
+
+    code = 9
+    fields = ("handle",)
+    handle: Any
+
+    def _said(self, name: str) -> bool:
+        return self.handle is not None and str(self.handle) not in self.why
+
+
+class UnknownSyscall(KernelError, LookupError):
+    """The kernel has no syscall of this `name`."""
+
+    code = 10
+    fields = ("name",)
+    name: str
+
+
+class SyscallFailed(KernelError):
+    """The handler of `name` raised: `type` and `text` of its exception, and the kernel's `traceback`."""
+
+    code = 11
+    fields = ("name", "type", "text", "traceback")
+    name: str
+    type: str
+    text: str
+    traceback: str
+
+    def _text(self) -> str:
+        head = f"syscall {self.name!r} failed: {self.type}: {self.text}"
+        return f"{head}\n\nIn the kernel:\n{self.traceback}" if self.traceback else head
+
+
+class SyscallTimeout(KernelError, TimeoutError):
+    """No answer to the syscall `name` within `timeout` seconds. Its handler may still be at work."""
+
+    code = 12
+    fields = ("name", "timeout")
+    name: str
+    timeout: float
+
+
+class MemoryFault(KernelError):
+    """The bytes at `address` are gone: somebody truncated the segment under them."""
+
+    code = 13
+    fields = ("address",)
+    address: int
+
+
+class ProcessKilled(KernelError):
+    """The user process `pid` is no longer one of the kernel's: it was closed, killed, or sent away."""
+
+    code = 14
+    fields = ("pid",)
+    pid: int
+
+    def _said(self, name: str) -> bool:
+        return False
+
+
+class KernelDied(KernelError, ConnectionError):
+    """No kernel answers at `path`: it was killed or shut down, or none was ever started there."""
+
+    code = 15
+    fields = ("path",)
+    path: str
+
+    def _said(self, name: str) -> bool:
+        return self.path is not None and self.path not in self.why
+
+
+class VersionMismatch(KernelError):
+    """The two sides speak different versions of the protocol: `ours` and `theirs`."""
+
+    code = 16
+    fields = ("ours", "theirs")
+    ours: str
+    theirs: str
+
+
+class KernelPanic(RuntimeError):
+    """The caller broke a precondition: a bug in the calling code, not a condition to handle."""
+
+
+def _tree(kind: type[KernelError]) -> list[type[KernelError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in _tree(child))]
+
+
+#: Every error by its wire code.
+BY_CODE: dict[int, type[KernelError]] = {kind.code: kind for kind in _tree(KernelError)}

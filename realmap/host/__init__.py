@@ -1,0 +1,10 @@
+"""What is asked of Linux, and the only place where errno becomes an error of ours.
+
+translate    OSError -> PhysicalMemoryExhaustion, VirtualMemoryExhaustion, AccessDenied, ...
+segment      one POSIX shared-memory segment: made, unlinked at once, its space taken
+room         how much memory may still be taken, asked before it is taken
+procfs       what /proc says: maps by inode and offset, start times, page frame numbers
+liveness     who is at the other end of a socket, and when a process dies (pidfds)
+runtime      the directory of sockets, locks and name markers; sweeping what the dead left
+interpreter  a fresh Python that runs a function of ours
+"""

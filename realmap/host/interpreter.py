@@ -1,0 +1,193 @@
+"""A fresh Python interpreter that runs a function of ours.
+
+Not a fork and not multiprocessing: no copies of the booter's threads, locks and descriptors, and
+no `if __name__ == "__main__"` guard. The new process gets the booter's sys.path and working
+directory, functions by cloudpickle, and a pidfd of the booter that was opened before it starts.
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+import pickle
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+
+# Only builtin modules are imported before sys.path is the booter's: a file in the working
+# directory that is named like one of the standard library must not be picked up.
+_BOOTSTRAP = (
+    "import sys, marshal, posix\n"
+    "fd = int(sys.argv[1]); size = int(sys.argv[2]); data = b''\n"
+    "while len(data) < size:\n"
+    "    more = posix.read(fd, size - len(data))\n"
+    "    if not more: posix._exit(1)\n"
+    "    data += more\n"
+    "sys.path[:] = marshal.loads(data)\n"
+    "from realmap.host.interpreter import _main\n"
+    "_main(fd, int(sys.argv[3]))\n"
+)
+
+
+class Unsendable(TypeError):
+    """A function or an argument that cannot be sent to another process; the text names what stands in the way."""
+
+
+def dumps(value: Any, what: str) -> bytes:
+    """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named."""
+    try:
+        return bytes(cloudpickle.dumps(value))
+    except Exception as error:
+        raise Unsendable(f"{what} cannot be sent to another process: {error}{_culprit(value)}") from error
+
+
+def _culprit(value: Any) -> str:
+    """Which global or closed-over variable of a function it is that cannot be pickled."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return ""
+    names = {name: value.__globals__[name] for name in code.co_names if name in value.__globals__}
+    cells = zip(code.co_freevars, value.__closure__ or (), strict=False)
+    names |= {name: cell.cell_contents for name, cell in cells}
+    for name, found in names.items():
+        try:
+            cloudpickle.dumps(found)
+        except Exception:
+            return f" (its variable {name!r} holds a {type(found).__name__}; make that inside the function)"
+    return ""
+
+
+class Child:
+    """A process that this one started and will reap. `report` receives bytes from it until it closes its end."""
+
+    def __init__(self, function: Callable[..., None], *args: Any) -> None:
+        """Starts `function(report, *args)` in a fresh interpreter; `report` is its end of a stream socket.
+
+        Unsendable: `function` or an argument cannot be pickled. OSError: no process could be started.
+        """
+        payload = dumps((function, args), "what it is to run")
+        path = marshal.dumps([entry if entry else os.getcwd() for entry in sys.path])
+        self.report, theirs = socket.socketpair()
+        booter = -1
+        try:
+            booter = os.pidfd_open(os.getpid())
+            argv = [sys.executable, *_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), str(len(path)), str(booter)]
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), booter),
+                process_group=0,  # Ctrl-C in a terminal is for the program, not for what runs under it
+            )
+        except BaseException:
+            self.report.close()
+            raise
+        finally:
+            theirs.close()
+            if booter >= 0:
+                os.close(booter)
+        self.pid = self._process.pid
+        self._owner = os.getpid()
+        try:
+            self.report.sendall(path + struct.pack("=Q", len(payload)) + payload)
+        except OSError:
+            pass  # it died: whoever waits for its report sees that
+        except BaseException:
+            self.kill()
+            self.wait(None)
+            raise
+
+    def read_report(self, timeout: float) -> bytes:
+        """All that the child reports until it closes its end; what came so far if it dies. TimeoutError: it does neither."""
+        got = b""
+        end = time.monotonic() + timeout
+        while select.select([self.report], [], [], max(0.0, end - time.monotonic()))[0]:
+            try:
+                more = self.report.recv(1 << 16)
+            except ConnectionResetError:
+                more = b""
+            if not more:
+                self.report.close()
+                return got
+            got += more
+        raise TimeoutError(f"no report from process {self.pid} within {timeout} s")
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; then its exit status, or minus the signal that ended it."""
+        return self._process.poll() if self._owner == os.getpid() else None
+
+    def wait(self, timeout: float | None) -> int | None:
+        """Waits at most `timeout` seconds (None: for ever) and reaps it; its exit code, or None if it still runs."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def signal(self, number: int) -> None:
+        """Sends a signal, unless it was reaped already (its pid may be another's by now)."""
+        if self._owner == os.getpid():
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
+        self.signal(9)
+
+    def close(self) -> None:
+        """Closes the report and, if the process still runs, kills it; reaps it in any case."""
+        self.report.close()
+        if self._owner == os.getpid():
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+
+
+def _flags() -> list[str]:
+    """The interpreter's own options that change what code means: warnings, -X, optimization."""
+    flags = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
+    flags += [f"-W{option}" for option in sys.warnoptions]
+    return flags + [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
+
+
+def _end_with(booter: int) -> None:
+    poll = select.poll()
+    poll.register(booter, select.POLLIN)
+    poll.poll()
+    os._exit(1)
+
+
+def end_with(booter: int) -> None:
+    """Ends this process at once when the one of the pidfd `booter` ends, from a thread of its own."""
+    threading.Thread(target=_end_with, args=(booter,), name="realmap-booter", daemon=True).start()
+
+
+def _main(fd: int, booter: int) -> None:
+    """In the child: reads what is to be run, and runs it."""
+    os.set_inheritable(fd, False)
+    os.set_inheritable(booter, False)
+    report = socket.socket(fileno=fd)
+
+    def exactly(size: int) -> bytes:
+        got = bytearray()
+        while len(got) < size:
+            more = report.recv(min(1 << 20, size - len(got)))
+            if not more:
+                os._exit(1)  # the booter died before it had said what to run
+            got += more
+        return bytes(got)
+
+    payload = exactly(struct.unpack("=Q", exactly(8))[0])
+    sys.argv = ["realmap"]
+    try:
+        function, args = pickle.loads(payload)
+    except Exception as error:
+        report.sendall(b"!" + f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+    function(report, booter, *args)

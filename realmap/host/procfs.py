@@ -1,0 +1,100 @@
+"""What /proc says, read as it stands: maps by inode and offset, start times, page frame numbers.
+
+psutil reports neither the offset nor the inode of a map, and rounds start times; the rest of what
+realmap asks of /proc goes through psutil.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import NamedTuple
+
+from realmap.pages import PAGE_SIZE
+
+
+class Map(NamedTuple):
+    """One line of /proc/PID/maps. Addresses and offsets in bytes; the range is half-open."""
+
+    start: int
+    end: int
+    perms: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+    @property
+    def length(self) -> int:
+        """Bytes from start to end."""
+        return self.end - self.start
+
+
+def maps(pid: int | str = "self", low: int = 0, high: int = 1 << 64) -> list[Map]:
+    """The maps of `pid` that touch [low, high), in order of address.
+
+    ProcessLookupError: no such process (also one that died and is not reaped yet: it has no maps).
+    """
+    found = []
+    try:
+        with open(f"/proc/{pid}/maps") as lines:
+            for line in lines:
+                bounds, perms, offset, device, inode, *path = line.split(maxsplit=5)
+                start, _, end = bounds.partition("-")
+                entry = Map(
+                    int(start, 16),
+                    int(end, 16),
+                    perms,
+                    int(offset, 16),
+                    device,
+                    int(inode),
+                    path[0].strip() if path else "",
+                )
+                if entry.start < high and entry.end > low:
+                    found.append(entry)
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+    return found
+
+
+def obstacle(address: int, length: int) -> tuple[int, int]:
+    """The hull (start, end) of what this process has mapped in [address, address + length); (0, 0) if nothing is."""
+    inside = maps("self", address, address + length)
+    return (inside[0].start, inside[-1].end) if inside else (0, 0)
+
+
+def start_time(pid: int) -> int:
+    """When the process started, in clock ticks since boot: pid and start time name a process for good.
+
+    ProcessLookupError: there is no such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+    # The name in parentheses may hold spaces and parentheses of its own: count from the last one.
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def pid_namespace() -> int:
+    """The inode of this process's pid namespace: pids only mean something within it."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def address_bits() -> int:
+    """How many bits of address space user processes have here, as the highest map of this one shows."""
+    return max(entry.end for entry in maps("self") if entry.end < 1 << 63).bit_length()
+
+
+def frame_number(pid: int, address: int) -> int | None:
+    """The page frame number behind `address` of `pid`; None where Linux does not tell (not root, or not present).
+
+    From /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst): bit 63 present, bits 0-54 the frame.
+    """
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
+            (entry,) = struct.unpack("=Q", os.pread(file.fileno(), 8, address // PAGE_SIZE * 8))
+    except (OSError, struct.error):
+        return None
+    return (entry & ((1 << 55) - 1)) or None if entry >> 63 else None

@@ -1,0 +1,70 @@
+"""How much memory may still be taken, asked before it is taken.
+
+posix_fallocate on tmpfs says ENOSPC where the file system is full, but where the machine (or the
+memory cgroup) has less memory than /dev/shm has room, Linux ends a process instead of saying no.
+So what is about to be taken is held against all three first.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import psutil
+
+from realmap.host.translate import SHM
+
+#: Small segments are not worth the 0.1 ms of a look each: this much is taken between two looks at the most.
+UNCHECKED = 16 << 20
+_allowance = 0
+
+
+def require(length: int) -> None:
+    """Answers if `length` bytes can be taken now. OSError (ENOSPC or ENOMEM): they cannot, and taking them is not tried."""
+    global _allowance
+    if length <= _allowance:
+        _allowance -= length
+        return
+    disk = os.statvfs(SHM)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and length > free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    left = memory_left()
+    if length > left:
+        raise OSError(errno.ENOMEM, f"{left} bytes of memory are left")
+    _allowance = min(UNCHECKED, (left - length) // 8)
+
+
+def memory_left() -> int:
+    """Bytes that this process can still take without somebody being killed for it: the machine's and its cgroup's."""
+    machine = psutil.virtual_memory().available + psutil.swap_memory().free
+    return max(0, min([machine, *_cgroup_rooms()]))
+
+
+def _cgroup_rooms() -> list[int]:
+    """What the memory cgroups above this process leave it (version 2 and version 1), in bytes."""
+    rooms = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, limit, use = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit, use = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            room = _room(level / limit, level / use)
+            rooms += [room] if room is not None else []
+            if level == base:
+                break
+    return rooms
+
+
+def _room(limit: Path, use: Path) -> int | None:
+    try:
+        most, used = limit.read_text().strip(), int(use.read_text())
+        return None if most == "max" else int(most) - used
+    except (OSError, ValueError):
+        return None

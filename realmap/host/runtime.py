@@ -1,0 +1,184 @@
+"""The directory of realmap's sockets, locks and name markers, and sweeping what the dead left there.
+
+$XDG_RUNTIME_DIR/realmap/  or  /tmp/realmap-UID/          0700, owned by this user
+    PID.START.N.sock       a kernel's socket
+    PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives
+    names/NAME             a segment that has a name: who made it, and its inode
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from realmap.errors import AccessDenied, InvalidHandle
+from realmap.host import liveness, procfs
+
+#: sun_path of unix(7) holds 108 bytes with the final NUL.
+LONGEST_PATH = 107
+SEGMENT_PREFIX = "realmap."
+_serial = itertools.count()
+
+
+def stamp() -> str:
+    """PIDNS.PID.START of this process: names made from it can be swept once it has died."""
+    return f"{procfs.pid_namespace()}.{os.getpid()}.{procfs.start_time(os.getpid())}"
+
+
+def _maker_lives(text: str) -> bool:
+    """Whether who made a name with this stamp may still live; one of another pid namespace always may."""
+    try:
+        namespace, pid, start = (int(part) for part in text.split(".")[:3])
+    except ValueError:
+        return True  # not a stamp of ours: not ours to judge
+    return namespace != procfs.pid_namespace() or liveness.same_process_lives(pid, start)
+
+
+def directory() -> Path:
+    """The private directory, made if it is not there.
+
+    AccessDenied: it is there but belongs to somebody else, or others may enter it.
+    """
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    usable = xdg and os.path.isdir(xdg) and os.stat(xdg).st_uid == os.geteuid()
+    path = Path(xdg) / "realmap" if xdg and usable else Path(tempfile.gettempdir()) / f"realmap-{os.geteuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    seen = path.lstat()
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or seen.st_mode & 0o077:
+        raise AccessDenied(why=f"{path} must be a directory of yours that nobody else may enter (chmod 700)")
+    return path
+
+
+def new_socket_path() -> str:
+    """A path for the socket of a kernel in this process that nothing else uses."""
+    return str(directory() / f"{stamp()}.{next(_serial)}.sock")
+
+
+class SocketLock:
+    """Holds a socket path for one kernel: locked while it lives, whatever way it dies."""
+
+    def __init__(self, path: str) -> None:
+        """Takes the path, and unlinks the socket that a dead kernel left on it.
+
+        InvalidHandle: the path is too long, its directory is missing, a living kernel holds it, or
+        something that is no socket lies there. AccessDenied: it is not ours.
+        """
+        self.path = path
+        self._lock = path + ".lock"
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise InvalidHandle(path, why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows")
+        try:
+            self._fd = self._take()
+        except BlockingIOError:
+            raise InvalidHandle(
+                path, why=f"a kernel serves {path!r} already; connect to it, or use another path"
+            ) from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise InvalidHandle(path, why=f"no directory to put the socket {path!r} in; make it first") from None
+        except PermissionError as error:
+            raise AccessDenied(why=f"cannot put a socket at {path!r}: {error.strerror}") from None
+        try:
+            self._clear()
+        except BaseException:
+            self.release()
+            raise
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _take(self) -> int:
+        while True:
+            fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever swept the file meanwhile took it from under us: then what we locked has no name.
+                if os.path.exists(self._lock) and os.path.samestat(os.fstat(fd), os.stat(self._lock)):
+                    return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def _clear(self) -> None:
+        try:
+            mode = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(mode.st_mode):
+            raise InvalidHandle(self.path, why=f"{self.path!r} exists and is no socket; remove it or use another path")
+        if mode.st_uid != os.geteuid():
+            raise AccessDenied(why=f"the socket {self.path!r} belongs to uid {mode.st_uid}, not to this one")
+        os.unlink(self.path)
+
+    def _forget(self) -> None:
+        """In a forked child: a lock belongs to the open file, which the child must not keep open."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def release(self) -> None:
+        """Unlinks socket and lock, and gives the path free. Again: nothing."""
+        if self._fd >= 0:
+            for path in (self.path, self._lock):
+                with contextlib.suppress(OSError):
+                    if path == self._lock or stat.S_ISSOCK(os.lstat(path).st_mode):
+                        os.unlink(path)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def note_name(name: str, inode: int) -> Path:
+    """Writes down that this process made the segment `name`; the marker's path."""
+    folder = directory() / "names"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    marker = folder / name
+    marker.write_text(f"{stamp()}.{inode}")
+    return marker
+
+
+def sweep() -> list[str]:
+    """Removes what dead kernels left: sockets, empty names, named segments. The names of what went.
+
+    Never what a living process owns: a socket goes only under its lock, a segment only when its
+    maker (pid and start time, in this pid namespace) is dead and its inode is the one noted.
+    """
+    gone = [name for name in _orphans() if _remove(f"/dev/shm/{name}")]
+    folder = directory()
+    for lock in folder.glob("*.sock.lock"):
+        with contextlib.suppress(InvalidHandle, AccessDenied):
+            path = str(lock)[: -len(".lock")]
+            there = os.path.lexists(path)
+            held = SocketLock(path)  # nobody else holds it: its kernel is dead
+            held.release()
+            gone += [path] if there else []
+    for marker in (folder / "names").glob("*"):
+        with contextlib.suppress(OSError, ValueError):
+            text = marker.read_text()
+            if _maker_lives(text):
+                continue
+            segment = f"/dev/shm/{marker.name}"
+            if os.path.exists(segment) and os.stat(segment).st_ino == int(text.split(".")[3]) and _remove(segment):
+                gone.append(marker.name)
+            marker.unlink(missing_ok=True)
+    return gone
+
+
+def _orphans() -> list[str]:
+    """Names in /dev/shm between shm_open and shm_unlink of somebody who died there."""
+    try:
+        names = os.listdir("/dev/shm")
+    except OSError:
+        return []
+    ours = [name for name in names if name.startswith(SEGMENT_PREFIX)]
+    return [name for name in ours if not _maker_lives(name[len(SEGMENT_PREFIX) :])]
+
+
+def _remove(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,147 @@
+"""One POSIX shared-memory segment: made, unlinked at once, and only then its space taken.
+
+From the unlink on, the descriptors and mappings keep it alive, and no way of dying can leave it
+behind. A death between shm_open and shm_unlink leaves an empty name that says who made it; the
+next kernel sweeps it (host/runtime.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import posix_ipc
+
+from realmap.errors import InvalidHandle, KernelError, ProcessKilled
+from realmap.host import room, runtime
+from realmap.host.translate import SHM, frames_error
+from realmap.pages import PAGE_SIZE, demand
+
+#: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, FACTS.md), then others may go on.
+STEP = 16 << 20
+_serial = itertools.count()
+_stamp: tuple[int, str] = (0, "")
+
+
+def _own_name() -> str:
+    """A name nobody else makes, and from which its maker can be told."""
+    global _stamp
+    if _stamp[0] != os.getpid():  # the first time, and after a fork
+        _stamp = (os.getpid(), runtime.stamp())
+    return f"{runtime.SEGMENT_PREFIX}{_stamp[1]}.{next(_serial)}"
+
+
+def checked_name(name: object) -> str:
+    """`name` as the name of a segment, without the leading slash that POSIX writes.
+
+    TypeError: no str. InvalidHandle: empty, "." or "..", too long, or with a slash or NUL.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, not {type(name).__name__}")
+    bare = name.removeprefix("/")
+    if not bare or bare in (".", "..") or "/" in bare or "\0" in bare or len(os.fsencode(bare)) > 254:
+        raise InvalidHandle(name, why=f"{name!r} is no name for a segment: 1 to 254 bytes, no slash inside, no NUL")
+    if bare.startswith(runtime.SEGMENT_PREFIX):
+        raise InvalidHandle(name, why=f"names that start with {runtime.SEGMENT_PREFIX!r} are realmap's own")
+    return bare
+
+
+class Segment:
+    """A whole number of pages of shared memory, held open by one descriptor.
+
+    `length` in bytes, `fd` the descriptor (read and write), `device` and `inode` what
+    /proc/PID/maps shows, `name` what others can open it by, or None.
+    """
+
+    __slots__ = ("__weakref__", "_marker", "device", "fd", "inode", "length", "name")
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        name: str | None = None,
+        commit: bool = True,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Makes a segment of zeros; with `commit` its space is taken now, in steps.
+
+        `cancelled` is asked between steps. Errors: PhysicalMemoryExhaustion (no space, no
+        descriptors), AccessDenied (/dev/shm is not ours to use), InvalidHandle (`name` is taken),
+        ProcessKilled (cancelled). None leaves anything behind.
+        """
+        demand(length > 0 and length % PAGE_SIZE == 0, f"a segment is whole pages, not {length} bytes")
+        self.length = length
+        self.name: str | None = None
+        self._marker: Path | None = None
+        own = _own_name()
+        try:
+            made = posix_ipc.SharedMemory("/" + own, posix_ipc.O_CREX, mode=0o600)
+        except posix_ipc.PermissionsError:
+            raise frames_error(PermissionError(13, "permission denied"), length) from None
+        except OSError as error:
+            raise frames_error(error, length) from None
+        self.fd: int = made.fd
+        try:
+            try:
+                status = os.fstat(self.fd)
+                self.device, self.inode = status.st_dev, status.st_ino
+                if name is not None:
+                    self._take_name(own, name)
+            finally:
+                posix_ipc.unlink_shared_memory("/" + own)
+            self._take_space(commit, cancelled)
+        except OSError as error:
+            self.close()
+            raise error if isinstance(error, KernelError) else frames_error(error, length) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_name(self, own: str, name: str) -> None:
+        # Marked before it is there, linked in one step: a death in between leaves nothing unswept.
+        marker = runtime.note_name(name, self.inode) if not os.path.lexists(f"{SHM}/{name}") else None
+        try:
+            os.link(f"{SHM}/{own}", f"{SHM}/{name}")
+        except FileExistsError:
+            if marker is not None:
+                marker.unlink(missing_ok=True)
+            raise InvalidHandle(name, why=f"a segment named {name!r} exists already") from None
+        self._marker = marker or runtime.note_name(name, self.inode)
+        self.name = name
+
+    def _take_space(self, commit: bool, cancelled: Callable[[], bool] | None) -> None:
+        if not commit:
+            os.ftruncate(self.fd, self.length)
+            return
+        room.require(self.length)
+        for start in range(0, self.length, STEP):
+            if start:
+                room.require(self.length - start)  # others may have taken what was free
+                if cancelled is not None and cancelled():
+                    raise ProcessKilled(None, why="the process that asked for this memory has ended")
+            # Not ftruncate: on a full /dev/shm this says ENOSPC here, instead of SIGBUS at first touch.
+            os.posix_fallocate(self.fd, start, min(STEP, self.length - start))
+
+    def open_read_only(self) -> int:
+        """A new descriptor that cannot be mapped writable; the caller's to close. PhysicalMemoryExhaustion: none left."""
+        try:
+            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise frames_error(error, 0) from None
+
+    def close(self) -> None:
+        """Gives up the descriptor, and the name if it has one. Mappings and other descriptors live on. Again: nothing."""
+        fd, self.fd = self.fd, -1
+        if fd < 0:
+            return
+        if self.name is not None:
+            with contextlib.suppress(OSError):
+                if os.stat(f"{SHM}/{self.name}").st_ino == self.inode:  # not a later one of the same name
+                    os.unlink(f"{SHM}/{self.name}")
+        if self._marker is not None:
+            with contextlib.suppress(OSError):
+                self._marker.unlink(missing_ok=True)
+        os.close(fd)

@@ -1,0 +1,282 @@
+"""Page frames: segments of shared memory in order, under one explicit refcount.
+
+A reference is held by each mapping, each mirror and each outstanding handle; nobody else counts.
+At zero the segments are closed, for good. Who holds one can be named (`holders`).
+
+Counting needs no lock: one dict entry per holder, and CPython's dict operations are atomic under
+the GIL. So a reference can be given up from a destructor, at any moment, in any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from threading import Lock
+from typing import SupportsIndex
+
+from realmap.errors import InvalidHandle, InvalidSize, MemoryFault, PhysicalMemoryExhaustion
+from realmap.host import translate
+from realmap.host.segment import Segment, checked_name
+from realmap.pages import PAGE_MASK, PAGE_SIZE, usize
+
+#: Part of a file: (descriptor, offset in it, length), in bytes.
+Piece = tuple[int, int, int]
+
+
+def whole_pages(length: SupportsIndex, what: str) -> int:
+    """`length` in bytes, checked: InvalidSize where it is zero, negative, or no multiple of the page size."""
+    size = usize(length, what)
+    if not size or size & PAGE_MASK:
+        raise InvalidSize(size, why=f"{what} must be a multiple of the page size ({PAGE_SIZE}), above 0")
+    return size
+
+
+class OwnedFrames:
+    """A process's private anonymous memory, `length` bytes: in the books, never shared, never mirrored.
+
+    InvalidSize: `length` is not a number of whole pages above 0.
+    """
+
+    __slots__ = ("length",)
+
+    def __init__(self, length: SupportsIndex) -> None:
+        self.length = whole_pages(length, "length")
+
+    def __repr__(self) -> str:
+        return f"<OwnedFrames of {self.length} bytes>"
+
+
+class SharedFrames:
+    """A list of segments in order, and who refers to them. Made by `FrameAllocator.allocate`.
+
+    `length` is the sum of the segments, in bytes. Fresh frames have a refcount of 0, and go when
+    they are collected without ever having been mapped.
+    """
+
+    __slots__ = ("__weakref__", "_fd", "_freed", "_holders", "_on_free", "_starts", "length", "segments", "serial")
+    _serials = itertools.count(1)
+
+    def __init__(self, segments: list[Segment], on_free: Callable[[int, int], None]) -> None:
+        self.serial = next(self._serials)
+        self.segments = segments
+        self.length = sum(segment.length for segment in segments)
+        self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
+        #: The descriptor where there is just one segment: the common case, without a search.
+        self._fd = segments[0].fd if len(segments) == 1 else -1
+        self._holders: dict[int, tuple[object, ...]] = {}
+        self._on_free = on_free
+        self._freed = False
+
+    @property
+    def refcount(self) -> int:
+        """How many mappings, mirrors and handles refer to these frames."""
+        return len(self._holders)
+
+    @property
+    def freed(self) -> bool:
+        """Whether the last reference went, and the segments with it."""
+        return self._freed
+
+    def holders(self) -> list[str]:
+        """Everyone who holds a reference, in words."""
+        return [
+            " ".join(hex(part) if isinstance(part, int) else str(part) for part in who)
+            for who in [*self._holders.values()]
+        ]
+
+    def hold(self, holder: object, *who: object) -> None:
+        """Takes a reference for `holder`, described by `who`. InvalidHandle: the frames are gone."""
+        if self._freed:
+            raise InvalidHandle(None, why="these frames are gone: their last reference was released")
+        self._holders[id(holder)] = who
+
+    def let_go(self, holder: object) -> None:
+        """Gives up the reference of `holder`; the last one closes the segments. A second time: nothing."""
+        if self._holders.pop(id(holder), None) is not None and not self._holders:
+            self._free()
+
+    def _free(self) -> None:
+        self._freed = True
+        self._fd = -1
+        bytes_freed = count = 0
+        while self.segments:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                segment = self.segments.pop()
+                bytes_freed += segment.length
+                count += 1
+                segment.close()
+        if count:
+            self._on_free(bytes_freed, count)
+
+    def __del__(self) -> None:
+        if not self._freed:
+            self._free()
+
+    def append(self, more: list[Segment]) -> None:
+        """Grows by `more` segments (a heap's brk). What is mapped or mirrored of it stays as it is."""
+        for segment in more:
+            self._starts.append(self.length)
+            self.segments.append(segment)
+            self.length += segment.length
+        self._fd = -1
+
+    def pieces(self, offset: int, length: int) -> list[Piece]:
+        """Where [offset, offset + length) lies, as parts of the segments' files. The caller has checked the range."""
+        found = []
+        index = bisect_right(self._starts, offset) - 1
+        while length:
+            segment = self.segments[index]
+            inside = offset - self._starts[index]
+            size = min(length, segment.length - inside)
+            found.append((segment.fd, inside, size))
+            offset, length, index = offset + size, length - size, index + 1
+        return found
+
+    def read(self, offset: int, length: int, address: int) -> bytes:
+        """Copies `length` bytes out, without mapping. MemoryFault: a segment was truncated (`address` names the byte)."""
+        fd = self._fd
+        if fd >= 0:
+            data = os.pread(fd, length, offset)
+            if len(data) == length:
+                return data
+        return self._read_pieces(offset, length, address)
+
+    def _read_pieces(self, offset: int, length: int, address: int) -> bytes:
+        parts: list[bytes] = []
+        for fd, at, size in self.pieces(offset, length):
+            while size:
+                data = os.pread(fd, size, at)  # at most 2 GiB a call: Linux cuts longer ones short
+                if not data:
+                    done = sum(len(part) for part in parts)
+                    raise MemoryFault(address + done, why="the segment under it was truncated")
+                parts.append(data)
+                at, size = at + len(data), size - len(data)
+        return b"".join(parts)
+
+    def write(self, offset: int, data: memoryview, address: int) -> None:
+        """Copies `data` in, without mapping. MemoryFault: truncated. PhysicalMemoryExhaustion: no space (commit=False)."""
+        done = 0
+        for fd, at, size in self.pieces(offset, len(data)):
+            if os.fstat(fd).st_size < at + size:
+                raise MemoryFault(address + done, why="the segment under it was truncated")
+            end = done + size
+            while done < end:
+                try:
+                    wrote = os.pwrite(fd, data[done:end], at)
+                except OSError as error:
+                    raise translate.frames_error(error, end - done) from None
+                done, at = done + wrote, at + wrote
+
+    def __repr__(self) -> str:
+        state = "freed" if self._freed else f"refcount {self.refcount}"
+        return f"<SharedFrames {self.serial}: {self.length} bytes in {len(self.segments)} segments, {state}>"
+
+
+class FrameAllocator:
+    """Makes frames, and keeps count of what is in use against a limit.
+
+    `limit` in bytes, None for as much as the machine has; `parent` is charged as well (a process's
+    quota under the kernel's). Safe for threads.
+    """
+
+    def __init__(self, limit: SupportsIndex | None = None, *, parent: FrameAllocator | None = None) -> None:
+        """InvalidSize: a negative limit. TypeError: no integer."""
+        self.limit = None if limit is None else usize(limit, "limit")
+        self._parent = parent
+        self._lock = Lock()
+        self._used = self._segments = 0
+        # Frames are freed from destructors, which may run while this very thread holds the lock:
+        # they only leave word here, and whoever asks next takes it off.
+        self._returned: deque[tuple[int, int]] = deque()
+
+    @property
+    def used(self) -> int:
+        """Bytes of frames that live."""
+        with self._lock:
+            return self._settle()
+
+    @property
+    def segments(self) -> int:
+        """Segments that live: one descriptor each."""
+        with self._lock:
+            self._settle()
+            return self._segments
+
+    def _settle(self) -> int:
+        while self._returned:
+            size, count = self._returned.popleft()
+            self._used -= size
+            self._segments -= count
+        return self._used
+
+    def _charge(self, length: int, count: int) -> None:
+        with self._lock:
+            if self.limit is not None and self._settle() + length > self.limit:
+                raise PhysicalMemoryExhaustion(
+                    length, why=f"the limit of {self.limit} bytes does not allow {length} more ({self._used} in use)"
+                )
+            self._used += length
+            self._segments += count
+        if self._parent is not None:
+            try:
+                self._parent._charge(length, count)
+            except BaseException:
+                self._returned.append((length, count))
+                raise
+
+    def _give_back(self, length: int, count: int) -> None:
+        self._returned.append((length, count))
+        if self._parent is not None:
+            self._parent._give_back(length, count)
+
+    def allocate(
+        self,
+        length: SupportsIndex,
+        fragment: SupportsIndex | None = None,
+        *,
+        name: str | None = None,
+        commit: bool = True,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> SharedFrames:
+        """Frames of `length` bytes of zeros, in segments of `fragment` bytes (None: one segment).
+
+        `name`: other programs can open the segment by it. `commit=False`: space is only taken at
+        first touch (and a full /dev/shm is then a SIGBUS). `cancelled` is asked now and then.
+
+        InvalidSize: `length` or `fragment` is no whole number of pages above 0, or a named one is
+        fragmented. InvalidHandle: no usable name, or one that exists. PhysicalMemoryExhaustion: the
+        limit, /dev/shm, the machine or the descriptors do not allow it.
+        """
+        size = whole_pages(length, "length")
+        step = size if fragment is None else whole_pages(fragment, "fragment")
+        if name is not None:
+            name = checked_name(name)
+            if step < size:
+                raise InvalidSize(step, why="a named mapping is one segment: leave out fragment, or name")
+        return SharedFrames(self.make_segments(size, step, name, commit, cancelled), self._give_back)
+
+    def make_segments(
+        self,
+        size: int,
+        step: int,
+        name: str | None = None,
+        commit: bool = True,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Segment]:
+        """Segments of `step` bytes, `size` bytes in all, charged; all of them or none. Errors as `allocate`."""
+        count = -(-size // step)
+        self._charge(size, count)
+        made: list[Segment] = []
+        try:
+            for start in range(0, size, step):
+                made.append(Segment(min(step, size - start), name=name, commit=commit, cancelled=cancelled))
+        except BaseException:
+            for segment in made:
+                segment.close()
+            self._give_back(size, count)
+            raise
+        return made

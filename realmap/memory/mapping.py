@@ -1,0 +1,142 @@
+"""`Mapping`: a range of a process's addresses, and the frames behind it. Always valid once it exists."""
+
+from __future__ import annotations
+
+from typing import SupportsIndex
+
+from realmap.errors import InvalidAddress, InvalidSize, WrongMappingFramesForType
+from realmap.memory.frames import OwnedFrames, SharedFrames
+from realmap.pages import PAGE_MASK, PAGE_SIZE, USIZE_MAX, address_of, page_range
+from realmap.rights import MappingAccessRights, MemoryState, MemoryType, rights_of, type_of
+
+Frames = SharedFrames | OwnedFrames | None
+
+
+def _frames_for(type_: MemoryType) -> str:
+    return "Shared" if type_.is_counted else "Owned" if type_.has_frames else "no"
+
+
+class Mapping:
+    """`length` bytes at `address` that show `frames` from `phys_offset` on. A book entry: it maps nothing itself.
+
+    Invariants: address, phys_offset and length are whole pages; the range does not wrap; frames are
+    Shared exactly where the type is reference counted, Owned where it is not, None for UNMAPPED,
+    RESERVED and KERNEL_STACK; [phys_offset, phys_offset + length) lies inside the frames.
+
+    It holds one reference to Shared frames from its making until `release`, or until collection.
+    A syscall that works on it pins it: a release meanwhile takes effect when the last pin goes.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_held",
+        "_pins",
+        "address",
+        "frames",
+        "length",
+        "owner",
+        "phys_offset",
+        "rights",
+        "type",
+    )
+
+    def __init__(
+        self,
+        address: SupportsIndex,
+        frames: Frames,
+        offset: SupportsIndex,
+        length: SupportsIndex,
+        type: MemoryType,
+        rights: MappingAccessRights,
+        *,
+        owner: str = "",
+    ) -> None:
+        """Address, offset and length in bytes; `owner` says whose mapping it is, in words.
+
+        InvalidAddress: address or offset is unaligned, the range overflows, or the offset is beyond
+        the frames. InvalidSize: the length is zero, unaligned, or longer than the frames from the
+        offset on. WrongMappingFramesForType: the type takes other frames. InvalidRights, TypeError:
+        as `rights_of`. InvalidHandle: the frames are gone.
+        """
+        self._held = False
+        self._pins = 0
+        self.address, self.length = page_range(address, length)
+        self.phys_offset = address_of(offset, "offset")
+        if self.phys_offset & PAGE_MASK:
+            raise InvalidAddress(self.phys_offset, why=f"offset is no multiple of the page size ({PAGE_SIZE})")
+        self.type = type_of(type)
+        self.rights = rights_of(rights)
+        self.owner = owner
+        kind = "Shared" if isinstance(frames, SharedFrames) else "Owned" if isinstance(frames, OwnedFrames) else "no"
+        if kind == "no" and frames is not None:
+            raise TypeError(f"frames must be SharedFrames, OwnedFrames or None, not {frames!r}")
+        if kind != _frames_for(self.type):
+            raise WrongMappingFramesForType(
+                self.type, kind, why=f"a mapping of type {self.type.name} takes {_frames_for(self.type)} frames"
+            )
+        if frames is not None:
+            if self.phys_offset > frames.length:
+                raise InvalidAddress(self.phys_offset, why=f"offset lies beyond the frames ({frames.length} bytes)")
+            if self.length > frames.length - self.phys_offset:
+                raise InvalidSize(
+                    self.length, why=f"the frames have only {frames.length - self.phys_offset} bytes from the offset on"
+                )
+        self.frames = frames
+        if isinstance(frames, SharedFrames):
+            frames.hold(self, "mapping", self.address, owner)
+        self._held = True
+
+    @property
+    def offset(self) -> int:
+        """The same as `phys_offset`: where in the frames the mapping starts, in bytes."""
+        return self.phys_offset
+
+    @property
+    def end(self) -> int:
+        """The first address behind it; 2**64 where it ends at the last byte of the address space."""
+        return self.address + self.length
+
+    @property
+    def last(self) -> int:
+        """The last address of it."""
+        return min(self.end - 1, USIZE_MAX)
+
+    @property
+    def state(self) -> MemoryState:
+        """The type, and what follows from it."""
+        return self.type.state
+
+    @property
+    def released(self) -> bool:
+        """Whether its reference was given up: it is dead for good then."""
+        return not self._held
+
+    def release(self) -> None:
+        """Gives up its reference to the frames; at the last unpin if a syscall works on it. Again: nothing."""
+        if self._held:
+            self._held = False
+            if not self._pins:
+                self._let_go()
+
+    def pin(self) -> None:
+        """Keeps the reference over a release, until `unpin`. For the kernel's own thread."""
+        self._pins += 1
+
+    def unpin(self) -> None:
+        """Ends one `pin`."""
+        self._pins -= 1
+        if not self._pins and not self._held:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if isinstance(self.frames, SharedFrames):
+            self.frames.let_go(self)
+
+    def __del__(self) -> None:
+        if getattr(self, "_held", False) or getattr(self, "_pins", 0):
+            self._held = False
+            self._let_go()
+
+    def __repr__(self) -> str:
+        state = "" if self._held else ", released"
+        return f"<Mapping [{self.address:#x}, {self.end:#x}) {self.type.name} {self.rights}{state}>"

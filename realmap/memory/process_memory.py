@@ -1,0 +1,318 @@
+"""`ProcessMemory`: the books of one process's UserLand. It maps nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import SupportsIndex
+
+from realmap.errors import (
+    AccessDenied,
+    InvalidAddress,
+    InvalidMemState,
+    InvalidSize,
+    VirtualMemoryExhaustion,
+)
+from realmap.memory.bookkeeping import Space
+from realmap.memory.cross_process import CrossProcessMapping, Part
+from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, whole_pages
+from realmap.memory.kernel_memory import KernelMemory
+from realmap.memory.lands import HEAP_SHARE, USER_LAND
+from realmap.memory.mapping import Frames, Mapping
+from realmap.pages import address_of, align_down, page_range, usize
+from realmap.rights import MappingAccessRights, MemoryState, MemoryType, k_rw, rights_of, type_of, u_rw
+
+_ALLOCATE = object()
+NO_RIGHTS = MappingAccessRights(0)
+
+
+class ProcessMemory:
+    """An ordered tree of mappings; holes are not stored. Not safe for threads by itself.
+
+    A mapping in the books is never split and never overlaps another. Addresses and lengths in bytes.
+    """
+
+    def __init__(
+        self,
+        start: SupportsIndex = USER_LAND.start,
+        length: SupportsIndex = USER_LAND.length,
+        *,
+        allocator: FrameAllocator | None = None,
+        owner: str = "",
+    ) -> None:
+        """Books for [start, start + length), whole pages inside of UserLand; its upper quarter is the heap's.
+
+        `allocator` gives the frames that are not passed in; `owner` names the process in words.
+        InvalidAddress, InvalidSize: the range is no part of UserLand.
+        """
+        self.land = USER_LAND.part(start, length)
+        self.start, self.length = self.land.start, self.land.length
+        self.owner = owner
+        self.allocator = allocator if allocator is not None else FrameAllocator()
+        self.heap_start = align_down(self.land.end - self.length // HEAP_SHARE)
+        self._space: Space[Mapping] = Space(self.start, self.land.end, search_below=self.heap_start)
+        self._heap: Mapping | None = None
+
+    def __len__(self) -> int:
+        """How many mappings there are."""
+        return len(self._space.tree)
+
+    def __iter__(self) -> Iterator[Mapping]:
+        """The mappings, in order of address."""
+        return iter(self._space.tree)
+
+    # ---- making mappings --------------------------------------------------------------------
+
+    def create_regular_mapping(
+        self,
+        address: SupportsIndex,
+        length: SupportsIndex,
+        type: MemoryType,
+        rights: MappingAccessRights,
+        *,
+        frames: Frames | object = _ALLOCATE,
+    ) -> Mapping:
+        """Enters a mapping of `length` bytes at `address`, from the first byte of `frames` on.
+
+        Without `frames` it gets frames of its own, as its type wants them. InvalidAddress: unaligned,
+        outside of UserLand, or it overlaps anything, also a mapping that covers it from below.
+        InvalidSize, WrongMappingFramesForType, InvalidRights: as `Mapping`. PhysicalMemoryExhaustion:
+        there are no frames.
+        """
+        start, size = self._vacant(address, length)
+        kind = type_of(type)
+        if frames is _ALLOCATE:
+            rights_of(rights)  # before anything is taken
+            if kind.is_counted:
+                frames = self.allocator.allocate(size)
+            else:
+                frames = OwnedFrames(size) if kind.has_frames else None
+        return self._enter(start, frames, 0, size, kind, rights)
+
+    def map_partial_shared_mapping(
+        self,
+        frames: SharedFrames,
+        address: SupportsIndex,
+        phys_offset: SupportsIndex,
+        length: SupportsIndex,
+        type: MemoryType,
+        rights: MappingAccessRights,
+    ) -> Mapping:
+        """Enters a window onto frames that others may share: `length` bytes from `phys_offset` of them on.
+
+        Errors as `create_regular_mapping`; InvalidAddress: phys_offset lies beyond the frames.
+        """
+        start, size = self._vacant(address, length)
+        return self._enter(start, frames, phys_offset, size, type, rights)
+
+    def guard(self, address: SupportsIndex, length: SupportsIndex, type: MemoryType = MemoryType.RESERVED) -> Mapping:
+        """Keeps a range free of mappings: a mapping without frames and without rights.
+
+        Errors as `create_regular_mapping`; WrongMappingFramesForType: a type that has frames.
+        """
+        start, size = self._vacant(address, length)
+        return self._enter(start, None, 0, size, type, NO_RIGHTS)
+
+    def _vacant(self, address: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
+        start, size = page_range(address, length)
+        if not self.land.holds(start, size):
+            raise InvalidAddress(start, why=f"{size} bytes there do not lie in UserLand")
+        other = self._space.tree.overlap(start, start + size)
+        if other is not None:
+            raise InvalidAddress(start, why=f"overlaps {other!r}")
+        return start, size
+
+    def _enter(
+        self,
+        address: int,
+        frames: Frames | object,
+        offset: SupportsIndex,
+        length: int,
+        type: MemoryType,
+        rights: MappingAccessRights,
+    ) -> Mapping:
+        mapping = Mapping(address, frames, offset, length, type, rights, owner=self.owner)  # type: ignore[arg-type]
+        self._space.tree.add(address, mapping.end, mapping)
+        return mapping
+
+    def unmap(self, address: SupportsIndex, length: SupportsIndex) -> Mapping:
+        """Takes the mapping [address, address + length) out of the books, and returns it: its release is the caller's.
+
+        InvalidAddress: no mapping starts there. InvalidSize: it has another length; mappings are never split.
+        """
+        start, size = address_of(address), usize(length, "length")
+        mapping = self._space.tree.at(start)
+        if mapping is None or mapping.address != start:
+            raise InvalidAddress(start, why="no mapping starts there")
+        if mapping.length != size:
+            raise InvalidSize(size, why=f"the mapping there has {mapping.length} bytes, and is never split")
+        self._space.tree.remove(start)
+        if mapping is self._heap:
+            self._heap = None
+        return mapping
+
+    def move(self, mapping: Mapping, taken: tuple[int, int]) -> Mapping:
+        """Moves a mapping whose place turned out to be `taken` (start, end) by somebody else in its process.
+
+        VirtualMemoryExhaustion: there is no other place; the mapping is out of the books then, and released.
+        """
+        self._space.tree.remove(mapping.address)
+        self._space.note_obstacle(mapping.address, mapping.end)
+        self._space.note_obstacle(*taken)
+        try:
+            address = self.find_available_space(mapping.length)
+            return self._enter(
+                address, mapping.frames, mapping.phys_offset, mapping.length, mapping.type, mapping.rights
+            )
+        finally:
+            mapping.release()
+
+    def resize_heap(self, size: SupportsIndex) -> int:
+        """Sets the size of the heap, in bytes (whole pages); its address, which never changes. It only grows: a brk.
+
+        0 on a heap that is not there yet just tells the address. InvalidSize: unaligned, or smaller
+        than it is. VirtualMemoryExhaustion: beyond the heap's quarter of UserLand, or into another
+        mapping. PhysicalMemoryExhaustion: no frames; the heap stays as it was.
+        """
+        old = self._heap
+        before = old.length if old is not None else 0
+        new = usize(size, "size")
+        if new == before:
+            return self.heap_start
+        new = whole_pages(new, "size")
+        if new < before:
+            raise InvalidSize(new, why=f"the heap has {before} bytes, and only grows")
+        other = self._space.tree.overlap(self.heap_start + before, self.heap_start + new)
+        if new > self.land.end - self.heap_start or other is not None:
+            raise VirtualMemoryExhaustion(
+                new, why=f"{other!r} is in the way" if other is not None else "the heap's part of UserLand is smaller"
+            )
+        if old is None:
+            frames = self.allocator.allocate(new)
+        else:
+            assert isinstance(old.frames, SharedFrames)
+            frames = old.frames
+            frames.append(self.allocator.make_segments(new - before, new - before))
+            self._space.tree.remove(old.address)
+        # The longer mapping takes its reference before the shorter one gives its own up.
+        self._heap = self._enter(self.heap_start, frames, 0, new, MemoryType.HEAP, u_rw)
+        if old is not None:
+            old.release()
+        return self.heap_start
+
+    # ---- asking -----------------------------------------------------------------------------
+
+    def find_available_space(self, length: SupportsIndex) -> int:
+        """An address where `length` bytes (whole pages) are free; searched from where the last search ended.
+
+        InvalidSize: no whole pages. VirtualMemoryExhaustion: no hole is that long.
+        """
+        size = whole_pages(length, "length")
+        found = self._space.find(size)
+        if found is None and self._space.drop_obstacles():
+            found = self._space.find(size)
+        if found is None:
+            raise VirtualMemoryExhaustion(size, why=f"no hole of {size} bytes in UserLand ({len(self)} mappings)")
+        return found
+
+    def mapping_at(self, address: int) -> Mapping | None:
+        """The mapping that `address` falls in, or None."""
+        return self._space.tree.at(address)
+
+    def query_memory(self, address: SupportsIndex) -> Mapping:
+        """The mapping that `address` falls in; in a hole, the whole hole as a mapping of type UNMAPPED.
+
+        InvalidAddress: outside of UserLand.
+        """
+        at = self._inside(address)
+        mapping = self._space.tree.at(at)
+        if mapping is not None:
+            return mapping
+        start, end = self._space.tree.hole(at)
+        return Mapping(start, None, 0, end - start, MemoryType.UNMAPPED, NO_RIGHTS, owner=self.owner)
+
+    def check_range(
+        self,
+        address: SupportsIndex,
+        length: SupportsIndex,
+        *,
+        state_mask: int = 0,
+        state_expected: int = 0,
+        rights_mask: int = 0,
+        rights_expected: int = 0,
+    ) -> tuple[MemoryState, MappingAccessRights]:
+        """Checks that every byte of the range has one state and the same rights, and those expected; both of them.
+
+        Expected means: `state & state_mask == state_expected`, and the same of the rights. InvalidSize:
+        zero, or it overflows. InvalidAddress: outside of UserLand. InvalidMemState: the mapping at its
+        address differs from the first one, or from the state expected. AccessDenied: from the rights.
+        """
+        start, size = self._inside(address), usize(length, "length")
+        if not size or not self.land.holds(start, size):
+            raise InvalidSize(size, why="a range to check has at least one byte, and lies in UserLand")
+        first = self.query_memory(start)
+        at = first
+        while True:
+            if at.state != first.state or at.rights != first.rights:
+                raise InvalidMemState(at.address, at.type, why=f"not as the range begins ({first.type} {first.rights})")
+            if at.state & state_mask != state_expected:
+                raise InvalidMemState(max(at.address, start), at.type, why="not in the state expected")
+            if at.rights & rights_mask != rights_expected:
+                raise AccessDenied(MappingAccessRights(rights_expected), at.rights, max(at.address, start))
+            if at.end >= start + size:
+                return first.state, first.rights
+            at = self.query_memory(at.end)
+
+    def _inside(self, address: SupportsIndex) -> int:
+        at = address_of(address)
+        if not self.land.holds(at):
+            raise InvalidAddress(at, why=f"outside of UserLand [{self.land.start:#x}, {self.land.end:#x})")
+        return at
+
+    def parts(self, address: SupportsIndex, length: SupportsIndex) -> list[Part]:
+        """The mappings that [address, address + length) goes through: (mapping, offset in it, length) each, in bytes.
+
+        InvalidAddress: outside of UserLand, nothing is mapped at `address`, or the range runs into a
+        hole (its first byte is named). InvalidSize: zero, negative, or it overflows.
+        """
+        at, size = self._inside(address), usize(length, "length")
+        if not size:
+            raise InvalidSize(0, why="a buffer of no bytes")
+        if at + size > 1 << 64:
+            raise InvalidSize(size, why=f"address ({at:#x}) + length overflows 64 bits")
+        found: list[Part] = []
+        while size:
+            mapping = self._space.tree.at(at)
+            if mapping is None:
+                raise InvalidAddress(
+                    at, why="nothing is mapped there" if not found else "the buffer runs into a hole there"
+                )
+            offset = at - mapping.address
+            inside = min(size, mapping.length - offset)
+            found.append((mapping, offset, inside))
+            at, size = at + inside, size - inside
+        return found
+
+    def mirror_mapping(
+        self,
+        address: SupportsIndex,
+        length: SupportsIndex,
+        *,
+        kernel: KernelMemory,
+        rights: MappingAccessRights = k_rw,
+    ) -> CrossProcessMapping:
+        """Mirrors `length` bytes at `address`, on through the mappings that follow without a gap.
+
+        Errors as `parts` and `CrossProcessMapping.mirror_mapping`; InvalidMemState names the mapping
+        whose frames are not Shared.
+        """
+        return CrossProcessMapping.mirror_parts(self.parts(address, length), kernel=kernel, rights=rights)
+
+    def release_all(self) -> None:
+        """Takes every mapping out of the books and releases it: the process has ended."""
+        for mapping in list(self):
+            self._space.tree.remove(mapping.address)
+            mapping.release()
+        self._heap = None
+
+    def __repr__(self) -> str:
+        return f"<ProcessMemory of {self.owner or 'nobody'}: {len(self)} mappings>"

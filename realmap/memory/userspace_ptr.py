@@ -1,0 +1,74 @@
+"""`UserspacePtr`: case 1, a buffer of this very process. Its bytes are reached where they are; nothing is mapped."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Self
+
+from realmap import _host
+from realmap.errors import InvalidAddress
+from realmap.memory.byte_access import ByteAccess
+from realmap.memory.cross_process import mirror_prot
+from realmap.memory.mapping import Mapping
+from realmap.rights import MappingAccessRights, k_r, k_rw, k_w
+
+#: What user processes have mapped in the UserLand of this process, by the address of the first page.
+_user_windows: weakref.WeakValueDictionary[int, _host.Window] = weakref.WeakValueDictionary()
+
+
+def register_window(window: _host.Window) -> None:
+    """Makes a window of this process's UserLand known, so that a kernel in this process can reach it directly."""
+    _user_windows[window._base] = window
+
+
+class UserspacePtr(_host.View, ByteAccess):
+    """`len()` bytes at `address`, in the address space the kernel is using right now.
+
+    It behaves as a mirror does (`memoryview(p)`, `p[3:7]`, `drop()`, a context manager), and while
+    a view of it lives the user cannot unmap the buffer (BufferError there). Unlike a mirror it does
+    not outlive the user's mapping: once that is unmapped, every use raises BufferError.
+    """
+
+    __slots__ = ("__weakref__", "mapping")
+
+    mapping: Mapping
+
+    @classmethod
+    def over(
+        cls, mappings: Iterable[Mapping], address: int, length: int, *, rights: MappingAccessRights = k_rw
+    ) -> Self:
+        """Points at [address, address + length), bytes, which lies in `mappings` side by side.
+
+        InvalidAddress: this process has not (or no longer) mapped it. AccessDenied, InvalidRights:
+        `rights` beyond k_rw, or none.
+        """
+        mirror_prot(rights)
+        windows = []
+        books = tuple(mappings)
+        for mapping in books:
+            window = _user_windows.get(mapping.address)
+            if window is None or not window.alive or window._span != mapping.length:
+                raise InvalidAddress(mapping.address, why="this process has nothing mapped there")
+            windows.append(window)
+        self = cls._over(tuple(windows), address, length, int(bool(rights & k_w)))
+        self.mapping = books[0]
+        return self
+
+    @property
+    def rights(self) -> MappingAccessRights:
+        """What may be done through it: k_r or k_rw."""
+        return k_rw if self.writable else k_r
+
+    def drop(self) -> None:
+        """Ends its use; nothing is unmapped. BufferError: a view of it lives. Again: nothing."""
+        self._drop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def __repr__(self) -> str:
+        return f"<UserspacePtr {self.address:#x}, {len(self)} bytes, {self.rights}>"

@@ -1,0 +1,96 @@
+"""The socket: messages of any allowed length over SOCK_SEQPACKET, with descriptors.
+
+One datagram carries a flag byte and up to 64 KiB; longer messages go in several:
+
+    WHOLE                      FIRST · MIDDLE · … · LAST
+    any thread, at any time    one thread at a time (the sender's lock)
+
+A WHOLE message may come between the parts of another. A FIRST without the LAST of the one before
+means that its sender was interrupted there: the former is forgotten.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Iterable, Sequence
+
+from realmap.errors import InvalidSize
+from realmap.wire.messages import MAX_DESCRIPTORS, MAX_MESSAGE
+
+WHOLE, FIRST, MIDDLE, LAST = range(4)
+CHUNK = 64 << 10
+#: Room for one datagram and one byte more, by which a longer one is noticed.
+DATAGRAM = CHUNK + 2
+ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+
+
+class NotAMessage(Exception):
+    """What came is no message of ours: too long, cut short, or out of turn."""
+
+
+def datagrams(message: bytes) -> list[bytes]:
+    """`message` in datagrams. InvalidSize: it is longer than MAX_MESSAGE bytes."""
+    size = len(message)
+    if size <= CHUNK:
+        return [b"\x00" + message]
+    if size > MAX_MESSAGE:
+        raise InvalidSize(size, why=f"a message carries at most {MAX_MESSAGE} bytes; put more into a buffer")
+    chunks = [message[at : at + CHUNK] for at in range(0, size, CHUNK)]
+    flags = [FIRST, *[MIDDLE] * (len(chunks) - 2), LAST]
+    return [bytes([flag]) + chunk for flag, chunk in zip(flags, chunks, strict=True)]
+
+
+class Assembler:
+    """Puts messages together from the datagrams of one peer."""
+
+    __slots__ = ("_parts", "_size")
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, datagram: bytes) -> bytes | None:
+        """The message that this datagram completes, or None. NotAMessage: it belongs to none."""
+        if not 1 < len(datagram) < DATAGRAM:
+            raise NotAMessage(f"a datagram of {len(datagram)} bytes")
+        flag = datagram[0]
+        if flag == WHOLE:
+            return datagram[1:]
+        if flag == FIRST:
+            self._parts, self._size = [], 0
+        elif flag not in (MIDDLE, LAST) or not self._parts:
+            raise NotAMessage(f"a part (flag {flag}) of no message")
+        self._parts.append(datagram[1:])
+        self._size += len(datagram) - 1
+        if self._size > MAX_MESSAGE:
+            raise NotAMessage(f"a message of more than {MAX_MESSAGE} bytes")
+        if flag != LAST:
+            return None
+        message, self._parts = b"".join(self._parts), []
+        return message
+
+
+def send_one(sock: socket.socket, datagram: bytes, descriptors: Sequence[int] = (), flags: int = 0) -> None:
+    """Sends one datagram, whole or not at all. OSError as sendmsg(2)."""
+    if descriptors:
+        rights = array.array("i", descriptors)
+        sock.sendmsg([datagram], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], flags | socket.MSG_NOSIGNAL)
+    else:
+        sock.send(datagram, flags | socket.MSG_NOSIGNAL)
+
+
+def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a datagram; the receiver's to close."""
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return list(found)
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Closes each."""
+    for descriptor in descriptors:
+        os.close(descriptor)

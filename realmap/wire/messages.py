@@ -1,0 +1,197 @@
+"""What is said between a user process and its kernel: typed structs, in MessagePack, checked by msgspec.
+
+    user                                    kernel
+      ── Hello(protocol, pid, start) ────────▶  once, first; its form never changes
+      ◀─ Welcome | Refused ──────────────────
+      ── Call | Map | More | Move | Unmap | Query | Ask ──▶   each with an id of the caller's choosing
+      ◀─ Done(id, value) | Failed(id, error) ──   in any order; descriptors ride on it
+      ◀─ Bye(error) ─────────────────────────  last: the kernel ends, or sends this client away
+
+A buffer among the arguments travels as (address, length); no bytes of it do.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from realmap import errors
+from realmap.errors import KernelError, SyscallFailed
+from realmap.rights import MappingAccessRights, MemoryType
+
+#: Raised with every change that an older side would misunderstand.
+PROTOCOL = 1
+VERSION = "0.1.0"
+#: A message may be this long, in bytes; larger things belong into a buffer.
+MAX_MESSAGE = 16 << 20
+#: Descriptors that one answer brings at most (Linux takes 253; an ordinary process may open 1024 in all).
+MAX_DESCRIPTORS = 64
+#: Text of errors is cut to this many characters.
+MAX_TEXT = 64 << 10
+
+
+class Hello(msgspec.Struct, tag="hello"):
+    """The first message: who speaks, as that process sees itself. Encoded as a map, so that later versions can add."""
+
+    protocol: int
+    version: str
+    pid: int
+    start: int
+    control: bool = False
+
+
+class Error(msgspec.Struct, array_like=True):
+    """An error of ours: its wire code, its facts in the order of its constructor, and its words."""
+
+    code: int
+    facts: list[Any]
+    why: str
+
+
+class Welcome(msgspec.Struct, tag="welcome"):
+    """The kernel takes the process in: its number there, and the kernel's pid."""
+
+    version: str
+    process: int
+    kernel: int
+
+
+class Refused(msgspec.Struct, tag="refused"):
+    """The kernel does not; why."""
+
+    protocol: int
+    version: str
+    error: Error
+
+
+class _Request(msgspec.Struct, array_like=True, frozen=True):
+    id: int
+
+
+class Call(_Request, tag=1, frozen=True):
+    """A syscall by name."""
+
+    name: str
+    args: list[Any]
+
+
+class Map(_Request, tag=2, frozen=True):
+    """Memory of `length` bytes. Done: [address, length in whole pages, number of segments], with the first descriptors."""
+
+    length: int
+    type: int
+    rights: int
+    fragment: int | None
+    name: str | None
+    commit: bool
+
+
+class More(_Request, tag=3, frozen=True):
+    """The descriptors of the mapping at `address` from segment `first` on. Done: None, with them."""
+
+    address: int
+    first: int
+
+
+class Move(_Request, tag=4, frozen=True):
+    """The mapping at `address` cannot be there: [start, end) is taken. Done: its new address."""
+
+    address: int
+    start: int
+    end: int
+
+
+class Unmap(_Request, tag=5, frozen=True):
+    """The mapping is gone from the user's side. Done: None; with id 0 there is no answer."""
+
+    address: int
+    length: int
+
+
+class Query(_Request, tag=6, frozen=True):
+    """What is at `address`? Done: a `MemoryInfo`."""
+
+    address: int
+
+
+class Ask(_Request, tag=7, frozen=True):
+    """One of the kernel's own services by name (stats, books, shutdown). Done: its answer."""
+
+    what: str
+
+
+Request = Call | Map | More | Move | Unmap | Query | Ask
+
+
+class Done(msgspec.Struct, array_like=True, tag=1):
+    """The answer."""
+
+    id: int
+    value: Any
+
+
+class Failed(msgspec.Struct, array_like=True, tag=2):
+    """The error instead of an answer."""
+
+    id: int
+    error: Error
+
+
+class Bye(msgspec.Struct, array_like=True, tag=3):
+    """The last message: why the connection ends."""
+
+    error: Error
+
+
+Reply = Done | Failed | Bye
+
+
+class MemoryInfo(msgspec.Struct, frozen=True):
+    """What `Process.query` answers: the mapping, or the hole (type UNMAPPED), that an address lies in. Bytes."""
+
+    address: int
+    length: int
+    type: MemoryType
+    rights: int
+    phys_offset: int
+    refcount: int
+
+
+BUFFER_EXT = 1
+_BUFFER = struct.Struct("=QQ")
+_TYPES = {errors.InvalidMemState.code, errors.WrongMappingFramesForType.code}
+
+
+def buffer_ext(address: int, length: int) -> msgspec.msgpack.Ext:
+    """A buffer among the arguments of a call."""
+    return msgspec.msgpack.Ext(BUFFER_EXT, _BUFFER.pack(address, length))
+
+
+def buffer_of(code: int, data: memoryview) -> tuple[int, int]:
+    """(address, length) of a buffer among the arguments. ValueError: it is none."""
+    if code != BUFFER_EXT or len(data) != _BUFFER.size:
+        raise ValueError(f"extension {code} of {len(data)} bytes is no buffer")
+    address, length = _BUFFER.unpack(data)
+    return address, length
+
+
+def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error:
+    """An exception as it travels: one of ours as itself, any other as `SyscallFailed` of the syscall `name`."""
+    if not isinstance(error, KernelError):
+        error = SyscallFailed(name, type(error).__name__, str(error)[:MAX_TEXT], traceback[-MAX_TEXT:])
+    facts = [fact if isinstance(fact, str | int | float | None) else str(fact) for fact in error.facts().values()]
+    return Error(error.code, facts, error.why[:MAX_TEXT])
+
+
+def exception_of(error: Error) -> KernelError:
+    """The exception again, on the other side."""
+    kind = errors.BY_CODE.get(error.code, KernelError)
+    facts = error.facts[: len(kind.fields)]
+    if error.code in _TYPES and facts and "type" in kind.fields:
+        index = kind.fields.index("type")
+        facts[index] = MemoryType(facts[index]) if isinstance(facts[index], int) else facts[index]
+    elif kind.fields[:2] == ("asked", "allowed"):
+        facts[:2] = [MappingAccessRights(fact) if isinstance(fact, int) else fact for fact in facts[:2]]
+    return kind(*facts, why=error.why)
