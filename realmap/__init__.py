@@ -1,0 +1,94 @@
+"""realmap: cross-process mapping with real parts.
+
+A kernel process mirror-maps the buffers of user processes into its own address space, works on the
+bytes in place, and unmaps them. Frames are POSIX shared-memory segments under a refcount.
+
+    import hashlib, realmap
+
+    @realmap.syscall
+    def sha256(call, data):
+        with data.mirror(realmap.k_r) as mirror:
+            return hashlib.sha256(mirror).hexdigest()
+
+    with realmap.boot(syscalls=[sha256]) as kernel, kernel.connect() as me:
+        buffer = me.map(1 << 20)
+        buffer[100:105] = b"hello"
+        print(me.call("sha256", buffer.slice(100, 5)))
+"""
+
+from realmap import memory
+from realmap.errors import (
+    AccessDenied,
+    InvalidAddress,
+    InvalidHandle,
+    InvalidMemState,
+    InvalidRights,
+    InvalidSize,
+    KernelDied,
+    KernelError,
+    KernelPanic,
+    MemoryFault,
+    PhysicalMemoryExhaustion,
+    ProcessKilled,
+    SyscallFailed,
+    SyscallTimeout,
+    UnknownSyscall,
+    VersionMismatch,
+    VirtualMemoryExhaustion,
+    WrongMappingFramesForType,
+)
+from realmap.kernel import Call, Kernel, UserBuffer, syscall
+from realmap.memory import CrossProcessMapping, UserspacePtr
+from realmap.pages import PAGE_SIZE
+from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
+from realmap.system import KernelHandle, SpawnedProcess, boot, connect
+from realmap.user import Buffer, Process
+from realmap.wire.messages import VERSION as __version__
+from realmap.wire.messages import MemoryInfo
+
+__all__ = [
+    "PAGE_SIZE",
+    "AccessDenied",
+    "Buffer",
+    "Call",
+    "CrossProcessMapping",
+    "InvalidAddress",
+    "InvalidHandle",
+    "InvalidMemState",
+    "InvalidRights",
+    "InvalidSize",
+    "Kernel",
+    "KernelDied",
+    "KernelError",
+    "KernelHandle",
+    "KernelPanic",
+    "MappingAccessRights",
+    "MemoryFault",
+    "MemoryInfo",
+    "MemoryType",
+    "PhysicalMemoryExhaustion",
+    "Process",
+    "ProcessKilled",
+    "SpawnedProcess",
+    "SyscallFailed",
+    "SyscallTimeout",
+    "UnknownSyscall",
+    "UserBuffer",
+    "UserspacePtr",
+    "VersionMismatch",
+    "VirtualMemoryExhaustion",
+    "WrongMappingFramesForType",
+    "__version__",
+    "boot",
+    "connect",
+    "k_r",
+    "k_rw",
+    "k_rx",
+    "k_w",
+    "memory",
+    "syscall",
+    "u_r",
+    "u_rw",
+    "u_rx",
+    "u_w",
+]

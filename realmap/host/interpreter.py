@@ -22,6 +22,8 @@ from typing import Any
 
 import cloudpickle
 
+from realmap.host import liveness
+
 # Only builtin modules are imported before sys.path is the booter's: a file in the working
 # directory that is named like one of the standard library must not be picked up.
 _BOOTSTRAP = (
@@ -156,16 +158,15 @@ def _flags() -> list[str]:
     return flags + [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
 
 
-def _end_with(booter: int) -> None:
-    poll = select.poll()
-    poll.register(booter, select.POLLIN)
-    poll.poll()
-    os._exit(1)
+def end_with(booter: int, grace: float) -> None:
+    """Ends this process when the one of the pidfd `booter` has ended, `grace` seconds later at the latest."""
 
+    def wait() -> None:
+        liveness.wait_death(booter, None)
+        time.sleep(grace)  # a kernel ends by itself, and cleans up; unless a handler keeps it
+        os._exit(1)
 
-def end_with(booter: int) -> None:
-    """Ends this process at once when the one of the pidfd `booter` ends, from a thread of its own."""
-    threading.Thread(target=_end_with, args=(booter,), name="realmap-booter", daemon=True).start()
+    threading.Thread(target=wait, name="realmap-booter", daemon=True).start()
 
 
 def _main(fd: int, booter: int) -> None:
@@ -188,6 +189,6 @@ def _main(fd: int, booter: int) -> None:
     try:
         function, args = pickle.loads(payload)
     except Exception as error:
-        report.sendall(b"!" + f"{type(error).__name__}: {error}".encode())
+        report.sendall(pickle.dumps(Unsendable(f"what was sent cannot be read there: {type(error).__name__}: {error}")))
         os._exit(1)
     function(report, booter, *args)

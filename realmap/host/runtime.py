@@ -12,12 +12,13 @@ import contextlib
 import fcntl
 import itertools
 import os
+import resource
 import stat
 import tempfile
 from pathlib import Path
 
 from realmap.errors import AccessDenied, InvalidHandle
-from realmap.host import liveness, procfs
+from realmap.host import forks, liveness, procfs
 
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
@@ -59,6 +60,12 @@ def new_socket_path() -> str:
     return str(directory() / f"{stamp()}.{next(_serial)}.sock")
 
 
+def raise_descriptor_limit() -> None:
+    """Raises this process's limit of open descriptors to what it may be: a segment takes one each."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class SocketLock:
     """Holds a socket path for one kernel: locked while it lives, whatever way it dies."""
 
@@ -87,7 +94,7 @@ class SocketLock:
         except BaseException:
             self.release()
             raise
-        os.register_at_fork(after_in_child=self._forget)
+        forks.lose_in_child(self)
 
     def _take(self) -> int:
         while True:
@@ -113,7 +120,7 @@ class SocketLock:
             raise AccessDenied(why=f"the socket {self.path!r} belongs to uid {mode.st_uid}, not to this one")
         os.unlink(self.path)
 
-    def _forget(self) -> None:
+    def lose(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
             os.close(self._fd)

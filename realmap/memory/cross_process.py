@@ -71,11 +71,13 @@ class CrossProcessMapping(_host.Window, ByteAccess):
     process, and its bytes stay valid until it is dropped. Once dropped it is dead for good.
     """
 
-    __slots__ = ("__weakref__", "_frames", "_kernel", "mapping", "mappings")
+    __slots__ = ("__weakref__", "_frames", "_kernel", "mapping", "mappings", "offset")
 
     #: The mapping that its first byte belongs to, and all that it shows, in order.
     mapping: Mapping
     mappings: tuple[Mapping, ...]
+    #: Where in `mapping` it starts, in bytes.
+    offset: int
     _kernel: KernelMemory
     _frames: SharedFrames | tuple[SharedFrames, ...]
 
@@ -106,8 +108,7 @@ class CrossProcessMapping(_host.Window, ByteAccess):
             or length <= 0
             or offset < 0
             or offset + length > mapping.length
-            or not mapping._held
-            and not mapping._pins
+            or not (mapping._held or mapping._pins)
         ):
             offset, length = cls._checked(mapping, offset, length)
         assert isinstance(frames, SharedFrames)
@@ -117,7 +118,7 @@ class CrossProcessMapping(_host.Window, ByteAccess):
         start = mapping.phys_offset + offset - lead
         fd = frames._fd
         if fd < 0:
-            return cls._mirror_pieces((mapping,), frames.pieces(start, span), lead, length, kernel, prot)
+            return cls._mirror_pieces((mapping,), offset, frames.pieces(start, span), length, kernel, prot)
         try:
             base = kernel.reserve(span, start)
             try:
@@ -126,10 +127,11 @@ class CrossProcessMapping(_host.Window, ByteAccess):
                 kernel.forget(base)
                 raise
         except (OSError, VirtualMemoryExhaustion):
-            return cls._mirror_pieces((mapping,), [(fd, start, span)], lead, length, kernel, prot)
+            return cls._mirror_pieces((mapping,), offset, [(fd, start, span)], length, kernel, prot)
         kernel.adopt(base, self)
         self.mapping = mapping
         self.mappings = (mapping,)
+        self.offset = offset
         self._kernel = kernel
         self._frames = frames
         frames._holders[id(self)] = ("mirror", base + lead)
@@ -155,7 +157,6 @@ class CrossProcessMapping(_host.Window, ByteAccess):
         prot = mirror_prot(rights)
         pieces: list[Piece] = []
         total = 0
-        lead = parts[0][1] & PAGE_MASK
         for mapping, offset, length in parts:
             start, size = cls._checked(mapping, offset, length)
             demand(not pieces or not start & PAGE_MASK, "only the first part may start within a page")
@@ -164,18 +165,25 @@ class CrossProcessMapping(_host.Window, ByteAccess):
             span = (inside + size + PAGE_MASK) & ~PAGE_MASK
             pieces += mapping.frames.pieces(mapping.phys_offset + start - inside, span)
             total += size
-        return cls._mirror_pieces(tuple(part[0] for part in parts), pieces, lead, total, kernel, prot)
+        return cls._mirror_pieces(tuple(part[0] for part in parts), int(parts[0][1]), pieces, total, kernel, prot)
 
     @classmethod
     def _mirror_pieces(
-        cls, mappings: tuple[Mapping, ...], pieces: list[Piece], lead: int, length: int, kernel: KernelMemory, prot: int
+        cls,
+        mappings: tuple[Mapping, ...],
+        offset: int,
+        pieces: list[Piece],
+        length: int,
+        kernel: KernelMemory,
+        prot: int,
     ) -> Self:
-        span = sum(piece[2] for piece in pieces)
+        span, lead = sum(piece[2] for piece in pieces), offset & PAGE_MASK
         self = kernel.place(
             lambda base: cls._map_pieces(base, prot, pieces, lead, length, 0), span, pieces[0][1] % HUGE_SIZE, prot
         )
         self.mapping = mappings[0]
         self.mappings = mappings
+        self.offset = offset
         self._kernel = kernel
         frames = {id(mapping.frames): mapping.frames for mapping in mappings}
         self._frames = held = tuple(found for found in frames.values() if isinstance(found, SharedFrames))

@@ -14,7 +14,6 @@ tree learns of the changes in one go when that hole is used up, which is when it
 from __future__ import annotations
 
 import errno
-import os
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import NamedTuple, SupportsIndex, TypeVar
 
 from realmap import _host
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
-from realmap.host import procfs, translate
+from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
 from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
 from realmap.pages import HUGE_SIZE, PAGE_MASK, demand, usize
@@ -59,7 +58,7 @@ class KernelMemory:
         #: Given back, but still in the tree.
         self._gone: deque[int] = deque()
         self._live: dict[int, weakref.ref[_host.Window]] = {}
-        _all.add(self)
+        forks.lose_in_child(self)
 
     # ---- space ------------------------------------------------------------------------------
 
@@ -235,18 +234,7 @@ class KernelMemory:
     def __repr__(self) -> str:
         return f"<KernelMemory [{self.start:#x}, {self.land.end:#x}), {self.live} mirrors>"
 
-    def _lost(self) -> None:
+    def lose(self) -> None:
         """In a forked child: the child has no part in what the kernel had mapped."""
         _host.unmap_all(self.start, self.length)
         self.__init__(self.start, self.length)  # type: ignore[misc]
-
-
-_all: weakref.WeakSet[KernelMemory] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for memory in list(_all):
-        memory._lost()
-
-
-os.register_at_fork(after_in_child=_after_fork)

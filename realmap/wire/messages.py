@@ -81,7 +81,7 @@ class Map(_Request, tag=2, frozen=True):
     """Memory of `length` bytes. Done: [address, length in whole pages, number of segments], with the first descriptors."""
 
     length: int
-    type: int
+    kind: int
     rights: int
     fragment: int | None
     name: str | None

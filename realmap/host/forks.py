@@ -1,0 +1,35 @@
+"""What is lost in a forked child: descriptors and maps that are the parent's alone.
+
+Everything here is held weakly, unlike what os.register_at_fork is given directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from typing import Protocol
+
+
+class LostInChild(Protocol):
+    """Something that a forked child must not keep."""
+
+    def lose(self) -> None:
+        """Called in the child, right after the fork."""
+
+
+_things: weakref.WeakSet[LostInChild] = weakref.WeakSet()
+
+
+def lose_in_child(thing: LostInChild) -> None:
+    """Has `thing.lose()` called in every forked child, for as long as it lives."""
+    _things.add(thing)
+
+
+def _after_fork() -> None:
+    for thing in list(_things):
+        with contextlib.suppress(Exception):  # one that is half made must not keep the others from it
+            thing.lose()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,109 @@
+"""The kernel's books as plain data: a few totals (`stats`), and everything (`books`). Taken on the kernel's thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from realmap.memory.cross_process import CrossProcessMapping
+from realmap.memory.frames import SharedFrames
+from realmap.memory.mapping import Mapping
+from realmap.pages import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from realmap.kernel.server import Kernel
+
+#: Of the form of `books`; observe/snapshot.py reads it.
+FORM = 1
+
+
+def stats(kernel: Kernel) -> dict[str, int]:
+    """Totals: processes, mappings, live mirrors, segments and their bytes, calls so far, descriptors, threads."""
+    return {
+        "processes": len(kernel.processes),
+        "mappings": sum(len(process.memory) for process in kernel.processes),
+        "mirrors": kernel.memory.live,
+        "segments": kernel.frames.segments,
+        "bytes": kernel.frames.used,
+        "calls": kernel.calls,
+        "running": sum(process.calls for process in kernel.processes),
+        "descriptors": psutil.Process().num_fds(),
+        "threads": kernel.workers.threads,
+    }
+
+
+def books(kernel: Kernel) -> dict[str, Any]:
+    """Every process, mapping, segment (with its holders) and mirror, at one moment. Addresses and lengths in bytes."""
+    frames: dict[int, SharedFrames] = {}
+
+    def entry(mapping: Mapping) -> dict[str, Any]:
+        found = mapping.frames
+        if isinstance(found, SharedFrames):
+            frames[found.serial] = found
+        return {
+            "address": mapping.address,
+            "length": mapping.length,
+            "type": mapping.type.name,
+            "rights": int(mapping.rights),
+            "phys_offset": mapping.phys_offset,
+            "frames": found.serial if isinstance(found, SharedFrames) else None,
+        }
+
+    processes = [
+        {
+            "number": process.number,
+            "pid": process.pid,
+            "uid": process.uid,
+            "calls": process.calls,
+            "mappings": [entry(mapping) for mapping in process.memory],
+        }
+        for process in kernel.processes
+    ]
+    mirrors = [
+        mirror_entry(mirror, frames) for mirror in kernel.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
+    ]
+    return {
+        "form": FORM,
+        "pid": os.getpid(),
+        "path": kernel.path,
+        "time": time.time(),
+        "kernel_land": [kernel.memory.start, kernel.memory.length],
+        "stats": stats(kernel),
+        "processes": processes,
+        "mirrors": mirrors,
+        "frames": [
+            {
+                "serial": found.serial,
+                "length": found.length,
+                "refcount": found.refcount,
+                "holders": found.holders(),
+                "segments": [
+                    {"inode": part.inode, "device": part.device, "length": part.length, "name": part.name}
+                    for part in list(found.segments)
+                ],
+            }
+            for found in frames.values()
+        ],
+    }
+
+
+def mirror_entry(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -> dict[str, Any]:
+    """A mirror with the parts of frames that its pages show, in order; the frames are added to `frames`."""
+    left, offset, parts = mirror._span, mirror.offset & -PAGE_SIZE, []
+    for mapping in mirror.mappings:
+        assert isinstance(mapping.frames, SharedFrames)
+        frames[mapping.frames.serial] = mapping.frames
+        size = min(left, mapping.length - offset)
+        parts.append({"frames": mapping.frames.serial, "offset": mapping.phys_offset + offset, "length": size})
+        left, offset = left - size, 0
+    return {
+        "address": mirror.address,
+        "length": len(mirror),
+        "base": mirror._base,
+        "span": mirror._span,
+        "rights": int(mirror.rights),
+        "parts": parts,
+    }

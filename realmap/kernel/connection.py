@@ -1,0 +1,91 @@
+"""One client's socket, seen from the kernel: nothing a client does or fails to do makes the kernel wait."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from realmap.wire import channel
+
+if TYPE_CHECKING:
+    from realmap.kernel.process_table import UserProcess
+
+#: A client with this much unread (bytes) is not listened to until it has read some: its own backlog bounds it.
+BACKLOG = 1 << 20
+
+
+class Connection:
+    """A non-blocking socket with what is still to be sent. Only for the kernel's thread."""
+
+    __slots__ = ("_assembler", "_outbox", "backlog", "closed", "control", "events", "process", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.process: UserProcess | None = None
+        self.control = False
+        self.closed = False
+        self.backlog = 0
+        #: What epoll is asked to tell of it.
+        self.events = select.EPOLLIN
+        self._assembler = channel.Assembler()
+        self._outbox: deque[tuple[bytes, list[int]]] = deque()
+
+    def receive(self) -> bytes | None:
+        """The next message, or None where it is not complete yet.
+
+        EOFError: the peer is gone. NotAMessage: it does not speak as it should. Descriptors that it
+        sends are dropped by Linux: there is no room for them in the call.
+        """
+        try:
+            datagram = self.sock.recv(channel.DATAGRAM)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            raise EOFError(str(error)) from None
+        if not datagram:
+            raise EOFError("closed")
+        return self._assembler.feed(datagram)
+
+    def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Sends as much as the peer takes now, and the rest when it can. InvalidSize: the message is too long.
+
+        Descriptors go with the last part; they stay the caller's (copies wait in the outbox).
+        """
+        parts = channel.datagrams(message)
+        for part in parts:
+            rights = descriptors if part is parts[-1] else ()
+            if self._outbox or not self._try(part, rights):
+                self._outbox.append((part, [os.dup(descriptor) for descriptor in rights]))
+                self.backlog += len(part)
+
+    def _try(self, datagram: bytes, descriptors: Sequence[int]) -> bool:
+        try:
+            channel.send_one(self.sock, datagram, descriptors)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            # ETOOMANYREFS: too many descriptors in flight for this user; they drain as clients read.
+            return error.errno != errno.ETOOMANYREFS
+        return True
+
+    def flush(self) -> None:
+        """Goes on sending what waits."""
+        while self._outbox and self._try(*self._outbox[0]):
+            datagram, descriptors = self._outbox.popleft()
+            self.backlog -= len(datagram)
+            channel.close_all(descriptors)
+
+    def close(self) -> None:
+        """Closes the socket; what waits is lost. Again: nothing."""
+        self.closed = True
+        while self._outbox:
+            channel.close_all(self._outbox.popleft()[1])
+        with contextlib.suppress(OSError):
+            self.sock.close()

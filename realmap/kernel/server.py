@@ -1,0 +1,433 @@
+"""`Kernel`: the loop. One thread, one epoll; everything that changes the books happens on it.
+
+epoll ─┬─ listening socket   a client connects
+       ├─ a client's socket  one message per turn each: nobody is starved by a talker
+       ├─ a process's pidfd  it died: reap
+       ├─ the booter's pidfd, where there is one: end
+       └─ an eventfd         a worker left word (`post`), or `stop` was called
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Self, SupportsIndex
+
+import msgspec
+
+from realmap.errors import AccessDenied, KernelDied, KernelError, ProcessKilled, UnknownSyscall, VersionMismatch
+from realmap.host import forks, liveness, runtime
+from realmap.kernel import books, services, syscalls
+from realmap.kernel.connection import BACKLOG, Connection
+from realmap.kernel.process_table import ProcessTable, UserProcess
+from realmap.kernel.syscalls import Call, Syscall, registry
+from realmap.kernel.user_buffer import UserBuffer
+from realmap.kernel.workers import Workers
+from realmap.memory.frames import FrameAllocator
+from realmap.memory.kernel_memory import KernelMemory
+from realmap.memory.lands import KERNEL_LAND
+from realmap.wire import channel, messages
+from realmap.wire.messages import PROTOCOL, VERSION
+
+Handler = Callable[[int], None]
+
+
+class Kernel:
+    """A kernel in this process: `serve()` on this thread, or `start()` and `stop()` on one of its own.
+
+    `boot()` runs one in a process of its own; here, a user that connects from the same process is
+    case 1 (`UserBuffer.access` reaches its buffers directly). A context manager: `start` and `stop`.
+    """
+
+    def __init__(
+        self,
+        *,
+        syscalls: Iterable[Callable[..., Any]] = (),
+        memory_limit: SupportsIndex | None = None,
+        process_limit: SupportsIndex | None = None,
+        kernel_land: SupportsIndex = KERNEL_LAND.length,
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Checks the options; nothing is opened before `start` or `serve`.
+
+        `syscalls`: the handlers. `memory_limit`, `process_limit`: bytes of frames in all, and for
+        each process. `kernel_land`: bytes of KernelLand, whole pages. `path`: of its socket, by
+        default one in the private directory of `realmap.host.runtime`.
+
+        InvalidSize: a limit is negative, or kernel_land is no whole pages. InvalidAddress: it is
+        larger than KernelLand. TypeError, ValueError: as `syscall` and `registry`.
+        """
+        self.syscalls = registry(syscalls)
+        self.frames = FrameAllocator(memory_limit)
+        self._process_limit = FrameAllocator(process_limit).limit
+        self.memory = KernelMemory(length=kernel_land)
+        self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
+        self.processes = ProcessTable()
+        self.workers = Workers()
+        #: Calls taken so far.
+        self.calls = 0
+        self._posted: deque[Callable[[], None]] = deque()
+        self._decoding: list[UserBuffer] = []
+        self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
+        self._hello = msgspec.msgpack.Decoder(messages.Hello)
+        self._connections: dict[int, Connection] = {}
+        self._handlers: dict[int, Handler] = {}
+        self._thread: threading.Thread | None = None
+        self._lock: runtime.SocketLock | None = None
+        self._wake = -1
+        self._running = False
+        self._stopping = False
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Takes the socket path and listens on it. Nothing is left behind where that fails."""
+        if self._lock is not None or self._stopping:
+            raise KernelError(why=f"the kernel at {self.path!r} {'was stopped' if self._stopping else 'runs already'}")
+        self._lock = runtime.SocketLock(self.path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.release)
+            runtime.sweep()
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(self._listener.close)
+            self._listener.setblocking(False)
+            self._listener.bind(self.path)
+            os.chmod(self.path, 0o600)
+            self._listener.listen(128)
+            # Given up for a moment where no descriptor is left, to turn a client away in words.
+            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._epoll = select.epoll()
+            undo.pop_all()
+        self._watch(self._listener.fileno(), self._accept)
+        self._watch(self._wake, self._on_wake)
+        self._owner = os.getpid()
+        forks.lose_in_child(self)
+
+    def serve(self, *, ready: Callable[[], None] | None = None, booter: int = -1) -> None:
+        """Serves on this thread until `stop`; `ready` is called once clients can connect.
+
+        `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
+        too long, or no socket. AccessDenied: the path is not ours.
+        """
+        self._open()
+        if booter >= 0:
+            self._watch(booter, lambda _: self.stop(wait=False))
+        self._running = True
+        if ready is not None:
+            ready()
+        self._loop()
+
+    def start(self) -> Self:
+        """Serves on a thread of its own, and returns once clients can connect. Errors as `serve`."""
+        self._open()
+        self._running = True
+        self._thread = threading.Thread(target=self._loop, name="realmap-kernel", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
+        """Ends the loop: every client is told, every mapping given back, the path given free. From any thread; again: nothing.
+
+        Waits at most `timeout` seconds for it, from another thread than its own. TimeoutError: a
+        handler did not return in that time.
+        """
+        self._stopping = True
+        self._running = False
+        if self._wake >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake, 1)
+        thread = self._thread
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+            if thread.is_alive():
+                raise TimeoutError(f"the kernel's thread did not end within {timeout} s: a handler is still at work")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Has `job` run on the kernel's thread, soon. From any thread."""
+        self._posted.append(job)
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+    def _watch(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, events)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _loop(self) -> None:
+        try:
+            while self._running:
+                for fd, _ in self._epoll.poll():
+                    # Looked up anew: an earlier event of this turn may have closed it.
+                    handler = self._handlers.get(fd)
+                    if handler is not None:
+                        handler(fd)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        bye = syscalls.encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
+        for connection in list(self._connections.values()):
+            with contextlib.suppress(Exception):
+                connection.send(bye)
+            self._drop(connection)
+        self._listener.close()
+        self._epoll.close()
+        self.workers.close()
+        while self._posted:
+            self._posted.popleft()
+        wake, self._wake = self._wake, -1
+        os.close(wake)
+        os.close(self._spare)
+        if self._lock is not None:
+            self._lock.release()
+
+    def lose(self) -> None:
+        """A fork of the kernel's process is no kernel: it keeps nobody's memory, socket or connection alive."""
+        if self._wake < 0:
+            return
+        self._running = False
+        for process in self.processes:
+            for mapping in process.memory:
+                segments = getattr(mapping.frames, "segments", ())
+                for segment in segments:
+                    os.close(segment.fd)
+                    segment.fd = -1
+            os.close(process.pidfd)
+        for connection in self._connections.values():
+            connection.sock.close()
+        self._listener.close()
+        self._epoll.close()
+        os.close(self._wake)
+        self._wake = -1
+
+    # ---- clients ----------------------------------------------------------------------------
+
+    def _on_wake(self, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        for _ in range(len(self._posted)):
+            self._posted.popleft()()
+
+    def _accept(self, _: int) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # else the listener would be ready for ever
+                os.close(self._spare)
+                with contextlib.suppress(OSError):
+                    self._listener.accept()[0].close()
+                self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            return
+        self._connections[sock.fileno()] = Connection(sock)
+        self._watch(sock.fileno(), self._on_socket)
+
+    def _on_socket(self, fd: int) -> None:
+        connection = self._connections[fd]
+        if connection.backlog:
+            connection.flush()
+        if connection.backlog <= BACKLOG:
+            self._read(connection)
+        self._rearm(connection)
+
+    def _rearm(self, connection: Connection) -> None:
+        """Listens to a client while its backlog is small, and for it to read while there is one."""
+        if connection.closed:
+            return
+        reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
+        events = reading | (select.EPOLLOUT if connection.backlog else 0)
+        if events != connection.events:
+            connection.events = events
+            self._epoll.modify(connection.sock.fileno(), events)
+
+    def _read(self, connection: Connection) -> None:
+        try:
+            data = connection.receive()
+            if data is None:
+                return
+            if connection.process is None and not connection.control:
+                self._greet(connection, data)
+                return
+            self._decoding.clear()
+            request = self._decoder.decode(data)
+        except EOFError:
+            self._drop(connection)
+        except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
+            self._expel(connection, f"it sent what is no message: {error}")
+        else:
+            self._handle(connection, request)
+
+    def _buffer(self, code: int, data: memoryview) -> UserBuffer:
+        buffer = UserBuffer(*messages.buffer_of(code, data))
+        self._decoding.append(buffer)
+        return buffer
+
+    def _greet(self, connection: Connection, data: bytes) -> None:
+        hello = self._hello.decode(data)
+        try:
+            if hello.protocol != PROTOCOL:
+                ours, theirs = f"{VERSION} (protocol {PROTOCOL})", f"{hello.version} (protocol {hello.protocol})"
+                raise VersionMismatch(ours, theirs, why="kernel and user are of different versions of realmap")
+            peer = liveness.peer(connection.sock, hello.pid, hello.start)
+        except (KernelError, ProcessLookupError) as error:
+            self._refuse(connection, error)
+            return
+        if peer.uid != os.geteuid():
+            os.close(peer.pidfd)
+            self._refuse(
+                connection, AccessDenied(why=f"the kernel belongs to uid {os.geteuid()}, the peer is uid {peer.uid}")
+            )
+            return
+        number = 0
+        if hello.control:
+            connection.control = True
+            os.close(peer.pidfd)
+        else:
+            frames = FrameAllocator(self._process_limit, parent=self.frames)
+            process = connection.process = self.processes.add(peer, connection, frames)
+            self._watch(process.pidfd, lambda _: self._drop(connection))
+            number = process.number
+        connection.send(syscalls.encode(messages.Welcome(VERSION, number, os.getpid())))
+
+    def _refuse(self, connection: Connection, error: BaseException) -> None:
+        with contextlib.suppress(OSError):
+            connection.send(syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error))))
+        self._drop(connection)
+
+    def _expel(self, connection: Connection, why: str) -> None:
+        """Sends a client away that does not speak as it should."""
+        pid = connection.process.pid if connection.process else 0
+        error = messages.error_of(ProcessKilled(pid, why=f"the kernel sent this process away: {why}"))
+        with contextlib.suppress(Exception):
+            connection.send(syscalls.encode(messages.Bye(error)))
+        self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        """The client is gone: its socket is closed, and what its process held is given back. Again: nothing."""
+        if connection.closed:
+            return
+        fd = connection.sock.fileno()
+        self._unwatch(fd)
+        del self._connections[fd]
+        connection.close()
+        if connection.process is not None:
+            self._unwatch(connection.process.pidfd)
+            self.processes.reap(connection.process)
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def _handle(self, connection: Connection, request: messages.Request) -> None:
+        """One request of one client. Whatever happens to it is its answer."""
+        process = connection.process
+        try:
+            if isinstance(request, messages.Ask):
+                self._reply(connection, request.id, (self._ask(request.what), [], []))
+            elif process is None:
+                raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
+            elif isinstance(request, messages.Call):
+                self._call(connection, process, request)
+            elif isinstance(request, messages.Map):
+                number = request.id
+                services.map_memory(self, process, request, lambda got: self._reply(connection, number, got))
+            elif isinstance(request, messages.Unmap):
+                self._reply(connection, request.id, services.unmap(process, request))
+            elif isinstance(request, messages.More):
+                self._reply(connection, request.id, services.more(process, request))
+            elif isinstance(request, messages.Move):
+                self._reply(connection, request.id, services.move(process, request))
+            else:
+                self._reply(connection, request.id, services.query(process, request))
+        except (KernelError, TypeError) as error:
+            self._reply(connection, request.id, error)
+
+    def _reply(self, connection: Connection, id: int, got: services.Answer | BaseException) -> None:
+        if isinstance(got, BaseException):
+            self._send(connection, id, syscalls.failed(id, got, "kernel"))
+            return
+        value, descriptors, closing = got
+        try:
+            self._send(connection, id, syscalls.done(id, value), descriptors)
+        finally:
+            channel.close_all(closing)
+
+    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Iterable[int] = ()) -> None:
+        if connection.closed or not id:  # request 0 wants no answer
+            return
+        try:
+            connection.send(message, list(descriptors))
+        except KernelError as error:  # longer than a message may be
+            connection.send(syscalls.failed(id, error))
+        self._rearm(connection)
+
+    def _ask(self, what: str) -> Any:
+        if what == "stats":
+            return books.stats(self)
+        if what == "books":
+            return books.books(self)
+        if what == "shutdown":
+            self.stop(wait=False)
+            return None
+        raise UnknownSyscall(what, why="the kernel has no such service")
+
+    def _call(self, connection: Connection, process: UserProcess, request: messages.Call) -> None:
+        syscall = self.syscalls.get(request.name)
+        buffers = list(self._decoding)
+        if syscall is None:
+            known = ", ".join(sorted(self.syscalls)) or "none"
+            raise UnknownSyscall(request.name, why=f"the kernel has no syscall {request.name!r} (it has: {known})")
+        self.calls += 1
+        for buffer in buffers:
+            buffer.resolve(process, self.memory)
+        call = Call(process, syscall.name, self)
+        if syscall.blocking:
+            self._call_on_worker(connection, process, syscall, call, request, buffers)
+            return
+        process.calls += 1
+        answer = syscalls.run(syscall, call, request.id, request.args)
+        process.calls -= 1
+        for buffer in buffers:
+            buffer.end(pinned=False)
+        self._send(connection, request.id, answer)
+
+    def _call_on_worker(
+        self,
+        connection: Connection,
+        process: UserProcess,
+        syscall: Syscall,
+        call: Call,
+        request: messages.Call,
+        buffers: list[UserBuffer],
+    ) -> None:
+        for buffer in buffers:
+            buffer.pin()
+        process.calls += 1
+
+        def ended(answer: bytes) -> None:
+            process.calls -= 1
+            for buffer in buffers:
+                buffer.end(pinned=True)
+            self._send(connection, request.id, answer)
+
+        def work() -> None:
+            answer = syscalls.run(syscall, call, request.id, request.args)
+            self.post(lambda: ended(answer))
+
+        try:
+            self.workers.submit(work)
+        except RuntimeError as error:
+            ended(syscalls.failed(request.id, error, syscall.name))

@@ -1,0 +1,152 @@
+"""What the kernel does itself for a process: map, unmap, query, and the like. Only on the kernel's thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, KernelError, ProcessKilled
+from realmap.memory.frames import OwnedFrames, SharedFrames
+from realmap.memory.mapping import Mapping
+from realmap.pages import USIZE_MAX, align_up
+from realmap.rights import MemoryType, k_rw, k_w, rights_of, type_of, u_rw
+from realmap.wire import messages
+from realmap.wire.messages import MAX_DESCRIPTORS, MemoryInfo
+
+if TYPE_CHECKING:
+    from realmap.kernel.process_table import UserProcess
+    from realmap.kernel.server import Kernel
+
+#: Frames of more bytes, or of more segments, are taken on a worker thread: nobody else waits for them.
+LONG_BYTES = 4 << 20
+LONG_COUNT = 64
+
+#: An answer: its value, the descriptors to send with it, and those of them to close afterwards.
+Answer = tuple[Any, list[int], list[int]]
+
+
+def map_memory(
+    kernel: Kernel, process: UserProcess, request: messages.Map, answer: Callable[[Answer | BaseException], None]
+) -> None:
+    """Makes frames and a mapping of them; `answer` is called with [address, length, segments], now or later.
+
+    KernelError: as `Process.map` documents. Nothing is taken then.
+    """
+    kind, rights = type_of(request.kind), rights_of(request.rights)
+    if not kind.has_frames:
+        raise InvalidMemState(0, kind, why=f"{kind.name} is no memory that a process can map")
+    if not rights & u_rw & ~k_rw or not rights & 7:
+        raise AccessDenied(rights, u_rw, why="a process maps memory for itself: u_r, u_w, u_rw or u_rx")
+    if request.length <= 0 or align_up(request.length) > USIZE_MAX:
+        raise InvalidSize(request.length, why="a mapping has at least one byte, and whole pages below 2**64")
+    size = align_up(request.length)
+    if not kind.is_counted:
+        if request.fragment is not None or request.name is not None:
+            raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name")
+        answer(_enter(process, OwnedFrames(size), size, kind, rights))
+        return
+    allocator = process.memory.allocator
+
+    def allocate() -> SharedFrames:
+        return allocator.allocate(
+            size,
+            request.fragment,
+            name=request.name,
+            commit=request.commit,
+            cancelled=lambda: not process.alive,
+        )
+
+    if size <= LONG_BYTES and size // (request.fragment or size) <= LONG_COUNT:
+        answer(_enter(process, allocate(), size, kind, rights))
+        return
+
+    def later() -> None:
+        try:
+            finish(allocate())
+        except BaseException as error:
+            kernel.post(partial(answer, error))
+
+    def finish(frames: SharedFrames) -> None:
+        kernel.post(lambda: answer(_finish(process, frames, size, kind, rights)))
+
+    kernel.workers.submit(later)
+
+
+def _finish(
+    process: UserProcess, frames: SharedFrames, size: int, kind: MemoryType, rights: Any
+) -> Answer | BaseException:
+    if not process.alive:
+        return ProcessKilled(process.pid, why="the process has ended")  # nobody reads it; the frames go
+    try:
+        return _enter(process, frames, size, kind, rights)
+    except KernelError as error:
+        return error
+
+
+def _enter(
+    process: UserProcess, frames: SharedFrames | OwnedFrames, size: int, kind: MemoryType, rights: Any
+) -> Answer:
+    memory = process.memory
+    address = memory.find_available_space(size)
+    mapping = memory.create_regular_mapping(address, size, kind, rights, frames=frames)
+    try:
+        first, closing = _descriptors(mapping, 0)
+    except BaseException:
+        memory.unmap(address, size).release()
+        raise
+    count = len(frames.segments) if isinstance(frames, SharedFrames) else 0
+    return [address, size, count], first, closing
+
+
+def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:
+    """Descriptors of the segments from `first` on, a batch; read-only ones where the user may not write."""
+    if not isinstance(mapping.frames, SharedFrames):
+        return [], []
+    segments = mapping.frames.segments[first : first + MAX_DESCRIPTORS]
+    if mapping.rights & k_w:
+        return [segment.fd for segment in segments], []
+    opened: list[int] = []
+    try:
+        for segment in segments:
+            opened.append(segment.open_read_only())
+    except BaseException:
+        for descriptor in opened:
+            os.close(descriptor)
+        raise
+    return opened, opened
+
+
+def more(process: UserProcess, request: messages.More) -> Answer:
+    """The next descriptors of a mapping in many segments."""
+    mapping = process.memory.mapping_at(request.address)
+    if mapping is None or mapping.address != request.address:
+        raise InvalidAddress(request.address, why="no mapping starts there")
+    if not 0 <= request.first <= USIZE_MAX:
+        raise InvalidSize(request.first, why="no such segment")
+    first, closing = _descriptors(mapping, request.first)
+    return None, first, closing
+
+
+def move(process: UserProcess, request: messages.Move) -> Answer:
+    """Gives a mapping another address: its own process has something else there."""
+    mapping = process.memory.mapping_at(request.address)
+    if mapping is None or mapping.address != request.address:
+        raise InvalidAddress(request.address, why="no mapping starts there")
+    moved = process.memory.move(mapping, (max(0, request.start), max(0, request.end)))
+    return moved.address, [], []
+
+
+def unmap(process: UserProcess, request: messages.Unmap) -> Answer:
+    """Takes a mapping out of the books. Its frames go when the last reference does."""
+    process.memory.unmap(request.address, request.length).release()
+    return None, [], []
+
+
+def query(process: UserProcess, request: messages.Query) -> Answer:
+    """What is at an address of the process."""
+    mapping = process.memory.query_memory(request.address)
+    refcount = mapping.frames.refcount if isinstance(mapping.frames, SharedFrames) else 0
+    info = MemoryInfo(mapping.address, mapping.length, mapping.type, int(mapping.rights), mapping.phys_offset, refcount)
+    return info, [], []

@@ -1,0 +1,174 @@
+"""`UserBuffer`: what a handler gets for a buffer argument. An address and a length, until it is asked for more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, SupportsIndex
+
+from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize
+from realmap.memory.cross_process import CrossProcessMapping, Part
+from realmap.memory.frames import SharedFrames
+from realmap.memory.kernel_memory import KernelMemory
+from realmap.memory.userspace_ptr import UserspacePtr
+from realmap.pages import usize
+from realmap.rights import MappingAccessRights, k_r, k_rw, k_w, rights_of
+
+if TYPE_CHECKING:
+    from realmap.kernel.process_table import UserProcess
+
+
+class UserBuffer:
+    """`len()` bytes at `address` in the UserLand of `process`. Good until its handler ends.
+
+    Nothing is mapped or copied before one of these is called; all check the caller's rights:
+
+    * `mirror()`: its pages in KernelLand, in place (the seed's case 2)
+    * `access()`: directly where the buffer is in this very process (case 1), else a mirror
+    * `copy_in()`, `copy_out()`: a copy, without mapping; never faults
+    """
+
+    __slots__ = ("_kernel", "_length", "_parts", "address", "process")
+
+    process: UserProcess
+    _parts: list[Part] | None
+    _kernel: KernelMemory
+
+    def __init__(self, address: int, length: int) -> None:
+        self.address = address
+        self._length = length
+        self._parts = None
+
+    def resolve(self, process: UserProcess, kernel: KernelMemory) -> None:
+        """Finds the mappings it lies in. InvalidAddress: nothing there, or a hole. InvalidSize: no bytes."""
+        self.process = process
+        self._kernel = kernel
+        self._parts = process.memory.parts(self.address, self._length)
+
+    def pin(self) -> None:
+        """Keeps its memory until `end`, whatever its process does."""
+        for mapping, _, _ in self._parts or ():
+            mapping.pin()
+
+    def end(self, *, pinned: bool) -> None:
+        """Its call has ended: it is of no use any more."""
+        parts, self._parts = self._parts, None
+        if pinned:
+            for mapping, _, _ in parts or ():
+                mapping.unpin()
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def rights(self) -> MappingAccessRights:
+        """What the caller may do there: what every mapping of it allows."""
+        allowed = 15
+        for mapping, _, _ in self._live():
+            allowed &= mapping.rights
+        return rights_of(allowed)
+
+    def _live(self) -> list[Part]:
+        if self._parts is None:
+            raise InvalidAddress(self.address, why="its call has ended: a UserBuffer is good until its handler returns")
+        return self._parts
+
+    def _range(self, offset: SupportsIndex, length: SupportsIndex | None, rights: int) -> list[Part]:
+        """The parts of [offset, offset + length), checked against its length and the caller's `rights`."""
+        parts = self._parts
+        if parts is None:
+            parts = self._live()
+        if len(parts) == 1 and not offset and length is None:  # all of it, in one mapping: the common case
+            allowed = parts[0][0].rights
+            if rights & allowed & k_rw == rights & k_rw:
+                return parts
+            raise AccessDenied(
+                rights_of(rights), allowed, self.address, why="the caller may not do that with its own buffer"
+            )
+        start = usize(offset, "offset")
+        size = self._length - start if length is None else usize(length, "length")
+        if start > self._length or size > self._length - start:
+            raise InvalidSize(size, why=f"offset {start} + length {size} runs past the buffer's {self._length} bytes")
+        found = []
+        for mapping, at, part in parts:
+            inside = min(part - start, size) if start < part else 0
+            if inside > 0:
+                if rights & ~mapping.rights & k_rw:
+                    raise AccessDenied(
+                        rights_of(rights),
+                        mapping.rights,
+                        mapping.address + at + start,
+                        why="the caller may not do that with its own buffer",
+                    )
+                found.append((mapping, at + start, inside))
+                size -= inside
+            start = max(0, start - part)
+        return found
+
+    def mirror(
+        self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> CrossProcessMapping:
+        """Maps [offset, offset + length) of it into KernelLand: one contiguous window, also over several mappings.
+
+        AccessDenied: the caller may not do that itself, or `rights` go beyond k_rw. InvalidSize: no
+        bytes, or beyond the buffer. InvalidMemState: memory that is not shared. VirtualMemoryExhaustion:
+        no space in KernelLand. InvalidAddress: its call has ended.
+        """
+        parts = self._range(offset, length, rights)
+        if len(parts) == 1:
+            return CrossProcessMapping.mirror_mapping(*parts[0], kernel=self._kernel, rights=rights)
+        if not parts:
+            raise InvalidSize(0, why="a mirror of no bytes")
+        return CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights)
+
+    def access(
+        self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> CrossProcessMapping | UserspacePtr:
+        """The bytes in place: a `UserspacePtr` where they are in this process, else a mirror. Errors as `mirror`."""
+        if self.process.is_here:
+            parts = self._range(offset, length, rights)
+            if parts and all(isinstance(part[0].frames, SharedFrames) for part in parts):
+                mapping, at, _ = parts[0]
+                total = sum(part[2] for part in parts)
+                try:
+                    return UserspacePtr.over([part[0] for part in parts], mapping.address + at, total, rights=rights)
+                except InvalidAddress:
+                    pass  # its thread has unmapped it meanwhile: the frames are still there for a mirror
+        return self.mirror(rights, offset, length)
+
+    def copy_in(self, length: SupportsIndex | None = None, offset: SupportsIndex = 0) -> bytes:
+        """A copy of [offset, offset + length) of it, read without mapping.
+
+        AccessDenied: the caller may not read it. InvalidSize: beyond the buffer. InvalidMemState: memory
+        that is not shared. MemoryFault: somebody truncated a segment of it. InvalidAddress: its call
+        has ended.
+        """
+        parts = self._range(offset, length, k_r)
+        if len(parts) == 1:
+            mapping, at, size = parts[0]
+            frames = mapping.frames
+            if frames.__class__ is SharedFrames:
+                return frames.read(mapping.phys_offset + at, size, mapping.address + at)
+        return b"".join(
+            _frames_of(mapping).read(mapping.phys_offset + at, size, mapping.address + at)
+            for mapping, at, size in parts
+        )
+
+    def copy_out(self, data: bytes | bytearray | memoryview, offset: SupportsIndex = 0) -> None:
+        """Copies `data` into it from byte `offset` on, without mapping. Errors as `copy_in`, of writing."""
+        with memoryview(data) as view, view.cast("B") as flat:
+            parts = self._range(offset, len(flat), k_w)
+            for mapping, _, _ in parts:
+                _frames_of(mapping)
+            done = 0
+            for mapping, at, size in parts:
+                _frames_of(mapping).write(mapping.phys_offset + at, flat[done : done + size], mapping.address + at)
+                done += size
+
+    def __repr__(self) -> str:
+        return f"<UserBuffer {self.address:#x}, {self._length} bytes>"
+
+
+def _frames_of(mapping: object) -> SharedFrames:
+    frames = mapping.frames  # type: ignore[attr-defined]
+    if not isinstance(frames, SharedFrames):
+        raise InvalidMemState(mapping.address, mapping.type, why="it has no shared frames")  # type: ignore[attr-defined]
+    return frames

@@ -1,0 +1,191 @@
+"""The books of a kernel, held against what Linux says: /proc/PID/maps of every process, by inode and offset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+import psutil
+
+from realmap.host import procfs
+from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
+from realmap.observe.snapshot import Snapshot
+
+#: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
+Range = tuple[int, int, str, int, int]
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """One thing that the books and Linux disagree about: whose, where, what the books say, what Linux says."""
+
+    where: str
+    address: int
+    books: str
+    linux: str
+
+    def __str__(self) -> str:
+        return f"{self.where} at {self.address:#x}: the books say {self.books}, Linux says {self.linux}"
+
+
+class AuditReport(msgspec.Struct, frozen=True):
+    """What an audit found. Clean: `differences` is empty, and the report is true as a bool.
+
+    `processes`, `mappings`, `mirrors`, `frames`: how many were held against Linux. `unregistered`: pids
+    that map segments of the kernel without being in its books (forks that never connected).
+    """
+
+    differences: list[Difference]
+    processes: int
+    mappings: int
+    mirrors: int
+    frames: int
+    unregistered: list[int]
+
+    def __bool__(self) -> bool:
+        return not self.differences
+
+    def __str__(self) -> str:
+        head = (
+            f"{len(self.differences)} differences in {self.processes} processes, {self.mappings} mappings, "
+            f"{self.mirrors} mirrors, {self.frames} frames"
+        )
+        return "\n".join([head, *map(str, self.differences)])
+
+
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """Neighbours that continue one another as one: Linux joins them, the books do not."""
+    found: list[Range] = []
+    for entry in sorted(ranges):
+        if found:
+            start, end, perms, inode, offset = found[-1]
+            follows = inode == 0 or offset + (end - start) == entry[4]
+            if end == entry[0] and perms == entry[2] and inode == entry[3] and follows:
+                found[-1] = (start, entry[1], perms, inode, offset)
+                continue
+        found.append(entry)
+    return found
+
+
+def linux_ranges(pid: int, land: Land) -> list[Range]:
+    """What Linux has mapped in a land of `pid`. ProcessLookupError: it is gone."""
+    return merged(
+        (entry.start, entry.end, entry.perms[:3], entry.inode, entry.offset if entry.inode else 0)
+        for entry in procfs.maps(pid, land.start, land.end)
+    )
+
+
+def _perms(rights: int) -> str:
+    return "".join(letter if rights & bit else "-" for bit, letter in ((1, "r"), (2, "w"), (4, "x")))
+
+
+def user_ranges(snapshot: Snapshot) -> dict[int, list[Range]]:
+    """What the books say is mapped in the UserLand of each pid."""
+    frames = snapshot.frames_by_serial()
+    found: dict[int, list[Range]] = {}
+    for process in snapshot.processes:
+        ranges = found.setdefault(process.pid, [])
+        for mapping in process.mappings:
+            perms = _perms(mapping.rights)
+            if mapping.frames is None:
+                if mapping.type in ("IO", "NORMAL"):
+                    ranges.append((mapping.address, mapping.address + mapping.length, perms, 0, 0))
+                continue
+            at = mapping.address
+            for inode, offset, length in frames[mapping.frames].pieces(mapping.phys_offset, mapping.length):
+                ranges.append((at, at + length, perms, inode, offset))
+                at += length
+    return {pid: merged(ranges) for pid, ranges in found.items()}
+
+
+def kernel_ranges(snapshot: Snapshot) -> list[Range]:
+    """What the books say is mapped in KernelLand."""
+    frames = snapshot.frames_by_serial()
+    ranges = []
+    for mirror in snapshot.mirrors:
+        at = mirror.base
+        for part in mirror.parts:
+            for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
+                ranges.append((at, at + length, _perms(mirror.rights), inode, offset))
+                at += length
+    return merged(ranges)
+
+
+def _compare(where: str, books: list[Range], linux: list[Range]) -> list[Difference]:
+    def say(entry: Range) -> str:
+        start, end, perms, inode, offset = entry
+        return f"[{start:#x}, {end:#x}) {perms} of inode {inode} from {offset:#x}"
+
+    only_books = [Difference(where, entry[0], say(entry), "otherwise") for entry in books if entry not in set(linux)]
+    only_linux = [Difference(where, entry[0], "otherwise", say(entry)) for entry in linux if entry not in set(books)]
+    return only_books + only_linux
+
+
+def compare(snapshot: Snapshot) -> AuditReport:
+    """Holds one snapshot against Linux, as it is now."""
+    differences: list[Difference] = []
+    for pid, ranges in user_ranges(snapshot).items():
+        try:
+            linux = linux_ranges(pid, USER_LAND)
+        except ProcessLookupError:
+            linux = []
+        differences += _compare(f"UserLand of pid {pid}", ranges, linux)
+    differences += _compare("KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND))
+    differences += _recount(snapshot)
+    return AuditReport(
+        differences,
+        len(snapshot.processes),
+        sum(len(process.mappings) for process in snapshot.processes),
+        len(snapshot.mirrors),
+        len(snapshot.frames),
+        _unregistered(snapshot),
+    )
+
+
+def _recount(snapshot: Snapshot) -> list[Difference]:
+    """Every refcount, counted again from the mappings and mirrors."""
+    counted: dict[int, int] = {frames.serial: 0 for frames in snapshot.frames}
+    for process in snapshot.processes:
+        for mapping in process.mappings:
+            if mapping.frames is not None:
+                counted[mapping.frames] += 1
+    for mirror in snapshot.mirrors:
+        for serial in {part.frames for part in mirror.parts}:
+            counted[serial] += 1
+    return [
+        Difference(
+            f"frames {frames.serial} ({', '.join(frames.holders)})",
+            0,
+            f"{frames.refcount} references",
+            f"{counted[frames.serial]} mappings and mirrors are there",
+        )
+        for frames in snapshot.frames
+        # A mapping that was unmapped while a call works on it is in no process's books, but holds on.
+        if frames.refcount != counted[frames.serial] and not any(process.calls for process in snapshot.processes)
+    ]
+
+
+def _unregistered(snapshot: Snapshot) -> list[int]:
+    ours = {segment.inode for frames in snapshot.frames for segment in frames.segments}
+    known = {process.pid for process in snapshot.processes} | {snapshot.pid}
+    found = []
+    for pid in psutil.pids():
+        if pid not in known:
+            try:
+                if any(entry.inode in ours for entry in procfs.maps(pid, USER_LAND.start, USER_LAND.end)):
+                    found.append(pid)
+            except (ProcessLookupError, PermissionError):
+                continue
+    return found
+
+
+def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:
+    """Audits a kernel that is at work: a difference counts where it is still there in a second look at the same books.
+
+    `take` gives a new snapshot; `tries` how often a difference is looked at again while the books change.
+    """
+    report = compare(take())
+    for _ in range(tries):
+        if report:
+            break
+        report = compare(take())
+    return report

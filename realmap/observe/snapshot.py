@@ -1,0 +1,107 @@
+"""A kernel's books at one moment, typed. Addresses, offsets and lengths in bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from realmap.errors import VersionMismatch
+
+FORM = 1
+
+
+class SegmentInfo(msgspec.Struct, frozen=True):
+    """One POSIX segment: `device` and `inode` are what /proc/PID/maps shows of it."""
+
+    inode: int
+    device: int
+    length: int
+    name: str | None
+
+
+class FramesInfo(msgspec.Struct, frozen=True):
+    """Frames: their segments in order, the refcount, and every holder of a reference by name."""
+
+    serial: int
+    length: int
+    refcount: int
+    holders: list[str]
+    segments: list[SegmentInfo]
+
+    def pieces(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """Where [offset, offset + length) of the frames lies: (inode, offset in it, length) each."""
+        found = []
+        start = 0
+        for segment in self.segments:
+            low, high = max(offset, start), min(offset + length, start + segment.length)
+            if low < high:
+                found.append((segment.inode, low - start, high - low))
+            start += segment.length
+        return found
+
+
+class MappingInfo(msgspec.Struct, frozen=True):
+    """A mapping of a process; `frames` is the serial of its shared frames, None where it has none."""
+
+    address: int
+    length: int
+    type: str
+    rights: int
+    phys_offset: int
+    frames: int | None
+
+
+class ProcessInfo(msgspec.Struct, frozen=True):
+    """A user process, its calls that are running, and its mappings in order of address."""
+
+    number: int
+    pid: int
+    uid: int
+    calls: int
+    mappings: list[MappingInfo]
+
+
+class PartInfo(msgspec.Struct, frozen=True):
+    """A range of frames."""
+
+    frames: int
+    offset: int
+    length: int
+
+
+class MirrorInfo(msgspec.Struct, frozen=True):
+    """A live mirror: what it shows (`address`, `length`), the whole pages that are mapped (`base`, `span`), and of what."""
+
+    address: int
+    length: int
+    base: int
+    span: int
+    rights: int
+    parts: list[PartInfo]
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Everything the kernel's books hold. `form` is the version of this structure; `time` seconds since 1970."""
+
+    form: int
+    pid: int
+    path: str
+    time: float
+    kernel_land: tuple[int, int]
+    stats: dict[str, int]
+    processes: list[ProcessInfo]
+    mirrors: list[MirrorInfo]
+    frames: list[FramesInfo]
+
+    @classmethod
+    def read(cls, books: Any) -> Snapshot:
+        """From the kernel's answer. VersionMismatch: its form is another."""
+        if not isinstance(books, dict) or books.get("form") != FORM:
+            theirs = books.get("form") if isinstance(books, dict) else None
+            raise VersionMismatch(f"form {FORM}", f"form {theirs}", why="a snapshot of another version of realmap")
+        return msgspec.convert(books, cls)
+
+    def frames_by_serial(self) -> dict[int, FramesInfo]:
+        """The frames, by serial."""
+        return {frames.serial: frames for frames in self.frames}

@@ -1,0 +1,289 @@
+"""boot() and connect(): kernel and user, put together."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Self, SupportsIndex
+
+from realmap.errors import InvalidHandle, KernelDied, KernelError
+from realmap.host import forks, interpreter, runtime
+from realmap.host.interpreter import Child
+from realmap.kernel.server import Kernel
+from realmap.kernel.syscalls import registry
+from realmap.memory.lands import KERNEL_LAND
+from realmap.observe.audit import AuditReport, audit
+from realmap.observe.snapshot import Snapshot
+from realmap.user.client import Client
+from realmap.user.process import Process
+from realmap.wire import messages
+
+#: How long a kernel may take to say that it serves: imports on a loaded machine. Seconds.
+START_TIMEOUT = 60.0
+#: How long a handler may go on after the kernel was asked, or its booter was seen, to end. Seconds.
+GRACE = 5.0
+#: Where `connect()` without a path looks for a kernel.
+VARIABLE = "REALMAP_KERNEL"
+
+
+# ---- in the new processes -----------------------------------------------------------------
+
+
+def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    runtime.raise_descriptor_limit()
+    try:
+        kernel = Kernel(**options)
+    except Exception as error:
+        report.sendall(pickle.dumps(error))
+        return
+
+    def ready() -> None:
+        report.sendall(pickle.dumps(kernel.path))
+        report.close()
+
+    signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
+    interpreter.end_with(booter, GRACE)
+    try:
+        kernel.serve(ready=ready, booter=booter)
+    except KernelError as error:
+        report.sendall(pickle.dumps(error))
+
+
+def _user_main(
+    report: socket.socket, booter: int, path: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    report.close()
+    interpreter.end_with(booter, 0)
+    status = 1
+    try:
+        with Process(path) as me:
+            function(me, *args)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.exit(status)
+
+
+# ---- in the booter ------------------------------------------------------------------------
+
+
+class SpawnedProcess:
+    """A user process that `KernelHandle.spawn` started. It ends with its booter at the latest."""
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._child.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; then 0, its exit status, or minus the signal that ended it."""
+        return self._child.exitcode
+
+    def join(self, timeout: float | None = None) -> int | None:
+        """Waits at most `timeout` seconds (None: for ever) for its end; the exit code, or None if it still runs."""
+        return self._child.wait(timeout)
+
+    def kill(self) -> None:
+        """Kills it (SIGKILL), if it still runs; `join` waits for the end."""
+        self._child.kill()
+
+    def __repr__(self) -> str:
+        state = "running" if self.exitcode is None else f"exit code {self.exitcode}"
+        return f"<SpawnedProcess {self.pid}, {state}>"
+
+
+class KernelHandle:
+    """A kernel in a process of its own, as its booter sees it. Made by `boot`; a context manager (`shutdown`)."""
+
+    def __init__(self, child: Child, path: str) -> None:
+        self._child = child
+        self._owner = os.getpid()
+        self.path = path
+        self._spawned: list[Child] = []
+        self._control: Client | None = None
+        self._lock = threading.Lock()
+        _handles.add(self)
+        forks.lose_in_child(self)
+
+    @property
+    def pid(self) -> int:
+        """The pid of the kernel's process."""
+        return self._child.pid
+
+    def connect(self) -> Process:
+        """This process as a user of the kernel. Errors as `realmap.connect`."""
+        return Process(self.path)
+
+    def spawn(self, function: Callable[..., Any], *args: Any) -> SpawnedProcess:
+        """Runs `function(me, *args)` in a new user process; `me` is its `Process`.
+
+        The function and its arguments travel by cloudpickle: those of a script, a notebook or a shell
+        work as well. What it prints comes out here; an exception is printed, and its exit code is 1.
+        TypeError: something cannot be sent (it is named). KernelDied: the kernel has ended.
+        """
+        if self._child.exitcode is not None:
+            raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
+        name = getattr(function, "__name__", repr(function))
+        interpreter.dumps(function, f"the function {name!r}")
+        for position, argument in enumerate(args, 1):
+            interpreter.dumps(argument, f"argument {position} of {name!r}")
+        child = Child(_user_main, self.path, function, args)
+        child.report.close()
+        self._spawned = [other for other in self._spawned if other.exitcode is None] + [child]
+        return SpawnedProcess(child)
+
+    def _ask(self, what: str) -> Any:
+        with self._lock:
+            if self._owner != os.getpid():
+                raise InvalidHandle(
+                    None, why=f"this kernel was booted by process {self._owner}; connect({self.path!r})"
+                )
+            if self._control is None:
+                self._control = Client(self.path, control=True)
+        return self._control.request(messages.Ask(self._control.next_id(), what))[0]
+
+    def stats(self) -> dict[str, int]:
+        """Totals: processes, mappings, mirrors, segments, bytes, calls, running, descriptors, threads. KernelDied: it has ended."""
+        return dict(self._ask("stats"))
+
+    def snapshot(self) -> Snapshot:
+        """The kernel's books at one moment: processes, mappings, mirrors, frames and who holds them."""
+        return Snapshot.read(self._ask("books"))
+
+    def audit(self) -> AuditReport:
+        """Holds the kernel's books against /proc/PID/maps of every process; true as a bool where they agree."""
+        return audit(self.snapshot)
+
+    def shutdown(self, timeout: float = 10.0) -> None:
+        """Ends the kernel, and the user processes that were spawned through this handle. Again: nothing.
+
+        Users that connected keep their memory; their calls raise KernelDied. A kernel whose handler
+        does not return within `timeout` seconds is killed.
+        """
+        if self._owner != os.getpid():
+            return
+        _handles.discard(self)
+        if self._child.exitcode is None:
+            with contextlib.suppress(KernelError, OSError):
+                self._child.signal(signal.SIGTERM)
+            self._child.wait(timeout)
+        self._child.close()
+        if self._control is not None:
+            self._control.close()
+        for child in self._spawned:
+            child.close()
+        self._spawned = []
+
+    def lose(self) -> None:
+        """In a forked child: the kernel is the parent's."""
+        self._control = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.shutdown(1.0)
+
+    def __repr__(self) -> str:
+        state = "ended" if self._child.exitcode is not None else "serving"
+        return f"<KernelHandle of pid {self.pid}, {state} at {self.path!r}>"
+
+
+_handles: weakref.WeakSet[KernelHandle] = weakref.WeakSet()
+
+
+def _shutdown_all() -> None:
+    for handle in list(_handles):
+        with contextlib.suppress(Exception):
+            handle.shutdown(GRACE)
+
+
+atexit.register(_shutdown_all)
+
+
+def boot(
+    *,
+    syscalls: Iterable[Callable[..., Any]] = (),
+    memory_limit: SupportsIndex | None = None,
+    process_limit: SupportsIndex | None = None,
+    kernel_land: SupportsIndex = KERNEL_LAND.length,
+    path: str | os.PathLike[str] | None = None,
+) -> KernelHandle:
+    """Starts a kernel in a process of its own, and returns once users can connect to it.
+
+    `syscalls`: the handlers, functions of a script, a notebook or a shell included. `memory_limit`,
+    `process_limit`: bytes of frames in all, and for each process. `kernel_land`: bytes of KernelLand.
+    `path`: of its socket, by default in a private directory. It ends with `shutdown`, with the `with`
+    block, or with this process, whatever way that dies.
+
+    InvalidSize, InvalidAddress, InvalidHandle, AccessDenied: an option, as `Kernel` says. TypeError: a
+    syscall that cannot be sent (it is named), or is no function. ValueError: two of the same name.
+    KernelDied: its process ended before it served.
+    """
+    functions = list(syscalls)
+    for name, found in registry(functions).items():
+        interpreter.dumps(found.function, f"the syscall {name!r}")
+    options: dict[str, Any] = {
+        "syscalls": functions,
+        "memory_limit": memory_limit,
+        "process_limit": process_limit,
+        "kernel_land": kernel_land,
+        "path": None if path is None else os.path.abspath(os.fspath(path)),
+    }
+    child = Child(_kernel_main, options)
+    try:
+        data = child.read_report(START_TIMEOUT)
+        if not data:
+            raise KernelDied("", why=f"the kernel's process ended before it served (exit code {child.wait(GRACE)})")
+        said = pickle.loads(data)
+        if isinstance(said, BaseException):
+            raise said
+    except BaseException:
+        child.close()
+        raise
+    return KernelHandle(child, said)
+
+
+_ambient: KernelHandle | None = None
+_ambient_lock = threading.Lock()
+
+
+def connect(path: str | os.PathLike[str] | None = None) -> Process:
+    """This process as a user of the kernel at `path`.
+
+    Without a path: of the one that $REALMAP_KERNEL names, or else of a kernel of this process tree's
+    own, booted now; children find it by the same variable. It ends with this process.
+
+    KernelDied: no kernel listens there. AccessDenied: it is another user's. VersionMismatch: it is of
+    another version. InvalidHandle: the path is no socket of a kernel.
+    """
+    global _ambient
+    if path is not None:
+        return Process(os.fspath(path))
+    with _ambient_lock:
+        known = os.environ.get(VARIABLE)
+        if known and not (_ambient is not None and _ambient.path == known and _ambient._child.exitcode is not None):
+            return Process(known)
+        _ambient = boot()
+        os.environ[VARIABLE] = _ambient.path
+        return _ambient.connect()

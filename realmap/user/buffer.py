@@ -1,0 +1,128 @@
+"""`Buffer`: bytes in this process's UserLand, with frames that the kernel can mirror."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
+
+from realmap import _host
+from realmap.errors import InvalidAddress, InvalidSize, KernelDied, ProcessKilled
+from realmap.host import translate
+from realmap.memory.byte_access import ByteAccess
+from realmap.pages import usize
+from realmap.rights import MappingAccessRights, k_w
+from realmap.wire import messages
+
+if TYPE_CHECKING:
+    from realmap.user.process import Process
+
+
+class UserWindow(_host.Window):
+    """The whole mapping that a buffer and its slices are parts of. Collected: it is unmapped, and the kernel told."""
+
+    __slots__ = ("__weakref__", "process", "rights")
+
+    process: Process
+    rights: MappingAccessRights
+
+    def unmap(self) -> None:
+        """Unmaps it, then tells the kernel. BufferError: a view lives. Where the kernel is gone, that is all."""
+        try:
+            mapped = self._unmap()
+        except OSError as error:
+            raise translate.window_error(error, self._base, self._span, self._prot) from None
+        if mapped:
+            client = self.process.client
+            with contextlib.suppress(KernelDied, ProcessKilled):
+                client.request(messages.Unmap(client.next_id(), self._base, self._span))
+
+    def __del__(self) -> None:
+        # In a forked child the mapping is the child's own copy; the parent's books are not its business.
+        if not self.alive:
+            return
+        with contextlib.suppress(Exception):
+            if self._unmap() and self.process.pid == os.getpid():
+                self.process.client.notice(messages.Unmap(0, self._base, self._span))
+
+
+class Buffer(_host.View, ByteAccess):
+    """`len()` bytes at `address`, mapped in this process, shared with nobody until they are passed to a syscall.
+
+    Works as a bytearray does (`b[3]`, `b[3:7] = b"four"`), and exports its bytes (`memoryview(b)`,
+    `numpy.asarray(b)`). The frames behind it are whole pages; the length is as it was asked for. It
+    is unmapped by `unmap()`, at the end of a `with` block, when its process closes, or when it and
+    all its slices and views are collected. Once unmapped, every use raises BufferError.
+    """
+
+    __slots__ = ("__weakref__", "process", "rights")
+
+    process: Process
+    rights: MappingAccessRights
+
+    @classmethod
+    def part(cls, window: UserWindow, address: int, length: int) -> Self:
+        """`length` bytes at `address` of a window."""
+        self = cls._over((window,), address, length, int(bool(window.rights & k_w)))
+        self.process = window.process
+        self.rights = window.rights
+        return self
+
+    @property
+    def _window(self) -> UserWindow:
+        window = self._windows[0]
+        assert isinstance(window, UserWindow)
+        return window
+
+    def slice(self, offset: SupportsIndex, length: SupportsIndex) -> Buffer:
+        """A buffer of `length` bytes from byte `offset` on, on the same mapping: no copy.
+
+        InvalidSize: it has no bytes, is negative, or reaches beyond this buffer. TypeError: no integers.
+        InvalidAddress: the buffer is unmapped.
+        """
+        start, size = usize(offset, "offset"), usize(length, "length")
+        if not size or start + size > len(self):
+            raise InvalidSize(size, why=f"offset {start} + length {size} is no part of a buffer of {len(self)} bytes")
+        self.check()
+        return Buffer.part(self._window, self.address + start, size)
+
+    def check(self) -> None:
+        """InvalidAddress: it is unmapped."""
+        if not self.alive:
+            raise InvalidAddress(self.address, why="the buffer is unmapped")
+
+    def unmap(self) -> None:
+        """Unmaps the whole mapping, also under its slices, and gives back its frames. Again: nothing.
+
+        BufferError: a memoryview, a numpy array or the like of it still lives (nothing is unmapped).
+        A syscall that is at work on it keeps the frames until its handler ends.
+        """
+        self._window.unmap()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unmap()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Buffer cannot be pickled: pass bytes(buffer), or pass the buffer to a syscall")
+
+    def __repr__(self) -> str:
+        return f"<Buffer {self.address:#x}, {len(self)} bytes, {self.rights}{'' if self.alive else ', unmapped'}>"
+
+
+def encode_buffer(process: Process, value: Any) -> Any:
+    """How a value that MessagePack does not know travels among the arguments of a call.
+
+    InvalidAddress: a buffer that is unmapped, or of another `Process`. TypeError: it cannot travel.
+    """
+    if isinstance(value, Buffer):
+        value.check()
+        if value.process is not process:
+            raise InvalidAddress(value.address, why="the buffer belongs to another Process, not to the one that calls")
+        return messages.buffer_ext(value.address, len(value))
+    raise TypeError(
+        f"a {type(value).__name__} cannot be an argument of a syscall: numbers, text, bytes, lists, dicts, None and "
+        "buffers of this Process can"
+    )

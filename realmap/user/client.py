@@ -1,0 +1,381 @@
+"""The connection of a user process to its kernel. May be used from many threads.
+
+There is no thread of its own: of those that wait for an answer, one reads the socket and hands
+the others theirs (it leads); when it has its own, the next one leads.
+
+An answer can be given up (a timeout, Ctrl-C). Its request stays known until the kernel has
+answered: what it sent along is held until then, and what the answer brings is given back.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from threading import Event, Lock
+from typing import Any
+
+import msgspec
+
+from realmap.errors import (
+    AccessDenied,
+    InvalidHandle,
+    KernelDied,
+    KernelError,
+    ProcessKilled,
+    SyscallTimeout,
+    VersionMismatch,
+)
+from realmap.host import forks, procfs
+from realmap.wire import channel, messages
+from realmap.wire.messages import PROTOCOL, VERSION
+
+#: A wait looks at signals at least this often, in milliseconds: one that comes right before a
+#: system call blocks would not be seen by Python before the call returns.
+SLICE = 50
+
+Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+
+
+class Pending:
+    """A request on its way: its answer when it is there, and what happens to an answer that comes too late."""
+
+    __slots__ = ("abandoned", "descriptors", "event", "holds", "late", "reply")
+
+    def __init__(self, holds: object, late: Callable[[Any], None] | None) -> None:
+        self.reply: messages.Done | messages.Failed | None = None
+        self.descriptors: list[int] = []
+        self.event: Event | None = None
+        self.abandoned = False
+        self.holds = holds
+        self.late = late
+
+
+class Client:
+    """A connection, from its handshake to its end. `number` is this process's name in the kernel's books."""
+
+    def __init__(self, path: str, *, control: bool = False, encoder: msgspec.msgpack.Encoder | None = None) -> None:
+        """Connects and introduces itself.
+
+        KernelDied: no kernel listens at `path`. VersionMismatch: it is of another version.
+        AccessDenied: it does not let this process in. InvalidHandle: `path` is no socket of a kernel.
+        """
+        self.path = path
+        self.pid = os.getpid()
+        self._encoder = encoder or msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(messages.Reply)
+        self._ids = itertools.count(1)
+        self._pending: dict[int, Pending] = {}
+        self._inbox: deque[Received] = deque()
+        self._assembler = channel.Assembler()
+        self._reading = Lock()
+        self._sending = Lock()
+        self._state = Lock()
+        self._notices: deque[bytes] = deque()
+        self._error: KernelError | None = None
+        self._sock = self._connect(path)
+        self._poll = select.poll()
+        self._poll.register(self._sock, select.POLLIN)
+        try:
+            self.number, self.kernel_pid = self._introduce(control)
+        except BaseException:
+            self._sock.close()
+            raise
+        forks.lose_in_child(self)
+
+    @staticmethod
+    def _connect(path: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
+                raise KernelDied(
+                    path,
+                    why=f"no kernel listens at {path!r}; start one with realmap.boot(), or: realmap kernel --path {path}",
+                ) from None
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise AccessDenied(why=f"the socket {path!r} is not open to this user") from None
+            raise InvalidHandle(path, why=f"{path!r} is no socket of a kernel: {error}") from None
+        except ValueError as error:
+            sock.close()
+            raise InvalidHandle(path, why=f"{path!r} is no socket path: {error}") from None
+        return sock
+
+    def _introduce(self, control: bool) -> tuple[int, int]:
+        hello = messages.Hello(PROTOCOL, VERSION, self.pid, procfs.start_time(self.pid), control)
+        self._send(self._encoder.encode(hello), None)
+        data: bytes | None = None
+        while data is None:
+            if self._poll.poll(SLICE):
+                try:
+                    data = self._sock.recv(channel.DATAGRAM)
+                except ConnectionError:
+                    data = b""
+        try:
+            answer = msgspec.msgpack.decode(data[1:], type=messages.Welcome | messages.Refused)
+        except msgspec.MsgspecError:
+            if not data:
+                raise KernelDied(
+                    self.path, why=f"the kernel at {self.path!r} ended while this process connected"
+                ) from None
+            raise VersionMismatch(
+                VERSION, "unknown", why=f"what answers at {self.path!r} does not speak as we do"
+            ) from None
+        if isinstance(answer, messages.Refused):
+            raise messages.exception_of(answer.error)
+        return answer.process, answer.kernel
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def next_id(self) -> int:
+        """A number for a request."""
+        return next(self._ids)
+
+    def request(
+        self,
+        message: Any,
+        *,
+        timeout: float | None = None,
+        name: str = "",
+        holds: object = None,
+        late: Callable[[Any], None] | None = None,
+    ) -> tuple[Any, list[int]]:
+        """Sends a request, and waits for its answer: (value, descriptors, which are the caller's).
+
+        `holds` is kept until the kernel has answered, `late` is called with the value of an answer
+        that nobody waits for any more. SyscallTimeout: no answer (to the syscall `name`) within
+        `timeout` seconds. KernelDied, ProcessKilled: there will be none. Else the kernel's own error.
+        """
+        self.check()
+        number = message.id
+        data = self._encoder.encode(message)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pending = self._pending[number] = Pending(holds, late)
+        try:
+            self._send(data, deadline)
+            self._wait(pending, deadline)
+        except TimeoutError:
+            self._give_up(number, pending)
+            raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
+        except BaseException:
+            self._give_up(number, pending)
+            raise
+        del self._pending[number]
+        reply = pending.reply
+        if isinstance(reply, messages.Done):
+            return reply.value, pending.descriptors
+        assert reply is not None
+        raise messages.exception_of(reply.error)
+
+    def notice(self, message: Any) -> None:
+        """Sends a request that wants no answer; later if it cannot be sent now. Safe in a destructor: never waits."""
+        if self._error is None and self.pid == os.getpid():
+            self._notices.append(channel.datagrams(self._encoder.encode(message))[0])
+            self._flush_notices()
+
+    def _flush_notices(self) -> None:
+        while self._notices:
+            try:
+                datagram = self._notices.popleft()
+            except IndexError:
+                return
+            try:
+                channel.send_one(self._sock, datagram, flags=socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._notices.appendleft(datagram)
+                return
+            except OSError:
+                return  # the kernel is gone, and with it what this was about
+
+    def check(self) -> None:
+        """InvalidHandle: this is a forked child. KernelDied, ProcessKilled: the connection has ended."""
+        if self.pid != os.getpid():
+            raise InvalidHandle(
+                None,
+                why=f"this connection belongs to process {self.pid}; a forked child needs its own: "
+                f"realmap.connect({self.path!r})",
+            )
+        if self._error is not None:
+            raise self._ended()
+
+    def _ended(self) -> KernelError:
+        assert self._error is not None
+        return type(self._error)(*self._error.facts().values(), why=self._error.why)
+
+    def _give_up(self, number: int, pending: Pending) -> None:
+        """Nobody waits for this answer any more. Where it has come already, or never will, that is all."""
+        with self._state:
+            pending.abandoned = True
+            over = pending.reply is not None or self._error is not None
+        if over:
+            self._dispose(number, pending)
+
+    def _dispose(self, number: int, pending: Pending) -> None:
+        """Gives back what an abandoned answer brought."""
+        self._pending.pop(number, None)
+        descriptors, pending.descriptors = pending.descriptors, []
+        channel.close_all(descriptors)
+        if pending.late is not None and isinstance(pending.reply, messages.Done):
+            pending.late(pending.reply.value)
+
+    # ---- sending ----------------------------------------------------------------------------
+
+    def _send(self, message: bytes, deadline: float | None) -> None:
+        if self._notices:
+            self._flush_notices()
+        parts = channel.datagrams(message)
+        if len(parts) == 1:
+            self._send_part(parts[0], deadline)
+            return
+        with self._sending:  # the parts of one message must not mix with those of another
+            for part in parts:
+                self._send_part(part, deadline)
+
+    def _send_part(self, datagram: bytes, deadline: float | None) -> None:
+        while True:
+            try:
+                channel.send_one(self._sock, datagram, flags=socket.MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                # The kernel may be waiting for us to read: so read while waiting to send.
+                poll = select.poll()
+                poll.register(self._sock, select.POLLOUT | select.POLLIN)
+                poll.poll(self._slice(deadline))
+                if self._reading.acquire(blocking=False):
+                    try:
+                        self._receive(0)
+                    finally:
+                        self._reading.release()
+            except OSError as error:
+                raise self._lost(error) from None
+
+    @staticmethod
+    def _slice(deadline: float | None) -> float:
+        if deadline is None:
+            return SLICE
+        left = (deadline - time.monotonic()) * 1000
+        if left <= 0:
+            raise TimeoutError
+        return min(SLICE, left)
+
+    # ---- receiving --------------------------------------------------------------------------
+
+    def _wait(self, pending: Pending, deadline: float | None) -> None:
+        while pending.reply is None:
+            if self._reading.acquire(blocking=False):
+                try:
+                    while pending.reply is None:
+                        if self._error is not None:
+                            raise self._ended()
+                        self._receive(self._slice(deadline))
+                finally:
+                    self._reading.release()
+                    self._pass_on()
+            elif pending.event is None:
+                pending.event = Event()  # seen by the leader from now on: so try to lead once more
+            else:
+                pending.event.wait(self._slice(deadline) / 1000)
+                pending.event.clear()
+
+    def _pass_on(self) -> None:
+        """Lets the next one lead."""
+        for other in list(self._pending.values()):
+            if other.reply is None and other.event is not None:
+                other.event.set()
+                return
+
+    def _receive(self, milliseconds: float) -> None:
+        """Takes what is there, at most one datagram, and hands it on. Only who holds `_reading`."""
+        if not self._poll.poll(milliseconds):
+            return
+        try:
+            # In one call of C: a KeyboardInterrupt cannot come between taking it and keeping it.
+            self._inbox.extend(
+                map(
+                    self._sock.recvmsg,
+                    (channel.DATAGRAM,),
+                    (channel.ANCILLARY,),
+                    (socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,),
+                )
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            self._inbox.append((b"", [], 0, None))
+        while self._inbox:
+            self._dispatch(self._inbox[0])  # handing it on twice does no harm, losing it does
+            self._inbox.popleft()
+
+    def _dispatch(self, received: Received) -> None:
+        data, ancillary, _, _ = received
+        if not data:
+            self._end(KernelDied(self.path, why=f"the kernel at {self.path!r} has died"))
+            return
+        try:
+            message = self._assembler.feed(data)
+            reply = self._decoder.decode(message) if message is not None else None
+        except (channel.NotAMessage, msgspec.MsgspecError) as error:
+            self._end(VersionMismatch(VERSION, "unknown", why=f"the kernel said what is no message: {error}"))
+            return
+        if reply is None:
+            return
+        if isinstance(reply, messages.Bye):
+            self._end(messages.exception_of(reply.error))
+            return
+        pending = self._pending.get(reply.id)
+        # Every answer has its request: where it has not, or has one already, this is the second
+        # time that we see it, after an interrupt. Its descriptors are somebody's already.
+        if pending is None or pending.reply is not None:
+            return
+        pending.descriptors = channel.descriptors_in(ancillary)
+        with self._state:
+            pending.reply = reply
+            abandoned = pending.abandoned
+        if abandoned:
+            self._dispose(reply.id, pending)
+        elif pending.event is not None:
+            pending.event.set()
+
+    def _end(self, error: KernelError) -> None:
+        """The connection is over: whoever waits, and whoever calls later, gets `error`."""
+        if self._error is None:
+            self._error = error
+        for pending in list(self._pending.values()):
+            if pending.event is not None:
+                pending.event.set()
+        self._pending.clear()
+
+    def _lost(self, error: OSError) -> KernelError:
+        """Sending failed: the kernel may have said why before it closed."""
+        if self._error is None and self._reading.acquire(timeout=SLICE / 1000):
+            try:
+                while self._error is None and self._poll.poll(0):
+                    self._receive(0)
+            finally:
+                self._reading.release()
+        if self._error is None:
+            self._end(KernelDied(self.path, why=f"the kernel at {self.path!r} has died ({error.strerror})"))
+        return self._ended()
+
+    # ---- the end ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends the connection. Again: nothing."""
+        self._end(ProcessKilled(self.pid, why="this Process was closed"))
+        self._sock.close()
+
+    def lose(self) -> None:
+        """In a forked child: the parent's socket is not held open (`check` says the rest)."""
+        self._sock.close()
+
+    def __del__(self) -> None:
+        sock = getattr(self, "_sock", None)
+        if sock is not None:
+            sock.close()

@@ -1,0 +1,222 @@
+"""`Process`: this process as a user of a kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, Self, SupportsIndex
+
+import msgspec
+
+from realmap.errors import InvalidSize, KernelError, VirtualMemoryExhaustion
+from realmap.host import procfs, translate
+from realmap.host.segment import checked_name
+from realmap.memory.frames import Piece, whole_pages
+from realmap.memory.lands import USER_LAND, require_address_space
+from realmap.memory.userspace_ptr import register_window
+from realmap.pages import address_of, align_up, usize
+from realmap.rights import MappingAccessRights, MemoryType, prot_of, rights_of, type_of, u_rw
+from realmap.user.buffer import Buffer, UserWindow, encode_buffer
+from realmap.user.client import Client
+from realmap.wire import channel, messages
+from realmap.wire.messages import MemoryInfo
+
+
+class Process:
+    """A user process: memory in UserLand, and syscalls. May be used from many threads. A context manager.
+
+    In a forked child every use is an InvalidHandle: the child connects anew.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Connects to the kernel at `path` (its socket). Errors as `realmap.connect`."""
+        require_address_space()
+        self.client = Client(path, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
+        self._windows: weakref.WeakSet[UserWindow] = weakref.WeakSet()
+
+    @property
+    def pid(self) -> int:
+        """This process's pid."""
+        return self.client.pid
+
+    @property
+    def path(self) -> str:
+        """The path of the kernel's socket."""
+        return self.client.path
+
+    # ---- memory -----------------------------------------------------------------------------
+
+    def map(
+        self,
+        length: SupportsIndex,
+        *,
+        type: MemoryType = MemoryType.HEAP,
+        rights: MappingAccessRights = u_rw,
+        fragment: SupportsIndex | None = None,
+        name: str | None = None,
+        commit: bool = True,
+    ) -> Buffer:
+        """Memory of `length` bytes, zeroed, in whole pages of its own.
+
+        `fragment`: bytes a segment, whole pages (by default one segment); the buffer is contiguous
+        all the same. `name`: other programs can open the segment by it (`shm_open`). `commit=False`:
+        space is taken at first touch only, and a full /dev/shm is a SIGBUS then.
+
+        InvalidSize: the length is zero, negative or overflows; the fragment is no whole pages, or goes
+        with a name. InvalidMemState: a type without frames. AccessDenied: rights that no process has
+        (k_...), or executable ones where /dev/shm is noexec. InvalidRights: none, or no combination.
+        InvalidHandle: the name is unusable, or taken. PhysicalMemoryExhaustion: /dev/shm, a limit, or
+        the descriptors do not allow it. VirtualMemoryExhaustion: no space in UserLand, or Linux's limit
+        of mappings. TypeError: an argument of the wrong kind. KernelDied, ProcessKilled: no kernel.
+        """
+        size = usize(length, "length")
+        if not size:
+            raise InvalidSize(0, why="a buffer has at least one byte")
+        if align_up(size) > USER_LAND.length:
+            raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
+        kind, allowed = type_of(type), rights_of(rights)
+        step = None if fragment is None else whole_pages(fragment, "fragment")
+        client = self.client
+        request = messages.Map(
+            client.next_id(),
+            size,
+            int(kind),
+            int(allowed),
+            step,
+            None if name is None else checked_name(name),
+            bool(commit),
+        )
+        value, descriptors = client.request(request, name="map", late=self._unmap_late)
+        address, span, count = value
+        try:
+            window = self._map_window(address, span, count, step or span, descriptors, allowed)
+        finally:
+            channel.close_all(descriptors)
+        return Buffer.part(window, window._base, size)
+
+    def _unmap_late(self, value: Any) -> None:
+        """An answer to `map` that nobody waited for: the kernel takes the mapping back."""
+        self.client.notice(messages.Unmap(0, value[0], value[1]))
+
+    def _map_window(
+        self, address: int, span: int, count: int, step: int, descriptors: list[int], rights: MappingAccessRights
+    ) -> UserWindow:
+        """Maps the segments at `address`, or where the kernel moves them if that is taken; all or nothing."""
+        prot = prot_of(rights)
+        try:
+            while True:
+                try:
+                    window = self._map_segments(address, span, count, step, descriptors, prot)
+                    break
+                except OSError as error:
+                    if error.errno != errno.EEXIST or isinstance(error, KernelError):
+                        raise
+                    start, end = procfs.obstacle(address, span)
+                    request = messages.Move(self.client.next_id(), address, start, end)
+                    address = self.client.request(request)[0]
+        except BaseException as error:
+            with suppress(KernelError):
+                self.client.request(messages.Unmap(self.client.next_id(), address, span))
+            if isinstance(error, OSError) and not isinstance(error, KernelError):
+                raise translate.window_error(error, address, span, prot) from None
+            raise
+        window.process = self
+        window.rights = rights
+        self._windows.add(window)
+        register_window(window)
+        return window
+
+    def _map_segments(
+        self, address: int, span: int, count: int, step: int, descriptors: list[int], prot: int
+    ) -> UserWindow:
+        def pieces(first: int, fds: list[int]) -> Iterator[Piece]:
+            for index, fd in enumerate(fds, first):
+                yield fd, 0, min(step, span - index * step)
+
+        if not count:  # private memory: no frames to share
+            return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
+        expected = min(count, messages.MAX_DESCRIPTORS)
+        _require_all(descriptors, expected, span)
+        first = min(span, step * expected)
+        window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
+        mapped = len(descriptors)
+        while mapped < count:
+            request = messages.More(self.client.next_id(), address, mapped)
+            _, more = self.client.request(request)
+            try:
+                _require_all(more, min(count - mapped, messages.MAX_DESCRIPTORS), span)
+                window._extend(pieces(mapped, more))
+            finally:
+                channel.close_all(more)
+            mapped += len(more)
+        return window
+
+    def query(self, address: SupportsIndex) -> MemoryInfo:
+        """What is at `address` of this process: the mapping, or the hole (type UNMAPPED), that it lies in.
+
+        InvalidAddress: outside of UserLand, or negative. TypeError: no integer.
+        """
+        number = address_of(address)
+        value, _ = self.client.request(messages.Query(self.client.next_id(), number))
+        return msgspec.convert(value, MemoryInfo)
+
+    # ---- syscalls ---------------------------------------------------------------------------
+
+    def call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+        """Calls the syscall `name` in the kernel, and returns what it returns.
+
+        Arguments are plain values (numbers, text, bytes, lists, dicts, None) and buffers of this
+        process, which travel as address and length. `timeout` in seconds: a call given up, by a
+        timeout or Ctrl-C, goes on in the kernel, and its buffers are held until its handler ends.
+
+        UnknownSyscall: the kernel has none of this name. SyscallFailed: the handler raised (its type,
+        text and traceback are in the error); a KernelError it raised comes as itself. SyscallTimeout:
+        no answer in time. InvalidAddress: a buffer that is unmapped, or of another Process. InvalidSize:
+        arguments beyond 16 MiB in all. TypeError: an argument that cannot travel. KernelDied,
+        ProcessKilled: no kernel.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
+        client = self.client
+        try:
+            return client.request(
+                messages.Call(client.next_id(), name, list(args)), timeout=timeout, name=name, holds=args
+            )[0]
+        except OverflowError:
+            raise TypeError("an integer beyond 64 bits cannot travel; send it as text or bytes") from None
+
+    # ---- the end ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leaves the kernel: every buffer is unmapped, its frames given back. Again: nothing.
+
+        A buffer of which a view still lives stays mapped until that view is gone; its bytes stay valid.
+        """
+        for window in list(self._windows):
+            with suppress(BufferError, OSError):
+                window._unmap()
+        self.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Process is this process's own connection and cannot be pickled; connect anew there")
+
+    def __repr__(self) -> str:
+        return f"<Process {self.client.number} (pid {self.pid}) of the kernel at {self.path!r}>"
+
+
+def _require_all(descriptors: list[int], expected: int, span: int) -> None:
+    # Linux delivers what it has room for, and cuts off the rest.
+    if len(descriptors) < expected:
+        raise translate.frames_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), span)
