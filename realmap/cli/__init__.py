@@ -1,0 +1,34 @@
+"""The command `realmap`: thin, over what the library does; each command has a module of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from realmap import __version__
+from realmap.cli.demo import demo
+from realmap.cli.kernel import kernel
+from realmap.errors import KernelError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def command() -> None:
+    """Cross-process mapping with real processes, real pages and a kernel that mirrors them."""
+
+
+command.add_command(demo)
+command.add_command(kernel)
+
+
+def main() -> None:
+    """Runs the command; an error of ours is one line on stderr, and exit status 1."""
+    try:
+        command()
+    except (KernelError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not isinstance(error, KernelError):
+            sys.stderr.close()  # nobody reads our output any more: no traceback about it at exit
+            sys.exit(1)
+        click.echo(f"realmap: {error}", err=True)
+        sys.exit(1)

@@ -8,6 +8,7 @@ from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, Invali
 from realmap.memory.cross_process import CrossProcessMapping, Part
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
+from realmap.memory.mapping import Mapping
 from realmap.memory.userspace_ptr import UserspacePtr
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, k_r, k_rw, k_w, rights_of
@@ -57,6 +58,11 @@ class UserBuffer:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def mappings(self) -> tuple[Mapping, ...]:
+        """The mappings it lies in, in order of address: one, or several without a gap."""
+        return tuple(mapping for mapping, _, _ in self._live())
 
     @property
     def rights(self) -> MappingAccessRights:
@@ -167,8 +173,7 @@ class UserBuffer:
         return f"<UserBuffer {self.address:#x}, {self._length} bytes>"
 
 
-def _frames_of(mapping: object) -> SharedFrames:
-    frames = mapping.frames  # type: ignore[attr-defined]
-    if not isinstance(frames, SharedFrames):
-        raise InvalidMemState(mapping.address, mapping.type, why="it has no shared frames")  # type: ignore[attr-defined]
-    return frames
+def _frames_of(mapping: Mapping) -> SharedFrames:
+    if not isinstance(mapping.frames, SharedFrames):
+        raise InvalidMemState(mapping.address, mapping.type, why="it has no shared frames")
+    return mapping.frames

@@ -1,0 +1,1 @@
+"""The experiments that ship: what `realmap demo` runs."""

@@ -1,0 +1,5 @@
+"""`python -m realmap`: the same as the command."""
+
+from realmap.cli import main
+
+main()
