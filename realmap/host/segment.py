@@ -8,6 +8,7 @@ next kernel sweeps it (host/runtime.py).
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 from collections.abc import Callable
@@ -80,9 +81,11 @@ class Segment:
         try:
             made = posix_ipc.SharedMemory("/" + own, posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.PermissionsError:
-            raise frames_error(PermissionError(13, "permission denied"), length) from None
+            raise frames_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), length) from None
         except OSError as error:
-            raise frames_error(error, length) from None
+            # posix_ipc says EMFILE and ENFILE in words only.
+            number = error.errno or errno.EMFILE
+            raise frames_error(OSError(number, error.strerror or str(error)), length) from None
         self.fd: int = made.fd
         try:
             try:

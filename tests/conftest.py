@@ -1,0 +1,114 @@
+"""What every test shares: small tools, and the check that nothing of a test remains."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+import realmap
+from realmap.host import procfs, runtime
+from realmap.memory import KERNEL_LAND, USER_LAND, FrameAllocator, KernelMemory, Mapping
+
+#: Long tests do this share of their full counts (DESIGN: CI a twentieth; full counts once).
+SCALE = float(os.environ.get("REALMAP_SCALE", "1"))
+#: A bound on every wait, in seconds: far above what a loaded machine takes.
+BOUND = 60.0
+PAGE = realmap.PAGE_SIZE
+
+
+def scaled(count: int) -> int:
+    """The share of a long test's full count that this run does; at least 1."""
+    return max(1, int(count * SCALE))
+
+
+def wait_until(holds: Callable[[], object], what: str = "it") -> None:
+    """Waits for an event, with a bound."""
+    end = time.monotonic() + BOUND
+    while not holds():
+        assert time.monotonic() < end, f"{what} did not happen within {BOUND} s"
+        time.sleep(0.001)
+
+
+def land_maps() -> list[procfs.Map]:
+    """What this process has mapped in the two lands."""
+    return procfs.maps("self", USER_LAND.start, KERNEL_LAND.end)
+
+
+def left_names() -> list[str]:
+    """Names of ours in /dev/shm."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
+
+
+def remains() -> dict[str, object]:
+    """What a test could leave behind."""
+    me = psutil.Process()
+    return {
+        "descriptors": me.num_fds(),
+        "maps": land_maps(),
+        "children": {child.pid for child in me.children(recursive=True)},
+        "names": left_names(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains() -> Iterator[None]:
+    """Segments, descriptors, maps and processes after a test are those before it."""
+    gc.collect()
+    before = remains()
+    yield
+    gc.collect()
+    end = time.monotonic() + 10
+    while (after := remains()) != before and time.monotonic() < end:
+        time.sleep(0.01)  # a daemon thread may be closing what it holds
+        gc.collect()
+    assert after == before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Sockets of the tests lie in a directory of their own."""
+    folder = tmp_path_factory.mktemp("run")
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    yield
+    if before is None:
+        del os.environ["XDG_RUNTIME_DIR"]
+    else:
+        os.environ["XDG_RUNTIME_DIR"] = before
+
+
+@pytest.fixture
+def frames() -> FrameAllocator:
+    """An allocator without a limit."""
+    return FrameAllocator()
+
+
+@pytest.fixture
+def kernel_memory() -> KernelMemory:
+    """All of KernelLand, in this process."""
+    return KernelMemory()
+
+
+@pytest.fixture
+def make_mapping(frames: FrameAllocator) -> Iterator[Callable[..., Mapping]]:
+    """Mappings of fresh shared frames: length, fragment=None, phys_offset=0, extra frames in bytes behind it."""
+    made: list[Mapping] = []
+
+    def make(
+        length: int, fragment: int | None = None, phys_offset: int = 0, extra: int = 0, rights: int = realmap.u_rw
+    ) -> Mapping:
+        shared = frames.allocate(phys_offset + length + extra, fragment)
+        address = USER_LAND.start + (len(made) << 36)
+        made.append(Mapping(address, shared, phys_offset, length, realmap.MemoryType.HEAP, rights))
+        return made[-1]
+
+    yield make
+    for mapping in made:
+        mapping.release()
+    assert frames.used == 0
+    assert frames.segments == 0

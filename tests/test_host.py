@@ -1,0 +1,248 @@
+"""What is asked of Linux: segments, names, sweeping, liveness, /proc."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import posix_ipc
+import pytest
+from conftest import PAGE, left_names
+
+from realmap.errors import AccessDenied, InvalidHandle, PhysicalMemoryExhaustion, ProcessKilled
+from realmap.host import liveness, procfs, room, runtime, segment, translate
+from realmap.host.segment import Segment
+
+# ---- segments -----------------------------------------------------------------------------
+
+
+def test_a_segment_has_no_name_and_all_its_space() -> None:
+    made = Segment(3 * PAGE)
+    status = os.fstat(made.fd)
+    assert (status.st_size, status.st_blocks * 512, status.st_ino) == (3 * PAGE, 3 * PAGE, made.inode)
+    assert left_names() == []
+    assert os.pread(made.fd, 3 * PAGE, 0) == bytes(3 * PAGE)
+    assert not os.get_inheritable(made.fd)
+    made.close()
+    made.close()
+
+
+def test_without_commit_no_space_is_taken() -> None:
+    made = Segment(64 * PAGE, commit=False)
+    assert (os.fstat(made.fd).st_size, os.fstat(made.fd).st_blocks) == (64 * PAGE, 0)
+    made.close()
+
+
+def test_a_named_segment_can_be_opened_by_name_until_it_is_closed() -> None:
+    name = f"test-{os.getpid()}"
+    made = Segment(PAGE, name=name)
+    other = posix_ipc.SharedMemory("/" + name)
+    assert os.fstat(other.fd).st_ino == made.inode
+    with pytest.raises(InvalidHandle, match="exists already"):
+        Segment(PAGE, name=name)
+    os.close(other.fd)
+    made.close()
+    assert not os.path.exists(f"/dev/shm/{name}")
+    assert list((runtime.directory() / "names").glob("*")) == []
+
+
+def test_a_later_segment_of_the_same_name_is_not_unlinked() -> None:
+    name = f"test-{os.getpid()}"
+    made = Segment(PAGE, name=name)
+    os.unlink(f"/dev/shm/{name}")
+    later = posix_ipc.SharedMemory("/" + name, posix_ipc.O_CREX)
+    made.close()
+    assert os.path.exists(f"/dev/shm/{name}")
+    os.close(later.fd)
+    later.unlink()
+
+
+@pytest.mark.parametrize("name", ["", "/", "a/b", "..", ".", "x" * 255, "a\0b", "realmap.x"])
+def test_unusable_names(name: str) -> None:
+    with pytest.raises(InvalidHandle):
+        segment.checked_name(name)
+
+
+def test_a_name_is_a_str() -> None:
+    with pytest.raises(TypeError, match="int"):
+        segment.checked_name(3)
+    assert segment.checked_name("/frames") == "frames"
+
+
+def test_more_than_there_is_is_refused_before_it_is_taken() -> None:
+    before = os.statvfs("/dev/shm").f_bavail
+    for length in (1 << 40, 1 << 62):
+        with pytest.raises(PhysicalMemoryExhaustion, match="/dev/shm") as caught:
+            Segment(length)
+        assert caught.value.size == length
+    assert os.statvfs("/dev/shm").f_bavail == before
+
+
+def test_memory_is_asked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < room.memory_left() < 1 << 50
+    monkeypatch.setattr(room, "memory_left", lambda: 10 * PAGE)
+    monkeypatch.setattr(room, "_allowance", 0)
+    Segment(10 * PAGE).close()
+    with pytest.raises(PhysicalMemoryExhaustion):
+        Segment(11 * PAGE)
+
+
+def test_no_descriptors_left() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/dev/null", os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(PhysicalMemoryExhaustion, match="descriptors"):
+            Segment(PAGE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_cancelled_one_leaves_nothing() -> None:
+    with pytest.raises(ProcessKilled):
+        Segment(3 * segment.STEP, cancelled=lambda: True)
+
+
+def test_a_read_only_descriptor_cannot_be_mapped_writable() -> None:
+    made = Segment(PAGE)
+    fd = made.open_read_only()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(fd, b"x", 0)
+    os.close(fd)
+    made.close()
+
+
+# ---- what the dead leave ------------------------------------------------------------------
+
+
+def dead_stamp() -> str:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    start = procfs.start_time(child.pid)
+    child.wait()
+    return f"{procfs.pid_namespace()}.{child.pid}.{start}"
+
+
+def test_sweeping_takes_what_the_dead_left_and_nothing_else() -> None:
+    folder = runtime.directory()
+    dead, alive = dead_stamp(), runtime.stamp()
+    for stamp in (dead, alive):
+        shm = posix_ipc.SharedMemory(f"/{runtime.SEGMENT_PREFIX}{stamp}.0", posix_ipc.O_CREX)
+        os.close(shm.fd)
+    (folder / f"{dead}.0.sock.lock").touch()
+    (folder / f"{dead}.0.sock").touch()  # no socket: not ours to remove
+    held = runtime.SocketLock(str(folder / f"{alive}.9.sock"))
+    named = Segment(PAGE, name=f"mine-{os.getpid()}")
+    orphan = posix_ipc.SharedMemory(f"/orphan-{os.getpid()}", posix_ipc.O_CREX)
+    (folder / "names" / f"orphan-{os.getpid()}").write_text(f"{dead}.{os.fstat(orphan.fd).st_ino}")
+    os.close(orphan.fd)
+
+    gone = runtime.sweep()
+
+    assert f"{runtime.SEGMENT_PREFIX}{dead}.0" in gone
+    assert f"orphan-{os.getpid()}" in gone
+    assert os.path.exists(f"/dev/shm/{runtime.SEGMENT_PREFIX}{alive}.0")
+    assert os.path.exists(f"/dev/shm/mine-{os.getpid()}")
+    assert os.path.exists(held.path + ".lock")
+    os.unlink(f"/dev/shm/{runtime.SEGMENT_PREFIX}{alive}.0")
+    os.unlink(folder / f"{dead}.0.sock")
+    (folder / f"{dead}.0.sock.lock").unlink(missing_ok=True)
+    named.close()
+    held.release()
+    assert runtime.sweep() == []
+
+
+def test_the_directory_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = runtime.directory()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(AccessDenied, match="nobody else"):
+        runtime.directory()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(AccessDenied):
+        runtime.directory()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[str]:
+    yield str(tmp_path / "k.sock")
+
+
+def test_a_path_serves_one_kernel(place: str) -> None:
+    lock = runtime.SocketLock(place)
+    with pytest.raises(InvalidHandle, match="serves"):
+        runtime.SocketLock(place)
+    lock.release()
+    lock.release()
+    runtime.SocketLock(place).release()
+    assert not os.path.exists(place + ".lock")
+
+
+def test_paths_that_will_not_do(place: str) -> None:
+    Path(place).touch()
+    for path, words in [(place, "no socket"), ("/tmp/" + "x" * 103, "longer"), (place + "/k.sock", "directory")]:
+        with pytest.raises(InvalidHandle, match=words):
+            runtime.SocketLock(path)
+    assert not os.path.exists(place + ".lock")
+
+
+# ---- processes ----------------------------------------------------------------------------
+
+
+def test_death_is_seen_by_pidfd() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    pidfd = os.pidfd_open(child.pid)
+    start = procfs.start_time(child.pid)
+    assert not liveness.is_dead(pidfd)
+    assert not liveness.wait_death(pidfd, 0.01)
+    assert liveness.same_process_lives(child.pid, start)
+    assert not liveness.same_process_lives(child.pid, start + 1)
+    child.send_signal(signal.SIGKILL)
+    assert liveness.wait_death(pidfd, 30)
+    child.wait()
+    assert not liveness.same_process_lives(child.pid, start)
+    with pytest.raises(ProcessLookupError):
+        procfs.maps(child.pid)
+    os.close(pidfd)
+
+
+def test_own_start_time_and_maps() -> None:
+    assert procfs.start_time(os.getpid()) == procfs.start_time(os.getpid()) > 0
+    entries = procfs.maps("self")
+    assert any(entry.path == "[stack]" for entry in entries)
+    assert all(low.end <= high.start for low, high in zip(entries, entries[1:], strict=False))
+    assert procfs.address_bits() >= 47
+    assert procfs.obstacle(entries[3].start, 1) == (entries[3].start, entries[3].end)
+    assert procfs.obstacle(0x2345_0000_0000, PAGE) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, PhysicalMemoryExhaustion),
+        (errno.ENOMEM, PhysicalMemoryExhaustion),
+        (errno.EMFILE, PhysicalMemoryExhaustion),
+        (errno.ENFILE, PhysicalMemoryExhaustion),
+        (errno.EFBIG, PhysicalMemoryExhaustion),
+        (errno.EACCES, AccessDenied),
+        (errno.EIO, PhysicalMemoryExhaustion),
+    ],
+)
+def test_errno_becomes_an_error_of_ours(number: int, kind: type[Exception]) -> None:
+    error = translate.frames_error(OSError(number, os.strerror(number)), PAGE)
+    assert type(error) is kind
+    assert len(str(error)) > 20
+
+
+def test_the_mount_of_shm_is_found() -> None:
+    mount, options = translate.shm_mount()
+    assert mount in ("/dev/shm", "/dev", "/")
+    assert options
