@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import weakref
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ from realmap.user.buffer import Buffer, UserWindow, encode_buffer
 from realmap.user.client import Client
 from realmap.wire import channel, messages
 from realmap.wire.messages import MemoryInfo
+
+
+#: How many places for a mapping may turn out to be taken before there is none.
+PLACES = 100
 
 
 class Process:
@@ -107,6 +112,7 @@ class Process:
     ) -> UserWindow:
         """Maps the segments at `address`, or where the kernel moves them if that is taken; all or nothing."""
         prot = prot_of(rights)
+        tries = itertools.count(1)
         try:
             while True:
                 try:
@@ -115,6 +121,10 @@ class Process:
                 except OSError as error:
                     if error.errno != errno.EEXIST or isinstance(error, KernelError):
                         raise
+                    if next(tries) > PLACES:
+                        raise VirtualMemoryExhaustion(
+                            span, why=f"at {PLACES} places in UserLand something else is mapped"
+                        ) from None
                     start, end = procfs.obstacle(address, span)
                     request = messages.Move(self.client.next_id(), address, start, end)
                     address = self.client.request(request)[0]

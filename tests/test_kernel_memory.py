@@ -1,0 +1,222 @@
+"""KernelLand: finding space, obstacles, exhaustion, what is where."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+from conftest import PAGE, land_maps
+
+from realmap import _host
+from realmap.errors import InvalidAddress, InvalidSize, KernelPanic, VirtualMemoryExhaustion
+from realmap.memory import KERNEL_LAND, CrossProcessMapping, KernelMemory, Mapping
+
+Make = Callable[..., Mapping]
+mirror_mapping = CrossProcessMapping.mirror_mapping
+START = KERNEL_LAND.start
+
+
+class Foreign(_host.Window):
+    """Somebody else's map in the land."""
+
+    __slots__ = ()
+
+
+def foreign(page: int, pages: int = 1) -> Foreign:
+    return Foreign._map(START + page * PAGE, pages * PAGE, mmap.PROT_READ, -1, 0, 0, PAGE, 1)
+
+
+def test_the_search_goes_on_from_where_it_ended(make_mapping: Make, kernel_memory: KernelMemory) -> None:
+    mapping = make_mapping(PAGE)
+    seen = []
+    for _ in range(5):
+        with mirror_mapping(mapping, 0, 1, kernel=kernel_memory) as mirror:
+            seen.append(mirror.address)
+    assert seen == [START + 2 * PAGE * index for index in range(5)], "a stale address faults: it is not used again"
+
+
+def test_one_page_stays_free_between_neighbours(make_mapping: Make, kernel_memory: KernelMemory) -> None:
+    mapping = make_mapping(3 * PAGE)
+    first = mirror_mapping(mapping, 0, 3 * PAGE, kernel=kernel_memory)
+    second = mirror_mapping(mapping, 0, 1, kernel=kernel_memory)
+    assert second.address - (first.address + len(first)) == PAGE
+    assert kernel_memory.mapping_state(START + 3 * PAGE).mirror is None
+    first.drop()
+    second.drop()
+
+
+def test_the_last_page_of_the_land_is_used(make_mapping: Make) -> None:
+    small = KernelMemory(KERNEL_LAND.end - 3 * PAGE, 3 * PAGE)
+    mapping = make_mapping(PAGE)
+    with mirror_mapping(mapping, 0, 1, kernel=small), mirror_mapping(mapping, 0, 1, kernel=small) as last:
+        assert last.address == KERNEL_LAND.end - PAGE
+        assert small.mapping_state(last.address).end == KERNEL_LAND.end
+
+
+@pytest.mark.parametrize("pages", [1, 2, 7, 8])
+def test_a_small_land_is_filled_and_emptied(make_mapping: Make, pages: int) -> None:
+    small = KernelMemory(length=pages * PAGE)
+    mapping = make_mapping(PAGE)
+    for _ in range(3):
+        mirrors = []
+        with pytest.raises(VirtualMemoryExhaustion):
+            while True:
+                mirrors.append(mirror_mapping(mapping, 0, 1, kernel=small))
+        assert len(mirrors) == (pages + 1) // 2
+        for mirror in mirrors[::2] + mirrors[1::2]:
+            mirror.drop()
+        assert small.live == 0
+
+
+def test_holes_between_live_mirrors_are_found(make_mapping: Make) -> None:
+    small = KernelMemory(length=16 * PAGE)
+    mapping = make_mapping(4 * PAGE)
+    mirrors = [mirror_mapping(mapping, 0, 1, kernel=small) for _ in range(8)]
+    for index in (3, 4):
+        mirrors[index].drop()
+    with mirror_mapping(mapping, 0, 3 * PAGE, kernel=small) as mirror:
+        assert mirror.address == START + 6 * PAGE
+    for mirror in mirrors:
+        mirror.drop()
+
+
+def test_an_obstacle_is_passed_over_and_never_replaced(make_mapping: Make) -> None:
+    small = KernelMemory(length=8 * PAGE)
+    mapping = make_mapping(3 * PAGE, PAGE)
+    other = foreign(1, 3)
+    with mirror_mapping(mapping, 0, 2 * PAGE, kernel=small) as mirror:
+        assert mirror.address >= START + 4 * PAGE
+    assert other.alive
+    with pytest.raises(VirtualMemoryExhaustion):
+        mirror_mapping(make_mapping(8 * PAGE), 0, 5 * PAGE, kernel=small)
+    assert [entry.start for entry in land_maps()] == [other.address]
+    other._unmap()
+    with mirror_mapping(make_mapping(8 * PAGE), 0, 8 * PAGE, kernel=small) as mirror:
+        assert mirror.address == START, "obstacles are tried once more before space is called exhausted"
+
+
+def test_obstacles_everywhere(make_mapping: Make) -> None:
+    small = KernelMemory(length=4 * PAGE)
+    other = foreign(0, 4)
+    with pytest.raises(VirtualMemoryExhaustion):
+        mirror_mapping(make_mapping(PAGE), 0, 1, kernel=small)
+    assert small.live == 0
+    other._unmap()
+
+
+def test_two_kernels_over_the_same_land_do_not_collide(make_mapping: Make) -> None:
+    one, two = KernelMemory(length=64 * PAGE), KernelMemory(length=64 * PAGE)
+    mapping = make_mapping(PAGE)
+    mirrors = [mirror_mapping(mapping, 0, 1, kernel=kernel) for _ in range(12) for kernel in (one, two)]
+    assert len({mirror.address for mirror in mirrors}) == 24
+    for mirror in mirrors:
+        mirror.drop()
+
+
+def test_find_virtual_space(kernel_memory: KernelMemory) -> None:
+    assert kernel_memory.find_virtual_space(PAGE) == START
+    assert kernel_memory.find_virtual_space(3 * PAGE) == START + 2 * PAGE
+    for bad in (0, 1, PAGE + 1, -PAGE):
+        with pytest.raises(InvalidSize):
+            kernel_memory.find_virtual_space(bad)
+    with pytest.raises(VirtualMemoryExhaustion):
+        kernel_memory.find_virtual_space(KERNEL_LAND.length + PAGE)
+    assert kernel_memory.mapping_state(START) == (START, KERNEL_LAND.end, None), "nothing is taken"
+
+
+def test_unmap_no_dealloc(make_mapping: Make, kernel_memory: KernelMemory) -> None:
+    mapping = make_mapping(3 * PAGE)
+    mirror = mirror_mapping(mapping, PAGE + 3, PAGE, kernel=kernel_memory)
+    base = mirror.address - 3
+    assert kernel_memory.mapping_state(base + 2 * PAGE - 1) == (base, base + 2 * PAGE, mirror)
+    with pytest.raises(InvalidAddress):
+        kernel_memory.unmap_no_dealloc(base + PAGE, PAGE)
+    with pytest.raises(InvalidSize):
+        kernel_memory.unmap_no_dealloc(base, PAGE)
+    with memoryview(mirror), pytest.raises(BufferError):
+        kernel_memory.unmap_no_dealloc(base, 2 * PAGE)
+    kernel_memory.unmap_no_dealloc(base, 2 * PAGE)
+    assert not mirror.alive
+    assert mapping.frames.refcount == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("region", [(START - PAGE, PAGE), (KERNEL_LAND.end, PAGE), (KERNEL_LAND.end - PAGE, 2 * PAGE), (0, 1)])
+def test_a_region_outside_kernelland_is_a_panic(kernel_memory: KernelMemory, region: tuple[int, int]) -> None:
+    with pytest.raises(KernelPanic, match="KernelLand"):
+        kernel_memory.unmap_no_dealloc(*region)
+    if region[1] == PAGE or not region[0]:
+        with pytest.raises(KernelPanic):
+            kernel_memory.mapping_state(region[0])
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "error"),
+    [
+        (START + 1, PAGE, InvalidAddress),
+        (START - PAGE, PAGE, InvalidAddress),
+        (START, 0, InvalidSize),
+        (START, PAGE + 1, InvalidSize),
+        (START, -PAGE, InvalidSize),
+        (START, KERNEL_LAND.length + PAGE, InvalidAddress),
+        (START, 1.0, TypeError),
+    ],
+)
+def test_a_land_that_is_none(start: int, length: int, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        KernelMemory(start, length)
+
+
+def test_the_dump_names_holes_and_mirrors(make_mapping: Make) -> None:
+    small = KernelMemory(length=8 * PAGE)
+    with mirror_mapping(make_mapping(PAGE), 0, 5, kernel=small) as mirror:
+        lines = small.dump_kernelland_state().splitlines()
+    assert f"{mirror.address:#x}" in lines[0]
+    assert "hole" in lines[1]
+    assert small.dump_kernelland_state().count("\n") == 0
+    assert "0 mirrors" in repr(small)
+
+
+def test_many_threads(make_mapping: Make) -> None:
+    small = KernelMemory(length=64 * PAGE)
+    mapping = make_mapping(4 * PAGE)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for turn in range(400):
+                with mirror_mapping(mapping, turn % 3 * PAGE, 1 + seed, kernel=small) as mirror:
+                    mirror[0]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert (small.live, land_maps()) == (0, [])
+
+
+def test_a_forked_child_has_no_kernelland(make_mapping: Make, kernel_memory: KernelMemory) -> None:
+    mapping = make_mapping(PAGE)
+    mirror = mirror_mapping(mapping, 0, PAGE, kernel=kernel_memory)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            empty = land_maps() == []
+            mirror.drop()  # dead in the child: nothing to unmap
+            with mirror_mapping(mapping, 0, 1, kernel=kernel_memory) as own:
+                del mirror
+                gc.collect()
+                code = 0 if empty and own.alive and len(land_maps()) == 1 else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert bytes(mirror) == bytes(PAGE)
+    mirror.drop()
