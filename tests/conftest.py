@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
+import syscalls
 
 import realmap
 from realmap.host import procfs, runtime
@@ -112,3 +113,23 @@ def make_mapping(frames: FrameAllocator) -> Iterator[Callable[..., Mapping]]:
         mapping.release()
     assert frames.used == 0
     assert frames.segments == 0
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[realmap.KernelHandle]:
+    """A kernel in a process of its own with the handlers of syscalls.py, shared by a module's tests."""
+    with realmap.boot(syscalls=syscalls.ALL) as handle:
+        handle.stats()
+        yield handle
+
+
+@pytest.fixture
+def me(kernel: realmap.KernelHandle) -> Iterator[realmap.Process]:
+    """This process as a user; what it mapped is gone from the books afterwards, and the books are right."""
+    with kernel.connect() as process:
+        yield process
+        report = kernel.audit()
+        assert report, str(report)
+    wait_until(lambda: not kernel.stats()["processes"], "the end of the test's processes")
+    stats = kernel.stats()
+    assert (stats["mappings"], stats["mirrors"], stats["segments"], stats["bytes"]) == (0, 0, 0, 0)

@@ -87,7 +87,8 @@ def test_a_truncated_segment_is_a_fault_and_names_the_byte(frames: FrameAllocato
 
 
 @pytest.mark.parametrize(
-    ("length", "fragment"), [(0, None), (1, None), (PAGE + 1, None), (-PAGE, None), (PAGE, 0), (PAGE, 100), (PAGE, -PAGE)]
+    ("length", "fragment"),
+    [(0, None), (1, None), (PAGE + 1, None), (-PAGE, None), (PAGE, 0), (PAGE, 100), (PAGE, -PAGE)],
 )
 def test_frames_are_whole_pages(frames: FrameAllocator, length: int, fragment: int | None) -> None:
     with pytest.raises(InvalidSize):

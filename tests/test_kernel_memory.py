@@ -144,7 +144,9 @@ def test_unmap_no_dealloc(make_mapping: Make, kernel_memory: KernelMemory) -> No
     assert mapping.frames.refcount == 1  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("region", [(START - PAGE, PAGE), (KERNEL_LAND.end, PAGE), (KERNEL_LAND.end - PAGE, 2 * PAGE), (0, 1)])
+@pytest.mark.parametrize(
+    "region", [(START - PAGE, PAGE), (KERNEL_LAND.end, PAGE), (KERNEL_LAND.end - PAGE, 2 * PAGE), (0, 1)]
+)
 def test_a_region_outside_kernelland_is_a_panic(kernel_memory: KernelMemory, region: tuple[int, int]) -> None:
     with pytest.raises(KernelPanic, match="KernelLand"):
         kernel_memory.unmap_no_dealloc(*region)

@@ -82,9 +82,7 @@ def test_a_mapping_that_covers_from_below_is_seen(memory: ProcessMemory) -> None
         (AT, 4096.0, TypeError),
     ],
 )
-def test_ranges_that_cannot_be_mapped(
-    memory: ProcessMemory, address: Any, length: Any, error: type[Exception]
-) -> None:
+def test_ranges_that_cannot_be_mapped(memory: ProcessMemory, address: Any, length: Any, error: type[Exception]) -> None:
     for make in (
         lambda: memory.create_regular_mapping(address, length, HEAP, u_rw),
         lambda: memory.guard(address, length),

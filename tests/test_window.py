@@ -106,7 +106,9 @@ def test_extend_goes_on_at_the_end(fd: int) -> None:
     assert len(window) == 3 * PAGE_SIZE
 
 
-@pytest.mark.parametrize("take", [memoryview, np.asarray, lambda w: memoryview(w)[5:9], lambda w: np.asarray(w)[3:][1:]])
+@pytest.mark.parametrize(
+    "take", [memoryview, np.asarray, lambda w: memoryview(w)[5:9], lambda w: np.asarray(w)[3:][1:]]
+)
 def test_an_export_keeps_it_mapped(fd: int, take: object) -> None:
     window = make(fd)
     view = take(window)  # type: ignore[operator]
