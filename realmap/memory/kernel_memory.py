@@ -164,9 +164,10 @@ class KernelMemory:
         start, end = procfs.obstacle(address, span)
         with self._lock:
             self._learn()
-            self._space.note_obstacle(address, address + span)
-            if not self._space.tree.overlap(start, end):
+            if start < end and self._space.tree.overlap(start, end) is None:
                 self._space.note_obstacle(start, end)
+            else:  # gone by now, or it is a mirror that another thread has just mapped
+                self._space.note_obstacle(address, address + span)
             self._hole_end = self._cursor  # the hole is not what it was: search anew
 
     def unmap_no_dealloc(self, address: SupportsIndex, length: SupportsIndex) -> None:

@@ -156,8 +156,9 @@ class ProcessMemory:
         VirtualMemoryExhaustion: there is no other place; the mapping is out of the books then, and released.
         """
         self._space.tree.remove(mapping.address)
-        self._space.note_obstacle(mapping.address, mapping.end)
-        self._space.note_obstacle(*taken)
+        # Where nothing is in the way any more by the time its process looked, its own place is avoided.
+        start, end = taken if taken[0] < mapping.end and mapping.address < taken[1] else (mapping.address, mapping.end)
+        self._space.note_obstacle(start, end)
         try:
             address = self.find_available_space(mapping.length)
             return self._enter(

@@ -1,0 +1,440 @@
+"""map, unmap, query: memory of a user process, and what it says no to."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import posix_ipc
+import pytest
+from conftest import PAGE, land_maps, wait_until
+
+import realmap
+from realmap import (
+    AccessDenied,
+    InvalidAddress,
+    InvalidHandle,
+    InvalidMemState,
+    InvalidRights,
+    InvalidSize,
+    KernelHandle,
+    MemoryType,
+    PhysicalMemoryExhaustion,
+    Process,
+    VirtualMemoryExhaustion,
+    _host,
+)
+from realmap.memory import USER_LAND
+
+
+class Foreign(_host.Window):
+    """Somebody else's map in UserLand."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("length", [1, PAGE - 1, PAGE, PAGE + 1, 3333333])
+@pytest.mark.parametrize("fragment", [None, PAGE, 64 * PAGE])
+def test_any_length_above_zero(me: Process, length: int, fragment: int | None) -> None:
+    buffer = me.map(length, fragment=fragment)
+    assert len(buffer) == length
+    assert buffer.address % PAGE == 0
+    assert USER_LAND.holds(buffer.address, length)
+    assert sum(entry.length for entry in land_maps()) == -(-length // PAGE) * PAGE
+    assert bytes(buffer) == bytes(length)
+    buffer[length - 1] = 7
+    info = me.query(buffer.address + length - 1)
+    assert (info.address, info.length) == (buffer.address, -(-length // PAGE) * PAGE)
+    assert (info.type, info.rights, info.refcount) == (MemoryType.HEAP, realmap.u_rw, 1)
+
+
+def test_many_segments_come_in_batches(me: Process, kernel: KernelHandle) -> None:
+    buffer = me.map(300 * PAGE, fragment=PAGE)
+    assert kernel.stats()["segments"] == 300
+    buffer[::PAGE] = bytes(range(100)) * 3
+    assert me.call("peek", buffer, PAGE + 1, 299 * PAGE - 1)[1] == 99
+
+
+def test_holes_are_queried(me: Process) -> None:
+    hole = me.query(USER_LAND.start + 5)
+    assert (hole.address, hole.length, hole.type) == (USER_LAND.start, USER_LAND.length, MemoryType.UNMAPPED)
+    for outside in (0, USER_LAND.end, USER_LAND.start - 1, -1, 1 << 64):
+        with pytest.raises(InvalidAddress):
+            me.query(outside)
+    with pytest.raises(TypeError):
+        me.query("0")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"length": 0}, InvalidSize),
+        ({"length": -1}, InvalidSize),
+        ({"length": 1 << 64}, InvalidSize),
+        ({"length": (1 << 64) - 1}, VirtualMemoryExhaustion),
+        ({"length": USER_LAND.length + 1}, VirtualMemoryExhaustion),
+        ({"length": 1 << 42}, PhysicalMemoryExhaustion),
+        ({"length": 1.0}, TypeError),
+        ({"length": "1"}, TypeError),
+        ({"length": None}, TypeError),
+        ({"fragment": 0}, InvalidSize),
+        ({"fragment": 100}, InvalidSize),
+        ({"fragment": -PAGE}, InvalidSize),
+        ({"fragment": 1 << 64}, InvalidSize),
+        ({"rights": 0}, AccessDenied),
+        ({"rights": 64}, InvalidRights),
+        ({"rights": realmap.k_rw}, AccessDenied),
+        ({"rights": 8}, AccessDenied),
+        ({"rights": "rw"}, TypeError),
+        ({"type": MemoryType.UNMAPPED}, InvalidMemState),
+        ({"type": MemoryType.RESERVED}, InvalidMemState),
+        ({"type": MemoryType.KERNEL_STACK}, InvalidMemState),
+        ({"type": 22}, TypeError),
+        ({"type": MemoryType.NORMAL, "fragment": PAGE}, InvalidMemState),
+        ({"name": ""}, InvalidHandle),
+        ({"name": "a/b"}, InvalidHandle),
+        ({"name": 5}, TypeError),
+        ({"name": "fragmented", "fragment": PAGE}, InvalidSize),
+    ],
+)
+def test_what_cannot_be_mapped(
+    me: Process, kernel: KernelHandle, arguments: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error) as caught:
+        me.map(**({"length": 2 * PAGE} | arguments))
+    assert len(str(caught.value)) > 15
+    stats = kernel.stats()
+    assert (stats["mappings"], stats["segments"], stats["bytes"]) == (0, 0, 0)
+    assert land_maps() == []
+
+
+@pytest.mark.parametrize(
+    ("rights", "perms"), [(realmap.u_r, "r--s"), (realmap.u_w, "-w-s"), (realmap.u_rw, "rw-s"), (realmap.u_rx, "r-xs")]
+)
+def test_rights_are_page_protection(me: Process, rights: realmap.MappingAccessRights, perms: str) -> None:
+    buffer = me.map(PAGE, rights=rights)
+    assert [entry.perms for entry in land_maps()] == [perms]
+    assert buffer.rights == rights
+    assert memoryview(buffer).readonly == ("w" not in perms)
+    gc.collect()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MemoryType if kind.has_frames])
+def test_every_type_with_frames(me: Process, kind: MemoryType) -> None:
+    buffer = me.map(5000, type=kind)
+    buffer[4999] = 5
+    assert me.query(buffer.address).type is kind
+    assert (land_maps()[0].inode != 0) == kind.is_counted
+
+
+def test_a_named_one_can_be_opened_by_others(me: Process) -> None:
+    name = f"realmap-test-{os.getpid()}"
+    with me.map(PAGE, name=name) as buffer:
+        buffer[0:5] = b"named"
+        shm = posix_ipc.SharedMemory("/" + name)
+        with mmap.mmap(shm.fd, PAGE) as view:
+            assert view[:5] == b"named"
+        os.close(shm.fd)
+        with pytest.raises(InvalidHandle, match="exists already"):
+            me.map(PAGE, name=name)
+    assert not os.path.exists("/dev/shm/" + name)
+
+
+def test_without_commit_nothing_is_taken_yet(me: Process, kernel: KernelHandle) -> None:
+    buffer = me.map(1 << 34, commit=False)
+    buffer[(1 << 34) - 1] = 1
+    assert me.call("sha256", buffer.slice((1 << 34) - 3, 3))
+    assert kernel.stats()["bytes"] == 1 << 34
+
+
+def test_slices(me: Process) -> None:
+    buffer = me.map(1000)
+    part = buffer.slice(10, 100).slice(5, 7)
+    part[:] = b"sliced!"
+    assert (part.address, len(part), buffer[15:22]) == (buffer.address + 15, 7, b"sliced!")
+    for offset, length in [(0, 0), (0, 1001), (1000, 1), (-1, 2), (5, -1), (1 << 64, 1)]:
+        with pytest.raises(InvalidSize):
+            buffer.slice(offset, length)
+    with pytest.raises(TypeError):
+        buffer.slice(0.0, 1)  # type: ignore[arg-type]
+    part.unmap()
+    assert not buffer.alive
+    with pytest.raises(InvalidAddress, match="unmapped"):
+        buffer.slice(0, 1)
+
+
+def test_a_view_of_a_slice_keeps_the_whole(me: Process) -> None:
+    buffer = me.map(100)
+    view = memoryview(buffer.slice(3, 5))
+    with pytest.raises(BufferError):
+        buffer.unmap()
+    view.release()
+    buffer.unmap()
+    assert land_maps() == []
+
+
+def test_collected_buffers_are_unmapped_here_and_there(me: Process, kernel: KernelHandle) -> None:
+    part = me.map(1000).slice(5, 5)
+    gc.collect()
+    part[:] = b"alive"
+    assert me.call("sha256", part)
+    del part
+    gc.collect()
+    assert land_maps() == []
+    wait_until(lambda: kernel.stats()["mappings"] == 0)
+
+
+def test_addresses_are_not_used_again_at_once(me: Process) -> None:
+    seen = []
+    for _ in range(5):
+        with me.map(PAGE) as buffer:
+            seen.append(buffer.address)
+    assert len(set(seen)) == 5
+
+
+def test_something_else_is_mapped_there(me: Process, kernel: KernelHandle) -> None:
+    """The kernel's books move a mapping whose place is taken in the user's process."""
+    first = me.map(PAGE)
+    at = first.address + PAGE
+    other = Foreign._map(at, 3 * PAGE, 3, -1, 0, 0, PAGE, 1)
+    buffer = me.map(5 * PAGE, fragment=PAGE)
+    assert buffer.address >= at + 3 * PAGE
+    buffer[:] = bytes(range(256)) * (5 * PAGE // 256)
+    assert me.call("sha256", buffer)
+    assert other.alive
+    other._unmap()
+
+
+def test_two_processes_in_one(me: Process, kernel: KernelHandle) -> None:
+    with kernel.connect() as other:
+        ours, theirs = me.map(3 * PAGE), other.map(3 * PAGE)
+        assert ours.address != theirs.address
+        assert kernel.audit()
+
+
+def test_closing_unmaps_what_has_no_view(kernel: KernelHandle) -> None:
+    process = kernel.connect()
+    dead, viewed = process.map(PAGE), process.map(PAGE)
+    viewed[0:4] = b"kept"
+    view = memoryview(viewed)
+    process.close()
+    process.close()
+    assert (dead.alive, bytes(view[:4])) == (False, b"kept")
+    with pytest.raises(realmap.ProcessKilled, match="closed"):
+        process.map(1)
+    view.release()
+    del view, viewed
+    gc.collect()
+    assert land_maps() == []
+
+
+def test_neither_buffers_nor_processes_are_pickled_yet(me: Process) -> None:
+    for thing in (me, me.map(1)):
+        with pytest.raises(TypeError, match="pickled"):
+            pickle.dumps(thing)
+
+
+# ---- limits -------------------------------------------------------------------------------
+
+
+def with_kernel(check: Callable[[KernelHandle, Process], None], **options: Any) -> None:
+    import syscalls
+
+    with realmap.boot(syscalls=syscalls.ALL, **options) as kernel, kernel.connect() as me:
+        check(kernel, me)
+        assert kernel.audit()
+
+
+def test_memory_limits_of_kernel_and_process() -> None:
+    def check(kernel: KernelHandle, me: Process) -> None:
+        mine = me.map(3 * PAGE)
+        with pytest.raises(PhysicalMemoryExhaustion, match="limit"):
+            me.map(1)
+        with kernel.connect() as other:
+            theirs = other.map(2 * PAGE, fragment=PAGE)
+            with pytest.raises(PhysicalMemoryExhaustion):
+                other.map(1)
+            mine.unmap()
+            other.map(1).unmap()
+            theirs.unmap()
+        me.map(3 * PAGE).unmap()
+
+    with_kernel(check, memory_limit=5 * PAGE, process_limit=3 * PAGE)
+
+
+def test_a_small_kernelland_is_exhausted_and_serves_again() -> None:
+    def check(kernel: KernelHandle, me: Process) -> None:
+        buffer = me.map(8 * PAGE)
+        with pytest.raises(VirtualMemoryExhaustion):
+            me.call("sha256", buffer)
+        for name in "abcd":
+            me.call("keep", name, buffer.slice(0, 1))
+        with pytest.raises(VirtualMemoryExhaustion):
+            me.call("sha256", buffer.slice(0, 1))
+        for name in "abcd":
+            me.call("read_kept", name)
+        assert me.call("sha256", buffer.slice(0, 7 * PAGE))
+
+    with_kernel(check, kernel_land=7 * PAGE)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"memory_limit": -1},
+        {"process_limit": -1},
+        {"kernel_land": 0},
+        {"kernel_land": PAGE + 1},
+        {"kernel_land": 1 << 50},
+    ],
+)
+def test_limits_that_are_none(option: dict[str, int]) -> None:
+    with pytest.raises((InvalidSize, InvalidAddress)):
+        realmap.boot(**option)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        realmap.boot(**dict.fromkeys(option, "x"))  # type: ignore[arg-type]
+
+
+def run_script(text: str, *prefix: str, **options: Any) -> str:
+    """Runs a program of its own; what it printed."""
+    done = subprocess.run(
+        [*prefix, sys.executable, "-W", "error", "-c", textwrap.dedent(text)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def unshared() -> list[str]:
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs root, for a mount namespace of its own")
+    return ["unshare", "-m"]
+
+
+def test_a_full_shm_is_an_error_and_nothing_is_lost() -> None:
+    shell = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    out = run_script(
+        """
+        import realmap
+        with realmap.boot() as kernel, kernel.connect() as me:
+            first = me.map(500_000)
+            for fragment in (None, realmap.PAGE_SIZE):
+                try:
+                    me.map(800_000, fragment=fragment)
+                except realmap.PhysicalMemoryExhaustion as error:
+                    print(type(error).__name__, error.size <= 802816, "/dev/shm" in str(error))
+            second = me.map(500_000)
+            first[499_999] = 1
+            print(kernel.stats()["bytes"], bool(kernel.audit()))
+        """,
+        *unshared(),
+        "sh",
+        "-c",
+        shell,
+        "sh",
+    )
+    assert out.splitlines() == ["PhysicalMemoryExhaustion True True"] * 2 + [f"{2 * 503808} True"]
+
+
+def test_executable_rights_on_a_noexec_shm_name_the_mount() -> None:
+    shell = 'mount -t tmpfs -o noexec tmpfs /dev/shm && exec "$@"'
+    out = run_script(
+        """
+        import realmap
+        with realmap.boot() as kernel, kernel.connect() as me:
+            try:
+                me.map(1, rights=realmap.u_rx)
+            except realmap.AccessDenied as error:
+                print(error)
+            print(kernel.stats()["mappings"])
+        """,
+        *unshared(),
+        "sh",
+        "-c",
+        shell,
+        "sh",
+    )
+    assert "/dev/shm" in out.splitlines()[0]
+    assert "noexec" in out.splitlines()[0]
+    assert out.splitlines()[1] == "0"
+
+
+@pytest.mark.parametrize("where", ["kernel", "user"])
+def test_no_descriptors_left(where: str) -> None:
+    out = run_script(
+        f"""
+        import os, resource, realmap
+        where = {where!r}
+        low = 60
+        if where == "kernel":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (low, low))
+        with realmap.boot() as kernel, kernel.connect() as me:
+            kernel.stats()
+            held = []
+            if where == "user":
+                resource.setrlimit(resource.RLIMIT_NOFILE, (low, low))
+                while len(os.listdir("/proc/self/fd")) < low - 5:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+            try:
+                buffers = [me.map(50 * realmap.PAGE_SIZE, fragment=realmap.PAGE_SIZE) for _ in range(2)]
+            except realmap.PhysicalMemoryExhaustion as error:
+                print("descriptors" in str(error))
+            for fd in held:
+                os.close(fd)
+            print(me.map(5)[:], bool(kernel.audit()))
+        """
+    )
+    assert out.splitlines() == ["True", f"{bytes(5)} True"]
+
+
+def test_the_limit_of_mappings_of_the_machine() -> None:
+    """At Linux's limit: an error, nothing half-mapped, and everything that lives can still be dropped."""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 100_000:
+        pytest.skip(f"vm.max_map_count is {limit}: too many to reach here")
+    out = run_script(
+        f"""
+        import realmap
+        from realmap.memory import *
+        from realmap.rights import *
+        P = realmap.PAGE_SIZE
+        frames = FrameAllocator().allocate(64 * P, P)
+        mapping = Mapping(0x2000_0000_0000, frames, 0, 64 * P, MemoryType.HEAP, u_rw)
+        kernel = KernelMemory()
+        live = []
+        try:
+            while len(live) < {limit}:
+                live.append(CrossProcessMapping.mirror_mapping(mapping, 0, 64 * P, kernel=kernel))
+        except realmap.VirtualMemoryExhaustion as error:
+            print("max_map_count" in str(error), len(live) > 500, kernel.live == len(live), frames.refcount == len(live) + 1)
+        for mirror in live:
+            mirror.drop()
+        from realmap.host import procfs
+        print(kernel.live, frames.refcount, procfs.maps("self", KERNEL_LAND.start, KERNEL_LAND.end))
+        """
+    )
+    assert out.splitlines() == ["True True True True", "0 1 []"]
+
+
+def test_the_hard_limit_of_descriptors_is_the_kernels() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def check(kernel: KernelHandle, me: Process) -> None:
+        with open(f"/proc/{kernel.pid}/limits") as lines:
+            (line,) = (line for line in lines if line.startswith("Max open files"))
+        assert line.split()[3:5] == [str(hard)] * 2
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+
+    with_kernel(check)
