@@ -142,7 +142,10 @@ class VirtualMemoryExhaustion(KernelError, MemoryError):
 
 
 class AccessDenied(KernelError, PermissionError):
-    """What was asked goes beyond what the caller may do: `asked` beside `allowed` (rights), where it is about rights."""
+    """What was asked goes beyond what the caller may do.
+
+    `asked` beside `allowed` (rights), where it is about rights.
+    """
 
     code = 7
     fields = ("asked", "allowed", "address")

@@ -159,7 +159,10 @@ class KernelHandle:
         return self._control.request(messages.Ask(self._control.next_id(), what))[0]
 
     def stats(self) -> dict[str, int]:
-        """Totals: processes, mappings, mirrors, segments, bytes, calls, running, descriptors, threads. KernelDied: it has ended."""
+        """Totals: processes, mappings, mirrors, segments, bytes, calls, running, descriptors, threads.
+
+        KernelDied: it has ended.
+        """
         return dict(self._ask("stats"))
 
     def snapshot(self) -> Snapshot:

@@ -74,7 +74,7 @@ def test_buffers_travel_as_address_and_length_wherever_they_stand(me: Process) -
 
 @pytest.mark.parametrize("value", [object(), 1 << 64, -(1 << 63) - 1, {1, object()}, np.zeros(3), lambda: 0, [print]])
 def test_arguments_that_cannot_travel(me: Process, value: Any) -> None:
-    with pytest.raises(TypeError, match="travel|argument"):
+    with pytest.raises(TypeError, match=r"travel|argument"):
         me.call("echo", value)
     assert me.call("nop") is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -218,7 +219,7 @@ def test_own_start_time_and_maps() -> None:
     assert procfs.start_time(os.getpid()) == procfs.start_time(os.getpid()) > 0
     entries = procfs.maps("self")
     assert any(entry.path == "[stack]" for entry in entries)
-    assert all(low.end <= high.start for low, high in zip(entries, entries[1:], strict=False))
+    assert all(low.end <= high.start for low, high in itertools.pairwise(entries))
     assert procfs.address_bits() >= 47
     assert procfs.obstacle(entries[3].start, 1) == (entries[3].start, entries[3].end)
     assert procfs.obstacle(0x2345_0000_0000, PAGE) == (0, 0)

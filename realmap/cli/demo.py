@@ -7,6 +7,7 @@ import sys
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -50,7 +51,7 @@ def render(console: Console, report: lab.Report) -> None:
     """The report for people: a table on a terminal, a line for each check in a pipe."""
     for file in report.files:
         parts = f"in segments of {file.fragment}" if file.fragment else "in one segment"
-        console.print(f"[bold]{file.path}[/]: {file.size} bytes {parts}, loaded by process {file.pid}")
+        console.print(f"[bold]{escape(file.path)}[/]: {file.size} bytes {parts}, loaded by process {file.pid}")
         if console.is_terminal:
             console.print(_table(file, console.width))
         else:

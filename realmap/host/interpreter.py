@@ -107,7 +107,10 @@ class Child:
             raise
 
     def read_report(self, timeout: float) -> bytes:
-        """All that the child reports until it closes its end; what came so far if it dies. TimeoutError: it does neither."""
+        """All that the child reports until it closes its end; what came so far if it dies.
+
+        TimeoutError: it does neither.
+        """
         got = b""
         end = time.monotonic() + timeout
         while select.select([self.report], [], [], max(0.0, end - time.monotonic()))[0]:

@@ -37,7 +37,10 @@ def wait_death(pidfd: int, timeout: float | None) -> bool:
 
 
 def credentials(sock: socket.socket) -> tuple[int, int]:
-    """(pid, uid) of who connected: SO_PEERCRED, as Linux noted them then. The pid is 0 if it is not visible from here."""
+    """(pid, uid) of who connected: SO_PEERCRED, as Linux noted them then.
+
+    The pid is 0 if it is not visible from here.
+    """
     pid, uid, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
 

@@ -21,7 +21,10 @@ _allowance = 0
 
 
 def require(length: int) -> None:
-    """Answers if `length` bytes can be taken now. OSError (ENOSPC or ENOMEM): they cannot, and taking them is not tried."""
+    """Answers if `length` bytes can be taken now.
+
+    OSError (ENOSPC or ENOMEM): they cannot, and taking them is not tried.
+    """
     global _allowance
     if length <= _allowance:
         _allowance -= length

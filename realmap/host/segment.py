@@ -129,14 +129,20 @@ class Segment:
             os.posix_fallocate(self.fd, start, min(STEP, self.length - start))
 
     def open_read_only(self) -> int:
-        """A new descriptor that cannot be mapped writable; the caller's to close. PhysicalMemoryExhaustion: none left."""
+        """A new descriptor that cannot be mapped writable; the caller's to close.
+
+        PhysicalMemoryExhaustion: none left.
+        """
         try:
             return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise frames_error(error, 0) from None
 
     def close(self) -> None:
-        """Gives up the descriptor, and the name if it has one. Mappings and other descriptors live on. Again: nothing."""
+        """Gives up the descriptor, and the name if it has one. Mappings and other descriptors live on.
+
+        Again: nothing.
+        """
         fd, self.fd = self.fd, -1
         if fd < 0:
             return

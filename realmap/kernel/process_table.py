@@ -60,7 +60,10 @@ class ProcessTable:
         return process
 
     def reap(self, process: UserProcess) -> None:
-        """Gives back everything that the process held. Mirrors in use, and pinned buffers, stay valid. Again: nothing."""
+        """Gives back everything that the process held. Mirrors in use, and pinned buffers, stay valid.
+
+        Again: nothing.
+        """
         if self._processes.pop(process.number, None) is None:
             return
         process.alive = False

@@ -133,7 +133,9 @@ class Kernel:
         return self
 
     def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
-        """Ends the loop: every client is told, every mapping given back, the path given free. From any thread; again: nothing.
+        """Ends the loop: every client is told, every mapping given back, the path given free.
+
+        From any thread; again: nothing.
 
         Waits at most `timeout` seconds for it, from another thread than its own. TimeoutError: a
         handler did not return in that time.

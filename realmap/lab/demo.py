@@ -197,7 +197,10 @@ def owner(me: Process, file: FileReport, numbers: list[int], hold: bool) -> None
 
 
 def default_files() -> list[str]:
-    """A handful of real files that every Python installation has, some MB in all: of its library, and the interpreter."""
+    """A handful of real files that every Python installation has, some MB in all.
+
+    Of its library, and the interpreter.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     candidates = [path for folder in (".", "pydoc_data", "lib-dynload") for path in (library / folder).glob("*.*")]
     largest = sorted((path for path in candidates if path.is_file()), key=lambda path: path.stat().st_size)[-6:]
@@ -207,7 +210,10 @@ def default_files() -> list[str]:
 
 
 def ranges_of(size: int) -> list[tuple[int, int]]:
-    """The (offset, length) that are checked of a file of `size` bytes: whole, odd, across pages and segments, one byte."""
+    """The (offset, length) that are checked of a file of `size` bytes.
+
+    Whole, odd, across pages and segments, one byte.
+    """
     wanted = [
         (0, size),
         (1, size - 2),
@@ -222,7 +228,7 @@ def ranges_of(size: int) -> list[tuple[int, int]]:
     return [
         (offset, length)
         for offset, length in dict.fromkeys(wanted)
-        if 0 <= offset and 0 < length and offset + length <= size
+        if offset >= 0 and length > 0 and offset + length <= size
     ]
 
 
@@ -257,7 +263,10 @@ def _digest_stream(source: Any, length: int) -> str:
 
 
 def run(files: list[FileReport], on_check: Callable[[Check], None] = lambda check: None) -> Report:
-    """Runs the demo on planned files; `on_check` is called after each check. KernelError: the kernel died, or was silent."""
+    """Runs the demo on planned files; `on_check` is called after each check.
+
+    KernelError: the kernel died, or was silent.
+    """
     with boot(syscalls=SYSCALLS) as kernel:
         baseline = kernel.stats()["descriptors"]
         with kernel.connect() as me:

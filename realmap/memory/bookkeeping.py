@@ -189,7 +189,10 @@ class Space(Generic[T]):
         self.cursor = low
 
     def find(self, length: int, residue: int = 0, modulus: int = 1) -> int | None:
-        """Where `length` bytes fit, from the cursor on and around; the cursor then stands behind them. None: nowhere."""
+        """Where `length` bytes fit, from the cursor on and around; the cursor then stands behind them.
+
+        None: nowhere.
+        """
         for start in dict.fromkeys((self.cursor, self.tree.low)):
             at: int | None = start
             while at is not None:

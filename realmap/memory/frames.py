@@ -137,7 +137,10 @@ class SharedFrames:
         return found
 
     def read(self, offset: int, length: int, address: int) -> bytes:
-        """Copies `length` bytes out, without mapping. MemoryFault: a segment was truncated (`address` names the byte)."""
+        """Copies `length` bytes out, without mapping.
+
+        MemoryFault: a segment was truncated (`address` names the byte).
+        """
         fd = self._fd
         if fd >= 0:
             data = os.pread(fd, length, offset)
@@ -158,7 +161,10 @@ class SharedFrames:
         return b"".join(parts)
 
     def write(self, offset: int, data: memoryview, address: int) -> None:
-        """Copies `data` in, without mapping. MemoryFault: truncated. PhysicalMemoryExhaustion: no space (commit=False)."""
+        """Copies `data` in, without mapping. MemoryFault: truncated.
+
+        PhysicalMemoryExhaustion: no space (commit=False).
+        """
         done = 0
         for fd, at, size in self.pieces(offset, len(data)):
             if os.fstat(fd).st_size < at + size:

@@ -1,4 +1,7 @@
-"""What is going on: a snapshot of a kernel's books, and an audit of them against Linux. The kernel knows nothing of it."""
+"""What is going on: a snapshot of a kernel's books, and an audit of them against Linux.
+
+The kernel knows nothing of it.
+"""
 
 from realmap.observe.audit import AuditReport, Difference, audit
 from realmap.observe.snapshot import Snapshot

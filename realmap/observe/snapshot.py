@@ -71,7 +71,10 @@ class PartInfo(msgspec.Struct, frozen=True):
 
 
 class MirrorInfo(msgspec.Struct, frozen=True):
-    """A live mirror: what it shows (`address`, `length`), the whole pages that are mapped (`base`, `span`), and of what."""
+    """A live mirror.
+
+    What it shows (`address`, `length`), the whole pages that are mapped (`base`, `span`), and of what.
+    """
 
     address: int
     length: int

@@ -98,7 +98,7 @@ class Client:
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
                 raise KernelDied(
                     path,
-                    why=f"no kernel listens at {path!r}; start one with realmap.boot(), or: realmap kernel --path {path}",
+                    why=f"no kernel listens at {path!r}; start one: realmap.boot(), or realmap kernel --path {path}",
                 ) from None
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise AccessDenied(why=f"the socket {path!r} is not open to this user") from None

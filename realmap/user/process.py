@@ -26,7 +26,6 @@ from realmap.user.client import Client
 from realmap.wire import channel, messages
 from realmap.wire.messages import MemoryInfo
 
-
 #: How many places for a mapping may turn out to be taken before there is none.
 PLACES = 100
 

@@ -78,7 +78,10 @@ class Call(_Request, tag=1, frozen=True):
 
 
 class Map(_Request, tag=2, frozen=True):
-    """Memory of `length` bytes. Done: [address, length in whole pages, number of segments], with the first descriptors."""
+    """Memory of `length` bytes.
+
+    Done: [address, length in whole pages, number of segments], with the first descriptors.
+    """
 
     length: int
     kind: int

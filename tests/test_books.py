@@ -1,0 +1,216 @@
+"""Several real processes that map, unmap, call, mirror, fork and are killed: after each step the books equal Linux.
+
+The strongest oracle there is: /proc/PID/maps of every process, by inode and offset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import syscalls
+from conftest import PAGE, wait_until
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from puppet import Puppet
+
+import realmap
+from realmap import KernelHandle
+from realmap.memory import USER_LAND
+
+EXAMPLES, STEPS = 64, 50
+counted = 0
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[KernelHandle]:
+    with realmap.boot(syscalls=syscalls.ALL) as kernel:
+        kernel.stats()
+        yield kernel
+
+
+class Play(RuleBasedStateMachine):
+    """Processes, each with buffers whose bytes the model knows; and mirrors that the kernel keeps."""
+
+    kernel: KernelHandle
+
+    @initialize()
+    def begin(self) -> None:
+        self.puppets: dict[int, Puppet] = {}
+        self.buffers: dict[tuple[int, int], tuple[bytearray, int]] = {}
+        self.kept: dict[str, str] = {}
+        self.serial = 0
+        self.me = self.kernel.connect()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "puppets"):
+            return
+        for puppet in self.puppets.values():
+            puppet.kill()
+        for name in self.kept:
+            assert self.me.call("read_kept", name)[0] == self.kept[name]
+        self.me.close()
+        wait_until(lambda: self.kernel.stats()["processes"] == 0)
+        stats = self.kernel.stats()
+        assert (stats["segments"], stats["mirrors"], stats["bytes"]) == (0, 0, 0)
+
+    def pick(self, data: Any, writable: bool = False) -> tuple[int, int]:
+        keys = [key for key, (_, rights) in self.buffers.items() if not writable or rights == realmap.u_rw]
+        return data.draw(st.sampled_from(sorted(keys)))  # type: ignore[no-any-return]
+
+    @rule()
+    @precondition(lambda self: len(self.puppets) < 4)
+    def start(self) -> None:
+        self.serial += 1
+        self.puppets[self.serial] = Puppet(self.kernel.path)
+        count = len(self.puppets) + 1
+        wait_until(lambda: self.kernel.stats()["processes"] == count)
+
+    @rule(
+        data=st.data(),
+        length=st.integers(1, 9 * PAGE),
+        fragment=st.sampled_from([None, PAGE, 2 * PAGE]),
+        rights=st.sampled_from([realmap.u_rw, realmap.u_rw, realmap.u_r]),
+    )
+    @precondition(lambda self: self.puppets and len(self.buffers) < 12)
+    def map(self, data: Any, length: int, fragment: int | None, rights: Any) -> None:
+        who = data.draw(st.sampled_from(sorted(self.puppets)))
+        self.serial += 1
+        self.puppets[who].do("map", self.serial, length, fragment, rights)
+        self.buffers[who, self.serial] = (bytearray(length), rights)
+        if rights == realmap.u_rw:
+            content = os.urandom(length)
+            self.puppets[who].do("write", self.serial, 0, content)
+            self.buffers[who, self.serial][0][:] = content
+
+    @rule(data=st.data(), how=st.sampled_from(["unmap", "forget"]))
+    @precondition(lambda self: self.buffers)
+    def unmap(self, data: Any, how: str) -> None:
+        who, key = self.pick(data)
+        self.puppets[who].do(how, key)
+        del self.buffers[who, key]
+        self.settle()
+
+    @rule(data=st.data(), name=st.sampled_from(["sha256", "slow_sha256", "reverse"]))
+    @precondition(lambda self: any(rights == realmap.u_rw for _, rights in self.buffers.values()))
+    def call(self, data: Any, name: str) -> None:
+        who, key = self.pick(data, writable=True)
+        model = self.buffers[who, key][0]
+        offset = data.draw(st.integers(0, len(model) - 1))
+        length = data.draw(st.integers(1, len(model) - offset))
+        answer = self.puppets[who].do("call", name, key, offset, length)
+        part = bytes(model[offset : offset + length])
+        if name == "reverse":
+            model[offset : offset + length] = part[::-1]
+        else:
+            assert answer == hashlib.sha256(part).hexdigest()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.buffers and len(self.kept) < 5)
+    def keep(self, data: Any) -> None:
+        """A mirror that outlives its call, its mapping and its process; nothing is written there any more."""
+        who, key = self.pick(data)
+        model = self.buffers[who, key][0]
+        offset = data.draw(st.integers(0, len(model) - 1))
+        self.serial += 1
+        name = f"kept {self.serial}"
+        self.puppets[who].do("call", "keep", key, offset, len(model) - offset, name)
+        self.kept[name] = hashlib.sha256(model[offset:]).hexdigest()
+        if self.buffers[who, key][1] == realmap.u_rw:  # from here on only read, so that the digest stays
+            self.buffers[who, key] = (model, realmap.u_r)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.kept)
+    def drop(self, data: Any) -> None:
+        name = data.draw(st.sampled_from(sorted(self.kept)))
+        assert self.me.call("read_kept", name)[0] == self.kept.pop(name)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.puppets)
+    def fork(self, data: Any) -> None:
+        puppet = self.puppets[data.draw(st.sampled_from(sorted(self.puppets)))]
+        if len(puppet.forks) < 2:
+            puppet.forks.append(puppet.do("fork"))
+
+    @rule(data=st.data(), how=st.sampled_from(["kill", "leave"]))
+    @precondition(lambda self: self.puppets)
+    def end(self, data: Any, how: str) -> None:
+        who = data.draw(st.sampled_from(sorted(self.puppets)))
+        getattr(self.puppets.pop(who), how)()
+        self.buffers = {key: value for key, value in self.buffers.items() if key[0] != who}
+        self.settle()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.buffers)
+    def look(self, data: Any) -> None:
+        who, key = self.pick(data)
+        assert self.puppets[who].do("read", key) == self.buffers[who, key][0]
+
+    def settle(self) -> None:
+        """A death or a forgotten buffer reaches the kernel by itself: wait for that."""
+        count, processes = len(self.buffers), len(self.puppets) + 1
+
+        def settled() -> bool:
+            stats = self.kernel.stats()
+            return (stats["mappings"], stats["processes"]) == (count, processes)
+
+        wait_until(settled, f"{count} mappings of {processes} processes")
+
+    @invariant()
+    def the_books_equal_linux(self) -> None:
+        global counted
+        counted += 1
+        if not hasattr(self, "puppets"):
+            return
+        report = self.kernel.audit()
+        assert report, str(report)
+        assert report.mappings == len(self.buffers)
+        assert report.mirrors == len(self.kept)
+        # Forks that never registered still map what their parent had: they are told apart, not counted.
+        mapping = {pid for who, puppet in self.puppets.items() for pid in puppet.forks}
+        assert set(report.unregistered) <= mapping
+
+
+def test_the_books_equal_linux_after_every_step(stage: KernelHandle) -> None:
+    class Here(Play):
+        kernel = stage
+
+    global counted
+    counted = 0
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Here, settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None)
+    )
+    print(f"{counted} steps, after each of which the books equalled /proc/PID/maps")
+    assert counted >= 2000
+
+
+def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle) -> None:
+    """An oracle that never says no is none: maps behind the books' back are named."""
+    buffer = me.map(3 * PAGE)
+    assert kernel.audit()
+    window = buffer._window
+    window._unmap()
+    report = kernel.audit()
+    assert not report
+    assert f"{os.getpid()}" in str(report)
+    assert str(report.differences[0]).count(f"{buffer.address:#x}") >= 1
+
+    class Foreign(realmap._host.Window):  # type: ignore[name-defined]
+        __slots__ = ()
+
+    other = Foreign._map(USER_LAND.start + (1 << 40), PAGE, 3, -1, 0, 0, PAGE, 1)
+    assert len(kernel.audit().differences) == 2
+    other._unmap()
+    me.client.request(realmap.wire.messages.Unmap(me.client.next_id(), buffer.address, 3 * PAGE))  # type: ignore[attr-defined]
+    assert kernel.audit()

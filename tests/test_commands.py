@@ -1,0 +1,177 @@
+"""The command line, the demo and the examples, each as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BOUND, PAGE
+
+from realmap.errors import InvalidSize
+from realmap.lab import demo
+
+ROOT = Path(__file__).parent.parent
+
+
+def realmap(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "realmap", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """One byte; a page and a byte; many pages, which will be in segments; an odd name."""
+    made = []
+    for name, size in [("one", 1), ("a name [bold]", 50 * PAGE + 333), ("page", PAGE + 1), ("last", 3333)]:
+        (tmp_path / name).write_bytes(os.urandom(size))
+        made.append(str(tmp_path / name))
+    return made
+
+
+def test_the_demo_on_given_files_as_json(files: list[str]) -> None:
+    done = realmap("demo", "--json", *files)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    assert [file["path"] for file in report["files"]] == files
+    assert set(report["balance"]) == {
+        "processes", "segments", "mappings", "mirrors", "bytes", "descriptors", "names"
+    }  # fmt: skip
+    assert not any(report["balance"].values())
+    assert report["killed"]["exitcode"] == -9
+    checks = [check for file in report["files"] for check in file["checks"]]
+    assert all(check["digest"] == check["expected"] for check in checks)
+    assert any(check["segments"] > 1 for check in checks)
+    assert {check["length"] for check in checks} >= {1, 3333}
+    if not os.geteuid():
+        assert all(user == kernel for check in checks for user, kernel in check["frames"])
+        assert all(user for check in checks for user, _ in check["frames"])
+
+
+def test_the_demo_in_a_pipe_is_plain(files: list[str]) -> None:
+    done = realmap("demo", *files)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert "a name [bold]" in done.stdout
+    assert re.search(r"UserLand 0x2\w{11} KernelLand 0x3\w{11} page offset 0x\w+ segments \d", done.stdout)
+    assert "refcount 2 → 1" in done.stdout
+    assert "WRONG" not in done.stdout
+
+
+def test_the_demo_on_a_terminal_has_tables_and_colour(files: list[str]) -> None:
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "realmap", "demo", *files],
+        stdout=follower,
+        stderr=follower,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
+    )
+    os.close(follower)
+    out = b""
+    while True:
+        try:
+            more = os.read(leader, 65536)
+        except OSError:
+            break
+        if not more:
+            break
+        out += more
+    os.close(leader)
+    assert child.wait(BOUND) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.decode())
+    assert "\x1b[" in out.decode()
+    assert "KernelLand" in text
+    assert max(len(line.rstrip()) for line in text.splitlines() if "→" in line) <= 80
+
+
+def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for path, words in [("empty", "empty"), ("none", "does not exist"), (".", "directory")]:
+        done = realmap("demo", str(tmp_path / path))
+        assert done.returncode != 0
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
+    """Each claim of the report can fail."""
+    planned = demo.plan(files[:2])
+    planned[0].checks[0].expected = "0" * 64
+    report = demo.run(planned)
+    assert not report.ok
+    assert [check.ok for file in report.files for check in file.checks].count(False) == 1
+    good = planned[1].checks[0]
+    for name, value in [("refcounts", (1, 1, 1)), ("kernel_address", 1), ("frames", [(1, 2)]), ("digest", "")]:
+        before = getattr(good, name)
+        setattr(good, name, value)
+        assert not good.ok
+        setattr(good, name, before)
+    assert good.ok
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, PAGE - 1, PAGE, PAGE + 1, 33 * PAGE, 1_000_003])
+def test_ranges_lie_inside_of_the_file(size: int) -> None:
+    found = demo.ranges_of(size)
+    assert (0, size) in found
+    assert (size - 1, 1) in found
+    assert all(0 <= offset < offset + length <= size for offset, length in found)
+    assert len(set(found)) == len(found)
+
+
+def test_default_files_are_real() -> None:
+    files = demo.default_files()
+    assert len(files) >= 3
+    assert sum(os.path.getsize(path) for path in files) > 1 << 20
+    with pytest.raises(InvalidSize):
+        demo.plan([os.devnull])
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "tools" / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(example: Path) -> None:
+    done = subprocess.run([sys.executable, "-W", "error", str(example)], capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout) > 20
+
+
+def test_the_program_of_the_readme_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", block], capture_output=True, text=True, timeout=BOUND
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_and_errors_are_short() -> None:
+    done = realmap("--help")
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+    assert "kernel" in done.stdout
+    assert realmap("--version").stdout.strip().endswith("0.1.0")
+    done = realmap("kernel", "--path", "/nowhere/at/all.sock")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "directory" in done.stderr
+    assert realmap("kernel", "--memory-limit", "-1").returncode == 1
+
+
+def test_output_to_a_closed_pipe(files: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = subprocess.run(
+        [sys.executable, "-m", "realmap", "demo", files[0]], stdout=writer, stderr=subprocess.PIPE, timeout=BOUND
+    )
+    os.close(writer)
+    assert b"Traceback" not in child.stderr

@@ -1,0 +1,267 @@
+"""Clients that do not speak as they should: the kernel drops them, and lives."""
+
+from __future__ import annotations
+
+import array
+import os
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import BOUND, PAGE, wait_until
+
+import realmap
+from realmap import InvalidAddress, InvalidSize, KernelError, KernelHandle, Process, ProcessKilled
+from realmap.host import procfs
+from realmap.memory import KERNEL_LAND, USER_LAND
+from realmap.wire import channel, messages
+from realmap.wire.messages import Call, Map, Move, Query, Unmap, buffer_ext
+
+
+class Raw:
+    """A client that says what it likes."""
+
+    def __init__(self, kernel: KernelHandle, greet: bool = True) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.settimeout(BOUND)
+        self.sock.connect(kernel.path)
+        if greet:
+            pid = os.getpid()
+            self.say(messages.Hello(messages.PROTOCOL, "test", pid, procfs.start_time(pid)))
+            assert b"welcome" in self.sock.recv(1 << 16)
+
+    def say(self, message: Any) -> None:
+        self.sock.send(b"\0" + msgspec.msgpack.encode(message))
+
+    def answer(self) -> Any:
+        data = self.sock.recv(1 << 17)
+        return msgspec.msgpack.decode(data[1:], type=messages.Reply) if data else None
+
+    def ask(self, message: Any) -> Any:
+        self.say(message)
+        reply = self.answer()
+        if isinstance(reply, messages.Done):
+            return reply.value
+        assert isinstance(reply, messages.Failed)
+        raise messages.exception_of(reply.error)
+
+
+@pytest.fixture
+def raw(kernel: KernelHandle, me: Process) -> Iterator[Raw]:
+    client = Raw(kernel)
+    yield client
+    client.sock.close()
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+
+
+GARBAGE = [
+    b"",
+    b"\0",
+    b"\0" + b"garbage",
+    b"\0" + os.urandom(100),
+    b"\7x",
+    b"\2middle of nothing",
+    b"\3end of nothing",
+    b"\0" + b"x" * (channel.CHUNK + 1),
+    b"\0" + msgspec.msgpack.encode([99, 1]),
+    b"\0" + msgspec.msgpack.encode([1]),
+    b"\0" + msgspec.msgpack.encode([1, "id", "nop", []]),
+    b"\0" + msgspec.msgpack.encode([1, 1, "nop", {}]),
+    b"\0" + msgspec.msgpack.encode({"type": "hello"}),
+    b"\0" + b"\xdd\xff\xff\xff\xff",  # an array of 4 294 967 295 items, it says
+    b"\0" + b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes, it says
+    b"\0" + b"\x91" * 60_000,  # arrays within arrays
+    b"\0" + msgspec.msgpack.encode([1, 1, "echo", [msgspec.msgpack.Ext(1, b"short")]]),
+    b"\0" + msgspec.msgpack.encode([1, 1, "echo", [msgspec.msgpack.Ext(77, bytes(16))]]),
+    b"\0" + msgspec.msgpack.encode([2, 1, -1 << 63, 5, 11, None, None, True])[:-3],
+]
+
+
+@pytest.mark.parametrize("data", GARBAGE, ids=range(len(GARBAGE)))
+@pytest.mark.parametrize("greet", [True, False], ids=["after", "instead of"])
+def test_what_is_no_message_ends_that_client_only(kernel: KernelHandle, me: Process, data: bytes, greet: bool) -> None:
+    client = Raw(kernel, greet)
+    client.sock.send(data)
+    said = client.sock.recv(1 << 16)
+    if said and greet:
+        bye = msgspec.msgpack.decode(said[1:], type=messages.Reply)
+        assert isinstance(bye, messages.Bye)
+        assert type(messages.exception_of(bye.error)) is ProcessKilled
+        said = client.sock.recv(1 << 16)
+    client.sock.close()
+    assert said == b"" or not greet
+    assert me.call("echo", 1) == [1]
+
+
+def test_a_message_that_grows_without_end(kernel: KernelHandle, me: Process) -> None:
+    client = Raw(kernel)
+    with pytest.raises(OSError, match=r"reset|[Bb]roken"):
+        client.sock.send(b"\1" + bytes(channel.CHUNK))
+        for _ in range(1000):
+            client.sock.send(b"\2" + bytes(channel.CHUNK))
+    client.sock.close()
+    assert me.call("echo", 1) == [1]
+
+
+def test_random_bytes(kernel: KernelHandle, me: Process) -> None:
+    rng = random.Random(5)
+    sample = [
+        msgspec.msgpack.encode(message)
+        for message in (
+            Call(1, "echo", [1, buffer_ext(USER_LAND.start, 5)]),
+            Map(2, 5, 5, 11, None, None, True),
+            Unmap(3, USER_LAND.start, PAGE),
+            Query(4, USER_LAND.start),
+        )
+    ]
+    for _ in range(300):
+        client = Raw(kernel)
+        data = bytearray(rng.choice(sample))
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        client.sock.send(b"\0" + data)
+        client.sock.close()
+    assert me.call("echo", 1) == [1]
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+    assert kernel.stats()["segments"] == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "error"),
+    [
+        (0, 5, InvalidAddress),
+        (KERNEL_LAND.start, 5, InvalidAddress),
+        (USER_LAND.end, 5, InvalidAddress),
+        (USER_LAND.start + (1 << 40), 5, InvalidAddress),
+        ((1 << 64) - 1, 5, InvalidAddress),
+        (USER_LAND.start, 0, InvalidSize),
+        (USER_LAND.start, (1 << 64) - 1, InvalidSize),
+        (USER_LAND.start, PAGE + 1, InvalidAddress),
+    ],
+)
+def test_buffers_that_are_not_its_own(
+    kernel: KernelHandle, raw: Raw, address: int, length: int, error: type[KernelError]
+) -> None:
+    own = raw.ask(Map(1, PAGE, 5, 11, None, None, True))[0]
+    assert own == USER_LAND.start
+    with pytest.raises(error):
+        raw.ask(Call(2, "sha256", [buffer_ext(address, length)]))
+    assert raw.ask(Call(3, "sha256", [buffer_ext(own, PAGE)]))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Map(1, 0, 5, 11, None, None, True),
+        Map(1, -5, 5, 11, None, None, True),
+        Map(1, (1 << 64) - 1, 5, 11, None, None, True),
+        Map(1, PAGE, 99, 11, None, None, True),
+        Map(1, PAGE, -1, 11, None, None, True),
+        Map(1, PAGE, 16, 11, None, None, True),
+        Map(1, PAGE, 5, 99, None, None, True),
+        Map(1, PAGE, 5, 3, None, None, True),
+        Map(1, PAGE, 5, 11, 0, None, True),
+        Map(1, PAGE, 5, 11, 5, None, True),
+        Map(1, PAGE, 5, 11, -PAGE, None, True),
+        Map(1, PAGE, 5, 11, None, "../../etc/passwd", True),
+        Map(1, PAGE, 5, 11, None, "", True),
+        Unmap(1, USER_LAND.start, PAGE),
+        Unmap(1, -1, PAGE),
+        Unmap(1, 0, 0),
+        messages.More(1, USER_LAND.start, 0),
+        messages.More(1, -1, -1),
+        Move(1, USER_LAND.start, 0, 1 << 63),
+        Query(1, 0),
+        Query(1, -1),
+        Call(1, "", []),
+        Call(1, "no such call", []),
+        messages.Ask(1, "no such service"),
+    ],
+)
+def test_nonsense_is_answered_with_an_error_of_ours(raw: Raw, message: Any) -> None:
+    with pytest.raises(KernelError):
+        raw.ask(message)
+    assert raw.ask(Call(2, "nop", [])) is None
+
+
+def test_moves_and_segments_beyond(raw: Raw) -> None:
+    address = raw.ask(Map(1, 3 * PAGE, 5, 11, PAGE, None, True))[0]
+    for first in (3, 1 << 40):
+        assert raw.ask(messages.More(2, address, first)) is None
+    with pytest.raises(KernelError):
+        raw.ask(messages.More(3, address, -1))
+    moved = raw.ask(Move(4, address, -(1 << 63), (1 << 64) - 1))
+    assert raw.ask(Unmap(5, moved, 3 * PAGE)) is None
+
+
+def test_descriptors_that_nobody_asked_for_are_dropped(kernel: KernelHandle, raw: Raw) -> None:
+    before = kernel.stats()["descriptors"]
+    rights = array.array("i", [0] * 200)
+    for number in range(1, 20):
+        data = b"\0" + msgspec.msgpack.encode(Call(number, "nop", []))
+        raw.sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        assert isinstance(raw.answer(), messages.Done)
+    assert kernel.stats()["descriptors"] == before
+
+
+def test_one_that_never_reads_is_not_waited_for(kernel: KernelHandle, me: Process) -> None:
+    client = Raw(kernel)
+    client.sock.setblocking(False)
+    sent = 0
+    with pytest.raises(BlockingIOError):
+        while True:
+            client.say(Call(sent + 1, "long_text", [30_000]))
+            sent += 1
+    assert sent > 20
+    for _ in range(50):
+        assert me.call("echo", 1) == [1]
+    client.sock.close()
+
+
+def test_one_that_says_nothing_and_one_that_leaves_at_once(kernel: KernelHandle, me: Process) -> None:
+    silent = [Raw(kernel, greet=False) for _ in range(10)]
+    for _ in range(50):
+        Raw(kernel, greet=False).sock.close()
+    assert me.call("echo", 1) == [1]
+    for client in silent:
+        client.sock.close()
+
+
+def test_a_control_connection_is_no_process(kernel: KernelHandle, me: Process) -> None:
+    control = Raw(kernel, greet=False)
+    pid = os.getpid()
+    control.say(messages.Hello(messages.PROTOCOL, "test", pid, procfs.start_time(pid), True))
+    assert b"welcome" in control.sock.recv(1 << 16)
+    for message in (Call(1, "nop", []), Map(1, PAGE, 5, 11, None, None, True), Query(1, USER_LAND.start)):
+        with pytest.raises(realmap.AccessDenied, match="control"):
+            control.ask(message)
+    assert control.ask(messages.Ask(2, "stats"))["processes"] == 1
+    control.sock.close()
+
+
+def test_more_clients_than_descriptors() -> None:
+    """Where no descriptor is left a client is turned away; the others go on."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with realmap.Kernel() as kernel, realmap.connect(kernel.path) as me:
+        first = os.open("/dev/null", os.O_RDONLY)
+        os.close(first)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first + 3, hard))
+        socks = []
+        try:
+            for _ in range(2):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                sock.connect(kernel.path)
+                socks.append(sock)
+            assert me.query(USER_LAND.start)
+        except OSError:
+            pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for sock in socks:
+                sock.close()
+        assert me.map(5)[:] == bytes(5)
