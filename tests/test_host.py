@@ -208,6 +208,7 @@ def test_death_is_seen_by_pidfd() -> None:
     assert not liveness.same_process_lives(child.pid, start + 1)
     child.send_signal(signal.SIGKILL)
     assert liveness.wait_death(pidfd, 30)
+    assert not liveness.same_process_lives(child.pid, start), "a zombie does not live"
     child.wait()
     assert not liveness.same_process_lives(child.pid, start)
     with pytest.raises(ProcessLookupError):

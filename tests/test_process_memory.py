@@ -234,7 +234,7 @@ def test_line_13_on_through_mappings_without_a_gap(memory: ProcessMemory, kernel
         assert mirror.mapping is one
         mirror[:] = bytes(range(256)) * 48 + bytes(6)
         assert [part.frames.refcount for part in mirror.mappings] == [2, 2, 2]  # type: ignore[union-attr]
-        assert [(entry.length, entry.inode == 0) for entry in land_maps()][0] == (PAGE, False)
+        assert next((entry.length, entry.inode == 0) for entry in land_maps()) == (PAGE, False)
     assert [part.frames.refcount for part in (one, two, three)] == [1, 1, 1]  # type: ignore[union-attr]
     assert one.frames.read(PAGE - 3, 3, 0) == bytes([0, 1, 2])  # type: ignore[union-attr]
     assert one.frames.read(0, PAGE - 3, 0) == bytes(PAGE - 3)  # type: ignore[union-attr]

@@ -194,7 +194,7 @@ def test_a_view_lies_inside_its_windows(fd: int) -> None:
         ((first, apart), BASE, 1),
         ((apart, first), BASE, 1),
     ]:
-        with pytest.raises(ValueError, match="view|windows"):
+        with pytest.raises(ValueError, match=r"view|windows"):
             _host.View._over(windows, start, length, 1)
     for nothing in ((), (3,), [first]):
         with pytest.raises(TypeError):

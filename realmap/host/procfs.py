@@ -66,15 +66,18 @@ def obstacle(address: int, length: int) -> tuple[int, int]:
 def start_time(pid: int) -> int:
     """When the process started, in clock ticks since boot: pid and start time name a process for good.
 
-    ProcessLookupError: there is no such process.
+    ProcessLookupError: there is no such process, or it has ended and only waits to be reaped.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
     # The name in parentheses may hold spaces and parentheses of its own: count from the last one.
-    return int(text[text.rindex(b")") + 2 :].split()[19])
+    fields = text[text.rindex(b")") + 2 :].split()
+    if fields[0] in b"ZX":
+        raise ProcessLookupError(f"process {pid} has ended")
+    return int(fields[19])
 
 
 def pid_namespace() -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Self, SupportsIndex
 
-from realmap import _host
+from realmap._host import Window
 from realmap.errors import AccessDenied, InvalidMemState, InvalidRights, InvalidSize, VirtualMemoryExhaustion
 from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess
@@ -62,7 +62,7 @@ def refuse(mapping: Mapping, offset: Any, length: Any) -> InvalidSize | InvalidM
     return InvalidSize(size, why=f"offset {start} + length {size} runs past the mapping's {mapping.length} bytes")
 
 
-class CrossProcessMapping(_host.Window, ByteAccess):
+class CrossProcessMapping(Window, ByteAccess):
     """A mirror: `len()` bytes at `address` in KernelLand that are those of `mapping`, in place.
 
     Exports its bytes (`memoryview(m)`, `numpy.asarray(m)`, `m[3:7]`). `drop()`, the end of a `with`

@@ -20,14 +20,14 @@ from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple, SupportsIndex, TypeVar
 
-from realmap import _host
+from realmap._host import Window, unmap_all
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
 from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
 from realmap.pages import HUGE_SIZE, PAGE_MASK, demand, usize
 
-W = TypeVar("W", bound=_host.Window)
+W = TypeVar("W", bound=Window)
 
 
 class AddressState(NamedTuple):
@@ -35,7 +35,7 @@ class AddressState(NamedTuple):
 
     start: int
     end: int
-    mirror: _host.Window | None
+    mirror: Window | None
 
 
 class KernelMemory:
@@ -57,7 +57,7 @@ class KernelMemory:
         self._fresh: dict[int, int] = {}
         #: Given back, but still in the tree.
         self._gone: deque[int] = deque()
-        self._live: dict[int, weakref.ref[_host.Window]] = {}
+        self._live: dict[int, weakref.ref[Window]] = {}
         forks.lose_in_child(self)
 
     # ---- space ------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class KernelMemory:
             if end is not None:
                 self._space.tree.add(start, end, start)
 
-    def adopt(self, address: int, mirror: _host.Window) -> None:
+    def adopt(self, address: int, mirror: Window) -> None:
         """Enters what was mapped at a reserved address."""
         self._live[address] = weakref.ref(mirror)
 
@@ -192,7 +192,7 @@ class KernelMemory:
         demand(self.land.holds(start, size), f"[{start:#x}, {start + size:#x}) is not in KernelLand {self.land}")
         return start, size
 
-    def _mirror_at(self, start: int) -> _host.Window | None:
+    def _mirror_at(self, start: int) -> Window | None:
         known = self._live.get(start)
         return known() if known is not None else None
 
@@ -210,7 +210,7 @@ class KernelMemory:
         end = start + mirror._span if mirror is not None else after[0] if after else self.land.end
         return AddressState(start, end, mirror)
 
-    def mirrors(self) -> list[_host.Window]:
+    def mirrors(self) -> list[Window]:
         """Every live mirror, in order of address."""
         found = (self._mirror_at(start) for start in sorted(self._live))
         return [mirror for mirror in found if mirror is not None]
@@ -237,5 +237,5 @@ class KernelMemory:
 
     def lose(self) -> None:
         """In a forked child: the child has no part in what the kernel had mapped."""
-        _host.unmap_all(self.start, self.length)
+        unmap_all(self.start, self.length)
         self.__init__(self.start, self.length)  # type: ignore[misc]

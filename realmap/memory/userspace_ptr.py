@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Self
 
-from realmap import _host
+from realmap._host import View, Window
 from realmap.errors import InvalidAddress
 from realmap.memory.byte_access import ByteAccess
 from realmap.memory.cross_process import mirror_prot
@@ -14,15 +14,15 @@ from realmap.memory.mapping import Mapping
 from realmap.rights import MappingAccessRights, k_r, k_rw, k_w
 
 #: What user processes have mapped in the UserLand of this process, by the address of the first page.
-_user_windows: weakref.WeakValueDictionary[int, _host.Window] = weakref.WeakValueDictionary()
+_user_windows: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDictionary()
 
 
-def register_window(window: _host.Window) -> None:
+def register_window(window: Window) -> None:
     """Makes a window of this process's UserLand known, so that a kernel in this process can reach it directly."""
     _user_windows[window._base] = window
 
 
-class UserspacePtr(_host.View, ByteAccess):
+class UserspacePtr(View, ByteAccess):
     """`len()` bytes at `address`, in the address space the kernel is using right now.
 
     It behaves as a mirror does (`memoryview(p)`, `p[3:7]`, `drop()`, a context manager), and while

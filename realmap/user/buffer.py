@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
-from realmap import _host
+from realmap._host import View, Window
 from realmap.errors import InvalidAddress, InvalidSize, KernelDied, ProcessKilled
 from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from realmap.user.process import Process
 
 
-class UserWindow(_host.Window):
+class UserWindow(Window):
     """The whole mapping that a buffer and its slices are parts of. Collected: it is unmapped, and the kernel told."""
 
     __slots__ = ("__weakref__", "process", "rights")
@@ -46,7 +46,7 @@ class UserWindow(_host.Window):
                 self.process.client.notice(messages.Unmap(0, self._base, self._span))
 
 
-class Buffer(_host.View, ByteAccess):
+class Buffer(View, ByteAccess):
     """`len()` bytes at `address`, mapped in this process, shared with nobody until they are passed to a syscall.
 
     Works as a bytearray does (`b[3]`, `b[3:7] = b"four"`), and exports its bytes (`memoryview(b)`,
