@@ -506,9 +506,19 @@ static PyObject *view_drop(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_RETURN_TRUE;
 }
 
+/* Windows are reached from here, so that a cycle through one can be collected. They are not cleared:
+ * an export in the same cycle counts itself off on them; the cycle is broken elsewhere. */
+static int view_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(((View *)op)->windows);
+    return 0;
+}
+
 static void view_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
     PyObject *windows = ((View *)op)->windows;
     ((View *)op)->windows = NULL;
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
@@ -555,6 +565,7 @@ static PyGetSetDef view_getset[] = {
 static PyType_Slot view_slots[] = {
     {Py_tp_doc, "A part of one window, or of several side by side."},
     {Py_tp_dealloc, view_dealloc},
+    {Py_tp_traverse, view_traverse},
     {Py_tp_methods, view_methods},
     {Py_tp_members, view_members},
     {Py_tp_getset, view_getset},
@@ -567,7 +578,7 @@ static PyType_Slot view_slots[] = {
 static PyType_Spec view_spec = {
     .name = "realmap._host.View",
     .basicsize = sizeof(View),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = view_slots,
 };
 

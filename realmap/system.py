@@ -82,8 +82,9 @@ def _user_main(
 class SpawnedProcess:
     """A user process that `KernelHandle.spawn` started. It ends with its booter at the latest."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Child, kernel: KernelHandle) -> None:
         self._child = child
+        self._kernel = kernel  # which ends when nobody refers to it any more
 
     @property
     def pid(self) -> int:
@@ -128,7 +129,9 @@ class KernelHandle:
 
     def connect(self) -> Process:
         """This process as a user of the kernel. Errors as `realmap.connect`."""
-        return Process(self.path)
+        process = Process(self.path)
+        process.keeper = self
+        return process
 
     def spawn(self, function: Callable[..., Any], *args: Any) -> SpawnedProcess:
         """Runs `function(me, *args)` in a new user process; `me` is its `Process`.
@@ -145,15 +148,16 @@ class KernelHandle:
             interpreter.dumps(argument, f"argument {position} of {name!r}")
         child = Child(_user_main, self.path, function, args)
         child.report.close()
-        self._spawned = [other for other in self._spawned if other.exitcode is None] + [child]
-        return SpawnedProcess(child)
+        with self._lock:
+            self._spawned = [other for other in self._spawned if other.exitcode is None] + [child]
+        return SpawnedProcess(child, self)
 
     def _ask(self, what: str) -> Any:
+        if self._owner != os.getpid():
+            raise InvalidHandle(None, why=f"this kernel was booted by process {self._owner}; connect({self.path!r})")
         with self._lock:
-            if self._owner != os.getpid():
-                raise InvalidHandle(
-                    None, why=f"this kernel was booted by process {self._owner}; connect({self.path!r})"
-                )
+            if self._child.exitcode is not None:
+                raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
             if self._control is None:
                 self._control = Client(self.path, control=True)
         return self._control.request(messages.Ask(self._control.next_id(), what))[0]
@@ -182,6 +186,9 @@ class KernelHandle:
         if self._owner != os.getpid():
             return
         _handles.discard(self)
+        for child in self._spawned:
+            child.close()
+        self._spawned = []
         if self._child.exitcode is None:
             with contextlib.suppress(KernelError, OSError):
                 self._child.signal(signal.SIGTERM)
@@ -189,13 +196,11 @@ class KernelHandle:
         self._child.close()
         if self._control is not None:
             self._control.close()
-        for child in self._spawned:
-            child.close()
-        self._spawned = []
 
     def lose(self) -> None:
         """In a forked child: the kernel is the parent's."""
         self._control = None
+        self._lock = threading.Lock()  # another thread may have held it
 
     def __enter__(self) -> Self:
         return self
@@ -237,7 +242,8 @@ def boot(
     `syscalls`: the handlers, functions of a script, a notebook or a shell included. `memory_limit`,
     `process_limit`: bytes of frames in all, and for each process. `kernel_land`: bytes of KernelLand.
     `path`: of its socket, by default in a private directory. It ends with `shutdown`, with the `with`
-    block, or with this process, whatever way that dies.
+    block, when nobody refers to the handle (or to what it made by `connect` and `spawn`) any more, or
+    with this process, whatever way that dies.
 
     InvalidSize, InvalidAddress, InvalidHandle, AccessDenied: an option, as `Kernel` says. TypeError: a
     syscall that cannot be sent (it is named), or is no function. ValueError: two of the same name.
@@ -269,6 +275,14 @@ def boot(
 
 _ambient: KernelHandle | None = None
 _ambient_lock = threading.Lock()
+
+
+def _new_ambient_lock() -> None:
+    global _ambient_lock
+    _ambient_lock = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_new_ambient_lock)
 
 
 def connect(path: str | os.PathLike[str] | None = None) -> Process:

@@ -102,6 +102,35 @@ def explode(call: Call, kind: str, text: str) -> None:
     raise kinds[kind](text)
 
 
+class Unspeakable(Exception):
+    """Its text cannot be had."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def _raise_odd(kind: str) -> None:
+    if kind == "surrogate":
+        raise ValueError("a name that is no text: \udcff")
+    if kind == "our surrogate":
+        raise realmap.InvalidHandle("\udcff", why="\udcff")
+    if kind == "huge fact":
+        raise realmap.InvalidSize(1 << 70, why="beyond 64 bits")
+    raise Unspeakable
+
+
+@syscall
+def odd_error(call: Call, kind: str) -> None:
+    """Raises what cannot be encoded as it is."""
+    _raise_odd(kind)
+
+
+@syscall(blocking=True)
+def slow_odd_error(call: Call, kind: str) -> None:
+    """The same on a worker thread."""
+    _raise_odd(kind)
+
+
 @syscall
 def our_error(call: Call) -> None:
     """Raises one of ours."""

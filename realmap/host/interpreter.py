@@ -76,7 +76,7 @@ class Child:
         Unsendable: `function` or an argument cannot be pickled. OSError: no process could be started.
         """
         payload = dumps((function, args), "what it is to run")
-        path = marshal.dumps([entry if entry else os.getcwd() for entry in sys.path])
+        path = marshal.dumps([entry or os.getcwd() for entry in sys.path if isinstance(entry, str)])
         self.report, theirs = socket.socketpair()
         booter = -1
         try:
@@ -113,7 +113,9 @@ class Child:
         """
         got = b""
         end = time.monotonic() + timeout
-        while select.select([self.report], [], [], max(0.0, end - time.monotonic()))[0]:
+        poll = select.poll()  # not select(2): this process may have more than 1024 descriptors
+        poll.register(self.report, select.POLLIN)
+        while poll.poll(max(0.0, end - time.monotonic()) * 1000):
             try:
                 more = self.report.recv(1 << 16)
             except ConnectionResetError:

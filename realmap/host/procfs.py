@@ -37,7 +37,7 @@ def maps(pid: int | str = "self", low: int = 0, high: int = 1 << 64) -> list[Map
     """
     found = []
     try:
-        with open(f"/proc/{pid}/maps") as lines:
+        with open(f"/proc/{pid}/maps", errors="surrogateescape") as lines:
             for line in lines:
                 bounds, perms, offset, device, inode, *path = line.split(maxsplit=5)
                 start, _, end = bounds.partition("-")

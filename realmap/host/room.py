@@ -51,23 +51,29 @@ def _cgroup_rooms() -> list[int]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            base, limit, use = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+            base, limit, use, total = Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
             base, limit, use = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+            total = "total_"
         else:
             continue
         folder = base / path.lstrip("/")
         for level in (folder, *folder.parents):
-            room = _room(level / limit, level / use)
+            room = _room(level / limit, level / use, level / "memory.stat", total)
             rooms += [room] if room is not None else []
             if level == base:
                 break
     return rooms
 
 
-def _room(limit: Path, use: Path) -> int | None:
+def _room(limit: Path, use: Path, stat: Path, total: str) -> int | None:
     try:
         most, used = limit.read_text().strip(), int(use.read_text())
-        return None if most == "max" else int(most) - used
+        if most == "max":
+            return None
+        fields = dict(line.split() for line in stat.read_text().splitlines())
+        # Page cache of files counts as use, but Linux gives it up before it says no. (That of tmpfs is not in these.)
+        cache = sum(int(fields.get(f"{total}{name}_file", 0)) for name in ("active", "inactive"))
+        return int(most) - used + cache
     except (OSError, ValueError):
         return None

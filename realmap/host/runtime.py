@@ -155,6 +155,8 @@ def sweep() -> list[str]:
     gone = [name for name in _orphans() if _remove(f"/dev/shm/{name}")]
     folder = directory()
     for lock in folder.glob("*.sock.lock"):
+        if _maker_lives(lock.name):
+            continue  # also one that has made its lock file, and not locked it yet
         with contextlib.suppress(InvalidHandle, AccessDenied):
             path = str(lock)[: -len(".lock")]
             there = os.path.lexists(path)

@@ -57,7 +57,7 @@ class Segment:
     /proc/PID/maps shows, `name` what others can open it by, or None.
     """
 
-    __slots__ = ("__weakref__", "_marker", "device", "fd", "inode", "length", "name")
+    __slots__ = ("__weakref__", "_maker", "_marker", "device", "fd", "inode", "length", "name")
 
     def __init__(
         self,
@@ -77,6 +77,8 @@ class Segment:
         self.length = length
         self.name: str | None = None
         self._marker: Path | None = None
+        self._maker = os.getpid()
+        self.fd = -1
         own = _own_name()
         try:
             made = posix_ipc.SharedMemory("/" + own, posix_ipc.O_CREX, mode=0o600)
@@ -86,7 +88,7 @@ class Segment:
             # posix_ipc says EMFILE and ENFILE in words only.
             number = error.errno or errno.EMFILE
             raise frames_error(OSError(number, error.strerror or str(error)), length) from None
-        self.fd: int = made.fd
+        self.fd = made.fd
         try:
             try:
                 status = os.fstat(self.fd)
@@ -146,11 +148,16 @@ class Segment:
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
-        if self.name is not None:
+        ours = self._maker == os.getpid()  # a forked child has descriptors of its own, but not the name
+        if self.name is not None and ours:
             with contextlib.suppress(OSError):
                 if os.stat(f"{SHM}/{self.name}").st_ino == self.inode:  # not a later one of the same name
                     os.unlink(f"{SHM}/{self.name}")
-        if self._marker is not None:
+        if self._marker is not None and ours:
             with contextlib.suppress(OSError):
                 self._marker.unlink(missing_ok=True)
         os.close(fd)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()

@@ -51,6 +51,8 @@ def frames_error(error: OSError, size: int) -> KernelError:
 
 def window_error(error: OSError, address: int, size: int, prot: int) -> KernelError:
     """Why `size` bytes could not be mapped at (or unmapped from) `address`."""
+    if isinstance(error, KernelError):  # it says so already
+        return error
     if error.errno == errno.EEXIST:
         return InvalidAddress(address, why="something is mapped there already")
     if error.errno == errno.ENOMEM:

@@ -30,9 +30,17 @@ def stats(kernel: Kernel) -> dict[str, int]:
         "bytes": kernel.frames.used,
         "calls": kernel.calls,
         "running": sum(process.calls for process in kernel.processes),
-        "descriptors": psutil.Process().num_fds(),
+        "descriptors": _descriptors(),
         "threads": kernel.workers.threads,
     }
+
+
+def _descriptors() -> int:
+    """How many descriptors this process has open; -1 where not even one is left to look."""
+    try:
+        return int(psutil.Process().num_fds())
+    except OSError:
+        return -1
 
 
 def books(kernel: Kernel) -> dict[str, Any]:

@@ -56,14 +56,15 @@ class Connection:
     def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         """Sends as much as the peer takes now, and the rest when it can. InvalidSize: the message is too long.
 
-        Descriptors go with the last part; they stay the caller's (copies wait in the outbox).
+        Descriptors go with the last part; they stay the caller's (copies wait in the outbox). OSError: no
+        descriptors are left for copies; nothing more can be said to this client in order.
         """
         parts = channel.datagrams(message)
         for part in parts:
             rights = descriptors if part is parts[-1] else ()
             if self._outbox or not self._try(part, rights):
-                self._outbox.append((part, [os.dup(descriptor) for descriptor in rights]))
-                self.backlog += len(part)
+                self._outbox.append((part, _copies(rights)))
+                self.backlog += _weight(part, rights)
 
     def _try(self, datagram: bytes, descriptors: Sequence[int]) -> bool:
         try:
@@ -79,7 +80,7 @@ class Connection:
         """Goes on sending what waits."""
         while self._outbox and self._try(*self._outbox[0]):
             datagram, descriptors = self._outbox.popleft()
-            self.backlog -= len(datagram)
+            self.backlog -= _weight(datagram, descriptors)
             channel.close_all(descriptors)
 
     def close(self) -> None:
@@ -89,3 +90,19 @@ class Connection:
             channel.close_all(self._outbox.popleft()[1])
         with contextlib.suppress(OSError):
             self.sock.close()
+
+
+def _weight(datagram: bytes, descriptors: Sequence[int]) -> int:
+    """What something unread counts towards the backlog: a descriptor is dearer than bytes."""
+    return len(datagram) + len(descriptors) * channel.CHUNK
+
+
+def _copies(descriptors: Sequence[int]) -> list[int]:
+    copies: list[int] = []
+    try:
+        for descriptor in descriptors:
+            copies.append(os.dup(descriptor))
+    except OSError:
+        channel.close_all(copies)
+        raise
+    return copies

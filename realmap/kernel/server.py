@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
+import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
 import msgspec
@@ -36,6 +38,7 @@ from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
 
 Handler = Callable[[int], None]
+log = logging.getLogger("realmap")
 
 
 class Kernel:
@@ -81,8 +84,11 @@ class Kernel:
         self._thread: threading.Thread | None = None
         self._lock: runtime.SocketLock | None = None
         self._wake = -1
-        self._running = False
+        self._wake_lock = threading.RLock()  # re-entrant: a signal handler may call stop within post
         self._stopping = False
+        self._ended = threading.Event()
+        #: The thread that serves.
+        self._serving = 0
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -90,9 +96,9 @@ class Kernel:
         """Takes the socket path and listens on it. Nothing is left behind where that fails."""
         if self._lock is not None or self._stopping:
             raise KernelError(why=f"the kernel at {self.path!r} {'was stopped' if self._stopping else 'runs already'}")
-        self._lock = runtime.SocketLock(self.path)
+        lock = runtime.SocketLock(self.path)
         with contextlib.ExitStack() as undo:
-            undo.callback(self._lock.release)
+            undo.callback(lock.release)
             runtime.sweep()
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(self._listener.close)
@@ -100,14 +106,17 @@ class Kernel:
             self._listener.bind(self.path)
             os.chmod(self.path, 0o600)
             self._listener.listen(128)
-            # Given up for a moment where no descriptor is left, to turn a client away in words.
+            # Given up for a moment where no descriptor is left, to turn a client away.
             self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._spare)
+            wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, wake)
             self._epoll = select.epoll()
+            self._wake, self._lock = wake, lock
             undo.pop_all()
         self._watch(self._listener.fileno(), self._accept)
         self._watch(self._wake, self._on_wake)
-        self._owner = os.getpid()
+        self._ended.clear()
         forks.lose_in_child(self)
 
     def serve(self, *, ready: Callable[[], None] | None = None, booter: int = -1) -> None:
@@ -119,18 +128,38 @@ class Kernel:
         self._open()
         if booter >= 0:
             self._watch(booter, lambda _: self.stop(wait=False))
-        self._running = True
-        if ready is not None:
-            ready()
-        self._loop()
+        with self._woken_by_signals():
+            self._loop(ready)
 
     def start(self) -> Self:
         """Serves on a thread of its own, and returns once clients can connect. Errors as `serve`."""
         self._open()
-        self._running = True
         self._thread = threading.Thread(target=self._loop, name="realmap-kernel", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._thread = None
+            self._close()
+            raise
         return self
+
+    @contextlib.contextmanager
+    def _woken_by_signals(self) -> Iterator[None]:
+        """A signal that comes right before the kernel sleeps wakes it all the same."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._watch(reader.fileno(), lambda _: _drain(reader))
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            reader.close()
+            writer.close()
 
     def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
         """Ends the loop: every client is told, every mapping given back, the path given free.
@@ -141,15 +170,12 @@ class Kernel:
         handler did not return in that time.
         """
         self._stopping = True
-        self._running = False
-        if self._wake >= 0:
-            with contextlib.suppress(OSError):
-                os.eventfd_write(self._wake, 1)
-        thread = self._thread
-        if wait and thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
-            if thread.is_alive():
+        self._ring_bell()
+        if wait and self._lock is not None and self._serving != threading.get_ident():
+            if not self._ended.wait(timeout):
                 raise TimeoutError(f"the kernel's thread did not end within {timeout} s: a handler is still at work")
+            if self._thread is not None:
+                self._thread.join(timeout)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -158,10 +184,18 @@ class Kernel:
         self.stop()
 
     def post(self, job: Callable[[], None]) -> None:
-        """Has `job` run on the kernel's thread, soon. From any thread."""
-        self._posted.append(job)
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        """Has `job` run on the kernel's thread, soon; here and now where that has ended. From any thread."""
+        with self._wake_lock:
+            if self._wake >= 0:
+                self._posted.append(job)
+                self._ring_bell()
+                return
+        job()
+
+    def _ring_bell(self) -> None:
+        with self._wake_lock, contextlib.suppress(OSError):
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def _watch(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
         self._handlers[fd] = handler
@@ -171,16 +205,27 @@ class Kernel:
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def _loop(self) -> None:
+    def _loop(self, ready: Callable[[], None] | None = None) -> None:
+        self._serving = threading.get_ident()
         try:
-            while self._running:
-                for fd, _ in self._epoll.poll():
-                    # Looked up anew: an earlier event of this turn may have closed it.
-                    handler = self._handlers.get(fd)
-                    if handler is not None:
-                        handler(fd)
+            if ready is not None:
+                ready()
+            while not self._stopping:
+                self._attend(self._epoll.poll())
         finally:
             self._close()
+
+    def _attend(self, events: list[tuple[int, int]]) -> None:
+        for fd, _ in events:
+            # Looked up anew: an earlier event of this turn may have closed it.
+            handler = self._handlers.get(fd)
+            try:
+                if handler is not None:
+                    handler(fd)
+            except Exception:  # a bug of ours ends one client at worst, never the kernel
+                log.exception("the kernel failed at something")
+                if fd in self._connections:
+                    self._drop(self._connections[fd])
 
     def _close(self) -> None:
         bye = syscalls.encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
@@ -191,19 +236,21 @@ class Kernel:
         self._listener.close()
         self._epoll.close()
         self.workers.close()
-        while self._posted:
-            self._posted.popleft()
-        wake, self._wake = self._wake, -1
-        os.close(wake)
-        os.close(self._spare)
+        with self._wake_lock:  # from here on, jobs run where they are posted
+            wake, self._wake = self._wake, -1
+            os.close(wake)
+        self._run_posted()
+        if self._spare >= 0:
+            os.close(self._spare)
         if self._lock is not None:
             self._lock.release()
+        self._ended.set()
 
     def lose(self) -> None:
         """A fork of the kernel's process is no kernel: it keeps nobody's memory, socket or connection alive."""
         if self._wake < 0:
             return
-        self._running = False
+        self._stopping = True
         for process in self.processes:
             for mapping in process.memory:
                 segments = getattr(mapping.frames, "segments", ())
@@ -223,18 +270,27 @@ class Kernel:
     def _on_wake(self, _: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
+        self._run_posted()
+
+    def _run_posted(self) -> None:
         for _ in range(len(self._posted)):
-            self._posted.popleft()()
+            try:
+                self._posted.popleft()()
+            except Exception:
+                log.exception("the kernel failed at something")
 
     def _accept(self, _: int) -> None:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # else the listener would be ready for ever
-                os.close(self._spare)
+                if self._spare >= 0:
+                    os.close(self._spare)
                 with contextlib.suppress(OSError):
                     self._listener.accept()[0].close()
-                self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+                self._spare = -1
+                with contextlib.suppress(OSError):  # a worker was quicker: then without one
+                    self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             return
         self._connections[sock.fileno()] = Connection(sock)
         self._watch(sock.fileno(), self._on_socket)
@@ -286,7 +342,7 @@ class Kernel:
                 ours, theirs = f"{VERSION} (protocol {PROTOCOL})", f"{hello.version} (protocol {hello.protocol})"
                 raise VersionMismatch(ours, theirs, why="kernel and user are of different versions of realmap")
             peer = liveness.peer(connection.sock, hello.pid, hello.start)
-        except (KernelError, ProcessLookupError) as error:
+        except (KernelError, OSError) as error:  # of another kind, dead by now, or no descriptor left for it
             self._refuse(connection, error)
             return
         if peer.uid != os.geteuid():
@@ -302,7 +358,8 @@ class Kernel:
         else:
             frames = FrameAllocator(self._process_limit, parent=self.frames)
             process = connection.process = self.processes.add(peer, connection, frames)
-            self._watch(process.pidfd, lambda _: self._drop(connection))
+            # Asked again: the event may be of an earlier process whose pidfd had this number.
+            self._watch(process.pidfd, lambda fd: self._drop(connection) if liveness.is_dead(fd) else None)
             number = process.number
         connection.send(syscalls.encode(messages.Welcome(VERSION, number, os.getpid())))
 
@@ -354,7 +411,7 @@ class Kernel:
                 self._reply(connection, request.id, services.move(process, request))
             else:
                 self._reply(connection, request.id, services.query(process, request))
-        except (KernelError, TypeError) as error:
+        except Exception as error:  # one of ours, or a bug of ours: the caller is told either way
             self._reply(connection, request.id, error)
 
     def _reply(self, connection: Connection, id: int, got: services.Answer | BaseException) -> None:
@@ -374,6 +431,9 @@ class Kernel:
             connection.send(message, list(descriptors))
         except KernelError as error:  # longer than a message may be
             connection.send(syscalls.failed(id, error))
+        except OSError as error:
+            self._expel(connection, f"no descriptors are left for its answers: {error.strerror}")
+            return
         self._rearm(connection)
 
     def _ask(self, what: str) -> Any:
@@ -433,3 +493,8 @@ class Kernel:
             self.workers.submit(work)
         except RuntimeError as error:
             ended(syscalls.failed(request.id, error, syscall.name))
+
+
+def _drain(sock: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        sock.recv(4096)

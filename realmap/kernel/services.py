@@ -7,7 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, KernelError, ProcessKilled
+from realmap.errors import (
+    AccessDenied,
+    InvalidAddress,
+    InvalidMemState,
+    InvalidSize,
+    KernelError,
+    PhysicalMemoryExhaustion,
+    ProcessKilled,
+)
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.pages import USIZE_MAX, align_up
@@ -71,7 +79,10 @@ def map_memory(
     def finish(frames: SharedFrames) -> None:
         kernel.post(lambda: answer(_finish(process, frames, size, kind, rights)))
 
-    kernel.workers.submit(later)
+    try:
+        kernel.workers.submit(later)
+    except RuntimeError as error:
+        raise PhysicalMemoryExhaustion(size, why=f"no thread to take so much memory on: {error}") from None
 
 
 def _finish(

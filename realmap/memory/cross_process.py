@@ -128,13 +128,13 @@ class CrossProcessMapping(Window, ByteAccess):
                 raise
         except (OSError, VirtualMemoryExhaustion):
             return cls._mirror_pieces((mapping,), offset, [(fd, start, span)], length, kernel, prot)
-        kernel.adopt(base, self)
         self.mapping = mapping
         self.mappings = (mapping,)
         self.offset = offset
         self._kernel = kernel
         self._frames = frames
         frames._holders[id(self)] = ("mirror", base + lead)
+        kernel.adopt(base, self)  # last: who looks at the mirrors sees whole ones only
         return self
 
     @staticmethod
@@ -178,18 +178,22 @@ class CrossProcessMapping(Window, ByteAccess):
         prot: int,
     ) -> Self:
         span, lead = sum(piece[2] for piece in pieces), offset & PAGE_MASK
-        self = kernel.place(
-            lambda base: cls._map_pieces(base, prot, pieces, lead, length, 0), span, pieces[0][1] % HUGE_SIZE, prot
-        )
-        self.mapping = mappings[0]
-        self.mappings = mappings
-        self.offset = offset
-        self._kernel = kernel
         frames = {id(mapping.frames): mapping.frames for mapping in mappings}
-        self._frames = held = tuple(found for found in frames.values() if isinstance(found, SharedFrames))
-        for found in held:
-            found.hold(self, "mirror", self.address)
-        return self
+        held = tuple(found for found in frames.values() if isinstance(found, SharedFrames))
+
+        def make(base: int) -> Any:
+            self = cls._map_pieces(base, prot, pieces, lead, length, 0)
+            self.mapping = mappings[0]
+            self.mappings = mappings
+            self.offset = offset
+            self._kernel = kernel
+            self._frames = held
+            for found in held:
+                found.hold(self, "mirror", self.address)
+            return self
+
+        made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot)
+        return made
 
     @property
     def rights(self) -> MappingAccessRights:
@@ -203,16 +207,16 @@ class CrossProcessMapping(Window, ByteAccess):
         Linux's limit of mappings, where the unmapping would split one (it stays as it is).
         """
         try:
-            mapped = self._unmap()
+            self._unmap()
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
-        if mapped:
-            self._kernel.forget(self._base)
-            frames = self._frames
-            if frames.__class__ is SharedFrames:
-                frames.let_go(self)
-            else:
-                self._let_go_all()
+        # Also where it was unmapped before: an interrupt may have come in between. Both know what is done.
+        self._kernel.release(self._base, self)
+        frames = self._frames
+        if frames.__class__ is SharedFrames:
+            frames.let_go(self)
+        else:
+            self._let_go_all()
 
     def _let_go_all(self) -> None:
         assert isinstance(self._frames, tuple)
@@ -222,14 +226,15 @@ class CrossProcessMapping(Window, ByteAccess):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.drop()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # An exception on its way out may hold views in its traceback, and matters more than they do.
+        with contextlib.suppress(BufferError) if kind is not None else contextlib.nullcontext():
+            self.drop()
 
     def __del__(self) -> None:
-        # Collected without a drop: no view can live then. At interpreter exit anything may be gone.
-        if self.alive:
-            with contextlib.suppress(Exception):
-                self.drop()
+        # No view can live then. At interpreter exit, or where it is half made, anything may be missing.
+        with contextlib.suppress(Exception):
+            self.drop()
 
     def __repr__(self) -> str:
         if not self.alive:

@@ -221,7 +221,8 @@ class FrameAllocator:
 
     def _charge(self, length: int, count: int) -> None:
         with self._lock:
-            if self.limit is not None and self._settle() + length > self.limit:
+            used = self._settle()
+            if self.limit is not None and used + length > self.limit:
                 raise PhysicalMemoryExhaustion(
                     length, why=f"the limit of {self.limit} bytes does not allow {length} more ({self._used} in use)"
                 )

@@ -128,6 +128,12 @@ class KernelMemory:
         if self._fresh.pop(address, None) is None:
             self._gone.append(address)
 
+    def release(self, address: int, mirror: Window) -> None:
+        """Gives back what `mirror` had at `address`. A second time, when it may be another's: nothing."""
+        known = self._live.get(address)
+        if known is not None and (known() is mirror or known() is None):
+            self.forget(address)
+
     # ---- mapping ----------------------------------------------------------------------------
 
     def place(self, make: Callable[[int], W], span: int, residue: int, prot: int) -> W:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from typing import Self
@@ -67,8 +68,10 @@ class UserspacePtr(View, ByteAccess):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.drop()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # An exception on its way out may hold views in its traceback, and matters more than they do.
+        with contextlib.suppress(BufferError) if kind is not None else contextlib.nullcontext():
+            self.drop()
 
     def __repr__(self) -> str:
         return f"<UserspacePtr {self.address:#x}, {len(self)} bytes, {self.rights}>"

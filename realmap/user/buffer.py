@@ -21,28 +21,30 @@ if TYPE_CHECKING:
 class UserWindow(Window):
     """The whole mapping that a buffer and its slices are parts of. Collected: it is unmapped, and the kernel told."""
 
-    __slots__ = ("__weakref__", "process", "rights")
+    __slots__ = ("__weakref__", "process", "rights", "told")
 
     process: Process
     rights: MappingAccessRights
+    #: Whether the kernel knows that it is unmapped.
+    told: bool
 
     def unmap(self) -> None:
         """Unmaps it, then tells the kernel. BufferError: a view lives. Where the kernel is gone, that is all."""
         try:
-            mapped = self._unmap()
+            self._unmap()
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
-        if mapped:
+        if not self.told:
             client = self.process.client
             with contextlib.suppress(KernelDied, ProcessKilled):
                 client.request(messages.Unmap(client.next_id(), self._base, self._span))
+            self.told = True  # not before: where an interrupt comes in between, its collection tells
 
     def __del__(self) -> None:
         # In a forked child the mapping is the child's own copy; the parent's books are not its business.
-        if not self.alive:
-            return
         with contextlib.suppress(Exception):
-            if self._unmap() and self.process.pid == os.getpid():
+            self._unmap()
+            if not self.told and self.process.pid == os.getpid():
                 self.process.client.notice(messages.Unmap(0, self._base, self._span))
 
 
@@ -102,8 +104,10 @@ class Buffer(View, ByteAccess):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.unmap()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # An exception on its way out may hold views in its traceback, and matters more than they do.
+        with contextlib.suppress(BufferError) if kind is not None else contextlib.nullcontext():
+            self.unmap()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Buffer cannot be pickled: pass bytes(buffer), or pass the buffer to a syscall")

@@ -17,7 +17,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from threading import Event, Lock
+from threading import Event, RLock
 from typing import Any
 
 import msgspec
@@ -73,9 +73,11 @@ class Client:
         self._pending: dict[int, Pending] = {}
         self._inbox: deque[Received] = deque()
         self._assembler = channel.Assembler()
-        self._reading = Lock()
-        self._sending = Lock()
-        self._state = Lock()
+        # Re-entrant: a destructor or a signal handler may make a call while its own thread is in one.
+        self._reading = RLock()
+        self._depth = 0
+        self._sending = RLock()
+        self._state = RLock()
         self._notices: deque[bytes] = deque()
         self._error: KernelError | None = None
         self._sock = self._connect(path)
@@ -158,16 +160,18 @@ class Client:
         data = self._encoder.encode(message)
         deadline = None if timeout is None else time.monotonic() + timeout
         pending = self._pending[number] = Pending(holds, late)
+        sent = False
         try:
             self._send(data, deadline)
+            sent = True
             self._wait(pending, deadline)
-        except TimeoutError:
-            self._give_up(number, pending)
-            raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
-        except BaseException:
-            self._give_up(number, pending)
+        except BaseException as error:
+            self._leave(stale=True)
+            self._give_up(number, pending, sent)
+            if isinstance(error, TimeoutError):
+                raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
             raise
-        del self._pending[number]
+        self._pending.pop(number, None)
         reply = pending.reply
         if isinstance(reply, messages.Done):
             return reply.value, pending.descriptors
@@ -209,11 +213,11 @@ class Client:
         assert self._error is not None
         return type(self._error)(*self._error.facts().values(), why=self._error.why)
 
-    def _give_up(self, number: int, pending: Pending) -> None:
+    def _give_up(self, number: int, pending: Pending, sent: bool) -> None:
         """Nobody waits for this answer any more. Where it has come already, or never will, that is all."""
         with self._state:
             pending.abandoned = True
-            over = pending.reply is not None or self._error is not None
+            over = pending.reply is not None or self._error is not None or not sent
         if over:
             self._dispose(number, pending)
 
@@ -248,11 +252,11 @@ class Client:
                 poll = select.poll()
                 poll.register(self._sock, select.POLLOUT | select.POLLIN)
                 poll.poll(self._slice(deadline))
-                if self._reading.acquire(blocking=False):
+                if self._lead():
                     try:
                         self._receive(0)
                     finally:
-                        self._reading.release()
+                        self._leave()
             except OSError as error:
                 raise self._lost(error) from None
 
@@ -269,20 +273,36 @@ class Client:
 
     def _wait(self, pending: Pending, deadline: float | None) -> None:
         while pending.reply is None:
-            if self._reading.acquire(blocking=False):
+            if self._error is not None:
+                raise self._ended()
+            if self._lead():
                 try:
                     while pending.reply is None:
                         if self._error is not None:
                             raise self._ended()
                         self._receive(self._slice(deadline))
                 finally:
-                    self._reading.release()
+                    self._leave()
                     self._pass_on()
             elif pending.event is None:
                 pending.event = Event()  # seen by the leader from now on: so try to lead once more
             else:
                 pending.event.wait(self._slice(deadline) / 1000)
                 pending.event.clear()
+
+    def _lead(self) -> bool:
+        """Becomes the one that reads, unless another thread is."""
+        if self._reading.acquire(blocking=False):
+            self._depth += 1
+            return True
+        return False
+
+    def _leave(self, *, stale: bool = False) -> None:
+        """No longer reads. `stale`: only where an interrupt came between acquiring and counting."""
+        if self._reading._is_owned():  # type: ignore[attr-defined]
+            self._depth -= not stale
+            while not self._depth and self._reading._is_owned():  # type: ignore[attr-defined]
+                self._reading.release()
 
     def _pass_on(self) -> None:
         """Lets the next one lead."""
@@ -291,9 +311,16 @@ class Client:
                 other.event.set()
                 return
 
+    def _readable(self, milliseconds: float) -> bool:
+        poll = self._poll
+        if self._depth > 1:  # a call within a call: the other is in this one's poll
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(milliseconds))
+
     def _receive(self, milliseconds: float) -> None:
         """Takes what is there, at most one datagram, and hands it on. Only who holds `_reading`."""
-        if not self._poll.poll(milliseconds):
+        if not self._readable(milliseconds):
             return
         try:
             # In one call of C: a KeyboardInterrupt cannot come between taking it and keeping it.
@@ -310,8 +337,10 @@ class Client:
         except OSError:
             self._inbox.append((b"", [], 0, None))
         while self._inbox:
-            self._dispatch(self._inbox[0])  # handing it on twice does no harm, losing it does
-            self._inbox.popleft()
+            received = self._inbox[0]
+            self._dispatch(received)  # handing it on twice does no harm, losing it does
+            if self._inbox and self._inbox[0] is received:  # else a call within this one has done it
+                self._inbox.popleft()
 
     def _dispatch(self, received: Received) -> None:
         data, ancillary, _, _ = received
@@ -354,12 +383,13 @@ class Client:
 
     def _lost(self, error: OSError) -> KernelError:
         """Sending failed: the kernel may have said why before it closed."""
-        if self._error is None and self._reading.acquire(timeout=SLICE / 1000):
+        while self._error is None and self._lead():
             try:
-                while self._error is None and self._poll.poll(0):
-                    self._receive(0)
+                if not self._readable(0):
+                    break
+                self._receive(0)
             finally:
-                self._reading.release()
+                self._leave()
         if self._error is None:
             self._end(KernelDied(self.path, why=f"the kernel at {self.path!r} has died ({error.strerror})"))
         return self._ended()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from threading import Lock
 from typing import Any, Self, SupportsIndex
 
 import msgspec
@@ -39,8 +39,11 @@ class Process:
     def __init__(self, path: str) -> None:
         """Connects to the kernel at `path` (its socket). Errors as `realmap.connect`."""
         require_address_space()
+        #: What must live as long as this does: the handle of a kernel that it was made by.
+        self.keeper: object = None
         self.client = Client(path, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
         self._windows: weakref.WeakSet[UserWindow] = weakref.WeakSet()
+        self._lock = Lock()
 
     @property
     def pid(self) -> int:
@@ -94,12 +97,16 @@ class Process:
             None if name is None else checked_name(name),
             bool(commit),
         )
-        value, descriptors = client.request(request, name="map", late=self._unmap_late)
-        address, span, count = value
+        value: Any = None
+        descriptors: list[int] = []
+        window: UserWindow | None = None
         try:
-            window = self._map_window(address, span, count, step or span, descriptors, allowed)
+            value, descriptors = client.request(request, name="map", late=self._unmap_late)
+            window = self._map_window(value, step, descriptors, allowed)
         finally:
             channel.close_all(descriptors)
+            if value is not None and window is None:
+                self._unmap_late(value)
         return Buffer.part(window, window._base, size)
 
     def _unmap_late(self, value: Any) -> None:
@@ -107,37 +114,30 @@ class Process:
         self.client.notice(messages.Unmap(0, value[0], value[1]))
 
     def _map_window(
-        self, address: int, span: int, count: int, step: int, descriptors: list[int], rights: MappingAccessRights
+        self, value: list[int], step: int | None, descriptors: list[int], rights: MappingAccessRights
     ) -> UserWindow:
-        """Maps the segments at `address`, or where the kernel moves them if that is taken; all or nothing."""
+        """Maps the segments at the address in `value`, or where the kernel moves them if that is taken (it is noted
+        there); all or nothing.
+        """
         prot = prot_of(rights)
-        tries = itertools.count(1)
-        try:
-            while True:
-                try:
-                    window = self._map_segments(address, span, count, step, descriptors, prot)
-                    break
-                except OSError as error:
-                    if error.errno != errno.EEXIST or isinstance(error, KernelError):
-                        raise
-                    if next(tries) > PLACES:
-                        raise VirtualMemoryExhaustion(
-                            span, why=f"at {PLACES} places in UserLand something else is mapped"
-                        ) from None
-                    start, end = procfs.obstacle(address, span)
-                    request = messages.Move(self.client.next_id(), address, start, end)
-                    address = self.client.request(request)[0]
-        except BaseException as error:
-            with suppress(KernelError):
-                self.client.request(messages.Unmap(self.client.next_id(), address, span))
-            if isinstance(error, OSError) and not isinstance(error, KernelError):
-                raise translate.window_error(error, address, span, prot) from None
-            raise
-        window.process = self
-        window.rights = rights
-        self._windows.add(window)
-        register_window(window)
-        return window
+        for _ in range(PLACES):
+            address, span, count = value
+            try:
+                window = self._map_segments(address, span, count, step or span, descriptors, prot)
+            except OSError as error:
+                if error.errno != errno.EEXIST or isinstance(error, KernelError):
+                    raise translate.window_error(error, address, span, prot) from None
+                start, end = procfs.obstacle(address, span)
+                value[0] = self.client.request(messages.Move(self.client.next_id(), address, start, end))[0]
+            else:
+                window.process = self
+                window.rights = rights
+                window.told = False
+                with self._lock:
+                    self._windows.add(window)
+                register_window(window)
+                return window
+        raise VirtualMemoryExhaustion(value[1], why=f"at {PLACES} places in UserLand something else is mapped")
 
     def _map_segments(
         self, address: int, span: int, count: int, step: int, descriptors: list[int], prot: int
@@ -207,10 +207,14 @@ class Process:
 
         A buffer of which a view still lives stays mapped until that view is gone; its bytes stay valid.
         """
-        for window in list(self._windows):
-            with suppress(BufferError, OSError):
-                window._unmap()
-        self.client.close()
+        try:
+            with self._lock:
+                windows = list(self._windows)
+            for window in windows:
+                with suppress(BufferError, OSError):
+                    window._unmap()
+        finally:
+            self.client.close()
 
     def __enter__(self) -> Self:
         return self

@@ -45,14 +45,23 @@ def datagrams(message: bytes) -> list[bytes]:
 class Assembler:
     """Puts messages together from the datagrams of one peer."""
 
-    __slots__ = ("_parts", "_size")
+    __slots__ = ("_last", "_parts", "_size")
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
+        self._last: tuple[bytes | None, bytes | None] = (None, None)
 
     def feed(self, datagram: bytes) -> bytes | None:
-        """The message that this datagram completes, or None. NotAMessage: it belongs to none."""
+        """The message that this datagram completes, or None. NotAMessage: it belongs to none.
+
+        The same object once more, after an interrupt, has the same answer.
+        """
+        if datagram is not self._last[0]:
+            self._last = (datagram, self._feed(datagram))
+        return self._last[1]
+
+    def _feed(self, datagram: bytes) -> bytes | None:
         if not 1 < len(datagram) < DATAGRAM:
             raise NotAMessage(f"a datagram of {len(datagram)} bytes")
         flag = datagram[0]

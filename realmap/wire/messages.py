@@ -183,9 +183,25 @@ def buffer_of(code: int, data: memoryview) -> tuple[int, int]:
 def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error:
     """An exception as it travels: one of ours as itself, any other as `SyscallFailed` of the syscall `name`."""
     if not isinstance(error, KernelError):
-        error = SyscallFailed(name, type(error).__name__, str(error)[:MAX_TEXT], traceback[-MAX_TEXT:])
-    facts = [fact if isinstance(fact, str | int | float | None) else str(fact) for fact in error.facts().values()]
-    return Error(error.code, facts, error.why[:MAX_TEXT])
+        try:
+            text = str(error)
+        except Exception as inner:
+            text = f"its text cannot be had: {type(inner).__name__}"
+        error = SyscallFailed(name, type(error).__name__, text[:MAX_TEXT], traceback[-MAX_TEXT:])
+    return Error(error.code, [_plain(fact) for fact in error.facts().values()], _plain_text(str(error.why)[:MAX_TEXT]))
+
+
+def _plain(fact: Any) -> Any:
+    """A fact as MessagePack can carry it: integers of at most 64 bits, text without lone surrogates."""
+    if fact is None or isinstance(fact, float):
+        return fact
+    if isinstance(fact, int) and -(1 << 63) <= fact < 1 << 64:
+        return int(fact)
+    return _plain_text(str(fact))
+
+
+def _plain_text(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def exception_of(error: Error) -> KernelError:
