@@ -307,5 +307,5 @@ def test_an_assembler_takes_parts_and_refuses_what_is_none() -> None:
         with pytest.raises(channel.NotAMessage):
             channel.Assembler().feed(bad)
     with pytest.raises(channel.NotAMessage, match="more than"):
-        for part in [parts[0], *[parts[1]] * 300]:
+        for part in [parts[0], *(bytes(bytearray(parts[1])) for _ in range(300))]:
             taker.feed(part)
