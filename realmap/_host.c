@@ -3,6 +3,8 @@
  *   Window   a range of this address space that maps pieces of files (or private memory) at an
  *            address that the caller chose. Exports its bytes through the buffer protocol and
  *            counts the exports, so that it is never unmapped under a live view.
+ *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
+ *            woken without losing a wake-up.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
  *            an export of every window it covers.
  *
@@ -22,8 +24,12 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef MAP_FIXED_NOREPLACE
@@ -199,6 +205,41 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
     self->lead = lead;
     self->length = (Py_ssize_t)length;
     self->state = ALIVE;
+    return (PyObject *)self;
+}
+
+/* Window._take_over(other, lead, length): a window with the mapping of `other`, which is dead from
+ * then on, and other bytes of it exported. BufferError: a view of `other` lives, or it is dead. */
+static PyObject *still_viewed(const char *what, Py_ssize_t exports);
+
+static PyObject *window_take_over(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t lead, length;
+    if (wants(nargs, 3, "Window._take_over") || as_u64(args[1], &lead) || as_u64(args[2], &length))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], window_type)) {
+        PyErr_SetString(PyExc_TypeError, "only a window can be taken over");
+        return NULL;
+    }
+    Window *other = (Window *)args[0];
+    if (!is_alive(other)) {
+        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
+        return NULL;
+    }
+    if (other->exports)
+        return still_viewed("drop", other->exports);
+    if (lead > other->span || length > other->span - lead) {
+        PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
+        return NULL;
+    }
+    Window *self = new_window((PyTypeObject *)cls, other->base, other->prot, other->inherited);
+    if (!self)
+        return NULL;
+    self->span = other->span;
+    self->lead = lead;
+    self->length = (Py_ssize_t)length;
+    self->state = ALIVE;
+    other->state = DEAD;
     return (PyObject *)self;
 }
 
@@ -378,6 +419,7 @@ static PyObject *window_alive(PyObject *op, void *Py_UNUSED(closure))
 static PyMethodDef window_methods[] = {
     {"_map", FASTCALL(window_map), METH_FASTCALL | METH_CLASS, NULL},
     {"_map_pieces", FASTCALL(window_map_pieces), METH_FASTCALL | METH_CLASS, NULL},
+    {"_take_over", FASTCALL(window_take_over), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -582,6 +624,298 @@ static PyType_Spec view_spec = {
     .slots = view_slots,
 };
 
+/* ---- rings -------------------------------------------------------------------------------- */
+
+/* Two queues, each with one producer and one consumer, in memory that both sides may write:
+ *
+ *      user    ── calls ────▶  kernel        queue 0
+ *      user    ◀── answers ──  kernel        queue 1
+ *
+ *      tail ─▶ the producer's count of messages     asleep ─▶ 1 while the consumer sleeps, or is about to
+ *      head ─▶ the consumer's count
+ *
+ * Each side keeps its own counts where the other cannot reach them; what the other side wrote is
+ * read once, then checked. A peer that scribbles here is found out, and hurts only itself.
+ *
+ * Publishing and the sleep flag: the producer stores tail and then looks at asleep, the consumer
+ * stores asleep and then looks at tail. Both need a sequentially consistent fence in between, or
+ * each can miss the other's store (on x86 too), and a wake-up is lost. */
+
+#define RING_SLOTS 32u
+#define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
+#define LINE 64
+
+typedef struct {
+    _Alignas(LINE) _Atomic uint32_t tail;
+    _Alignas(LINE) _Atomic uint32_t head;
+    _Alignas(LINE) _Atomic uint32_t asleep;
+    _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
+} Queue;
+
+typedef struct {
+    PyObject_HEAD
+    Queue *queues;
+    Queue *in;
+    Queue *out;
+    uint32_t in_head;
+    uint32_t out_tail;
+    unsigned long epoch;
+} Ring;
+
+static PyTypeObject *ring_type;
+
+static inline void pause_cpu(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Ring._open(fd, is_kernel): maps the memory behind `fd`, which is sealed and of RING_BYTES. */
+static PyObject *ring_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    int fd, is_kernel;
+    if (wants(nargs, 2, "Ring._open") || as_int(args[0], &fd) || as_int(args[1], &is_kernel))
+        return NULL;
+    struct stat status;
+    if (fstat(fd, &status))
+        return os_error(errno);
+    if (status.st_size < (off_t)(2 * sizeof(Queue))) {
+        PyErr_SetString(PyExc_ValueError, "too small for a ring");
+        return NULL;
+    }
+    allocfunc alloc = (allocfunc)PyType_GetSlot((PyTypeObject *)cls, Py_tp_alloc);
+    Ring *self = (Ring *)alloc((PyTypeObject *)cls, 0);
+    if (!self)
+        return NULL;
+    void *got = mmap(NULL, 2 * sizeof(Queue), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (got == MAP_FAILED) {
+        int error = errno;
+        Py_DECREF(self);
+        return os_error(error);
+    }
+    madvise(got, 2 * sizeof(Queue), MADV_DONTFORK); /* a ring has one user; a child is another */
+    self->queues = got;
+    self->in = &self->queues[is_kernel ? 0 : 1];
+    self->out = &self->queues[is_kernel ? 1 : 0];
+    self->epoch = fork_epoch;
+    return (PyObject *)self;
+}
+
+static int ring_is_here(Ring *self)
+{
+    if (self->queues && self->epoch == fork_epoch)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "the ring is closed, or another process's");
+    return 0;
+}
+
+/* _push(bytes) -> 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. */
+static PyObject *ring_push(PyObject *op, PyObject *message)
+{
+    Ring *self = (Ring *)op;
+    char *data;
+    Py_ssize_t length;
+    if (!ring_is_here(self) || PyBytes_AsStringAndSize(message, &data, &length))
+        return NULL;
+    uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
+    if (length > (Py_ssize_t)(RING_SLOT - sizeof(uint32_t)) || used >= RING_SLOTS)
+        return PyLong_FromLong(0);
+    unsigned char *slot = self->out->slots[self->out_tail % RING_SLOTS];
+    uint32_t size = (uint32_t)length;
+    memcpy(slot, &size, sizeof size);
+    memcpy(slot + sizeof size, data, size);
+    self->out_tail++;
+    atomic_store_explicit(&self->out->tail, self->out_tail, memory_order_release);
+    atomic_thread_fence(memory_order_seq_cst);
+    if (!atomic_load_explicit(&self->out->asleep, memory_order_relaxed))
+        return PyLong_FromLong(1);
+    /* Of several that see it asleep, one wakes it. */
+    return PyLong_FromLong(atomic_exchange(&self->out->asleep, 0) ? 2 : 1);
+}
+
+static int ring_ready(const Ring *self)
+{
+    return atomic_load_explicit(&self->in->tail, memory_order_acquire) != self->in_head;
+}
+
+/* _pop() -> bytes, or None where nothing is there. ValueError: the other side's indices lie. */
+static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Ring *self = (Ring *)op;
+    if (!ring_is_here(self))
+        return NULL;
+    uint32_t there = atomic_load_explicit(&self->in->tail, memory_order_acquire) - self->in_head;
+    if (!there)
+        Py_RETURN_NONE;
+    const unsigned char *slot = self->in->slots[self->in_head % RING_SLOTS];
+    uint32_t size; /* copied, then checked: the other side may be changing it this moment */
+    memcpy(&size, (const void *)slot, sizeof size);
+    if (there > RING_SLOTS || size > RING_SLOT - sizeof size) {
+        PyErr_Format(PyExc_ValueError, "a ring whose indices lie: %u messages, the next of %u bytes", there, size);
+        return NULL;
+    }
+    PyObject *message = PyBytes_FromStringAndSize((const char *)slot + sizeof size, (Py_ssize_t)size);
+    if (!message)
+        return NULL;
+    self->in_head++;
+    atomic_store_explicit(&self->in->head, self->in_head, memory_order_release);
+    return message;
+}
+
+static void say_asleep(Ring *self, uint32_t asleep)
+{
+    atomic_store_explicit(&self->in->asleep, asleep, memory_order_relaxed);
+}
+
+/* The rings of a list or a tuple, borrowed, into `rings`; how many, or -1. */
+static Py_ssize_t all_rings(PyObject *list, Ring ***rings)
+{
+    Py_ssize_t count = PyList_Check(list) ? PyList_Size(list) : -1;
+    if (count < 0) {
+        PyErr_SetString(PyExc_TypeError, "rings come in a list");
+        return -1;
+    }
+    *rings = PyMem_Malloc(sizeof(Ring *) * (size_t)(count ? count : 1));
+    if (!*rings) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PyList_GetItem(list, i);
+        if (!PyObject_TypeCheck(item, ring_type) || !ring_is_here((Ring *)item)) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_TypeError, "rings come in a list");
+            PyMem_Free(*rings);
+            return -1;
+        }
+        (*rings)[i] = (Ring *)item;
+    }
+    return count;
+}
+
+static Py_ssize_t find_ready(Ring **rings, Py_ssize_t count, Py_ssize_t start)
+{
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_ssize_t at = start + i < count ? start + i : start + i - count;
+        if (ring_ready(rings[at]))
+            return at;
+    }
+    return -1;
+}
+
+/* spin(rings, start, ns) -> the index of a ring that has a message, looked for from `start` on; -1
+ * where none has within `ns` nanoseconds, which are spent without the GIL. */
+static PyObject *host_spin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t start, budget;
+    Ring **rings;
+    if (wants(nargs, 3, "spin") || as_u64(args[1], &start) || as_u64(args[2], &budget))
+        return NULL;
+    Py_ssize_t count = all_rings(args[0], &rings);
+    if (count < 0)
+        return NULL;
+    Py_ssize_t from = count ? (Py_ssize_t)(start % (uint64_t)count) : 0;
+    Py_ssize_t found = find_ready(rings, count, from);
+    if (found < 0 && budget && count) {
+        for (Py_ssize_t i = 0; i < count; i++)
+            Py_INCREF((PyObject *)rings[i]); /* nobody may take one away while the GIL is */
+        Py_BEGIN_ALLOW_THREADS
+        int64_t end = nanoseconds() + (int64_t)budget;
+        do {
+            for (int turn = 0; turn < 32 && found < 0; turn++) {
+                pause_cpu();
+                found = find_ready(rings, count, from);
+            }
+        } while (found < 0 && nanoseconds() < end);
+        Py_END_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < count; i++)
+            Py_DECREF((PyObject *)rings[i]);
+    }
+    PyMem_Free(rings);
+    return PyLong_FromSsize_t(found);
+}
+
+/* fall_asleep(rings) -> bool: says to every producer that it has to wake us. False: a message is
+ * there already, and nobody has been told. */
+static PyObject *host_fall_asleep(PyObject *Py_UNUSED(module), PyObject *list)
+{
+    Ring **rings;
+    Py_ssize_t count = all_rings(list, &rings);
+    if (count < 0)
+        return NULL;
+    for (Py_ssize_t i = 0; i < count; i++)
+        say_asleep(rings[i], 1);
+    atomic_thread_fence(memory_order_seq_cst);
+    int empty = find_ready(rings, count, 0) < 0;
+    if (!empty)
+        for (Py_ssize_t i = 0; i < count; i++)
+            say_asleep(rings[i], 0);
+    PyMem_Free(rings);
+    return PyBool_FromLong(empty);
+}
+
+/* wake_up(rings): nobody needs to wake us any more. */
+static PyObject *host_wake_up(PyObject *Py_UNUSED(module), PyObject *list)
+{
+    Ring **rings;
+    Py_ssize_t count = all_rings(list, &rings);
+    if (count < 0)
+        return NULL;
+    for (Py_ssize_t i = 0; i < count; i++)
+        say_asleep(rings[i], 0);
+    PyMem_Free(rings);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_close(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Ring *self = (Ring *)op;
+    if (self->queues && self->epoch == fork_epoch)
+        munmap(self->queues, 2 * sizeof(Queue));
+    self->queues = NULL;
+    Py_RETURN_NONE;
+}
+
+static void ring_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    Py_XDECREF(ring_close(op, NULL));
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static PyMethodDef ring_methods[] = {
+    {"_open", FASTCALL(ring_open), METH_FASTCALL | METH_CLASS, NULL},
+    {"_push", ring_push, METH_O, NULL},
+    {"_pop", ring_pop, METH_NOARGS, NULL},
+    {"_close", ring_close, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot ring_slots[] = {
+    {Py_tp_doc, "Two queues of messages in shared memory, one each way."},
+    {Py_tp_dealloc, ring_dealloc},
+    {Py_tp_methods, ring_methods},
+    {0, NULL},
+};
+
+static PyType_Spec ring_spec = {
+    .name = "realmap._host.Ring",
+    .basicsize = sizeof(Ring),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = ring_slots,
+};
+
 /* ---- the module --------------------------------------------------------------------------- */
 
 /* unmap_all(address, length): what is mapped there goes, whatever it is (a forked child's land). */
@@ -599,6 +933,9 @@ static PyObject *host_unmap_all(PyObject *Py_UNUSED(module), PyObject *const *ar
 
 static PyMethodDef host_methods[] = {
     {"unmap_all", FASTCALL(host_unmap_all), METH_FASTCALL, NULL},
+    {"spin", FASTCALL(host_spin), METH_FASTCALL, NULL},
+    {"fall_asleep", host_fall_asleep, METH_O, NULL},
+    {"wake_up", host_wake_up, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -617,9 +954,12 @@ PyMODINIT_FUNC PyInit__host(void)
     if (!module)
         return NULL;
     window_type = (PyTypeObject *)PyType_FromSpec(&window_spec);
+    ring_type = (PyTypeObject *)PyType_FromSpec(&ring_spec);
     PyObject *view_type = PyType_FromSpec(&view_spec);
-    if (!window_type || !view_type || PyModule_AddType(module, window_type) ||
-        PyModule_AddType(module, (PyTypeObject *)view_type)) {
+    if (!window_type || !view_type || !ring_type || PyModule_AddType(module, window_type) ||
+        PyModule_AddType(module, (PyTypeObject *)view_type) || PyModule_AddType(module, ring_type) ||
+        PyModule_AddIntConstant(module, "RING_BYTES", 2 * sizeof(Queue)) ||
+        PyModule_AddIntConstant(module, "RING_MESSAGE", RING_SLOT - sizeof(uint32_t))) {
         Py_DECREF(module);
         return NULL;
     }

@@ -18,7 +18,7 @@ from typing import Any, Self, SupportsIndex
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import forks, interpreter, runtime
 from realmap.host.interpreter import Child
-from realmap.kernel.server import Kernel
+from realmap.kernel.server import Kernel, checked_spin
 from realmap.kernel.syscalls import registry
 from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.audit import AuditReport, audit
@@ -26,6 +26,7 @@ from realmap.observe.snapshot import Snapshot
 from realmap.user.client import Client
 from realmap.user.process import Process
 from realmap.wire import messages
+from realmap.wire.ring import SPIN
 
 #: How long a kernel may take to say that it serves: imports on a loaded machine. Seconds.
 START_TIMEOUT = 60.0
@@ -235,15 +236,19 @@ def boot(
     memory_limit: SupportsIndex | None = None,
     process_limit: SupportsIndex | None = None,
     kernel_land: SupportsIndex = KERNEL_LAND.length,
+    lazy_unmap: SupportsIndex = 0,
     path: str | os.PathLike[str] | None = None,
+    spin: float = SPIN,
 ) -> KernelHandle:
     """Starts a kernel in a process of its own, and returns once users can connect to it.
 
     `syscalls`: the handlers, functions of a script, a notebook or a shell included. `memory_limit`,
     `process_limit`: bytes of frames in all, and for each process. `kernel_land`: bytes of KernelLand.
-    `path`: of its socket, by default in a private directory. It ends with `shutdown`, with the `with`
-    block, when nobody refers to the handle (or to what it made by `connect` and `spawn`) any more, or
-    with this process, whatever way that dies.
+    `lazy_unmap`: bytes of dropped mirrors that are kept mapped for their next use (by default none).
+    `path`: of its socket, by default in a private directory. `spin`: microseconds that both sides of a
+    call look for the next message before they sleep; 0 sends everything by the socket. It ends with
+    `shutdown`, with the `with` block, when nobody refers to the handle (or to what it made by `connect`
+    and `spawn`) any more, or with this process, whatever way that dies.
 
     InvalidSize, InvalidAddress, InvalidHandle, AccessDenied: an option, as `Kernel` says. TypeError: a
     syscall that cannot be sent (it is named), or is no function. ValueError: two of the same name.
@@ -257,7 +262,9 @@ def boot(
         "memory_limit": memory_limit,
         "process_limit": process_limit,
         "kernel_land": kernel_land,
+        "lazy_unmap": lazy_unmap,
         "path": None if path is None else os.path.abspath(os.fspath(path)),
+        "spin": checked_spin(spin),
     }
     child = Child(_kernel_main, options)
     try:

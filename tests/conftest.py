@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,8 @@ def nothing_remains() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Sockets of the tests lie in a directory of their own."""
+    """Sockets of the tests lie in a directory of their own; and Ctrl-C is not ignored, as a shell's `&` has it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp("run")
     gc.collect()
     gc.freeze()  # what the imports left is not looked through after every test
@@ -121,10 +123,17 @@ def make_mapping(frames: FrameAllocator) -> Iterator[Callable[..., Mapping]]:
     assert frames.segments == 0
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of a module that names CARRIERS run over each of them: a call must not know what carried it."""
+    if "kernel" in metafunc.fixturenames:
+        carriers = getattr(metafunc.module, "CARRIERS", ("ring",))
+        metafunc.parametrize("kernel", carriers, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[realmap.KernelHandle]:
+def kernel(request: pytest.FixtureRequest) -> Iterator[realmap.KernelHandle]:
     """A kernel in a process of its own with the handlers of syscalls.py, shared by a module's tests."""
-    with realmap.boot(syscalls=syscalls.ALL) as handle:
+    with realmap.boot(syscalls=syscalls.ALL, spin=0 if request.param == "socket" else 100) as handle:
         handle.stats()
         yield handle
 

@@ -30,6 +30,8 @@ from realmap import (
     UnknownSyscall,
 )
 
+CARRIERS = ("ring", "socket")
+
 
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -35,6 +35,8 @@ from realmap import (
 )
 from realmap.memory import USER_LAND
 
+CARRIERS = ("ring", "socket")
+
 
 class Foreign(_host.Window):
     """Somebody else's map in UserLand."""

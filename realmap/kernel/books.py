@@ -10,8 +10,8 @@ import psutil
 
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
+from realmap.memory.kept import KeptCounts
 from realmap.memory.mapping import Mapping
-from realmap.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
     from realmap.kernel.server import Kernel
@@ -22,10 +22,16 @@ FORM = 1
 
 def stats(kernel: Kernel) -> dict[str, int]:
     """Totals: processes, mappings, live mirrors, segments and their bytes, calls so far, descriptors, threads."""
+    kept = kernel.memory.kept.counts() if kernel.memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     return {
         "processes": len(kernel.processes),
         "mappings": sum(len(process.memory) for process in kernel.processes),
         "mirrors": kernel.memory.live,
+        "kept_windows": kept.windows,
+        "kept_bytes": kept.bytes,
+        "kept_hits": kept.hits,
+        "kept_misses": kept.misses,
+        "kept_evictions": kept.evictions,
         "segments": kernel.frames.segments,
         "bytes": kernel.frames.used,
         "calls": kernel.calls,
@@ -82,6 +88,16 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "stats": stats(kernel),
         "processes": processes,
         "mirrors": mirrors,
+        "kept": [
+            {
+                "base": window._base,
+                "span": span,
+                "rights": rights,
+                "part": {"frames": serial, "offset": start, "length": span},
+            }
+            for (serial, start, span, rights), window in (kernel.memory.kept.windows() if kernel.memory.kept else [])
+            if serial in frames
+        ],
         "frames": [
             {
                 "serial": found.serial,
@@ -100,11 +116,12 @@ def books(kernel: Kernel) -> dict[str, Any]:
 
 def mirror_entry(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -> dict[str, Any]:
     """A mirror with the parts of frames that its pages show, in order; the frames are added to `frames`."""
-    left, offset, parts = mirror._span, mirror.offset & -PAGE_SIZE, []
+    # A kept window may be larger than what was asked for: what counts is what its pages show.
+    left, offset, parts = mirror._span, mirror.offset - (mirror.address - mirror._base), []
     for mapping in mirror.mappings:
         assert isinstance(mapping.frames, SharedFrames)
         frames[mapping.frames.serial] = mapping.frames
-        size = min(left, mapping.length - offset)
+        size = left if len(mirror.mappings) == 1 else min(left, mapping.length - offset)
         parts.append({"frames": mapping.frames.serial, "offset": mapping.phys_offset + offset, "length": size})
         left, offset = left - size, 0
     return {

@@ -11,7 +11,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from realmap.kernel.syscalls import encode
 from realmap.wire import channel
+from realmap.wire.messages import Carrier
+from realmap.wire.ring import LONGEST, RingEnd
 
 if TYPE_CHECKING:
     from realmap.kernel.process_table import UserProcess
@@ -23,13 +26,14 @@ BACKLOG = 1 << 20
 class Connection:
     """A non-blocking socket with what is still to be sent. Only for the kernel's thread."""
 
-    __slots__ = ("_assembler", "_outbox", "backlog", "closed", "control", "events", "process", "sock")
+    __slots__ = ("_assembler", "_outbox", "backlog", "closed", "control", "events", "process", "ring", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.process: UserProcess | None = None
         self.control = False
+        self.ring: RingEnd | None = None
         self.closed = False
         self.backlog = 0
         #: What epoll is asked to tell of it.
@@ -53,18 +57,29 @@ class Connection:
             raise EOFError("closed")
         return self._assembler.feed(datagram)
 
-    def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+    def send(self, message: bytes, descriptors: Sequence[int] = (), id: int = 0) -> None:
         """Sends as much as the peer takes now, and the rest when it can. InvalidSize: the message is too long.
 
-        Descriptors go with the last part; they stay the caller's (copies wait in the outbox). OSError: no
-        descriptors are left for copies; nothing more can be said to this client in order.
+        A short one goes by the ring, its descriptors (of answer `id`) by the socket before it. Else they
+        go with the last part; they stay the caller's (copies wait in the outbox). OSError: no descriptors
+        are left for copies; nothing more can be said to this client in order.
         """
+        if self.ring is not None and not self._outbox and self._send_by_ring(self.ring, message, descriptors, id):
+            return
         parts = channel.datagrams(message)
         for part in parts:
             rights = descriptors if part is parts[-1] else ()
             if self._outbox or not self._try(part, rights):
                 self._outbox.append((part, _copies(rights)))
                 self.backlog += _weight(part, rights)
+
+    def _send_by_ring(self, ring: RingEnd, message: bytes, descriptors: Sequence[int], id: int) -> bool:
+        if len(message) > LONGEST or (descriptors and not self._try(b"\0" + encode(Carrier(id)), descriptors)):
+            return False
+        pushed = ring._push(message)
+        if pushed == 2:
+            self._try(channel.BELL, ())  # where it cannot be sent there is unread mail, which wakes as well
+        return bool(pushed)
 
     def _try(self, datagram: bytes, descriptors: Sequence[int]) -> bool:
         try:
@@ -86,6 +101,9 @@ class Connection:
     def close(self) -> None:
         """Closes the socket; what waits is lost. Again: nothing."""
         self.closed = True
+        if self.ring is not None:
+            self.ring._close()
+            self.ring = None
         while self._outbox:
             channel.close_all(self._outbox.popleft()[1])
         with contextlib.suppress(OSError):

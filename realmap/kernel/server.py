@@ -2,6 +2,7 @@
 
 epoll ─┬─ listening socket   a client connects
        ├─ a client's socket  one message per turn each: nobody is starved by a talker
+       │  and its ring       the same, without a system call while both sides are awake
        ├─ a process's pidfd  it died: reap
        ├─ the booter's pidfd, where there is one: end
        └─ an eventfd         a worker left word (`post`), or `stop` was called
@@ -17,13 +18,23 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap.errors import AccessDenied, KernelDied, KernelError, ProcessKilled, UnknownSyscall, VersionMismatch
+from realmap._host import Ring, fall_asleep, spin, wake_up
+from realmap.errors import (
+    AccessDenied,
+    InvalidSize,
+    KernelDied,
+    KernelError,
+    ProcessKilled,
+    UnknownSyscall,
+    VersionMismatch,
+)
 from realmap.host import forks, liveness, runtime
 from realmap.kernel import books, services, syscalls
 from realmap.kernel.connection import BACKLOG, Connection
@@ -36,9 +47,21 @@ from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
+from realmap.wire.ring import SPIN, RingEnd, SpinBudget
 
 Handler = Callable[[int], None]
 log = logging.getLogger("realmap")
+#: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
+LOOK = 200_000
+
+
+def checked_spin(value: float) -> float:
+    """Microseconds to spin. InvalidSize: below 0 or above a second. TypeError: no number."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"spin is a number of microseconds, not {type(value).__name__}")
+    if not 0 <= value <= 1_000_000:
+        raise InvalidSize(value, why="spin is from 0 to 1000000 microseconds")
+    return value
 
 
 class Kernel:
@@ -55,13 +78,17 @@ class Kernel:
         memory_limit: SupportsIndex | None = None,
         process_limit: SupportsIndex | None = None,
         kernel_land: SupportsIndex = KERNEL_LAND.length,
+        lazy_unmap: SupportsIndex = 0,
         path: str | os.PathLike[str] | None = None,
+        spin: float = SPIN,
     ) -> None:
         """Checks the options; nothing is opened before `start` or `serve`.
 
         `syscalls`: the handlers. `memory_limit`, `process_limit`: bytes of frames in all, and for
-        each process. `kernel_land`: bytes of KernelLand, whole pages. `path`: of its socket, by
-        default one in the private directory of `realmap.host.runtime`.
+        each process. `lazy_unmap`: bytes of dropped mirrors that are kept mapped for their next use.
+        `kernel_land`: bytes of KernelLand, whole pages. `path`: of its socket, by
+        default one in the private directory of `realmap.host.runtime`. `spin`: microseconds that both
+        sides look for the next message before they sleep; 0 sends everything by the socket.
 
         InvalidSize: a limit is negative, or kernel_land is no whole pages. InvalidAddress: it is
         larger than KernelLand. TypeError, ValueError: as `syscall` and `registry`.
@@ -69,8 +96,9 @@ class Kernel:
         self.syscalls = registry(syscalls)
         self.frames = FrameAllocator(memory_limit)
         self._process_limit = FrameAllocator(process_limit).limit
-        self.memory = KernelMemory(length=kernel_land)
+        self.memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
+        self.spin = checked_spin(spin)
         self.processes = ProcessTable()
         self.workers = Workers()
         #: Calls taken so far.
@@ -80,6 +108,9 @@ class Kernel:
         self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
         self._hello = msgspec.msgpack.Decoder(messages.Hello)
         self._connections: dict[int, Connection] = {}
+        #: Those that have a ring and are listened to, and their rings, in the same order.
+        self._ringed: list[Connection] = []
+        self._rings: list[Ring] = []
         self._handlers: dict[int, Handler] = {}
         self._thread: threading.Thread | None = None
         self._lock: runtime.SocketLock | None = None
@@ -210,10 +241,47 @@ class Kernel:
         try:
             if ready is not None:
                 ready()
-            while not self._stopping:
-                self._attend(self._epoll.poll())
+            self._turns()
         finally:
             self._close()
+
+    def _turns(self) -> None:
+        """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
+        rings, budget = self._rings, SpinBudget(self.spin)
+        turn = looked = asleep = 0
+        while not self._stopping:
+            if not rings:
+                self._attend(self._epoll.poll())
+                continue
+            # From the one behind the last one on: nobody is starved by a talker.
+            found = spin(rings, turn, 0)
+            if found < 0 and (patience := budget.nanoseconds()):
+                found = spin(rings, turn, patience)
+                if found >= 0:
+                    budget.won()
+                else:
+                    budget.lost()
+            now = time.monotonic_ns()
+            if found >= 0:
+                if asleep:
+                    budget.slept(now - asleep)
+                    asleep = 0
+                turn = found + 1
+                self._take_from_ring(self._ringed[found])
+                if now - looked > LOOK:
+                    looked = now
+                    self._attend(self._epoll.poll(0))
+            else:
+                asleep = looked = now
+                self._sleep(rings)
+
+    def _sleep(self, rings: list[Ring]) -> None:
+        if fall_asleep(rings):
+            try:
+                events = self._epoll.poll()
+            finally:
+                wake_up(rings)
+            self._attend(events)
 
     def _attend(self, events: list[tuple[int, int]]) -> None:
         for fd, _ in events:
@@ -300,22 +368,41 @@ class Kernel:
         if connection.backlog:
             connection.flush()
         if connection.backlog <= BACKLOG:
-            self._read(connection)
+            self._read(connection, connection.receive)
         self._rearm(connection)
 
     def _rearm(self, connection: Connection) -> None:
         """Listens to a client while its backlog is small, and for it to read while there is one."""
-        if connection.closed:
+        if connection.closed or (not connection.backlog and connection.events == select.EPOLLIN):
             return
+        self._listen_to_ring(connection, connection.backlog <= BACKLOG)
         reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
         events = reading | (select.EPOLLOUT if connection.backlog else 0)
         if events != connection.events:
             connection.events = events
             self._epoll.modify(connection.sock.fileno(), events)
 
-    def _read(self, connection: Connection) -> None:
+    def _listen_to_ring(self, connection: Connection, listen: bool) -> None:
+        if connection.ring is None or listen == (connection in self._ringed):
+            return
+        if listen:
+            self._ringed.append(connection)
+            self._rings.append(connection.ring)
+        else:
+            index = self._ringed.index(connection)
+            del self._ringed[index], self._rings[index]
+
+    def _take_from_ring(self, connection: Connection) -> None:
+        assert connection.ring is not None
         try:
-            data = connection.receive()
+            self._read(connection, connection.ring._pop)
+        except Exception:  # as in _attend
+            log.exception("the kernel failed at something")
+            self._drop(connection)
+
+    def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> None:
+        try:
+            data = take()
             if data is None:
                 return
             if connection.process is None and not connection.control:
@@ -361,7 +448,22 @@ class Kernel:
             # Asked again: the event may be of an earlier process whose pidfd had this number.
             self._watch(process.pidfd, lambda fd: self._drop(connection) if liveness.is_dead(fd) else None)
             number = process.number
-        connection.send(syscalls.encode(messages.Welcome(VERSION, number, os.getpid())))
+        self._welcome(connection, messages.Welcome(VERSION, number, os.getpid()))
+
+    def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:
+        """Takes it in; a process with a ring, where there is spinning, and a descriptor for it."""
+        if connection.process is not None and self.spin:
+            with contextlib.suppress(OSError):  # without one everything takes the socket
+                ring, descriptor = RingEnd.create()
+                welcome.spin = self.spin
+                try:
+                    connection.send(syscalls.encode(welcome), [descriptor])
+                finally:
+                    os.close(descriptor)
+                connection.ring = ring
+                self._listen_to_ring(connection, True)
+                return
+        connection.send(syscalls.encode(welcome))
 
     def _refuse(self, connection: Connection, error: BaseException) -> None:
         with contextlib.suppress(OSError):
@@ -382,6 +484,7 @@ class Kernel:
             return
         fd = connection.sock.fileno()
         self._unwatch(fd)
+        self._listen_to_ring(connection, False)
         del self._connections[fd]
         connection.close()
         if connection.process is not None:
@@ -420,7 +523,7 @@ class Kernel:
             return
         value, descriptors, closing = got
         try:
-            self._send(connection, id, syscalls.done(id, value), descriptors)
+            self._send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
         finally:
             channel.close_all(closing)
 
@@ -428,7 +531,7 @@ class Kernel:
         if connection.closed or not id:  # request 0 wants no answer
             return
         try:
-            connection.send(message, list(descriptors))
+            connection.send(message, list(descriptors), id)
         except KernelError as error:  # longer than a message may be
             connection.send(syscalls.failed(id, error))
         except OSError as error:

@@ -119,9 +119,9 @@ def failed(id: int, error: BaseException, name: str = "", text: str = "") -> byt
     return _encoder.encode(Failed(id, error_of(error, name, text)))
 
 
-def done(id: int, value: Any) -> bytes:
-    """An answer to request `id`."""
-    return _encoder.encode(Done(id, value))
+def done(id: int, value: Any, descriptors: int) -> bytes:
+    """An answer to request `id`, which brings so many descriptors."""
+    return _encoder.encode(Done(id, value, descriptors))
 
 
 def encode(message: Any) -> bytes:

@@ -116,6 +116,14 @@ class CrossProcessMapping(Window, ByteAccess):
         lead = offset & PAGE_MASK
         span = (lead + length + PAGE_MASK) & ~PAGE_MASK
         start = mapping.phys_offset + offset - lead
+        kept = kernel.kept
+        if kept is not None:
+            found = kept.take(frames, start, span, prot)
+            if found is not None:
+                window, first = found
+                base = window._base
+                self = cls._take_over(window, start - first + lead, length)
+                return self._begin(mapping, offset, kernel, frames, base)
         fd = frames._fd
         if fd < 0:
             return cls._mirror_pieces((mapping,), offset, frames.pieces(start, span), length, kernel, prot)
@@ -128,12 +136,16 @@ class CrossProcessMapping(Window, ByteAccess):
                 raise
         except (OSError, VirtualMemoryExhaustion):
             return cls._mirror_pieces((mapping,), offset, [(fd, start, span)], length, kernel, prot)
+        return self._begin(mapping, offset, kernel, frames, base)
+
+    def _begin(self, mapping: Mapping, offset: int, kernel: KernelMemory, frames: SharedFrames, base: int) -> Self:
+        """What a mapped window needs to be a mirror."""
         self.mapping = mapping
         self.mappings = (mapping,)
         self.offset = offset
         self._kernel = kernel
         self._frames = frames
-        frames._holders[id(self)] = ("mirror", base + lead)
+        frames._holders[id(self)] = ("mirror", self.address)
         kernel.adopt(base, self)  # last: who looks at the mirrors sees whole ones only
         return self
 
@@ -187,7 +199,7 @@ class CrossProcessMapping(Window, ByteAccess):
             self.mappings = mappings
             self.offset = offset
             self._kernel = kernel
-            self._frames = held
+            self._frames = held[0] if len(mappings) == 1 else held
             for found in held:
                 found.hold(self, "mirror", self.address)
             return self
@@ -201,18 +213,23 @@ class CrossProcessMapping(Window, ByteAccess):
         return rights_of(self._prot)
 
     def drop(self) -> None:
-        """Unmaps it from KernelLand, and gives up its reference to the frames. Again: nothing.
+        """Unmaps it from KernelLand (or keeps the window, under `lazy_unmap`), and gives up its reference
+        to the frames. Again: nothing.
 
         BufferError: a view of it lives (the mirror stays as it is). VirtualMemoryExhaustion: at
         Linux's limit of mappings, where the unmapping would split one (it stays as it is).
         """
+        frames = self._frames
+        kept = self._kernel.kept
+        if kept is not None and frames.__class__ is SharedFrames and kept.keep(self, frames):
+            frames.let_go(self)
+            return
         try:
             self._unmap()
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
         # Also where it was unmapped before: an interrupt may have come in between. Both know what is done.
         self._kernel.release(self._base, self)
-        frames = self._frames
         if frames.__class__ is SharedFrames:
             frames.let_go(self)
         else:

@@ -16,12 +16,15 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 from realmap.errors import InvalidHandle, InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
 from realmap.pages import PAGE_MASK, PAGE_SIZE, usize
+
+if TYPE_CHECKING:
+    from realmap.memory.kept import KeptWindows
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
@@ -57,7 +60,18 @@ class SharedFrames:
     they are collected without ever having been mapped.
     """
 
-    __slots__ = ("__weakref__", "_fd", "_freed", "_holders", "_on_free", "_starts", "length", "segments", "serial")
+    __slots__ = (
+        "__weakref__",
+        "_fd",
+        "_freed",
+        "_holders",
+        "_on_free",
+        "_starts",
+        "keepers",
+        "length",
+        "segments",
+        "serial",
+    )
     _serials = itertools.count(1)
 
     def __init__(self, segments: list[Segment], on_free: Callable[[int, int], None]) -> None:
@@ -70,6 +84,8 @@ class SharedFrames:
         self._holders: dict[int, tuple[object, ...]] = {}
         self._on_free = on_free
         self._freed = False
+        #: Where windows of these frames may be kept.
+        self.keepers: set[KeptWindows] = set()
 
     @property
     def refcount(self) -> int:
@@ -99,8 +115,14 @@ class SharedFrames:
         if self._holders.pop(id(holder), None) is not None and not self._holders:
             self._free()
 
+    def unkeep(self) -> None:
+        """Has windows of these frames that are kept unmapped."""
+        for keeper in list(self.keepers):
+            keeper.forget(self.serial)
+
     def _free(self) -> None:
         self._freed = True
+        self.unkeep()
         self._fd = -1
         bytes_freed = count = 0
         while self.segments:

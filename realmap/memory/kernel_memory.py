@@ -24,6 +24,7 @@ from realmap._host import Window, unmap_all
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
+from realmap.memory.kept import KeptWindows
 from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
 from realmap.pages import HUGE_SIZE, PAGE_MASK, demand, usize
 
@@ -41,11 +42,18 @@ class AddressState(NamedTuple):
 class KernelMemory:
     """A range of KernelLand in this process: finds space in it, maps frames there, and knows what is where."""
 
-    def __init__(self, start: SupportsIndex = KERNEL_LAND.start, length: SupportsIndex = KERNEL_LAND.length) -> None:
-        """`start` and `length` in bytes, whole pages inside of KernelLand.
+    def __init__(
+        self,
+        start: SupportsIndex = KERNEL_LAND.start,
+        length: SupportsIndex = KERNEL_LAND.length,
+        *,
+        lazy_unmap: SupportsIndex = 0,
+    ) -> None:
+        """`start` and `length` in bytes, whole pages inside of KernelLand; `lazy_unmap`: bytes of dropped
+        mirrors that are kept mapped for their next use.
 
-        InvalidAddress, InvalidSize: they are not. VirtualMemoryExhaustion: the machine's address
-        space is too small for the lands.
+        InvalidAddress, InvalidSize: they are not, or lazy_unmap is negative. VirtualMemoryExhaustion: the
+        machine's address space is too small for the lands.
         """
         require_address_space()
         self.land = KERNEL_LAND.part(start, length)
@@ -58,6 +66,8 @@ class KernelMemory:
         #: Given back, but still in the tree.
         self._gone: deque[int] = deque()
         self._live: dict[int, weakref.ref[Window]] = {}
+        #: None where nothing is kept.
+        self.kept = KeptWindows(lazy_unmap, self) if usize(lazy_unmap, "lazy_unmap") else None
         forks.lose_in_child(self)
 
     # ---- space ------------------------------------------------------------------------------
@@ -128,6 +138,10 @@ class KernelMemory:
         if self._fresh.pop(address, None) is None:
             self._gone.append(address)
 
+    def disown(self, address: int) -> None:
+        """The window at `address` is no mirror for now; its place stays taken."""
+        self._live.pop(address, None)
+
     def release(self, address: int, mirror: Window) -> None:
         """Gives back what `mirror` had at `address`. A second time, when it may be another's: nothing."""
         known = self._live.get(address)
@@ -147,6 +161,8 @@ class KernelMemory:
             try:
                 address = self.reserve(span, residue)
             except VirtualMemoryExhaustion:
+                if self.kept is not None and self.kept.clear():
+                    continue
                 with self._lock:
                     if not (once_more and self._space.drop_obstacles()):
                         raise
@@ -156,6 +172,8 @@ class KernelMemory:
                 made = make(address)
             except OSError as error:
                 self.forget(address)
+                if error.errno == errno.ENOMEM and self.kept is not None and self.kept.clear():
+                    continue
                 if error.errno != errno.EEXIST or isinstance(error, KernelError):
                     raise translate.window_error(error, address, span, prot) from None
                 self._note(address, span)
@@ -244,4 +262,5 @@ class KernelMemory:
     def lose(self) -> None:
         """In a forked child: the child has no part in what the kernel had mapped."""
         unmap_all(self.start, self.length)
-        self.__init__(self.start, self.length)  # type: ignore[misc]
+        budget = self.kept.budget if self.kept is not None else 0
+        self.__init__(self.start, self.length, lazy_unmap=budget)  # type: ignore[misc]

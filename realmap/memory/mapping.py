@@ -131,6 +131,7 @@ class Mapping:
     def _let_go(self) -> None:
         if isinstance(self.frames, SharedFrames):
             self.frames.let_go(self)
+            self.frames.unkeep()  # nothing of it survives the unmapping by its process
 
     def __del__(self) -> None:
         if getattr(self, "_held", False) or getattr(self, "_pins", 0):

@@ -101,11 +101,12 @@ def kernel_ranges(snapshot: Snapshot) -> list[Range]:
     """What the books say is mapped in KernelLand."""
     frames = snapshot.frames_by_serial()
     ranges = []
-    for mirror in snapshot.mirrors:
-        at = mirror.base
-        for part in mirror.parts:
+    windows = [(mirror.base, mirror.rights, mirror.parts) for mirror in snapshot.mirrors]
+    windows += [(kept.base, kept.rights, [kept.part]) for kept in snapshot.kept]
+    for at, rights, parts in windows:
+        for part in parts:
             for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
-                ranges.append((at, at + length, _perms(mirror.rights), inode, offset))
+                ranges.append((at, at + length, _perms(rights), inode, offset))
                 at += length
     return merged(ranges)
 

@@ -84,6 +84,15 @@ class MirrorInfo(msgspec.Struct, frozen=True):
     parts: list[PartInfo]
 
 
+class KeptInfo(msgspec.Struct, frozen=True):
+    """A window that is kept mapped for its next use: whole pages at `base`, and the frames they show. No reference."""
+
+    base: int
+    span: int
+    rights: int
+    part: PartInfo
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """Everything the kernel's books hold. `form` is the version of this structure; `time` seconds since 1970."""
 
@@ -95,6 +104,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     stats: dict[str, int]
     processes: list[ProcessInfo]
     mirrors: list[MirrorInfo]
+    kept: list[KeptInfo]
     frames: list[FramesInfo]
 
     @classmethod

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from realmap._host import Ring, fall_asleep, spin, wake_up
 from realmap.errors import (
     AccessDenied,
     InvalidHandle,
@@ -32,8 +33,10 @@ from realmap.errors import (
     VersionMismatch,
 )
 from realmap.host import forks, procfs
+from realmap.host.translate import frames_error
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
+from realmap.wire.ring import LONGEST, RingEnd, SpinBudget
 
 #: A wait looks at signals at least this often, in milliseconds: one that comes right before a
 #: system call blocks would not be seen by Python before the call returns.
@@ -45,13 +48,13 @@ Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 class Pending:
     """A request on its way: its answer when it is there, and what happens to an answer that comes too late."""
 
-    __slots__ = ("abandoned", "descriptors", "event", "holds", "late", "reply")
+    __slots__ = ("abandoned", "carried", "descriptors", "event", "holds", "late", "reply")
 
     def __init__(self, holds: object, late: Callable[[Any], None] | None) -> None:
         self.reply: messages.Done | messages.Failed | None = None
         self.descriptors: list[int] = []
         self.event: Event | None = None
-        self.abandoned = False
+        self.abandoned = self.carried = False
         self.holds = holds
         self.late = late
 
@@ -71,7 +74,11 @@ class Client:
         self._decoder = msgspec.msgpack.Decoder(messages.Reply)
         self._ids = itertools.count(1)
         self._pending: dict[int, Pending] = {}
-        self._inbox: deque[Received] = deque()
+        #: What was received and is not handed on yet: a datagram, or a message of the ring.
+        self._inbox: deque[Received | bytes] = deque()
+        self._ring: RingEnd | None = None
+        self._rings: list[Ring] = []
+        self._spin = SpinBudget(0)
         self._assembler = channel.Assembler()
         # Re-entrant: a destructor or a signal handler may make a call while its own thread is in one.
         self._reading = RLock()
@@ -114,12 +121,22 @@ class Client:
         hello = messages.Hello(PROTOCOL, VERSION, self.pid, procfs.start_time(self.pid), control)
         self._send(self._encoder.encode(hello), None)
         data: bytes | None = None
+        ancillary: list[tuple[int, int, bytes]] = []
         while data is None:
             if self._poll.poll(SLICE):
                 try:
-                    data = self._sock.recv(channel.DATAGRAM)
+                    data, ancillary, _, _ = self._sock.recvmsg(
+                        channel.DATAGRAM, channel.ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                    )
                 except ConnectionError:
                     data = b""
+        descriptors = channel.descriptors_in(ancillary)
+        try:
+            return self._welcomed(data, descriptors)
+        finally:
+            channel.close_all(descriptors)
+
+    def _welcomed(self, data: bytes, descriptors: list[int]) -> tuple[int, int]:
         try:
             answer = msgspec.msgpack.decode(data[1:], type=messages.Welcome | messages.Refused)
         except msgspec.MsgspecError:
@@ -132,6 +149,12 @@ class Client:
             ) from None
         if isinstance(answer, messages.Refused):
             raise messages.exception_of(answer.error)
+        if answer.spin and not descriptors:
+            raise frames_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 0)
+        if answer.spin:
+            self._ring = RingEnd.join(descriptors[0])
+            self._rings = [self._ring]
+            self._spin = SpinBudget(answer.spin)
         return answer.process, answer.kernel
 
     # ---- requests ---------------------------------------------------------------------------
@@ -165,18 +188,21 @@ class Client:
             self._send(data, deadline)
             sent = True
             self._wait(pending, deadline)
-        except BaseException as error:
-            self._leave(stale=True)
-            self._give_up(number, pending, sent)
-            if isinstance(error, TimeoutError):
-                raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
-            raise
-        self._pending.pop(number, None)
-        reply = pending.reply
-        if isinstance(reply, messages.Done):
+            reply = pending.reply
+            assert reply is not None
+            if isinstance(reply, messages.Failed):
+                raise messages.exception_of(reply.error)
+            self._pending.pop(number, None)
             return reply.value, pending.descriptors
-        assert reply is not None
-        raise messages.exception_of(reply.error)
+        except TimeoutError as error:
+            self._give_up(number, pending, sent)
+            if isinstance(error, KernelError):  # a handler's own
+                raise
+            raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
+        except BaseException:
+            self._leave(stale=True)
+            self._give_up(number, pending, True)  # an interrupt may have come right after the sending
+            raise
 
     def notice(self, message: Any) -> None:
         """Sends a request that wants no answer; later if it cannot be sent now. Safe in a destructor: never waits."""
@@ -234,6 +260,11 @@ class Client:
     def _send(self, message: bytes, deadline: float | None) -> None:
         if self._notices:
             self._flush_notices()
+        ring = self._ring
+        if ring is not None and len(message) <= LONGEST and (pushed := ring._push(message)):
+            if pushed == 2:
+                self._send_bell()
+            return
         parts = channel.datagrams(message)
         if len(parts) == 1:
             self._send_part(parts[0], deadline)
@@ -241,6 +272,14 @@ class Client:
         with self._sending:  # the parts of one message must not mix with those of another
             for part in parts:
                 self._send_part(part, deadline)
+
+    def _send_bell(self) -> None:
+        try:
+            channel.send_one(self._sock, channel.BELL, flags=socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass  # the kernel has unread mail: that wakes it as well
+        except OSError as error:
+            raise self._lost(error) from None
 
     def _send_part(self, datagram: bytes, deadline: float | None) -> None:
         while True:
@@ -319,7 +358,35 @@ class Client:
         return bool(poll.poll(milliseconds))
 
     def _receive(self, milliseconds: float) -> None:
-        """Takes what is there, at most one datagram, and hands it on. Only who holds `_reading`."""
+        """Takes what is there, by the ring or a datagram, and hands it on. Only who holds `_reading`."""
+        ring = self._ring
+        if ring is None:
+            self._receive_datagram(milliseconds)
+        elif not self._take_from_ring(ring) and fall_asleep(self._rings):
+            before = time.monotonic_ns()
+            try:
+                self._receive_datagram(milliseconds)
+            finally:
+                wake_up(self._rings)
+                self._spin.slept(time.monotonic_ns() - before)
+
+    def _take_from_ring(self, ring: RingEnd) -> bool:
+        """Hands on what is in the ring, or comes while it is worth spinning; whether anything was."""
+        inbox = self._inbox
+        inbox.extend(iter(ring._pop, None))  # in one call of C, as below
+        if not inbox:
+            patience = self._spin.nanoseconds()
+            if not patience:
+                return False
+            if spin(self._rings, 0, patience) < 0:
+                self._spin.lost()
+                return False
+            self._spin.won()
+            inbox.extend(iter(ring._pop, None))
+        self._hand_on()
+        return True
+
+    def _receive_datagram(self, milliseconds: float) -> None:
         if not self._readable(milliseconds):
             return
         try:
@@ -336,19 +403,26 @@ class Client:
             return
         except OSError:
             self._inbox.append((b"", [], 0, None))
+        self._hand_on()
+
+    def _hand_on(self) -> None:
         while self._inbox:
             received = self._inbox[0]
             self._dispatch(received)  # handing it on twice does no harm, losing it does
             if self._inbox and self._inbox[0] is received:  # else a call within this one has done it
                 self._inbox.popleft()
 
-    def _dispatch(self, received: Received) -> None:
-        data, ancillary, _, _ = received
-        if not data:
-            self._end(KernelDied(self.path, why=f"the kernel at {self.path!r} has died"))
-            return
+    def _dispatch(self, received: Received | bytes) -> None:
+        ancillary: list[tuple[int, int, bytes]] = []
         try:
-            message = self._assembler.feed(data)
+            if isinstance(received, bytes):
+                message: bytes | None = received
+            elif received[0]:
+                ancillary = received[1]
+                message = self._assembler.feed(received[0])
+            else:
+                self._end(KernelDied(self.path, why=f"the kernel at {self.path!r} has died"))
+                return
             reply = self._decoder.decode(message) if message is not None else None
         except (channel.NotAMessage, msgspec.MsgspecError) as error:
             self._end(VersionMismatch(VERSION, "unknown", why=f"the kernel said what is no message: {error}"))
@@ -363,7 +437,13 @@ class Client:
         # time that we see it, after an interrupt. Its descriptors are somebody's already.
         if pending is None or pending.reply is not None:
             return
-        pending.descriptors = channel.descriptors_in(ancillary)
+        if ancillary:
+            pending.descriptors = channel.descriptors_in(ancillary)
+        if isinstance(reply, messages.Carrier):
+            pending.carried = True
+            return
+        if isinstance(reply, messages.Done) and reply.descriptors and isinstance(received, bytes):
+            self._await_carrier(pending)
         with self._state:
             pending.reply = reply
             abandoned = pending.abandoned
@@ -371,6 +451,16 @@ class Client:
             self._dispose(reply.id, pending)
         elif pending.event is not None:
             pending.event.set()
+
+    def _await_carrier(self, pending: Pending) -> None:
+        """The descriptors of an answer were sent by the socket before it came by the ring: they are there."""
+        ours, self._inbox = self._inbox, deque()
+        try:
+            while not pending.carried and self._error is None:
+                self._receive_datagram(SLICE)
+        finally:
+            ours.extend(self._inbox)
+            self._inbox = ours
 
     def _end(self, error: KernelError) -> None:
         """The connection is over: whoever waits, and whoever calls later, gets `error`."""
@@ -400,6 +490,7 @@ class Client:
         """Ends the connection. Again: nothing."""
         self._end(ProcessKilled(self.pid, why="this Process was closed"))
         self._sock.close()
+        self._ring, self._rings = None, []  # unmapped when nobody waits on it any more
 
     def lose(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""

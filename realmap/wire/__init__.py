@@ -1,1 +1,1 @@
-"""How a call travels: what is said (messages), and how it is carried (channel: the socket)."""
+"""How a call travels: what is said (messages), and how it is carried (channel: the socket; ring: shared memory)."""

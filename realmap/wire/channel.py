@@ -5,6 +5,7 @@ One datagram carries a flag byte and up to 64 KiB; longer messages go in several
     WHOLE                      FIRST · MIDDLE · … · LAST
     any thread, at any time    one thread at a time (the sender's lock)
 
+BELL is a datagram of its own, and says nothing: it wakes who sleeps while something is in the ring.
 A WHOLE message may come between the parts of another. A FIRST without the LAST of the one before
 means that its sender was interrupted there: the former is forgotten.
 """
@@ -19,7 +20,9 @@ from collections.abc import Iterable, Sequence
 from realmap.errors import InvalidSize
 from realmap.wire.messages import MAX_DESCRIPTORS, MAX_MESSAGE
 
-WHOLE, FIRST, MIDDLE, LAST = range(4)
+WHOLE, FIRST, MIDDLE, LAST, RING = range(5)
+#: Look into the ring.
+BELL = bytes([RING])
 CHUNK = 64 << 10
 #: Room for one datagram and one byte more, by which a longer one is noticed.
 DATAGRAM = CHUNK + 2
@@ -62,6 +65,8 @@ class Assembler:
         return self._last[1]
 
     def _feed(self, datagram: bytes) -> bytes | None:
+        if datagram == BELL:
+            return None
         if not 1 < len(datagram) < DATAGRAM:
             raise NotAMessage(f"a datagram of {len(datagram)} bytes")
         flag = datagram[0]

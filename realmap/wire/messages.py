@@ -22,7 +22,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 1
+PROTOCOL = 2
 VERSION = "0.1.0"
 #: A message may be this long, in bytes; larger things belong into a buffer.
 MAX_MESSAGE = 16 << 20
@@ -56,6 +56,8 @@ class Welcome(msgspec.Struct, tag="welcome"):
     version: str
     process: int
     kernel: int
+    #: How long to spin for an answer, in microseconds; above 0, a ring's descriptor comes along.
+    spin: float = 0
 
 
 class Refused(msgspec.Struct, tag="refused"):
@@ -129,10 +131,11 @@ Request = Call | Map | More | Move | Unmap | Query | Ask
 
 
 class Done(msgspec.Struct, array_like=True, tag=1):
-    """The answer."""
+    """The answer, and how many descriptors belong to it."""
 
     id: int
     value: Any
+    descriptors: int = 0
 
 
 class Failed(msgspec.Struct, array_like=True, tag=2):
@@ -148,7 +151,13 @@ class Bye(msgspec.Struct, array_like=True, tag=3):
     error: Error
 
 
-Reply = Done | Failed | Bye
+class Carrier(msgspec.Struct, array_like=True, tag=4):
+    """Brings the descriptors of an answer that comes by the ring, right after it."""
+
+    id: int
+
+
+Reply = Done | Failed | Bye | Carrier
 
 
 class MemoryInfo(msgspec.Struct, frozen=True):

@@ -1,0 +1,315 @@
+"""The ring by itself, and what a client can do with its end of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import syscalls
+from conftest import BOUND, scaled, wait_until
+
+import realmap
+from realmap import InvalidSize, KernelHandle, Process, ProcessKilled
+from realmap._host import RING_BYTES, fall_asleep, spin, wake_up
+from realmap.wire.ring import LONGEST, RingEnd, SpinBudget
+
+FULL_WAKES = 2_000_000
+SLOTS = 32
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[RingEnd, RingEnd]]:
+    kernel, fd = RingEnd.create()
+    user = RingEnd.join(fd)
+    os.close(fd)
+    yield kernel, user
+    kernel._close()
+    user._close()
+
+
+def test_messages_arrive_in_order_both_ways(pair: tuple[RingEnd, RingEnd]) -> None:
+    kernel, user = pair
+    rng = random.Random(3)
+    for giver, taker in ((user, kernel), (kernel, user)):
+        sent: list[bytes] = []
+        for _ in range(2000):
+            if len(sent) < SLOTS and rng.random() < 0.6:
+                message = rng.randbytes(rng.choice((0, 1, 17, LONGEST)))
+                assert giver._push(message) == 1
+                sent.append(message)
+            elif sent:
+                assert taker._pop() == sent.pop(0)
+            else:
+                assert taker._pop() is None
+
+
+def test_what_does_not_fit_is_not_taken(pair: tuple[RingEnd, RingEnd]) -> None:
+    kernel, user = pair
+    assert user._push(bytes(LONGEST + 1)) == 0
+    assert [user._push(b"x") for _ in range(SLOTS + 1)] == [1] * SLOTS + [0]
+    assert [kernel._pop() for _ in range(SLOTS + 1)] == [b"x"] * SLOTS + [None]
+    assert user._push(b"again") == 1
+    with pytest.raises(TypeError):
+        user._push("text")  # type: ignore[arg-type]
+
+
+def test_sleeping_and_waking(pair: tuple[RingEnd, RingEnd]) -> None:
+    kernel, user = pair
+    assert fall_asleep([kernel]) is True
+    assert [user._push(b"x"), user._push(b"y")] == [2, 1], "one wakes it, once"
+    assert fall_asleep([kernel]) is False, "with a message there, nobody sleeps"
+    kernel._pop()
+    kernel._pop()
+    assert fall_asleep([kernel]) is True
+    wake_up([kernel])
+    assert user._push(b"z") == 1
+
+
+def test_spinning_finds_from_where_it_is_told(pair: tuple[RingEnd, RingEnd]) -> None:
+    kernel, user = pair
+    other, fd = RingEnd.create()
+    other_user = RingEnd.join(fd)
+    os.close(fd)
+    rings = [kernel, other]
+    assert spin(rings, 0, 1000) == -1
+    user._push(b"x")
+    assert [spin(rings, start, 0) for start in (0, 1, 2, 7)] == [0] * 4
+    other_user._push(b"y")
+    assert [spin(rings, start, 0) for start in (0, 1, 2)] == [0, 1, 0]
+    assert spin([], 0, 1000) == -1
+    for nonsense in ((rings[0],), [1], None):
+        with pytest.raises(TypeError):
+            spin(nonsense, 0, 0)  # type: ignore[arg-type]
+    thread = threading.Timer(0.02, kernel._push, (b"late",))
+    thread.start()
+    assert spin([user], 0, int(BOUND * 1e9)) == 0
+    thread.join()
+
+
+def test_a_closed_ring_says_so(pair: tuple[RingEnd, RingEnd]) -> None:
+    kernel, _ = pair
+    kernel._close()
+    kernel._close()
+    for use in (lambda: kernel._push(b"x"), kernel._pop, lambda: spin([kernel], 0, 0), lambda: fall_asleep([kernel])):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+
+
+def test_the_memory_of_a_ring_cannot_be_truncated() -> None:
+    kernel, fd = RingEnd.create()
+    for size in (0, RING_BYTES - 1, RING_BYTES + 1):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+    os.close(fd)
+    small = os.memfd_create("small")
+    os.ftruncate(small, 100)
+    with pytest.raises(ValueError, match="small"):
+        RingEnd.join(small)
+    os.close(small)
+    with pytest.raises(OSError, match="Bad file"):
+        RingEnd.join(9999)
+    kernel._close()
+
+
+def test_indices_that_lie_are_found_out() -> None:
+    import mmap
+
+    rng = random.Random(7)
+    lies = 0
+    for _ in range(300):
+        kernel, fd = RingEnd.create()
+        user = RingEnd.join(fd)
+        with mmap.mmap(fd, RING_BYTES) as memory:
+            user._push(b"x" * 20)
+            for _ in range(rng.randrange(1, 4)):
+                at = rng.choice((0, 64, 128, 192, rng.randrange(RING_BYTES - 4)))
+                memory[at : at + 4] = rng.randbytes(4)
+            try:
+                for _ in range(40):
+                    kernel._pop()
+                kernel._push(b"answer")
+            except ValueError as error:
+                lies += "lie" in str(error)
+        os.close(fd)
+        kernel._close()
+        user._close()
+    assert lies > 50
+
+
+def wakes(count: int) -> int:
+    """`count` sleeps of a consumer, each ended by a producer in another process; how many were missed."""
+    kernel, fd = RingEnd.create()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if not child:
+        try:
+            user = RingEnd.join(fd)
+            ours.close()
+            seen = 0
+            while seen < count:
+                said = user._push(b"wake")
+                if said == 2:
+                    theirs.send(b"!")
+                    seen += 1
+                elif said == 0:
+                    os.sched_yield()
+        finally:
+            os._exit(0)
+    os.close(fd)
+    theirs.close()
+    poll = select.poll()
+    poll.register(ours, select.POLLIN)
+    slept = missed = 0
+    rings = [kernel]
+    while slept < count:
+        while kernel._pop() is not None:
+            pass
+        if fall_asleep(rings):
+            slept += 1
+            if not poll.poll(BOUND * 1000):
+                missed += 1
+                break
+            ours.recv(1)
+            wake_up(rings)
+    ours.close()
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    kernel._close()
+    return missed
+
+
+def test_no_wake_up_is_lost() -> None:
+    assert wakes(5_000) == 0
+
+
+@pytest.mark.slow
+def test_no_wake_up_is_lost_full_count() -> None:
+    count = scaled(FULL_WAKES)
+    start = time.monotonic()
+    assert wakes(count) == 0
+    print(f"{count} sleeps and wakes, 0 lost, {time.monotonic() - start:.0f} s")
+
+
+# ---- budgets ------------------------------------------------------------------------------
+
+
+def test_a_budget_halves_where_it_does_not_pay_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from realmap.wire import ring
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(ring, "_preemptions", lambda: 7)
+    budget = SpinBudget(100)
+    seen = [budget.nanoseconds()]
+    for _ in range(8):
+        budget.lost()
+        seen.append(budget.nanoseconds())
+    assert seen[:3] == [100_000, 50_000, 25_000]
+    assert seen[-1] == 0
+    budget.slept(10_000_000)
+    assert budget.nanoseconds() == 0
+    budget.slept(50_000)
+    assert budget.nanoseconds() == 100_000
+    monkeypatch.setattr(ring, "_preemptions", lambda: 12)
+    budget._looked -= ring.LOOK + 1
+    assert budget.nanoseconds() == 0, "preempted five times in 10 ms: others want to run"
+    budget._looked -= ring.LOOK + 1
+    assert budget.nanoseconds() == 100_000
+    assert SpinBudget(0).nanoseconds() == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert SpinBudget(100).nanoseconds() == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, InvalidSize), (float("nan"), InvalidSize), (1e9, InvalidSize), ("1", TypeError)]
+)
+def test_spins_that_are_none(value: object, error: type[Exception]) -> None:
+    for make in (realmap.boot, realmap.Kernel):
+        with pytest.raises(error):
+            make(spin=value)  # type: ignore[call-overload]
+
+
+# ---- a kernel with rings ------------------------------------------------------------------
+
+
+def test_a_client_that_scribbles_hurts_only_itself(kernel: KernelHandle, me: Process) -> None:
+    rng = random.Random(11)
+    for _ in range(40):
+        with kernel.connect() as hostile:
+            client = hostile.client
+            assert client._ring is not None
+            for _ in range(rng.randrange(1, 6)):
+                client._ring._push(rng.randbytes(rng.randrange(LONGEST)))
+            client._sock.send(b"\4")
+            with pytest.raises((ProcessKilled, realmap.KernelDied)):
+                for _ in range(100):
+                    hostile.call("nop", timeout=BOUND)
+        assert me.call("echo", 1) == [1]
+
+
+def test_calls_go_by_the_ring(me: Process, kernel: KernelHandle) -> None:
+    """Not one datagram but bells: the socket carries nothing of a short call."""
+    client = me.client
+    assert client._ring is not None
+    sent: list[bytes] = []
+
+    class Spy:
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock = sock
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.sock, name)
+
+        def send(self, data: bytes, flags: int = 0) -> int:
+            sent.append(data)
+            return self.sock.send(data, flags)
+
+    client._sock = Spy(client._sock)  # type: ignore[assignment]
+    for _ in range(200):
+        assert me.call("echo", "short") == ["short"]
+    assert set(sent) <= {b"\4"}
+    me.call("echo", "x" * 3000)
+    assert len(sent[-1]) > 3000
+    client._sock = client._sock.sock  # type: ignore[attr-defined]
+
+
+def test_an_idle_kernel_sleeps(kernel: KernelHandle) -> None:
+    users = [kernel.connect() for _ in range(8)]
+    for user in users:
+        user.call("nop")
+    process = psutil.Process(kernel.pid)
+    wait_until(lambda: process.status() == psutil.STATUS_SLEEPING)
+    switches = process.num_ctx_switches().voluntary
+    busy = sum(process.cpu_times()[:2])
+    threading.Event().wait(1.0)
+    assert process.num_ctx_switches().voluntary - switches < 20, "it is not woken"
+    assert sum(process.cpu_times()[:2]) - busy <= 0.02
+    for user in users:
+        user.close()
+    wait_until(lambda: kernel.stats()["processes"] == 0)
+
+
+def test_many_clients_at_once() -> None:
+    failures: list[BaseException] = []
+    with realmap.boot(syscalls=syscalls.ALL) as kernel:
+
+        def work(seed: int) -> None:
+            try:
+                with kernel.connect() as me:
+                    for turn in range(300):
+                        assert me.call("echo", seed, turn) == [seed, turn]
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
