@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
@@ -70,15 +69,19 @@ class KeptWindows:
         It is the caller's from now on.
         """
         key = (frames.serial, start, span, prot)
-        with self._exclusively():
-            if key not in self._windows:
-                found = self._larger(key)
-                if found is None:
-                    self._misses += 1
-                    return None
-                key = found
-            self._hits += 1
-            return self._remove(key), key[1]
+        with self._lock:
+            if self._gone:
+                self._take_note()
+            found = key if key in self._windows else self._larger(key)
+            if found is None:
+                self._misses += 1
+                taken = None
+            else:
+                self._hits += 1
+                taken = self._remove(found), found[1]
+        if self._gone:
+            self._settle()
+        return taken
 
     def _larger(self, key: Key) -> Key | None:
         serial, start, span, prot = key
@@ -121,11 +124,12 @@ class KeptWindows:
 
     def clear(self) -> bool:
         """Unmaps all of them; whether there were any."""
-        with self._exclusively():
+        with self._lock:
             had = bool(self._windows)
             for key in list(self._windows):
                 self._evict(key)
-            return had
+        self._settle()
+        return had
 
     def counts(self) -> KeptCounts:
         """What has happened so far, and what is kept now."""
@@ -134,13 +138,6 @@ class KeptWindows:
     def windows(self) -> list[tuple[Key, KeptWindow]]:
         """What is kept now, the one kept longest first."""
         return list(self._windows.items())
-
-    @contextlib.contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        with self._lock:
-            self._take_note()
-            yield
-        self._settle()
 
     def _settle(self) -> None:
         while self._gone and self._lock.acquire(blocking=False):
