@@ -18,7 +18,7 @@ from typing import Any, Self, SupportsIndex
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import forks, interpreter, runtime
 from realmap.host.interpreter import Child
-from realmap.kernel.server import Kernel, checked_spin
+from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import registry
 from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.audit import AuditReport, audit
@@ -26,7 +26,7 @@ from realmap.observe.snapshot import Snapshot
 from realmap.user.client import Client
 from realmap.user.process import Process
 from realmap.wire import messages
-from realmap.wire.ring import SPIN
+from realmap.wire.ring import SPIN, checked_spin
 
 #: How long a kernel may take to say that it serves: imports on a loaded machine. Seconds.
 START_TIMEOUT = 60.0

@@ -1,6 +1,8 @@
 """The kernel process.
 
     server        Kernel: the loop that everything below hangs on; its own thread, epoll
+    reception     who is let in
+    dispatch      what answers a request: a service or a handler
     connection    one client's socket: what it said so far, what it has not read yet
     process_table who is connected, and what each holds
     syscalls      the @syscall decorator, Call, and how a handler is run

@@ -27,41 +27,29 @@ import msgspec
 
 from realmap._host import Ring, fall_asleep, spin, wake_up
 from realmap.errors import (
-    AccessDenied,
-    InvalidSize,
     KernelDied,
     KernelError,
     ProcessKilled,
-    UnknownSyscall,
-    VersionMismatch,
 )
-from realmap.host import forks, liveness, runtime
-from realmap.kernel import books, services, syscalls
+from realmap.host import forks, runtime
+from realmap.kernel import syscalls
 from realmap.kernel.connection import BACKLOG, Connection
-from realmap.kernel.process_table import ProcessTable, UserProcess
-from realmap.kernel.syscalls import Call, Syscall, registry
+from realmap.kernel.dispatch import Dispatch
+from realmap.kernel.process_table import ProcessTable
+from realmap.kernel.reception import Reception
+from realmap.kernel.syscalls import registry
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.kernel.workers import Workers
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
 from realmap.wire import channel, messages
-from realmap.wire.messages import PROTOCOL, VERSION
-from realmap.wire.ring import SPIN, RingEnd, SpinBudget
+from realmap.wire.ring import SPIN, SpinBudget, checked_spin
 
 Handler = Callable[[int], None]
 log = logging.getLogger("realmap")
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
-
-
-def checked_spin(value: float) -> float:
-    """Microseconds to spin. InvalidSize: below 0 or above a second. TypeError: no number."""
-    if not isinstance(value, int | float):
-        raise TypeError(f"spin is a number of microseconds, not {type(value).__name__}")
-    if not 0 <= value <= 1_000_000:
-        raise InvalidSize(value, why="spin is from 0 to 1000000 microseconds")
-    return value
 
 
 class Kernel:
@@ -95,18 +83,18 @@ class Kernel:
         """
         self.syscalls = registry(syscalls)
         self.frames = FrameAllocator(memory_limit)
-        self._process_limit = FrameAllocator(process_limit).limit
+        self._reception = Reception(self, FrameAllocator(process_limit).limit)
         self.memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self.spin = checked_spin(spin)
         self.processes = ProcessTable()
         self.workers = Workers()
+        self._dispatch = Dispatch(self)
         #: Calls taken so far.
         self.calls = 0
         self._posted: deque[Callable[[], None]] = deque()
         self._decoding: list[UserBuffer] = []
         self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
-        self._hello = msgspec.msgpack.Decoder(messages.Hello)
         self._connections: dict[int, Connection] = {}
         #: Those that have a ring and are listened to, and their rings, in the same order.
         self._ringed: list[Connection] = []
@@ -145,8 +133,8 @@ class Kernel:
             self._epoll = select.epoll()
             self._wake, self._lock = wake, lock
             undo.pop_all()
-        self._watch(self._listener.fileno(), self._accept)
-        self._watch(self._wake, self._on_wake)
+        self.watch(self._listener.fileno(), self._accept)
+        self.watch(self._wake, self._on_wake)
         self._ended.clear()
         forks.lose_in_child(self)
 
@@ -158,7 +146,7 @@ class Kernel:
         """
         self._open()
         if booter >= 0:
-            self._watch(booter, lambda _: self.stop(wait=False))
+            self.watch(booter, lambda _: self.stop(wait=False))
         with self._woken_by_signals():
             self._loop(ready)
 
@@ -184,7 +172,7 @@ class Kernel:
         reader.setblocking(False)
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self._watch(reader.fileno(), lambda _: _drain(reader))
+        self.watch(reader.fileno(), lambda _: _drain(reader))
         try:
             yield
         finally:
@@ -228,7 +216,8 @@ class Kernel:
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
 
-    def _watch(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
+    def watch(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
+        """Has `handler(fd)` called on the kernel's thread when something is to be had from `fd`."""
         self._handlers[fd] = handler
         self._epoll.register(fd, events)
 
@@ -293,14 +282,14 @@ class Kernel:
             except Exception:  # a bug of ours ends one client at worst, never the kernel
                 log.exception("the kernel failed at something")
                 if fd in self._connections:
-                    self._drop(self._connections[fd])
+                    self.drop(self._connections[fd])
 
     def _close(self) -> None:
         bye = syscalls.encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
         for connection in list(self._connections.values()):
             with contextlib.suppress(Exception):
                 connection.send(bye)
-            self._drop(connection)
+            self.drop(connection)
         self._listener.close()
         self._epoll.close()
         self.workers.close()
@@ -361,7 +350,7 @@ class Kernel:
                     self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             return
         self._connections[sock.fileno()] = Connection(sock)
-        self._watch(sock.fileno(), self._on_socket)
+        self.watch(sock.fileno(), self._on_socket)
 
     def _on_socket(self, fd: int) -> None:
         connection = self._connections[fd]
@@ -369,20 +358,21 @@ class Kernel:
             connection.flush()
         if connection.backlog <= BACKLOG:
             self._read(connection, connection.receive)
-        self._rearm(connection)
+        self.rearm(connection)
 
-    def _rearm(self, connection: Connection) -> None:
+    def rearm(self, connection: Connection) -> None:
         """Listens to a client while its backlog is small, and for it to read while there is one."""
         if connection.closed or (not connection.backlog and connection.events == select.EPOLLIN):
             return
-        self._listen_to_ring(connection, connection.backlog <= BACKLOG)
+        self.listen_to_ring(connection, connection.backlog <= BACKLOG)
         reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
         events = reading | (select.EPOLLOUT if connection.backlog else 0)
         if events != connection.events:
             connection.events = events
             self._epoll.modify(connection.sock.fileno(), events)
 
-    def _listen_to_ring(self, connection: Connection, listen: bool) -> None:
+    def listen_to_ring(self, connection: Connection, listen: bool) -> None:
+        """Takes calls from its ring from now on, or no longer."""
         if connection.ring is None or listen == (connection in self._ringed):
             return
         if listen:
@@ -398,7 +388,7 @@ class Kernel:
             self._read(connection, connection.ring._pop)
         except Exception:  # as in _attend
             log.exception("the kernel failed at something")
-            self._drop(connection)
+            self.drop(connection)
 
     def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> None:
         try:
@@ -406,196 +396,42 @@ class Kernel:
             if data is None:
                 return
             if connection.process is None and not connection.control:
-                self._greet(connection, data)
+                self._reception.greet(connection, data)
                 return
             self._decoding.clear()
             request = self._decoder.decode(data)
         except EOFError:
-            self._drop(connection)
+            self.drop(connection)
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
-            self._expel(connection, f"it sent what is no message: {error}")
+            self.expel(connection, f"it sent what is no message: {error}")
         else:
-            self._handle(connection, request)
+            self._dispatch.handle(connection, request, list(self._decoding))
 
     def _buffer(self, code: int, data: memoryview) -> UserBuffer:
         buffer = UserBuffer(*messages.buffer_of(code, data))
         self._decoding.append(buffer)
         return buffer
 
-    def _greet(self, connection: Connection, data: bytes) -> None:
-        hello = self._hello.decode(data)
-        try:
-            if hello.protocol != PROTOCOL:
-                ours, theirs = f"{VERSION} (protocol {PROTOCOL})", f"{hello.version} (protocol {hello.protocol})"
-                raise VersionMismatch(ours, theirs, why="kernel and user are of different versions of realmap")
-            peer = liveness.peer(connection.sock, hello.pid, hello.start)
-        except (KernelError, OSError) as error:  # of another kind, dead by now, or no descriptor left for it
-            self._refuse(connection, error)
-            return
-        if peer.uid != os.geteuid():
-            os.close(peer.pidfd)
-            self._refuse(
-                connection, AccessDenied(why=f"the kernel belongs to uid {os.geteuid()}, the peer is uid {peer.uid}")
-            )
-            return
-        number = 0
-        if hello.control:
-            connection.control = True
-            os.close(peer.pidfd)
-        else:
-            frames = FrameAllocator(self._process_limit, parent=self.frames)
-            process = connection.process = self.processes.add(peer, connection, frames)
-            # Asked again: the event may be of an earlier process whose pidfd had this number.
-            self._watch(process.pidfd, lambda fd: self._drop(connection) if liveness.is_dead(fd) else None)
-            number = process.number
-        self._welcome(connection, messages.Welcome(VERSION, number, os.getpid()))
-
-    def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:
-        """Takes it in; a process with a ring, where there is spinning, and a descriptor for it."""
-        if connection.process is not None and self.spin:
-            with contextlib.suppress(OSError):  # without one everything takes the socket
-                ring, descriptor = RingEnd.create()
-                welcome.spin = self.spin
-                try:
-                    connection.send(syscalls.encode(welcome), [descriptor])
-                finally:
-                    os.close(descriptor)
-                connection.ring = ring
-                self._listen_to_ring(connection, True)
-                return
-        connection.send(syscalls.encode(welcome))
-
-    def _refuse(self, connection: Connection, error: BaseException) -> None:
-        with contextlib.suppress(OSError):
-            connection.send(syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error))))
-        self._drop(connection)
-
-    def _expel(self, connection: Connection, why: str) -> None:
+    def expel(self, connection: Connection, why: str) -> None:
         """Sends a client away that does not speak as it should."""
         pid = connection.process.pid if connection.process else 0
         error = messages.error_of(ProcessKilled(pid, why=f"the kernel sent this process away: {why}"))
         with contextlib.suppress(Exception):
             connection.send(syscalls.encode(messages.Bye(error)))
-        self._drop(connection)
+        self.drop(connection)
 
-    def _drop(self, connection: Connection) -> None:
+    def drop(self, connection: Connection) -> None:
         """The client is gone: its socket is closed, and what its process held is given back. Again: nothing."""
         if connection.closed:
             return
         fd = connection.sock.fileno()
         self._unwatch(fd)
-        self._listen_to_ring(connection, False)
+        self.listen_to_ring(connection, False)
         del self._connections[fd]
         connection.close()
         if connection.process is not None:
             self._unwatch(connection.process.pidfd)
             self.processes.reap(connection.process)
-
-    # ---- requests ---------------------------------------------------------------------------
-
-    def _handle(self, connection: Connection, request: messages.Request) -> None:
-        """One request of one client. Whatever happens to it is its answer."""
-        process = connection.process
-        try:
-            if isinstance(request, messages.Ask):
-                self._reply(connection, request.id, (self._ask(request.what), [], []))
-            elif process is None:
-                raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
-            elif isinstance(request, messages.Call):
-                self._call(connection, process, request)
-            elif isinstance(request, messages.Map):
-                number = request.id
-                services.map_memory(self, process, request, lambda got: self._reply(connection, number, got))
-            elif isinstance(request, messages.Unmap):
-                self._reply(connection, request.id, services.unmap(process, request))
-            elif isinstance(request, messages.More):
-                self._reply(connection, request.id, services.more(process, request))
-            elif isinstance(request, messages.Move):
-                self._reply(connection, request.id, services.move(process, request))
-            else:
-                self._reply(connection, request.id, services.query(process, request))
-        except Exception as error:  # one of ours, or a bug of ours: the caller is told either way
-            self._reply(connection, request.id, error)
-
-    def _reply(self, connection: Connection, id: int, got: services.Answer | BaseException) -> None:
-        if isinstance(got, BaseException):
-            self._send(connection, id, syscalls.failed(id, got, "kernel"))
-            return
-        value, descriptors, closing = got
-        try:
-            self._send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
-        finally:
-            channel.close_all(closing)
-
-    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Iterable[int] = ()) -> None:
-        if connection.closed or not id:  # request 0 wants no answer
-            return
-        try:
-            connection.send(message, list(descriptors), id)
-        except KernelError as error:  # longer than a message may be
-            connection.send(syscalls.failed(id, error))
-        except OSError as error:
-            self._expel(connection, f"no descriptors are left for its answers: {error.strerror}")
-            return
-        self._rearm(connection)
-
-    def _ask(self, what: str) -> Any:
-        if what == "stats":
-            return books.stats(self)
-        if what == "books":
-            return books.books(self)
-        if what == "shutdown":
-            self.stop(wait=False)
-            return None
-        raise UnknownSyscall(what, why="the kernel has no such service")
-
-    def _call(self, connection: Connection, process: UserProcess, request: messages.Call) -> None:
-        syscall = self.syscalls.get(request.name)
-        buffers = list(self._decoding)
-        if syscall is None:
-            known = ", ".join(sorted(self.syscalls)) or "none"
-            raise UnknownSyscall(request.name, why=f"the kernel has no syscall {request.name!r} (it has: {known})")
-        self.calls += 1
-        for buffer in buffers:
-            buffer.resolve(process, self.memory)
-        call = Call(process, syscall.name, self)
-        if syscall.blocking:
-            self._call_on_worker(connection, process, syscall, call, request, buffers)
-            return
-        process.calls += 1
-        answer = syscalls.run(syscall, call, request.id, request.args)
-        process.calls -= 1
-        for buffer in buffers:
-            buffer.end(pinned=False)
-        self._send(connection, request.id, answer)
-
-    def _call_on_worker(
-        self,
-        connection: Connection,
-        process: UserProcess,
-        syscall: Syscall,
-        call: Call,
-        request: messages.Call,
-        buffers: list[UserBuffer],
-    ) -> None:
-        for buffer in buffers:
-            buffer.pin()
-        process.calls += 1
-
-        def ended(answer: bytes) -> None:
-            process.calls -= 1
-            for buffer in buffers:
-                buffer.end(pinned=True)
-            self._send(connection, request.id, answer)
-
-        def work() -> None:
-            answer = syscalls.run(syscall, call, request.id, request.args)
-            self.post(lambda: ended(answer))
-
-        try:
-            self.workers.submit(work)
-        except RuntimeError as error:
-            ended(syscalls.failed(request.id, error, syscall.name))
 
 
 def _drain(sock: socket.socket) -> None:

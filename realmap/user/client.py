@@ -9,7 +9,6 @@ answered: what it sent along is held until then, and what the answer brings is g
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import select
@@ -24,7 +23,6 @@ import msgspec
 
 from realmap._host import Ring, fall_asleep, spin, wake_up
 from realmap.errors import (
-    AccessDenied,
     InvalidHandle,
     KernelDied,
     KernelError,
@@ -33,14 +31,11 @@ from realmap.errors import (
     VersionMismatch,
 )
 from realmap.host import forks, procfs
-from realmap.host.translate import frames_error
+from realmap.user import handshake
+from realmap.user.handshake import SLICE
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
 from realmap.wire.ring import LONGEST, RingEnd, SpinBudget
-
-#: A wait looks at signals at least this often, in milliseconds: one that comes right before a
-#: system call blocks would not be seen by Python before the call returns.
-SLICE = 50
 
 Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 
@@ -87,7 +82,7 @@ class Client:
         self._state = RLock()
         self._notices: deque[bytes] = deque()
         self._error: KernelError | None = None
-        self._sock = self._connect(path)
+        self._sock = handshake.open_socket(path)
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
         try:
@@ -97,65 +92,15 @@ class Client:
             raise
         forks.lose_in_child(self)
 
-    @staticmethod
-    def _connect(path: str) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            sock.connect(path)
-        except OSError as error:
-            sock.close()
-            if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-                raise KernelDied(
-                    path,
-                    why=f"no kernel listens at {path!r}; start one: realmap.boot(), or realmap kernel --path {path}",
-                ) from None
-            if error.errno in (errno.EACCES, errno.EPERM):
-                raise AccessDenied(why=f"the socket {path!r} is not open to this user") from None
-            raise InvalidHandle(path, why=f"{path!r} is no socket of a kernel: {error}") from None
-        except ValueError as error:
-            sock.close()
-            raise InvalidHandle(path, why=f"{path!r} is no socket path: {error}") from None
-        return sock
-
     def _introduce(self, control: bool) -> tuple[int, int]:
         hello = messages.Hello(PROTOCOL, VERSION, self.pid, procfs.start_time(self.pid), control)
         self._send(self._encoder.encode(hello), None)
-        data: bytes | None = None
-        ancillary: list[tuple[int, int, bytes]] = []
-        while data is None:
-            if self._poll.poll(SLICE):
-                try:
-                    data, ancillary, _, _ = self._sock.recvmsg(
-                        channel.DATAGRAM, channel.ANCILLARY, socket.MSG_CMSG_CLOEXEC
-                    )
-                except ConnectionError:
-                    data = b""
-        descriptors = channel.descriptors_in(ancillary)
-        try:
-            return self._welcomed(data, descriptors)
-        finally:
-            channel.close_all(descriptors)
-
-    def _welcomed(self, data: bytes, descriptors: list[int]) -> tuple[int, int]:
-        try:
-            answer = msgspec.msgpack.decode(data[1:], type=messages.Welcome | messages.Refused)
-        except msgspec.MsgspecError:
-            if not data:
-                raise KernelDied(
-                    self.path, why=f"the kernel at {self.path!r} ended while this process connected"
-                ) from None
-            raise VersionMismatch(
-                VERSION, "unknown", why=f"what answers at {self.path!r} does not speak as we do"
-            ) from None
-        if isinstance(answer, messages.Refused):
-            raise messages.exception_of(answer.error)
-        if answer.spin and not descriptors:
-            raise frames_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 0)
-        if answer.spin:
-            self._ring = RingEnd.join(descriptors[0])
-            self._rings = [self._ring]
-            self._spin = SpinBudget(answer.spin)
-        return answer.process, answer.kernel
+        welcome, ring = handshake.welcome(self._sock, self.path)
+        if ring is not None:
+            self._ring = ring
+            self._rings = [ring]
+            self._spin = SpinBudget(welcome.spin)
+        return welcome.process, welcome.kernel
 
     # ---- requests ---------------------------------------------------------------------------
 

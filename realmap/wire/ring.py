@@ -18,6 +18,7 @@ import time
 from typing import Self
 
 from realmap._host import RING_BYTES, RING_MESSAGE, Ring
+from realmap.errors import InvalidSize
 
 #: The longest message that a ring takes, in bytes; longer ones take the socket.
 LONGEST = RING_MESSAGE
@@ -26,6 +27,15 @@ LONGEST = RING_MESSAGE
 SPIN = 100
 #: How often it is looked at whether CPUs are free, in nanoseconds.
 LOOK = 10_000_000
+
+
+def checked_spin(value: float) -> float:
+    """Microseconds to spin. InvalidSize: below 0 or above a second. TypeError: no number."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"spin is a number of microseconds, not {type(value).__name__}")
+    if not 0 <= value <= 1_000_000:
+        raise InvalidSize(value, why="spin is from 0 to 1000000 microseconds")
+    return value
 
 
 class RingEnd(Ring):

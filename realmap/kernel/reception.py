@@ -1,0 +1,81 @@
+"""Who is let in: a peer is identified without doubt, of this uid and version, or refused in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from realmap.errors import AccessDenied, KernelError, VersionMismatch
+from realmap.host import liveness
+from realmap.kernel import syscalls
+from realmap.kernel.connection import Connection
+from realmap.memory.frames import FrameAllocator
+from realmap.wire import messages
+from realmap.wire.messages import PROTOCOL, VERSION
+from realmap.wire.ring import RingEnd
+
+if TYPE_CHECKING:
+    from realmap.kernel.server import Kernel
+
+
+class Reception:
+    """Greets connections for a kernel. Only on the kernel's thread."""
+
+    def __init__(self, kernel: Kernel, process_limit: int | None) -> None:
+        """`process_limit`: bytes of frames for each process."""
+        self._kernel = kernel
+        self._limit = process_limit
+        self._hello = msgspec.msgpack.Decoder(messages.Hello)
+
+    def greet(self, connection: Connection, data: bytes) -> None:
+        """Takes in who says Hello, or refuses in words. MsgspecError: it says something else."""
+        kernel = self._kernel
+        hello = self._hello.decode(data)
+        try:
+            if hello.protocol != PROTOCOL:
+                ours, theirs = f"{VERSION} (protocol {PROTOCOL})", f"{hello.version} (protocol {hello.protocol})"
+                raise VersionMismatch(ours, theirs, why="kernel and user are of different versions of realmap")
+            peer = liveness.peer(connection.sock, hello.pid, hello.start)
+        except (KernelError, OSError) as error:  # of another kind, dead by now, or no descriptor left for it
+            self._refuse(connection, error)
+            return
+        if peer.uid != os.geteuid():
+            os.close(peer.pidfd)
+            self._refuse(
+                connection, AccessDenied(why=f"the kernel belongs to uid {os.geteuid()}, the peer is uid {peer.uid}")
+            )
+            return
+        number = 0
+        if hello.control:
+            connection.control = True
+            os.close(peer.pidfd)
+        else:
+            frames = FrameAllocator(self._limit, parent=kernel.frames)
+            process = connection.process = kernel.processes.add(peer, connection, frames)
+            # Asked again: the event may be of an earlier process whose pidfd had this number.
+            kernel.watch(process.pidfd, lambda fd: kernel.drop(connection) if liveness.is_dead(fd) else None)
+            number = process.number
+        self._welcome(connection, messages.Welcome(VERSION, number, os.getpid()))
+
+    def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:
+        """Takes it in; a process with a ring, where there is spinning, and a descriptor for it."""
+        if connection.process is not None and self._kernel.spin:
+            with contextlib.suppress(OSError):  # without one everything takes the socket
+                ring, descriptor = RingEnd.create()
+                welcome.spin = self._kernel.spin
+                try:
+                    connection.send(syscalls.encode(welcome), [descriptor])
+                finally:
+                    os.close(descriptor)
+                connection.ring = ring
+                self._kernel.listen_to_ring(connection, True)
+                return
+        connection.send(syscalls.encode(welcome))
+
+    def _refuse(self, connection: Connection, error: BaseException) -> None:
+        with contextlib.suppress(OSError):
+            connection.send(syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error))))
+        self._kernel.drop(connection)

@@ -1,0 +1,77 @@
+"""How a connection begins: the socket is opened, and the kernel answers who has introduced itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+
+import msgspec
+
+from realmap.errors import AccessDenied, InvalidHandle, KernelDied, VersionMismatch
+from realmap.host.translate import frames_error
+from realmap.wire import channel, messages
+from realmap.wire.messages import VERSION
+from realmap.wire.ring import RingEnd
+
+#: A wait looks at signals at least this often, in milliseconds: one that comes right before a
+#: system call blocks would not be seen by Python before the call returns.
+SLICE = 50
+
+
+def open_socket(path: str) -> socket.socket:
+    """A socket that is connected to the kernel at `path`. KernelDied, AccessDenied, InvalidHandle: as `Client`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
+            raise KernelDied(
+                path, why=f"no kernel listens at {path!r}; start one: realmap.boot(), or realmap kernel --path {path}"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise AccessDenied(why=f"the socket {path!r} is not open to this user") from None
+        raise InvalidHandle(path, why=f"{path!r} is no socket of a kernel: {error}") from None
+    except ValueError as error:
+        sock.close()
+        raise InvalidHandle(path, why=f"{path!r} is no socket path: {error}") from None
+    return sock
+
+
+def welcome(sock: socket.socket, path: str) -> tuple[messages.Welcome, RingEnd | None]:
+    """The kernel's answer to Hello, and this side's end of the ring if there is one.
+
+    KernelDied: it ended meanwhile. VersionMismatch: it speaks otherwise. PhysicalMemoryExhaustion: no
+    descriptor was left for the ring. Else its refusal.
+    """
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while not poll.poll(SLICE):
+        pass
+    try:
+        data, ancillary, _, _ = sock.recvmsg(channel.DATAGRAM, channel.ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionError:
+        data, ancillary = b"", []
+    descriptors = channel.descriptors_in(ancillary)
+    try:
+        return _understood(data, descriptors, path)
+    finally:
+        channel.close_all(descriptors)
+
+
+def _understood(data: bytes, descriptors: list[int], path: str) -> tuple[messages.Welcome, RingEnd | None]:
+    try:
+        answer = msgspec.msgpack.decode(data[1:], type=messages.Welcome | messages.Refused)
+    except msgspec.MsgspecError:
+        if not data:
+            raise KernelDied(path, why=f"the kernel at {path!r} ended while this process connected") from None
+        raise VersionMismatch(VERSION, "unknown", why=f"what answers at {path!r} does not speak as we do") from None
+    if isinstance(answer, messages.Refused):
+        raise messages.exception_of(answer.error)
+    if not answer.spin:
+        return answer, None
+    if not descriptors:
+        raise frames_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 0)
+    return answer, RingEnd.join(descriptors[0])
