@@ -3,6 +3,8 @@
  *   Window   a range of this address space that maps pieces of files (or private memory) at an
  *            address that the caller chose. Exports its bytes through the buffer protocol and
  *            counts the exports, so that it is never unmapped under a live view.
+ *   Land     what is mapped where in a range of addresses, and the windows kept there for their next use.
+ *   Mirror   a window in a land, of frames that it holds a reference to.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
  *            woken without losing a wake-up.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
@@ -34,6 +36,13 @@
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
+#endif
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
 #endif
 
 /* Below this a map or unmap is a few microseconds, and giving the GIL away would let another
@@ -72,6 +81,7 @@ typedef struct {
 } View;
 
 static PyTypeObject *window_type;
+static PyTypeObject *land_type;
 static size_t page_size;
 
 /* ---- numbers ------------------------------------------------------------------------------ */
@@ -106,6 +116,9 @@ static int wants(Py_ssize_t got, Py_ssize_t wanted, const char *what)
 
 /* ---- mapping ------------------------------------------------------------------------------ */
 
+/* From a huge page's size on, an address is congruent to the offset behind it, so that huge pages can serve it. */
+static size_t huge_size;
+
 /* Maps one piece; fd -1 means private anonymous memory. 0, or an errno with nothing mapped. */
 static int map_piece(uintptr_t address, size_t length, int prot, int fd, off_t offset)
 {
@@ -136,6 +149,21 @@ static int unmap_range(uintptr_t address, size_t length)
         Py_END_ALLOW_THREADS
     } else {
         failed = munmap((void *)address, length);
+    }
+    return failed ? errno : 0;
+}
+
+/* Faults in every page of [address, address + length). Unlike MAP_POPULATE it says where that fails. */
+static int populate_range(uintptr_t address, size_t length, int prot)
+{
+    int how = prot & PROT_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
+    int failed;
+    if (length >= LONG_RANGE) {
+        Py_BEGIN_ALLOW_THREADS
+        failed = madvise((void *)address, length, how);
+        Py_END_ALLOW_THREADS
+    } else {
+        failed = madvise((void *)address, length, how);
     }
     return failed ? errno : 0;
 }
@@ -208,40 +236,7 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
     return (PyObject *)self;
 }
 
-/* Window._take_over(other, lead, length): a window with the mapping of `other`, which is dead from
- * then on, and other bytes of it exported. BufferError: a view of `other` lives, or it is dead. */
 static PyObject *still_viewed(const char *what, Py_ssize_t exports);
-
-static PyObject *window_take_over(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    uint64_t lead, length;
-    if (wants(nargs, 3, "Window._take_over") || as_u64(args[1], &lead) || as_u64(args[2], &length))
-        return NULL;
-    if (!PyObject_TypeCheck(args[0], window_type)) {
-        PyErr_SetString(PyExc_TypeError, "only a window can be taken over");
-        return NULL;
-    }
-    Window *other = (Window *)args[0];
-    if (!is_alive(other)) {
-        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
-        return NULL;
-    }
-    if (other->exports)
-        return still_viewed("drop", other->exports);
-    if (lead > other->span || length > other->span - lead) {
-        PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
-        return NULL;
-    }
-    Window *self = new_window((PyTypeObject *)cls, other->base, other->prot, other->inherited);
-    if (!self)
-        return NULL;
-    self->span = other->span;
-    self->lead = lead;
-    self->length = (Py_ssize_t)length;
-    self->state = ALIVE;
-    other->state = DEAD;
-    return (PyObject *)self;
-}
 
 /* Maps every (fd, offset, length) of `pieces` behind `end`, or nothing. New end, or 0. */
 static uintptr_t map_pieces(Window *self, uintptr_t end, PyObject *pieces)
@@ -419,7 +414,6 @@ static PyObject *window_alive(PyObject *op, void *Py_UNUSED(closure))
 static PyMethodDef window_methods[] = {
     {"_map", FASTCALL(window_map), METH_FASTCALL | METH_CLASS, NULL},
     {"_map_pieces", FASTCALL(window_map_pieces), METH_FASTCALL | METH_CLASS, NULL},
-    {"_take_over", FASTCALL(window_take_over), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -622,6 +616,913 @@ static PyType_Spec view_spec = {
     .basicsize = sizeof(View),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = view_slots,
+};
+
+/* ---- lands -------------------------------------------------------------------------------- */
+
+/* What is mapped in a land: the mirrors that live, and the windows kept for their next use. Under
+ * the GIL each of these functions happens as a whole, so no lock is needed, in a destructor either.
+ *
+ *      Land.live   ── by base ─────────────▶ Mirror ⇄ its Python object
+ *      Land.exact  ── frames, range, rights ▶ Kept     no object: nobody uses it
+ *      Land.of     ── frames ──────────────▶ Kept
+ *      oldest … newest ────────────────────▶ Kept     in the order they were kept in
+ *
+ * Space is taken by moving the cursor through the current hole. The ordered tree of what is where
+ * is Python's (memory/bookkeeping.py): it learns of what came (_fresh) and went (_gone) when the
+ * hole is used up, which is when it is needed. */
+
+typedef struct Node {
+    struct Node *next;
+    uint64_t key;
+} Node;
+
+#define FEW 64
+
+typedef struct {
+    Node **buckets;
+    size_t mask;
+    size_t count;
+    Node *few[FEW];
+} Table;
+
+typedef struct Kept {
+    Node exact;
+    Node of;
+    struct Kept *older;
+    struct Kept *newer;
+    uintptr_t base;
+    size_t span;
+    uint64_t serial;
+    uint64_t start;
+    int prot;
+    char in_tree;
+} Kept;
+
+typedef struct Land {
+    PyObject_HEAD
+    unsigned long long cursor;
+    unsigned long long hole_end;
+    unsigned long long budget;
+    unsigned long long kept_bytes;
+    unsigned long long hits;
+    unsigned long long misses;
+    unsigned long long evictions;
+    Table live;
+    Table exact;
+    Table of;
+    Kept *oldest;
+    Kept *newest;
+    PyObject *gone; /* a list of bases that the tree still has */
+    struct Land *other; /* the next of all lands */
+    unsigned long epoch;
+} Land;
+
+typedef struct {
+    Window window;
+    Node node;
+    Land *land; /* while its place is taken there */
+    PyObject *mapping;
+    PyObject *mappings;
+    PyObject *frames;
+    PyObject *holders; /* of its one frames, while it holds a reference to it */
+    PyObject *weakrefs;
+    uint64_t serial; /* of its frames; 0 where it shows several */
+    uint64_t start; /* what its first page shows: an offset in the frames */
+    char in_tree;
+} Mirror;
+
+#define OWNER(type, member, pointer) ((type *)(void *)((char *)(pointer) - offsetof(type, member)))
+
+static Land *all_lands;
+
+static size_t bucket_of(const Table *table, uint64_t key)
+{
+    key ^= key >> 32;
+    key *= 0xd6e8feb86659fd93u;
+    key ^= key >> 32;
+    return (size_t)key & table->mask;
+}
+
+static void table_reset(Table *table)
+{
+    if (table->buckets != table->few)
+        PyMem_Free(table->buckets);
+    memset(table, 0, sizeof *table);
+    table->buckets = table->few;
+    table->mask = FEW - 1;
+}
+
+static void table_put(Table *table, Node *node)
+{
+    Node **bucket = &table->buckets[bucket_of(table, node->key)];
+    node->next = *bucket;
+    *bucket = node;
+}
+
+static void table_add(Table *table, Node *node)
+{
+    size_t size = table->mask + 1;
+    Node **wider = table->count < size ? NULL : PyMem_Calloc(2 * size, sizeof(Node *));
+    if (wider) { /* without memory for it the chains only get longer */
+        Node **old = table->buckets;
+        table->buckets = wider;
+        table->mask = 2 * size - 1;
+        for (size_t i = 0; i < size; i++)
+            for (Node *at = old[i], *next; at; at = next) {
+                next = at->next;
+                table_put(table, at);
+            }
+        if (old != table->few)
+            PyMem_Free(old);
+    }
+    table_put(table, node);
+    table->count++;
+}
+
+static void table_remove(Table *table, Node *node)
+{
+    Node **at = &table->buckets[bucket_of(table, node->key)];
+    while (*at != node)
+        at = &(*at)->next;
+    *at = node->next;
+    table->count--;
+}
+
+static Node *same_key(Node *node, uint64_t key)
+{
+    while (node && node->key != key)
+        node = node->next;
+    return node;
+}
+
+static Node *table_find(const Table *table, uint64_t key)
+{
+    return same_key(table->buckets[bucket_of(table, key)], key);
+}
+
+static uint64_t exact_key(uint64_t serial, uint64_t start, size_t span, int prot)
+{
+    return serial * 0x9e3779b97f4a7c15u + (start / page_size) * 0xc2b2ae3d27d4eb4fu + span + (uint64_t)prot;
+}
+
+/* A place in the current hole, with a free page behind it; 0 where it has none. */
+static int reserve(Land *land, size_t span, uint64_t residue, uintptr_t *base)
+{
+    uint64_t at = land->cursor;
+    if (span >= huge_size)
+        at += (residue - at) & (huge_size - 1);
+    if (at > land->hole_end || span > land->hole_end - at)
+        return 0;
+    land->cursor = at + span + page_size;
+    *base = (uintptr_t)at;
+    return 1;
+}
+
+/* A place is free again. Without memory for the note, the tree has it as taken for ever. */
+static void give_place_back(Land *land, uintptr_t base, int in_tree)
+{
+    if (!in_tree || !land->gone)
+        return;
+    PyObject *address = PyLong_FromUnsignedLongLong(base);
+    if (!address || PyList_Append(land->gone, address))
+        PyErr_Clear();
+    Py_XDECREF(address);
+}
+
+static void forget_kept(Land *land, Kept *kept)
+{
+    table_remove(&land->exact, &kept->exact);
+    table_remove(&land->of, &kept->of);
+    *(kept->older ? &kept->older->newer : &land->oldest) = kept->newer;
+    *(kept->newer ? &kept->newer->older : &land->newest) = kept->older;
+    land->kept_bytes -= kept->span;
+}
+
+static void evict(Land *land, Kept *kept)
+{
+    forget_kept(land, kept);
+    land->evictions++;
+    /* It cannot fail: it takes whole mappings away, never a part of one. */
+    if (land->epoch == fork_epoch)
+        unmap_range(kept->base, kept->span);
+    give_place_back(land, kept->base, kept->in_tree);
+    PyMem_Free(kept);
+}
+
+/* A kept window that shows [start, start + span) of these frames with these rights: that one, or a larger one. */
+static Kept *find_kept(Land *land, uint64_t serial, uint64_t start, size_t span, int prot)
+{
+    uint64_t key = exact_key(serial, start, span, prot);
+    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
+        Kept *kept = OWNER(Kept, exact, at);
+        if (kept->serial == serial && kept->start == start && kept->span == span && kept->prot == prot)
+            return kept;
+    }
+    for (Node *at = table_find(&land->of, serial); at; at = same_key(at->next, serial)) {
+        Kept *kept = OWNER(Kept, of, at);
+        if (kept->prot == prot && kept->start <= start && start + span <= kept->start + kept->span)
+            return kept;
+    }
+    return NULL;
+}
+
+static int clear_kept(Land *land)
+{
+    int had = land->oldest != NULL;
+    while (land->oldest) /* looked up anew: the GIL may go away in between */
+        evict(land, land->oldest);
+    return had;
+}
+
+/* Land._prepare(start, end, budget): nothing is there, and nothing kept. Also in a forked child, which has
+ * lost whatever was there. */
+static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Land *land = (Land *)op;
+    uint64_t start, end, budget;
+    if (wants(nargs, 3, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
+        as_u64(args[2], &budget))
+        return NULL;
+    PyObject *gone = PyList_New(0);
+    if (!gone)
+        return NULL;
+    for (size_t i = 0; i <= land->live.mask; i++)
+        for (Node *at = land->live.buckets[i]; at; at = at->next) {
+            OWNER(Mirror, node, at)->land = NULL;
+            Py_DECREF(op); /* the caller has one more */
+        }
+    clear_kept(land);
+    table_reset(&land->live);
+    table_reset(&land->exact);
+    table_reset(&land->of);
+    land->oldest = land->newest = NULL;
+    land->cursor = start;
+    land->hole_end = end;
+    land->budget = budget;
+    land->kept_bytes = land->hits = land->misses = land->evictions = 0;
+    land->epoch = fork_epoch;
+    Py_XDECREF(land->gone);
+    land->gone = gone;
+    Py_RETURN_NONE;
+}
+
+static PyObject *land_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
+{
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Land *self = (Land *)alloc(type, 0);
+    if (self) {
+        table_reset(&self->live);
+        table_reset(&self->exact);
+        table_reset(&self->of);
+        self->other = all_lands;
+        all_lands = self;
+    }
+    return (PyObject *)self;
+}
+
+static void land_dealloc(PyObject *op)
+{
+    Land *land = (Land *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    for (Land **at = &all_lands; *at; at = &(*at)->other)
+        if (*at == land) {
+            *at = land->other;
+            break;
+        }
+    clear_kept(land);
+    table_reset(&land->live);
+    table_reset(&land->exact);
+    table_reset(&land->of);
+    Py_XDECREF(land->gone);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+/* Adds (start, start + span) to a list; a list that cannot grow is cleared. */
+static int add_pair(PyObject **list, uintptr_t start, size_t span)
+{
+    PyObject *pair = Py_BuildValue("KK", (unsigned long long)start, (unsigned long long)(start + span));
+    if (!pair || PyList_Append(*list, pair))
+        Py_CLEAR(*list);
+    Py_XDECREF(pair);
+    return *list != NULL;
+}
+
+/* _fresh() -> [(start, end)]: what was taken since the tree last learned of it. */
+static PyObject *land_fresh(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Land *land = (Land *)op;
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i <= land->live.mask; i++)
+        for (Node *at = land->live.buckets[i]; found && at; at = at->next) {
+            Mirror *mirror = OWNER(Mirror, node, at);
+            if (!mirror->in_tree && add_pair(&found, mirror->window.base, mirror->window.span))
+                mirror->in_tree = 1;
+        }
+    for (Kept *kept = land->oldest; found && kept; kept = kept->newer)
+        if (!kept->in_tree && add_pair(&found, kept->base, kept->span))
+            kept->in_tree = 1;
+    return found;
+}
+
+/* _gone() -> [start]: what the tree has and is free again. */
+static PyObject *land_gone(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *empty = PyList_New(0);
+    if (!empty)
+        return NULL;
+    PyObject *gone = ((Land *)op)->gone;
+    ((Land *)op)->gone = empty;
+    return gone;
+}
+
+static PyObject *land_reserve(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t span, residue;
+    uintptr_t base;
+    if (wants(nargs, 2, "Land._reserve") || as_u64(args[0], &span) || as_u64(args[1], &residue))
+        return NULL;
+    if (!reserve((Land *)op, span, residue, &base))
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(base);
+}
+
+/* _mirrors() -> [Mirror]: those that live. One that is being collected this moment is none any more. */
+static PyObject *land_mirrors(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Land *land = (Land *)op;
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i <= land->live.mask; i++)
+        for (Node *at = land->live.buckets[i]; found && at; at = at->next) {
+            Mirror *mirror = OWNER(Mirror, node, at);
+            if (Py_REFCNT((PyObject *)mirror) && is_alive(&mirror->window) &&
+                PyList_Append(found, (PyObject *)mirror))
+                Py_CLEAR(found);
+        }
+    return found;
+}
+
+/* _mirror_at(base) -> the mirror whose pages start there, or None. */
+static PyObject *land_mirror_at(PyObject *op, PyObject *address)
+{
+    uint64_t base;
+    if (as_u64(address, &base))
+        return NULL;
+    Node *node = table_find(&((Land *)op)->live, base);
+    Mirror *mirror = node ? OWNER(Mirror, node, node) : NULL;
+    if (!mirror || !Py_REFCNT((PyObject *)mirror) || !is_alive(&mirror->window))
+        Py_RETURN_NONE;
+    Py_INCREF((PyObject *)mirror);
+    return (PyObject *)mirror;
+}
+
+/* _kept() -> [(base, span, serial of the frames, start in them, prot)], the one kept longest first. */
+static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *found = PyList_New(0);
+    for (Kept *kept = ((Land *)op)->oldest; found && kept; kept = kept->newer) {
+        PyObject *item = Py_BuildValue("KKKKi", (unsigned long long)kept->base, (unsigned long long)kept->span,
+                                       (unsigned long long)kept->serial, (unsigned long long)kept->start, kept->prot);
+        if (!item || PyList_Append(found, item))
+            Py_CLEAR(found);
+        Py_XDECREF(item);
+    }
+    return found;
+}
+
+/* _clear_kept() -> bool: unmaps all of them; whether there were any. */
+static PyObject *land_clear_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    return PyBool_FromLong(clear_kept((Land *)op));
+}
+
+static PyObject *land_live(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSize_t(((Land *)op)->live.count);
+}
+
+static PyMethodDef land_methods[] = {
+    {"_prepare", FASTCALL(land_prepare), METH_FASTCALL, NULL},
+    {"_reserve", FASTCALL(land_reserve), METH_FASTCALL, NULL},
+    {"_fresh", land_fresh, METH_NOARGS, NULL},
+    {"_gone", land_gone, METH_NOARGS, NULL},
+    {"_mirrors", land_mirrors, METH_NOARGS, NULL},
+    {"_mirror_at", land_mirror_at, METH_O, NULL},
+    {"_kept", land_kept, METH_NOARGS, NULL},
+    {"_clear_kept", land_clear_kept, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef land_members[] = {
+    {"_cursor", T_ULONGLONG, offsetof(Land, cursor), 0, NULL},
+    {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), 0, NULL},
+    {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
+    {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},
+    {"_hits", T_ULONGLONG, offsetof(Land, hits), READONLY, NULL},
+    {"_misses", T_ULONGLONG, offsetof(Land, misses), READONLY, NULL},
+    {"_evictions", T_ULONGLONG, offsetof(Land, evictions), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef land_getset[] = {
+    {"live", land_live, NULL, "How many mirrors live.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot land_slots[] = {
+    {Py_tp_doc, "What is mapped where in a range of addresses."},
+    {Py_tp_new, land_new},
+    {Py_tp_dealloc, land_dealloc},
+    {Py_tp_methods, land_methods},
+    {Py_tp_members, land_members},
+    {Py_tp_getset, land_getset},
+    {0, NULL},
+};
+
+static PyType_Spec land_spec = {
+    .name = "realmap._host.Land",
+    .basicsize = sizeof(Land),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = land_slots,
+};
+
+/* The first land from `at` on that is not being collected, held: the GIL may go away while it is at work. */
+static Land *living(Land *at)
+{
+    while (at && !Py_REFCNT((PyObject *)at))
+        at = at->other;
+    Py_XINCREF((PyObject *)at);
+    return at;
+}
+
+/* unkeep(serial): unmaps every kept window of these frames, in every land. */
+static PyObject *host_unkeep(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    uint64_t serial;
+    if (as_u64(number, &serial))
+        return NULL;
+    for (Land *land = living(all_lands), *next; land; land = next) {
+        Node *at;
+        while ((at = table_find(&land->of, serial)))
+            evict(land, OWNER(Kept, of, at));
+        next = living(land->other);
+        Py_DECREF((PyObject *)land);
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- mirrors ------------------------------------------------------------------------------ */
+
+/* What a mirror has to know of frames and mappings. The classes of memory/frames.py and memory/mapping.py
+ * build on these; their invariants are theirs. */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *holders; /* {id: who}: one entry for each reference */
+    unsigned long long serial;
+    unsigned long long huge; /* bytes that huge pages back */
+    int fd;                  /* of the one segment; -1 where there are several, or none any more */
+} Frames;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *frames;
+    PyObject *rights;
+    unsigned long long phys_offset;
+    unsigned long long length;
+    Py_ssize_t pins;
+    char held;
+} Mapping;
+
+static PyTypeObject *frames_type;
+static PyTypeObject *mapping_type;
+static PyObject *word_mirror; /* "mirror" */
+
+static void frames_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    Py_XDECREF(((Frames *)op)->holders);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static void mapping_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    Mapping *self = (Mapping *)op;
+    Py_XDECREF(self->frames);
+    Py_XDECREF(self->rights);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static PyMemberDef frames_members[] = {
+    {"_holders", T_OBJECT_EX, offsetof(Frames, holders), 0, NULL},
+    {"serial", T_ULONGLONG, offsetof(Frames, serial), 0, "A number of its own, in this process."},
+    {"huge", T_ULONGLONG, offsetof(Frames, huge), 0, "How many bytes of it huge pages back."},
+    {"_fd", T_INT, offsetof(Frames, fd), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyMemberDef mapping_members[] = {
+    {"frames", T_OBJECT_EX, offsetof(Mapping, frames), 0, "The frames behind it, or None."},
+    {"rights", T_OBJECT_EX, offsetof(Mapping, rights), 0, "What its process may do there."},
+    {"phys_offset", T_ULONGLONG, offsetof(Mapping, phys_offset), 0, "Where in its frames it starts, in bytes."},
+    {"length", T_ULONGLONG, offsetof(Mapping, length), 0, "Its bytes."},
+    {"_pins", T_PYSSIZET, offsetof(Mapping, pins), 0, NULL},
+    {"_held", T_BOOL, offsetof(Mapping, held), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot frames_slots[] = {
+    {Py_tp_doc, "Frames, as a mirror has to know them."},
+    {Py_tp_dealloc, frames_dealloc},
+    {Py_tp_members, frames_members},
+    {0, NULL},
+};
+
+static PyType_Slot mapping_slots[] = {
+    {Py_tp_doc, "A mapping, as a mirror has to know it."},
+    {Py_tp_dealloc, mapping_dealloc},
+    {Py_tp_members, mapping_members},
+    {0, NULL},
+};
+
+static PyType_Spec frames_spec = {
+    .name = "realmap._host.Frames",
+    .basicsize = sizeof(Frames),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = frames_slots,
+};
+
+static PyType_Spec mapping_spec = {
+    .name = "realmap._host.Mapping",
+    .basicsize = sizeof(Mapping),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = mapping_slots,
+};
+
+static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, int prot)
+{
+    Mirror *self = (Mirror *)new_window((PyTypeObject *)cls, 0, prot, 0);
+    if (self) {
+        Py_INCREF(mapping);
+        Py_INCREF(frames);
+        self->mapping = mapping;
+        self->frames = frames;
+    }
+    return self;
+}
+
+static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree)
+{
+    self->window.base = base;
+    self->window.span = span;
+    self->node.key = base;
+    self->in_tree = (char)in_tree;
+    Py_INCREF((PyObject *)land);
+    self->land = land;
+    table_add(&land->live, &self->node);
+}
+
+/* Takes it out of its land; its place is given back, or somebody else's from now on. */
+static void leave(Mirror *self, int give_back)
+{
+    Land *land = self->land;
+    if (!land)
+        return;
+    self->land = NULL;
+    table_remove(&land->live, &self->node);
+    if (give_back)
+        give_place_back(land, self->window.base, self->in_tree);
+    Py_DECREF((PyObject *)land);
+}
+
+/* Notes its reference with the frames: {id: ("mirror", address)}. */
+static int hold(Mirror *self, PyObject *holders)
+{
+    PyObject *key = PyLong_FromVoidPtr(self);
+    PyObject *address = PyLong_FromUnsignedLongLong(self->window.base + self->window.lead);
+    PyObject *who = address ? PyTuple_Pack(2, word_mirror, address) : NULL;
+    int failed = !key || !who || PyDict_SetItem(holders, key, who);
+    Py_XDECREF(key);
+    Py_XDECREF(address);
+    Py_XDECREF(who);
+    if (!failed) {
+        Py_INCREF(holders);
+        self->holders = holders;
+    }
+    return failed ? -1 : 0;
+}
+
+/* Gives up its reference, or references; where it was the last one, the frames go. Again: nothing. */
+static int let_go(Mirror *self)
+{
+    PyObject *holders = self->holders;
+    if (!holders) {
+        Py_ssize_t count = self->mappings ? PyTuple_Size(self->frames) : 0;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            PyObject *done = PyObject_CallMethod(PyTuple_GetItem(self->frames, i), "let_go", "O", self);
+            if (!done)
+                return -1;
+            Py_DECREF(done);
+        }
+        return 0;
+    }
+    self->holders = NULL;
+    PyObject *key = PyLong_FromVoidPtr(self);
+    int failed = !key || PyDict_DelItem(holders, key);
+    Py_XDECREF(key);
+    if (!failed && !PyDict_Size(holders)) {
+        PyObject *done = PyObject_CallMethod(self->frames, "_free", NULL);
+        failed = !done;
+        Py_XDECREF(done);
+    }
+    Py_DECREF(holders);
+    return failed ? -1 : 0;
+}
+
+/* Leaves the window of a mirror that is being dropped to its land. 0: it must be unmapped. */
+static int keep(Mirror *self)
+{
+    Land *land = self->land;
+    Window *window = &self->window;
+    if (!land || !self->serial || window->span > land->budget)
+        return 0;
+    if (!((Mapping *)self->mapping)->held)
+        return 0; /* nothing survives the unmapping by its process */
+    uint64_t key = exact_key(self->serial, self->start, window->span, window->prot);
+    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
+        Kept *other = OWNER(Kept, exact, at);
+        if (other->serial == self->serial && other->start == self->start && other->span == window->span)
+            return 0; /* two mirrors of one range: one window is enough */
+    }
+    Kept *kept = PyMem_Calloc(1, sizeof *kept);
+    if (!kept)
+        return 0;
+    kept->exact.key = key;
+    kept->of.key = kept->serial = self->serial;
+    kept->base = window->base;
+    kept->span = window->span;
+    kept->start = self->start;
+    kept->prot = window->prot;
+    kept->in_tree = self->in_tree;
+    kept->older = land->newest;
+    *(land->newest ? &land->newest->newer : &land->oldest) = kept;
+    land->newest = kept;
+    table_add(&land->exact, &kept->exact);
+    table_add(&land->of, &kept->of);
+    land->kept_bytes += kept->span;
+    Py_INCREF((PyObject *)land); /* the GIL may go away in between */
+    leave(self, 0);
+    while (land->kept_bytes > land->budget && land->oldest)
+        evict(land, land->oldest);
+    Py_DECREF((PyObject *)land);
+    return 1;
+}
+
+/* Unmaps it (or has it kept), gives back its place and its references. Again: nothing.
+ * -1 with an exception set and nothing changed: a view lives, or Linux did not unmap it. */
+static int end_mirror(Mirror *self)
+{
+    Window *window = &self->window;
+    if (is_alive(window)) {
+        if (window->exports) {
+            still_viewed("unmap", window->exports);
+            return -1;
+        }
+        window->state = DEAD; /* first: while the GIL is away nobody may take an export */
+        if (!keep(self)) {
+            int error = unmap_range(window->base, window->span);
+            if (error) {
+                window->state = ALIVE;
+                os_error(error);
+                return -1;
+            }
+        }
+    }
+    window->state = DEAD;
+    leave(self, 1);
+    return let_go(self);
+}
+
+/* A plain int from 0 on; -1 where it is another object, or does not fit. Nothing is raised. */
+static int64_t plain(PyObject *number)
+{
+    if (!PyLong_CheckExact(number))
+        return -1;
+    int64_t value = PyLong_AsLongLong(number);
+    if (value == -1 && PyErr_Occurred())
+        PyErr_Clear();
+    return value;
+}
+
+/* Mirror._open(land, mapping, offset, length, rights, for_owner): a mirror of [offset, offset + length) of a mapping,
+ * by a window that was kept, or in the current hole of the land; `for_owner`: only where the mapping's own rights
+ * allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
+ * the others. */
+static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    int rights, for_owner;
+    if (wants(nargs, 6, "Mirror._open") || as_int(args[4], &rights) || as_int(args[5], &for_owner))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], land_type) || !PyObject_TypeCheck(args[1], mapping_type)) {
+        PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of a mapping");
+        return NULL;
+    }
+    Land *land = (Land *)args[0];
+    Mapping *mapping = (Mapping *)args[1];
+    Frames *frames = (Frames *)mapping->frames;
+    int64_t offset = plain(args[2]), size = plain(args[3]);
+    if (!frames || !PyObject_TypeCheck((PyObject *)frames, frames_type) || !frames->holders ||
+        !PyDict_Check(frames->holders) || !(mapping->held || mapping->pins) || offset < 0 ||
+        size <= 0 || (uint64_t)offset + (uint64_t)size > mapping->length || rights < 1 || rights > 3 ||
+        mapping->phys_offset > (uint64_t)INT64_MAX / 2 || mapping->length > (uint64_t)INT64_MAX / 2)
+        Py_RETURN_NONE;
+    if (for_owner) {
+        long allowed = PyLong_AsLong(mapping->rights);
+        if (allowed == -1 && PyErr_Occurred())
+            return NULL;
+        if (rights & ~allowed)
+            Py_RETURN_NONE;
+    }
+    uint64_t at = mapping->phys_offset + (uint64_t)offset, length = (uint64_t)size, serial = frames->serial;
+    uint64_t start = at - at % page_size, end = at + length + page_size - 1;
+    end -= end % page_size;
+    if (frames->huge) { /* whole huge pages, as far as the mapping goes */
+        uint64_t last = mapping->phys_offset + mapping->length;
+        start -= start % huge_size;
+        start = start < mapping->phys_offset ? mapping->phys_offset : start;
+        end = (end + huge_size - 1) / huge_size * huge_size;
+        end = end > last ? last : end;
+    }
+    size_t span = (size_t)(end - start);
+    uint64_t lead = at - start;
+    int fd = frames->fd, prot = rights;
+    Mirror *self = new_mirror(cls, (PyObject *)mapping, (PyObject *)frames, prot);
+    if (!self)
+        return NULL;
+    Kept *kept = land->budget ? find_kept(land, serial, start, span, prot) : NULL;
+    if (kept) {
+        land->hits++;
+        forget_kept(land, kept);
+        enter(land, self, kept->base, kept->span, kept->in_tree);
+        lead += start - kept->start;
+        start = kept->start;
+        PyMem_Free(kept);
+    } else {
+        uintptr_t base;
+        land->misses += land->budget != 0;
+        int fits = fd >= 0 && reserve(land, span, start, &base);
+        if (fits)
+            enter(land, self, base, span, 0); /* before it is mapped: the GIL may go away */
+        if (!fits || map_piece(base, span, prot, fd, (off_t)start)) {
+            Py_DECREF((PyObject *)self);
+            Py_RETURN_NONE;
+        }
+    }
+    self->serial = serial;
+    self->start = start;
+    self->window.lead = lead;
+    self->window.length = (Py_ssize_t)length;
+    self->window.state = ALIVE;
+    if (hold(self, frames->holders)) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+/* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces
+ * at a place that was reserved. `frames` is a tuple; the caller takes the references. OSError: nothing stays. */
+static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t base, start, lead, length;
+    int prot;
+    if (wants(nargs, 9, "Mirror._open_at") || as_u64(args[1], &base) || as_u64(args[5], &start) ||
+        as_u64(args[6], &lead) || as_u64(args[7], &length) || as_int(args[8], &prot))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], land_type) || !PyTuple_Check(args[2]) || !PyTuple_Size(args[2]) ||
+        !PyObject_TypeCheck(PyTuple_GetItem(args[2], 0), mapping_type) || !PyTuple_Check(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of tuples of mappings and frames");
+        return NULL;
+    }
+    Mirror *self = new_mirror(cls, PyTuple_GetItem(args[2], 0), args[3], prot);
+    if (!self)
+        return NULL;
+    Py_INCREF(args[2]);
+    self->mappings = args[2];
+    uintptr_t end = map_pieces(&self->window, base, args[4]);
+    if (!end) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    self->window.state = end > base ? ALIVE : DEAD;
+    enter((Land *)args[0], self, base, end - base, 0);
+    if (lead > self->window.span || length > self->window.span - lead) {
+        PyErr_SetString(PyExc_ValueError, "what a mirror exports lies inside of what it maps");
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    if (PyTuple_Size(args[2]) == 1 && PyTuple_Size(args[3]) == 1 &&
+        PyObject_TypeCheck(PyTuple_GetItem(args[3], 0), frames_type))
+        self->serial = ((Frames *)PyTuple_GetItem(args[3], 0))->serial;
+    self->start = start;
+    self->window.lead = lead;
+    self->window.length = (Py_ssize_t)length;
+    return (PyObject *)self;
+}
+
+/* _populate(): faults in every page. OSError: one cannot be had. */
+static PyObject *mirror_populate(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Window *self = (Window *)op;
+    if (!is_alive(self)) {
+        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
+        return NULL;
+    }
+    int error = populate_range(self->base, self->span, self->prot);
+    if (error)
+        return os_error(error);
+    Py_RETURN_NONE;
+}
+
+/* _end(): what `drop` does. BufferError: a view lives. OSError: Linux did not unmap it. */
+static PyObject *mirror_end(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    if (end_mirror((Mirror *)op))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* Collection is a drop; no view can live then. What fails here has nobody to be told to. */
+static void mirror_finalize(PyObject *op)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (end_mirror((Mirror *)op))
+        PyErr_Clear();
+    PyErr_Restore(type, value, traceback);
+}
+
+static void mirror_dealloc(PyObject *op)
+{
+    Mirror *self = (Mirror *)op;
+    PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->holders};
+    if (self->weakrefs)
+        PyObject_ClearWeakRefs(op);
+    leave(self, 0); /* where it could not be unmapped before: its place stays taken, or is an obstacle */
+    for (size_t i = 0; i < sizeof refs / sizeof *refs; i++)
+        Py_XDECREF(refs[i]);
+    window_dealloc(op);
+}
+
+static PyObject *mirror_mappings(PyObject *op, void *Py_UNUSED(closure))
+{
+    Mirror *self = (Mirror *)op;
+    if (!self->mappings)
+        return PyTuple_Pack(1, self->mapping);
+    Py_INCREF(self->mappings);
+    return self->mappings;
+}
+
+static PyMethodDef mirror_methods[] = {
+    {"_open", FASTCALL(mirror_open), METH_FASTCALL | METH_CLASS, NULL},
+    {"_open_at", FASTCALL(mirror_open_at), METH_FASTCALL | METH_CLASS, NULL},
+    {"_populate", mirror_populate, METH_NOARGS, NULL},
+    {"_end", mirror_end, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef mirror_members[] = {
+    {"mapping", T_OBJECT_EX, offsetof(Mirror, mapping), READONLY, "The mapping that its first byte belongs to."},
+    {"_frames", T_OBJECT_EX, offsetof(Mirror, frames), READONLY, NULL},
+    {"_start", T_ULONGLONG, offsetof(Mirror, start), READONLY, NULL},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Mirror, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef mirror_getset[] = {
+    {"mappings", mirror_mappings, NULL, "All mappings that it shows, in order.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot mirror_slots[] = {
+    {Py_tp_doc, "A window in a land, of frames that it holds a reference to."},
+    {Py_tp_dealloc, mirror_dealloc},
+    {Py_tp_finalize, mirror_finalize},
+    {Py_tp_methods, mirror_methods},
+    {Py_tp_members, mirror_members},
+    {Py_tp_getset, mirror_getset},
+    {0, NULL},
+};
+
+static PyType_Spec mirror_spec = {
+    .name = "realmap._host.Mirror",
+    .basicsize = sizeof(Mirror),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = mirror_slots,
 };
 
 /* ---- rings -------------------------------------------------------------------------------- */
@@ -931,8 +1832,45 @@ static PyObject *host_unmap_all(PyObject *Py_UNUSED(module), PyObject *const *ar
     Py_RETURN_NONE;
 }
 
+/* collapse(fd, length) -> bytes: backs the file's whole huge pages' worth of bytes with huge pages, where
+ * Linux has any; how many bytes it did. MADV_COLLAPSE (Linux 6.1) does not ask for shmem_enabled. */
+static PyObject *host_collapse(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    int fd;
+    uint64_t length;
+    if (wants(nargs, 2, "collapse") || as_int(args[0], &fd) || as_u64(args[1], &length) ||
+        check_range(0, length))
+        return NULL;
+    size_t got = 0, room = (size_t)length + huge_size;
+    int error = 0;
+    Py_BEGIN_ALLOW_THREADS
+    /* A range that is large enough holds a place for it at a multiple of a huge page. */
+    char *range = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *place = range;
+    if (range != MAP_FAILED) {
+        place += -(uintptr_t)range & (huge_size - 1);
+        if (mmap(place, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) != MAP_FAILED) {
+            madvise(place, length, MADV_HUGEPAGE);
+            for (size_t at = 0; at + huge_size <= length; at += huge_size)
+                if (!madvise(place + at, huge_size, MADV_COLLAPSE))
+                    got += huge_size;
+        } else {
+            error = errno;
+        }
+        munmap(range, room);
+    } else {
+        error = errno;
+    }
+    Py_END_ALLOW_THREADS
+    if (error)
+        return os_error(error);
+    return PyLong_FromSize_t(got);
+}
+
 static PyMethodDef host_methods[] = {
     {"unmap_all", FASTCALL(host_unmap_all), METH_FASTCALL, NULL},
+    {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
+    {"unkeep", host_unkeep, METH_O, NULL},
     {"spin", FASTCALL(host_spin), METH_FASTCALL, NULL},
     {"fall_asleep", host_fall_asleep, METH_O, NULL},
     {"wake_up", host_wake_up, METH_O, NULL},
@@ -950,13 +1888,26 @@ static struct PyModuleDef host_module = {
 PyMODINIT_FUNC PyInit__host(void)
 {
     page_size = (size_t)sysconf(_SC_PAGESIZE);
+    huge_size = page_size * (page_size / sizeof(uint64_t));
+    word_mirror = PyUnicode_InternFromString("mirror");
+    if (!word_mirror)
+        return NULL;
     PyObject *module = PyModule_Create(&host_module);
     if (!module)
         return NULL;
     window_type = (PyTypeObject *)PyType_FromSpec(&window_spec);
     ring_type = (PyTypeObject *)PyType_FromSpec(&ring_spec);
+    land_type = (PyTypeObject *)PyType_FromSpec(&land_spec);
+    PyObject *mirror_type = window_type ? PyType_FromSpecWithBases(&mirror_spec, (PyObject *)window_type) : NULL;
     PyObject *view_type = PyType_FromSpec(&view_spec);
-    if (!window_type || !view_type || !ring_type || PyModule_AddType(module, window_type) ||
+    frames_type = (PyTypeObject *)PyType_FromSpec(&frames_spec);
+    mapping_type = (PyTypeObject *)PyType_FromSpec(&mapping_spec);
+    if (!frames_type || !mapping_type || PyModule_AddType(module, frames_type) || PyModule_AddType(module, mapping_type)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    if (!window_type || !view_type || !ring_type || !land_type || !mirror_type ||
+        PyModule_AddType(module, land_type) || PyModule_AddType(module, (PyTypeObject *)mirror_type) || PyModule_AddType(module, window_type) ||
         PyModule_AddType(module, (PyTypeObject *)view_type) || PyModule_AddType(module, ring_type) ||
         PyModule_AddIntConstant(module, "RING_BYTES", 2 * sizeof(Queue)) ||
         PyModule_AddIntConstant(module, "RING_MESSAGE", RING_SLOT - sizeof(uint32_t))) {
@@ -964,6 +1915,7 @@ PyMODINIT_FUNC PyInit__host(void)
         return NULL;
     }
     Py_DECREF(view_type);
+    Py_DECREF(mirror_type);
     int error = pthread_atfork(NULL, NULL, count_fork);
     if (error) {
         Py_DECREF(module);

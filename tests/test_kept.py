@@ -95,7 +95,7 @@ def test_the_budget_and_its_order(make_mapping: Make, lazy: KernelMemory) -> Non
     mirror_mapping(mapping, 20 * PAGE, 2 * PAGE, kernel=lazy).drop()
     assert counts(lazy) == KeptCounts(1, 9, 2, 7, 8 * PAGE)
     assert lazy.kept is not None
-    assert [key[1] // PAGE for key, _ in lazy.kept.windows()] == [6, 8, 10, 12, 14, 0, 20]
+    assert [window.start // PAGE for window in lazy.kept.windows()] == [6, 8, 10, 12, 14, 0, 20]
     mirror_mapping(mapping, 0, 9 * PAGE, kernel=lazy).drop()
     assert counts(lazy).bytes == 8 * PAGE, "larger than the budget: not kept, and nothing goes for it"
     assert sum(entry.length for entry in land_maps()) == 8 * PAGE
@@ -182,7 +182,7 @@ def test_bytes_are_those_of_a_bytearray_whatever_is_kept(seed: int, budget: int)
             live.pop(rng.randrange(len(live))).drop()
         assert kernel.kept is not None
         assert kernel.kept.counts().bytes <= budget * PAGE
-        assert sum(key[2] for key, _ in kernel.kept.windows()) == kernel.kept.counts().bytes
+        assert sum(window.span for window in kernel.kept.windows()) == kernel.kept.counts().bytes
     for mapping in mappings:
         mapping.release()
     for mirror in live:

@@ -57,7 +57,7 @@ class Segment:
     /proc/PID/maps shows, `name` what others can open it by, or None.
     """
 
-    __slots__ = ("__weakref__", "_maker", "_marker", "device", "fd", "inode", "length", "name")
+    __slots__ = ("__weakref__", "_maker", "_marker", "device", "fd", "huge", "inode", "length", "name")
 
     def __init__(
         self,
@@ -79,6 +79,7 @@ class Segment:
         self._marker: Path | None = None
         self._maker = os.getpid()
         self.fd = -1
+        self.huge = 0
         own = _own_name()
         try:
             made = posix_ipc.SharedMemory("/" + own, posix_ipc.O_CREX, mode=0o600)

@@ -90,13 +90,13 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "mirrors": mirrors,
         "kept": [
             {
-                "base": window._base,
-                "span": span,
-                "rights": rights,
-                "part": {"frames": serial, "offset": start, "length": span},
+                "base": window.base,
+                "span": window.span,
+                "rights": window.prot,
+                "part": {"frames": window.serial, "offset": window.start, "length": window.span},
             }
-            for (serial, start, span, rights), window in (kernel.memory.kept.windows() if kernel.memory.kept else [])
-            if serial in frames
+            for window in (kernel.memory.kept.windows() if kernel.memory.kept else [])
+            if window.serial in frames
         ],
         "frames": [
             {

@@ -110,20 +110,29 @@ class UserBuffer:
         return found
 
     def mirror(
-        self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None
+        self,
+        rights: MappingAccessRights = k_rw,
+        offset: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+        *,
+        populate: bool = False,
     ) -> CrossProcessMapping:
         """Maps [offset, offset + length) of it into KernelLand: one contiguous window, also over several mappings.
 
         AccessDenied: the caller may not do that itself, or `rights` go beyond k_rw. InvalidSize: no
         bytes, or beyond the buffer. InvalidMemState: memory that is not shared. VirtualMemoryExhaustion:
-        no space in KernelLand. InvalidAddress: its call has ended.
+        no space in KernelLand. InvalidAddress: its call has ended. `populate`: every page is faulted in at
+        once (cheaper where all of it will be touched); then also MemoryFault, PhysicalMemoryExhaustion.
         """
+        parts = self._parts
+        if length is None and not offset and not populate and parts is not None and len(parts) == 1:
+            mirror = CrossProcessMapping.for_owner(*parts[0], self._kernel, rights)
+            if mirror is not None:
+                return mirror
         parts = self._range(offset, length, rights)
-        if len(parts) == 1:
-            return CrossProcessMapping.mirror_mapping(*parts[0], kernel=self._kernel, rights=rights)
         if not parts:
             raise InvalidSize(0, why="a mirror of no bytes")
-        return CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights)
+        return CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
 
     def access(
         self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None

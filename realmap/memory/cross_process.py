@@ -13,16 +13,23 @@ KernelLand    ────────────┤  ▓▓▓▓▓▓▓▓�
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from realmap._host import Window
-from realmap.errors import AccessDenied, InvalidMemState, InvalidRights, InvalidSize, VirtualMemoryExhaustion
+from realmap._host import Mirror
+from realmap.errors import (
+    AccessDenied,
+    InvalidMemState,
+    InvalidRights,
+    InvalidSize,
+    MemoryFault,
+    PhysicalMemoryExhaustion,
+)
 from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess
 from realmap.memory.frames import Piece, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.mapping import Mapping
-from realmap.pages import HUGE_SIZE, PAGE_MASK, USIZE_MAX, demand, integer
+from realmap.pages import HUGE_SIZE, PAGE_MASK, USIZE_MAX, align_down, align_up, demand, integer
 from realmap.rights import MappingAccessRights, MemoryType, k_rw, rights_of
 
 #: The rights that the kernel may have on a mirror, and their PROT_ bits.
@@ -62,7 +69,7 @@ def refuse(mapping: Mapping, offset: Any, length: Any) -> InvalidSize | InvalidM
     return InvalidSize(size, why=f"offset {start} + length {size} runs past the mapping's {mapping.length} bytes")
 
 
-class CrossProcessMapping(Window, ByteAccess):
+class CrossProcessMapping(Mirror, ByteAccess):
     """A mirror: `len()` bytes at `address` in KernelLand that are those of `mapping`, in place.
 
     Exports its bytes (`memoryview(m)`, `numpy.asarray(m)`, `m[3:7]`). `drop()`, the end of a `with`
@@ -71,15 +78,14 @@ class CrossProcessMapping(Window, ByteAccess):
     process, and its bytes stay valid until it is dropped. Once dropped it is dead for good.
     """
 
-    __slots__ = ("__weakref__", "_frames", "_kernel", "mapping", "mappings", "offset")
+    __slots__ = ()
 
-    #: The mapping that its first byte belongs to, and all that it shows, in order.
-    mapping: Mapping
-    mappings: tuple[Mapping, ...]
-    #: Where in `mapping` it starts, in bytes.
-    offset: int
-    _kernel: KernelMemory
-    _frames: SharedFrames | tuple[SharedFrames, ...]
+    if TYPE_CHECKING:  # the core knows nothing of mappings
+
+        @property
+        def mapping(self) -> Mapping: ...
+        @property
+        def mappings(self) -> tuple[Mapping, ...]: ...
 
     @classmethod
     def mirror_mapping(
@@ -90,64 +96,49 @@ class CrossProcessMapping(Window, ByteAccess):
         *,
         kernel: KernelMemory,
         rights: MappingAccessRights = k_rw,
+        populate: bool = False,
     ) -> Self:
         """Mirrors `length` bytes from byte `offset` of `mapping` on into `kernel`'s land.
 
-        Whole pages are mapped; address and length are to the byte. In this order: InvalidMemState
+        Whole pages are mapped (of huge frames whole huge pages, as far as the mapping goes); address and
+        length are to the byte. `populate`: every page is faulted in at once, which costs less than one
+        by one where all of them will be touched. In this order: InvalidMemState
         (the mapping's frames are not Shared), InvalidSize (length is 0; offset + length overflows,
         or something is negative), KernelPanic (phys_offset + offset overflows), InvalidSize (beyond
         the mapping). TypeError: no integers. VirtualMemoryExhaustion: no space in KernelLand, or
         Linux's limit of mappings. AccessDenied: `rights` beyond k_rw; InvalidRights: none at all.
+        With `populate` also MemoryFault (a segment was truncated) and PhysicalMemoryExhaustion (no
+        memory for a page that was not committed).
         """
-        frames = mapping.frames
-        # One test for the good case; which rule is broken is found out where one is.
-        if (
-            frames.__class__ is not SharedFrames
-            or offset.__class__ is not int
-            or length.__class__ is not int
-            or length <= 0
-            or offset < 0
-            or offset + length > mapping.length
-            or not (mapping._held or mapping._pins)
-        ):
-            offset, length = cls._checked(mapping, offset, length)
-        assert isinstance(frames, SharedFrames)
-        prot = _ALLOWED.get(rights) or mirror_prot(rights)
-        lead = offset & PAGE_MASK
-        span = (lead + length + PAGE_MASK) & ~PAGE_MASK
-        start = mapping.phys_offset + offset - lead
-        kept = kernel.kept
-        if kept is not None:
-            found = kept.take(frames, start, span, prot)
-            if found is not None:
-                window, first = found
-                base = window._base
-                self = cls._take_over(window, start - first + lead, length)
-                return self._begin(mapping, offset, kernel, frames, base)
-        fd = frames._fd
-        if fd < 0:
-            return cls._mirror_pieces((mapping,), offset, frames.pieces(start, span), length, kernel, prot)
-        try:
-            base = kernel.reserve(span, start)
-            try:
-                self = cls._map(base, span, prot, fd, start, lead, length, 0)
-            except BaseException:
-                kernel.forget(base)
-                raise
-        except (OSError, VirtualMemoryExhaustion):
-            return cls._mirror_pieces((mapping,), offset, [(fd, start, span)], length, kernel, prot)
-        return self._begin(mapping, offset, kernel, frames, base)
-
-    def _begin(self, mapping: Mapping, offset: int, kernel: KernelMemory, frames: SharedFrames, base: int) -> Self:
-        """What a mapped window needs to be a mirror."""
-        self.mapping = mapping
-        self.mappings = (mapping,)
-        self.offset = offset
-        self._kernel = kernel
-        self._frames = frames
-        frames._holders[id(self)] = ("mirror", self.address)
-        kernel.adopt(base, self)  # last: who looks at the mirrors sees whole ones only
+        # The good case, with all of these checks; which rule is broken is found out where one is.
+        found = cls._open(kernel, mapping, offset, length, rights, 0)
+        self = found if found is not None else cls._mirror(mapping, offset, length, kernel, rights)
+        if populate:
+            self._prefault()
         return self
+
+    @classmethod
+    def for_owner(
+        cls, mapping: Mapping, offset: int, length: int, kernel: KernelMemory, rights: MappingAccessRights
+    ) -> Self | None:
+        """As `mirror_mapping`, where the mapping's own rights allow it. None: they do not, or not this short way."""
+        return cls._open(kernel, mapping, offset, length, rights, 1)
+
+    @classmethod
+    def _mirror(
+        cls, mapping: Mapping, offset: Any, length: Any, kernel: KernelMemory, rights: MappingAccessRights
+    ) -> Self:
+        """The long way: in several segments, or not in the current hole, or not at all."""
+        at, size = cls._checked(mapping, offset, length)
+        prot = mirror_prot(rights)
+        frames = mapping.frames
+        assert isinstance(frames, SharedFrames)
+        at += mapping.phys_offset
+        start, end = align_down(at), align_up(at + size)
+        if frames.huge:  # whole huge pages, as far as the mapping goes
+            start = max(align_down(start, HUGE_SIZE), mapping.phys_offset)
+            end = min(align_up(end, HUGE_SIZE), mapping.phys_offset + mapping.length)
+        return cls._place((mapping,), frames.pieces(start, end - start), start, at - start, size, kernel, prot)
 
     @staticmethod
     def _checked(mapping: Mapping, offset: Any, length: Any) -> tuple[int, int]:
@@ -159,13 +150,20 @@ class CrossProcessMapping(Window, ByteAccess):
         raise refuse(mapping, offset, length)
 
     @classmethod
-    def mirror_parts(cls, parts: list[Part], *, kernel: KernelMemory, rights: MappingAccessRights = k_rw) -> Self:
+    def mirror_parts(
+        cls,
+        parts: list[Part],
+        *,
+        kernel: KernelMemory,
+        rights: MappingAccessRights = k_rw,
+        populate: bool = False,
+    ) -> Self:
         """One contiguous mirror of ranges that lie side by side in a process: each but the last ends its mapping.
 
         Errors as `mirror_mapping`; all of it is mirrored, or nothing.
         """
         if len(parts) == 1:
-            return cls.mirror_mapping(*parts[0], kernel=kernel, rights=rights)
+            return cls.mirror_mapping(*parts[0], kernel=kernel, rights=rights, populate=populate)
         prot = mirror_prot(rights)
         pieces: list[Piece] = []
         total = 0
@@ -177,35 +175,59 @@ class CrossProcessMapping(Window, ByteAccess):
             span = (inside + size + PAGE_MASK) & ~PAGE_MASK
             pieces += mapping.frames.pieces(mapping.phys_offset + start - inside, span)
             total += size
-        return cls._mirror_pieces(tuple(part[0] for part in parts), int(parts[0][1]), pieces, total, kernel, prot)
+        mappings = tuple(part[0] for part in parts)
+        at = mappings[0].phys_offset + int(parts[0][1])
+        lead = at & PAGE_MASK
+        self = cls._place(mappings, pieces, at - lead, lead, total, kernel, prot)
+        if populate:
+            self._prefault()
+        return self
 
     @classmethod
-    def _mirror_pieces(
+    def _place(
         cls,
         mappings: tuple[Mapping, ...],
-        offset: int,
         pieces: list[Piece],
+        start: int,
+        lead: int,
         length: int,
         kernel: KernelMemory,
         prot: int,
     ) -> Self:
-        span, lead = sum(piece[2] for piece in pieces), offset & PAGE_MASK
-        frames = {id(mapping.frames): mapping.frames for mapping in mappings}
-        held = tuple(found for found in frames.values() if isinstance(found, SharedFrames))
+        """`pieces` side by side, the first of them from byte `start` of its frames on."""
+        span = sum(piece[2] for piece in pieces)
+        found = {id(mapping.frames): mapping.frames for mapping in mappings}
+        frames = tuple(each for each in found.values() if isinstance(each, SharedFrames))
 
         def make(base: int) -> Any:
-            self = cls._map_pieces(base, prot, pieces, lead, length, 0)
-            self.mapping = mappings[0]
-            self.mappings = mappings
-            self.offset = offset
-            self._kernel = kernel
-            self._frames = held[0] if len(mappings) == 1 else held
-            for found in held:
-                found.hold(self, "mirror", self.address)
+            self = cls._open_at(kernel, base, mappings, frames, pieces, start, lead, length, prot)
+            for each in frames:
+                each.hold(self, "mirror", self.address)
             return self
 
         made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot)
         return made
+
+    def _prefault(self) -> None:
+        """Faults in every page. MemoryFault, PhysicalMemoryExhaustion: it is dropped then."""
+        try:
+            self._populate()
+        except OSError as error:
+            self.drop()
+            for mapping in self.mappings:
+                assert isinstance(mapping.frames, SharedFrames)
+                short = mapping.frames.truncated_at(mapping.phys_offset, mapping.length)
+                if short is not None:
+                    fault = MemoryFault(
+                        mapping.address + short - mapping.phys_offset, why="the segment under it was truncated"
+                    )
+                    raise fault from None
+            raise PhysicalMemoryExhaustion(self._span, why=f"no memory for its pages: {error.strerror}") from None
+
+    @property
+    def offset(self) -> int:
+        """Where in `mapping` it starts, in bytes."""
+        return self._start + self.address - self._base - self.mapping.phys_offset
 
     @property
     def rights(self) -> MappingAccessRights:
@@ -219,38 +241,20 @@ class CrossProcessMapping(Window, ByteAccess):
         BufferError: a view of it lives (the mirror stays as it is). VirtualMemoryExhaustion: at
         Linux's limit of mappings, where the unmapping would split one (it stays as it is).
         """
-        frames = self._frames
-        kept = self._kernel.kept
-        if kept is not None and frames.__class__ is SharedFrames and kept.keep(self, frames):
-            frames.let_go(self)
-            return
         try:
-            self._unmap()
+            self._end()
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
-        # Also where it was unmapped before: an interrupt may have come in between. Both know what is done.
-        self._kernel.release(self._base, self)
-        if frames.__class__ is SharedFrames:
-            frames.let_go(self)
-        else:
-            self._let_go_all()
-
-    def _let_go_all(self) -> None:
-        assert isinstance(self._frames, tuple)
-        for frames in self._frames:
-            frames.let_go(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # An exception on its way out may hold views in its traceback, and matters more than they do.
-        with contextlib.suppress(BufferError) if kind is not None else contextlib.nullcontext():
+        if kind is None:
             self.drop()
-
-    def __del__(self) -> None:
-        # No view can live then. At interpreter exit, or where it is half made, anything may be missing.
-        with contextlib.suppress(Exception):
+            return
+        # An exception on its way out may hold views in its traceback, and matters more than they do.
+        with contextlib.suppress(BufferError):
             self.drop()
 
     def __repr__(self) -> str:

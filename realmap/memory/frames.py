@@ -16,15 +16,14 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import SupportsIndex
 
+from realmap._host import Frames as FramesCore
+from realmap._host import unkeep
 from realmap.errors import InvalidHandle, InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
 from realmap.pages import PAGE_MASK, PAGE_SIZE, usize
-
-if TYPE_CHECKING:
-    from realmap.memory.kept import KeptWindows
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
@@ -53,7 +52,7 @@ class OwnedFrames:
         return f"<OwnedFrames of {self.length} bytes>"
 
 
-class SharedFrames:
+class SharedFrames(FramesCore):
     """A list of segments in order, and who refers to them. Made by `FrameAllocator.allocate`.
 
     `length` is the sum of the segments, in bytes. Fresh frames have a refcount of 0, and go when
@@ -62,15 +61,11 @@ class SharedFrames:
 
     __slots__ = (
         "__weakref__",
-        "_fd",
         "_freed",
-        "_holders",
         "_on_free",
         "_starts",
-        "keepers",
         "length",
         "segments",
-        "serial",
     )
     _serials = itertools.count(1)
 
@@ -81,11 +76,11 @@ class SharedFrames:
         self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
         #: The descriptor where there is just one segment: the common case, without a search.
         self._fd = segments[0].fd if len(segments) == 1 else -1
-        self._holders: dict[int, tuple[object, ...]] = {}
+        self._holders = {}
         self._on_free = on_free
         self._freed = False
-        #: Where windows of these frames may be kept.
-        self.keepers: set[KeptWindows] = set()
+        #: Bytes of them that huge pages back, as far as known.
+        self.huge = sum(segment.huge for segment in segments)
 
     @property
     def refcount(self) -> int:
@@ -117,8 +112,7 @@ class SharedFrames:
 
     def unkeep(self) -> None:
         """Has windows of these frames that are kept unmapped."""
-        for keeper in list(self.keepers):
-            keeper.forget(self.serial)
+        unkeep(self.serial)
 
     def _free(self) -> None:
         self._freed = True
@@ -157,6 +151,15 @@ class SharedFrames:
             found.append((segment.fd, inside, size))
             offset, length, index = offset + size, length - size, index + 1
         return found
+
+    def truncated_at(self, offset: int, length: int) -> int | None:
+        """The first byte of [offset, offset + length) whose segment ends before it by now; None: they are all there."""
+        for fd, at, size in self.pieces(offset, length):
+            there = os.fstat(fd).st_size
+            if there < at + size:
+                return offset + max(0, there - at)
+            offset += size
+        return None
 
     def read(self, offset: int, length: int, address: int) -> bytes:
         """Copies `length` bytes out, without mapping.

@@ -1,26 +1,24 @@
 """`KernelMemory`: KernelLand of this process. The only one that maps anything for the kernel.
 
-The books of mirrors have to be cheap (a whole mirror costs about 4 µs), so a mirror that comes and
-goes only touches two dicts: space is taken from the current hole by moving a cursor. The ordered
-tree learns of the changes in one go when that hole is used up, which is when it is needed.
+The books of mirrors have to be cheap (a whole mirror costs about 4 µs), so the common case is the C
+core's (`Land`, `Mirror`): a mirror that comes and goes takes its space from the current hole by moving
+a cursor, and the ordered tree here learns of it when that hole is used up, which is when it is needed.
 
-    reserve ──▶ map (Linux) ──▶ adopt ──▶ … use … ──▶ unmap (Linux) ──▶ forget
-       │            └─ EEXIST: an obstacle is noted, and another place tried
-       └─ nothing fits: obstacles are forgotten and tried once more, then VirtualMemoryExhaustion
-
-`reserve`, `adopt`, `forget` may be called from any thread; `forget` also from a destructor.
+    Mirror._open ──▶ mirror, in the current hole, or by a kept window
+        └─ neither: `place` ──▶ the tree finds another hole
+                      ├─ EEXIST: an obstacle is noted, and another place tried
+                      └─ nothing fits: kept windows go, obstacles are forgotten and tried once more,
+                         then VirtualMemoryExhaustion
 """
 
 from __future__ import annotations
 
 import errno
-import weakref
-from collections import deque
 from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple, SupportsIndex, TypeVar
 
-from realmap._host import Window, unmap_all
+from realmap._host import Land, Mirror, unmap_all
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
@@ -28,7 +26,7 @@ from realmap.memory.kept import KeptWindows
 from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
 from realmap.pages import HUGE_SIZE, PAGE_MASK, demand, usize
 
-W = TypeVar("W", bound=Window)
+M = TypeVar("M", bound=Mirror)
 
 
 class AddressState(NamedTuple):
@@ -36,10 +34,10 @@ class AddressState(NamedTuple):
 
     start: int
     end: int
-    mirror: Window | None
+    mirror: Mirror | None
 
 
-class KernelMemory:
+class KernelMemory(Land):
     """A range of KernelLand in this process: finds space in it, maps frames there, and knows what is where."""
 
     def __init__(
@@ -58,17 +56,16 @@ class KernelMemory:
         require_address_space()
         self.land = KERNEL_LAND.part(start, length)
         self.start, self.length = self.land.start, self.land.length
+        #: Of the tree, and of whoever maps by it.
         self._lock = Lock()
         self._space: Space[int] = Space(self.start, self.land.end, gap=GUARD)
-        self._cursor, self._hole_end = self.start, self.land.end
-        #: Reserved since the tree last learned of it: start -> end.
-        self._fresh: dict[int, int] = {}
-        #: Given back, but still in the tree.
-        self._gone: deque[int] = deque()
-        self._live: dict[int, weakref.ref[Window]] = {}
-        #: None where nothing is kept.
-        self.kept = KeptWindows(lazy_unmap, self) if usize(lazy_unmap, "lazy_unmap") else None
+        self._prepare(self.start, self.land.end, usize(lazy_unmap, "lazy_unmap"))
         forks.lose_in_child(self)
+
+    @property
+    def kept(self) -> KeptWindows | None:
+        """The kept windows; None where none are kept (`lazy_unmap` is 0)."""
+        return KeptWindows(self) if self._budget else None
 
     # ---- space ------------------------------------------------------------------------------
 
@@ -80,33 +77,22 @@ class KernelMemory:
         size = usize(length, "length")
         if not size or size & PAGE_MASK:
             raise InvalidSize(size, why="space is found in whole pages, at least one")
-        try:
-            address = self.reserve(size)
-        except VirtualMemoryExhaustion:
-            if not self._space.drop_obstacles():
-                raise
-            address = self.reserve(size)
-        self.forget(address)
-        return address
-
-    def reserve(self, span: int, residue: int = 0) -> int:
-        """Takes `span` bytes (whole pages) of space; with 2 MiB or more, congruent to `residue` modulo 2 MiB.
-
-        VirtualMemoryExhaustion: nothing fits (obstacles that were noted are passed over).
-        """
         with self._lock:
-            address = self._cursor
-            if span >= HUGE_SIZE:
-                address += (residue - address) & (HUGE_SIZE - 1)
-            end = address + span
-            if end > self._hole_end:
-                address = self._search(span, residue)
-                end = address + span
-            self._cursor = end + GUARD
-            self._fresh[address] = end
-            return address
+            try:
+                return self._find(size, 0)
+            except VirtualMemoryExhaustion:
+                if not self._space.drop_obstacles():
+                    raise
+                return self._find(size, 0)
 
-    def _search(self, span: int, residue: int) -> int:
+    def _find(self, span: int, residue: int) -> int:
+        """A place for `span` bytes (whole pages); with 2 MiB or more, congruent to `residue` modulo 2 MiB.
+
+        VirtualMemoryExhaustion: nothing fits (obstacles that were noted are passed over). Under the lock.
+        """
+        address = self._reserve(span, residue)
+        if address is not None:
+            return address
         self._learn()
         self._space.cursor = self._cursor
         modulus = HUGE_SIZE if span >= HUGE_SIZE else 1
@@ -114,43 +100,22 @@ class KernelMemory:
         if address is None:
             raise VirtualMemoryExhaustion(
                 span,
-                why=f"no hole of {span} bytes in {self.length} bytes of KernelLand ({len(self._live)} mirrors live)",
+                why=f"no hole of {span} bytes in {self.length} bytes of KernelLand ({self.live} mirrors live)",
             )
         self._hole_end = self._space.hole_end(address)
+        self._cursor = address + span + GUARD
         return address
 
     def _learn(self) -> None:
-        """Brings the tree up to date. What `forget` changes meanwhile, the next time."""
-        while self._gone:
-            self._space.tree.remove(self._gone.popleft())
-        for start in list(self._fresh):
-            end = self._fresh.pop(start, None)
-            if end is not None:
-                self._space.tree.add(start, end, start)
-
-    def adopt(self, address: int, mirror: Window) -> None:
-        """Enters what was mapped at a reserved address."""
-        self._live[address] = weakref.ref(mirror)
-
-    def forget(self, address: int) -> None:
-        """Gives back what was reserved at `address`: it is not mapped, or no longer."""
-        self._live.pop(address, None)
-        if self._fresh.pop(address, None) is None:
-            self._gone.append(address)
-
-    def disown(self, address: int) -> None:
-        """The window at `address` is no mirror for now; its place stays taken."""
-        self._live.pop(address, None)
-
-    def release(self, address: int, mirror: Window) -> None:
-        """Gives back what `mirror` had at `address`. A second time, when it may be another's: nothing."""
-        known = self._live.get(address)
-        if known is not None and (known() is mirror or known() is None):
-            self.forget(address)
+        """Brings the tree up to date."""
+        for start in self._gone():
+            self._space.tree.remove(start)
+        for start, end in self._fresh():
+            self._space.tree.add(start, end, start)
 
     # ---- mapping ----------------------------------------------------------------------------
 
-    def place(self, make: Callable[[int], W], span: int, residue: int, prot: int) -> W:
+    def place(self, make: Callable[[int], M], span: int, residue: int, prot: int) -> M:
         """Maps `span` bytes by `make(address)` where there is space: the long way, after the short one failed.
 
         VirtualMemoryExhaustion: no space, or Linux's limit of mappings; AccessDenied: the frames do
@@ -158,41 +123,33 @@ class KernelMemory:
         """
         once_more = True
         while True:
-            try:
-                address = self.reserve(span, residue)
-            except VirtualMemoryExhaustion:
-                if self.kept is not None and self.kept.clear():
-                    continue
-                with self._lock:
+            with self._lock:  # until it is mapped: nobody else may find that place
+                try:
+                    address = self._find(span, residue)
+                except VirtualMemoryExhaustion:
+                    if self._clear_kept():
+                        continue
                     if not (once_more and self._space.drop_obstacles()):
                         raise
-                once_more = False
-                continue
-            try:
-                made = make(address)
-            except OSError as error:
-                self.forget(address)
-                if error.errno == errno.ENOMEM and self.kept is not None and self.kept.clear():
+                    once_more = False
                     continue
-                if error.errno != errno.EEXIST or isinstance(error, KernelError):
-                    raise translate.window_error(error, address, span, prot) from None
-                self._note(address, span)
-            except BaseException:
-                self.forget(address)
-                raise
-            else:
-                self.adopt(address, made)
-                return made
+                try:
+                    return make(address)
+                except OSError as error:
+                    if error.errno == errno.ENOMEM and self._clear_kept():
+                        continue
+                    if error.errno != errno.EEXIST or isinstance(error, KernelError):
+                        raise translate.window_error(error, address, span, prot) from None
+                    self._note(address, span)
 
     def _note(self, address: int, span: int) -> None:
         start, end = procfs.obstacle(address, span)
-        with self._lock:
-            self._learn()
-            if start < end and self._space.tree.overlap(start, end) is None:
-                self._space.note_obstacle(start, end)
-            else:  # gone by now, or it is a mirror that another thread has just mapped
-                self._space.note_obstacle(address, address + span)
-            self._hole_end = self._cursor  # the hole is not what it was: search anew
+        self._learn()
+        if start < end and self._space.tree.overlap(start, end) is None:
+            self._space.note_obstacle(start, end)
+        else:  # gone by now, or it is a mirror that another thread has just mapped
+            self._space.note_obstacle(address, address + span)
+        self._hole_end = self._cursor  # the hole is not what it was: search anew
 
     def unmap_no_dealloc(self, address: SupportsIndex, length: SupportsIndex) -> None:
         """Drops the mirror whose pages are [address, address + length). Its frames live on under their refcount.
@@ -216,10 +173,6 @@ class KernelMemory:
         demand(self.land.holds(start, size), f"[{start:#x}, {start + size:#x}) is not in KernelLand {self.land}")
         return start, size
 
-    def _mirror_at(self, start: int) -> Window | None:
-        known = self._live.get(start)
-        return known() if known is not None else None
-
     def mapping_state(self, address: SupportsIndex) -> AddressState:
         """What is at `address`. Panics outside of KernelLand."""
         at, _ = self._inside(address, 1)
@@ -230,19 +183,13 @@ class KernelMemory:
                 return AddressState(*self._space.tree.hole(at), None)
             after = self._space.tree.following(at + 1)
         mirror = self._mirror_at(start)
-        # Without a mirror it is reserved this very moment, and not mapped yet.
+        # Without a mirror it is a kept window, or mapped this very moment.
         end = start + mirror._span if mirror is not None else after[0] if after else self.land.end
         return AddressState(start, end, mirror)
 
-    def mirrors(self) -> list[Window]:
+    def mirrors(self) -> list[Mirror]:
         """Every live mirror, in order of address."""
-        found = (self._mirror_at(start) for start in sorted(self._live))
-        return [mirror for mirror in found if mirror is not None]
-
-    @property
-    def live(self) -> int:
-        """How many mirrors live."""
-        return len(self._live)
+        return sorted(self._mirrors(), key=lambda mirror: mirror._base)
 
     def dump_kernelland_state(self) -> str:
         """KernelLand as text, a line for each range: holes and mirrors, addresses and bytes."""
@@ -262,5 +209,4 @@ class KernelMemory:
     def lose(self) -> None:
         """In a forked child: the child has no part in what the kernel had mapped."""
         unmap_all(self.start, self.length)
-        budget = self.kept.budget if self.kept is not None else 0
-        self.__init__(self.start, self.length, lazy_unmap=budget)  # type: ignore[misc]
+        self.__init__(self.start, self.length, lazy_unmap=self._budget)  # type: ignore[misc]

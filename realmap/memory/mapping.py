@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import SupportsIndex
 
+from realmap._host import Mapping as MappingCore
 from realmap.errors import InvalidAddress, InvalidSize, WrongMappingFramesForType
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.pages import PAGE_MASK, PAGE_SIZE, USIZE_MAX, address_of, page_range
@@ -16,7 +17,7 @@ def _frames_for(type_: MemoryType) -> str:
     return "Shared" if type_.is_counted else "Owned" if type_.has_frames else "no"
 
 
-class Mapping:
+class Mapping(MappingCore):
     """`length` bytes at `address` that show `frames` from `phys_offset` on. A book entry: it maps nothing itself.
 
     Invariants: address, phys_offset and length are whole pages; the range does not wrap; frames are
@@ -29,16 +30,14 @@ class Mapping:
 
     __slots__ = (
         "__weakref__",
-        "_held",
-        "_pins",
         "address",
-        "frames",
-        "length",
         "owner",
-        "phys_offset",
-        "rights",
         "type",
     )
+
+    #: The frames behind it, and what its process may do there. (Both, phys_offset and length are the C core's.)
+    frames: Frames
+    rights: MappingAccessRights
 
     def __init__(
         self,
