@@ -1673,6 +1673,57 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
     return message;
 }
 
+/* _fits(length): whether a message of so many bytes would be taken now. */
+static PyObject *ring_fits(PyObject *op, PyObject *length)
+{
+    Ring *self = (Ring *)op;
+    uint64_t size;
+    if (!ring_is_here(self) || as_u64(length, &size))
+        return NULL;
+    uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
+    return PyBool_FromLong(size <= RING_SLOT - sizeof(uint32_t) && used < RING_SLOTS);
+}
+
+/* _exchange(bytes, ns, inbox) -> as _push; 3: it was pushed, and within `ns` nanoseconds a message came, which was
+ * appended to `inbox` (in one go: an interrupt cannot come between taking it and keeping it). */
+static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Ring *self = (Ring *)op;
+    uint64_t budget;
+    if (wants(nargs, 3, "Ring._exchange") || as_u64(args[1], &budget))
+        return NULL;
+    PyObject *pushed = ring_push(op, args[0]);
+    if (!pushed || PyLong_AsLong(pushed) != 1)
+        return pushed;
+    if (!ring_ready(self)) {
+        if (!budget)
+            return pushed;
+        Py_INCREF(op); /* nobody may take it away while the GIL is */
+        int found = 0;
+        Py_BEGIN_ALLOW_THREADS
+        int64_t end = nanoseconds() + (int64_t)budget;
+        do
+            for (int turn = 0; turn < 32 && !found; turn++) {
+                pause_cpu();
+                found = ring_ready(self);
+            }
+        while (!found && nanoseconds() < end);
+        Py_END_ALLOW_THREADS
+        found = found && self->queues; /* closed meanwhile? */
+        Py_DECREF(op);
+        if (!found)
+            return pushed;
+    }
+    Py_DECREF(pushed);
+    PyObject *message = ring_pop(op, NULL);
+    PyObject *kept = message ? PyObject_CallMethod(args[2], "append", "O", message) : NULL;
+    Py_XDECREF(message);
+    if (!kept)
+        return NULL;
+    Py_DECREF(kept);
+    return PyLong_FromLong(3);
+}
+
 static void say_asleep(Ring *self, uint32_t asleep)
 {
     atomic_store_explicit(&self->in->asleep, asleep, memory_order_relaxed);
@@ -1798,6 +1849,8 @@ static void ring_dealloc(PyObject *op)
 static PyMethodDef ring_methods[] = {
     {"_open", FASTCALL(ring_open), METH_FASTCALL | METH_CLASS, NULL},
     {"_push", ring_push, METH_O, NULL},
+    {"_fits", ring_fits, METH_O, NULL},
+    {"_exchange", FASTCALL(ring_exchange), METH_FASTCALL, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from realmap.kernel.syscalls import encode
 from realmap.wire import channel
 from realmap.wire.messages import Carrier
-from realmap.wire.ring import LONGEST, RingEnd
+from realmap.wire.ring import RingEnd
 
 if TYPE_CHECKING:
     from realmap.kernel.process_table import UserProcess
@@ -64,7 +64,7 @@ class Connection:
         go with the last part; they stay the caller's (copies wait in the outbox). OSError: no descriptors
         are left for copies; nothing more can be said to this client in order.
         """
-        if self.ring is not None and not self._outbox and self._send_by_ring(self.ring, message, descriptors, id):
+        if self._send_by_ring(message, descriptors, id):
             return
         parts = channel.datagrams(message)
         for part in parts:
@@ -73,13 +73,24 @@ class Connection:
                 self._outbox.append((part, _copies(rights)))
                 self.backlog += _weight(part, rights)
 
-    def _send_by_ring(self, ring: RingEnd, message: bytes, descriptors: Sequence[int], id: int) -> bool:
-        if len(message) > LONGEST or (descriptors and not self._try(b"\0" + encode(Carrier(id)), descriptors)):
+    def send_short(self, message: bytes) -> bool:
+        """Sends a message without descriptors by the ring; False where it does not go that way now."""
+        ring = self.ring
+        if ring is None or self._outbox:
             return False
         pushed = ring._push(message)
         if pushed == 2:
             self._try(channel.BELL, ())  # where it cannot be sent there is unread mail, which wakes as well
-        return bool(pushed)
+        return pushed != 0
+
+    def _send_by_ring(self, message: bytes, descriptors: Sequence[int], id: int) -> bool:
+        if descriptors:
+            # Before they are sent it is known that the message that they belong to will follow.
+            if self.ring is None or self._outbox or not self.ring._fits(len(message)):
+                return False
+            if not self._try(b"\0" + encode(Carrier(id)), descriptors):
+                return False
+        return self.send_short(message)
 
     def _try(self, datagram: bytes, descriptors: Sequence[int]) -> bool:
         try:

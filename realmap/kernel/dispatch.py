@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from realmap.errors import AccessDenied, KernelError, UnknownSyscall
@@ -23,16 +23,16 @@ class Dispatch:
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
 
-    def handle(self, connection: Connection, request: messages.Request, buffers: list[UserBuffer]) -> None:
+    def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
         """One request of one client, and the buffers among its arguments. Whatever happens to it is its answer."""
         process = connection.process
         try:
-            if isinstance(request, messages.Ask):
+            if process is not None and isinstance(request, messages.Call):  # first: it is the common one
+                self._call(connection, process, request, buffers)
+            elif isinstance(request, messages.Ask):
                 self._reply(connection, request.id, (self._ask(request.what), [], []))
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
-            elif isinstance(request, messages.Call):
-                self._call(connection, process, request, buffers)
             elif isinstance(request, messages.Map):
                 number = request.id
                 services.map_memory(self._kernel, process, request, lambda got: self._reply(connection, number, got))
@@ -42,7 +42,7 @@ class Dispatch:
                 self._reply(connection, request.id, services.more(process, request))
             elif isinstance(request, messages.Move):
                 self._reply(connection, request.id, services.move(process, request))
-            else:
+            elif isinstance(request, messages.Query):
                 self._reply(connection, request.id, services.query(process, request))
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way
             self._reply(connection, request.id, error)
@@ -57,11 +57,13 @@ class Dispatch:
         finally:
             channel.close_all(closing)
 
-    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Iterable[int] = ()) -> None:
+    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
         if connection.closed or not id:  # request 0 wants no answer
             return
+        if not descriptors and connection.send_short(message):
+            return
         try:
-            connection.send(message, list(descriptors), id)
+            connection.send(message, descriptors, id)
         except KernelError as error:  # longer than a message may be
             connection.send(syscalls.failed(id, error))
         except OSError as error:
@@ -80,7 +82,7 @@ class Dispatch:
         raise UnknownSyscall(what, why="the kernel has no such service")
 
     def _call(
-        self, connection: Connection, process: UserProcess, request: messages.Call, buffers: list[UserBuffer]
+        self, connection: Connection, process: UserProcess, request: messages.Call, buffers: Sequence[UserBuffer]
     ) -> None:
         kernel = self._kernel
         syscall = kernel.syscalls.get(request.name)
@@ -108,7 +110,7 @@ class Dispatch:
         syscall: Syscall,
         call: Call,
         request: messages.Call,
-        buffers: list[UserBuffer],
+        buffers: Sequence[UserBuffer],
     ) -> None:
         for buffer in buffers:
             buffer.pin()

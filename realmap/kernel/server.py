@@ -238,18 +238,13 @@ class Kernel:
         """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
         rings, budget = self._rings, SpinBudget(self.spin)
         turn = looked = asleep = 0
+        patience = budget.nanoseconds()
         while not self._stopping:
             if not rings:
                 self._attend(self._epoll.poll())
                 continue
             # From the one behind the last one on: nobody is starved by a talker.
-            found = spin(rings, turn, 0)
-            if found < 0 and (patience := budget.nanoseconds()):
-                found = spin(rings, turn, patience)
-                if found >= 0:
-                    budget.won()
-                else:
-                    budget.lost()
+            found = spin(rings, turn, patience)
             now = time.monotonic_ns()
             if found >= 0:
                 if asleep:
@@ -260,9 +255,14 @@ class Kernel:
                 if now - looked > LOOK:
                     looked = now
                     self._attend(self._epoll.poll(0))
+                    budget.won()
+                    patience = budget.nanoseconds()
             else:
+                if patience:
+                    budget.lost()
                 asleep = looked = now
                 self._sleep(rings)
+                patience = budget.nanoseconds()
 
     def _sleep(self, rings: list[Ring]) -> None:
         if fall_asleep(rings):
@@ -398,14 +398,16 @@ class Kernel:
             if connection.process is None and not connection.control:
                 self._reception.greet(connection, data)
                 return
-            self._decoding.clear()
+            buffers = self._decoding
+            if buffers:
+                buffers = self._decoding = []
             request = self._decoder.decode(data)
         except EOFError:
             self.drop(connection)
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self.expel(connection, f"it sent what is no message: {error}")
         else:
-            self._dispatch.handle(connection, request, list(self._decoding))
+            self._dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
 
     def _buffer(self, code: int, data: memoryview) -> UserBuffer:
         buffer = UserBuffer(*messages.buffer_of(code, data))

@@ -19,7 +19,7 @@ from realmap.errors import (
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.pages import USIZE_MAX, align_up
-from realmap.rights import MemoryType, k_rw, k_w, rights_of, type_of, u_rw
+from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, prot_of, rights_of, type_of, u_rw
 from realmap.wire import messages
 from realmap.wire.messages import MAX_DESCRIPTORS, MemoryInfo
 
@@ -45,7 +45,7 @@ def map_memory(
     kind, rights = type_of(request.kind), rights_of(request.rights)
     if not kind.has_frames:
         raise InvalidMemState(0, kind, why=f"{kind.name} is no memory that a process can map")
-    if not rights & u_rw & ~k_rw or not rights & 7:
+    if not allows(rights, MappingAccessRights.USER_ACCESSIBLE) or not prot_of(rights):
         raise AccessDenied(rights, u_rw, why="a process maps memory for itself: u_r, u_w, u_rw or u_rx")
     if request.length <= 0 or align_up(request.length) > USIZE_MAX:
         raise InvalidSize(request.length, why="a mapping has at least one byte, and whole pages below 2**64")
@@ -116,7 +116,7 @@ def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:
     if not isinstance(mapping.frames, SharedFrames):
         return [], []
     segments = mapping.frames.segments[first : first + MAX_DESCRIPTORS]
-    if mapping.rights & k_w:
+    if allows(mapping.rights, k_w):
         return [segment.fd for segment in segments], []
     opened: list[int] = []
     try:

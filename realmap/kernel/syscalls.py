@@ -29,8 +29,7 @@ class Syscall:
     blocking: bool
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one for every call
     """Who is calling: the first argument of every handler.
 
     `process` is the caller (`.pid`, `.memory`), `name` the syscall, `kernel` the `Kernel` that runs it.

@@ -11,7 +11,7 @@ from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.mapping import Mapping
 from realmap.memory.userspace_ptr import UserspacePtr
 from realmap.pages import usize
-from realmap.rights import MappingAccessRights, k_r, k_rw, k_w, rights_of
+from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of, rights_of
 
 if TYPE_CHECKING:
     from realmap.kernel.process_table import UserProcess
@@ -42,7 +42,12 @@ class UserBuffer:
         """Finds the mappings it lies in. InvalidAddress: nothing there, or a hole. InvalidSize: no bytes."""
         self.process = process
         self._kernel = kernel
-        self._parts = process.memory.parts(self.address, self._length)
+        memory, length = process.memory, self._length
+        mapping = memory.mapping_at(self.address)
+        if mapping is not None and 0 < length <= mapping.length - (offset := self.address - mapping.address):
+            self._parts = [(mapping, offset, length)]  # in one mapping: the common case
+        else:
+            self._parts = memory.parts(self.address, length)
 
     def pin(self) -> None:
         """Keeps its memory until `end`, whatever its process does."""
@@ -69,7 +74,7 @@ class UserBuffer:
         """What the caller may do there: what every mapping of it allows."""
         allowed = 15
         for mapping, _, _ in self._live():
-            allowed &= mapping.rights
+            allowed &= int(mapping.rights)
         return rights_of(allowed)
 
     def _live(self) -> list[Part]:
@@ -79,12 +84,13 @@ class UserBuffer:
 
     def _range(self, offset: SupportsIndex, length: SupportsIndex | None, rights: int) -> list[Part]:
         """The parts of [offset, offset + length), checked against its length and the caller's `rights`."""
+        asked = prot_of(rights) & k_rw
         parts = self._parts
         if parts is None:
             parts = self._live()
         if len(parts) == 1 and not offset and length is None:  # all of it, in one mapping: the common case
             allowed = parts[0][0].rights
-            if rights & allowed & k_rw == rights & k_rw:
+            if allows(allowed, asked):
                 return parts
             raise AccessDenied(
                 rights_of(rights), allowed, self.address, why="the caller may not do that with its own buffer"
@@ -97,7 +103,7 @@ class UserBuffer:
         for mapping, at, part in parts:
             inside = min(part - start, size) if start < part else 0
             if inside > 0:
-                if rights & ~mapping.rights & k_rw:
+                if not allows(mapping.rights, asked):
                     raise AccessDenied(
                         rights_of(rights),
                         mapping.rights,
@@ -156,7 +162,9 @@ class UserBuffer:
         that is not shared. MemoryFault: somebody truncated a segment of it. InvalidAddress: its call
         has ended.
         """
-        parts = self._range(offset, length, k_r)
+        parts = self._parts
+        if parts is None or len(parts) != 1 or length is not None or offset or not allows(parts[0][0].rights, k_r):
+            parts = self._range(offset, length, k_r)
         if len(parts) == 1:
             mapping, at, size = parts[0]
             frames = mapping.frames

@@ -12,7 +12,7 @@ from realmap.errors import InvalidAddress
 from realmap.memory.byte_access import ByteAccess
 from realmap.memory.cross_process import mirror_prot
 from realmap.memory.mapping import Mapping
-from realmap.rights import MappingAccessRights, k_r, k_rw, k_w
+from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w
 
 #: What user processes have mapped in the UserLand of this process, by the address of the first page.
 _user_windows: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDictionary()
@@ -52,7 +52,7 @@ class UserspacePtr(View, ByteAccess):
             if window is None or not window.alive or window._span != mapping.length:
                 raise InvalidAddress(mapping.address, why="this process has nothing mapped there")
             windows.append(window)
-        self = cls._over(tuple(windows), address, length, int(bool(rights & k_w)))
+        self = cls._over(tuple(windows), address, length, int(allows(rights, k_w)))
         self.mapping = books[0]
         return self
 

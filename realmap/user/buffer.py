@@ -11,7 +11,7 @@ from realmap.errors import InvalidAddress, InvalidSize, KernelDied, ProcessKille
 from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess
 from realmap.pages import usize
-from realmap.rights import MappingAccessRights, k_w
+from realmap.rights import MappingAccessRights, allows, k_w
 from realmap.wire import messages
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Buffer(View, ByteAccess):
     @classmethod
     def part(cls, window: UserWindow, address: int, length: int) -> Self:
         """`length` bytes at `address` of a window."""
-        self = cls._over((window,), address, length, int(bool(window.rights & k_w)))
+        self = cls._over((window,), address, length, int(allows(window.rights, k_w)))
         self.process = window.process
         self.rights = window.rights
         return self

@@ -40,18 +40,16 @@ from realmap.wire.ring import LONGEST, RingEnd, SpinBudget
 Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 
 
-class Pending:
+class Pending(msgspec.Struct):  # a Struct because it is made in C: one for every call
     """A request on its way: its answer when it is there, and what happens to an answer that comes too late."""
 
-    __slots__ = ("abandoned", "carried", "descriptors", "event", "holds", "late", "reply")
-
-    def __init__(self, holds: object, late: Callable[[Any], None] | None) -> None:
-        self.reply: messages.Done | messages.Failed | None = None
-        self.descriptors: list[int] = []
-        self.event: Event | None = None
-        self.abandoned = self.carried = False
-        self.holds = holds
-        self.late = late
+    holds: object
+    late: Callable[[Any], None] | None
+    reply: messages.Done | messages.Failed | None = None
+    descriptors: list[int] = []
+    event: Event | None = None
+    abandoned: bool = False
+    carried: bool = False
 
 
 class Client:
@@ -82,6 +80,7 @@ class Client:
         self._state = RLock()
         self._notices: deque[bytes] = deque()
         self._error: KernelError | None = None
+        self._lost_in_child = False
         self._sock = handshake.open_socket(path)
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
@@ -123,16 +122,19 @@ class Client:
         that nobody waits for any more. SyscallTimeout: no answer (to the syscall `name`) within
         `timeout` seconds. KernelDied, ProcessKilled: there will be none. Else the kernel's own error.
         """
-        self.check()
+        if self._error is not None or self._lost_in_child:
+            self.check()
         number = message.id
         data = self._encoder.encode(message)
         deadline = None if timeout is None else time.monotonic() + timeout
         pending = self._pending[number] = Pending(holds, late)
         sent = False
         try:
-            self._send(data, deadline)
+            if deadline is not None or not self._exchange(data, pending):
+                self._send(data, deadline)
             sent = True
-            self._wait(pending, deadline)
+            if pending.reply is None:
+                self._wait(pending, deadline)
             reply = pending.reply
             assert reply is not None
             if isinstance(reply, messages.Failed):
@@ -201,6 +203,51 @@ class Client:
             pending.late(pending.reply.value)
 
     # ---- sending ----------------------------------------------------------------------------
+
+    def _exchange(self, message: bytes, pending: Pending) -> bool:
+        """The common case in short: sends by the ring, and hands on the answer if it comes while it is worth spinning.
+
+        False: nothing was sent; it goes another way.
+        """
+        ring, before = self._ring, -1
+        if ring is None or self._notices or not self._reading.acquire(False):
+            return False
+        try:
+            before = self._depth
+            self._depth = before + 1
+            inbox = self._inbox
+            if inbox:
+                self._hand_on()
+            got = ring._exchange(message, self._spin.nanoseconds(), inbox)
+            if got == 3:
+                self._spin.won()
+                reply = self._decode(inbox)
+                ours = reply.__class__ is messages.Done and self._pending.get(reply.id) is pending
+                if ours and not reply.descriptors:
+                    pending.reply = reply
+                    inbox.popleft()
+                if inbox:
+                    self._hand_on()
+            elif got == 2:
+                self._send_bell()
+            self._depth = before
+            self._reading.release()
+        except BaseException:
+            if before >= 0:  # however far an interrupt let it come
+                self._depth = before
+            self._leave(stale=True)
+            self.check()  # it may be the parent's ring
+            raise
+        if len(self._pending) > 1:
+            self._pass_on()
+        return got != 0
+
+    def _decode(self, inbox: deque[Received | bytes]) -> Any:
+        """The first message of the inbox, if that is a short one of the ring and sound. It stays there."""
+        try:
+            return self._decoder.decode(inbox[0])  # type: ignore[arg-type]
+        except (IndexError, TypeError, msgspec.MsgspecError):
+            return None
 
     def _send(self, message: bytes, deadline: float | None) -> None:
         if self._notices:
@@ -374,7 +421,7 @@ class Client:
             return
         if reply is None:
             return
-        if isinstance(reply, messages.Bye):
+        if reply.__class__ is messages.Bye:
             self._end(messages.exception_of(reply.error))
             return
         pending = self._pending.get(reply.id)
@@ -439,6 +486,7 @@ class Client:
 
     def lose(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""
+        self._lost_in_child = True
         self._sock.close()
 
     def __del__(self) -> None:

@@ -183,10 +183,9 @@ def buffer_ext(address: int, length: int) -> msgspec.msgpack.Ext:
 
 def buffer_of(code: int, data: memoryview) -> tuple[int, int]:
     """(address, length) of a buffer among the arguments. ValueError: it is none."""
-    if code != BUFFER_EXT or len(data) != _BUFFER.size:
+    if code != BUFFER_EXT or len(data) != 16:
         raise ValueError(f"extension {code} of {len(data)} bytes is no buffer")
-    address, length = _BUFFER.unpack(data)
-    return address, length
+    return _BUFFER.unpack(data)
 
 
 def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error:

@@ -27,6 +27,8 @@ LONGEST = RING_MESSAGE
 SPIN = 100
 #: How often it is looked at whether CPUs are free, in nanoseconds.
 LOOK = 10_000_000
+#: Or every so many uses, whatever is later: at the most so many spins that pay off.
+USES = 32
 
 
 def checked_spin(value: float) -> float:
@@ -73,7 +75,7 @@ class SpinBudget:
     waits for.
     """
 
-    __slots__ = ("_budget", "_busy", "_cpus", "_looked", "_preempted", "most")
+    __slots__ = ("_budget", "_busy", "_cpus", "_looked", "_preempted", "_uses", "most")
 
     def __init__(self, most: float) -> None:
         """`most` in microseconds; 0 never spins."""
@@ -81,6 +83,7 @@ class SpinBudget:
         self._budget = self.most
         self._cpus = len(os.sched_getaffinity(0))
         self._busy = False
+        self._uses = 0  # until the clock is looked at: that costs more than all the rest of this
         self._looked = time.monotonic_ns()
         self._preempted = _preemptions()
 
@@ -88,11 +91,14 @@ class SpinBudget:
         """How long to spin now."""
         if not self._budget or self._cpus < 2:
             return 0
-        now = time.monotonic_ns()
-        if now - self._looked > LOOK:
-            count = _preemptions()
-            self._busy = (count - self._preempted) * LOOK > now - self._looked
-            self._preempted, self._looked = count, now
+        self._uses -= 1
+        if self._uses < 0:
+            self._uses = USES
+            now = time.monotonic_ns()
+            if now - self._looked > LOOK:
+                count = _preemptions()
+                self._busy = (count - self._preempted) * LOOK > now - self._looked
+                self._preempted, self._looked = count, now
         return 0 if self._busy else self._budget
 
     def won(self) -> None:
@@ -101,10 +107,12 @@ class SpinBudget:
 
     def lost(self) -> None:
         """It did not."""
+        self._uses = 0
         self._budget = self._budget // 2 if self._budget > 2000 else 0
 
     def slept(self, nanoseconds: int) -> None:
         """It came after a sleep of this length."""
+        self._uses = 0
         if nanoseconds < 2 * self.most:
             self._budget = self.most
 
