@@ -26,6 +26,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -1318,6 +1319,71 @@ static int64_t plain(PyObject *number)
     return value;
 }
 
+/* The range [offset, offset + length) of a mapping, where it is one of the plain kind: whole and held, of one
+ * segment or of several (whose descriptor is -1). Its frames, or NULL; where in them it is, in `at`. */
+static Frames *plain_range(Mapping *mapping, int64_t offset, int64_t length, uint64_t *at)
+{
+    Frames *frames = (Frames *)mapping->frames;
+    if (!frames || !PyObject_TypeCheck((PyObject *)frames, frames_type) || !frames->holders ||
+        !PyDict_Check(frames->holders) || !(mapping->held || mapping->pins) || offset < 0 || length <= 0 ||
+        (uint64_t)offset + (uint64_t)length > mapping->length || mapping->phys_offset > (uint64_t)INT64_MAX / 2 ||
+        mapping->length > (uint64_t)INT64_MAX / 2)
+        return NULL;
+    *at = mapping->phys_offset + (uint64_t)offset;
+    return frames;
+}
+
+/* 1: the mapping's own rights allow all of `rights`; 0: they do not; -1 with an exception set: they are none. */
+static int owner_allows(Mapping *mapping, int rights)
+{
+    long allowed = mapping->rights ? PyLong_AsLong(mapping->rights) : 0;
+    if (allowed == -1 && PyErr_Occurred())
+        return -1;
+    return !(rights & ~allowed);
+}
+
+/* copy_in(mapping, offset, length) -> bytes: a copy, where the mapping's owner may read it and it lies in one
+ * segment. None: not this way, or not all of it is there; memory/frames.py knows the others, and why not. */
+static PyObject *host_copy_in(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    if (wants(nargs, 3, "copy_in"))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], mapping_type)) {
+        PyErr_SetString(PyExc_TypeError, "a copy is made of a mapping");
+        return NULL;
+    }
+    Mapping *mapping = (Mapping *)args[0];
+    uint64_t at;
+    int64_t offset = plain(args[1]), length = plain(args[2]);
+    Frames *frames = plain_range(mapping, offset, length, &at);
+    int allowed = frames ? owner_allows(mapping, PROT_READ) : 0;
+    if (allowed < 0)
+        return NULL;
+    if (!allowed || frames->fd < 0 || length > PY_SSIZE_T_MAX / 2)
+        Py_RETURN_NONE;
+    PyObject *copy = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
+    if (!copy)
+        return NULL;
+    char *bytes = PyBytes_AsString(copy);
+    int fd = frames->fd;
+    ssize_t got;
+    if ((size_t)length >= LONG_RANGE / 16) {
+        PyObject *pin = (PyObject *)mapping; /* the caller keeps the frames: their descriptor stays open */
+        Py_INCREF(pin);
+        Py_BEGIN_ALLOW_THREADS
+        got = pread(fd, bytes, (size_t)length, (off_t)at);
+        Py_END_ALLOW_THREADS
+        Py_DECREF(pin);
+    } else {
+        got = pread(fd, bytes, (size_t)length, (off_t)at);
+    }
+    if (got != length) {
+        Py_DECREF(copy);
+        Py_RETURN_NONE;
+    }
+    return copy;
+}
+
 /* Mirror._open(land, mapping, offset, length, rights, for_owner): a mirror of [offset, offset + length) of a mapping,
  * by a window that was kept, or in the current hole of the land; `for_owner`: only where the mapping's own rights
  * allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
@@ -1333,21 +1399,15 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     }
     Land *land = (Land *)args[0];
     Mapping *mapping = (Mapping *)args[1];
-    Frames *frames = (Frames *)mapping->frames;
+    uint64_t at;
     int64_t offset = plain(args[2]), size = plain(args[3]);
-    if (!frames || !PyObject_TypeCheck((PyObject *)frames, frames_type) || !frames->holders ||
-        !PyDict_Check(frames->holders) || !(mapping->held || mapping->pins) || offset < 0 ||
-        size <= 0 || (uint64_t)offset + (uint64_t)size > mapping->length || rights < 1 || rights > 3 ||
-        mapping->phys_offset > (uint64_t)INT64_MAX / 2 || mapping->length > (uint64_t)INT64_MAX / 2)
+    Frames *frames = plain_range(mapping, offset, size, &at);
+    int allowed = for_owner && frames ? owner_allows(mapping, rights) : 1;
+    if (allowed < 0)
+        return NULL;
+    if (!frames || !allowed || rights < 1 || rights > 3)
         Py_RETURN_NONE;
-    if (for_owner) {
-        long allowed = PyLong_AsLong(mapping->rights);
-        if (allowed == -1 && PyErr_Occurred())
-            return NULL;
-        if (rights & ~allowed)
-            Py_RETURN_NONE;
-    }
-    uint64_t at = mapping->phys_offset + (uint64_t)offset, length = (uint64_t)size, serial = frames->serial;
+    uint64_t length = (uint64_t)size, serial = frames->serial;
     uint64_t start = at - at % page_size, end = at + length + page_size - 1;
     end -= end % page_size;
     if (frames->huge) { /* whole huge pages, as far as the mapping goes */
@@ -1684,8 +1744,49 @@ static PyObject *ring_fits(PyObject *op, PyObject *length)
     return PyBool_FromLong(size <= RING_SLOT - sizeof(uint32_t) && used < RING_SLOTS);
 }
 
+static Py_ssize_t find_ready(Ring **rings, Py_ssize_t count, Py_ssize_t start)
+{
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_ssize_t at = start + i < count ? start + i : start + i - count;
+        if (ring_ready(rings[at]))
+            return at;
+    }
+    return -1;
+}
+
+/* Who is waited for may need this very CPU: it is offered now and then. Whoever took it and kept it for longer
+ * than a call takes is somebody else, and there are more processes that want to run than CPUs. */
+#define OFFER 4000
+#define KEPT_IT 250000
+#define OVERLOADED (-2)
+
+/* Looks for a message for `budget` nanoseconds; the index of its ring, -1, or OVERLOADED. Without the GIL. */
+static Py_ssize_t spin_for(Ring **rings, Py_ssize_t count, Py_ssize_t start, uint64_t budget)
+{
+    int64_t now = nanoseconds(), end = now + (int64_t)budget, offer = now + OFFER;
+    while (now < end) {
+        for (int turn = 0; turn < 32; turn++) {
+            pause_cpu();
+            Py_ssize_t found = find_ready(rings, count, start);
+            if (found >= 0)
+                return found;
+        }
+        now = nanoseconds();
+        if (now >= offer) {
+            sched_yield();
+            int64_t after = nanoseconds();
+            if (after - now > KEPT_IT)
+                return find_ready(rings, count, start) < 0 ? OVERLOADED : find_ready(rings, count, start);
+            now = after;
+            offer = after + OFFER;
+        }
+    }
+    return -1;
+}
+
 /* _exchange(bytes, ns, inbox) -> as _push; 3: it was pushed, and within `ns` nanoseconds a message came, which was
- * appended to `inbox` (in one go: an interrupt cannot come between taking it and keeping it). */
+ * appended to `inbox` (in one go: an interrupt cannot come between taking it and keeping it); 4: it was pushed, and
+ * others want this CPU. */
 static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Ring *self = (Ring *)op;
@@ -1699,20 +1800,18 @@ static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t n
         if (!budget)
             return pushed;
         Py_INCREF(op); /* nobody may take it away while the GIL is */
-        int found = 0;
+        Py_ssize_t found;
         Py_BEGIN_ALLOW_THREADS
-        int64_t end = nanoseconds() + (int64_t)budget;
-        do
-            for (int turn = 0; turn < 32 && !found; turn++) {
-                pause_cpu();
-                found = ring_ready(self);
-            }
-        while (!found && nanoseconds() < end);
+        found = spin_for(&self, 1, 0, budget);
         Py_END_ALLOW_THREADS
-        found = found && self->queues; /* closed meanwhile? */
+        int closed = !self->queues;
         Py_DECREF(op);
-        if (!found)
-            return pushed;
+        if (found == OVERLOADED || found < 0 || closed) {
+            if (found != OVERLOADED)
+                return pushed;
+            Py_DECREF(pushed);
+            return PyLong_FromLong(4);
+        }
     }
     Py_DECREF(pushed);
     PyObject *message = ring_pop(op, NULL);
@@ -1755,18 +1854,8 @@ static Py_ssize_t all_rings(PyObject *list, Ring ***rings)
     return count;
 }
 
-static Py_ssize_t find_ready(Ring **rings, Py_ssize_t count, Py_ssize_t start)
-{
-    for (Py_ssize_t i = 0; i < count; i++) {
-        Py_ssize_t at = start + i < count ? start + i : start + i - count;
-        if (ring_ready(rings[at]))
-            return at;
-    }
-    return -1;
-}
-
-/* spin(rings, start, ns) -> the index of a ring that has a message, looked for from `start` on; -1
- * where none has within `ns` nanoseconds, which are spent without the GIL. */
+/* spin(rings, start, ns) -> the index of a ring that has a message, looked for from `start` on; -1 where none
+ * has within `ns` nanoseconds, which are spent without the GIL; -2 where others want this CPU. */
 static PyObject *host_spin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t start, budget;
@@ -1782,13 +1871,7 @@ static PyObject *host_spin(PyObject *Py_UNUSED(module), PyObject *const *args, P
         for (Py_ssize_t i = 0; i < count; i++)
             Py_INCREF((PyObject *)rings[i]); /* nobody may take one away while the GIL is */
         Py_BEGIN_ALLOW_THREADS
-        int64_t end = nanoseconds() + (int64_t)budget;
-        do {
-            for (int turn = 0; turn < 32 && found < 0; turn++) {
-                pause_cpu();
-                found = find_ready(rings, count, from);
-            }
-        } while (found < 0 && nanoseconds() < end);
+        found = spin_for(rings, count, from, budget);
         Py_END_ALLOW_THREADS
         for (Py_ssize_t i = 0; i < count; i++)
             Py_DECREF((PyObject *)rings[i]);
@@ -1885,8 +1968,8 @@ static PyObject *host_unmap_all(PyObject *Py_UNUSED(module), PyObject *const *ar
     Py_RETURN_NONE;
 }
 
-/* collapse(fd, length) -> bytes: backs the file's whole huge pages' worth of bytes with huge pages, where
- * Linux has any; how many bytes it did. MADV_COLLAPSE (Linux 6.1) does not ask for shmem_enabled. */
+/* collapse(fd, length) -> bytes: backs a file whose space is taken with huge pages, as far as Linux has any; how
+ * many bytes it did. MADV_COLLAPSE (Linux 6.1) does not ask for shmem_enabled, but it leaves holes alone. */
 static PyObject *host_collapse(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     int fd;
@@ -1924,6 +2007,7 @@ static PyMethodDef host_methods[] = {
     {"unmap_all", FASTCALL(host_unmap_all), METH_FASTCALL, NULL},
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"unkeep", host_unkeep, METH_O, NULL},
+    {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"spin", FASTCALL(host_spin), METH_FASTCALL, NULL},
     {"fall_asleep", host_fall_asleep, METH_O, NULL},
     {"wake_up", host_wake_up, METH_O, NULL},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import pickle
 import signal
@@ -47,6 +48,9 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
     except Exception as error:
         report.sendall(pickle.dumps(error))
         return
+
+    gc.collect()
+    gc.freeze()  # what was imported stays: no collection has to look through it while somebody waits for an answer
 
     def ready() -> None:
         report.sendall(pickle.dumps(kernel.path))

@@ -201,10 +201,8 @@ def test_no_wake_up_is_lost_full_count() -> None:
 
 
 def test_a_budget_halves_where_it_does_not_pay_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from realmap.wire import ring
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(ring, "_preemptions", lambda: 7)
     budget = SpinBudget(100)
     seen = [budget.nanoseconds()]
     for _ in range(8):
@@ -216,16 +214,32 @@ def test_a_budget_halves_where_it_does_not_pay_and_comes_back(monkeypatch: pytes
     assert budget.nanoseconds() == 0
     budget.slept(50_000)
     assert budget.nanoseconds() == 100_000
-    monkeypatch.setattr(ring, "_preemptions", lambda: 12)
-    budget._looked -= ring.LOOK + 1
-    budget._uses = 0
-    assert budget.nanoseconds() == 0, "preempted five times in 10 ms: others want to run"
-    budget._looked -= ring.LOOK + 1
-    budget._uses = 0
-    assert budget.nanoseconds() == 100_000
     assert SpinBudget(0).nanoseconds() == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert SpinBudget(100).nanoseconds() == 0
+    alone = SpinBudget(100)
+    alone.slept(50_000)
+    assert alone.nanoseconds() == 0, "on one CPU, who is waited for could not run"
+
+
+def test_no_spinning_while_others_want_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from realmap.wire import ring
+
+    clock = [1_000_000_000]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(ring.time, "monotonic_ns", lambda: clock[0])
+    budget, pauses = SpinBudget(100), []
+    for _ in range(10):
+        budget.overloaded()
+        start = clock[0]
+        while not budget.nanoseconds():
+            clock[0] += 1_000_000
+        pauses.append(clock[0] - start)
+    assert pauses[:3] == [ring.PAUSE, 2 * ring.PAUSE, 4 * ring.PAUSE]
+    assert pauses[-1] == ring.LONGEST_PAUSE
+    clock[0] += 10 * ring.LONGEST_PAUSE
+    budget.overloaded()
+    clock[0] += ring.PAUSE
+    assert budget.nanoseconds() == 100_000, "long after the last time it is short again"
 
 
 @pytest.mark.parametrize(

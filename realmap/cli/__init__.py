@@ -7,6 +7,7 @@ import sys
 import click
 
 from realmap import __version__
+from realmap.cli.bench import bench
 from realmap.cli.demo import demo
 from realmap.cli.kernel import kernel
 from realmap.errors import KernelError
@@ -18,6 +19,7 @@ def command() -> None:
     """Cross-process mapping with real processes, real pages and a kernel that mirrors them."""
 
 
+command.add_command(bench)
 command.add_command(demo)
 command.add_command(kernel)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import posix_ipc
 
+from realmap._host import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
 from realmap.host import room, runtime
 from realmap.host.translate import SHM, frames_error
@@ -53,8 +54,8 @@ def checked_name(name: object) -> str:
 class Segment:
     """A whole number of pages of shared memory, held open by one descriptor.
 
-    `length` in bytes, `fd` the descriptor (read and write), `device` and `inode` what
-    /proc/PID/maps shows, `name` what others can open it by, or None.
+    `length` in bytes, `huge` how many of them huge pages back, `fd` the descriptor (read and write),
+    `device` and `inode` what /proc/PID/maps shows, `name` what others can open it by, or None.
     """
 
     __slots__ = ("__weakref__", "_maker", "_marker", "device", "fd", "huge", "inode", "length", "name")
@@ -65,13 +66,15 @@ class Segment:
         *,
         name: str | None = None,
         commit: bool = True,
+        huge: bool = False,
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
         """Makes a segment of zeros; with `commit` its space is taken now, in steps.
 
-        `cancelled` is asked between steps. Errors: PhysicalMemoryExhaustion (no space, no
-        descriptors), AccessDenied (/dev/shm is not ours to use), InvalidHandle (`name` is taken),
-        ProcessKilled (cancelled). None leaves anything behind.
+        `huge`: with huge pages, as far as Linux has any; `self.huge` then says how many bytes. `cancelled`
+        is asked between steps. Errors: PhysicalMemoryExhaustion (no space, no descriptors), AccessDenied
+        (/dev/shm is not ours to use), InvalidHandle (`name` is taken), ProcessKilled (cancelled). None
+        leaves anything behind.
         """
         demand(length > 0 and length % PAGE_SIZE == 0, f"a segment is whole pages, not {length} bytes")
         self.length = length
@@ -98,7 +101,9 @@ class Segment:
                     self._take_name(own, name)
             finally:
                 posix_ipc.unlink_shared_memory("/" + own)
-            self._take_space(commit, cancelled)
+            self._take_space(commit or huge, cancelled)
+            if huge:
+                self.huge = collapse(self.fd, self.length)
         except OSError as error:
             self.close()
             raise error if isinstance(error, KernelError) else frames_error(error, length) from None
@@ -123,6 +128,9 @@ class Segment:
             os.ftruncate(self.fd, self.length)
             return
         room.require(self.length)
+        if self.length <= STEP:
+            os.posix_fallocate(self.fd, 0, self.length)
+            return
         for start in range(0, self.length, STEP):
             if start:
                 room.require(self.length - start)  # others may have taken what was free
@@ -149,6 +157,9 @@ class Segment:
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
+        if self.name is None and self._marker is None:
+            os.close(fd)
+            return
         ours = self._maker == os.getpid()  # a forked child has descriptors of its own, but not the name
         if self.name is not None and ours:
             with contextlib.suppress(OSError):
@@ -160,5 +171,8 @@ class Segment:
         os.close(fd)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
+        try:
+            if self.fd >= 0:
+                self.close()
+        except Exception:  # nobody is left to be told
+            pass

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from realmap.kernel.server import Kernel
 
 #: Of the form of `books`; observe/snapshot.py reads it.
-FORM = 1
+FORM = 2
 
 
 def stats(kernel: Kernel) -> dict[str, int]:
@@ -105,7 +105,13 @@ def books(kernel: Kernel) -> dict[str, Any]:
                 "refcount": found.refcount,
                 "holders": found.holders(),
                 "segments": [
-                    {"inode": part.inode, "device": part.device, "length": part.length, "name": part.name}
+                    {
+                        "inode": part.inode,
+                        "device": part.device,
+                        "length": part.length,
+                        "huge": part.huge,
+                        "name": part.name,
+                    }
                     for part in list(found.segments)
                 ],
             }

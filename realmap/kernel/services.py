@@ -18,7 +18,7 @@ from realmap.errors import (
 )
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
-from realmap.pages import USIZE_MAX, align_up
+from realmap.pages import HUGE_SIZE, PAGE_SIZE, USIZE_MAX, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, prot_of, rights_of, type_of, u_rw
 from realmap.wire import messages
 from realmap.wire.messages import MAX_DESCRIPTORS, MemoryInfo
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 #: Frames of more bytes, or of more segments, are taken on a worker thread: nobody else waits for them.
 LONG_BYTES = 4 << 20
 LONG_COUNT = 64
+#: Frames of up to so many bytes take the short way.
+SMALL = 64 << 10
 
 #: An answer: its value, the descriptors to send with it, and those of them to close afterwards.
 Answer = tuple[Any, list[int], list[int]]
@@ -38,7 +40,7 @@ Answer = tuple[Any, list[int], list[int]]
 def map_memory(
     kernel: Kernel, process: UserProcess, request: messages.Map, answer: Callable[[Answer | BaseException], None]
 ) -> None:
-    """Makes frames and a mapping of them; `answer` is called with [address, length, segments], now or later.
+    """Makes frames and a mapping of them; `answer` is called with [address, length, segments, huge], now or later.
 
     KernelError: as `Process.map` documents. Nothing is taken then.
     """
@@ -47,15 +49,19 @@ def map_memory(
         raise InvalidMemState(0, kind, why=f"{kind.name} is no memory that a process can map")
     if not allows(rights, MappingAccessRights.USER_ACCESSIBLE) or not prot_of(rights):
         raise AccessDenied(rights, u_rw, why="a process maps memory for itself: u_r, u_w, u_rw or u_rx")
-    if request.length <= 0 or align_up(request.length) > USIZE_MAX:
+    unit = HUGE_SIZE if request.huge else PAGE_SIZE
+    if request.length <= 0 or align_up(request.length, unit) > USIZE_MAX:
         raise InvalidSize(request.length, why="a mapping has at least one byte, and whole pages below 2**64")
-    size = align_up(request.length)
+    size = align_up(request.length, unit)
     if not kind.is_counted:
-        if request.fragment is not None or request.name is not None:
-            raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name")
+        if request.fragment is not None or request.name is not None or request.huge:
+            raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name, no huge frames")
         answer(_enter(process, OwnedFrames(size), size, kind, rights))
         return
     allocator = process.memory.allocator
+    if request.fragment is None and request.name is None and request.commit and size <= SMALL:
+        answer(_enter(process, allocator.take(size, size), size, kind, rights))
+        return
 
     def allocate() -> SharedFrames:
         return allocator.allocate(
@@ -63,10 +69,11 @@ def map_memory(
             request.fragment,
             name=request.name,
             commit=request.commit,
+            huge=request.huge,
             cancelled=lambda: not process.alive,
         )
 
-    if size <= LONG_BYTES and size // (request.fragment or size) <= LONG_COUNT:
+    if size <= LONG_BYTES and not request.huge and size // (request.fragment or size) <= LONG_COUNT:
         answer(_enter(process, allocate(), size, kind, rights))
         return
 
@@ -100,15 +107,16 @@ def _enter(
     process: UserProcess, frames: SharedFrames | OwnedFrames, size: int, kind: MemoryType, rights: Any
 ) -> Answer:
     memory = process.memory
-    address = memory.find_available_space(size)
-    mapping = memory.create_regular_mapping(address, size, kind, rights, frames=frames)
+    huge = frames.huge if isinstance(frames, SharedFrames) else 0
+    mapping = memory.enter_anywhere(frames, size, kind, rights, HUGE_SIZE if huge else 1)
+    address = mapping.address
     try:
         first, closing = _descriptors(mapping, 0)
     except BaseException:
         memory.unmap(address, size).release()
         raise
     count = len(frames.segments) if isinstance(frames, SharedFrames) else 0
-    return [address, size, count], first, closing
+    return [address, size, count, huge], first, closing
 
 
 def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:

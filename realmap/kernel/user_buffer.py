@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, SupportsIndex
 
+from realmap._host import copy_in
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize
 from realmap.memory.cross_process import CrossProcessMapping, Part
 from realmap.memory.frames import SharedFrames
@@ -163,13 +164,11 @@ class UserBuffer:
         has ended.
         """
         parts = self._parts
-        if parts is None or len(parts) != 1 or length is not None or offset or not allows(parts[0][0].rights, k_r):
-            parts = self._range(offset, length, k_r)
-        if len(parts) == 1:
-            mapping, at, size = parts[0]
-            frames = mapping.frames
-            if frames.__class__ is SharedFrames:
-                return frames.read(mapping.phys_offset + at, size, mapping.address + at)
+        if length is None and not offset and parts is not None and len(parts) == 1:
+            copy = copy_in(*parts[0])
+            if copy is not None:
+                return copy
+        parts = self._range(offset, length, k_r)
         return b"".join(
             _frames_of(mapping).read(mapping.phys_offset + at, size, mapping.address + at)
             for mapping, at, size in parts

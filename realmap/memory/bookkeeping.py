@@ -90,8 +90,8 @@ class Bookkeeping(Generic[T]):
 
     def add(self, start: int, end: int, value: T) -> None:
         """Enters a range. Panics where it is empty, outside of [low, high), or overlaps one that is there."""
-        demand(self.low <= start < end <= self.high, f"[{start:#x}, {end:#x}) does not lie in the land")
-        demand(self.overlap(start, end) is None, f"[{start:#x}, {end:#x}) overlaps what is there")
+        if not self.low <= start < end <= self.high or self.overlap(start, end) is not None:
+            demand(False, f"[{start:#x}, {end:#x}) does not lie in the land, or overlaps what is there")
         self._count += 1
         if not self._leaves:
             self._leaves.append(_Leaf([start], [end], [value]))

@@ -9,7 +9,6 @@ the GIL. So a reference can be given up from a destructor, at any moment, in any
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from bisect import bisect_right
@@ -23,7 +22,7 @@ from realmap._host import unkeep
 from realmap.errors import InvalidHandle, InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
-from realmap.pages import PAGE_MASK, PAGE_SIZE, usize
+from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, usize
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
@@ -72,15 +71,18 @@ class SharedFrames(FramesCore):
     def __init__(self, segments: list[Segment], on_free: Callable[[int, int], None]) -> None:
         self.serial = next(self._serials)
         self.segments = segments
-        self.length = sum(segment.length for segment in segments)
-        self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
-        #: The descriptor where there is just one segment: the common case, without a search.
-        self._fd = segments[0].fd if len(segments) == 1 else -1
+        if len(segments) == 1:  # the common case
+            (only,) = segments
+            self.length, self._starts, self.huge = only.length, [0], only.huge
+            self._fd = only.fd
+        else:
+            self.length = sum(segment.length for segment in segments)
+            self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
+            self.huge = sum(segment.huge for segment in segments)
+            self._fd = -1
         self._holders = {}
         self._on_free = on_free
         self._freed = False
-        #: Bytes of them that huge pages back, as far as known.
-        self.huge = sum(segment.huge for segment in segments)
 
     @property
     def refcount(self) -> int:
@@ -120,11 +122,13 @@ class SharedFrames(FramesCore):
         self._fd = -1
         bytes_freed = count = 0
         while self.segments:
-            with contextlib.suppress(IndexError):  # another thread took the last one
+            try:
                 segment = self.segments.pop()
-                bytes_freed += segment.length
-                count += 1
-                segment.close()
+            except IndexError:  # another thread took the last one
+                break
+            bytes_freed += segment.length
+            count += 1
+            segment.close()
         if count:
             self._on_free(bytes_freed, count)
 
@@ -272,24 +276,42 @@ class FrameAllocator:
         *,
         name: str | None = None,
         commit: bool = True,
+        huge: bool = False,
         cancelled: Callable[[], bool] | None = None,
     ) -> SharedFrames:
         """Frames of `length` bytes of zeros, in segments of `fragment` bytes (None: one segment).
 
         `name`: other programs can open the segment by it. `commit=False`: space is only taken at
-        first touch (and a full /dev/shm is then a SIGBUS). `cancelled` is asked now and then.
+        first touch (and a full /dev/shm is then a SIGBUS). `huge`: in huge pages, as far as Linux has
+        any (`SharedFrames.huge` says how many bytes), committed in any case. `cancelled` is asked now and then.
 
-        InvalidSize: `length` or `fragment` is no whole number of pages above 0, or a named one is
-        fragmented. InvalidHandle: no usable name, or one that exists. PhysicalMemoryExhaustion: the
-        limit, /dev/shm, the machine or the descriptors do not allow it.
+        InvalidSize: `length` or `fragment` is no whole number of pages (with `huge`: of huge pages) above
+        0, or a named one is fragmented. InvalidHandle: no usable name, or one that exists.
+        PhysicalMemoryExhaustion: the limit, /dev/shm, the machine or the descriptors do not allow it.
         """
         size = whole_pages(length, "length")
         step = size if fragment is None else whole_pages(fragment, "fragment")
+        if huge and (size % HUGE_SIZE or step % HUGE_SIZE):
+            raise InvalidSize(
+                size if size % HUGE_SIZE else step, why=f"huge frames come in multiples of {HUGE_SIZE} bytes"
+            )
         if name is not None:
             name = checked_name(name)
             if step < size:
                 raise InvalidSize(step, why="a named mapping is one segment: leave out fragment, or name")
-        return SharedFrames(self.make_segments(size, step, name, commit, cancelled), self._give_back)
+        return self.take(size, step, name, commit, huge, cancelled)
+
+    def take(
+        self,
+        size: int,
+        step: int,
+        name: str | None = None,
+        commit: bool = True,
+        huge: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> SharedFrames:
+        """As `allocate`, for who has checked already: `step` bytes a segment."""
+        return SharedFrames(self.make_segments(size, step, name, commit, huge, cancelled), self._give_back)
 
     def make_segments(
         self,
@@ -297,6 +319,7 @@ class FrameAllocator:
         step: int,
         name: str | None = None,
         commit: bool = True,
+        huge: bool = False,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Segment]:
         """Segments of `step` bytes, `size` bytes in all, charged; all of them or none. Errors as `allocate`."""
@@ -305,7 +328,8 @@ class FrameAllocator:
         made: list[Segment] = []
         try:
             for start in range(0, size, step):
-                made.append(Segment(min(step, size - start), name=name, commit=commit, cancelled=cancelled))
+                part = min(step, size - start)
+                made.append(Segment(part, name=name, commit=commit, huge=huge, cancelled=cancelled))
         except BaseException:
             for segment in made:
                 segment.close()

@@ -128,9 +128,11 @@ class Mapping(MappingCore):
             self._let_go()
 
     def _let_go(self) -> None:
-        if isinstance(self.frames, SharedFrames):
-            self.frames.let_go(self)
-            self.frames.unkeep()  # nothing of it survives the unmapping by its process
+        frames = self.frames
+        if isinstance(frames, SharedFrames):
+            frames.let_go(self)
+            if not frames.freed:
+                frames.unkeep()  # nothing of it survives the unmapping by its process
 
     def __del__(self) -> None:
         if getattr(self, "_held", False) or getattr(self, "_pins", 0):

@@ -18,7 +18,7 @@ from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, who
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
 from realmap.memory.mapping import Frames, Mapping
-from realmap.pages import address_of, align_down, page_range, usize
+from realmap.pages import HUGE_SIZE, address_of, align_down, page_range, usize
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, k_rw, rights_of, type_of, u_rw
 
 _ALLOCATE = object()
@@ -112,6 +112,15 @@ class ProcessMemory:
         start, size = self._vacant(address, length)
         return self._enter(start, None, 0, size, type, NO_RIGHTS)
 
+    def enter_anywhere(
+        self, frames: Frames, length: int, type: MemoryType, rights: MappingAccessRights, alignment: int = 1
+    ) -> Mapping:
+        """Enters a mapping of all of `frames`, `length` bytes, where there is space.
+
+        Errors as `find_available_space` and `Mapping`.
+        """
+        return self._enter(self.find_available_space(length, alignment), frames, 0, length, type, rights)
+
     def _vacant(self, address: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         start, size = page_range(address, length)
         if not self.land.holds(start, size):
@@ -160,7 +169,8 @@ class ProcessMemory:
         start, end = taken if taken[0] < mapping.end and mapping.address < taken[1] else (mapping.address, mapping.end)
         self._space.note_obstacle(start, end)
         try:
-            address = self.find_available_space(mapping.length)
+            huge = isinstance(mapping.frames, SharedFrames) and mapping.frames.huge
+            address = self.find_available_space(mapping.length, HUGE_SIZE if huge else 1)
             return self._enter(
                 address, mapping.frames, mapping.phys_offset, mapping.length, mapping.type, mapping.rights
             )
@@ -202,15 +212,16 @@ class ProcessMemory:
 
     # ---- asking -----------------------------------------------------------------------------
 
-    def find_available_space(self, length: SupportsIndex) -> int:
+    def find_available_space(self, length: SupportsIndex, alignment: int = 1) -> int:
         """An address where `length` bytes (whole pages) are free; searched from where the last search ended.
 
+        `alignment`: the address is a multiple of it (a power of two; a whole page in any case).
         InvalidSize: no whole pages. VirtualMemoryExhaustion: no hole is that long.
         """
         size = whole_pages(length, "length")
-        found = self._space.find(size)
+        found = self._space.find(size, 0, alignment)
         if found is None and self._space.drop_obstacles():
-            found = self._space.find(size)
+            found = self._space.find(size, 0, alignment)
         if found is None:
             raise VirtualMemoryExhaustion(size, why=f"no hole of {size} bytes in UserLand ({len(self)} mappings)")
         return found

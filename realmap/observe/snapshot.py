@@ -8,7 +8,7 @@ import msgspec
 
 from realmap.errors import VersionMismatch
 
-FORM = 1
+FORM = 2
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):
@@ -17,6 +17,8 @@ class SegmentInfo(msgspec.Struct, frozen=True):
     inode: int
     device: int
     length: int
+    #: Bytes that huge pages back.
+    huge: int
     name: str | None
 
 

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 class UserWindow(Window):
     """The whole mapping that a buffer and its slices are parts of. Collected: it is unmapped, and the kernel told."""
 
-    __slots__ = ("__weakref__", "process", "rights", "told")
+    __slots__ = ("__weakref__", "huge", "process", "rights", "told")
 
     process: Process
     rights: MappingAccessRights
+    #: Bytes of its frames that huge pages back.
+    huge: int
     #: Whether the kernel knows that it is unmapped.
     told: bool
 
@@ -36,16 +38,20 @@ class UserWindow(Window):
             raise translate.window_error(error, self._base, self._span, self._prot) from None
         if not self.told:
             client = self.process.client
-            with contextlib.suppress(KernelDied, ProcessKilled):
+            try:
                 client.request(messages.Unmap(client.next_id(), self._base, self._span))
+            except (KernelDied, ProcessKilled):
+                pass  # with the kernel, its books have gone
             self.told = True  # not before: where an interrupt comes in between, its collection tells
 
     def __del__(self) -> None:
         # In a forked child the mapping is the child's own copy; the parent's books are not its business.
-        with contextlib.suppress(Exception):
+        try:
             self._unmap()
             if not self.told and self.process.pid == os.getpid():
                 self.process.client.notice(messages.Unmap(0, self._base, self._span))
+        except Exception:  # half made, or at interpreter exit: nobody is left to be told
+            pass
 
 
 class Buffer(View, ByteAccess):
@@ -75,6 +81,11 @@ class Buffer(View, ByteAccess):
         window = self._windows[0]
         assert isinstance(window, UserWindow)
         return window
+
+    @property
+    def huge(self) -> int:
+        """How many bytes of the whole mapping huge pages back: what `map(huge=True)` got; 0 where it got none."""
+        return self._window.huge
 
     def slice(self, offset: SupportsIndex, length: SupportsIndex) -> Buffer:
         """A buffer of `length` bytes from byte `offset` on, on the same mapping: no copy.

@@ -35,7 +35,7 @@ from realmap.user import handshake
 from realmap.user.handshake import SLICE
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
-from realmap.wire.ring import LONGEST, RingEnd, SpinBudget
+from realmap.wire.ring import LONGEST, OVERLOADED, RingEnd, SpinBudget
 
 Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 
@@ -221,15 +221,20 @@ class Client:
             got = ring._exchange(message, self._spin.nanoseconds(), inbox)
             if got == 3:
                 self._spin.won()
-                reply = self._decode(inbox)
-                ours = reply.__class__ is messages.Done and self._pending.get(reply.id) is pending
-                if ours and not reply.descriptors:
+                first = inbox[0] if inbox else b""
+                reply = self._decode(first)
+                if reply.__class__ is messages.Done and self._pending.get(reply.id) is pending:
+                    if reply.descriptors:
+                        self._await_carrier(pending)
                     pending.reply = reply
-                    inbox.popleft()
+                    if inbox and inbox[0] is first:  # else a call within this one has handed it on
+                        inbox.popleft()
                 if inbox:
                     self._hand_on()
             elif got == 2:
                 self._send_bell()
+            elif got == 4:
+                self._spin.overloaded()
             self._depth = before
             self._reading.release()
         except BaseException:
@@ -242,11 +247,11 @@ class Client:
             self._pass_on()
         return got != 0
 
-    def _decode(self, inbox: deque[Received | bytes]) -> Any:
-        """The first message of the inbox, if that is a short one of the ring and sound. It stays there."""
+    def _decode(self, message: Received | bytes) -> Any:
+        """A message of the ring, where it is one and sound."""
         try:
-            return self._decoder.decode(inbox[0])  # type: ignore[arg-type]
-        except (IndexError, TypeError, msgspec.MsgspecError):
+            return self._decoder.decode(message)  # type: ignore[arg-type]
+        except (TypeError, msgspec.MsgspecError):
             return None
 
     def _send(self, message: bytes, deadline: float | None) -> None:
@@ -370,17 +375,22 @@ class Client:
             patience = self._spin.nanoseconds()
             if not patience:
                 return False
-            if spin(self._rings, 0, patience) < 0:
-                self._spin.lost()
+            found = spin(self._rings, 0, patience)
+            if found < 0:
+                self._spin.overloaded() if found == OVERLOADED else self._spin.lost()
                 return False
             self._spin.won()
             inbox.extend(iter(ring._pop, None))
         self._hand_on()
         return True
 
-    def _receive_datagram(self, milliseconds: float) -> None:
-        if not self._readable(milliseconds):
-            return
+    def _receive_datagram(self, milliseconds: float | None) -> None:
+        """Takes a datagram that comes within this time and hands it on; None: that is there already, if any is."""
+        flags = socket.MSG_CMSG_CLOEXEC
+        if milliseconds is None or milliseconds < SLICE or self._depth > 1:
+            if milliseconds is not None and not self._readable(milliseconds):
+                return
+            flags |= socket.MSG_DONTWAIT  # else it waits a SLICE by itself: one system call less
         try:
             # In one call of C: a KeyboardInterrupt cannot come between taking it and keeping it.
             self._inbox.extend(
@@ -388,7 +398,7 @@ class Client:
                     self._sock.recvmsg,
                     (channel.DATAGRAM,),
                     (channel.ANCILLARY,),
-                    (socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,),
+                    (flags,),
                 )
             )
         except BlockingIOError:
@@ -448,6 +458,7 @@ class Client:
         """The descriptors of an answer were sent by the socket before it came by the ring: they are there."""
         ours, self._inbox = self._inbox, deque()
         try:
+            self._receive_datagram(None)
             while not pending.carried and self._error is None:
                 self._receive_datagram(SLICE)
         finally:

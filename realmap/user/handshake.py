@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import socket
+import struct
 
 import msgspec
 
@@ -37,6 +38,8 @@ def open_socket(path: str) -> socket.socket:
     except ValueError as error:
         sock.close()
         raise InvalidHandle(path, why=f"{path!r} is no socket path: {error}") from None
+    # How long a thread waits in one receive: it then looks whether the connection was closed meanwhile.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, SLICE * 1000))
     return sock
 
 

@@ -19,7 +19,7 @@ from realmap.host.segment import checked_name
 from realmap.memory.frames import Piece, whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
 from realmap.memory.userspace_ptr import register_window
-from realmap.pages import address_of, align_up, usize
+from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, prot_of, rights_of, type_of, u_rw
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer
 from realmap.user.client import Client
@@ -66,15 +66,19 @@ class Process:
         fragment: SupportsIndex | None = None,
         name: str | None = None,
         commit: bool = True,
+        huge: bool = False,
     ) -> Buffer:
         """Memory of `length` bytes, zeroed, in whole pages of its own.
 
         `fragment`: bytes a segment, whole pages (by default one segment); the buffer is contiguous
         all the same. `name`: other programs can open the segment by it (`shm_open`). `commit=False`:
-        space is taken at first touch only, and a full /dev/shm is a SIGBUS then.
+        space is taken at first touch only, and a full /dev/shm is a SIGBUS then. `huge`: in huge pages, as
+        far as Linux has any free (the frames are then a multiple of 2 MiB, and committed in any case);
+        `Buffer.huge` says for how many bytes it had. Touching all of a mirror costs a fraction then.
 
-        InvalidSize: the length is zero, negative or overflows; the fragment is no whole pages, or goes
-        with a name. InvalidMemState: a type without frames. AccessDenied: rights that no process has
+        InvalidSize: the length is zero, negative or overflows; the fragment is no whole pages (with `huge`:
+        no multiple of 2 MiB), or goes with a name. InvalidMemState: a type without frames, or private
+        memory with a fragment, a name, or `huge`. AccessDenied: rights that no process has
         (k_...), or executable ones where /dev/shm is noexec. InvalidRights: none, or no combination.
         InvalidHandle: the name is unusable, or taken. PhysicalMemoryExhaustion: /dev/shm, a limit, or
         the descriptors do not allow it. VirtualMemoryExhaustion: no space in UserLand, or Linux's limit
@@ -83,7 +87,7 @@ class Process:
         size = usize(length, "length")
         if not size:
             raise InvalidSize(0, why="a buffer has at least one byte")
-        if align_up(size) > USER_LAND.length:
+        if align_up(size, HUGE_SIZE if huge else PAGE_SIZE) > USER_LAND.length:
             raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
         kind, allowed = type_of(type), rights_of(rights)
         step = None if fragment is None else whole_pages(fragment, "fragment")
@@ -96,6 +100,7 @@ class Process:
             step,
             None if name is None else checked_name(name),
             bool(commit),
+            bool(huge),
         )
         value: Any = None
         descriptors: list[int] = []
@@ -121,7 +126,7 @@ class Process:
         """
         prot = prot_of(rights)
         for _ in range(PLACES):
-            address, span, count = value
+            address, span, count, in_huge = value
             try:
                 window = self._map_segments(address, span, count, step or span, descriptors, prot)
             except OSError as error:
@@ -132,6 +137,7 @@ class Process:
             else:
                 window.process = self
                 window.rights = rights
+                window.huge = in_huge
                 window.told = False
                 with self._lock:
                     self._windows.add(window)
@@ -142,14 +148,17 @@ class Process:
     def _map_segments(
         self, address: int, span: int, count: int, step: int, descriptors: list[int], prot: int
     ) -> UserWindow:
+        if not count:  # private memory: no frames to share
+            return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
+
         def pieces(first: int, fds: list[int]) -> Iterator[Piece]:
             for index, fd in enumerate(fds, first):
                 yield fd, 0, min(step, span - index * step)
 
-        if not count:  # private memory: no frames to share
-            return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
         expected = min(count, messages.MAX_DESCRIPTORS)
         _require_all(descriptors, expected, span)
+        if count == 1:
+            return UserWindow._map(address, span, prot, descriptors[0], 0, 0, span, 1)
         first = min(span, step * expected)
         window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
         mapped = len(descriptors)

@@ -22,7 +22,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 2
+PROTOCOL = 3
 VERSION = "0.1.0"
 #: A message may be this long, in bytes; larger things belong into a buffer.
 MAX_MESSAGE = 16 << 20
@@ -82,7 +82,7 @@ class Call(_Request, tag=1, frozen=True):
 class Map(_Request, tag=2, frozen=True):
     """Memory of `length` bytes.
 
-    Done: [address, length in whole pages, number of segments], with the first descriptors.
+    Done: [address, length in whole pages, number of segments, bytes in huge pages], with the first descriptors.
     """
 
     length: int
@@ -91,6 +91,7 @@ class Map(_Request, tag=2, frozen=True):
     fragment: int | None
     name: str | None
     commit: bool
+    huge: bool
 
 
 class More(_Request, tag=3, frozen=True):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import time
 from typing import Self
 
@@ -22,13 +21,15 @@ from realmap.errors import InvalidSize
 
 #: The longest message that a ring takes, in bytes; longer ones take the socket.
 LONGEST = RING_MESSAGE
+#: What spinning answers where others want the CPU.
+OVERLOADED = -2
 #: How long a side looks for the next message before it sleeps, in microseconds. A wake-up across CPUs
 #: costs about 45 on a virtual machine (FACTS.md): looking for about twice that long cannot cost much more.
 SPIN = 100
-#: How often it is looked at whether CPUs are free, in nanoseconds.
-LOOK = 10_000_000
-#: Or every so many uses, whatever is later: at the most so many spins that pay off.
-USES = 32
+#: A sleep of up to so many times that long would not have been one, had both sides been spinning.
+PAYS = 4
+#: How long not to spin after others wanted the CPU, in nanoseconds: at first, and at most.
+PAUSE, LONGEST_PAUSE = 10_000_000, 1_280_000_000
 
 
 def checked_spin(value: float) -> float:
@@ -70,36 +71,27 @@ class SpinBudget:
     """How long to look for the next message this time: as long as that has paid off lately, and CPUs are free.
 
     Where it did not pay off the budget halves, down to nothing; a short sleep (it would have paid
-    off) brings it back. Where this thread is preempted more than once in LOOK, more processes want to run
-    than there are CPUs, and it is nothing: who spins then keeps the very process from running that it
-    waits for.
+    off) brings it back. While spinning the CPU is offered to others now and then (`sched_yield`): who is waited for
+    may need it. Where somebody took it and kept it, more processes want to run than there are CPUs: then
+    there is no spinning for a while, and for twice as long each time.
     """
 
-    __slots__ = ("_budget", "_busy", "_cpus", "_looked", "_preempted", "_uses", "most")
+    __slots__ = ("_budget", "_busy_until", "_pause", "_seen_busy", "most")
 
     def __init__(self, most: float) -> None:
         """`most` in microseconds; 0 never spins."""
         self.most = int(most * 1000)
-        self._budget = self.most
-        self._cpus = len(os.sched_getaffinity(0))
-        self._busy = False
-        self._uses = 0  # until the clock is looked at: that costs more than all the rest of this
-        self._looked = time.monotonic_ns()
-        self._preempted = _preemptions()
+        self._budget = self.most if len(os.sched_getaffinity(0)) > 1 else 0
+        self._busy_until = self._seen_busy = 0
+        self._pause = PAUSE
 
     def nanoseconds(self) -> int:
         """How long to spin now."""
-        if not self._budget or self._cpus < 2:
-            return 0
-        self._uses -= 1
-        if self._uses < 0:
-            self._uses = USES
-            now = time.monotonic_ns()
-            if now - self._looked > LOOK:
-                count = _preemptions()
-                self._busy = (count - self._preempted) * LOOK > now - self._looked
-                self._preempted, self._looked = count, now
-        return 0 if self._busy else self._budget
+        if self._busy_until:
+            if time.monotonic_ns() < self._busy_until:
+                return 0
+            self._busy_until = 0
+        return self._budget
 
     def won(self) -> None:
         """The message came while spinning."""
@@ -107,16 +99,16 @@ class SpinBudget:
 
     def lost(self) -> None:
         """It did not."""
-        self._uses = 0
         self._budget = self._budget // 2 if self._budget > 2000 else 0
 
+    def overloaded(self) -> None:
+        """Somebody else kept the CPU."""
+        now = time.monotonic_ns()
+        self._pause = PAUSE if now - self._seen_busy > 8 * self._pause else min(2 * self._pause, LONGEST_PAUSE)
+        self._seen_busy = now
+        self._busy_until = now + self._pause
+
     def slept(self, nanoseconds: int) -> None:
-        """It came after a sleep of this length."""
-        self._uses = 0
-        if nanoseconds < 2 * self.most:
+        """It came after a sleep of this length, which is one wake-up more than until it came."""
+        if nanoseconds < PAYS * self.most and len(os.sched_getaffinity(0)) > 1:
             self._budget = self.most
-
-
-def _preemptions() -> int:
-    """How often this thread was taken off its CPU while it wanted to run, so far."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw

@@ -1,0 +1,155 @@
+"""`realmap bench`: runs the bench, and shows what it found: tables, JSON, a picture."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from realmap.lab import bench as lab
+from realmap.lab.bench.access import WORKS, bytes_in_words
+from realmap.lab.bench.measure import Absent
+from realmap.lab.bench.report import Figure, Report, Spread
+
+PICTURES = (".png", ".svg")
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...", type=click.Choice(lab.GROUPS))
+@click.option("--quick", is_flag=True, help="Fewer sizes and rounds: under a minute.")
+@click.option("--json", "json_path", metavar="FILE", help="Everything that was found, as JSON.")
+@click.option("--plot", "plot_path", metavar="FILE", help="The curves of `access`, as .png or .svg.")
+def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path: str | None) -> None:
+    """Measure realmap on this machine, beside a C floor and its peers in the same rounds.
+
+    NAME is access, call, make, handover or scale; all of them by default. Times are medians of interleaved
+    rounds with the 10th and 90th percentile; "x floor" compares with the named floor in the same rounds. The C
+    floor and the peers come with a checkout; what is not there is left out, and said so.
+
+    Example: realmap bench --quick access --plot access.svg
+    """
+    for path in (json_path, plot_path):
+        if path is not None:
+            _require_writable(path)
+    if plot_path is not None:
+        _require_plot(plot_path, names)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    status = Console(stderr=True, highlight=False)
+    with status.status("") as shown:
+
+        def say(what: str) -> None:
+            if status.is_terminal:
+                shown.update(what)
+
+        try:
+            report = lab.run(names, quick=quick, say=say)
+        except Absent as error:
+            raise click.ClickException(str(error)) from None
+    if json_path is not None:
+        with open(json_path, "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    if plot_path is not None:
+        from realmap.cli.plot import plot
+
+        plot(report, plot_path)
+    render(console, report)
+
+
+def _require_writable(path: str) -> None:
+    """Before the run, not after it. A file that was not there is not left behind."""
+    there = os.path.lexists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+    if not there:
+        os.unlink(path)
+
+
+def _require_plot(path: str, names: tuple[str, ...]) -> None:
+    if not path.endswith(PICTURES):
+        raise click.ClickException(f"a plot is a .png or an .svg file, not {path}")
+    if names and "access" not in names:
+        raise click.ClickException("--plot draws the curves of access: add access to the names")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise click.ClickException("--plot needs matplotlib: pip install 'realmap[bench]'") from None
+
+
+def duration(nanoseconds: float) -> str:
+    """Three figures, with a unit: 512 ns, 4.31 µs, 27.0 ms."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if nanoseconds >= size:
+            return f"{_three(nanoseconds / size)} {unit}"
+    return f"{nanoseconds:.0f} ns"
+
+
+def _three(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def _ratio(ratio: Spread | None) -> str:
+    return "" if ratio is None else f"{_three(ratio.median)} ({_three(ratio.p10)}-{_three(ratio.p90)})"
+
+
+def render(console: Console, report: Report) -> None:
+    """The report for people."""
+    machine = report.machine
+    console.print(
+        f"{machine['cpu']}, {machine['cpus']} CPUs{', virtual' if machine['virtual'] else ''}, "
+        f"Linux {machine['linux']} ({machine['architecture']}), {machine['python']}, "
+        f"{machine['page']} byte pages, huge pages for shared memory: {machine['shmem_huge']}, "
+        f"governor {machine['governor']}, load {machine['load']}; "
+        f"{'quick, ' if report.quick else ''}{report.seconds} s"
+    )
+    for (group, size, work), figures in groupby(report.figures, key=lambda each: (each.group, each.size, each.work)):
+        title = [group, *([bytes_in_words(size)] if size else []), *([WORKS.get(work, work)] if work else [])]
+        console.print()
+        if console.is_terminal:
+            console.print(_table(", ".join(title), figures))
+        else:
+            console.print(", ".join(title))
+            for figure in figures:
+                console.print("  " + "  ".join(cell for cell in _cells(figure) if cell))
+    if report.reach:
+        console.print("\n[bold]what the project holds itself to[/] (ratios in this run)")
+        for reached in report.reach:
+            mark = {True: "[green]met[/]", False: "[bold red]MISSED[/]", None: "not measured"}[reached.met]
+            sign = "≥" if reached.at_least else "≤"
+            console.print(f"  {mark}  {reached.what}: {_ratio(reached.ratio) or reached.why}  {sign} {reached.limit:g}")
+    for missing in report.missing:
+        console.print(f"left out: {missing.what}: {missing.why}")
+    for doubt in report.doubts:
+        console.print(f"[yellow]note:[/] {doubt}")
+    for sentence in report.sentences:
+        console.print(f"\n[bold]{sentence}[/]")
+
+
+def _cells(figure: Figure) -> list[str]:
+    took = figure.time
+    return [
+        f"{figure.name}{' ~' if figure.unsteady else ''}",
+        duration(took.median),
+        f"{duration(took.p10)} - {duration(took.p90)}",
+        _ratio(figure.ratio),
+        f"x {figure.floor}" if figure.ratio is not None else "",
+    ]
+
+
+def _table(title: str, figures: Iterable[Figure]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("median", "p10 - p90", "x floor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("floor")
+    for figure in figures:
+        table.add_row(*_cells(figure))
+    return table

@@ -1,0 +1,41 @@
+"""The crossover curves of `realmap bench access`, as a picture."""
+
+from __future__ import annotations
+
+from realmap.lab.bench.access import WAYS, WORKS, bytes_in_words
+from realmap.lab.bench.report import Report
+
+
+def plot(report: Report, path: str) -> None:
+    """Draws time over size, a panel for each work, into `path` (.png or .svg)."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    works = [work for work in WORKS if work != "none"]
+    figure, panels = pyplot.subplots(1, len(works), figsize=(5 * len(works), 5), sharey=True, layout="constrained")
+    for panel, work in zip(panels, works, strict=True):
+        for way in WAYS:
+            points = [
+                found
+                for found in report.figures
+                if (found.group, found.work, found.name) == ("access", work, way.name) and found.size
+            ]
+            if points:
+                sizes = [found.size for found in points]
+                line = panel.plot(sizes, [found.time.median / 1e3 for found in points], marker=".", label=way.name)
+                low, high = ([getattr(found.time, edge) / 1e3 for found in points] for edge in ("p10", "p90"))
+                panel.fill_between(sizes, low, high, alpha=0.15, color=line[0].get_color(), linewidth=0)
+        panel.set(xscale="log", yscale="log", title=WORKS[work], xlabel="bytes")
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: bytes_in_words(round(size))))
+        panel.set_xticks([64 << shift for shift in range(0, 23, 4)])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("µs (median; shaded: 10th to 90th percentile)")
+    panels[0].legend(fontsize="small")
+    machine = report.machine
+    figure.suptitle(f"reaching the bytes of another process: {machine['cpu']}, Linux {machine['linux']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

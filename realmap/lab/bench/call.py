@@ -1,0 +1,83 @@
+"""What a call costs, from one process to another and back: spinning and blocking, pinned to two CPUs and not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+
+from realmap.lab.bench.measure import Batch, Contender
+from realmap.lab.bench.run import Bench
+from realmap.system import KernelHandle
+
+SHORT = 64
+
+
+@contextlib.contextmanager
+def pinned(kernels: list[KernelHandle], pin: bool) -> Iterator[None]:
+    """This process on one CPU and the kernels on another, and afterwards as before."""
+    if not pin:
+        yield
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    others = [psutil.Process(kernel.pid) for kernel in kernels]
+    for process in others:
+        process.cpu_affinity([cpus[1]])
+    os.sched_setaffinity(0, [cpus[0]])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
+        for process in others:
+            process.cpu_affinity(cpus)
+
+
+def timed(call: Callable[[], object]) -> Batch:
+    """Calls so often."""
+
+    def batch(count: int) -> int:
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            call()
+        return time.perf_counter_ns() - start
+
+    return batch
+
+
+def measure(bench: Bench) -> None:
+    """Round trips, with every peer in the same rounds."""
+    spinning, me = bench.kernel()
+    blocking, blocked = bench.kernel(spin=0)
+    buffer = me.map(SHORT)
+    cpus = len(os.sched_getaffinity(0))
+    for pin in (False, True):
+        if pin and cpus < 2:
+            bench.missing("calls pinned to two CPUs", "there is only one")
+            break
+        bench.say(f"call: {'pinned to two CPUs' if pin else 'not pinned'}")
+        flag = int(pin)
+        pipe, iceoryx, packets = bench.peer("pipe"), bench.peer("iceoryx2"), bench.peer("seqpacket")
+        contenders = [
+            Contender("C spin", lambda count, flag=flag: bench.floor.ask("spin", count, flag)),  # type: ignore[misc]
+            Contender("call", timed(lambda: me.call("bench_nop")), "C spin"),
+            Contender("Pipe with pickle", pipe.batch("call", after=(flag,)), "C spin"),
+            Contender("iceoryx2", iceoryx.batch("call", after=(flag,)), "C spin"),
+            Contender("call, 64 bytes by copy_in", timed(lambda: me.call("bench_take", buffer)), "C spin"),
+            Contender("Pipe, 64 bytes", pipe.batch("bytes", SHORT, after=(flag,)), "C spin"),
+            Contender("C socket", bench.floor.batch("socket", after=(flag,))),
+            Contender("call, spin=0", timed(lambda: blocked.call("bench_nop")), "C socket"),
+            Contender("bare SEQPACKET", packets.batch("call", after=(flag,)), "C socket"),
+        ]
+        with pinned([spinning, blocking], pin):
+            race = bench.race("call", contenders, None, "pinned" if pin else "not pinned")
+        if not pin or cpus < 2:
+            bench.reach("call, spinning / Pipe with pickle", 0.25, race, "call", "Pipe with pickle")
+            bench.reach("call, spinning / iceoryx2, spinning", 0.5, race, "call", "iceoryx2")
+            bench.reach(
+                "call with 64 bytes by copy_in / Pipe", 0.5, race, "call, 64 bytes by copy_in", "Pipe, 64 bytes"
+            )
+            bench.reach("call, spin=0 / bare SEQPACKET", 1.6, race, "call, spin=0", "bare SEQPACKET")
+    buffer.unmap()

@@ -1,0 +1,71 @@
+"""What the figures depend on: the machine, its settings, and how busy others kept it meanwhile."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+from realmap.host.translate import SHM
+from realmap.pages import PAGE_SIZE
+
+#: Others may take this share of the CPUs before it is said.
+BUSY = 0.05
+
+
+def facts() -> dict[str, str | int | float]:
+    """The machine, in the words of Linux. Sizes in bytes."""
+    disk = os.statvfs(SHM)
+    return {
+        "cpu": _cpu(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "virtual": "hypervisor" in _read("/proc/cpuinfo"),
+        "memory": psutil.virtual_memory().total,
+        "linux": platform.release(),
+        "architecture": platform.machine(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "page": PAGE_SIZE,
+        "shm": disk.f_blocks * disk.f_frsize,
+        "shmem_huge": _chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or "unknown",
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _cpu() -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Hardware", "CPU part"):
+            return value.strip()
+    return platform.processor() or "unknown"
+
+
+def _chosen(path: str) -> str:
+    """The word in brackets of a setting such as `always [madvise] never`."""
+    text = _read(path)
+    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip() or "unknown"
+
+
+class Disturbance:
+    """How much of the CPUs was not ours to use, from its making to `doubts`."""
+
+    def __init__(self) -> None:
+        self._before = psutil.cpu_times()
+
+    def doubts(self) -> list[str]:
+        """In words: what share of the CPUs the hypervisor took, where that matters."""
+        before, after = self._before, psutil.cpu_times()
+        total = sum(after) - sum(before)
+        stolen = (after.steal - before.steal) / total if total > 0 else 0.0
+        if stolen <= BUSY:
+            return []
+        return [f"the hypervisor took {stolen:.0%} of the CPUs' time away: compare ratios, not times"]

@@ -1,0 +1,35 @@
+"""What it costs to make memory that can be shared, and to give it back."""
+
+from __future__ import annotations
+
+from realmap.lab.bench.access import bytes_in_words
+from realmap.lab.bench.call import timed
+from realmap.lab.bench.measure import Contender
+from realmap.lab.bench.run import Bench
+
+SIZES = [4 << 10, 64 << 10, 1 << 20, 16 << 20]
+QUICK_SIZES = [4 << 10, 1 << 20]
+
+
+def measure(bench: Bench) -> None:
+    """map + unmap by size. realmap takes the space at once; the peers at first touch, which is not in their figures."""
+    _, me = bench.kernel()
+    for size in QUICK_SIZES if bench.quick else SIZES:
+        bench.say(f"make: {bytes_in_words(size)}")
+        contenders = [
+            Contender("C shm_open … close", bench.floor.batch("make", size)),
+            Contender("C with posix_fallocate", bench.floor.batch("make_commit", size)),
+            Contender("map + unmap", timed(lambda size=size: me.map(size).unmap()), "C with posix_fallocate"),  # type: ignore[misc]
+            Contender(
+                "map + unmap, commit=False",
+                timed(lambda size=size: me.map(size, commit=False).unmap()),  # type: ignore[misc]
+                "C shm_open … close",
+            ),
+            Contender("SharedMemory", bench.peer("shared_memory").batch("make", size), "C shm_open … close"),
+            Contender("posix_ipc by hand", bench.peer("posix_ipc").batch("make", size), "C shm_open … close"),
+        ]
+        race = bench.race("make", contenders, size)
+        if size == 4 << 10:
+            bench.reach(
+                "map + unmap 4 KiB / SharedMemory create + close + unlink", 1.5, race, "map + unmap", "SharedMemory"
+            )

@@ -1,0 +1,133 @@
+"""Rounds of several contenders, interleaved: what slows the machine down for a moment slows all of them down.
+
+    round 1   floor a  b  floor c  …      each a batch of as many operations as fill `batch_ns`
+    round 2   floor a  b  floor c  …
+    …
+    at last   floor       floor           so that every contender has its floor before and after it
+
+Ratios are taken round by round, against the mean of the floor's neighbours, and then their median.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+from typing import NamedTuple
+
+from realmap.lab.bench.report import Figure, Missing, Spread
+
+#: Runs so many operations and answers how many nanoseconds they took.
+Batch = Callable[[int], int]
+#: The middle 80 % of the rounds may be this far apart, in medians, before a figure is called unsteady.
+STEADY = 0.5
+#: At most so many operations a batch: a bare system call would otherwise be repeated for ever.
+MOST = 20_000
+
+
+class Absent(Exception):
+    """A contender that is not to be had here; the text says why."""
+
+
+class Plan(NamedTuple):
+    """How long to measure: rounds, nanoseconds a batch, and seconds after which no more rounds are begun."""
+
+    rounds: int
+    batch_ns: int
+    race_seconds: float
+    #: Even where that takes longer.
+    least_rounds: int = 5
+
+
+class Contender(NamedTuple):
+    """Something to be measured, and the name of the contender that it is compared with."""
+
+    name: str
+    batch: Batch
+    floor: str | None = None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median and the 10th and 90th percentile."""
+    if len(values) < 2:
+        return Spread(values[0], values[0], values[0])
+    tenths = quantiles(values, n=10, method="inclusive")
+    return Spread(median(values), tenths[0], tenths[8])
+
+
+class Race:
+    """One run of some contenders against each other."""
+
+    def __init__(self, contenders: Sequence[Contender], plan: Plan) -> None:
+        """Runs it. Who is `Absent` is left out (`missing`)."""
+        self.contenders: list[Contender] = []
+        self.missing: list[Missing] = []
+        self._samples: dict[str, list[float]] = {}
+        self._counts: dict[str, int] = {}
+        for contender in contenders:
+            try:
+                self._counts[contender.name] = self._calibrate(contender.batch, plan)
+            except Absent as error:
+                self.missing.append(Missing(contender.name, str(error)))
+            else:
+                self.contenders.append(contender)
+                self._samples[contender.name] = []
+        floors = {contender.floor for contender in self.contenders}
+        end = time.monotonic() + plan.race_seconds
+        for done in range(plan.rounds):
+            if done >= plan.least_rounds and time.monotonic() > end:
+                break
+            for contender in self.contenders:
+                self._run(contender)
+        for contender in self.contenders:
+            if contender.name in floors:
+                self._run(contender)
+
+    @staticmethod
+    def _calibrate(batch: Batch, plan: Plan) -> int:
+        batch(1)  # warms up, and is not looked at
+        count = 1
+        while True:
+            took = max(1, batch(count))
+            if took * 4 >= plan.batch_ns or count >= MOST:
+                return max(1, min(MOST, count * plan.batch_ns // took))
+            count = min(MOST, count * 4)
+
+    def _run(self, contender: Contender) -> None:
+        count = self._counts[contender.name]
+        contender.batch(max(1, count // 8))  # awake and warm again: the others had the CPUs since
+        self._samples[contender.name].append(contender.batch(count) / count)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._samples
+
+    def time(self, name: str) -> Spread:
+        """Nanoseconds for one operation."""
+        return spread(self._samples[name])
+
+    def ratio(self, name: str, floor: str) -> Spread:
+        """How much longer `name` takes than `floor`."""
+        ours, theirs = self._samples[name], self._samples[floor]
+        around = [(theirs[at] + theirs[min(at + 1, len(theirs) - 1)]) / 2 for at in range(len(ours))]
+        return spread([mine / other for mine, other in zip(ours, around, strict=True)])
+
+    def figures(self, group: str, size: int | None = None, work: str | None = None) -> list[Figure]:
+        """What came out, contender by contender."""
+        found = []
+        for name, _, floor in self.contenders:
+            took = self.time(name)
+            found.append(
+                Figure(
+                    group,
+                    name,
+                    size,
+                    work,
+                    floor if floor is not None and floor in self else None,
+                    took,
+                    self.ratio(name, floor) if floor is not None and floor in self else None,
+                    len(self._samples[name]),
+                    self._counts[name],
+                    took.p90 - took.p10 > STEADY * took.median,
+                )
+            )
+        return found

@@ -1,0 +1,133 @@
+"""The C floor and the peers: programs of a checkout's `tools/`, each a process that takes requests by the line.
+
+── OP ARG … ──▶  ◀── ok NANOSECONDS  |  no REASON ──      the end of its stdin ends it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Self
+
+from realmap.host import forks
+from realmap.lab.bench.measure import Absent, Batch
+
+#: Where a checkout keeps them; an installed wheel has none.
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
+FLAGS = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE"]
+#: How long one of them may take to end, in seconds.
+PATIENCE = 5.0
+
+
+class Program:
+    """A running floor or peer. Where it cannot be had, every request to it is `Absent`."""
+
+    def __init__(self, name: str, command: list[str] | None, why: str = "") -> None:
+        """`command` None: it is not to be had, because of `why`."""
+        self.name = name
+        self._why = why
+        self._process: subprocess.Popen[str] | None = None
+        if command is not None:
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
+            except OSError as error:
+                self._why = f"it does not start: {error.strerror}"
+        forks.lose_in_child(self)
+
+    def ask(self, *words: object) -> int:
+        """Nanoseconds for the operations asked for. Absent: it cannot do that here, or has died."""
+        process = self._process
+        if process is None:
+            raise Absent(self._why)
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(" ".join(map(str, words)) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            answer = ""
+        said, _, rest = answer.strip().partition(" ")
+        if said == "ok":
+            return int(rest)
+        raise Absent(rest if said == "no" else f"it ended (exit code {process.poll()})")
+
+    def batch(self, operation: str, *before: object, after: tuple[object, ...] = ()) -> Batch:
+        """Runs `operation`, with its count between the arguments `before` and `after`."""
+        return lambda count: self.ask(operation, *before, count, *after)
+
+    def close(self) -> None:
+        """Ends it. Again: nothing."""
+        process, self._process, self._why = self._process, None, "it was ended"
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+    def lose(self) -> None:
+        """In a forked child: it is the parent's, which could not end it while a child holds its stdin."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError):
+                os.close(process.stdin.fileno())
+
+
+class Programs:
+    """The floor and every peer, started on first use. A context manager, which ends them."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Program] = {}
+        self._folder: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for program in self._running.values():
+            program.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def floor(self) -> Program:
+        """The C floor, built now if it is not yet."""
+        if "floor" not in self._running:
+            self._running["floor"] = self._build()
+        return self._running["floor"]
+
+    def peer(self, name: str) -> Program:
+        """The peer of that name (`tools/peers/peer_NAME.py`)."""
+        if name not in self._running:
+            script = TOOLS / "peers" / f"peer_{name}.py"
+            if script.exists():
+                self._running[name] = Program(name, [sys.executable, "-B", str(script)])
+            else:
+                self._running[name] = Program(name, None, f"{script} is not there: the peers come with a checkout")
+        return self._running[name]
+
+    def _build(self) -> Program:
+        sources = sorted(map(str, (TOOLS / "floor").glob("*.c")))
+        compiler = shutil.which(os.environ.get("CC", "cc"))
+        if not sources:
+            return Program("floor", None, f"{TOOLS / 'floor'} is not there: the C floor comes with a checkout")
+        if compiler is None:
+            return Program("floor", None, "no C compiler (cc)")
+        self._folder = tempfile.mkdtemp(prefix="realmap-bench-")
+        target = os.path.join(self._folder, "floor")
+        built = subprocess.run([compiler, *FLAGS, *sources, "-o", target], capture_output=True, text=True)
+        if built.returncode:
+            return Program("floor", None, f"it does not build: {built.stderr.strip().splitlines()[0]}")
+        return Program("floor", [target])

@@ -1,0 +1,79 @@
+"""What a bench finds, typed: figures in nanoseconds, ratios, what was left out and why."""
+
+from __future__ import annotations
+
+import msgspec
+
+FORM = 1
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """The median of some rounds, and between what 80 % of them lay."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """One contender: nanoseconds for one operation, and how that compares with its floor in the same rounds.
+
+    `size` in bytes and `work` where they matter; `count` operations a round. `unsteady`: the middle 80 %
+    of the rounds are wider apart than half of the median.
+    """
+
+    group: str
+    name: str
+    size: int | None
+    work: str | None
+    floor: str | None
+    time: Spread
+    ratio: Spread | None
+    rounds: int
+    count: int
+    unsteady: bool
+
+
+class Reached(msgspec.Struct, frozen=True):
+    """A limit that the project holds itself to: `what`, the ratio measured, and whether that is met.
+
+    `ratio` is None where it could not be measured; `why` then says so.
+    """
+
+    what: str
+    limit: float
+    at_least: bool
+    ratio: Spread | None
+    why: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it is; None where it was not measured."""
+        if self.ratio is None:
+            return None
+        return self.ratio.median >= self.limit if self.at_least else self.ratio.median <= self.limit
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """Something that was left out, and why."""
+
+    what: str
+    why: str
+
+
+class Report(msgspec.Struct):
+    """Everything that one run found. `form` is the version of this structure; `seconds` how long it took."""
+
+    form: int
+    version: str
+    groups: list[str]
+    quick: bool
+    machine: dict[str, str | int | float]
+    seconds: float = 0.0
+    figures: list[Figure] = []
+    reach: list[Reached] = []
+    missing: list[Missing] = []
+    #: What a reader should take from it, in words.
+    sentences: list[str] = []
+    #: What makes the figures doubtful.
+    doubts: list[str] = []

@@ -1,0 +1,121 @@
+"""One run of the bench: its kernels, its programs, and what it has found so far."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from realmap.errors import KernelError
+from realmap.lab.bench import machine
+from realmap.lab.bench.measure import Absent, Contender, Plan, Race
+from realmap.lab.bench.programs import Program, Programs
+from realmap.lab.bench.report import FORM, Missing, Reached, Report
+from realmap.system import KernelHandle, boot
+from realmap.user.process import Process
+from realmap.wire.messages import VERSION
+
+GROUPS = ("access", "call", "make", "handover", "scale")
+QUICK = Plan(rounds=9, batch_ns=2_000_000, race_seconds=0.35)
+FULL = Plan(rounds=25, batch_ns=8_000_000, race_seconds=5.0)
+#: Of dropped mirrors, what the kernel with kept windows keeps. Bytes.
+KEPT = 1 << 30
+
+
+class Bench:
+    """What the groups measure with. A context manager: everything it started ends."""
+
+    def __init__(self, groups: Sequence[str], quick: bool, say: Callable[[str], None]) -> None:
+        self.quick = quick
+        self.plan = QUICK if quick else FULL
+        self.say = say
+        self.report = Report(FORM, VERSION, list(groups), quick, machine.facts())
+        self._programs = Programs()
+        self._kernels: dict[tuple[int, float | None], tuple[KernelHandle, Process]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self._programs)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def floor(self) -> Program:
+        """The C floor."""
+        return self._programs.floor
+
+    def peer(self, name: str) -> Program:
+        """A peer by its name."""
+        return self._programs.peer(name)
+
+    def kernel(self, *, lazy_unmap: int = 0, spin: float | None = None) -> tuple[KernelHandle, Process]:
+        """A kernel with the bench's handlers, and this process as its user; the same one each time."""
+        key = (lazy_unmap, spin)
+        if key not in self._kernels:
+            from realmap.lab.bench.handlers import HANDLERS  # needs numpy
+
+            options: dict[str, Any] = {} if spin is None else {"spin": spin}
+            kernel = self._stack.enter_context(boot(syscalls=HANDLERS, lazy_unmap=lazy_unmap, **options))
+            self._kernels[key] = kernel, self._stack.enter_context(kernel.connect())
+        return self._kernels[key]
+
+    def race(
+        self, group: str, contenders: Sequence[Contender], size: int | None = None, work: str | None = None
+    ) -> Race:
+        """Runs some contenders against each other, and notes what came out."""
+        race = Race(contenders, self.plan)
+        self.report.figures += race.figures(group, size, work)
+        for missing in race.missing:
+            self.missing(missing.what, missing.why)
+        return race
+
+    def missing(self, what: str, why: str) -> None:
+        """Notes once that something was left out."""
+        found = Missing(what, why)
+        if found not in self.report.missing:
+            self.report.missing.append(found)
+
+    def reach(self, what: str, limit: float, race: Race, name: str, floor: str) -> None:
+        """Holds a ratio against a limit of the project."""
+        for each in (name, floor):
+            if each not in race:
+                self.report.reach.append(Reached(what, limit, False, None, f"{each} was left out"))
+                return
+        self.report.reach.append(Reached(what, limit, False, race.ratio(name, floor)))
+
+
+def run(groups: Sequence[str] = (), *, quick: bool = False, say: Callable[[str], None] = lambda what: None) -> Report:
+    """Measures the `groups` (all of them by default), and tells by `say` what it is at.
+
+    ValueError: there is no such group. Absent: numpy is not installed.
+    """
+    chosen = [group for group in GROUPS if group in groups or not groups]
+    unknown = sorted(set(groups) - set(GROUPS))
+    if unknown:
+        raise ValueError(f"no bench is named {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    try:
+        importlib.import_module("numpy")
+    except ImportError:
+        raise Absent("the bench needs numpy: pip install 'realmap[bench]'") from None
+    disturbance = machine.Disturbance()
+    start = time.monotonic()
+    with Bench(chosen, quick, say) as bench:
+        for group in chosen:
+            try:
+                importlib.import_module(f"realmap.lab.bench.{group}").measure(bench)
+            except (KernelError, Absent) as error:
+                bench.missing(group, str(error))
+    report = bench.report
+    report.seconds = round(time.monotonic() - start, 1)
+    report.doubts = disturbance.doubts()
+    unsteady = sum(figure.unsteady for figure in report.figures)
+    if unsteady:
+        report.doubts.append(
+            f"{unsteady} of {len(report.figures)} figures are unsteady (marked ~): their middle 80 % is wider than "
+            "half of the median; run it again on a quieter machine before leaning on one"
+        )
+    return report
