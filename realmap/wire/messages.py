@@ -91,7 +91,7 @@ class Map(_Request, tag=2, frozen=True):
     fragment: int | None
     name: str | None
     commit: bool
-    huge: bool
+    huge: bool = False
 
 
 class More(_Request, tag=3, frozen=True):
