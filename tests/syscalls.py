@@ -35,6 +35,13 @@ def who(call: Call) -> list[Any]:
 
 
 @syscall
+def sha256_populated(call: Call, data: UserBuffer, offset: int, length: int) -> str:
+    """Digests a part of it in place, every page faulted in before."""
+    with data.mirror(realmap.k_r, offset, length, populate=True) as mirror:
+        return hashlib.sha256(mirror).hexdigest()
+
+
+@syscall
 def sha256(call: Call, data: UserBuffer) -> str:
     """Digests in place."""
     with data.mirror(realmap.k_r) as mirror:

@@ -15,7 +15,7 @@ from realmap.pages import PAGE_SIZE
 BUSY = 0.05
 
 
-def facts() -> dict[str, str | int | float]:
+def facts() -> dict[str, str | int | float | bool]:
     """The machine, in the words of Linux. Sizes in bytes."""
     disk = os.statvfs(SHM)
     return {

@@ -77,9 +77,9 @@ class Race:
         for done in range(plan.rounds):
             if done >= plan.least_rounds and time.monotonic() > end:
                 break
-            for contender in self.contenders:
+            for contender in list(self.contenders):
                 self._run(contender)
-        for contender in self.contenders:
+        for contender in list(self.contenders):
             if contender.name in floors:
                 self._run(contender)
 
@@ -95,8 +95,13 @@ class Race:
 
     def _run(self, contender: Contender) -> None:
         count = self._counts[contender.name]
-        contender.batch(max(1, count // 8))  # awake and warm again: the others had the CPUs since
-        self._samples[contender.name].append(contender.batch(count) / count)
+        try:
+            contender.batch(max(1, count // 8))  # awake and warm again: the others had the CPUs since
+            self._samples[contender.name].append(contender.batch(count) / count)
+        except Absent as error:  # it has died: half a race is none
+            self.contenders.remove(contender)
+            del self._samples[contender.name]
+            self.missing.append(Missing(contender.name, str(error)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._samples

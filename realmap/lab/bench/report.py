@@ -68,7 +68,7 @@ class Report(msgspec.Struct):
     version: str
     groups: list[str]
     quick: bool
-    machine: dict[str, str | int | float]
+    machine: dict[str, str | int | float | bool]
     seconds: float = 0.0
     figures: list[Figure] = []
     reach: list[Reached] = []
