@@ -686,7 +686,7 @@ typedef struct {
     PyObject *mapping;
     PyObject *mappings;
     PyObject *frames;
-    PyObject *holders; /* of its one frames, while it holds a reference to it */
+    PyObject *holders; /* the `mirrors` of its one frames, while it holds a reference to them */
     PyObject *weakrefs;
     uint64_t serial; /* of its frames; 0 where it shows several */
     uint64_t start; /* what its first page shows: an offset in the frames */
@@ -1080,7 +1080,8 @@ static PyObject *host_unkeep(PyObject *Py_UNUSED(module), PyObject *number)
 
 typedef struct {
     PyObject_HEAD
-    PyObject *holders; /* {id: who}: one entry for each reference */
+    PyObject *holders; /* {id: who}: one entry for each reference, */
+    PyObject *mirrors; /* but those of mirrors are here: they come and go, and there may be many of the others */
     unsigned long long serial;
     unsigned long long huge; /* bytes that huge pages back */
     int fd;                  /* of the one segment; -1 where there are several, or none any more */
@@ -1104,6 +1105,7 @@ static void frames_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
     Py_XDECREF(((Frames *)op)->holders);
+    Py_XDECREF(((Frames *)op)->mirrors);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }
@@ -1120,6 +1122,7 @@ static void mapping_dealloc(PyObject *op)
 
 static PyMemberDef frames_members[] = {
     {"_holders", T_OBJECT_EX, offsetof(Frames, holders), 0, NULL},
+    {"_mirrors", T_OBJECT_EX, offsetof(Frames, mirrors), 0, NULL},
     {"serial", T_ULONGLONG, offsetof(Frames, serial), 0, "A number of its own, in this process."},
     {"huge", T_ULONGLONG, offsetof(Frames, huge), 0, "How many bytes of it huge pages back."},
     {"_fd", T_INT, offsetof(Frames, fd), 0, NULL},
@@ -1235,7 +1238,8 @@ static int let_go(Mirror *self)
     PyObject *key = PyLong_FromVoidPtr(self);
     int failed = !key || PyDict_DelItem(holders, key);
     Py_XDECREF(key);
-    if (!failed && !PyDict_Size(holders)) {
+    Frames *frames = (Frames *)self->frames;
+    if (!failed && !PyDict_Size(holders) && !PyDict_Size(frames->holders)) {
         PyObject *done = PyObject_CallMethod(self->frames, "_free", NULL);
         failed = !done;
         Py_XDECREF(done);
@@ -1325,7 +1329,7 @@ static Frames *plain_range(Mapping *mapping, int64_t offset, int64_t length, uin
 {
     Frames *frames = (Frames *)mapping->frames;
     if (!frames || !PyObject_TypeCheck((PyObject *)frames, frames_type) || !frames->holders ||
-        !PyDict_Check(frames->holders) || !(mapping->held || mapping->pins) || offset < 0 || length <= 0 ||
+        !frames->mirrors || !PyDict_Check(frames->holders) || !PyDict_Check(frames->mirrors) || !(mapping->held || mapping->pins) || offset < 0 || length <= 0 ||
         (uint64_t)offset + (uint64_t)length > mapping->length || mapping->phys_offset > (uint64_t)INT64_MAX / 2 ||
         mapping->length > (uint64_t)INT64_MAX / 2)
         return NULL;
@@ -1447,7 +1451,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     self->window.lead = lead;
     self->window.length = (Py_ssize_t)length;
     self->window.state = ALIVE;
-    if (hold(self, frames->holders)) {
+    if (hold(self, frames->mirrors)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }

@@ -76,6 +76,7 @@ class Frames:
     huge: int
     _fd: int
     _holders: dict[int, tuple[object, ...]]
+    _mirrors: dict[int, tuple[object, ...]]
 
 class Mapping:
     # Typed by realmap.memory.mapping.Mapping.

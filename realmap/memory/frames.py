@@ -80,14 +80,14 @@ class SharedFrames(FramesCore):
             self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
             self.huge = sum(segment.huge for segment in segments)
             self._fd = -1
-        self._holders = {}
+        self._holders, self._mirrors = {}, {}
         self._on_free = on_free
         self._freed = False
 
     @property
     def refcount(self) -> int:
         """How many mappings, mirrors and handles refer to these frames."""
-        return len(self._holders)
+        return len(self._holders) + len(self._mirrors)
 
     @property
     def freed(self) -> bool:
@@ -98,7 +98,7 @@ class SharedFrames(FramesCore):
         """Everyone who holds a reference, in words."""
         return [
             " ".join(hex(part) if isinstance(part, int) else str(part) for part in who)
-            for who in [*self._holders.values()]
+            for who in [*self._holders.values(), *self._mirrors.values()]
         ]
 
     def hold(self, holder: object, *who: object) -> None:
@@ -109,7 +109,7 @@ class SharedFrames(FramesCore):
 
     def let_go(self, holder: object) -> None:
         """Gives up the reference of `holder`; the last one closes the segments. A second time: nothing."""
-        if self._holders.pop(id(holder), None) is not None and not self._holders:
+        if self._holders.pop(id(holder), None) is not None and not self._holders and not self._mirrors:
             self._free()
 
     def unkeep(self) -> None:

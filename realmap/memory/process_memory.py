@@ -317,6 +317,11 @@ class ProcessMemory:
         Errors as `parts` and `CrossProcessMapping.mirror_mapping`; InvalidMemState names the mapping
         whose frames are not Shared.
         """
+        if address.__class__ is int and length.__class__ is int:
+            mapping = self._space.tree.at(address)
+            if mapping is not None and 0 < length <= mapping.length - (offset := address - mapping.address):
+                # In one mapping: the common case.
+                return CrossProcessMapping.mirror_mapping(mapping, offset, length, kernel=kernel, rights=rights)
         return CrossProcessMapping.mirror_parts(self.parts(address, length), kernel=kernel, rights=rights)
 
     def release_all(self) -> None:
