@@ -1612,6 +1612,7 @@ static PyType_Spec mirror_spec = {
 
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
+    _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
     _Alignas(LINE) _Atomic uint32_t head;
     _Alignas(LINE) _Atomic uint32_t asleep;
     _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
@@ -1672,6 +1673,7 @@ static PyObject *ring_open(PyObject *cls, PyObject *const *args, Py_ssize_t narg
     self->queues = got;
     self->in = &self->queues[is_kernel ? 0 : 1];
     self->out = &self->queues[is_kernel ? 1 : 0];
+    atomic_store_explicit(&self->out->cpu, UINT32_MAX, memory_order_relaxed); /* nowhere yet */
     self->epoch = fork_epoch;
     return (PyObject *)self;
 }
@@ -1708,6 +1710,19 @@ static PyObject *ring_push(PyObject *op, PyObject *message)
     return PyLong_FromLong(atomic_exchange(&self->out->asleep, 0) ? 2 : 1);
 }
 
+/* _offer(bytes) -> as _push; 0 also where the other side sleeps: it must be woken by the socket in any case, so
+ * the message itself had better go there. */
+static PyObject *ring_offer(PyObject *op, PyObject *message)
+{
+    Ring *self = (Ring *)op;
+    if (!ring_is_here(self))
+        return NULL;
+    atomic_store_explicit(&self->out->cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
+    if (atomic_load_explicit(&self->out->asleep, memory_order_relaxed))
+        return PyLong_FromLong(0);
+    return ring_push(op, message);
+}
+
 static int ring_ready(const Ring *self)
 {
     return atomic_load_explicit(&self->in->tail, memory_order_acquire) != self->in_head;
@@ -1737,15 +1752,16 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
     return message;
 }
 
-/* _fits(length): whether a message of so many bytes would be taken now. */
-static PyObject *ring_fits(PyObject *op, PyObject *length)
+/* _takes(length): whether _offer would take a message of so many bytes now; _push will, once this was true. */
+static PyObject *ring_takes(PyObject *op, PyObject *length)
 {
     Ring *self = (Ring *)op;
     uint64_t size;
     if (!ring_is_here(self) || as_u64(length, &size))
         return NULL;
     uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
-    return PyBool_FromLong(size <= RING_SLOT - sizeof(uint32_t) && used < RING_SLOTS);
+    return PyBool_FromLong(size <= RING_SLOT - sizeof(uint32_t) && used < RING_SLOTS &&
+                           !atomic_load_explicit(&self->out->asleep, memory_order_relaxed));
 }
 
 static Py_ssize_t find_ready(Ring **rings, Py_ssize_t count, Py_ssize_t start)
@@ -1758,16 +1774,20 @@ static Py_ssize_t find_ready(Ring **rings, Py_ssize_t count, Py_ssize_t start)
     return -1;
 }
 
-/* Who is waited for may need this very CPU: it is offered now and then. Whoever took it and kept it for longer
- * than a call takes is somebody else, and there are more processes that want to run than CPUs. */
-#define OFFER 4000
-#define KEPT_IT 250000
+/* Between two looks at the clock lie a few microseconds. Where it has gone on for this long, somebody else had
+ * this CPU: more processes want to run than there are. */
+#define TAKEN 60000
 #define OVERLOADED (-2)
+#define SAME_CPU (-3)
 
-/* Looks for a message for `budget` nanoseconds; the index of its ring, -1, or OVERLOADED. Without the GIL. */
+/* Looks for a message for `budget` nanoseconds; the index of its ring, -1, OVERLOADED, or SAME_CPU: who was heard
+ * last runs on this very CPU, and cannot say anything while we look. Without the GIL. */
 static Py_ssize_t spin_for(Ring **rings, Py_ssize_t count, Py_ssize_t start, uint64_t budget)
 {
-    int64_t now = nanoseconds(), end = now + (int64_t)budget, offer = now + OFFER;
+    const Ring *last = rings[start ? start - 1 : count - 1];
+    if (atomic_load_explicit(&last->in->cpu, memory_order_relaxed) == (uint32_t)sched_getcpu())
+        return SAME_CPU;
+    int64_t now = nanoseconds(), end = now + (int64_t)budget;
     while (now < end) {
         for (int turn = 0; turn < 32; turn++) {
             pause_cpu();
@@ -1775,29 +1795,26 @@ static Py_ssize_t spin_for(Ring **rings, Py_ssize_t count, Py_ssize_t start, uin
             if (found >= 0)
                 return found;
         }
+        int64_t before = now;
         now = nanoseconds();
-        if (now >= offer) {
-            sched_yield();
-            int64_t after = nanoseconds();
-            if (after - now > KEPT_IT)
-                return find_ready(rings, count, start) < 0 ? OVERLOADED : find_ready(rings, count, start);
-            now = after;
-            offer = after + OFFER;
+        if (now - before > TAKEN) {
+            Py_ssize_t found = find_ready(rings, count, start);
+            return found >= 0 ? found : OVERLOADED;
         }
     }
     return -1;
 }
 
-/* _exchange(bytes, ns, inbox) -> as _push; 3: it was pushed, and within `ns` nanoseconds a message came, which was
+/* _exchange(bytes, ns, inbox) -> as _offer; 3: it was pushed, and within `ns` nanoseconds a message came, which was
  * appended to `inbox` (in one go: an interrupt cannot come between taking it and keeping it); 4: it was pushed, and
- * others want this CPU. */
+ * others want this CPU; 5: it was pushed, and spinning on this CPU would be in its way. */
 static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Ring *self = (Ring *)op;
     uint64_t budget;
     if (wants(nargs, 3, "Ring._exchange") || as_u64(args[1], &budget))
         return NULL;
-    PyObject *pushed = ring_push(op, args[0]);
+    PyObject *pushed = ring_offer(op, args[0]);
     if (!pushed || PyLong_AsLong(pushed) != 1)
         return pushed;
     if (!ring_ready(self)) {
@@ -1810,11 +1827,11 @@ static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t n
         Py_END_ALLOW_THREADS
         int closed = !self->queues;
         Py_DECREF(op);
-        if (found == OVERLOADED || found < 0 || closed) {
-            if (found != OVERLOADED)
+        if (found < 0 || closed) {
+            if (found != OVERLOADED && found != SAME_CPU)
                 return pushed;
             Py_DECREF(pushed);
-            return PyLong_FromLong(4);
+            return PyLong_FromLong(found == OVERLOADED ? 4 : 5);
         }
     }
     Py_DECREF(pushed);
@@ -1859,7 +1876,8 @@ static Py_ssize_t all_rings(PyObject *list, Ring ***rings)
 }
 
 /* spin(rings, start, ns) -> the index of a ring that has a message, looked for from `start` on; -1 where none
- * has within `ns` nanoseconds, which are spent without the GIL; -2 where others want this CPU. */
+ * has within `ns` nanoseconds, which are spent without the GIL; -2 where others want this CPU, -3 where who was heard
+ * last wants it. */
 static PyObject *host_spin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t start, budget;
@@ -1936,7 +1954,8 @@ static void ring_dealloc(PyObject *op)
 static PyMethodDef ring_methods[] = {
     {"_open", FASTCALL(ring_open), METH_FASTCALL | METH_CLASS, NULL},
     {"_push", ring_push, METH_O, NULL},
-    {"_fits", ring_fits, METH_O, NULL},
+    {"_offer", ring_offer, METH_O, NULL},
+    {"_takes", ring_takes, METH_O, NULL},
     {"_exchange", FASTCALL(ring_exchange), METH_FASTCALL, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},

@@ -64,7 +64,7 @@ class Connection:
         go with the last part; they stay the caller's (copies wait in the outbox). OSError: no descriptors
         are left for copies; nothing more can be said to this client in order.
         """
-        if self._send_by_ring(message, descriptors, id):
+        if self._send_by_ring(message, descriptors, id) if descriptors else self.send_short(message):
             return
         parts = channel.datagrams(message)
         for part in parts:
@@ -75,22 +75,19 @@ class Connection:
 
     def send_short(self, message: bytes) -> bool:
         """Sends a message without descriptors by the ring; False where it does not go that way now."""
-        ring = self.ring
-        if ring is None or self._outbox:
-            return False
-        pushed = ring._push(message)
+        return self.ring is not None and not self._outbox and self._ring_bell(self.ring._offer(message))
+
+    def _ring_bell(self, pushed: int) -> bool:
         if pushed == 2:
             self._try(channel.BELL, ())  # where it cannot be sent there is unread mail, which wakes as well
         return pushed != 0
 
     def _send_by_ring(self, message: bytes, descriptors: Sequence[int], id: int) -> bool:
-        if descriptors:
-            # Before they are sent it is known that the message that they belong to will follow.
-            if self.ring is None or self._outbox or not self.ring._fits(len(message)):
-                return False
-            if not self._try(b"\0" + encode(Carrier(id)), descriptors):
-                return False
-        return self.send_short(message)
+        """A message whose descriptors go by the socket, right before it: it is known then that it will follow."""
+        ring = self.ring
+        if ring is None or self._outbox or not ring._takes(len(message)):
+            return False
+        return self._try(b"\0" + encode(Carrier(id)), descriptors) and self._ring_bell(ring._push(message))
 
     def _try(self, datagram: bytes, descriptors: Sequence[int]) -> bool:
         try:

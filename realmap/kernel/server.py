@@ -44,7 +44,7 @@ from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
 from realmap.wire import channel, messages
-from realmap.wire.ring import OVERLOADED, SPIN, SpinBudget, checked_spin
+from realmap.wire.ring import OVERLOADED, SAME_CPU, SPIN, SpinBudget, checked_spin
 
 Handler = Callable[[int], None]
 log = logging.getLogger("realmap")
@@ -260,7 +260,7 @@ class Kernel:
             else:
                 if found == OVERLOADED:
                     budget.overloaded()
-                elif patience:
+                elif patience and found != SAME_CPU:
                     budget.lost()
                 asleep = looked = now
                 self._sleep(rings)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import os
 import select
-import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from realmap.user import handshake
 from realmap.user.handshake import SLICE
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
-from realmap.wire.ring import LONGEST, OVERLOADED, RingEnd, SpinBudget
+from realmap.wire.ring import LONGEST, OVERLOADED, SAME_CPU, RingEnd, SpinBudget
 
 Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 
@@ -164,7 +163,7 @@ class Client:
             except IndexError:
                 return
             try:
-                channel.send_one(self._sock, datagram, flags=socket.MSG_DONTWAIT)
+                channel.send_one(self._sock, datagram, flags=channel.AT_ONCE)
             except BlockingIOError:
                 self._notices.appendleft(datagram)
                 return
@@ -258,7 +257,7 @@ class Client:
         if self._notices:
             self._flush_notices()
         ring = self._ring
-        if ring is not None and len(message) <= LONGEST and (pushed := ring._push(message)):
+        if ring is not None and len(message) <= LONGEST and (pushed := ring._offer(message)):
             if pushed == 2:
                 self._send_bell()
             return
@@ -272,7 +271,7 @@ class Client:
 
     def _send_bell(self) -> None:
         try:
-            channel.send_one(self._sock, channel.BELL, flags=socket.MSG_DONTWAIT)
+            channel.send_one(self._sock, channel.BELL, flags=channel.AT_ONCE)
         except BlockingIOError:
             pass  # the kernel has unread mail: that wakes it as well
         except OSError as error:
@@ -281,7 +280,7 @@ class Client:
     def _send_part(self, datagram: bytes, deadline: float | None) -> None:
         while True:
             try:
-                channel.send_one(self._sock, datagram, flags=socket.MSG_DONTWAIT)
+                channel.send_one(self._sock, datagram, flags=channel.AT_ONCE)
                 return
             except BlockingIOError:
                 # The kernel may be waiting for us to read: so read while waiting to send.
@@ -377,7 +376,10 @@ class Client:
                 return False
             found = spin(self._rings, 0, patience)
             if found < 0:
-                self._spin.overloaded() if found == OVERLOADED else self._spin.lost()
+                if found == OVERLOADED:
+                    self._spin.overloaded()
+                elif found != SAME_CPU:
+                    self._spin.lost()
                 return False
             self._spin.won()
             inbox.extend(iter(ring._pop, None))
@@ -386,11 +388,11 @@ class Client:
 
     def _receive_datagram(self, milliseconds: float | None) -> None:
         """Takes a datagram that comes within this time and hands it on; None: that is there already, if any is."""
-        flags = socket.MSG_CMSG_CLOEXEC
+        flags = channel.CLOEXEC  # waits a SLICE by itself: one system call less
         if milliseconds is None or milliseconds < SLICE or self._depth > 1:
             if milliseconds is not None and not self._readable(milliseconds):
                 return
-            flags |= socket.MSG_DONTWAIT  # else it waits a SLICE by itself: one system call less
+            flags = channel.CLOEXEC_AT_ONCE
         try:
             # In one call of C: a KeyboardInterrupt cannot come between taking it and keeping it.
             self._inbox.extend(

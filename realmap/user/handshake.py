@@ -54,7 +54,7 @@ def welcome(sock: socket.socket, path: str) -> tuple[messages.Welcome, RingEnd |
     while not poll.poll(SLICE):
         pass
     try:
-        data, ancillary, _, _ = sock.recvmsg(channel.DATAGRAM, channel.ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = sock.recvmsg(channel.DATAGRAM, channel.ANCILLARY, channel.CLOEXEC)
     except ConnectionError:
         data, ancillary = b"", []
     descriptors = channel.descriptors_in(ancillary)

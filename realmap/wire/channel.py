@@ -27,6 +27,12 @@ CHUNK = 64 << 10
 #: Room for one datagram and one byte more, by which a longer one is noticed.
 DATAGRAM = CHUNK + 2
 ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+# As plain integers: combining two members of an enum costs as much as sending.
+NOSIGNAL = int(socket.MSG_NOSIGNAL)
+AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+#: For receiving: descriptors that come are not inherited; and the same without waiting.
+CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+CLOEXEC_AT_ONCE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 
 
 class NotAMessage(Exception):
@@ -86,13 +92,13 @@ class Assembler:
         return message
 
 
-def send_one(sock: socket.socket, datagram: bytes, descriptors: Sequence[int] = (), flags: int = 0) -> None:
-    """Sends one datagram, whole or not at all. OSError as sendmsg(2)."""
+def send_one(sock: socket.socket, datagram: bytes, descriptors: Sequence[int] = (), flags: int = NOSIGNAL) -> None:
+    """Sends one datagram, whole or not at all. OSError as sendmsg(2). `flags`: NOSIGNAL, or AT_ONCE."""
     if descriptors:
         rights = array.array("i", descriptors)
-        sock.sendmsg([datagram], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], flags | socket.MSG_NOSIGNAL)
+        sock.sendmsg([datagram], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], flags)
     else:
-        sock.send(datagram, flags | socket.MSG_NOSIGNAL)
+        sock.send(datagram, flags)
 
 
 def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:

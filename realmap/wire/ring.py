@@ -1,7 +1,8 @@
 """The fast path: short messages through memory that both sides share, and spinning for a moment before sleeping.
 
     push ──▶ queue ──▶ pop        no system call while the other side is awake
-      └─ the other side sleeps: a BELL through the socket, one system call, wakes it
+      ├─ the other side sleeps: the message takes the socket, one system call, which wakes it
+      └─ it falls asleep this very moment: a BELL through the socket wakes it
 
 The memory is a sealed memfd, not a segment: it is no page frame of anybody's, and a ring that its
 user could truncate would be a way to kill the kernel. There is no eventfd: both sides wait for
@@ -21,8 +22,8 @@ from realmap.errors import InvalidSize
 
 #: The longest message that a ring takes, in bytes; longer ones take the socket.
 LONGEST = RING_MESSAGE
-#: What spinning answers where others want the CPU.
-OVERLOADED = -2
+#: What spinning answers where others want the CPU, and where the other side does.
+OVERLOADED, SAME_CPU = -2, -3
 #: How long a side looks for the next message before it sleeps, in microseconds. A wake-up across CPUs
 #: costs about 45 on a virtual machine (FACTS.md): looking for about twice that long cannot cost much more.
 SPIN = 100
@@ -42,7 +43,7 @@ def checked_spin(value: float) -> float:
 
 
 class RingEnd(Ring):
-    """One side's end of a ring. `_push`, `_pop` and `_close` are the C core's."""
+    """One side's end of a ring. What it does is the C core's."""
 
     __slots__ = ()
 
@@ -71,9 +72,9 @@ class SpinBudget:
     """How long to look for the next message this time: as long as that has paid off lately, and CPUs are free.
 
     Where it did not pay off the budget halves, down to nothing; a short sleep (it would have paid
-    off) brings it back. While spinning the CPU is offered to others now and then (`sched_yield`): who is waited for
-    may need it. Where somebody took it and kept it, more processes want to run than there are CPUs: then
-    there is no spinning for a while, and for twice as long each time.
+    off) brings it back. Where somebody else took the CPU meanwhile, more processes want to run than there
+    are CPUs: then there is no spinning for a while, and for twice as long each time. Nor is there where both sides
+    run on the same CPU: each would be in the way of the other.
     """
 
     __slots__ = ("_budget", "_busy_until", "_pause", "_seen_busy", "most")
@@ -102,7 +103,7 @@ class SpinBudget:
         self._budget = self._budget // 2 if self._budget > 2000 else 0
 
     def overloaded(self) -> None:
-        """Somebody else kept the CPU."""
+        """Somebody else took the CPU."""
         now = time.monotonic_ns()
         self._pause = PAUSE if now - self._seen_busy > 8 * self._pause else min(2 * self._pause, LONGEST_PAUSE)
         self._seen_busy = now
