@@ -12,7 +12,9 @@ import pytest
 from conftest import PAGE, land_maps
 
 from realmap import _host
+from realmap._host import Window
 from realmap.errors import InvalidAddress, InvalidSize, KernelPanic, VirtualMemoryExhaustion
+from realmap.host import procfs
 from realmap.memory import KERNEL_LAND, CrossProcessMapping, KernelMemory, Mapping
 
 Make = Callable[..., Mapping]
@@ -222,3 +224,65 @@ def test_a_forked_child_has_no_kernelland(make_mapping: Make, kernel_memory: Ker
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert bytes(mirror) == bytes(PAGE)
     mirror.drop()
+
+
+# ---- stakes -------------------------------------------------------------------------------
+
+SLOT = 1 << 39
+
+
+def stakes() -> list[int]:
+    return [
+        entry.start
+        for entry in procfs.maps("self", KERNEL_LAND.start, KERNEL_LAND.end)
+        if (entry.perms, entry.length, entry.inode) == ("---p", PAGE, 0)
+    ]
+
+
+def test_a_stake_stands_above_the_mirrors_for_as_long_as_the_land(make_mapping: Callable[..., Mapping]) -> None:
+    kernel = KernelMemory()
+    assert (kernel.stakes, stakes()) == ([], []), "not before there is a mirror"
+    CrossProcessMapping.mirror_mapping(make_mapping(PAGE), 0, 1, kernel=kernel).drop()
+    assert kernel.stakes == stakes() == [kernel.start + SLOT - PAGE]
+    pid = os.fork()
+    if not pid:
+        os._exit(len(stakes()) + len(kernel.stakes))
+    assert os.waitpid(pid, 0)[1] == 0, "a fork has no part in it"
+    del kernel
+    gc.collect()
+    assert stakes() == []
+
+
+def test_a_stake_is_never_in_the_way(make_mapping: Callable[..., Mapping]) -> None:
+    """Mirrors up to it, across it (they go behind it), and where it stands."""
+    mapping = make_mapping(8 * PAGE)
+    kernel = KernelMemory(KERNEL_LAND.start, 2 * SLOT)
+    stake = KERNEL_LAND.start + SLOT - PAGE
+    CrossProcessMapping.mirror_mapping(mapping, 0, 1, kernel=kernel).drop()
+    kernel._cursor = stake - 39 * PAGE
+    made = [CrossProcessMapping.mirror_mapping(mapping, 0, 5 * PAGE, kernel=kernel) for _ in range(12)]
+    assert kernel.stakes == [stake, stake + SLOT]
+    for mirror in made:
+        assert mirror._base + 5 * PAGE <= stake or mirror._base >= stake + PAGE
+    assert sum(mirror._base > stake for mirror in made) == 12 - 39 // 6
+    address = kernel.find_virtual_space(3 * PAGE)
+    assert not address <= stake < address + 3 * PAGE
+    for mirror in made:
+        mirror.drop()
+    assert land_maps() == []
+
+
+def test_a_small_land_has_no_stake(make_mapping: Callable[..., Mapping]) -> None:
+    kernel = KernelMemory(KERNEL_LAND.start, 64 * PAGE)
+    CrossProcessMapping.mirror_mapping(make_mapping(PAGE), 0, 1, kernel=kernel).drop()
+    assert (kernel.stakes, stakes()) == ([], [])
+
+
+def test_what_stands_where_a_stake_would_is_left_alone(make_mapping: Callable[..., Mapping]) -> None:
+    there = Window._map(KERNEL_LAND.start + SLOT - PAGE, PAGE, 3, -1, 0, 0, PAGE, 0)
+    memoryview(there)[0] = 7
+    kernel = KernelMemory()
+    CrossProcessMapping.mirror_mapping(make_mapping(PAGE), 0, 1, kernel=kernel).drop()
+    assert kernel.stakes == []
+    assert memoryview(there)[0] == 7
+    there._unmap()

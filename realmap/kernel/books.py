@@ -85,6 +85,7 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "path": kernel.path,
         "time": time.time(),
         "kernel_land": [kernel.memory.start, kernel.memory.length],
+        "stakes": kernel.memory.stakes,
         "stats": stats(kernel),
         "processes": processes,
         "mirrors": mirrors,

@@ -24,7 +24,7 @@ from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
 from realmap.memory.kept import KeptWindows
 from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
-from realmap.pages import HUGE_SIZE, PAGE_MASK, demand, usize
+from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, demand, usize
 
 M = TypeVar("M", bound=Mirror)
 
@@ -66,6 +66,11 @@ class KernelMemory(Land):
     def kept(self) -> KeptWindows | None:
         """The kept windows; None where none are kept (`lazy_unmap` is 0)."""
         return KeptWindows(self) if self._budget else None
+
+    @property
+    def stakes(self) -> list[int]:
+        """Where single pages without rights stand that keep Linux from giving up page tables above them (_host.c)."""
+        return list(self._stakes)
 
     # ---- space ------------------------------------------------------------------------------
 
@@ -112,6 +117,8 @@ class KernelMemory(Land):
             self._space.tree.remove(start)
         for start, end in self._fresh():
             self._space.tree.add(start, end, start)
+        for stake in self._stakes:
+            self._space.note_obstacle(stake, stake + PAGE_SIZE)
 
     # ---- mapping ----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import psutil
 from realmap.host import procfs
 from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
 from realmap.observe.snapshot import Snapshot
+from realmap.pages import PAGE_SIZE
 
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
@@ -108,6 +109,7 @@ def kernel_ranges(snapshot: Snapshot) -> list[Range]:
             for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
                 ranges.append((at, at + length, _perms(rights), inode, offset))
                 at += length
+    ranges += [(at, at + PAGE_SIZE, "---p", 0, 0) for at in snapshot.stakes]
     return merged(ranges)
 
 

@@ -103,6 +103,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     path: str
     time: float
     kernel_land: tuple[int, int]
+    #: Pages of KernelLand without rights, which keep page tables in place.
+    stakes: list[int]
     stats: dict[str, int]
     processes: list[ProcessInfo]
     mirrors: list[MirrorInfo]

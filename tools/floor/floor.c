@@ -14,7 +14,7 @@
  *   make_commit LENGTH COUNT     the same with posix_fallocate
  *   null COUNT                   getppid: a system call that does nothing
  *
- * WORK: none, touch (8 words), read (sum of all), write (all). PIN: 1 puts the two processes on two CPUs.
+ * WORK: none, touch (8 words), read (sum of all), write (all), pages (write a byte in each). PIN: 1 puts the two processes on two CPUs.
  */
 #include "floor.h"
 
@@ -103,7 +103,7 @@ static bool parse_choice(const char *what, const char *word, const char *const *
 }
 
 static bool parse(char kind, const char *word, struct request *request) {
-    static const char *const works[] = {"none", "touch", "read", "write"};
+    static const char *const works[] = {"none", "touch", "read", "write", "pages"};
     static const char *const hows[] = {"plain", "populate", "huge"};
     static const char *const pins[] = {"0", "1"};
     uint64_t number = 0;
@@ -118,7 +118,7 @@ static bool parse(char kind, const char *word, struct request *request) {
         good = parse_number("COUNT", word, MAX_COUNT, &request->count);
         break;
     case 'W':
-        good = parse_choice("WORK", word, works, 4, &choice);
+        good = parse_choice("WORK", word, works, 5, &choice);
         request->work = (enum work)choice;
         break;
     case 'H':

@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-enum work { WORK_NONE, WORK_TOUCH, WORK_READ, WORK_WRITE };
+enum work { WORK_NONE, WORK_TOUCH, WORK_READ, WORK_WRITE, WORK_PAGES };
 enum how { HOW_PLAIN, HOW_POPULATE, HOW_HUGE };
 
 struct request {

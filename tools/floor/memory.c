@@ -84,6 +84,10 @@ __attribute__((noinline)) void do_work(enum work work, unsigned char *bytes, siz
     if (work == WORK_TOUCH) kept = touch(bytes, length);
     if (work == WORK_READ) kept = sum(bytes, length);
     if (work == WORK_WRITE) memset(bytes, ++value, length);
+    if (work == WORK_PAGES) {
+        value++;
+        for (size_t at = 0; at < length; at += page) bytes[at] = value;
+    }
     __asm__ volatile("" ::"r"(bytes) : "memory"); /* what was written counts as seen */
 }
 

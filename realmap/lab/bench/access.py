@@ -15,6 +15,8 @@ from realmap.user.process import Process
 SIZES = [64 << shift for shift in range(0, 23, 2)]  # 64 B to 256 MiB
 QUICK_SIZES = [64, 4 << 10, 64 << 10, 1 << 20, 16 << 20]
 WORKS = {"none": "nothing", "touch": "touch a little", "read": "read all", "write": "write all"}
+#: In place only, and at one size: what huge pages take back.
+PAGES, PAGES_SIZE = "pages", 16 << 20
 
 
 class Way(NamedTuple):
@@ -55,13 +57,13 @@ def measure(bench: Bench) -> None:
         except PhysicalMemoryExhaustion as error:
             bench.missing(f"access to {size} bytes", str(error))
             continue
-        for work in WORKS:
-            if work == "none" and size not in (4 << 10, 1 << 20):
+        for work in (*WORKS, PAGES):
+            if (work == "none" and size not in (4 << 10, 1 << 20)) or (work == PAGES and size != PAGES_SIZE):
                 continue
-            bench.say(f"access: {WORKS[work]}, {size} bytes")
+            bench.say(f"access: {WORKS.get(work, 'a byte in every page')}, {size} bytes")
             race = bench.race("access", _contenders(bench, memory, size, work), size, work)
             ours = [way for way in WAYS if way.name in race and way.name != "copy of the words"]
-            if work != "none" and ours:
+            if work not in ("none", PAGES) and ours:
                 winners.setdefault(work, []).append((size, min(ours, key=lambda way: race.time(way.name).median).words))
             _reach(bench, race, size, work)
         for _, buffer in (memory.plain, memory.kept, *([memory.huge] if memory.huge else [])):
@@ -120,6 +122,8 @@ def _contenders(bench: Bench, memory: Memory, size: int, work: str) -> list[Cont
     ours(kept, memory.kept, "mirror")
     if memory.huge is not None:
         ours(huge, memory.huge, "mirror")
+    if work == PAGES:
+        return found
     ours(copy, memory.plain, "copy")
     if work == "touch" and size > PAGE_SIZE:
         ours(words, memory.plain, "words")
@@ -135,8 +139,8 @@ def _reach(bench: Bench, race: Race, size: int, work: str) -> None:
         bench.reach("copy_in 4 KiB / C pread", 3, race, "copy", "C pread")
     elif work == "none" and size == 1 << 20:
         bench.reach("copy_in 1 MiB / C pread", 1.1, race, "copy", "C pread")
-    elif work == "write" and size == 16 << 20:
-        bench.reach("mirror of 16 MiB, all written: huge / small pages", 0.1, race, "mirror huge", "mirror")
+    elif work == PAGES:
+        bench.reach("mirror of 16 MiB, every page written: huge / small pages", 0.1, race, "mirror huge", "mirror")
 
 
 def bytes_in_words(size: int) -> str:

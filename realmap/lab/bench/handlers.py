@@ -11,6 +11,7 @@ import numpy
 
 from realmap.kernel.syscalls import Call, syscall
 from realmap.kernel.user_buffer import UserBuffer
+from realmap.pages import PAGE_SIZE
 from realmap.rights import k_r
 
 #: How many words `touch` reads, evenly spread.
@@ -34,7 +35,12 @@ def write(memory: Any) -> None:
     numpy.frombuffer(memory, numpy.uint8).fill(time.monotonic_ns() & 0xFF)
 
 
-WORKS: dict[str, Callable[[Any], Any]] = {"touch": touch, "read": read, "write": write}
+def pages(memory: Any) -> None:
+    """Writes one byte in every page of it."""
+    numpy.frombuffer(memory, numpy.uint8)[::PAGE_SIZE] = time.monotonic_ns() & 0xFF
+
+
+WORKS: dict[str, Callable[[Any], Any]] = {"touch": touch, "read": read, "write": write, "pages": pages}
 
 
 @functools.lru_cache(1)
