@@ -109,7 +109,7 @@ def kernel_ranges(snapshot: Snapshot) -> list[Range]:
             for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
                 ranges.append((at, at + length, _perms(rights), inode, offset))
                 at += length
-    ranges += [(at, at + PAGE_SIZE, "---p", 0, 0) for at in snapshot.stakes]
+    ranges += [(at, at + PAGE_SIZE, "---", 0, 0) for at in snapshot.stakes]
     return merged(ranges)
 
 
