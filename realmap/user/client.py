@@ -217,12 +217,18 @@ class Client:
             inbox = self._inbox
             if inbox:
                 self._hand_on()
-            got = ring._exchange(message, self._spin.nanoseconds(), inbox)
+            spins = self._spin
+            patience = spins.nanoseconds() if spins.busy_until else spins.budget
+            got = ring._exchange(message, patience, inbox)
             if got == 3:
-                self._spin.won()
+                if patience < spins.most:
+                    spins.won()
                 first = inbox[0] if inbox else b""
-                reply = self._decode(first)
-                if reply.__class__ is messages.Done and self._pending.get(reply.id) is pending:
+                try:
+                    reply = self._decoder.decode(first)  # type: ignore[arg-type]
+                except (TypeError, msgspec.MsgspecError):
+                    reply = None  # of the socket, or not sound: it is handed on below
+                if isinstance(reply, messages.Done) and self._pending.get(reply.id) is pending:
                     if reply.descriptors:
                         self._await_carrier(pending)
                     pending.reply = reply
@@ -245,13 +251,6 @@ class Client:
         if len(self._pending) > 1:
             self._pass_on()
         return got != 0
-
-    def _decode(self, message: Received | bytes) -> Any:
-        """A message of the ring, where it is one and sound."""
-        try:
-            return self._decoder.decode(message)  # type: ignore[arg-type]
-        except (TypeError, msgspec.MsgspecError):
-            return None
 
     def _send(self, message: bytes, deadline: float | None) -> None:
         if self._notices:

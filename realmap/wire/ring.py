@@ -77,39 +77,39 @@ class SpinBudget:
     run on the same CPU: each would be in the way of the other.
     """
 
-    __slots__ = ("_budget", "_busy_until", "_pause", "_seen_busy", "most")
+    __slots__ = ("_pause", "_seen_busy", "budget", "busy_until", "most")
 
     def __init__(self, most: float) -> None:
         """`most` in microseconds; 0 never spins."""
         self.most = int(most * 1000)
-        self._budget = self.most if len(os.sched_getaffinity(0)) > 1 else 0
-        self._busy_until = self._seen_busy = 0
+        self.budget = self.most if len(os.sched_getaffinity(0)) > 1 else 0
+        self.busy_until = self._seen_busy = 0
         self._pause = PAUSE
 
     def nanoseconds(self) -> int:
         """How long to spin now."""
-        if self._busy_until:
-            if time.monotonic_ns() < self._busy_until:
+        if self.busy_until:
+            if time.monotonic_ns() < self.busy_until:
                 return 0
-            self._busy_until = 0
-        return self._budget
+            self.busy_until = 0
+        return self.budget
 
     def won(self) -> None:
         """The message came while spinning."""
-        self._budget = self.most
+        self.budget = self.most
 
     def lost(self) -> None:
         """It did not."""
-        self._budget = self._budget // 2 if self._budget > 2000 else 0
+        self.budget = self.budget // 2 if self.budget > 2000 else 0
 
     def overloaded(self) -> None:
         """Somebody else took the CPU."""
         now = time.monotonic_ns()
         self._pause = PAUSE if now - self._seen_busy > 8 * self._pause else min(2 * self._pause, LONGEST_PAUSE)
         self._seen_busy = now
-        self._busy_until = now + self._pause
+        self.busy_until = now + self._pause
 
     def slept(self, nanoseconds: int) -> None:
         """It came after a sleep of this length, which is one wake-up more than until it came."""
         if nanoseconds < PAYS * self.most and len(os.sched_getaffinity(0)) > 1:
-            self._budget = self.most
+            self.budget = self.most
