@@ -31,6 +31,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -636,6 +637,7 @@ static PyType_Spec view_spec = {
 
 typedef struct Node {
     struct Node *next;
+    struct Node **at; /* what points to it: so that it can be taken out of a long chain */
     uint64_t key;
 } Node;
 
@@ -722,6 +724,9 @@ static void table_put(Table *table, Node *node)
 {
     Node **bucket = &table->buckets[bucket_of(table, node->key)];
     node->next = *bucket;
+    node->at = bucket;
+    if (node->next)
+        node->next->at = &node->next;
     *bucket = node;
 }
 
@@ -747,10 +752,9 @@ static void table_add(Table *table, Node *node)
 
 static void table_remove(Table *table, Node *node)
 {
-    Node **at = &table->buckets[bucket_of(table, node->key)];
-    while (*at != node)
-        at = &(*at)->next;
-    *at = node->next;
+    *node->at = node->next;
+    if (node->next)
+        node->next->at = node->at;
     table->count--;
 }
 
@@ -847,6 +851,9 @@ static void evict(Land *land, Kept *kept)
     PyMem_Free(kept);
 }
 
+/* A larger window is looked for among so many of the same frames, the ones kept last. */
+#define STEPS 32
+
 /* A kept window that shows [start, start + span) of these frames with these rights: that one, or a larger one. */
 static Kept *find_kept(Land *land, uint64_t serial, uint64_t start, size_t span, int prot)
 {
@@ -856,7 +863,8 @@ static Kept *find_kept(Land *land, uint64_t serial, uint64_t start, size_t span,
         if (kept->serial == serial && kept->start == start && kept->span == span && kept->prot == prot)
             return kept;
     }
-    for (Node *at = table_find(&land->of, serial); at; at = same_key(at->next, serial)) {
+    int steps = STEPS;
+    for (Node *at = table_find(&land->of, serial); at && steps--; at = same_key(at->next, serial)) {
         Kept *kept = OWNER(Kept, of, at);
         if (kept->prot == prot && kept->start <= start && start + span <= kept->start + kept->span)
             return kept;
@@ -943,31 +951,52 @@ static void land_dealloc(PyObject *op)
     Py_DECREF(type);
 }
 
-/* Adds (start, start + span) to a list; a list that cannot grow is cleared. */
-static int add_pair(PyObject **list, uintptr_t start, size_t span)
+/* What is copied out of the tables before any object is made of it: making one may collect garbage, and a mirror in it. */
+typedef struct {
+    uint64_t fields[5];
+} Row;
+
+/* Rows as a list of tuples of `width` numbers; frees the rows. */
+static PyObject *listed(Row *rows, size_t count, int width)
 {
-    PyObject *pair = Py_BuildValue("KK", (unsigned long long)start, (unsigned long long)(start + span));
-    if (!pair || PyList_Append(*list, pair))
-        Py_CLEAR(*list);
-    Py_XDECREF(pair);
-    return *list != NULL;
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i < count; i++) {
+        PyObject *row = PyTuple_New(width);
+        for (int j = 0; row && j < width; j++) {
+            PyObject *number = PyLong_FromUnsignedLongLong(rows[i].fields[j]);
+            if (!number || PyTuple_SetItem(row, j, number))
+                Py_CLEAR(row);
+        }
+        if (!row || PyList_Append(found, row))
+            Py_CLEAR(found);
+        Py_XDECREF(row);
+    }
+    PyMem_Free(rows);
+    return found;
 }
 
 /* _fresh() -> [(start, end)]: what was taken since the tree last learned of it. */
 static PyObject *land_fresh(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Land *land = (Land *)op;
-    PyObject *found = PyList_New(0);
-    for (size_t i = 0; found && i <= land->live.mask; i++)
-        for (Node *at = land->live.buckets[i]; found && at; at = at->next) {
+    size_t count = 0;
+    Row *rows = PyMem_Calloc(land->live.count + land->exact.count + 1, sizeof *rows);
+    if (!rows)
+        return PyErr_NoMemory();
+    for (size_t i = 0; i <= land->live.mask; i++)
+        for (Node *at = land->live.buckets[i]; at; at = at->next) {
             Mirror *mirror = OWNER(Mirror, node, at);
-            if (!mirror->in_tree && add_pair(&found, mirror->window.base, mirror->window.span))
+            if (!mirror->in_tree) {
                 mirror->in_tree = 1;
+                rows[count++] = (Row){{mirror->window.base, mirror->window.base + mirror->window.span}};
+            }
         }
-    for (Kept *kept = land->oldest; found && kept; kept = kept->newer)
-        if (!kept->in_tree && add_pair(&found, kept->base, kept->span))
+    for (Kept *kept = land->oldest; kept; kept = kept->newer)
+        if (!kept->in_tree) {
             kept->in_tree = 1;
-    return found;
+            rows[count++] = (Row){{kept->base, kept->base + kept->span}};
+        }
+    return listed(rows, count, 2);
 }
 
 /* _gone() -> [start]: what the tree has and is free again. */
@@ -1024,15 +1053,14 @@ static PyObject *land_mirror_at(PyObject *op, PyObject *address)
 /* _kept() -> [(base, span, serial of the frames, start in them, prot)], the one kept longest first. */
 static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    PyObject *found = PyList_New(0);
-    for (Kept *kept = ((Land *)op)->oldest; found && kept; kept = kept->newer) {
-        PyObject *item = Py_BuildValue("KKKKi", (unsigned long long)kept->base, (unsigned long long)kept->span,
-                                       (unsigned long long)kept->serial, (unsigned long long)kept->start, kept->prot);
-        if (!item || PyList_Append(found, item))
-            Py_CLEAR(found);
-        Py_XDECREF(item);
-    }
-    return found;
+    Land *land = (Land *)op;
+    size_t count = 0;
+    Row *rows = PyMem_Calloc(land->exact.count + 1, sizeof *rows);
+    if (!rows)
+        return PyErr_NoMemory();
+    for (Kept *kept = land->oldest; kept; kept = kept->newer)
+        rows[count++] = (Row){{kept->base, kept->span, kept->serial, kept->start, (uint64_t)kept->prot}};
+    return listed(rows, count, 5);
 }
 
 /* _clear_kept() -> bool: unmaps all of them; whether there were any. */
@@ -1416,12 +1444,16 @@ static PyObject *host_copy_in(PyObject *Py_UNUSED(module), PyObject *const *args
     int fd = frames->fd;
     ssize_t got;
     if ((size_t)length >= LONG_RANGE / 16) {
-        PyObject *pin = (PyObject *)mapping; /* the caller keeps the frames: their descriptor stays open */
-        Py_INCREF(pin);
+        mapping->pins++; /* while the GIL is away nobody may close the descriptor */
         Py_BEGIN_ALLOW_THREADS
         got = pread(fd, bytes, (size_t)length, (off_t)at);
         Py_END_ALLOW_THREADS
-        Py_DECREF(pin);
+        PyObject *unpinned = PyObject_CallMethod((PyObject *)mapping, "unpin", NULL);
+        if (!unpinned) {
+            Py_DECREF(copy);
+            return NULL;
+        }
+        Py_DECREF(unpinned);
     } else {
         got = pread(fd, bytes, (size_t)length, (off_t)at);
     }
@@ -1438,9 +1470,13 @@ static PyObject *host_copy_in(PyObject *Py_UNUSED(module), PyObject *const *args
  * the others. */
 static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
-    int rights, for_owner;
-    if (wants(nargs, 6, "Mirror._open") || as_int(args[4], &rights) || as_int(args[5], &for_owner))
+    int for_owner;
+    if (wants(nargs, 6, "Mirror._open") || as_int(args[5], &for_owner))
         return NULL;
+    int64_t asked = PyLong_Check(args[4]) ? PyLong_AsLongLong(args[4]) : 0;
+    if (asked == -1 && PyErr_Occurred())
+        PyErr_Clear();
+    int rights = asked >= 1 && asked <= 3 ? (int)asked : 0;
     if (!PyObject_TypeCheck(args[0], land_type) || !PyObject_TypeCheck(args[1], mapping_type)) {
         PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of a mapping");
         return NULL;
@@ -1453,7 +1489,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     int allowed = for_owner && frames ? owner_allows(mapping, rights) : 1;
     if (allowed < 0)
         return NULL;
-    if (!frames || !allowed || rights < 1 || rights > 3)
+    if (!frames || !allowed || !rights)
         Py_RETURN_NONE;
     uint64_t length = (uint64_t)size, serial = frames->serial;
     uint64_t start = at - at % page_size, end = at + length + page_size - 1;
@@ -1478,27 +1514,32 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
         enter(land, self, kept->base, kept->span, kept->in_tree);
         lead += start - kept->start;
         start = kept->start;
-        PyMem_Free(kept);
+        PyMem_Free(kept); /* from here on it only says that there was one */
     } else {
         uintptr_t base;
         land->misses += land->budget != 0;
-        int fits = fd >= 0 && reserve(land, span, start, &base);
-        if (fits)
-            enter(land, self, base, span, 0); /* before it is mapped: the GIL may go away */
-        if (!fits || map_piece(base, span, prot, fd, (off_t)start)) {
+        if (fd < 0 || !reserve(land, span, start, &base)) {
             Py_DECREF((PyObject *)self);
             Py_RETURN_NONE;
         }
+        enter(land, self, base, span, 0);
     }
     self->serial = serial;
     self->start = start;
     self->window.lead = lead;
     self->window.length = (Py_ssize_t)length;
-    self->window.state = ALIVE;
+    /* Its place and its reference are taken before it is mapped: the GIL may go away meanwhile, and the frames
+     * must not. */
+    self->window.state = kept ? ALIVE : NOT_READY;
     if (hold(self, frames->mirrors)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }
+    if (!kept && map_piece(self->window.base, span, prot, fd, (off_t)start)) {
+        Py_DECREF((PyObject *)self);
+        Py_RETURN_NONE;
+    }
+    self->window.state = ALIVE;
     return (PyObject *)self;
 }
 
@@ -1578,8 +1619,11 @@ static void mirror_dealloc(PyObject *op)
 {
     Mirror *self = (Mirror *)op;
     PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->holders};
+    if (self->holders) /* a base type's own objects are not finalized */
+        mirror_finalize(op);
     if (self->weakrefs)
         PyObject_ClearWeakRefs(op);
+    refs[3] = self->holders;
     leave(self, 0); /* where it could not be unmapped before: its place stays taken, or is an obstacle */
     for (size_t i = 0; i < sizeof refs / sizeof *refs; i++)
         Py_XDECREF(refs[i]);
@@ -1653,6 +1697,7 @@ static PyType_Spec mirror_spec = {
 #define RING_SLOTS 32u
 #define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
 #define LINE 64
+#define BELL 4 /* wire/channel.py */
 
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
@@ -1754,17 +1799,43 @@ static PyObject *ring_push(PyObject *op, PyObject *message)
     return PyLong_FromLong(atomic_exchange(&self->out->asleep, 0) ? 2 : 1);
 }
 
-/* _offer(bytes) -> as _push; 0 also where the other side sleeps: it must be woken by the socket in any case, so
- * the message itself had better go there. */
-static PyObject *ring_offer(PyObject *op, PyObject *message)
+/* Pushes, and wakes the other side by a bell through its socket where it sleeps; in one go: no interrupt may come in
+ * between. -1 with an exception set; 0: it does not fit. */
+static int push_and_wake(PyObject *op, PyObject *message, int socket)
 {
-    Ring *self = (Ring *)op;
-    if (!ring_is_here(self))
-        return NULL;
+    PyObject *pushed = ring_push(op, message);
+    if (!pushed)
+        return -1;
+    int done = (int)PyLong_AsLong(pushed);
+    Py_DECREF(pushed);
+    if (done == 2) /* where that cannot be sent there is unread mail, which wakes as well, or nobody any more */
+        send(socket, (const char[]){BELL}, 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    return done ? 1 : 0;
+}
+
+/* Whether the other side sleeps: it must be woken by the socket in any case, so a message had better go there. */
+static int peer_sleeps(Ring *self)
+{
     atomic_store_explicit(&self->out->cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
-    if (atomic_load_explicit(&self->out->asleep, memory_order_relaxed))
-        return PyLong_FromLong(0);
-    return ring_push(op, message);
+    return atomic_load_explicit(&self->out->asleep, memory_order_relaxed) != 0;
+}
+
+/* _send(bytes, socket) -> bool: pushes, and wakes. False: it does not fit. */
+static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    int socket;
+    if (wants(nargs, 2, "Ring._send") || as_int(args[1], &socket) || !ring_is_here((Ring *)op))
+        return NULL;
+    int done = push_and_wake(op, args[0], socket);
+    return done < 0 ? NULL : PyBool_FromLong(done);
+}
+
+/* _offer(bytes, socket) -> bool: as _send, but False also where the other side sleeps. */
+static PyObject *ring_offer(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (nargs == 2 && ring_is_here((Ring *)op) && peer_sleeps((Ring *)op))
+        Py_RETURN_FALSE;
+    return PyErr_Occurred() ? NULL : ring_send(op, args, nargs);
 }
 
 static int ring_ready(const Ring *self)
@@ -1804,8 +1875,7 @@ static PyObject *ring_takes(PyObject *op, PyObject *length)
     if (!ring_is_here(self) || as_u64(length, &size))
         return NULL;
     uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
-    return PyBool_FromLong(size <= RING_SLOT - sizeof(uint32_t) && used < RING_SLOTS &&
-                           !atomic_load_explicit(&self->out->asleep, memory_order_relaxed));
+    return PyBool_FromLong(size <= RING_SLOT - sizeof(uint32_t) && used < RING_SLOTS && !peer_sleeps(self));
 }
 
 static Py_ssize_t find_ready(Ring **rings, Py_ssize_t count, Py_ssize_t start)
@@ -1831,9 +1901,10 @@ static Py_ssize_t spin_for(Ring **rings, Py_ssize_t count, Py_ssize_t start, uin
     const Ring *last = rings[start ? start - 1 : count - 1];
     if (atomic_load_explicit(&last->in->cpu, memory_order_relaxed) == (uint32_t)sched_getcpu())
         return SAME_CPU;
-    int64_t now = nanoseconds(), end = now + (int64_t)budget;
+    int64_t now = nanoseconds(), end = now + (int64_t)budget, taken = TAKEN + 500 * (int64_t)count;
+    int turns = count < 32 ? 32 / (int)count : 1;
     while (now < end) {
-        for (int turn = 0; turn < 32; turn++) {
+        for (int turn = 0; turn < turns; turn++) {
             pause_cpu();
             Py_ssize_t found = find_ready(rings, count, start);
             if (found >= 0)
@@ -1841,7 +1912,7 @@ static Py_ssize_t spin_for(Ring **rings, Py_ssize_t count, Py_ssize_t start, uin
         }
         int64_t before = now;
         now = nanoseconds();
-        if (now - before > TAKEN) {
+        if (now - before > taken) {
             Py_ssize_t found = find_ready(rings, count, start);
             return found >= 0 ? found : OVERLOADED;
         }
@@ -1849,21 +1920,28 @@ static Py_ssize_t spin_for(Ring **rings, Py_ssize_t count, Py_ssize_t start, uin
     return -1;
 }
 
-/* _exchange(bytes, ns, inbox) -> as _offer; 3: it was pushed, and within `ns` nanoseconds a message came, which was
- * appended to `inbox` (in one go: an interrupt cannot come between taking it and keeping it); 4: it was pushed, and
- * others want this CPU; 5: it was pushed, and spinning on this CPU would be in its way. */
+/* _exchange(bytes, ns, inbox, socket, sent) -> what became of it:
+ *   0  not sent: it does not fit, or the other side sleeps
+ *   1  sent; 6: and spun for `ns` nanoseconds in vain; 4: and others want this CPU; 5: and so does the other side
+ *   3  sent, and a message came, which was appended to `inbox`
+ * That it was sent is noted by appending to the list `sent`. An interrupt cannot come between sending and noting, nor
+ * between taking and keeping. */
 static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Ring *self = (Ring *)op;
     uint64_t budget;
-    if (wants(nargs, 3, "Ring._exchange") || as_u64(args[1], &budget))
+    int socket;
+    if (wants(nargs, 5, "Ring._exchange") || as_u64(args[1], &budget) || as_int(args[3], &socket) ||
+        !ring_is_here(self))
         return NULL;
-    PyObject *pushed = ring_offer(op, args[0]);
-    if (!pushed || PyLong_AsLong(pushed) != 1)
-        return pushed;
+    int sent = peer_sleeps(self) ? 0 : push_and_wake(op, args[0], socket);
+    if (sent < 0 || (sent && PyList_Append(args[4], Py_True)))
+        return NULL;
+    if (!sent)
+        return PyLong_FromLong(0);
     if (!ring_ready(self)) {
         if (!budget)
-            return pushed;
+            return PyLong_FromLong(1);
         Py_INCREF(op); /* nobody may take it away while the GIL is */
         Py_ssize_t found;
         Py_BEGIN_ALLOW_THREADS
@@ -1871,14 +1949,11 @@ static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t n
         Py_END_ALLOW_THREADS
         int closed = !self->queues;
         Py_DECREF(op);
-        if (found < 0 || closed) {
-            if (found != OVERLOADED && found != SAME_CPU)
-                return pushed;
-            Py_DECREF(pushed);
-            return PyLong_FromLong(found == OVERLOADED ? 4 : 5);
-        }
+        if (closed)
+            return PyLong_FromLong(1);
+        if (found < 0)
+            return PyLong_FromLong(found == OVERLOADED ? 4 : found == SAME_CPU ? 5 : 6);
     }
-    Py_DECREF(pushed);
     PyObject *message = ring_pop(op, NULL);
     PyObject *kept = message ? PyObject_CallMethod(args[2], "append", "O", message) : NULL;
     Py_XDECREF(message);
@@ -1998,7 +2073,8 @@ static void ring_dealloc(PyObject *op)
 static PyMethodDef ring_methods[] = {
     {"_open", FASTCALL(ring_open), METH_FASTCALL | METH_CLASS, NULL},
     {"_push", ring_push, METH_O, NULL},
-    {"_offer", ring_offer, METH_O, NULL},
+    {"_send", FASTCALL(ring_send), METH_FASTCALL, NULL},
+    {"_offer", FASTCALL(ring_offer), METH_FASTCALL, NULL},
     {"_takes", ring_takes, METH_O, NULL},
     {"_exchange", FASTCALL(ring_exchange), METH_FASTCALL, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
@@ -2018,6 +2094,80 @@ static PyType_Spec ring_spec = {
     .basicsize = sizeof(Ring),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = ring_slots,
+};
+
+/* ---- turns -------------------------------------------------------------------------------- */
+
+/* Whose turn it is: a lock that nobody waits for, with levels for calls within a call of the same thread (in a signal
+ * handler, or a destructor). Every function is one call of C, so that an interrupt finds it done or not done, and
+ * restore may be called again. */
+typedef struct {
+    PyObject_HEAD
+    unsigned long owner;
+    Py_ssize_t level;
+} Turn;
+
+static int is_mine(const Turn *self) { return self->level && self->owner == PyThread_get_thread_ident(); }
+
+/* level() -> how often this thread has taken it. */
+static PyObject *turn_level(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Turn *self = (Turn *)op;
+    return PyLong_FromSsize_t(is_mine(self) ? self->level : 0);
+}
+
+/* take() -> bool: False where another thread has it. */
+static PyObject *turn_take(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Turn *self = (Turn *)op;
+    if (self->level && !is_mine(self))
+        Py_RETURN_FALSE;
+    self->owner = PyThread_get_thread_ident();
+    self->level++;
+    Py_RETURN_TRUE;
+}
+
+/* restore(level): what this thread took since it had that level is given back. */
+static PyObject *turn_restore(PyObject *op, PyObject *number)
+{
+    Turn *self = (Turn *)op;
+    Py_ssize_t level = PyLong_AsSsize_t(number);
+    if (level < 0) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "a level is not negative");
+        return NULL;
+    }
+    if (is_mine(self) && level < self->level)
+        self->level = level;
+    Py_RETURN_NONE;
+}
+
+static void turn_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static PyMethodDef turn_methods[] = {
+    {"level", turn_level, METH_NOARGS, "How often this thread has taken it and not given it back."},
+    {"take", turn_take, METH_NOARGS, "Takes it; False where another thread has it."},
+    {"restore", turn_restore, METH_O, "Gives back what this thread took since it had that level."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot turn_slots[] = {
+    {Py_tp_doc, "Whose turn it is: a lock with levels that nobody waits for."},
+    {Py_tp_dealloc, turn_dealloc},
+    {Py_tp_methods, turn_methods},
+    {0, NULL},
+};
+
+static PyType_Spec turn_spec = {
+    .name = "realmap._host.Turn",
+    .basicsize = sizeof(Turn),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = turn_slots,
 };
 
 /* ---- the module --------------------------------------------------------------------------- */
@@ -2104,6 +2254,12 @@ PyMODINIT_FUNC PyInit__host(void)
     land_type = (PyTypeObject *)PyType_FromSpec(&land_spec);
     PyObject *mirror_type = window_type ? PyType_FromSpecWithBases(&mirror_spec, (PyObject *)window_type) : NULL;
     PyObject *view_type = PyType_FromSpec(&view_spec);
+    PyObject *turn_type = PyType_FromSpec(&turn_spec);
+    if (!turn_type || PyModule_AddType(module, (PyTypeObject *)turn_type)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    Py_DECREF(turn_type);
     frames_type = (PyTypeObject *)PyType_FromSpec(&frames_spec);
     mapping_type = (PyTypeObject *)PyType_FromSpec(&mapping_spec);
     if (!frames_type || !mapping_type || PyModule_AddType(module, frames_type) || PyModule_AddType(module, mapping_type)) {

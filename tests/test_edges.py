@@ -9,7 +9,6 @@ import signal
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -52,18 +51,6 @@ def test_a_call_within_a_call_of_the_same_thread(me: Process) -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert answers == [["nested"]] * 5
-
-
-def test_an_interrupt_right_after_acquiring_leaves_nobody_waiting(me: Process) -> None:
-    client = me.client
-    client._reading.acquire()  # as an interrupt between acquiring and counting leaves it
-    with pytest.raises(realmap.UnknownSyscall):
-        me.call("nothing")
-    result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(me.call("echo", 1, timeout=BOUND)))
-    thread.start()
-    thread.join(BOUND)
-    assert result == [[1]]
 
 
 def test_what_was_never_sent_is_forgotten(me: Process) -> None:

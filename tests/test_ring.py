@@ -206,7 +206,7 @@ def test_no_wake_up_is_lost_full_count() -> None:
 
 def test_a_budget_halves_where_it_does_not_pay_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(ring, "SEVERAL", True)
     budget = SpinBudget(100)
     seen = [budget.nanoseconds()]
     for _ in range(8):
@@ -219,7 +219,7 @@ def test_a_budget_halves_where_it_does_not_pay_and_comes_back(monkeypatch: pytes
     budget.slept(50_000)
     assert budget.nanoseconds() == 100_000
     assert SpinBudget(0).nanoseconds() == 0
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(ring, "SEVERAL", False)
     alone = SpinBudget(100)
     alone.slept(50_000)
     assert alone.nanoseconds() == 0, "on one CPU, who is waited for could not run"
@@ -227,7 +227,7 @@ def test_a_budget_halves_where_it_does_not_pay_and_comes_back(monkeypatch: pytes
 
 def test_no_spinning_while_others_want_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1_000_000_000]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(ring, "SEVERAL", True)
     monkeypatch.setattr(ring.time, "monotonic_ns", lambda: clock[0])
     budget, pauses = SpinBudget(100), []
     for _ in range(10):
@@ -306,16 +306,21 @@ def test_calls_go_by_the_ring(me: Process, kernel: KernelHandle) -> None:
 def test_who_sleeps_is_sent_the_message_itself(pair: tuple[RingEnd, RingEnd]) -> None:
     """Not a bell and then the message: one system call, and one less to look for it."""
     kernel, user = pair
-    assert kernel._offer(b"awake") == 1
+    bell, waker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fd = waker.fileno()
+    assert kernel._offer(b"awake", fd)
     assert user._pop() == b"awake"
     assert fall_asleep([user])
-    assert (kernel._offer(b"asleep"), kernel._takes(10)) == (0, False)
+    assert (kernel._offer(b"asleep", fd), kernel._takes(10)) == (False, False)
     assert user._pop() is None
-    assert kernel._push(b"all the same") == 2
+    assert kernel._send(b"all the same", fd)
+    assert bell.recv(10) == b"\4"
     wake_up([user])
-    assert (kernel._offer(b"again"), kernel._takes(10)) == (1, True)
+    assert (kernel._offer(b"again", fd), kernel._takes(10)) == (True, True)
     assert (kernel._takes(LONGEST), kernel._takes(LONGEST + 1)) == (True, False)
     assert [user._pop(), user._pop()] == [b"all the same", b"again"]
+    bell.close()
+    waker.close()
 
 
 def test_nobody_spins_on_the_cpu_of_who_is_waited_for(pair: tuple[RingEnd, RingEnd]) -> None:
@@ -323,12 +328,12 @@ def test_nobody_spins_on_the_cpu_of_who_is_waited_for(pair: tuple[RingEnd, RingE
     kernel, user = pair
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        kernel._offer(b"heard here")
+        kernel._offer(b"heard here", -1)
         assert user._pop() == b"heard here"
         before = time.monotonic_ns()
         assert spin([user], 0, 10**9) == ring.SAME_CPU
         assert time.monotonic_ns() - before < 10**9
-        assert user._exchange(b"x", 10**9, deque()) == 5
+        assert user._exchange(b"x", 10**9, deque(), -1, []) == 5
         if len(allowed) > 1:
             os.sched_setaffinity(0, {max(allowed)})
             assert spin([user], 0, 1000) in (-1, ring.OVERLOADED)

@@ -10,6 +10,7 @@ from itertools import groupby
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from realmap.lab import bench as lab
@@ -125,9 +126,11 @@ def render(console: Console, report: Report) -> None:
         for reached in report.reach:
             mark = {True: "[green]met[/]", False: "[bold red]MISSED[/]", None: "not measured"}[reached.met]
             sign = "≥" if reached.at_least else "≤"
-            console.print(f"  {mark}  {reached.what}: {_ratio(reached.ratio) or reached.why}  {sign} {reached.limit:g}")
+            console.print(
+                f"  {mark}  {reached.what}: {_ratio(reached.ratio) or escape(reached.why)}  {sign} {reached.limit:g}"
+            )
     for missing in report.missing:
-        console.print(f"left out: {missing.what}: {missing.why}")
+        console.print(f"left out: {missing.what}: {escape(missing.why)}")
     for doubt in report.doubts:
         console.print(f"[yellow]note:[/] {doubt}")
     for sentence in report.sentences:

@@ -75,19 +75,14 @@ class Connection:
 
     def send_short(self, message: bytes) -> bool:
         """Sends a message without descriptors by the ring; False where it does not go that way now."""
-        return self.ring is not None and not self._outbox and self._ring_bell(self.ring._offer(message))
-
-    def _ring_bell(self, pushed: int) -> bool:
-        if pushed == 2:
-            self._try(channel.BELL, ())  # where it cannot be sent there is unread mail, which wakes as well
-        return pushed != 0
+        return self.ring is not None and not self._outbox and self.ring._offer(message, self.sock.fileno())
 
     def _send_by_ring(self, message: bytes, descriptors: Sequence[int], id: int) -> bool:
         """A message whose descriptors go by the socket, right before it: it is known then that it will follow."""
         ring = self.ring
         if ring is None or self._outbox or not ring._takes(len(message)):
             return False
-        return self._try(b"\0" + encode(Carrier(id)), descriptors) and self._ring_bell(ring._push(message))
+        return self._try(b"\0" + encode(Carrier(id)), descriptors) and ring._send(message, self.sock.fileno())
 
     def _try(self, datagram: bytes, descriptors: Sequence[int]) -> bool:
         try:

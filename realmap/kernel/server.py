@@ -238,6 +238,7 @@ class Kernel:
         """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
         rings, budget = self._rings, SpinBudget(self.spin)
         turn = looked = asleep = 0
+        paid = False  # whether spinning has, since the last look
         patience = budget.nanoseconds()
         while not self._stopping:
             if not rings:
@@ -250,12 +251,16 @@ class Kernel:
                 if asleep:
                     budget.slept(now - asleep)
                     asleep = 0
+                else:
+                    paid = True
                 turn = found + 1
                 self._take_from_ring(self._ringed[found])
                 if now - looked > LOOK:
                     looked = now
                     self._attend(self._epoll.poll(0))
-                    budget.won()
+                    if paid:
+                        budget.won()
+                        paid = False
                     patience = budget.nanoseconds()
             else:
                 if found == OVERLOADED:

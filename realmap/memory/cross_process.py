@@ -13,6 +13,7 @@ KernelLand    ────────────┤  ▓▓▓▓▓▓▓▓�
 from __future__ import annotations
 
 import contextlib
+import errno
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from realmap._host import Mirror
@@ -213,6 +214,8 @@ class CrossProcessMapping(Mirror, ByteAccess):
         try:
             self._populate()
         except OSError as error:
+            if error.errno == errno.EINVAL:  # Linux before 5.14 cannot: it is then as without
+                return
             self.drop()
             for mapping in self.mappings:
                 assert isinstance(mapping.frames, SharedFrames)

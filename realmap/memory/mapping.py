@@ -116,6 +116,8 @@ class Mapping(MappingCore):
             self._held = False
             if not self._pins:
                 self._let_go()
+            elif isinstance(self.frames, SharedFrames):
+                self.frames.unkeep()  # as there: nothing of it survives the unmapping by its process
 
     def pin(self) -> None:
         """Keeps the reference over a release, until `unpin`. For the kernel's own thread."""

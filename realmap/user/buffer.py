@@ -33,7 +33,7 @@ class UserWindow(Window):
     def unmap(self) -> None:
         """Unmaps it, then tells the kernel. BufferError: a view lives. Where the kernel is gone, that is all."""
         try:
-            self._unmap()
+            fresh = self._unmap()
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
         if not self.told:
@@ -42,6 +42,9 @@ class UserWindow(Window):
                 client.request(messages.Unmap(client.next_id(), self._base, self._span))
             except (KernelDied, ProcessKilled):
                 pass  # with the kernel, its books have gone
+            except InvalidAddress:
+                if fresh:
+                    raise  # else it was told before, and an interrupt came before that was noted
             self.told = True  # not before: where an interrupt comes in between, its collection tells
 
     def __del__(self) -> None:

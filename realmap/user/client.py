@@ -15,12 +15,12 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
-from threading import Event, RLock
+from threading import Lock, RLock
 from typing import Any
 
 import msgspec
 
-from realmap._host import Ring, fall_asleep, spin, wake_up
+from realmap._host import Ring, Turn, fall_asleep, spin, wake_up
 from realmap.errors import (
     InvalidHandle,
     KernelDied,
@@ -46,9 +46,21 @@ class Pending(msgspec.Struct):  # a Struct because it is made in C: one for ever
     late: Callable[[Any], None] | None
     reply: messages.Done | messages.Failed | None = None
     descriptors: list[int] = []
-    event: Event | None = None
+    #: Held; released to wake the thread that waits for the reply. A bare lock: each use of it is one call of C.
+    event: Any = None
     abandoned: bool = False
     carried: bool = False
+    spun: bool = False
+    #: What was sent of it so far, and how many parts it has. Noted in the same call of C that sends.
+    sent: list[Any] = []
+    parts: int = 1
+
+    def wake(self) -> None:
+        """Wakes the thread that waits, if one does."""
+        try:
+            self.event.release()
+        except (AttributeError, RuntimeError):  # nobody waits, or it was woken before
+            pass
 
 
 class Client:
@@ -66,15 +78,15 @@ class Client:
         self._decoder = msgspec.msgpack.Decoder(messages.Reply)
         self._ids = itertools.count(1)
         self._pending: dict[int, Pending] = {}
-        #: What was received and is not handed on yet: a datagram, or a message of the ring.
-        self._inbox: deque[Received | bytes] = deque()
+        #: What was received and is not handed on yet: messages of the ring, and datagrams.
+        self._inbox: deque[bytes] = deque()
+        self._mail: deque[Received] = deque()
         self._ring: RingEnd | None = None
         self._rings: list[Ring] = []
         self._spin = SpinBudget(0)
         self._assembler = channel.Assembler()
-        # Re-entrant: a destructor or a signal handler may make a call while its own thread is in one.
-        self._reading = RLock()
-        self._depth = 0
+        # With levels: a destructor or a signal handler may make a call while its own thread is in one.
+        self._reading = Turn()
         self._sending = RLock()
         self._state = RLock()
         self._notices: deque[bytes] = deque()
@@ -92,7 +104,7 @@ class Client:
 
     def _introduce(self, control: bool) -> tuple[int, int]:
         hello = messages.Hello(PROTOCOL, VERSION, self.pid, procfs.start_time(self.pid), control)
-        self._send(self._encoder.encode(hello), None)
+        self._send(self._encoder.encode(hello), None, Pending(None, None))
         welcome, ring = handshake.welcome(self._sock, self.path)
         if ring is not None:
             self._ring = ring
@@ -114,11 +126,13 @@ class Client:
         name: str = "",
         holds: object = None,
         late: Callable[[Any], None] | None = None,
+        into: list[Any] | None = None,
     ) -> tuple[Any, list[int]]:
         """Sends a request, and waits for its answer: (value, descriptors, which are the caller's).
 
         `holds` is kept until the kernel has answered, `late` is called with the value of an answer
-        that nobody waits for any more. SyscallTimeout: no answer (to the syscall `name`) within
+        that nobody waits for any more. `into`: both are appended to it as well, so that the caller has
+        them whatever interrupts it. SyscallTimeout: no answer (to the syscall `name`) within
         `timeout` seconds. KernelDied, ProcessKilled: there will be none. Else the kernel's own error.
         """
         if self._error is not None or self._lost_in_child:
@@ -126,46 +140,51 @@ class Client:
         number = message.id
         data = self._encoder.encode(message)
         deadline = None if timeout is None else time.monotonic() + timeout
-        pending = self._pending[number] = Pending(holds, late)
-        sent = False
+        level = self._reading.level()
+        pending = Pending(holds, late)
         try:
+            self._pending[number] = pending
             if deadline is not None or not self._exchange(data, pending):
-                self._send(data, deadline)
-            sent = True
+                self._send(data, deadline, pending)
             if pending.reply is None:
                 self._wait(pending, deadline)
             reply = pending.reply
             assert reply is not None
             if isinstance(reply, messages.Failed):
                 raise messages.exception_of(reply.error)
+            if into is not None:
+                into.extend((reply.value, pending.descriptors))
             self._pending.pop(number, None)
             return reply.value, pending.descriptors
         except TimeoutError as error:
-            self._give_up(number, pending, sent)
+            self._give_up(number, pending)
             if isinstance(error, KernelError):  # a handler's own
                 raise
             raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
         except BaseException:
-            self._leave(stale=True)
-            self._give_up(number, pending, True)  # an interrupt may have come right after the sending
+            self._reading.restore(level)
+            self._give_up(number, pending)
             raise
 
     def notice(self, message: Any) -> None:
         """Sends a request that wants no answer; later if it cannot be sent now. Safe in a destructor: never waits."""
         if self._error is None and self.pid == os.getpid():
-            self._notices.append(channel.datagrams(self._encoder.encode(message))[0])
+            self._notices.append(self._encoder.encode(message))
             self._flush_notices()
 
     def _flush_notices(self) -> None:
         while self._notices:
             try:
-                datagram = self._notices.popleft()
+                message = self._notices.popleft()
             except IndexError:
                 return
+            # The way that requests take: a later one must not come before it.
+            if self._ring is not None and self._ring._offer(message, self._sock.fileno()):
+                continue
             try:
-                channel.send_one(self._sock, datagram, flags=channel.AT_ONCE)
+                channel.send_one(self._sock, channel.datagrams(message)[0], flags=channel.AT_ONCE)
             except BlockingIOError:
-                self._notices.appendleft(datagram)
+                self._notices.appendleft(message)
                 return
             except OSError:
                 return  # the kernel is gone, and with it what this was about
@@ -185,21 +204,21 @@ class Client:
         assert self._error is not None
         return type(self._error)(*self._error.facts().values(), why=self._error.why)
 
-    def _give_up(self, number: int, pending: Pending, sent: bool) -> None:
+    def _give_up(self, number: int, pending: Pending) -> None:
         """Nobody waits for this answer any more. Where it has come already, or never will, that is all."""
         with self._state:
             pending.abandoned = True
+            sent = len(pending.sent) >= pending.parts
             over = pending.reply is not None or self._error is not None or not sent
         if over:
             self._dispose(number, pending)
 
     def _dispose(self, number: int, pending: Pending) -> None:
-        """Gives back what an abandoned answer brought."""
-        self._pending.pop(number, None)
-        descriptors, pending.descriptors = pending.descriptors, []
-        channel.close_all(descriptors)
+        """Gives back what an abandoned answer brought. Done again where an interrupt came in between."""
+        channel.close_all(pending.descriptors)
         if pending.late is not None and isinstance(pending.reply, messages.Done):
             pending.late(pending.reply.value)
+        self._pending.pop(number, None)
 
     # ---- sending ----------------------------------------------------------------------------
 
@@ -208,26 +227,25 @@ class Client:
 
         False: nothing was sent; it goes another way.
         """
-        ring, before = self._ring, -1
-        if ring is None or self._notices or not self._reading.acquire(False):
+        ring, got = self._ring, 0
+        level = self._reading.level()
+        if ring is None or self._notices or not self._reading.take():
             return False
         try:
-            before = self._depth
-            self._depth = before + 1
             inbox = self._inbox
-            if inbox:
+            if inbox or self._mail:
                 self._hand_on()
             spins = self._spin
             patience = spins.nanoseconds() if spins.busy_until else spins.budget
-            got = ring._exchange(message, patience, inbox)
+            got = ring._exchange(message, patience, inbox, self._sock.fileno(), pending.sent)
             if got == 3:
                 if patience < spins.most:
                     spins.won()
                 first = inbox[0] if inbox else b""
                 try:
-                    reply = self._decoder.decode(first)  # type: ignore[arg-type]
-                except (TypeError, msgspec.MsgspecError):
-                    reply = None  # of the socket, or not sound: it is handed on below
+                    reply = self._decoder.decode(first)
+                except msgspec.MsgspecError:
+                    reply = None  # not sound: it is handed on below
                 if isinstance(reply, messages.Done) and self._pending.get(reply.id) is pending:
                     if reply.descriptors:
                         self._await_carrier(pending)
@@ -236,61 +254,54 @@ class Client:
                         inbox.popleft()
                 if inbox:
                     self._hand_on()
-            elif got == 2:
-                self._send_bell()
             elif got == 4:
-                self._spin.overloaded()
-            self._depth = before
-            self._reading.release()
-        except BaseException:
-            if before >= 0:  # however far an interrupt let it come
-                self._depth = before
-            self._leave(stale=True)
+                spins.overloaded()
+            elif got == 6:
+                spins.lost()
+                pending.spun = True
+        except ValueError:
             self.check()  # it may be the parent's ring
             raise
+        finally:
+            self._reading.restore(level)
         if len(self._pending) > 1:
             self._pass_on()
         return got != 0
 
-    def _send(self, message: bytes, deadline: float | None) -> None:
+    def _send(self, message: bytes, deadline: float | None, pending: Pending) -> None:
         if self._notices:
             self._flush_notices()
-        ring = self._ring
-        if ring is not None and len(message) <= LONGEST and (pushed := ring._offer(message)):
-            if pushed == 2:
-                self._send_bell()
-            return
+        ring, sent = self._ring, pending.sent
+        if ring is not None and len(message) <= LONGEST:
+            # In one call of C: an interrupt cannot come between sending and noting that it was sent.
+            sent.extend(filter(None, map(ring._offer, (message,), (self._sock.fileno(),))))
+            if sent:
+                return
         parts = channel.datagrams(message)
         if len(parts) == 1:
-            self._send_part(parts[0], deadline)
+            self._send_part(parts[0], deadline, sent)
             return
+        pending.parts = len(parts)
         with self._sending:  # the parts of one message must not mix with those of another
             for part in parts:
-                self._send_part(part, deadline)
+                self._send_part(part, deadline, sent)
 
-    def _send_bell(self) -> None:
-        try:
-            channel.send_one(self._sock, channel.BELL, flags=channel.AT_ONCE)
-        except BlockingIOError:
-            pass  # the kernel has unread mail: that wakes it as well
-        except OSError as error:
-            raise self._lost(error) from None
-
-    def _send_part(self, datagram: bytes, deadline: float | None) -> None:
+    def _send_part(self, datagram: bytes, deadline: float | None, sent: list[Any]) -> None:
+        level = self._reading.level()
         while True:
             try:
-                channel.send_one(self._sock, datagram, flags=channel.AT_ONCE)
+                sent.extend(map(self._sock.send, (datagram,), (channel.AT_ONCE,)))
                 return
             except BlockingIOError:
                 # The kernel may be waiting for us to read: so read while waiting to send.
                 poll = select.poll()
                 poll.register(self._sock, select.POLLOUT | select.POLLIN)
                 poll.poll(self._slice(deadline))
-                if self._lead():
+                if self._reading.take():
                     try:
                         self._receive(0)
                     finally:
-                        self._leave()
+                        self._reading.restore(level)
             except OSError as error:
                 raise self._lost(error) from None
 
@@ -306,58 +317,47 @@ class Client:
     # ---- receiving --------------------------------------------------------------------------
 
     def _wait(self, pending: Pending, deadline: float | None) -> None:
+        level = self._reading.level()
         while pending.reply is None:
             if self._error is not None:
                 raise self._ended()
-            if self._lead():
+            if self._reading.take():  # it leads: it reads for all
                 try:
                     while pending.reply is None:
                         if self._error is not None:
                             raise self._ended()
-                        self._receive(self._slice(deadline))
+                        self._receive(self._slice(deadline), spinning=not pending.spun)
+                        pending.spun = False
                 finally:
-                    self._leave()
+                    self._reading.restore(level)
                     self._pass_on()
             elif pending.event is None:
-                pending.event = Event()  # seen by the leader from now on: so try to lead once more
+                event = Lock()
+                event.acquire()
+                pending.event = event  # seen by the leader from now on: so try to lead once more
             else:
-                pending.event.wait(self._slice(deadline) / 1000)
-                pending.event.clear()
-
-    def _lead(self) -> bool:
-        """Becomes the one that reads, unless another thread is."""
-        if self._reading.acquire(blocking=False):
-            self._depth += 1
-            return True
-        return False
-
-    def _leave(self, *, stale: bool = False) -> None:
-        """No longer reads. `stale`: only where an interrupt came between acquiring and counting."""
-        if self._reading._is_owned():  # type: ignore[attr-defined]
-            self._depth -= not stale
-            while not self._depth and self._reading._is_owned():  # type: ignore[attr-defined]
-                self._reading.release()
+                pending.event.acquire(timeout=self._slice(deadline) / 1000)
 
     def _pass_on(self) -> None:
         """Lets the next one lead."""
         for other in list(self._pending.values()):
             if other.reply is None and other.event is not None:
-                other.event.set()
+                other.wake()
                 return
 
     def _readable(self, milliseconds: float) -> bool:
         poll = self._poll
-        if self._depth > 1:  # a call within a call: the other is in this one's poll
+        if self._reading.level() > 1:  # a call within a call: the other is in this one's poll
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
         return bool(poll.poll(milliseconds))
 
-    def _receive(self, milliseconds: float) -> None:
-        """Takes what is there, by the ring or a datagram, and hands it on. Only who holds `_reading`."""
+    def _receive(self, milliseconds: float, *, spinning: bool = True) -> None:
+        """Takes what is there, by the ring or a datagram, and hands it on. Only whose turn it is."""
         ring = self._ring
         if ring is None:
             self._receive_datagram(milliseconds)
-        elif not self._take_from_ring(ring) and fall_asleep(self._rings):
+        elif not self._take_from_ring(ring, spinning) and fall_asleep(self._rings):
             before = time.monotonic_ns()
             try:
                 self._receive_datagram(milliseconds)
@@ -365,12 +365,12 @@ class Client:
                 wake_up(self._rings)
                 self._spin.slept(time.monotonic_ns() - before)
 
-    def _take_from_ring(self, ring: RingEnd) -> bool:
+    def _take_from_ring(self, ring: RingEnd, spinning: bool) -> bool:
         """Hands on what is in the ring, or comes while it is worth spinning; whether anything was."""
         inbox = self._inbox
         inbox.extend(iter(ring._pop, None))  # in one call of C, as below
         if not inbox:
-            patience = self._spin.nanoseconds()
+            patience = self._spin.nanoseconds() if spinning else 0
             if not patience:
                 return False
             found = spin(self._rings, 0, patience)
@@ -388,13 +388,13 @@ class Client:
     def _receive_datagram(self, milliseconds: float | None) -> None:
         """Takes a datagram that comes within this time and hands it on; None: that is there already, if any is."""
         flags = channel.CLOEXEC  # waits a SLICE by itself: one system call less
-        if milliseconds is None or milliseconds < SLICE or self._depth > 1:
+        if milliseconds is None or milliseconds < SLICE or self._reading.level() > 1:
             if milliseconds is not None and not self._readable(milliseconds):
                 return
             flags = channel.CLOEXEC_AT_ONCE
         try:
             # In one call of C: a KeyboardInterrupt cannot come between taking it and keeping it.
-            self._inbox.extend(
+            self._mail.extend(
                 map(
                     self._sock.recvmsg,
                     (channel.DATAGRAM,),
@@ -405,15 +405,22 @@ class Client:
         except BlockingIOError:
             return
         except OSError:
-            self._inbox.append((b"", [], 0, None))
-        self._hand_on()
+            self._mail.append((b"", [], 0, None))
+        self._hand_on_from(self._mail)
 
     def _hand_on(self) -> None:
-        while self._inbox:
-            received = self._inbox[0]
+        self._hand_on_from(self._mail)
+        self._hand_on_from(self._inbox)
+
+    def _hand_on_from(self, queue: deque[Any]) -> None:
+        while queue:
+            try:
+                received = queue[0]
+            except IndexError:  # a call within this one, in a signal handler, has handed it on
+                return
             self._dispatch(received)  # handing it on twice does no harm, losing it does
-            if self._inbox and self._inbox[0] is received:  # else a call within this one has done it
-                self._inbox.popleft()
+            if queue and queue[0] is received:  # else a call within this one has done it
+                queue.popleft()
 
     def _dispatch(self, received: Received | bytes) -> None:
         ancillary: list[tuple[int, int, bytes]] = []
@@ -438,10 +445,16 @@ class Client:
         pending = self._pending.get(reply.id)
         # Every answer has its request: where it has not, or has one already, this is the second
         # time that we see it, after an interrupt. Its descriptors are somebody's already.
-        if pending is None or pending.reply is not None:
+        if pending is None:
             return
-        if ancillary:
-            pending.descriptors = channel.descriptors_in(ancillary)
+        if pending.reply is not None:
+            if pending.abandoned:
+                self._dispose(reply.id, pending)
+            return
+        if ancillary and not pending.descriptors and not pending.carried:
+            # First the list, then what it owns, in one call of C: this may be the second time, after an interrupt.
+            pending.descriptors = channel.Descriptors()
+            pending.descriptors.extend(channel.descriptors_in(ancillary))
         if isinstance(reply, messages.Carrier):
             pending.carried = True
             return
@@ -453,37 +466,32 @@ class Client:
         if abandoned:
             self._dispose(reply.id, pending)
         elif pending.event is not None:
-            pending.event.set()
+            pending.wake()
 
     def _await_carrier(self, pending: Pending) -> None:
         """The descriptors of an answer were sent by the socket before it came by the ring: they are there."""
-        ours, self._inbox = self._inbox, deque()
-        try:
-            self._receive_datagram(None)
-            while not pending.carried and self._error is None:
-                self._receive_datagram(SLICE)
-        finally:
-            ours.extend(self._inbox)
-            self._inbox = ours
+        self._receive_datagram(None)
+        while not pending.carried and self._error is None:
+            self._receive_datagram(SLICE)
 
     def _end(self, error: KernelError) -> None:
         """The connection is over: whoever waits, and whoever calls later, gets `error`."""
         if self._error is None:
             self._error = error
         for pending in list(self._pending.values()):
-            if pending.event is not None:
-                pending.event.set()
+            pending.wake()
         self._pending.clear()
 
     def _lost(self, error: OSError) -> KernelError:
         """Sending failed: the kernel may have said why before it closed."""
-        while self._error is None and self._lead():
+        level = self._reading.level()
+        while self._error is None and self._reading.take():
             try:
                 if not self._readable(0):
                     break
                 self._receive(0)
             finally:
-                self._leave()
+                self._reading.restore(level)
         if self._error is None:
             self._end(KernelDied(self.path, why=f"the kernel at {self.path!r} has died ({error.strerror})"))
         return self._ended()

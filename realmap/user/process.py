@@ -102,16 +102,16 @@ class Process:
             bool(commit),
             bool(huge),
         )
-        value: Any = None
-        descriptors: list[int] = []
+        answer: list[Any] = []
         window: UserWindow | None = None
         try:
-            value, descriptors = client.request(request, name="map", late=self._unmap_late)
+            value, descriptors = client.request(request, name="map", late=self._unmap_late, into=answer)
             window = self._map_window(value, step, descriptors, allowed)
         finally:
-            channel.close_all(descriptors)
-            if value is not None and window is None:
-                self._unmap_late(value)
+            if answer:
+                channel.close_all(answer[1])
+                if window is None:
+                    self._unmap_late(answer[0])
         return Buffer.part(window, window._base, size)
 
     def _unmap_late(self, value: Any) -> None:

@@ -13,8 +13,10 @@ means that its sender was interrupted there: the former is forgotten.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from realmap.errors import InvalidSize
@@ -110,7 +112,14 @@ def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
     return list(found)
 
 
-def close_all(descriptors: Iterable[int]) -> None:
-    """Closes each."""
-    for descriptor in descriptors:
-        os.close(descriptor)
+class Descriptors(list[int]):
+    """Descriptors that are closed with the list, where nobody has before: an interrupt may keep their owner from it."""
+
+    def __del__(self) -> None:
+        close_all(self)
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Closes each and takes it out, in one call of C: an interrupt leaves none behind, and none to be closed twice."""
+    with contextlib.suppress(IndexError):  # the list is empty
+        deque(map(os.close, iter(descriptors.pop, None)), maxlen=0)

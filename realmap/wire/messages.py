@@ -22,7 +22,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 3
+PROTOCOL = 4
 VERSION = "0.1.0"
 #: A message may be this long, in bytes; larger things belong into a buffer.
 MAX_MESSAGE = 16 << 20

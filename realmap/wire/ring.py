@@ -27,6 +27,8 @@ OVERLOADED, SAME_CPU = -2, -3
 #: How long a side looks for the next message before it sleeps, in microseconds. A wake-up across CPUs
 #: costs about 45 on a virtual machine (FACTS.md): looking for about twice that long cannot cost much more.
 SPIN = 100
+#: On a machine with one CPU, who is waited for could not run. (What this process may use says nothing of the other.)
+SEVERAL = (os.cpu_count() or 1) > 1
 #: A sleep of up to so many times that long would not have been one, had both sides been spinning.
 PAYS = 4
 #: How long not to spin after others wanted the CPU, in nanoseconds: at first, and at most.
@@ -82,7 +84,7 @@ class SpinBudget:
     def __init__(self, most: float) -> None:
         """`most` in microseconds; 0 never spins."""
         self.most = int(most * 1000)
-        self.budget = self.most if len(os.sched_getaffinity(0)) > 1 else 0
+        self.budget = self.most if SEVERAL else 0
         self.busy_until = self._seen_busy = 0
         self._pause = PAUSE
 
@@ -111,5 +113,5 @@ class SpinBudget:
 
     def slept(self, nanoseconds: int) -> None:
         """It came after a sleep of this length, which is one wake-up more than until it came."""
-        if nanoseconds < PAYS * self.most and len(os.sched_getaffinity(0)) > 1:
+        if nanoseconds < PAYS * self.most and SEVERAL:
             self.budget = self.most

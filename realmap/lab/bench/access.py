@@ -8,7 +8,7 @@ from typing import NamedTuple
 from realmap.errors import PhysicalMemoryExhaustion
 from realmap.lab.bench.measure import Contender, Race
 from realmap.lab.bench.run import KEPT, Bench
-from realmap.pages import HUGE_SIZE, PAGE_SIZE
+from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_up
 from realmap.user.buffer import Buffer
 from realmap.user.process import Process
 
@@ -80,8 +80,10 @@ def _memory(bench: Bench, size: int) -> Memory:
         buffers += [plain.map(size), kept.map(size)]
         huge = plain.map(size, huge=True)
         buffers.append(huge)
-        if huge.huge < HUGE_SIZE:
-            bench.missing("mirror huge", "Linux gave no huge page")
+        if huge.huge < align_up(size, HUGE_SIZE):
+            bench.missing(
+                "mirror huge", f"of {bytes_in_words(size)} Linux gave {bytes_in_words(huge.huge)} in huge pages"
+            )
             buffers.pop().unmap()
     except BaseException:
         for buffer in buffers:

@@ -73,7 +73,7 @@ def measure(bench: Bench) -> None:
         ]
         with pinned([spinning, blocking], pin):
             race = bench.race("call", contenders, None, "pinned" if pin else "not pinned")
-        if not pin or cpus < 2:
+        if not pin:
             bench.reach("call, spinning / Pipe with pickle", 0.25, race, "call", "Pipe with pickle")
             bench.reach("call, spinning / iceoryx2, spinning", 0.5, race, "call", "iceoryx2")
             bench.reach(

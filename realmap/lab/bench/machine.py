@@ -1,4 +1,4 @@
-"""What the figures depend on: the machine, its settings, and how busy others kept it meanwhile."""
+"""What the figures depend on: the machine, its settings, and what its hypervisor took away meanwhile."""
 
 from __future__ import annotations
 

@@ -74,11 +74,13 @@ class Race:
                 self._samples[contender.name] = []
         floors = {contender.floor for contender in self.contenders}
         end = time.monotonic() + plan.race_seconds
+        self._rounds = 0
         for done in range(plan.rounds):
             if done >= plan.least_rounds and time.monotonic() > end:
                 break
             for contender in list(self.contenders):
                 self._run(contender)
+            self._rounds += 1
         for contender in list(self.contenders):
             if contender.name in floors:
                 self._run(contender)
@@ -111,10 +113,15 @@ class Race:
         return spread(self._samples[name])
 
     def ratio(self, name: str, floor: str) -> Spread:
-        """How much longer `name` takes than `floor`."""
+        """How much longer `name` takes than `floor`, which ran right before and right after it in turn."""
         ours, theirs = self._samples[name], self._samples[floor]
-        around = [(theirs[at] + theirs[min(at + 1, len(theirs) - 1)]) / 2 for at in range(len(ours))]
-        return spread([mine / other for mine, other in zip(ours, around, strict=True)])
+        order = [contender.name for contender in self.contenders]
+        first = 0 if order.index(floor) < order.index(name) else -1
+        found = []
+        for at, mine in enumerate(ours[: self._rounds]):
+            around = [theirs[near] for near in (at + first, at + first + 1) if 0 <= near < len(theirs)]
+            found.append(mine / (sum(around) / len(around)))
+        return spread(found)
 
     def figures(self, group: str, size: int | None = None, work: str | None = None) -> list[Figure]:
         """What came out, contender by contender."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ TOOLS = Path(__file__).resolve().parents[3] / "tools"
 FLAGS = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE"]
 #: How long one of them may take to end, in seconds.
 PATIENCE = 5.0
+#: And for one answer: the longest batch takes seconds.
+LIMIT = 120.0
 
 
 class Program:
@@ -50,7 +53,10 @@ class Program:
         try:
             process.stdin.write(" ".join(map(str, words)) + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
+            there, _, _ = select.select([process.stdout], [], [], LIMIT)
+            if not there:
+                process.kill()
+            answer = process.stdout.readline() if there else ""
         except OSError:
             answer = ""
         said, _, rest = answer.strip().partition(" ")
@@ -129,5 +135,9 @@ class Programs:
         target = os.path.join(self._folder, "floor")
         built = subprocess.run([compiler, *FLAGS, *sources, "-o", target], capture_output=True, text=True)
         if built.returncode:
-            return Program("floor", None, f"it does not build: {built.stderr.strip().splitlines()[0]}")
+            return Program(
+                "floor",
+                None,
+                f"it does not build: {(built.stderr.strip().splitlines() or ['the compiler was killed'])[0]}",
+            )
         return Program("floor", [target])

@@ -162,11 +162,15 @@ def _processes(bench: Bench) -> None:
         for _ in range(rounds):
             for size in sizes:
                 for rank, pid in enumerate(pids):
-                    os.kill(pid, signal.SIGCONT if rank < size else signal.SIGSTOP)
+                    try:
+                        os.kill(pid, signal.SIGCONT if rank < size else signal.SIGSTOP)
+                    except ProcessLookupError:
+                        raise Absent(f"one of {sizes[-1]} processes has died") from None
                 time.sleep(SETTLE)
                 start, before = time.monotonic(), kernel.stats()["calls"]
                 time.sleep(window)
-                rates[size].append((kernel.stats()["calls"] - before) / (time.monotonic() - start))
+                calls = kernel.stats()["calls"] - before
+                rates[size].append(max(1, calls) / (time.monotonic() - start))
     for size, found in rates.items():
         took = spread([1e9 / rate for rate in found])
         against = spread([mine / two for mine, two in zip(found, rates[2], strict=True)])

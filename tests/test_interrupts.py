@@ -1,0 +1,129 @@
+"""Signals at any moment of a call: a handler that raises, that calls, that calls in vain; other threads meanwhile."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import pytest
+from conftest import BOUND, scaled, wait_until
+
+import realmap
+from realmap import KernelHandle, Process
+from realmap._host import Turn
+
+CARRIERS = ("ring", "socket")
+#: How often a call is interrupted in each test, from 20 µs after its begin on.
+TIMES = 300
+
+
+class Stop(BaseException):
+    """As Ctrl-C, but nobody else's."""
+
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[Handler], None]]:
+    before = signal.getsignal(signal.SIGALRM)
+    yield lambda handler: signal.signal(signal.SIGALRM, handler) and None
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def interrupted(me: Process, rng: random.Random, work: Callable[[], object]) -> int:
+    """Does `work` again and again until a signal has come in; whether it raised."""
+    raised = 0
+    done = threading.Event()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-5, 6e-4))
+        for _ in range(40):
+            work()
+    except Stop:
+        raised = 1
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        done.set()
+    except Stop:
+        raised = 1
+    return raised
+
+
+@pytest.mark.parametrize("kind", ["raises", "calls", "calls in vain"])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_signals_at_any_moment(
+    me: Process, kernel: KernelHandle, alarm: Callable[[Handler], None], kind: str, threads: int
+) -> None:
+    nested: list[object] = []
+
+    def raises(*_: object) -> None:
+        raise Stop
+
+    def calls(*_: object) -> None:
+        nested.append(me.call("echo", len(nested), timeout=BOUND))
+
+    def calls_in_vain(*_: object) -> None:
+        try:
+            me.call("nothing of this name", timeout=BOUND)
+        except realmap.UnknownSyscall:
+            nested.append(None)
+
+    alarm({"raises": raises, "calls": calls, "calls in vain": calls_in_vain}[kind])
+    ending, counts = threading.Event(), [0] * threads
+
+    def other(index: int) -> None:
+        while not ending.is_set():
+            assert me.call("echo", index, timeout=BOUND) == [index]
+            counts[index] += 1
+
+    others = [threading.Thread(target=other, args=(index,)) for index in range(threads)]
+    for thread in others:
+        thread.start()
+    buffer = me.map(100)
+    rng = random.Random(7)
+    raised = sum(
+        interrupted(me, rng, lambda: me.call("echo", buffer, 5, timeout=rng.choice([None, BOUND])))
+        for _ in range(scaled(TIMES))
+    )
+    ending.set()
+    for thread in others:
+        thread.join(BOUND)
+        assert not thread.is_alive(), "another thread hangs"
+    assert raised > TIMES // 10 if kind == "raises" else len(nested) > TIMES // 10
+    assert all(count > 0 for count in counts)
+    assert me.call("echo", 1, timeout=BOUND) == [1]
+    result: list[object] = []
+    last = threading.Thread(target=lambda: result.append(me.call("echo", 2, timeout=BOUND)))
+    last.start()
+    last.join(BOUND)
+    assert result == [[2]], "this thread kept its turn"
+    wait_until(lambda: me.call("echo", 3) == [3] and not me.client._pending, "the answers to what was given up")
+    buffer.unmap()
+    wait_until(lambda: not kernel.stats()["mappings"], "the end of what calls held")
+
+
+def test_a_turn() -> None:
+    turn = Turn()
+    assert (turn.level(), turn.take(), turn.level(), turn.take(), turn.level()) == (0, True, 1, True, 2)
+    seen: list[object] = []
+    thread = threading.Thread(target=lambda: seen.extend([turn.take(), turn.level(), turn.restore(0), turn.level()]))
+    thread.start()
+    thread.join()
+    assert seen == [False, 0, None, 0], "another thread can neither take it nor give it back"
+    turn.restore(1)
+    turn.restore(1)
+    turn.restore(5)
+    assert turn.level() == 1
+    turn.restore(0)
+    assert turn.level() == 0
+    thread = threading.Thread(target=lambda: seen.append(turn.take()))
+    thread.start()
+    thread.join()
+    assert seen[-1] is True
+    for nonsense, error in ((-1, ValueError), ("1", TypeError)):
+        with pytest.raises(error):
+            turn.restore(nonsense)  # type: ignore[arg-type]
