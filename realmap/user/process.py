@@ -168,9 +168,9 @@ class Process:
             try:
                 _require_all(more, min(count - mapped, messages.MAX_DESCRIPTORS), span)
                 window._extend(pieces(mapped, more))
+                mapped += len(more)
             finally:
                 channel.close_all(more)
-            mapped += len(more)
         return window
 
     def query(self, address: SupportsIndex) -> MemoryInfo:
