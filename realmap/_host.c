@@ -1508,13 +1508,14 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     if (!self)
         return NULL;
     Kept *kept = land->budget ? find_kept(land, serial, start, span, prot) : NULL;
-    if (kept) {
+    int was_kept = kept != NULL;
+    if (was_kept) {
         land->hits++;
         forget_kept(land, kept);
         enter(land, self, kept->base, kept->span, kept->in_tree);
         lead += start - kept->start;
         start = kept->start;
-        PyMem_Free(kept); /* from here on it only says that there was one */
+        PyMem_Free(kept);
     } else {
         uintptr_t base;
         land->misses += land->budget != 0;
@@ -1530,12 +1531,12 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     self->window.length = (Py_ssize_t)length;
     /* Its place and its reference are taken before it is mapped: the GIL may go away meanwhile, and the frames
      * must not. */
-    self->window.state = kept ? ALIVE : NOT_READY;
+    self->window.state = was_kept ? ALIVE : NOT_READY;
     if (hold(self, frames->mirrors)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }
-    if (!kept && map_piece(self->window.base, span, prot, fd, (off_t)start)) {
+    if (!was_kept && map_piece(self->window.base, span, prot, fd, (off_t)start)) {
         Py_DECREF((PyObject *)self);
         Py_RETURN_NONE;
     }
