@@ -9,6 +9,8 @@
  *            woken without losing a wake-up.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
  *            an export of every window it covers.
+ *   guard    a handler of SIGBUS: where a segment under a window was truncated, zero pages take the place
+ *            of what is gone, and the window says so from then on.
  *
  * A window's life: not ready (being mapped) -> alive -> dead. Dead is for good.
  *
@@ -27,12 +29,14 @@
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -59,6 +63,18 @@ static unsigned long fork_epoch;
 
 static void count_fork(void) { fork_epoch++; }
 
+/* What the guard knows of a window. Written under the GIL, read by a signal handler on any thread. */
+typedef struct {
+    _Atomic uintptr_t base;
+    _Atomic uintptr_t end;   /* 0: no window */
+    _Atomic uintptr_t zeros; /* from here to the end are zero pages; `end` where there are none */
+    _Atomic unsigned long epoch;
+    int prot;
+    int inherited;
+    uint32_t index;
+    uint32_t next; /* of those without a window: one more than its index, or 0 */
+} Guarded;
+
 typedef struct {
     PyObject_HEAD
     uintptr_t base;
@@ -66,6 +82,8 @@ typedef struct {
     size_t lead;
     Py_ssize_t length;
     Py_ssize_t exports;
+    Guarded *guarded; /* while it is mapped */
+    uintptr_t zeros;  /* where its zero pages began, once it is not; 0: there were none */
     unsigned long epoch;
     int prot;
     char inherited;
@@ -177,6 +195,223 @@ static PyObject *os_error(int error)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
+/* ---- the guard ---------------------------------------------------------------------------- */
+
+/* A segment may be truncated by whoever can open it, at any moment, and touching what is gone raises SIGBUS. The
+ * handler puts zero pages over the rest of that window in one mmap (page by page would reach the limit of mappings),
+ * notes it, and returns: who touched it goes on, and is told afterwards. Any other SIGBUS goes to whoever had the
+ * signal before.
+ *
+ * It runs on any thread, at any moment, with or without the GIL: it reads the table below, which never moves nor
+ * shrinks, and makes system calls; no locks, no memory, no Python. A window that is being touched is not unmapped
+ * meanwhile (its exports are counted), so its entry stands still; the others may change while they are looked at. */
+
+#define CHUNK 1024u
+#define CHUNKS 16384u /* of 1024: more windows than Linux allows mappings by default, by two orders */
+
+static Guarded *_Atomic chunks[CHUNKS];
+static _Atomic uint32_t guarded_count; /* entries that were ever in use */
+static uint32_t free_guarded;          /* the first one without a window: one more than its index */
+static _Atomic uint64_t faults;        /* how often zero pages had to be put somewhere */
+
+static Guarded *guarded_at(uint32_t index)
+{
+    return &atomic_load_explicit(&chunks[index / CHUNK], memory_order_acquire)[index % CHUNK];
+}
+
+/* An entry for a window that is about to be mapped; NULL: no memory for it. */
+static Guarded *guard(uintptr_t base, size_t span, int prot, int inherited)
+{
+    Guarded *entry;
+    if (free_guarded) {
+        entry = guarded_at(free_guarded - 1);
+        free_guarded = entry->next;
+    } else {
+        uint32_t index = atomic_load_explicit(&guarded_count, memory_order_relaxed);
+        if (index == CHUNK * CHUNKS)
+            return NULL;
+        if (index % CHUNK == 0) {
+            Guarded *chunk = PyMem_Calloc(CHUNK, sizeof *chunk);
+            if (!chunk)
+                return NULL;
+            atomic_store_explicit(&chunks[index / CHUNK], chunk, memory_order_release);
+        }
+        entry = guarded_at(index);
+        entry->index = index;
+        atomic_store_explicit(&guarded_count, index + 1, memory_order_release);
+    }
+    entry->prot = prot;
+    entry->inherited = inherited;
+    atomic_store_explicit(&entry->epoch, fork_epoch, memory_order_relaxed);
+    atomic_store_explicit(&entry->base, base, memory_order_relaxed);
+    atomic_store_explicit(&entry->zeros, base + span, memory_order_relaxed);
+    atomic_store_explicit(&entry->end, base + span, memory_order_release);
+    return entry;
+}
+
+/* The first byte from which on zero pages are mapped, 0 where there are none. */
+static uintptr_t zeros_of(const Window *self)
+{
+    if (!self->guarded)
+        return self->zeros;
+    uintptr_t zeros = atomic_load_explicit(&self->guarded->zeros, memory_order_acquire);
+    return zeros < self->base + self->span ? zeros : 0;
+}
+
+static void unguard(Window *self)
+{
+    Guarded *entry = self->guarded;
+    if (!entry)
+        return;
+    self->zeros = zeros_of(self);
+    self->guarded = NULL;
+    atomic_store_explicit(&entry->end, 0, memory_order_release);
+    entry->next = free_guarded;
+    free_guarded = entry->index + 1;
+}
+
+static int put_zeros(uintptr_t at, size_t length, int prot)
+{
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+    return mmap((void *)at, length, prot, flags, -1, 0) != MAP_FAILED;
+}
+
+/* Zero pages from `address` to the end of its window. 0: it is in no window of ours, or Linux gave none. */
+static int heal(uintptr_t address)
+{
+    uintptr_t page = address - address % page_size;
+    uint32_t count = atomic_load_explicit(&guarded_count, memory_order_acquire);
+    for (uint32_t i = 0; i < count; i++) {
+        Guarded *entry = guarded_at(i);
+        uintptr_t end = atomic_load_explicit(&entry->end, memory_order_acquire);
+        uintptr_t base = atomic_load_explicit(&entry->base, memory_order_acquire);
+        if (page < base || page >= end || end != atomic_load_explicit(&entry->end, memory_order_acquire))
+            continue;
+        if (!entry->inherited && atomic_load_explicit(&entry->epoch, memory_order_relaxed) != fork_epoch)
+            continue; /* a parent's: what is mapped here is another one */
+        uintptr_t zeros = atomic_load_explicit(&entry->zeros, memory_order_acquire);
+        if (page >= zeros)
+            return 1; /* another thread was quicker */
+        int all = put_zeros(page, zeros - page, entry->prot);
+        /* Under strict accounting there may be room for one page where there is none for all. */
+        if (!all && !put_zeros(page, page_size, entry->prot))
+            return 0;
+        uintptr_t now = page;
+        while (now < zeros && !atomic_compare_exchange_weak(&entry->zeros, &zeros, now))
+            ;
+        atomic_fetch_add(&faults, 1);
+        return 1;
+    }
+    return 0;
+}
+
+/* Who had the signal, the last one on top. Only grows or shrinks under the GIL. */
+#define DEPTH 8
+static struct sigaction under[DEPTH];
+static _Atomic int under_count;
+
+/* What is being passed on by a thread: a handler that returns without having helped is called again by the same
+ * access, for ever; and one that raises the signal once more comes back to us. */
+typedef struct {
+    _Atomic long thread;
+    uintptr_t address;
+    int tries;
+    int level;
+} Passing;
+
+#define PASSINGS 64
+#define PATIENCE 64
+static Passing passings[PASSINGS];
+
+static void pass_on(int number, siginfo_t *info, void *context)
+{
+    long thread = syscall(SYS_gettid);
+    Passing *passing = &passings[thread % PASSINGS];
+    int fault = info->si_code > 0; /* by an access; else somebody sent it */
+    uintptr_t address = fault ? (uintptr_t)info->si_addr : 0;
+    if (atomic_exchange(&passing->thread, thread) != thread)
+        passing->level = passing->tries = 0;
+    if (fault) {
+        passing->tries = passing->address == address ? passing->tries + 1 : 0;
+        passing->address = address;
+        passing->level = 0;
+    }
+    int at = atomic_load(&under_count) - 1 - passing->level - passing->tries / PATIENCE;
+    struct sigaction *next = at >= 0 ? &under[at] : NULL;
+    if (next && next->sa_flags & SA_SIGINFO) {
+        passing->level++;
+        next->sa_sigaction(number, info, context);
+        passing->level = 0;
+    } else if (next && next->sa_handler != SIG_DFL && next->sa_handler != SIG_IGN) {
+        passing->level++;
+        next->sa_handler(number);
+        passing->level = 0;
+    } else if (fault || !next || next->sa_handler == SIG_DFL) {
+        struct sigaction end = {.sa_handler = SIG_DFL};
+        sigaction(SIGBUS, &end, NULL);
+        if (!fault) /* else the same access comes again */
+            raise(SIGBUS);
+    }
+}
+
+static void on_sigbus(int number, siginfo_t *info, void *context)
+{
+    int error = errno;
+    if (info->si_code != BUS_ADRERR || !heal((uintptr_t)info->si_addr))
+        pass_on(number, info, context);
+    errno = error;
+}
+
+static int same_handler(const struct sigaction *one, const struct sigaction *other)
+{
+    return (one->sa_flags & SA_SIGINFO) == (other->sa_flags & SA_SIGINFO) &&
+           (one->sa_flags & SA_SIGINFO ? one->sa_sigaction == other->sa_sigaction
+                                       : one->sa_handler == other->sa_handler);
+}
+
+/* Puts the guard on top of whoever has the signal now. Asked where memory is about to be used: faulthandler, or
+ * signal.signal, may have come over it since. */
+static void stand_guard(void)
+{
+    struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER}, now;
+    sigemptyset(&ours.sa_mask);
+    if (sigaction(SIGBUS, NULL, &now) || same_handler(&now, &ours))
+        return;
+    int count = atomic_load(&under_count);
+    for (int i = 0; i < count; i++) /* who was there before and is again: those above it have gone */
+        if (same_handler(&under[i], &now))
+            count = i;
+    if (count == DEPTH)
+        count--;
+    under[count] = now;
+    atomic_store(&under_count, count + 1);
+    sigaction(SIGBUS, &ours, NULL);
+}
+
+/* Raises the MemoryFault that `op` makes of it: it knows whose byte the one at `address` is. */
+static void raise_fault(PyObject *op, uintptr_t address)
+{
+    PyObject *error = PyObject_CallMethod(op, "_memory_fault", "K", (unsigned long long)address);
+    if (error) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+}
+
+/* The first byte of [start, start + length) that zero pages stand for; 0 where it is all there. */
+static uintptr_t fault_in(const Window *window, uintptr_t start, size_t length)
+{
+    uintptr_t zeros = zeros_of(window);
+    if (!zeros || start + length <= zeros)
+        return 0;
+    return start > zeros ? start : zeros;
+}
+
+static uintptr_t window_fault_at(const Window *self)
+{
+    return fault_in(self, self->base + self->lead, (size_t)self->length);
+}
+
 /* A fork that did not inherit this window leaves only its shell in the child. */
 static int is_alive(const Window *self)
 {
@@ -227,7 +462,9 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
     Window *self = new_window((PyTypeObject *)cls, address, prot, inherited);
     if (!self)
         return NULL;
-    int error = map_piece(address, span, prot, fd, (off_t)offset);
+    stand_guard();
+    self->guarded = guard(address, span, prot, inherited);
+    int error = self->guarded ? map_piece(address, span, prot, fd, (off_t)offset) : ENOMEM;
     if (error) {
         Py_DECREF(self);
         return os_error(error);
@@ -276,6 +513,14 @@ undo:
     return 0;
 }
 
+/* Has a window guarded that is mapped already; 0: no memory for it. */
+static int guard_window(Window *self)
+{
+    stand_guard();
+    self->guarded = guard(self->base, self->span, self->prot, self->inherited);
+    return self->guarded != NULL;
+}
+
 /* Window._map_pieces(address, prot, pieces, lead, length, inherited): any number of pieces, of
  * any files, side by side; all of them or none. */
 static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
@@ -296,6 +541,10 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
     }
     self->span = end - address;
     self->state = self->span ? ALIVE : DEAD;
+    if (self->span && !guard_window(self)) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
     if (lead > self->span || length > self->span - lead) {
         Py_DECREF(self);
         PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
@@ -317,8 +566,15 @@ static PyObject *window_extend(PyObject *op, PyObject *pieces)
     uintptr_t end = map_pieces(self, self->base + self->span, pieces);
     if (!end)
         return NULL;
+    if (zeros_of(self)) { /* what comes behind zero pages would count as such */
+        unmap_range(self->base + self->span, end - self->base - self->span);
+        raise_fault(op, zeros_of(self));
+        return NULL;
+    }
     self->length += (Py_ssize_t)(end - self->base - self->span);
     self->span = end - self->base;
+    atomic_store_explicit(&self->guarded->zeros, end, memory_order_release);
+    atomic_store_explicit(&self->guarded->end, end, memory_order_release);
     Py_RETURN_NONE;
 }
 
@@ -346,6 +602,7 @@ static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
         self->state = ALIVE;
         return os_error(error);
     }
+    unguard(self);
     Py_RETURN_TRUE;
 }
 
@@ -355,6 +612,7 @@ static void window_dealloc(PyObject *op)
     PyTypeObject *type = Py_TYPE(op);
     if (is_alive(self))
         munmap((void *)self->base, self->span);
+    unguard(self);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }
@@ -367,6 +625,11 @@ static int window_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
         PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
         return -1;
     }
+    if (window_fault_at(self)) {
+        raise_fault(op, window_fault_at(self));
+        return -1;
+    }
+    stand_guard();
     if (PyBuffer_FillInfo(buffer, op, (void *)(self->base + self->lead), self->length,
                           !(self->prot & PROT_WRITE), flags))
         return -1;
@@ -407,6 +670,28 @@ static PyObject *window_prot(PyObject *op, void *Py_UNUSED(closure))
     return PyLong_FromLong(((Window *)op)->prot);
 }
 
+static PyObject *window_fault(PyObject *op, void *Py_UNUSED(closure))
+{
+    uintptr_t at = window_fault_at((Window *)op);
+    if (!at)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(at);
+}
+
+static PyObject *window_zeros(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(zeros_of((Window *)op));
+}
+
+/* _memory_fault(address): the error for a byte that is gone; what builds on a window knows more. */
+static PyObject *window_memory_fault(PyObject *Py_UNUSED(op), PyObject *address)
+{
+    PyObject *errors = PyImport_ImportModule("realmap.errors");
+    PyObject *error = errors ? PyObject_CallMethod(errors, "gone", "O", address) : NULL;
+    Py_XDECREF(errors);
+    return error;
+}
+
 static PyObject *window_alive(PyObject *op, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(is_alive((Window *)op));
@@ -419,10 +704,13 @@ static PyMethodDef window_methods[] = {
     {"_map_pieces", FASTCALL(window_map_pieces), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
+    {"_memory_fault", window_memory_fault, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef window_getset[] = {
+    {"fault", window_fault, NULL, "Where its bytes are gone from, since somebody truncated their segment; else None.", NULL},
+    {"_zeros", window_zeros, NULL, NULL, NULL},
     {"address", window_address, NULL, "Where the exported bytes start, in this address space.", NULL},
     {"_base", window_base, NULL, NULL, NULL},
     {"_span", window_span, NULL, NULL, NULL},
@@ -507,6 +795,19 @@ static int view_is_alive(View *self)
     return 1;
 }
 
+static uintptr_t view_fault_at(View *self)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_Size(self->windows); i++) {
+        Window *window = (Window *)PyTuple_GetItem(self->windows, i);
+        uintptr_t end = window->base + window->lead + (size_t)window->length, stop = self->start + (size_t)self->length;
+        uintptr_t start = window->base > self->start ? window->base : self->start;
+        uintptr_t at = start < end && start < stop ? fault_in(window, start, (stop < end ? stop : end) - start) : 0;
+        if (at)
+            return at;
+    }
+    return 0;
+}
+
 static void count_exports(View *self, Py_ssize_t by)
 {
     self->exports += by;
@@ -522,6 +823,11 @@ static int view_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
         PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
         return -1;
     }
+    if (view_fault_at(self)) {
+        raise_fault(op, view_fault_at(self));
+        return -1;
+    }
+    stand_guard();
     if (PyBuffer_FillInfo(buffer, op, (void *)self->start, self->length, !self->writable, flags))
         return -1;
     count_exports(self, 1);
@@ -582,7 +888,16 @@ static PyObject *view_alive(PyObject *op, void *Py_UNUSED(closure))
     return PyBool_FromLong(view_is_alive((View *)op));
 }
 
+static PyObject *view_fault(PyObject *op, void *Py_UNUSED(closure))
+{
+    uintptr_t at = view_fault_at((View *)op);
+    if (!at)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(at);
+}
+
 static PyMethodDef view_methods[] = {
+    {"_memory_fault", window_memory_fault, METH_O, NULL},
     {"_over", FASTCALL(view_over), METH_FASTCALL | METH_CLASS, NULL},
     {"_drop", view_drop, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -598,6 +913,7 @@ static PyGetSetDef view_getset[] = {
     {"address", view_address, NULL, "Where its bytes start, in this address space.", NULL},
     {"exports", view_exports, NULL, "How many views of it live.", NULL},
     {"alive", view_alive, NULL, "Whether what it shows is mapped.", NULL},
+    {"fault", view_fault, NULL, "Where its bytes are gone from, since somebody truncated their segment; else None.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -693,6 +1009,7 @@ typedef struct {
     PyObject *mappings;
     PyObject *frames;
     PyObject *holders; /* the `mirrors` of its one frames, while it holds a reference to them */
+    PyObject *caller; /* the UserBuffer of the call that it was made in */
     PyObject *weakrefs;
     uint64_t serial; /* of its frames; 0 where it shows several */
     uint64_t start; /* what its first page shows: an offset in the frames */
@@ -1325,7 +1642,7 @@ static int keep(Mirror *self)
 {
     Land *land = self->land;
     Window *window = &self->window;
-    if (!land || !self->serial || window->span > land->budget)
+    if (!land || !self->serial || window->span > land->budget || zeros_of(window))
         return 0;
     if (!((Mapping *)self->mapping)->held)
         return 0; /* nothing survives the unmapping by its process */
@@ -1351,12 +1668,25 @@ static int keep(Mirror *self)
     table_add(&land->exact, &kept->exact);
     table_add(&land->of, &kept->of);
     land->kept_bytes += kept->span;
+    unguard(window); /* nobody touches it before it is a mirror's again */
     Py_INCREF((PyObject *)land); /* the GIL may go away in between */
     leave(self, 0);
     while (land->kept_bytes > land->budget && land->oldest)
         evict(land, land->oldest);
     Py_DECREF((PyObject *)land);
     return 1;
+}
+
+/* Where it faulted, the call that it was made in has to end in that; it may be the only one to know. */
+static void tell_caller(Mirror *self)
+{
+    uintptr_t at = self->caller ? window_fault_at(&self->window) : 0;
+    if (!at)
+        return;
+    PyObject *told = PyObject_CallMethod(self->caller, "note_fault", "OK", self, (unsigned long long)at);
+    if (!told)
+        PyErr_Clear();
+    Py_XDECREF(told);
 }
 
 /* Unmaps it (or has it kept), gives back its place and its references. Again: nothing.
@@ -1378,6 +1708,8 @@ static int end_mirror(Mirror *self)
                 return -1;
             }
         }
+        unguard(window);
+        tell_caller(self);
     }
     window->state = DEAD;
     leave(self, 1);
@@ -1464,15 +1796,15 @@ static PyObject *host_copy_in(PyObject *Py_UNUSED(module), PyObject *const *args
     return copy;
 }
 
-/* Mirror._open(land, mapping, offset, length, rights, for_owner): a mirror of [offset, offset + length) of a mapping,
- * by a window that was kept, or in the current hole of the land; `for_owner`: only where the mapping's own rights
- * allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
+/* Mirror._open(land, mapping, offset, length, rights, caller): a mirror of [offset, offset + length) of a mapping,
+ * by a window that was kept, or in the current hole of the land; for a `caller` (else None) only where the mapping's
+ * own rights allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
  * the others. */
 static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
-    int for_owner;
-    if (wants(nargs, 6, "Mirror._open") || as_int(args[5], &for_owner))
+    if (wants(nargs, 6, "Mirror._open"))
         return NULL;
+    PyObject *caller = Py_IsNone(args[5]) ? NULL : args[5];
     int64_t asked = PyLong_Check(args[4]) ? PyLong_AsLongLong(args[4]) : 0;
     if (asked == -1 && PyErr_Occurred())
         PyErr_Clear();
@@ -1486,7 +1818,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     uint64_t at;
     int64_t offset = plain(args[2]), size = plain(args[3]);
     Frames *frames = plain_range(mapping, offset, size, &at);
-    int allowed = for_owner && frames ? owner_allows(mapping, rights) : 1;
+    int allowed = caller && frames ? owner_allows(mapping, rights) : 1;
     if (allowed < 0)
         return NULL;
     if (!frames || !allowed || !rights)
@@ -1507,6 +1839,8 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     Mirror *self = new_mirror(cls, (PyObject *)mapping, (PyObject *)frames, prot);
     if (!self)
         return NULL;
+    Py_XINCREF(caller);
+    self->caller = caller;
     Kept *kept = land->budget ? find_kept(land, serial, start, span, prot) : NULL;
     int was_kept = kept != NULL;
     if (was_kept) {
@@ -1532,9 +1866,11 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     /* Its place and its reference are taken before it is mapped: the GIL may go away meanwhile, and the frames
      * must not. */
     self->window.state = was_kept ? ALIVE : NOT_READY;
-    if (hold(self, frames->mirrors)) {
+    Window *window = &self->window;
+    window->guarded = guard(window->base, window->span, prot, 0);
+    if (!window->guarded || hold(self, frames->mirrors)) {
         Py_DECREF((PyObject *)self);
-        return NULL;
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     }
     if (!was_kept && map_piece(self->window.base, span, prot, fd, (off_t)start)) {
         Py_DECREF((PyObject *)self);
@@ -1570,6 +1906,10 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     }
     self->window.state = end > base ? ALIVE : DEAD;
     enter((Land *)args[0], self, base, end - base, 0);
+    if (end > base && !guard_window(&self->window)) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
     if (lead > self->window.span || length > self->window.span - lead) {
         PyErr_SetString(PyExc_ValueError, "what a mirror exports lies inside of what it maps");
         Py_DECREF((PyObject *)self);
@@ -1598,12 +1938,14 @@ static PyObject *mirror_populate(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
-/* _end(): what `drop` does. BufferError: a view lives. OSError: Linux did not unmap it. */
+/* _end() -> bool: what `drop` does; whether bytes of it were gone meanwhile. False again once it is dropped.
+ * BufferError: a view lives. OSError: Linux did not unmap it. */
 static PyObject *mirror_end(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
+    int lived = is_alive((Window *)op);
     if (end_mirror((Mirror *)op))
         return NULL;
-    Py_RETURN_NONE;
+    return PyBool_FromLong(lived && window_fault_at((Window *)op));
 }
 
 /* Collection is a drop; no view can live then. What fails here has nobody to be told to. */
@@ -1619,7 +1961,7 @@ static void mirror_finalize(PyObject *op)
 static void mirror_dealloc(PyObject *op)
 {
     Mirror *self = (Mirror *)op;
-    PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->holders};
+    PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->holders, self->caller};
     if (self->holders) /* a base type's own objects are not finalized */
         mirror_finalize(op);
     if (self->weakrefs)
@@ -1652,6 +1994,7 @@ static PyMemberDef mirror_members[] = {
     {"mapping", T_OBJECT_EX, offsetof(Mirror, mapping), READONLY, "The mapping that its first byte belongs to."},
     {"_frames", T_OBJECT_EX, offsetof(Mirror, frames), READONLY, NULL},
     {"_start", T_ULONGLONG, offsetof(Mirror, start), READONLY, NULL},
+    {"_caller", T_OBJECT, offsetof(Mirror, caller), 0, NULL},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Mirror, weakrefs), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
@@ -2221,7 +2564,14 @@ static PyObject *host_collapse(PyObject *Py_UNUSED(module), PyObject *const *arg
     return PyLong_FromSize_t(got);
 }
 
+/* faults() -> how often zero pages had to take the place of what was truncated, in this process. */
+static PyObject *host_faults(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromUnsignedLongLong(atomic_load_explicit(&faults, memory_order_acquire));
+}
+
 static PyMethodDef host_methods[] = {
+    {"faults", host_faults, METH_NOARGS, NULL},
     {"unmap_all", FASTCALL(host_unmap_all), METH_FASTCALL, NULL},
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"unkeep", host_unkeep, METH_O, NULL},

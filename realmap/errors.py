@@ -204,11 +204,20 @@ class SyscallTimeout(KernelError, TimeoutError):
 
 
 class MemoryFault(KernelError):
-    """The bytes at `address` are gone: somebody truncated the segment under them."""
+    """The bytes at `address` are gone: somebody truncated the segment under them, or there was no room in /dev/shm
+    when a page that had not been committed was touched. What was read there since were zeros.
+    """
 
     code = 13
     fields = ("address",)
     address: int
+
+
+def gone(address: int) -> MemoryFault:
+    """The fault for bytes whose segment cannot be looked at any more."""
+    return MemoryFault(
+        address, why="its segment was truncated, or /dev/shm had no room for a page at first touch; unmap it"
+    )
 
 
 class ProcessKilled(KernelError):

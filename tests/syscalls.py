@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 
 import realmap
 from realmap import Call, UserBuffer, syscall
+from realmap.memory import SharedFrames
 
 gate: SimpleQueue[Any] = SimpleQueue()
 kept: dict[str, Any] = {}
@@ -271,6 +273,81 @@ def fork(call: Call) -> list[int]:
     os.close(reader)
     os.waitpid(child, 0)
     return found
+
+
+@syscall
+def truncate_and_sum(call: Call, data: UserBuffer, size: int, how: str) -> int:
+    """Mirrors, truncates the segment to `size` bytes, touches every page; `how` it ends."""
+    frames = data.mappings[0].frames
+    assert isinstance(frames, SharedFrames)
+    if how == "collected":
+        total = sum(memoryview(_short(data.mirror(), frames, size))[::4096])
+    elif how == "kept":
+        kept["short"] = _short(data.mirror(), frames, size)
+        total = sum(memoryview(kept["short"])[::4096])
+    elif how == "raises":
+        with data.mirror() as mirror:
+            total = 1 // (0 * sum(memoryview(_short(mirror, frames, size))[::4096]))
+    elif how == "forgives":
+        with suppress(realmap.MemoryFault), data.mirror() as mirror:
+            total = sum(memoryview(_short(mirror, frames, size))[::4096])
+        total = -1
+    elif how == "written":
+        with data.mirror() as mirror, tempfile.TemporaryFile() as file:
+            total = os.write(file.fileno(), _short(mirror, frames, size))
+    else:
+        with data.mirror() as mirror:
+            total = sum(memoryview(_short(mirror, frames, size))[::4096])
+    return total
+
+
+def _short(mirror: Any, frames: SharedFrames, size: int) -> Any:
+    os.truncate(f"/proc/self/fd/{frames.segments[0].fd}", size)
+    return mirror
+
+
+@syscall(blocking=True)
+def slow_truncate_and_sum(call: Call, data: UserBuffer, size: int, how: str) -> int:
+    """The same on a worker thread."""
+    return truncate_and_sum(call, data, size, how)
+
+
+@syscall
+def sum_kept(call: Call) -> int:
+    """Touches a mirror that an earlier call kept, by a view that it took then."""
+    return sum(kept["view"][::4096])
+
+
+@syscall
+def keep_view(call: Call, data: UserBuffer) -> None:
+    """Keeps a mirror and a view of it."""
+    kept["mirror"] = data.mirror()
+    kept["view"] = memoryview(kept["mirror"])
+
+
+@syscall
+def end_kept(call: Call) -> str:
+    """Drops what `keep_view` kept."""
+    kept.pop("view").release()
+    try:
+        kept.pop("mirror").drop()
+    except realmap.MemoryFault as error:
+        return str(error)
+    return ""
+
+
+@syscall
+def resize(call: Call, data: UserBuffer, size: int) -> None:
+    """Truncates, or grows, the first segment of a buffer."""
+    frames = data.mappings[0].frames
+    assert isinstance(frames, SharedFrames)
+    os.truncate(f"/proc/self/fd/{frames.segments[0].fd}", size)
+
+
+@syscall
+def forget(call: Call, name: str) -> None:
+    """Lets go of what was kept."""
+    kept.pop(name, None)
 
 
 ALL = [value for value in list(globals().values()) if hasattr(value, "__realmap_syscall__")]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from realmap.kernel.server import Kernel
 
 #: Of the form of `books`; observe/snapshot.py reads it.
-FORM = 2
+FORM = 3
 
 
 def stats(kernel: Kernel) -> dict[str, int]:
@@ -136,6 +136,7 @@ def mirror_entry(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -
         "length": len(mirror),
         "base": mirror._base,
         "span": mirror._span,
+        "zeros": mirror._zeros,
         "rights": int(mirror.rights),
         "parts": parts,
     }

@@ -97,7 +97,7 @@ class Dispatch:
             self._call_on_worker(connection, process, syscall, call, request, buffers)
             return
         process.calls += 1
-        answer = syscalls.run(syscall, call, request.id, request.args)
+        answer = syscalls.run(syscall, call, request.id, request.args, buffers)
         process.calls -= 1
         for buffer in buffers:
             buffer.end(pinned=False)
@@ -123,7 +123,7 @@ class Dispatch:
             self._send(connection, request.id, answer)
 
         def work() -> None:
-            answer = syscalls.run(syscall, call, request.id, request.args)
+            answer = syscalls.run(syscall, call, request.id, request.args, buffers)
             self._kernel.post(lambda: ended(answer))
 
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import msgspec
 
+from realmap._host import faults as host_faults
 from realmap.errors import KernelError
+from realmap.kernel import faults
+from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire.messages import Done, Failed, error_of
 
 if TYPE_CHECKING:
@@ -97,13 +101,26 @@ def _unsendable(value: Any) -> Any:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_unsendable)
 
 
-def run(syscall: Syscall, call: Call, id: int, args: list[Any]) -> bytes:
-    """Runs the handler; its answer, or its error, as a message. Never raises."""
+def run(syscall: Syscall, call: Call, id: int, args: list[Any], buffers: Sequence[UserBuffer]) -> bytes:
+    """Runs the handler; its answer, or its error, as a message. Never raises.
+
+    MemoryFault where bytes of `buffers` were gone when it touched them, whatever it made of them.
+    """
+    before = host_faults()
     try:
-        return _encoder.encode(Done(id, syscall.function(call, *args)))
-    except KernelError as error:
-        return failed(id, error)
+        answer = _encoder.encode(Done(id, syscall.function(call, *args)))
+        if host_faults() != before:
+            fault = faults.of_call(buffers, call.kernel.memory, None)
+            if fault is not None:
+                return failed(id, fault)
+        return answer
     except BaseException as error:  # SystemExit too: a handler ends its call and nothing else
+        if host_faults() != before or (isinstance(error, OSError) and error.errno == errno.EFAULT):
+            fault = faults.of_call(buffers, call.kernel.memory, error)
+            if fault is not None:
+                return failed(id, fault)
+        if isinstance(error, KernelError):
+            return failed(id, error)
         text = "".join(traceback.format_exception(type(error), error, _without_us(error)))
         return failed(id, error, syscall.name, text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, SupportsIndex
 
 from realmap._host import copy_in
-from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize
+from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
 from realmap.memory.cross_process import CrossProcessMapping, Part
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
@@ -28,9 +28,11 @@ class UserBuffer:
     * `copy_in()`, `copy_out()`: a copy, without mapping; never faults
     """
 
-    __slots__ = ("_kernel", "_length", "_parts", "address", "process")
+    __slots__ = ("_kernel", "_length", "_parts", "address", "fault", "process")
 
     process: UserProcess
+    #: What a mirror of it ran into that was dropped since.
+    fault: MemoryFault | None
     _parts: list[Part] | None
     _kernel: KernelMemory
 
@@ -38,6 +40,7 @@ class UserBuffer:
         self.address = address
         self._length = length
         self._parts = None
+        self.fault = None
 
     def resolve(self, process: UserProcess, kernel: KernelMemory) -> None:
         """Finds the mappings it lies in. InvalidAddress: nothing there, or a hole. InvalidSize: no bytes."""
@@ -61,6 +64,20 @@ class UserBuffer:
         if pinned:
             for mapping, _, _ in parts or ():
                 mapping.unpin()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its call has ended."""
+        return self._parts is None
+
+    def parts(self) -> list[Part]:
+        """The ranges of mappings that it lies in: (mapping, offset, length). Of an ended call: none."""
+        return self._parts or []
+
+    def note_fault(self, mirror: CrossProcessMapping, address: int) -> None:
+        """A mirror of it is being dropped, and from `address` of KernelLand on its bytes were gone."""
+        if self.fault is None:
+            self.fault = mirror._memory_fault(address)
 
     def __len__(self) -> int:
         return self._length
@@ -130,16 +147,19 @@ class UserBuffer:
         bytes, or beyond the buffer. InvalidMemState: memory that is not shared. VirtualMemoryExhaustion:
         no space in KernelLand. InvalidAddress: its call has ended. `populate`: every page is faulted in at
         once (cheaper where all of it will be touched); then also MemoryFault, PhysicalMemoryExhaustion.
+        Bytes that are gone when they are touched read as zeros, and the call ends in MemoryFault.
         """
         parts = self._parts
         if length is None and not offset and not populate and parts is not None and len(parts) == 1:
-            mirror = CrossProcessMapping.for_owner(*parts[0], self._kernel, rights)
+            mirror = CrossProcessMapping.for_owner(*parts[0], self._kernel, rights, self)
             if mirror is not None:
                 return mirror
         parts = self._range(offset, length, rights)
         if not parts:
             raise InvalidSize(0, why="a mirror of no bytes")
-        return CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
+        made = CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
+        made._caller = self
+        return made
 
     def access(
         self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None

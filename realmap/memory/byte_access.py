@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from realmap.errors import AccessDenied, InvalidSize
 
@@ -10,11 +10,18 @@ from realmap.errors import AccessDenied, InvalidSize
 class ByteAccess:
     """`x[i]` is an int, `x[i:j]` is bytes (a copy); assigning a slice of another length is an InvalidSize.
 
-    Each of these raises BufferError once the memory is unmapped. `memoryview(x)` and
-    `numpy.asarray(x)` are views without a copy, and hold the memory for as long as they live.
+    Each of these raises BufferError once the memory is unmapped, and MemoryFault where bytes of it turn out to be
+    gone (somebody truncated the segment). `memoryview(x)` and `numpy.asarray(x)` are views without a copy, and hold
+    the memory for as long as they live; where bytes go while they do, they show zeros, and `x.fault` tells.
     """
 
     __slots__ = ()
+
+    if TYPE_CHECKING:  # the C bases have them
+
+        @property
+        def fault(self) -> int | None: ...
+        def _memory_fault(self, address: int, /) -> Exception: ...
 
     def __buffer__(self, flags: int, /) -> memoryview:  # the C bases implement it; here for Python 3.12's eyes
         raise NotImplementedError
@@ -24,12 +31,17 @@ class ByteAccess:
     @overload
     def __getitem__(self, index: slice) -> bytes: ...
     def __getitem__(self, index: int | slice) -> int | bytes:
+        found: int | bytes
         with memoryview(self) as view:
-            found = view[index]
-            if isinstance(found, memoryview):
-                with found:
-                    return found.tobytes()
-            return int(found)
+            part: int | memoryview = view[index]
+            if isinstance(part, memoryview):
+                with part:
+                    found = part.tobytes()
+            else:
+                found = part
+        if self.fault is not None:
+            raise self._memory_fault(self.fault)
+        return found
 
     @overload
     def __setitem__(self, index: int, value: int) -> None: ...
@@ -41,11 +53,13 @@ class ByteAccess:
                 raise AccessDenied(why=f"{self!r} is read-only")
             if not isinstance(index, slice):
                 view[index] = value  # type: ignore[assignment]
-                return
-            with memoryview(value) as data, view[index] as part:  # type: ignore[arg-type]
-                if data.nbytes != part.nbytes:
-                    raise InvalidSize(
-                        data.nbytes,
-                        why=f"a slice of {part.nbytes} bytes takes {part.nbytes} bytes: memory does not move",
-                    )
-                part[:] = data if data.format == "B" and data.ndim == 1 else data.cast("B")
+            else:
+                with memoryview(value) as data, view[index] as part:  # type: ignore[arg-type]
+                    if data.nbytes != part.nbytes:
+                        raise InvalidSize(
+                            data.nbytes,
+                            why=f"a slice of {part.nbytes} bytes takes {part.nbytes} bytes: memory does not move",
+                        )
+                    part[:] = data if data.format == "B" and data.ndim == 1 else data.cast("B")
+        if self.fault is not None:
+            raise self._memory_fault(self.fault)

@@ -24,6 +24,7 @@ from realmap.errors import (
     InvalidSize,
     MemoryFault,
     PhysicalMemoryExhaustion,
+    gone,
 )
 from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess
@@ -112,7 +113,7 @@ class CrossProcessMapping(Mirror, ByteAccess):
         memory for a page that was not committed).
         """
         # The good case, with all of these checks; which rule is broken is found out where one is.
-        found = cls._open(kernel, mapping, offset, length, rights, 0)
+        found = cls._open(kernel, mapping, offset, length, rights, None)
         self = found if found is not None else cls._mirror(mapping, offset, length, kernel, rights)
         if populate:
             self._prefault()
@@ -120,10 +121,19 @@ class CrossProcessMapping(Mirror, ByteAccess):
 
     @classmethod
     def for_owner(
-        cls, mapping: Mapping, offset: int, length: int, kernel: KernelMemory, rights: MappingAccessRights
+        cls,
+        mapping: Mapping,
+        offset: int,
+        length: int,
+        kernel: KernelMemory,
+        rights: MappingAccessRights,
+        caller: object,
     ) -> Self | None:
-        """As `mirror_mapping`, where the mapping's own rights allow it. None: they do not, or not this short way."""
-        return cls._open(kernel, mapping, offset, length, rights, 1)
+        """As `mirror_mapping`, where the mapping's own rights allow it. None: they do not, or not this short way.
+
+        `caller.note_fault(mirror, address)` is called where bytes of it were gone by the time that it is dropped.
+        """
+        return cls._open(kernel, mapping, offset, length, rights, caller)
 
     @classmethod
     def _mirror(
@@ -216,15 +226,10 @@ class CrossProcessMapping(Mirror, ByteAccess):
         except OSError as error:
             if error.errno == errno.EINVAL:  # Linux before 5.14 cannot: it is then as without
                 return
+            short = self._short()
             self.drop()
-            for mapping in self.mappings:
-                assert isinstance(mapping.frames, SharedFrames)
-                short = mapping.frames.truncated_at(mapping.phys_offset, mapping.length)
-                if short is not None:
-                    fault = MemoryFault(
-                        mapping.address + short - mapping.phys_offset, why="the segment under it was truncated"
-                    )
-                    raise fault from None
+            if short is not None:
+                raise short from None
             raise PhysicalMemoryExhaustion(self._span, why=f"no memory for its pages: {error.strerror}") from None
 
     @property
@@ -242,23 +247,43 @@ class CrossProcessMapping(Mirror, ByteAccess):
         to the frames. Again: nothing.
 
         BufferError: a view of it lives (the mirror stays as it is). VirtualMemoryExhaustion: at
-        Linux's limit of mappings, where the unmapping would split one (it stays as it is).
+        Linux's limit of mappings, where the unmapping would split one (it stays as it is). MemoryFault:
+        bytes of it were gone when they were used; it is dropped all the same.
         """
         try:
-            self._end()
+            faulted = self._end()
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
+        if faulted and self.fault is not None:
+            raise self._memory_fault(self.fault)
+
+    def _memory_fault(self, address: int, /) -> MemoryFault:
+        """The fault at `address` of KernelLand, told of the user's address: that is what its owner knows."""
+        user = self.mapping.address + self._start - self.mapping.phys_offset + address - self._base
+        return MemoryFault(user, why="the segment under it was truncated") if self._short() else gone(user)
+
+    def _short(self) -> MemoryFault | None:
+        """Where the segments of its mappings end too early by now; None: they are all there."""
+        for mapping in self.mappings:
+            fault = mapping.truncated_at(0, mapping.length)
+            if fault is not None:
+                return fault
+        return None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, *_: object) -> None:
         if kind is None:
             self.drop()
             return
-        # An exception on its way out may hold views in its traceback, and matters more than they do.
+        # An exception on its way out may hold views in its traceback, and matters more than they do. That bytes
+        # were gone (which a system call says with EFAULT) may be what caused it.
+        short = self._short() if isinstance(error, OSError) and error.errno == errno.EFAULT else None
         with contextlib.suppress(BufferError):
             self.drop()
+        if short is not None:
+            raise short
 
     def __repr__(self) -> str:
         if not self.alive:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import SupportsIndex
 
 from realmap._host import Mapping as MappingCore
-from realmap.errors import InvalidAddress, InvalidSize, WrongMappingFramesForType
+from realmap.errors import InvalidAddress, InvalidSize, MemoryFault, WrongMappingFramesForType
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.pages import PAGE_MASK, PAGE_SIZE, USIZE_MAX, address_of, page_range
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, rights_of, type_of
@@ -128,6 +128,19 @@ class Mapping(MappingCore):
         self._pins -= 1
         if not self._pins and not self._held:
             self._let_go()
+
+    def truncated_at(self, offset: int, length: int) -> MemoryFault | None:
+        """The fault at the first byte of [offset, offset + length) whose segment is too short by now; None: all there.
+
+        The caller has checked the range.
+        """
+        frames = self.frames
+        if not isinstance(frames, SharedFrames) or frames.freed:
+            return None
+        at = frames.truncated_at(self.phys_offset + offset, length)
+        if at is None:
+            return None
+        return MemoryFault(self.address + at - self.phys_offset, why="the segment under it was truncated")
 
     def _let_go(self) -> None:
         frames = self.frames

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from realmap._host import View, Window
-from realmap.errors import InvalidAddress
+from realmap.errors import InvalidAddress, MemoryFault, gone
 from realmap.memory.byte_access import ByteAccess
 from realmap.memory.cross_process import mirror_prot
 from realmap.memory.mapping import Mapping
@@ -21,6 +21,15 @@ _user_windows: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDicti
 def register_window(window: Window) -> None:
     """Makes a window of this process's UserLand known, so that a kernel in this process can reach it directly."""
     _user_windows[window._base] = window
+
+
+def fault_in(mapping: Mapping, offset: int, length: int) -> MemoryFault | None:
+    """The fault in a range of a mapping of this very process, in bytes; None: it has none, or is unmapped."""
+    window = _user_windows.get(mapping.address)
+    at = window.fault if window is not None and window.alive else None
+    if at is None or at >= mapping.address + offset + length:
+        return None
+    return gone(max(at, mapping.address + offset))
 
 
 class UserspacePtr(View, ByteAccess):
@@ -62,8 +71,12 @@ class UserspacePtr(View, ByteAccess):
         return k_rw if self.writable else k_r
 
     def drop(self) -> None:
-        """Ends its use; nothing is unmapped. BufferError: a view of it lives. Again: nothing."""
-        self._drop()
+        """Ends its use; nothing is unmapped. BufferError: a view of it lives. Again: nothing.
+
+        MemoryFault: bytes of it are gone.
+        """
+        if self._drop() and self.fault is not None:
+            raise self._memory_fault(self.fault)
 
     def __enter__(self) -> Self:
         return self

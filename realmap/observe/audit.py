@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -28,11 +29,20 @@ class Difference(msgspec.Struct, frozen=True):
         return f"{self.where} at {self.address:#x}: the books say {self.books}, Linux says {self.linux}"
 
 
+class Faulted(msgspec.Struct, frozen=True):
+    """Zero pages that took the place of bytes which were gone when they were touched (a segment was truncated)."""
+
+    where: str
+    address: int
+    length: int
+
+
 class AuditReport(msgspec.Struct, frozen=True):
     """What an audit found. Clean: `differences` is empty, and the report is true as a bool.
 
     `processes`, `mappings`, `mirrors`, `frames`: how many were held against Linux. `unregistered`: pids
-    that map segments of the kernel without being in its books (forks that never connected).
+    that map segments of the kernel without being in its books (forks that never connected). `faulted`: what
+    shows zeros since its segment was truncated; no difference, the mapping is there.
     """
 
     differences: list[Difference]
@@ -41,6 +51,7 @@ class AuditReport(msgspec.Struct, frozen=True):
     mirrors: int
     frames: int
     unregistered: list[int]
+    faulted: list[Faulted]
 
     def __bool__(self) -> bool:
         return not self.differences
@@ -79,36 +90,63 @@ def _perms(rights: int) -> str:
     return "".join(letter if rights & bit else "-" for bit, letter in ((1, "r"), (2, "w"), (4, "x")))
 
 
-def user_ranges(snapshot: Snapshot) -> dict[int, list[Range]]:
-    """What the books say is mapped in the UserLand of each pid."""
+def _show_zeros(ranges: list[Range], zeros: int) -> list[Range]:
+    """The ranges of one window, from `zeros` on of zero pages (0: nowhere)."""
+    if not zeros:
+        return ranges
+    kept = [(start, min(end, zeros), *rest) for start, end, *rest in ranges if start < zeros]
+    return [*kept, (zeros, ranges[-1][1], ranges[-1][2], 0, 0)]  # type: ignore[list-item]
+
+
+def _zeros(start: int, end: int, linux: list[Range]) -> int:
+    """From where on a window that should show a segment shows private pages, up to its end; 0: nowhere."""
+    for low, high, _, inode, _ in linux:
+        if not inode and low < end <= high:
+            return max(low, start)
+    return 0
+
+
+def user_ranges(snapshot: Snapshot, linux: dict[int, list[Range]]) -> tuple[dict[int, list[Range]], list[Faulted]]:
+    """What the books say is mapped in the UserLand of each pid.
+
+    The kernel does not know what a process touched of a segment that was truncated: where `linux` (by pid) shows
+    zero pages instead, up to the end of a mapping, they count as that.
+    """
     frames = snapshot.frames_by_serial()
     found: dict[int, list[Range]] = {}
+    faulted: list[Faulted] = []
     for process in snapshot.processes:
         ranges = found.setdefault(process.pid, [])
         for mapping in process.mappings:
-            perms = _perms(mapping.rights)
+            perms, end = _perms(mapping.rights), mapping.address + mapping.length
             if mapping.frames is None:
                 if mapping.type in ("IO", "NORMAL"):
-                    ranges.append((mapping.address, mapping.address + mapping.length, perms, 0, 0))
+                    ranges.append((mapping.address, end, perms, 0, 0))
                 continue
-            at = mapping.address
+            at, parts = mapping.address, []
             for inode, offset, length in frames[mapping.frames].pieces(mapping.phys_offset, mapping.length):
-                ranges.append((at, at + length, perms, inode, offset))
+                parts.append((at, at + length, perms, inode, offset))
                 at += length
-    return {pid: merged(ranges) for pid, ranges in found.items()}
+            zeros = _zeros(mapping.address, end, linux.get(process.pid, []))
+            if zeros:
+                faulted.append(Faulted(f"UserLand of pid {process.pid}", zeros, end - zeros))
+            ranges += _show_zeros(parts, zeros)
+    return {pid: merged(ranges) for pid, ranges in found.items()}, faulted
 
 
 def kernel_ranges(snapshot: Snapshot) -> list[Range]:
     """What the books say is mapped in KernelLand."""
     frames = snapshot.frames_by_serial()
     ranges = []
-    windows = [(mirror.base, mirror.rights, mirror.parts) for mirror in snapshot.mirrors]
-    windows += [(kept.base, kept.rights, [kept.part]) for kept in snapshot.kept]
-    for at, rights, parts in windows:
+    windows = [(mirror.base, mirror.rights, mirror.parts, mirror.zeros) for mirror in snapshot.mirrors]
+    windows += [(kept.base, kept.rights, [kept.part], 0) for kept in snapshot.kept]
+    for at, rights, parts, zeros in windows:
+        shown = []
         for part in parts:
             for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
-                ranges.append((at, at + length, _perms(rights), inode, offset))
+                shown.append((at, at + length, _perms(rights), inode, offset))
                 at += length
+        ranges += _show_zeros(shown, zeros)
     ranges += [(at, at + PAGE_SIZE, "---", 0, 0) for at in snapshot.stakes]
     return merged(ranges)
 
@@ -126,12 +164,18 @@ def _compare(where: str, books: list[Range], linux: list[Range]) -> list[Differe
 def compare(snapshot: Snapshot) -> AuditReport:
     """Holds one snapshot against Linux, as it is now."""
     differences: list[Difference] = []
-    for pid, ranges in user_ranges(snapshot).items():
-        try:
-            linux = linux_ranges(pid, USER_LAND)
-        except ProcessLookupError:
-            linux = []
-        differences += _compare(f"UserLand of pid {pid}", ranges, linux)
+    linux: dict[int, list[Range]] = {}
+    for process in snapshot.processes:
+        with contextlib.suppress(ProcessLookupError):
+            linux[process.pid] = linux_ranges(process.pid, USER_LAND)
+    books, faulted = user_ranges(snapshot, linux)
+    for pid, ranges in books.items():
+        differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))
+    faulted += [
+        Faulted("KernelLand", mirror.zeros, mirror.base + mirror.span - mirror.zeros)
+        for mirror in snapshot.mirrors
+        if mirror.zeros
+    ]
     differences += _compare("KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND))
     differences += _recount(snapshot)
     return AuditReport(
@@ -141,6 +185,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
         len(snapshot.mirrors),
         len(snapshot.frames),
         _unregistered(snapshot),
+        faulted,
     )
 
 

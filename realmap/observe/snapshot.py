@@ -8,7 +8,7 @@ import msgspec
 
 from realmap.errors import VersionMismatch
 
-FORM = 2
+FORM = 3
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):
@@ -75,13 +75,15 @@ class PartInfo(msgspec.Struct, frozen=True):
 class MirrorInfo(msgspec.Struct, frozen=True):
     """A live mirror.
 
-    What it shows (`address`, `length`), the whole pages that are mapped (`base`, `span`), and of what.
+    What it shows (`address`, `length`), the whole pages that are mapped (`base`, `span`), and of what. `zeros`: from
+    there on zero pages are mapped, since a segment was truncated under it; 0 where there are none.
     """
 
     address: int
     length: int
     base: int
     span: int
+    zeros: int
     rights: int
     parts: list[PartInfo]
 

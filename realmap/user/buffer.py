@@ -63,7 +63,8 @@ class Buffer(View, ByteAccess):
     Works as a bytearray does (`b[3]`, `b[3:7] = b"four"`), and exports its bytes (`memoryview(b)`,
     `numpy.asarray(b)`). The frames behind it are whole pages; the length is as it was asked for. It
     is unmapped by `unmap()`, at the end of a `with` block, when its process closes, or when it and
-    all its slices and views are collected. Once unmapped, every use raises BufferError.
+    all its slices and views are collected. Once unmapped, every use raises BufferError. Where somebody
+    truncates its segment, what is gone reads as zeros, and every use says so from then on: MemoryFault.
     """
 
     __slots__ = ("__weakref__", "process", "rights")
@@ -99,13 +100,16 @@ class Buffer(View, ByteAccess):
         start, size = usize(offset, "offset"), usize(length, "length")
         if not size or start + size > len(self):
             raise InvalidSize(size, why=f"offset {start} + length {size} is no part of a buffer of {len(self)} bytes")
-        self.check()
+        if not self.alive:
+            raise InvalidAddress(self.address, why="the buffer is unmapped")
         return Buffer.part(self._window, self.address + start, size)
 
     def check(self) -> None:
-        """InvalidAddress: it is unmapped."""
+        """InvalidAddress: it is unmapped. MemoryFault: bytes of it are gone."""
         if not self.alive:
             raise InvalidAddress(self.address, why="the buffer is unmapped")
+        if self.fault is not None:
+            raise self._memory_fault(self.fault)
 
     def unmap(self) -> None:
         """Unmaps the whole mapping, also under its slices, and gives back its frames. Again: nothing.
@@ -133,7 +137,8 @@ class Buffer(View, ByteAccess):
 def encode_buffer(process: Process, value: Any) -> Any:
     """How a value that MessagePack does not know travels among the arguments of a call.
 
-    InvalidAddress: a buffer that is unmapped, or of another `Process`. TypeError: it cannot travel.
+    InvalidAddress: a buffer that is unmapped, or of another `Process`. MemoryFault: bytes of it are gone.
+    TypeError: it cannot travel.
     """
     if isinstance(value, Buffer):
         value.check()

@@ -193,7 +193,8 @@ class Process:
 
         UnknownSyscall: the kernel has none of this name. SyscallFailed: the handler raised (its type,
         text and traceback are in the error); a KernelError it raised comes as itself. SyscallTimeout:
-        no answer in time. InvalidAddress: a buffer that is unmapped, or of another Process. InvalidSize:
+        no answer in time. InvalidAddress: a buffer that is unmapped, or of another Process. MemoryFault:
+        bytes of a buffer were gone when the handler, or this process, touched them. InvalidSize:
         arguments beyond 16 MiB in all. TypeError: an argument that cannot travel. KernelDied,
         ProcessKilled: no kernel.
         """
