@@ -27,6 +27,7 @@ from realmap.errors import (
     KernelDied,
     KernelError,
     KernelPanic,
+    LimitReached,
     MemoryFault,
     PhysicalMemoryExhaustion,
     ProcessKilled,
@@ -37,7 +38,7 @@ from realmap.errors import (
     VirtualMemoryExhaustion,
     WrongMappingFramesForType,
 )
-from realmap.kernel import Call, Kernel, UserBuffer, syscall
+from realmap.kernel import Call, Kernel, Limits, UserBuffer, syscall
 from realmap.memory import CrossProcessMapping, UserspacePtr
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
@@ -62,6 +63,8 @@ __all__ = [
     "KernelError",
     "KernelHandle",
     "KernelPanic",
+    "LimitReached",
+    "Limits",
     "MappingAccessRights",
     "MemoryFault",
     "MemoryInfo",

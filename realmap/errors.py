@@ -16,7 +16,8 @@
     ├── MemoryFault                       13
     ├── ProcessKilled                     14
     ├── KernelDied                        15  ConnectionError
-    └── VersionMismatch                   16
+    ├── VersionMismatch                   16
+    └── LimitReached                      17
     KernelPanic                               RuntimeError; no KernelError: the caller broke a precondition
 
 Each error carries its facts as attributes (named in ``fields``), and a wire code that never
@@ -37,6 +38,7 @@ __all__ = [
     "KernelDied",
     "KernelError",
     "KernelPanic",
+    "LimitReached",
     "MemoryFault",
     "PhysicalMemoryExhaustion",
     "ProcessKilled",
@@ -249,6 +251,15 @@ class VersionMismatch(KernelError):
     fields = ("ours", "theirs")
     ours: str
     theirs: str
+
+
+class LimitReached(KernelError):
+    """The kernel allows no more `what` at a time than `limit`; end some first."""
+
+    code = 17
+    fields = ("what", "limit")
+    what: str
+    limit: int
 
 
 class KernelPanic(RuntimeError):

@@ -19,6 +19,7 @@ from typing import Any, Self, SupportsIndex
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import forks, interpreter, runtime
 from realmap.host.interpreter import Child
+from realmap.kernel.limits import Limits
 from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import registry
 from realmap.memory.lands import KERNEL_LAND
@@ -243,6 +244,7 @@ def boot(
     lazy_unmap: SupportsIndex = 0,
     path: str | os.PathLike[str] | None = None,
     spin: float = SPIN,
+    limits: Limits | None = None,
 ) -> KernelHandle:
     """Starts a kernel in a process of its own, and returns once users can connect to it.
 
@@ -250,7 +252,8 @@ def boot(
     `process_limit`: bytes of frames in all, and for each process. `kernel_land`: bytes of KernelLand.
     `lazy_unmap`: bytes of dropped mirrors that are kept mapped for their next use (by default none).
     `path`: of its socket, by default in a private directory. `spin`: microseconds that both sides of a
-    call look for the next message before they sleep; 0 sends everything by the socket. It ends with
+    call look for the next message before they sleep; 0 sends everything by the socket. `limits`: what each
+    process may have at a time. It ends with
     `shutdown`, with the `with` block, when nobody refers to the handle (or to what it made by `connect`
     and `spawn`) any more, or with this process, whatever way that dies.
 
@@ -269,6 +272,7 @@ def boot(
         "lazy_unmap": lazy_unmap,
         "path": None if path is None else os.path.abspath(os.fspath(path)),
         "spin": checked_spin(spin),
+        "limits": limits,
     }
     child = Child(_kernel_main, options)
     try:

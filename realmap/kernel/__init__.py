@@ -9,14 +9,18 @@
     user_buffer   UserBuffer: a handler's buffer argument
     services      map, unmap, query and the like: what the kernel does itself
     books         stats, and the books as plain data
-    workers       threads for handlers that take long
+    faults        whether a call touched bytes that were gone
+    workers       threads for handlers that take long, and each process's share of them
+    watch         tells of handlers that do not return
+    limits        what each process may have at a time
 
 Only the kernel's thread touches the books. A worker thread sees a call's buffers (pinned before
 it starts) and KernelMemory (made for that), and leaves word when it is done.
 """
 
+from realmap.kernel.limits import Limits
 from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import Call, syscall
 from realmap.kernel.user_buffer import UserBuffer
 
-__all__ = ["Call", "Kernel", "UserBuffer", "syscall"]
+__all__ = ["Call", "Kernel", "Limits", "UserBuffer", "syscall"]

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ BACKLOG = 1 << 20
 class Connection:
     """A non-blocking socket with what is still to be sent. Only for the kernel's thread."""
 
-    __slots__ = ("_assembler", "_outbox", "backlog", "closed", "control", "events", "process", "ring", "sock")
+    __slots__ = ("_assembler", "_outbox", "backlog", "closed", "control", "events", "process", "ring", "since", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -35,6 +36,8 @@ class Connection:
         self.control = False
         self.ring: RingEnd | None = None
         self.closed = False
+        #: When it came; seconds of the monotonic clock.
+        self.since = time.monotonic()
         self.backlog = 0
         #: What epoll is asked to tell of it.
         self.events = select.EPOLLIN

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from realmap.errors import AccessDenied, KernelError, UnknownSyscall
+from realmap.errors import AccessDenied, KernelError, LimitReached, UnknownSyscall
 from realmap.kernel import books, services, syscalls
 from realmap.kernel.connection import Connection
 from realmap.kernel.process_table import UserProcess
@@ -22,6 +23,10 @@ class Dispatch:
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
+        #: The call whose handler is at work on the kernel's thread.
+        self.current: Call | None = None
+        #: Those at work on worker threads, or waiting for one.
+        self.running: set[Running] = set()
 
     def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
         """One request of one client, and the buffers among its arguments. Whatever happens to it is its answer."""
@@ -49,15 +54,16 @@ class Dispatch:
 
     def _reply(self, connection: Connection, id: int, got: services.Answer | BaseException) -> None:
         if isinstance(got, BaseException):
-            self._send(connection, id, syscalls.failed(id, got, "kernel"))
+            self.send(connection, id, syscalls.failed(id, got, "kernel"))
             return
         value, descriptors, closing = got
         try:
-            self._send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
+            self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
         finally:
             channel.close_all(closing)
 
-    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
+    def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Sends the answer to request `id`, whatever becomes of its client."""
         if connection.closed or not id:  # request 0 wants no answer
             return
         if not descriptors and connection.send_short(message):
@@ -97,11 +103,13 @@ class Dispatch:
             self._call_on_worker(connection, process, syscall, call, request, buffers)
             return
         process.calls += 1
+        self.current = call
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+        self.current = None
         process.calls -= 1
         for buffer in buffers:
             buffer.end(pinned=False)
-        self._send(connection, request.id, answer)
+        self.send(connection, request.id, answer)
 
     def _call_on_worker(
         self,
@@ -112,21 +120,54 @@ class Dispatch:
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> None:
+        limit = self._kernel.limits.calls
+        if process.calls >= limit:
+            why = f"process {process.pid} has {limit} calls that have not ended, the kernel's limit; wait for some"
+            raise LimitReached("calls", limit, why=why)
         for buffer in buffers:
             buffer.pin()
         process.calls += 1
+        running = Running(self, connection, process, request.id, syscall.name)
+        self.running.add(running)
 
-        def ended(answer: bytes) -> None:
+        def ended(answer: bytes | BaseException) -> None:
             process.calls -= 1
+            self.running.discard(running)
             for buffer in buffers:
                 buffer.end(pinned=True)
-            self._send(connection, request.id, answer)
+            running.answer(answer)
+
+        def end(answer: bytes) -> None:
+            ended(answer)
+            process.share.ended()
 
         def work() -> None:
+            running.began = time.monotonic()
             answer = syscalls.run(syscall, call, request.id, request.args, buffers)
-            self._kernel.post(lambda: ended(answer))
+            self._kernel.post(lambda: end(answer))
 
-        try:
-            self._kernel.workers.submit(work)
-        except RuntimeError as error:
-            ended(syscalls.failed(request.id, error, syscall.name))
+        process.share.submit(work, ended)
+
+
+class Running:
+    """A call at work on a worker thread, or waiting for one. It is answered once."""
+
+    def __init__(self, dispatch: Dispatch, connection: Connection, process: UserProcess, id: int, name: str) -> None:
+        self._dispatch = dispatch
+        self._connection = connection
+        self._id = id
+        self.process = process
+        self.name = name
+        #: When its handler began, in seconds of the monotonic clock; while it waits: when it came.
+        self.began = time.monotonic()
+        #: Whether it was told of in the log.
+        self.told = False
+        self.answered = False
+
+    def answer(self, answer: bytes | BaseException) -> None:
+        """Sends its answer, or the error that takes its place. Again: nothing."""
+        if not self.answered:
+            self.answered = True
+            if isinstance(answer, BaseException):
+                answer = syscalls.failed(self._id, answer, self.name)
+            self._dispatch.send(self._connection, self._id, answer)

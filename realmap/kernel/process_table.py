@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from realmap.host.liveness import Peer
+from realmap.kernel.workers import Share, Workers
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.process_memory import ProcessMemory
 
@@ -22,7 +23,9 @@ class UserProcess:
     Linux says of it, `memory` its `ProcessMemory`.
     """
 
-    def __init__(self, number: int, peer: Peer, connection: Connection, frames: FrameAllocator) -> None:
+    def __init__(
+        self, number: int, peer: Peer, connection: Connection, frames: FrameAllocator, workers: Workers, running: int
+    ) -> None:
         self.number = number
         self.pid, self.uid, self.pidfd = peer
         self.connection = connection
@@ -30,6 +33,9 @@ class UserProcess:
         self.alive = True
         #: Calls whose handlers have not ended yet.
         self.calls = 0
+        #: What of it runs on worker threads: its calls, and the taking of large frames, one after the other.
+        self.share = Share(workers, running)
+        self.frames_share = Share(workers, 1)
 
     @property
     def is_here(self) -> bool:
@@ -53,9 +59,11 @@ class ProcessTable:
     def __iter__(self) -> Iterator[UserProcess]:
         return iter(list(self._processes.values()))
 
-    def add(self, peer: Peer, connection: Connection, frames: FrameAllocator) -> UserProcess:
-        """Takes a process in; its pidfd is the table's from now on."""
-        process = UserProcess(next(self._numbers), peer, connection, frames)
+    def add(
+        self, peer: Peer, connection: Connection, frames: FrameAllocator, workers: Workers, running: int
+    ) -> UserProcess:
+        """Takes a process in; its pidfd is the table's from now on. `running`: its share of the workers."""
+        process = UserProcess(next(self._numbers), peer, connection, frames, workers, running)
         self._processes[process.number] = process
         return process
 
@@ -67,5 +75,7 @@ class ProcessTable:
         if self._processes.pop(process.number, None) is None:
             return
         process.alive = False
+        process.share.cancel()
+        process.frames_share.cancel()
         process.memory.release_all()
         os.close(process.pidfd)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from realmap.errors import AccessDenied, KernelError, VersionMismatch
+from realmap.errors import AccessDenied, KernelError, LimitReached, VersionMismatch
 from realmap.host import liveness
 from realmap.kernel import syscalls
 from realmap.kernel.connection import Connection
@@ -42,6 +42,12 @@ class Reception:
         except (KernelError, OSError) as error:  # of another kind, dead by now, or no descriptor left for it
             self._refuse(connection, error)
             return
+        limits = kernel.limits
+        if not hello.control and len(kernel.processes) >= limits.processes:
+            os.close(peer.pidfd)
+            why = f"the kernel serves {limits.processes} processes already, its limit"
+            self._refuse(connection, LimitReached("processes", limits.processes, why=why))
+            return
         if peer.uid != os.geteuid():
             os.close(peer.pidfd)
             self._refuse(
@@ -53,8 +59,9 @@ class Reception:
             connection.control = True
             os.close(peer.pidfd)
         else:
-            frames = FrameAllocator(self._limit, parent=kernel.frames)
-            process = connection.process = kernel.processes.add(peer, connection, frames)
+            frames = FrameAllocator(self._limit, parent=kernel.frames, segments=limits.segments)
+            process = kernel.processes.add(peer, connection, frames, kernel.workers, limits.running)
+            connection.process = process
             # Asked again: the event may be of an earlier process whose pidfd had this number.
             kernel.watch(process.pidfd, lambda fd: kernel.drop(connection) if liveness.is_dead(fd) else None)
             number = process.number

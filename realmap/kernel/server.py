@@ -35,10 +35,12 @@ from realmap.host import forks, runtime
 from realmap.kernel import syscalls
 from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.dispatch import Dispatch
+from realmap.kernel.limits import Limits
 from realmap.kernel.process_table import ProcessTable
 from realmap.kernel.reception import Reception
 from realmap.kernel.syscalls import registry
 from realmap.kernel.user_buffer import UserBuffer
+from realmap.kernel.watch import Watch
 from realmap.kernel.workers import Workers
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
@@ -69,6 +71,7 @@ class Kernel:
         lazy_unmap: SupportsIndex = 0,
         path: str | os.PathLike[str] | None = None,
         spin: float = SPIN,
+        limits: Limits | None = None,
     ) -> None:
         """Checks the options; nothing is opened before `start` or `serve`.
 
@@ -76,12 +79,16 @@ class Kernel:
         each process. `lazy_unmap`: bytes of dropped mirrors that are kept mapped for their next use.
         `kernel_land`: bytes of KernelLand, whole pages. `path`: of its socket, by
         default one in the private directory of `realmap.host.runtime`. `spin`: microseconds that both
-        sides look for the next message before they sleep; 0 sends everything by the socket.
+        sides look for the next message before they sleep; 0 sends everything by the socket. `limits`: what
+        each process may have at a time.
 
         InvalidSize: a limit is negative, or kernel_land is no whole pages. InvalidAddress: it is
         larger than KernelLand. TypeError, ValueError: as `syscall` and `registry`.
         """
         self.syscalls = registry(syscalls)
+        if limits is not None and not isinstance(limits, Limits):
+            raise TypeError(f"limits is a Limits, not {limits!r}")
+        self.limits = limits or Limits()
         self.frames = FrameAllocator(memory_limit)
         self._reception = Reception(self, FrameAllocator(process_limit).limit)
         self.memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
@@ -89,13 +96,16 @@ class Kernel:
         self.spin = checked_spin(spin)
         self.processes = ProcessTable()
         self.workers = Workers()
-        self._dispatch = Dispatch(self)
+        self.dispatch = Dispatch(self)
+        self._watch = Watch(self)
         #: Calls taken so far.
         self.calls = 0
         self._posted: deque[Callable[[], None]] = deque()
         self._decoding: list[UserBuffer] = []
         self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
         self._connections: dict[int, Connection] = {}
+        #: Those that have not said who they are.
+        self._strangers: set[Connection] = set()
         #: Those that have a ring and are listened to, and their rings, in the same order.
         self._ringed: list[Connection] = []
         self._rings: list[Ring] = []
@@ -107,7 +117,7 @@ class Kernel:
         self._stopping = False
         self._ended = threading.Event()
         #: The thread that serves.
-        self._serving = 0
+        self.serving = 0
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -190,7 +200,7 @@ class Kernel:
         """
         self._stopping = True
         self._ring_bell()
-        if wait and self._lock is not None and self._serving != threading.get_ident():
+        if wait and self._lock is not None and self.serving != threading.get_ident():
             if not self._ended.wait(timeout):
                 raise TimeoutError(f"the kernel's thread did not end within {timeout} s: a handler is still at work")
             if self._thread is not None:
@@ -226,12 +236,14 @@ class Kernel:
             self._epoll.unregister(fd)
 
     def _loop(self, ready: Callable[[], None] | None = None) -> None:
-        self._serving = threading.get_ident()
+        self.serving = threading.get_ident()
         try:
+            self._watch.start()
             if ready is not None:
                 ready()
             self._turns()
         finally:
+            self._watch.stop()
             self._close()
 
     def _turns(self) -> None:
@@ -356,7 +368,8 @@ class Kernel:
                 with contextlib.suppress(OSError):  # a worker was quicker: then without one
                     self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             return
-        self._connections[sock.fileno()] = Connection(sock)
+        connection = self._connections[sock.fileno()] = Connection(sock)
+        self._strangers.add(connection)
         self.watch(sock.fileno(), self._on_socket)
 
     def _on_socket(self, fd: int) -> None:
@@ -404,6 +417,7 @@ class Kernel:
                 return
             if connection.process is None and not connection.control:
                 self._reception.greet(connection, data)
+                self._strangers.discard(connection)
                 return
             buffers = self._decoding
             if buffers:
@@ -414,12 +428,22 @@ class Kernel:
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self.expel(connection, f"it sent what is no message: {error}")
         else:
-            self._dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
+            self.dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
 
     def _buffer(self, code: int, data: memoryview) -> UserBuffer:
         buffer = UserBuffer(*messages.buffer_of(code, data))
         self._decoding.append(buffer)
         return buffer
+
+    @property
+    def needs_watching(self) -> bool:
+        """Whether a blocking handler is at work, or somebody has connected and not said who it is."""
+        return bool(self.dispatch.running or self._strangers)
+
+    def drop_silent(self, before: float) -> None:
+        """Closes connections older than `before` that have not said who they are."""
+        for connection in [each for each in self._strangers if each.since < before]:
+            self.drop(connection)
 
     def expel(self, connection: Connection, why: str) -> None:
         """Sends a client away that does not speak as it should."""
@@ -437,6 +461,7 @@ class Kernel:
         self._unwatch(fd)
         self.listen_to_ring(connection, False)
         del self._connections[fd]
+        self._strangers.discard(connection)
         connection.close()
         if connection.process is not None:
             self._unwatch(connection.process.pidfd)

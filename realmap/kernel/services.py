@@ -15,6 +15,7 @@ from realmap.errors import (
     KernelError,
     PhysicalMemoryExhaustion,
     ProcessKilled,
+    VirtualMemoryExhaustion,
 )
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
@@ -49,6 +50,10 @@ def map_memory(
         raise InvalidMemState(0, kind, why=f"{kind.name} is no memory that a process can map")
     if not allows(rights, MappingAccessRights.USER_ACCESSIBLE) or not prot_of(rights):
         raise AccessDenied(rights, u_rw, why="a process maps memory for itself: u_r, u_w, u_rw or u_rx")
+    if len(process.memory) >= kernel.limits.mappings:
+        raise VirtualMemoryExhaustion(
+            request.length, why=f"the process has {kernel.limits.mappings} mappings, the kernel's limit; unmap some"
+        )
     unit = HUGE_SIZE if request.huge else PAGE_SIZE
     if request.length <= 0 or align_up(request.length, unit) > USIZE_MAX:
         raise InvalidSize(request.length, why="a mapping has at least one byte, and whole pages below 2**64")
@@ -81,15 +86,19 @@ def map_memory(
         try:
             finish(allocate())
         except BaseException as error:
-            kernel.post(partial(answer, error))
+            kernel.post(partial(end, error))
 
     def finish(frames: SharedFrames) -> None:
-        kernel.post(lambda: answer(_finish(process, frames, size, kind, rights)))
+        kernel.post(lambda: end(_finish(process, frames, size, kind, rights)))
 
-    try:
-        kernel.workers.submit(later)
-    except RuntimeError as error:
-        raise PhysicalMemoryExhaustion(size, why=f"no thread to take so much memory on: {error}") from None
+    def end(got: Answer | BaseException) -> None:
+        process.frames_share.ended()
+        answer(got)
+
+    def failed(error: BaseException) -> None:
+        answer(PhysicalMemoryExhaustion(size, why=f"no thread to take so much memory on: {error}"))
+
+    process.frames_share.submit(later, failed)
 
 
 def _finish(

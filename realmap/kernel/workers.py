@@ -6,6 +6,7 @@ returns would then keep the kernel from ending.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -58,3 +59,41 @@ class Workers:
             idle, self._idle = self._idle, 0
         for _ in range(idle):
             self._queue.put(None)
+
+
+class Share:
+    """One process's part of the workers: at most `limit` of its jobs at once, the others wait in order.
+
+    So nobody waits for another's jobs. Only on the kernel's thread; whose job has run says `ended` there.
+    """
+
+    def __init__(self, workers: Workers, limit: int) -> None:
+        self._workers = workers
+        self._limit = limit
+        self._running = 0
+        self._waiting: deque[tuple[Job, Callable[[BaseException], None]]] = deque()
+
+    def submit(self, job: Job, failed: Callable[[BaseException], None]) -> None:
+        """Has `job` run in its turn. Where it never will (no thread, or `cancel`), `failed` is called with why."""
+        self._waiting.append((job, failed))
+        self._start()
+
+    def ended(self) -> None:
+        """A job has ended: the next one may run."""
+        self._running -= 1
+        self._start()
+
+    def _start(self) -> None:
+        while self._waiting and self._running < self._limit:
+            job, failed = self._waiting.popleft()
+            self._running += 1
+            try:
+                self._workers.submit(job)
+            except RuntimeError as error:
+                self._running -= 1
+                failed(error)
+
+    def cancel(self) -> None:
+        """What waits will not run."""
+        while self._waiting:
+            self._waiting.popleft()[1](RuntimeError("its process has ended"))

@@ -215,12 +215,19 @@ class FrameAllocator:
     """Makes frames, and keeps count of what is in use against a limit.
 
     `limit` in bytes, None for as much as the machine has; `parent` is charged as well (a process's
-    quota under the kernel's). Safe for threads.
+    quota under the kernel's). `segments`: how many there may be, each a descriptor. Safe for threads.
     """
 
-    def __init__(self, limit: SupportsIndex | None = None, *, parent: FrameAllocator | None = None) -> None:
+    def __init__(
+        self,
+        limit: SupportsIndex | None = None,
+        *,
+        parent: FrameAllocator | None = None,
+        segments: SupportsIndex | None = None,
+    ) -> None:
         """InvalidSize: a negative limit. TypeError: no integer."""
         self.limit = None if limit is None else usize(limit, "limit")
+        self.segment_limit = None if segments is None else usize(segments, "segments")
         self._parent = parent
         self._lock = Lock()
         self._used = self._segments = 0
@@ -254,6 +261,12 @@ class FrameAllocator:
             if self.limit is not None and used + length > self.limit:
                 raise PhysicalMemoryExhaustion(
                     length, why=f"the limit of {self.limit} bytes does not allow {length} more ({self._used} in use)"
+                )
+            if self.segment_limit is not None and self._segments + count > self.segment_limit:
+                raise PhysicalMemoryExhaustion(
+                    length,
+                    why=f"the limit of {self.segment_limit} segments, which take one of the kernel's descriptors each, "
+                    f"does not allow {count} more ({self._segments} in use); use larger ones",
                 )
             self._used += length
             self._segments += count

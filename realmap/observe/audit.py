@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -212,14 +213,20 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
     ]
 
 
+def _device(number: int) -> str:
+    """As /proc/PID/maps writes it: inode numbers alone are those of another mount's files, too."""
+    return f"{os.major(number):02x}:{os.minor(number):02x}"
+
+
 def _unregistered(snapshot: Snapshot) -> list[int]:
-    ours = {segment.inode for frames in snapshot.frames for segment in frames.segments}
+    ours = {(_device(segment.device), segment.inode) for frames in snapshot.frames for segment in frames.segments}
     known = {process.pid for process in snapshot.processes} | {snapshot.pid}
     found = []
     for pid in psutil.pids():
         if pid not in known:
             try:
-                if any(entry.inode in ours for entry in procfs.maps(pid, USER_LAND.start, USER_LAND.end)):
+                maps = procfs.maps(pid, USER_LAND.start, USER_LAND.end)
+                if any((entry.device, entry.inode) in ours for entry in maps):
                     found.append(pid)
             except (ProcessLookupError, PermissionError):
                 continue

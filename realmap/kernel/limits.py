@@ -1,0 +1,54 @@
+"""What a kernel lets one process, and all of them together, have at a time."""
+
+from __future__ import annotations
+
+import resource
+from typing import SupportsIndex
+
+from realmap.pages import usize
+
+
+class Limits:
+    """How much of the kernel each process may take; what goes beyond is an error to the one who asked.
+
+    `processes`: connected at a time (LimitReached). For each process: `mappings` (VirtualMemoryExhaustion),
+    `segments` (one descriptor of the kernel each; by default half of what it may open;
+    PhysicalMemoryExhaustion), `calls` that have not ended (LimitReached), of which `running` run on worker
+    threads at a time (the others wait their turn). `seconds`: how long a blocking handler may take, before
+    its caller gets a SyscallTimeout in its place (None: for ever; the handler itself goes on). Bytes of frames
+    are `memory_limit` and `process_limit` of `boot`; bytes of a message are bounded at 16 MiB.
+
+    InvalidSize: a negative number. ValueError: none at all, or no time. TypeError: no integer.
+    """
+
+    __slots__ = ("calls", "mappings", "processes", "running", "seconds", "segments")
+
+    def __init__(
+        self,
+        *,
+        processes: SupportsIndex = 4096,
+        mappings: SupportsIndex = 65_536,
+        segments: SupportsIndex | None = None,
+        calls: SupportsIndex = 1024,
+        running: SupportsIndex = 16,
+        seconds: float | None = None,
+    ) -> None:
+        self.processes = _some(processes, "processes")
+        self.mappings = _some(mappings, "mappings")
+        half = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self.segments = half if segments is None else _some(segments, "segments")
+        self.calls = _some(calls, "calls")
+        self.running = _some(running, "running")
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"seconds must be above 0, or None for no limit: {seconds!r}")
+        self.seconds = seconds
+
+    def __repr__(self) -> str:
+        return f"Limits({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+
+
+def _some(number: SupportsIndex, what: str) -> int:
+    found = usize(number, what)
+    if not found:
+        raise ValueError(f"a limit of no {what} lets nobody in; leave it out for the default")
+    return found

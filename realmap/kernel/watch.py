@@ -1,0 +1,89 @@
+"""Handlers that do not return: noticed, told of once, and, where there is a limit, answered for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from realmap.errors import SyscallTimeout
+
+if TYPE_CHECKING:
+    from realmap.kernel.dispatch import Running
+    from realmap.kernel.server import Kernel
+
+log = logging.getLogger("realmap")
+#: How long a handler is at work before it is told of. Seconds.
+REPORT = 10.0
+#: A connection that has not said who it is for so long is closed. Seconds.
+SILENCE = 10.0
+TICK = 1.0
+
+
+class Watch:
+    """A thread that looks once a second; it does nothing while no call is running."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._end = threading.Event()
+        limit = kernel.limits.seconds
+        self._tick = TICK if limit is None else min(TICK, max(0.01, limit / 4))
+        #: What the kernel's own thread was at, and since when, as far as was seen.
+        self._seen: tuple[object, float] = (None, 0.0)
+        self._told: object = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts looking. RuntimeError: no thread could be started."""
+        thread = threading.Thread(target=self._look, name="realmap-watch", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def stop(self) -> None:
+        """Ends it. Again: nothing."""
+        self._end.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+
+    def _look(self) -> None:
+        while not self._end.wait(self._tick):
+            self._look_at_loop()
+            if self._kernel.needs_watching:
+                self._kernel.post(self._on_tick)
+
+    def _look_at_loop(self) -> None:
+        """From beside: a handler that does not return on the kernel's thread holds up everybody."""
+        now, current = time.monotonic(), self._kernel.dispatch.current
+        if current is not self._seen[0]:
+            self._seen = (current, now)
+        elif current is not None and now - self._seen[1] >= REPORT and current is not self._told:
+            self._told = current
+            frame = sys._current_frames().get(self._kernel.serving)
+            where = "".join(traceback.format_stack(frame)[-3:]) if frame is not None else ""
+            log.warning(
+                "the syscall %r of %r has kept the kernel's thread for %.0f s, and nobody else is served meanwhile; "
+                "declare it blocking=True\n%s",
+                current.name,
+                current.process,
+                now - self._seen[1],
+                where,
+            )
+
+    def _on_tick(self) -> None:
+        """On the kernel's thread."""
+        now, limit = time.monotonic(), self._kernel.limits.seconds
+        for running in list(self._kernel.dispatch.running):
+            age = now - running.began
+            if limit is not None and age >= limit and not running.answered:
+                self._give_up(running, limit)
+            if age >= REPORT and not running.told:
+                running.told = True
+                log.warning("the syscall %r of %r has been running for %.0f s", running.name, running.process, age)
+        self._kernel.drop_silent(now - SILENCE)
+
+    def _give_up(self, running: Running, limit: float) -> None:
+        why = f"the handler of {running.name!r} was still at work after {limit} s, the kernel's limit"
+        running.answer(SyscallTimeout(running.name, limit, why=why))
