@@ -23,11 +23,10 @@ from realmap.kernel.limits import Limits
 from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import registry
 from realmap.memory.lands import KERNEL_LAND
-from realmap.observe.audit import AuditReport, audit
+from realmap.observe.audit import AuditReport
+from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
-from realmap.user.client import Client
 from realmap.user.process import Process
-from realmap.wire import messages
 from realmap.wire.ring import SPIN, checked_spin
 
 #: How long a kernel may take to say that it serves: imports on a loaded machine. Seconds.
@@ -123,7 +122,7 @@ class KernelHandle:
         self._owner = os.getpid()
         self.path = path
         self._spawned: list[Child] = []
-        self._control: Client | None = None
+        self._control: Control | None = None
         self._lock = threading.Lock()
         _handles.add(self)
         forks.lose_in_child(self)
@@ -158,30 +157,30 @@ class KernelHandle:
             self._spawned = [other for other in self._spawned if other.exitcode is None] + [child]
         return SpawnedProcess(child, self)
 
-    def _ask(self, what: str) -> Any:
+    def _asked(self) -> Control:
         if self._owner != os.getpid():
             raise InvalidHandle(None, why=f"this kernel was booted by process {self._owner}; connect({self.path!r})")
         with self._lock:
             if self._child.exitcode is not None:
                 raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
             if self._control is None:
-                self._control = Client(self.path, control=True)
-        return self._control.request(messages.Ask(self._control.next_id(), what))[0]
+                self._control = Control(self.path)
+            return self._control
 
     def stats(self) -> dict[str, int]:
         """Totals: processes, mappings, mirrors, segments, bytes, calls, running, descriptors, threads.
 
         KernelDied: it has ended.
         """
-        return dict(self._ask("stats"))
+        return self._asked().stats()
 
     def snapshot(self) -> Snapshot:
         """The kernel's books at one moment: processes, mappings, mirrors, frames and who holds them."""
-        return Snapshot.read(self._ask("books"))
+        return self._asked().snapshot()
 
     def audit(self) -> AuditReport:
         """Holds the kernel's books against /proc/PID/maps of every process; true as a bool where they agree."""
-        return audit(self.snapshot)
+        return self._asked().audit()
 
     def shutdown(self, timeout: float = 10.0) -> None:
         """Ends the kernel, and the user processes that were spawned through this handle. Again: nothing.

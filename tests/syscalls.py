@@ -345,6 +345,14 @@ def resize(call: Call, data: UserBuffer, size: int) -> None:
 
 
 @syscall
+def leak_descriptor(call: Call, data: UserBuffer) -> None:
+    """Opens the segment of a buffer once more, and forgets it."""
+    frames = data.mappings[0].frames
+    assert isinstance(frames, SharedFrames)
+    os.dup(frames.segments[0].fd)
+
+
+@syscall
 def forget(call: Call, name: str) -> None:
     """Lets go of what was kept."""
     kept.pop(name, None)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import syscalls
 from conftest import BOUND, PAGE
 
+from realmap import KernelHandle, boot
 from realmap.errors import InvalidSize
 from realmap.lab import demo
 
@@ -175,3 +180,120 @@ def test_output_to_a_closed_pipe(files: list[str]) -> None:
     )
     os.close(writer)
     assert b"Traceback" not in child.stderr
+
+
+# ---- a running kernel, from outside -------------------------------------------------------
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[KernelHandle]:
+    """A kernel in the private directory of this test alone."""
+    before = os.environ["XDG_RUNTIME_DIR"]
+    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path)
+    try:
+        with boot(syscalls=syscalls.ALL) as kernel:
+            yield kernel
+    finally:
+        os.environ["XDG_RUNTIME_DIR"] = before
+
+
+@pytest.mark.parametrize("how", ["option", "variable", "only one"])
+def test_an_audit_of_a_running_kernel(running: KernelHandle, how: str) -> None:
+    with running.connect() as me, me.map(5 * PAGE, fragment=2 * PAGE), me.map(PAGE, name=f"named-{os.getpid()}"):
+        options = ["--kernel", running.path] if how == "option" else []
+        variables = {**os.environ, **({"REALMAP_KERNEL": running.path} if how == "variable" else {})}
+        done = realmap("audit", *options, env=variables)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "0 differences in 1 processes, 2 mappings, 0 mirrors, 2 frames\n"
+        report = json.loads(realmap("audit", "--json", *options, env=variables).stdout)
+        assert (report["differences"], report["mappings"], report["faulted"]) == ([], 2, [])
+
+
+def test_an_audit_names_each_difference(running: KernelHandle) -> None:
+    with running.connect() as me, me.map(2 * PAGE) as buffer:
+        me.call("truncate_and_sum", buffer.slice(0, 1), 2 * PAGE, "dropped")
+        address = buffer._window._base
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.munmap(ctypes.c_void_p(address + PAGE), ctypes.c_size_t(PAGE)) == 0
+        done = realmap("audit", "--kernel", running.path)
+        assert done.returncode == 1
+        assert f"UserLand of pid {os.getpid()} at {address:#x}" in done.stdout
+        assert done.stdout.startswith("2 differences")
+        page = running.snapshot().frames[0].segments[0]
+        fd = next(
+            int(fd)
+            for fd in os.listdir(f"/proc/{running.pid}/fd")
+            if os.stat(f"/proc/{running.pid}/fd/{fd}").st_ino == page.inode
+        )
+        again = libc.syscall(438, os.pidfd_open(running.pid), fd, 0)  # pidfd_getfd; and then a mapping again
+        found = libc.mmap
+        found.restype = ctypes.c_void_p
+        found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        assert found(address + PAGE, PAGE, 3, 0x100001, again, PAGE) == address + PAGE
+        os.close(again)
+        os.close(again - 1)
+        assert running.audit()
+
+
+def test_an_audit_finds_a_descriptor_too_many(running: KernelHandle) -> None:
+    with running.connect() as me, me.map(PAGE) as buffer:
+        me.call("leak_descriptor", buffer)
+        report = running.audit()
+        assert [difference.linux for difference in report.differences] == ["2 are open in the kernel"]
+
+
+@pytest.mark.parametrize("command", [["audit"]])
+def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_path: Path) -> None:
+    with boot() as second:
+        done = realmap(*command)
+        assert done.returncode == 1
+        assert running.path in done.stderr
+        assert second.path in done.stderr
+    running.shutdown()
+    done = realmap(*command)
+    assert done.returncode == 1
+    assert "start one: realmap kernel" in done.stderr
+    for path, words in ((str(tmp_path / "none"), "no kernel listens"), (str(tmp_path), "no socket")):
+        done = realmap(*command, "--kernel", path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("realmap: ")
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr or "no kernel" in done.stderr
+
+
+def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHandle, tmp_path: Path) -> None:
+    name, path = f"left-{os.getpid()}", str(tmp_path / "own.sock")
+    killed, at_path = boot(), boot(path=path)
+    with killed.connect() as me, me.map(PAGE, name=name), running.connect() as other:
+        with other.map(PAGE, name=name + "-living"):
+            assert realmap("gc").stdout == "nothing was left over\n"
+            for kernel in (killed, at_path):
+                os.kill(kernel.pid, signal.SIGKILL)
+                kernel._child.wait(BOUND)
+            assert json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout) == [
+                killed.path,
+                name,
+                path,
+            ]
+            assert not os.path.exists(path)
+            assert not os.path.exists(path + ".lock")
+            done = realmap("gc", running.path)
+            assert done.returncode == 1
+            assert "serves" in done.stderr
+            assert os.path.exists(f"/dev/shm/{name}-living")
+            assert other.call("nop") is None
+    killed.shutdown()
+    at_path.shutdown()
+
+
+def test_a_path_is_taken_over_from_a_killed_kernel(tmp_path: Path) -> None:
+    path = str(tmp_path / "again.sock")
+    for _ in range(3):
+        kernel = boot(path=path)
+        with kernel.connect() as me:
+            assert len(me.map(PAGE)) == PAGE
+            os.kill(kernel.pid, signal.SIGKILL)
+            kernel._child.wait(BOUND)
+        kernel.shutdown()
+    with boot(path=path) as kernel, kernel.connect() as me:
+        assert kernel.audit()

@@ -161,6 +161,7 @@ def test_a_kernel_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError):
         kernel.start()
     assert not os.path.exists(kernel.path)
+    monkeypatch.undo()
     other = realmap.Kernel()
 
     def refuse() -> None:

@@ -7,8 +7,10 @@ import sys
 import click
 
 from realmap import __version__
+from realmap.cli.audit import audit
 from realmap.cli.bench import bench
 from realmap.cli.demo import demo
+from realmap.cli.gc import gc
 from realmap.cli.kernel import kernel
 from realmap.errors import KernelError
 
@@ -19,8 +21,10 @@ def command() -> None:
     """Cross-process mapping with real processes, real pages and a kernel that mirrors them."""
 
 
+command.add_command(audit)
 command.add_command(bench)
 command.add_command(demo)
+command.add_command(gc)
 command.add_command(kernel)
 
 

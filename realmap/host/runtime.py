@@ -155,14 +155,9 @@ def sweep() -> list[str]:
     gone = [name for name in _orphans() if _remove(f"/dev/shm/{name}")]
     folder = directory()
     for lock in folder.glob("*.sock.lock"):
-        if _maker_lives(lock.name):
-            continue  # also one that has made its lock file, and not locked it yet
-        with contextlib.suppress(InvalidHandle, AccessDenied):
-            path = str(lock)[: -len(".lock")]
-            there = os.path.lexists(path)
-            held = SocketLock(path)  # nobody else holds it: its kernel is dead
-            held.release()
-            gone += [path] if there else []
+        if not _maker_lives(lock.name):  # else it may have made its lock file, and not locked it yet
+            with contextlib.suppress(InvalidHandle, AccessDenied):
+                gone += sweep_socket(str(lock)[: -len(".lock")])
     for marker in (folder / "names").glob("*"):
         with contextlib.suppress(OSError, ValueError):
             text = marker.read_text()
@@ -173,6 +168,41 @@ def sweep() -> list[str]:
                 gone.append(marker.name)
             marker.unlink(missing_ok=True)
     return gone
+
+
+def sweep_socket(path: str) -> list[str]:
+    """Removes the socket at `path`, and its lock, where no kernel serves it any more; [path] if there was one.
+
+    InvalidHandle: a living kernel holds it, or it is no socket. AccessDenied: it is not ours.
+    """
+    there = os.path.lexists(path)
+    if there or os.path.lexists(path + ".lock"):
+        SocketLock(path).release()  # nobody else holds it: its kernel is dead
+    return [path] if there else []
+
+
+def sockets() -> list[str]:
+    """The sockets of this user's kernels that live, in the private directory: those that were given no path."""
+    found = []
+    for lock in sorted(directory().glob("*.sock.lock")):
+        path = str(lock)[: -len(".lock")]
+        if _maker_lives(lock.name) and os.path.exists(path):
+            found.append(path)
+    return found
+
+
+def unlinked_names(pid: int) -> list[str]:
+    """Names in /dev/shm that `pid` is about to unlink: segments are made under one, and lose it at once."""
+    with contextlib.suppress(OSError):
+        return [name for name in os.listdir("/dev/shm") if name.startswith(SEGMENT_PREFIX) and _pid_of(name) == pid]
+    return []
+
+
+def _pid_of(name: str) -> int:
+    try:
+        return int(name[len(SEGMENT_PREFIX) :].split(".")[1])
+    except (ValueError, IndexError):
+        return 0
 
 
 def _orphans() -> list[str]:

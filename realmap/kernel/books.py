@@ -36,6 +36,7 @@ def stats(kernel: Kernel) -> dict[str, int]:
         "bytes": kernel.frames.used,
         "calls": kernel.calls,
         "running": sum(process.calls for process in kernel.processes),
+        "taking": sum(process.frames_share.running for process in kernel.processes),
         "descriptors": _descriptors(),
         "threads": kernel.workers.threads,
     }
@@ -76,6 +77,14 @@ def books(kernel: Kernel) -> dict[str, Any]:
         }
         for process in kernel.processes
     ]
+    # Unmapped by its process while a call works on it: in no process's memory any more, but it holds on.
+    pinned = {
+        mapping: entry(mapping)["frames"]
+        for running in kernel.dispatch.running
+        for buffer in running.buffers
+        for mapping, _, _ in buffer.parts()
+        if mapping.released and isinstance(mapping.frames, SharedFrames)
+    }
     mirrors = [
         mirror_entry(mirror, frames) for mirror in kernel.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
     ]
@@ -83,11 +92,13 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "form": FORM,
         "pid": os.getpid(),
         "path": kernel.path,
+        "alone": kernel.is_alone,
         "time": time.time(),
         "kernel_land": [kernel.memory.start, kernel.memory.length],
         "stakes": kernel.memory.stakes,
         "stats": stats(kernel),
         "processes": processes,
+        "pinned": list(pinned.values()),
         "mirrors": mirrors,
         "kept": [
             {

@@ -127,7 +127,7 @@ class Dispatch:
         for buffer in buffers:
             buffer.pin()
         process.calls += 1
-        running = Running(self, connection, process, request.id, syscall.name)
+        running = Running(self, connection, process, request.id, syscall.name, buffers)
         self.running.add(running)
 
         def ended(answer: bytes | BaseException) -> None:
@@ -152,7 +152,17 @@ class Dispatch:
 class Running:
     """A call at work on a worker thread, or waiting for one. It is answered once."""
 
-    def __init__(self, dispatch: Dispatch, connection: Connection, process: UserProcess, id: int, name: str) -> None:
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        connection: Connection,
+        process: UserProcess,
+        id: int,
+        name: str,
+        buffers: Sequence[UserBuffer],
+    ) -> None:
+        #: What it works on, pinned.
+        self.buffers = buffers
         self._dispatch = dispatch
         self._connection = connection
         self._id = id

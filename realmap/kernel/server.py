@@ -436,6 +436,11 @@ class Kernel:
         return buffer
 
     @property
+    def is_alone(self) -> bool:
+        """Whether this process is the kernel's: it serves on the main thread."""
+        return self._thread is None
+
+    @property
     def needs_watching(self) -> bool:
         """Whether a blocking handler is at work, or somebody has connected and not said who it is."""
         return bool(self.dispatch.running or self._strangers)

@@ -70,7 +70,8 @@ class Share:
     def __init__(self, workers: Workers, limit: int) -> None:
         self._workers = workers
         self._limit = limit
-        self._running = 0
+        #: How many of its jobs are at work.
+        self.running = 0
         self._waiting: deque[tuple[Job, Callable[[BaseException], None]]] = deque()
 
     def submit(self, job: Job, failed: Callable[[BaseException], None]) -> None:
@@ -80,17 +81,17 @@ class Share:
 
     def ended(self) -> None:
         """A job has ended: the next one may run."""
-        self._running -= 1
+        self.running -= 1
         self._start()
 
     def _start(self) -> None:
-        while self._waiting and self._running < self._limit:
+        while self._waiting and self.running < self._limit:
             job, failed = self._waiting.popleft()
-            self._running += 1
+            self.running += 1
             try:
                 self._workers.submit(job)
             except RuntimeError as error:
-                self._running -= 1
+                self.running -= 1
                 failed(error)
 
     def cancel(self) -> None:

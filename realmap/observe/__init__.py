@@ -3,7 +3,8 @@
 The kernel knows nothing of it.
 """
 
-from realmap.observe.audit import AuditReport, Difference, audit
+from realmap.observe.audit import AuditReport, Difference, Faulted, audit
+from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
 
-__all__ = ["AuditReport", "Difference", "Snapshot", "audit"]
+__all__ = ["AuditReport", "Control", "Difference", "Faulted", "Snapshot", "audit"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import msgspec
 import psutil
 
-from realmap.host import procfs
+from realmap.host import procfs, runtime
+from realmap.host.translate import SHM
 from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
@@ -179,6 +181,8 @@ def compare(snapshot: Snapshot) -> AuditReport:
     ]
     differences += _compare("KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND))
     differences += _recount(snapshot)
+    differences += _descriptors(snapshot)
+    differences += _names(snapshot)
     return AuditReport(
         differences,
         len(snapshot.processes),
@@ -200,6 +204,8 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
     for mirror in snapshot.mirrors:
         for serial in {part.frames for part in mirror.parts}:
             counted[serial] += 1
+    for serial in snapshot.pinned:
+        counted[serial] += 1
     return [
         Difference(
             f"frames {frames.serial} ({', '.join(frames.holders)})",
@@ -208,9 +214,53 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
             f"{counted[frames.serial]} mappings and mirrors are there",
         )
         for frames in snapshot.frames
-        # A mapping that was unmapped while a call works on it is in no process's books, but holds on.
-        if frames.refcount != counted[frames.serial] and not any(process.calls for process in snapshot.processes)
+        if frames.refcount != counted[frames.serial]
     ]
+
+
+def _descriptors(snapshot: Snapshot) -> list[Difference]:
+    """The kernel's descriptors of segments: one for each in the books, and (where that can be told) no other."""
+    books = {(segment.device, segment.inode) for frames in snapshot.frames for segment in frames.segments}
+    found: Counter[tuple[int, int]] = Counter()
+    names: dict[tuple[int, int], str] = {}
+    exact = snapshot.alone and not snapshot.stats["taking"]  # frames that are being taken are in no books yet
+    folder = f"/proc/{snapshot.pid}/fd"
+    for number in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            name = os.readlink(f"{folder}/{number}")
+            if name.startswith(f"{SHM}/"):
+                status = os.stat(f"{folder}/{number}")
+                found[status.st_dev, status.st_ino] += 1
+                names[status.st_dev, status.st_ino] = name
+    return [
+        Difference(
+            f"descriptors of inode {key[1]} ({names.get(key, 'a segment')})",
+            0,
+            f"{int(key in books)} of them",
+            f"{found[key]} are open in the kernel",
+        )
+        for key in books | set(found)
+        # A read-only one is open while an answer brings it to a process; the next look does not find it.
+        if found[key] != (key in books) and (key in books or exact)
+    ]
+
+
+def _names(snapshot: Snapshot) -> list[Difference]:
+    """The names in /dev/shm: those of the books' named segments, and none of this kernel's besides."""
+    found = []
+    for frames in snapshot.frames:
+        for segment in frames.segments:
+            if segment.name is not None:
+                try:
+                    inode = os.stat(f"{SHM}/{segment.name}").st_ino
+                except FileNotFoundError:
+                    inode = None
+                if inode != segment.inode:
+                    linux = "the name is gone" if inode is None else f"it is inode {inode}"
+                    found.append(Difference(f"{SHM}/{segment.name}", 0, f"it is inode {segment.inode}", linux))
+    for name in runtime.unlinked_names(snapshot.pid):
+        found.append(Difference(f"{SHM}/{name}", 0, "nothing has a name like this", "it is there"))
+    return found
 
 
 def _device(number: int) -> str:

@@ -103,12 +103,16 @@ class Snapshot(msgspec.Struct, frozen=True):
     form: int
     pid: int
     path: str
+    #: Whether its process is the kernel's alone; else other segments of that process are not its own.
+    alone: bool
     time: float
     kernel_land: tuple[int, int]
     #: Pages of KernelLand without rights, which keep page tables in place.
     stakes: list[int]
     stats: dict[str, int]
     processes: list[ProcessInfo]
+    #: Serials of the frames of mappings that were unmapped while a call works on them; once for each.
+    pinned: list[int]
     mirrors: list[MirrorInfo]
     kept: list[KeptInfo]
     frames: list[FramesInfo]

@@ -1,0 +1,30 @@
+"""`realmap gc`: sweeps what killed kernels left."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+
+from realmap.host import runtime
+
+
+@click.command()
+@click.argument("paths", nargs=-1, metavar="[PATH]...", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="The names of what went, as JSON.")
+def gc(paths: tuple[str, ...], as_json: bool) -> None:
+    """Remove what kernels left that were killed: sockets, named segments, empty names in /dev/shm.
+
+    Never what a living kernel or process owns. Each kernel does the same when it starts. A PATH is a socket
+    outside of the private directory to look at, too; where a kernel serves it, it stays.
+
+    Example: realmap gc /tmp/my.sock
+    """
+    gone = runtime.sweep()
+    for path in paths:
+        gone += runtime.sweep_socket(path)
+    if as_json:
+        click.echo(msgspec.json.encode(gone).decode())
+    elif gone:
+        click.echo("\n".join(f"removed {name}" for name in gone))
+    else:
+        click.echo("nothing was left over")

@@ -1,0 +1,51 @@
+"""A connection to a running kernel that asks and looks, without being one of its processes."""
+
+from __future__ import annotations
+
+import os
+from typing import Self
+
+from realmap.observe.audit import AuditReport, audit
+from realmap.observe.snapshot import Snapshot
+from realmap.user.client import Client
+from realmap.wire import messages
+
+
+class Control:
+    """What can be asked of the kernel at `path`. A context manager; safe for threads."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Connects. KernelDied: no kernel listens there. AccessDenied, InvalidHandle, VersionMismatch: as `connect`."""
+        self._client = Client(os.fspath(path), control=True)
+
+    @property
+    def pid(self) -> int:
+        """The kernel's pid."""
+        return self._client.kernel_pid
+
+    def _ask(self, what: str) -> object:
+        return self._client.request(messages.Ask(self._client.next_id(), what))[0]
+
+    def stats(self) -> dict[str, int]:
+        """Totals by name; bytes are bytes. KernelDied: it has ended."""
+        found = self._ask("stats")
+        assert isinstance(found, dict)
+        return found
+
+    def snapshot(self) -> Snapshot:
+        """The kernel's books at one moment. KernelDied: it has ended."""
+        return Snapshot.read(self._ask("books"))
+
+    def audit(self) -> AuditReport:
+        """Holds the books against Linux; true as a bool where they agree. KernelDied: it has ended."""
+        return audit(self.snapshot)
+
+    def close(self) -> None:
+        """Ends the connection. Again: nothing."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
