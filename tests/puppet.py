@@ -11,6 +11,7 @@ import struct
 from typing import Any
 
 import realmap
+from realmap.lab.stress.actor import Actor
 
 
 class Puppet:
@@ -73,27 +74,16 @@ def _receive(sock: socket.socket) -> Any:
 
 def _dance(path: str, sock: socket.socket) -> None:
     me = realmap.connect(path)
-    buffers: dict[int, realmap.Buffer] = {}
+    actor = Actor(me)
     while True:
         what, args = _receive(sock)
         answer: Any = None
         try:
-            if what == "map":
-                key, length, fragment, rights = args
-                buffers[key] = me.map(length, fragment=fragment, rights=rights)
-                answer = buffers[key].address
-            elif what == "write":
-                key, offset, content = args
-                buffers[key][offset : offset + len(content)] = content
-            elif what == "read":
-                answer = buffers[args[0]][:]
-            elif what == "unmap":
-                buffers.pop(args[0]).unmap()
-            elif what == "forget":
-                del buffers[args[0]]
+            if what == "step":
+                answer = actor.perform(*args)
             elif what == "call":
                 name, key, offset, length, *before = args
-                answer = me.call(name, *before, buffers[key].slice(offset, length))
+                answer = me.call(name, *before, actor.buffers[key].slice(offset, length))
             elif what == "fork":
                 answer = os.fork()
                 if not answer:

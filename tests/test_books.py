@@ -27,15 +27,31 @@ from puppet import Puppet
 
 import realmap
 from realmap import KernelHandle
+from realmap.lab import workload
+from realmap.lab.stress import handlers
 from realmap.memory import USER_LAND
 
 EXAMPLES, STEPS = 64, 50
 counted = 0
+#: Keeping is done here, beyond the end of a process; and a fork is kept until its parent's end.
+MIX = workload.Mix(
+    {kind: often for kind, often in workload.CALM.items() if kind not in ("keep", "drop")}, 9 * PAGE, buffers=4
+)
+
+
+class Drawn:
+    """Choices that hypothesis makes, and makes smaller where something fails."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def below(self, bound: int) -> int:
+        return int(self._data.draw(st.integers(0, bound - 1)))
 
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[KernelHandle]:
-    with realmap.boot(syscalls=syscalls.ALL) as kernel:
+    with realmap.boot(syscalls=[*syscalls.ALL, *handlers.ALL]) as kernel:
         kernel.stats()
         yield kernel
 
@@ -48,7 +64,7 @@ class Play(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.puppets: dict[int, Puppet] = {}
-        self.buffers: dict[tuple[int, int], tuple[bytearray, int]] = {}
+        self.models: dict[int, workload.Model] = {}
         self.kept: dict[str, str] = {}
         self.serial = 0
         self.me = self.kernel.connect()
@@ -65,70 +81,38 @@ class Play(RuleBasedStateMachine):
         stats = self.kernel.stats()
         assert (stats["segments"], stats["mirrors"], stats["bytes"]) == (0, 0, 0)
 
-    def pick(self, data: Any, writable: bool = False) -> tuple[int, int]:
-        keys = [key for key, (_, rights) in self.buffers.items() if not writable or rights == realmap.u_rw]
-        return data.draw(st.sampled_from(sorted(keys)))  # type: ignore[no-any-return]
-
     @rule()
     @precondition(lambda self: len(self.puppets) < 4)
     def start(self) -> None:
         self.serial += 1
         self.puppets[self.serial] = Puppet(self.kernel.path)
+        self.models[self.serial] = workload.Model()
         count = len(self.puppets) + 1
         wait_until(lambda: self.kernel.stats()["processes"] == count)
 
-    @rule(
-        data=st.data(),
-        length=st.integers(1, 9 * PAGE),
-        fragment=st.sampled_from([None, PAGE, 2 * PAGE]),
-        rights=st.sampled_from([realmap.u_rw, realmap.u_rw, realmap.u_r]),
-    )
-    @precondition(lambda self: self.puppets and len(self.buffers) < 12)
-    def map(self, data: Any, length: int, fragment: int | None, rights: Any) -> None:
+    @rule(data=st.data())
+    @precondition(lambda self: self.puppets)
+    def step(self, data: Any) -> None:
+        """What `realmap stress` does, too: the same generator of choices, with hypothesis behind it."""
         who = data.draw(st.sampled_from(sorted(self.puppets)))
-        self.serial += 1
-        self.puppets[who].do("map", self.serial, length, fragment, rights)
-        self.buffers[who, self.serial] = (bytearray(length), rights)
-        if rights == realmap.u_rw:
-            content = os.urandom(length)
-            self.puppets[who].do("write", self.serial, 0, content)
-            self.buffers[who, self.serial][0][:] = content
-
-    @rule(data=st.data(), how=st.sampled_from(["unmap", "forget"]))
-    @precondition(lambda self: self.buffers)
-    def unmap(self, data: Any, how: str) -> None:
-        who, key = self.pick(data)
-        self.puppets[who].do(how, key)
-        del self.buffers[who, key]
-        self.settle()
-
-    @rule(data=st.data(), name=st.sampled_from(["sha256", "slow_sha256", "reverse"]))
-    @precondition(lambda self: any(rights == realmap.u_rw for _, rights in self.buffers.values()))
-    def call(self, data: Any, name: str) -> None:
-        who, key = self.pick(data, writable=True)
-        model = self.buffers[who, key][0]
-        offset = data.draw(st.integers(0, len(model) - 1))
-        length = data.draw(st.integers(1, len(model) - offset))
-        answer = self.puppets[who].do("call", name, key, offset, length)
-        part = bytes(model[offset : offset + length])
-        if name == "reverse":
-            model[offset : offset + length] = part[::-1]
-        else:
-            assert answer == hashlib.sha256(part).hexdigest()
+        model = self.models[who]
+        step = workload.choose(model, Drawn(data), MIX)
+        assert self.puppets[who].do("step", step) == model.apply(step)
+        if step.kind in ("unmap", "forget"):
+            self.settle()
 
     @rule(data=st.data())
-    @precondition(lambda self: self.buffers and len(self.kept) < 5)
+    @precondition(lambda self: self.count() and len(self.kept) < 5)
     def keep(self, data: Any) -> None:
         """A mirror that outlives its call, its mapping and its process; nothing is written there any more."""
-        who, key = self.pick(data)
-        model = self.buffers[who, key][0]
-        offset = data.draw(st.integers(0, len(model) - 1))
+        who, key = data.draw(st.sampled_from([(who, key) for who in self.models for key in self.models[who].buffers]))
+        content = self.models[who].buffers[key]
+        offset = data.draw(st.integers(0, len(content.data) - 1))
         self.serial += 1
         name = f"kept {self.serial}"
-        self.puppets[who].do("call", "keep", key, offset, len(model) - offset, name)
-        self.kept[name] = hashlib.sha256(model[offset:]).hexdigest()
-        if self.buffers[who, key][1] == realmap.u_rw:  # from here on only read, so that the digest stays
-            self.buffers[who, key] = (model, realmap.u_r)
+        self.puppets[who].do("call", "keep", key, offset, len(content.data) - offset, name)
+        self.kept[name] = hashlib.sha256(content.data[offset:]).hexdigest()
+        content.writable = False  # from here on only read, so that the digest stays
 
     @rule(data=st.data())
     @precondition(lambda self: self.kept)
@@ -148,18 +132,16 @@ class Play(RuleBasedStateMachine):
     def end(self, data: Any, how: str) -> None:
         who = data.draw(st.sampled_from(sorted(self.puppets)))
         getattr(self.puppets.pop(who), how)()
-        self.buffers = {key: value for key, value in self.buffers.items() if key[0] != who}
+        del self.models[who]
         self.settle()
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.buffers)
-    def look(self, data: Any) -> None:
-        who, key = self.pick(data)
-        assert self.puppets[who].do("read", key) == self.buffers[who, key][0]
+    def count(self) -> int:
+        """How many mappings there should be."""
+        return sum(len(model.buffers) for model in self.models.values())
 
     def settle(self) -> None:
         """A death or a forgotten buffer reaches the kernel by itself: wait for that."""
-        count, processes = len(self.buffers), len(self.puppets) + 1
+        count, processes = self.count(), len(self.puppets) + 1
 
         def settled() -> bool:
             stats = self.kernel.stats()
@@ -175,7 +157,7 @@ class Play(RuleBasedStateMachine):
             return
         report = self.kernel.audit()
         assert report, str(report)
-        assert report.mappings == len(self.buffers)
+        assert report.mappings == self.count()
         assert report.mirrors == len(self.kept)
         # Forks that never registered still map what their parent had: they are told apart, not counted.
         mapping = {pid for who, puppet in self.puppets.items() for pid in puppet.forks}

@@ -12,6 +12,7 @@ from realmap.cli.bench import bench
 from realmap.cli.demo import demo
 from realmap.cli.gc import gc
 from realmap.cli.kernel import kernel
+from realmap.cli.stress import stress
 from realmap.errors import KernelError
 
 
@@ -26,6 +27,7 @@ command.add_command(bench)
 command.add_command(demo)
 command.add_command(gc)
 command.add_command(kernel)
+command.add_command(stress)
 
 
 def main() -> None:

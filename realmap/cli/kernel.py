@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
+import sys
+from typing import Any
 
 import click
 
 from realmap.host import runtime
 from realmap.kernel import Kernel
+from realmap.kernel.syscalls import marked
+
+
+def handlers_of(name: str) -> list[Any]:
+    """The syscalls that a module has. ClickException: it cannot be imported, or has none."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise click.ClickException(f"cannot import {name!r}: {error}") from None
+    found = marked(vars(module).values())
+    if not found:
+        raise click.ClickException(f"{name!r} has no function that is marked @realmap.syscall")
+    return found
 
 
 @click.command()
 @click.option("--path", help="Where its socket is to be. By default in a private directory; it is printed.")
 @click.option("--memory-limit", type=int, help="Bytes of frames in all.")
 @click.option("--process-limit", type=int, help="Bytes of frames for each process.")
-def kernel(path: str | None, memory_limit: int | None, process_limit: int | None) -> None:
+@click.option(
+    "--syscalls", "modules", metavar="MODULE", multiple=True, help="Its handlers: @realmap.syscall functions."
+)
+def kernel(path: str | None, memory_limit: int | None, process_limit: int | None, modules: tuple[str, ...]) -> None:
     """Run a kernel in the foreground, until Ctrl-C or SIGTERM.
+
+    A MODULE is found as `import` finds it, in the current directory, too; every function in it that is marked
+    @realmap.syscall becomes a syscall.
 
     Example: realmap kernel --path /tmp/my.sock, and elsewhere: realmap.connect("/tmp/my.sock")
     """
     runtime.raise_descriptor_limit()
-    serving = Kernel(path=path, memory_limit=memory_limit, process_limit=process_limit)
+    handlers = [handler for name in modules for handler in handlers_of(name)]
+    serving = Kernel(path=path, memory_limit=memory_limit, process_limit=process_limit, syscalls=handlers)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: serving.stop(wait=False))
     serving.serve(ready=lambda: click.echo(f"realmap: ready at {serving.path}"))

@@ -91,6 +91,12 @@ def registry(functions: Iterable[Callable[..., Any]]) -> dict[str, Syscall]:
     return found
 
 
+def marked(values: Iterable[Any]) -> list[Callable[..., Any]]:
+    """Those of `values` that `@syscall` was put on, each once."""
+    found = {id(value): value for value in values if callable(value) and hasattr(value, _MARK)}
+    return list(found.values())
+
+
 def _unsendable(value: Any) -> Any:
     raise TypeError(
         f"a {type(value).__name__} cannot travel to a caller: numbers, text, bytes, lists, dicts and None can; "

@@ -1,0 +1,125 @@
+"""`realmap stress`: runs it, shows how it goes, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import click
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from realmap.lab import stress as lab
+from realmap.lab.workload import MIXES
+
+#: What a mix takes for the options that are not given.
+DEFAULTS: dict[str, dict[str, float]] = {
+    "quick": {"users": 4, "seconds": 10.0},
+    "soak": {"users": 4, "seconds": 600.0, "kill": 0.001, "truncate": 0.001},
+    "storm": {"users": 8, "seconds": 60.0, "kill": 0.02, "truncate": 0.01},
+}
+#: Set in the run whose /dev/shm is a small one of its own.
+INSIDE = "REALMAP_STRESS_FULL"
+SMALL = "1m"
+
+
+@click.command()
+@click.argument("mix", default="quick", type=click.Choice(sorted(MIXES)))
+@click.option("--users", type=click.IntRange(1, 256), help="User processes at a time.")
+@click.option("--seconds", type=click.FloatRange(0.1), help="How long.")
+@click.option("--ops", type=click.IntRange(1), help="Steps in all, instead of a time.")
+@click.option("--seed", type=click.IntRange(0), help="Decides every choice; by default a new one, which is printed.")
+@click.option("--kill", type=click.FloatRange(0, 1), metavar="RATE", help="Share of steps at which a user is killed.")
+@click.option(
+    "--truncate", type=click.FloatRange(0, 1), metavar="RATE", help="Share of steps at which a segment is truncated."
+)
+@click.option("--full", is_flag=True, help=f"With a /dev/shm of {SMALL}, which runs full (in a mount namespace).")
+@click.option("--profile", is_flag=True, help="Where the kernel's thread spends its time.")
+@click.option("--kernel", metavar="PATH", help="A running kernel's socket, in place of a kernel of its own.")
+@click.option("--json", "json_path", metavar="FILE", help="The report, as JSON.")
+@click.option("--junit", "junit_path", metavar="FILE", help="The report, as JUnit's XML.")
+def stress(mix: str, json_path: str | None, junit_path: str | None, **given: object) -> None:
+    """Let user processes map, write, call, fork and die, and hold every byte and every book against what is right.
+
+    MIX is quick (10 s), soak (10 min, gentle) or storm (a minute of kills and truncations). Exit status 1 on any
+    wrong byte, leak, audit difference or death that was not asked for; then the command that replays it is printed.
+
+    Example: realmap stress storm --seconds 20 --seed 1
+    """
+    if given["full"] and given["kernel"]:
+        raise click.UsageError("--full needs a kernel of its own: leave out --kernel")
+    if given["full"] and INSIDE not in os.environ:
+        _in_small_shm()
+    values = {**DEFAULTS[mix], **{name: value for name, value in given.items() if value is not None}}
+    if given["ops"] is not None:
+        values["seconds"] = given["seconds"]
+    values.setdefault("seed", lab.new_seed())
+    options = msgspec.convert({"mix": mix, **values}, lab.Options)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    status = Console(stderr=True, highlight=False)
+    console.print(escape(options.command()))
+    with status.status("starting") as shown:
+        report = lab.run(options, lambda line: shown.update(line) if status.is_terminal else None)
+    for path, data in ((json_path, msgspec.json.format(msgspec.json.encode(report))), (junit_path, lab.junit(report))):
+        if path is not None:
+            with open(path, "wb") as file:
+                file.write(data)
+    render(console, report)
+    sys.exit(0 if report.ok else 1)
+
+
+def _in_small_shm() -> None:
+    """Starts anew where /dev/shm is small and nobody else's."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        raise click.ClickException("--full needs `unshare` (util-linux), for a /dev/shm of its own")
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    shell = f'mount -t tmpfs -o size={SMALL} realmap /dev/shm && exec "$@"'
+    os.environ[INSIDE] = "1"
+    os.execv(
+        unshare,
+        [unshare, *as_root, "--mount", "sh", "-c", shell, "sh", sys.executable, "-m", "realmap", *sys.argv[1:]],
+    )
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def render(console: Console, report: lab.Report) -> None:
+    """For people: a table of the kinds, then what was injected, how the kernel fared, and what failed."""
+    if console.is_terminal:
+        table = Table("step", "count", "a second", "p50", "p99", "longest")
+        for name, kind in report.kinds.items():
+            table.add_row(
+                name, str(kind.count), f"{kind.per_second:.0f}", *map(_time, (kind.p50, kind.p99, kind.longest))
+            )
+        console.print(table)
+    else:
+        for name, kind in report.kinds.items():
+            console.print(
+                f"  {name}: {kind.count}, {kind.per_second:.0f} a second, p50 {_time(kind.p50)}, "
+                f"p99 {_time(kind.p99)}, longest {_time(kind.longest)}"
+            )
+    injected = ", ".join(f"{count} {name}" for name, count in report.injected.items())
+    console.print(f"{report.steps} steps in {report.seconds:.1f} s, {report.bytes_verified} bytes verified; {injected}")
+    for name, slope in report.slopes.items():
+        console.print(
+            f"kernel's {name}: {slope.first:.0f} → {slope.last:.0f} over the second half, "
+            f"{slope.per_second:+.3g} a second (± {slope.error:.2g})"
+        )
+    console.print(f"audits: {report.audits}")
+    if report.profile:
+        console.print(escape(report.profile))
+    for failure in report.failures:
+        console.print(f"[bold red]failed[/]: {escape(failure)}")
+    if report.ok:
+        console.print("[green]ok[/]: every byte right, nothing left, no death that was not asked for")
+    else:
+        console.print(f"replay: {escape(report.replay)}")

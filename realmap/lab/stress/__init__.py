@@ -1,0 +1,13 @@
+"""`realmap stress`: users that map, write, call, fork and are killed, against a kernel that has to bear it.
+
+run       starts the users, replaces the killed, watches the kernel, reports
+worker    one user process
+actor     does a step of the workload with real buffers and calls
+handlers  what the kernel runs for them
+report    what was found
+"""
+
+from realmap.lab.stress.report import Options, Report, junit
+from realmap.lab.stress.runner import new_seed, run
+
+__all__ = ["Options", "Report", "junit", "new_seed", "run"]

@@ -1,0 +1,116 @@
+"""The handlers of a kernel under stress; `realmap kernel --syscalls realmap.lab.stress.handlers` has them, too."""
+
+from __future__ import annotations
+
+import cProfile
+import hashlib
+import io
+import os
+import pstats
+
+from realmap.errors import InvalidHandle
+from realmap.kernel import Call, UserBuffer, syscall
+from realmap.kernel.syscalls import marked
+from realmap.memory import CrossProcessMapping, SharedFrames
+from realmap.rights import k_r
+
+_kept: dict[tuple[int, int], CrossProcessMapping] = {}
+_profile: list[cProfile.Profile] = []
+
+
+@syscall
+def stress_digest(call: Call, data: UserBuffer) -> str:
+    """Of its bytes, in place."""
+    with data.mirror(k_r) as mirror:
+        return hashlib.sha256(mirror).hexdigest()
+
+
+@syscall(blocking=True)
+def stress_slow_digest(call: Call, data: UserBuffer) -> str:
+    """The same on a worker thread."""
+    with data.mirror(k_r) as mirror:
+        return hashlib.sha256(mirror).hexdigest()
+
+
+@syscall
+def stress_copied_digest(call: Call, data: UserBuffer) -> str:
+    """Of a copy."""
+    return hashlib.sha256(data.copy_in()).hexdigest()
+
+
+@syscall
+def stress_reverse(call: Call, data: UserBuffer) -> None:
+    """Its bytes the other way round, in place."""
+    with data.mirror() as mirror:
+        mirror[:] = bytes(mirror)[::-1]
+
+
+@syscall
+def stress_fill(call: Call, data: UserBuffer, content: bytes) -> None:
+    """Copies `content` into it."""
+    data.copy_out(content)
+
+
+@syscall
+def stress_copy(call: Call, source: UserBuffer, target: UserBuffer) -> None:
+    """Copies one buffer into another, without mapping either."""
+    target.copy_out(source.copy_in())
+
+
+@syscall
+def stress_keep(call: Call, name: int, data: UserBuffer) -> None:
+    """Keeps a mirror beyond the call; what a process that died has left goes now."""
+    living = {process.number for process in call.kernel.processes}
+    for number, other in [key for key in _kept if key[0] not in living]:
+        _kept.pop((number, other)).drop()
+    _kept[call.process.number, name] = data.mirror(k_r)
+
+
+@syscall
+def stress_drop(call: Call, name: int) -> str:
+    """The digest of a mirror that was kept; drops it."""
+    mirror = _kept.pop((call.process.number, name), None)
+    if mirror is None:
+        raise InvalidHandle(name, why="no mirror is kept under this name")
+    with mirror:
+        return hashlib.sha256(mirror).hexdigest()
+
+
+@syscall
+def stress_end(call: Call) -> int:
+    """Drops every mirror that is kept; how many there were."""
+    count = len(_kept)
+    while _kept:
+        _kept.popitem()[1].drop()
+    return count
+
+
+@syscall
+def stress_where(call: Call, data: UserBuffer) -> list[list[int]]:
+    """The kernel's pid and descriptor of each segment of a buffer, and its length: by /proc anybody may truncate it."""
+    frames = data.mappings[0].frames
+    assert isinstance(frames, SharedFrames)
+    return [[os.getpid(), segment.fd, segment.length] for segment in frames.segments]
+
+
+@syscall(blocking=True)
+def stress_read_on(call: Call, data: UserBuffer, rounds: int) -> int:
+    """Reads every page of a mirror again and again; how many zeros it has seen at their beginnings."""
+    with data.mirror(k_r) as mirror, memoryview(mirror) as view:
+        return sum(bytes(view[::4096]).count(0) for _ in range(rounds))
+
+
+@syscall
+def stress_profile(call: Call, begin: bool) -> str:
+    """Begins a profile of the kernel's thread, or ends it; then the functions that took most time, as text."""
+    if begin:
+        _profile.append(cProfile.Profile())
+        _profile[0].enable()
+        return ""
+    _profile[0].disable()
+    text = io.StringIO()
+    pstats.Stats(_profile.pop(), stream=text).sort_stats("tottime").print_stats(25)
+    return text.getvalue()
+
+
+ALL = marked(list(globals().values()))

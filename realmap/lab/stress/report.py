@@ -1,0 +1,176 @@
+"""What a stress run found: typed, as JSON, and as JUnit's XML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+import msgspec
+
+FORM = 1
+#: Latencies are counted in buckets a tenth of a power of two wide: 7 % of error at most.
+STEPS_PER_OCTAVE = 10
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What was asked for. `kill`, `truncate`: the share of steps at which a user is killed, or loses a segment."""
+
+    mix: str = "quick"
+    users: int = 4
+    seconds: float | None = 10.0
+    #: Steps in all, over the users; None where time is what ends it.
+    ops: int | None = None
+    seed: int = 0
+    kill: float = 0.0
+    truncate: float = 0.0
+    full: bool = False
+    profile: bool = False
+    #: The socket of the kernel; None for one of its own.
+    kernel: str | None = None
+
+    def command(self) -> str:
+        """What runs the same again."""
+        parts = ["realmap stress", self.mix, f"--users {self.users} --seed {self.seed}"]
+        parts.append(f"--ops {self.ops}" if self.ops is not None else f"--seconds {self.seconds:g}")
+        parts += [f"--kill {self.kill:g}"] if self.kill else []
+        parts += [f"--truncate {self.truncate:g}"] if self.truncate else []
+        parts += ["--full"] if self.full else []
+        parts += [f"--kernel {self.kernel}"] if self.kernel else []
+        return " ".join(parts)
+
+
+def bucket(nanoseconds: int) -> int:
+    """The bucket that a latency is counted in."""
+    return int(math.log2(max(1, nanoseconds)) * STEPS_PER_OCTAVE)
+
+
+class Tally(msgspec.Struct):
+    """What one user process did so far."""
+
+    #: {kind: {bucket: how often}}
+    latencies: dict[str, dict[int, int]] = {}
+    longest: dict[str, int] = {}
+    steps: int = 0
+    verified: int = 0
+    refused: int = 0
+    truncated: int = 0
+    #: Truncations that came after a handler had read everything; the user's own access was told of them.
+    unnoticed: int = 0
+    forked: int = 0
+    #: Of its choices so far, in order.
+    choices: str = ""
+    #: It is about to be killed, as chosen.
+    dying: bool = False
+    #: It did all that was asked of it.
+    done: bool = False
+    failure: str | None = None
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """Steps of one kind: how many, how many a second, and how long they took (seconds)."""
+
+    count: int
+    per_second: float
+    p50: float
+    p99: float
+    longest: float
+
+
+class Slope(msgspec.Struct, frozen=True):
+    """How a number moved over the later part of the run: a second, with its standard error; and where it was."""
+
+    per_second: float
+    error: float
+    first: float
+    last: float
+
+    @property
+    def rises(self) -> bool:
+        """Whether it goes up by more than noise explains."""
+        return self.per_second > 4 * self.error
+
+
+class Report(msgspec.Struct, frozen=True):
+    """A whole run. `failures` says in words what did not hold; the run is ok where there are none."""
+
+    form: int
+    version: str
+    options: Options
+    replay: str
+    seconds: float
+    kinds: dict[str, Kind]
+    steps: int
+    bytes_verified: int
+    #: kills, truncations, refused (no room), forks.
+    injected: dict[str, int]
+    unnoticed_truncations: int
+    #: Of the kernel: rss (bytes), maps, descriptors, threads; over the second half of the run.
+    slopes: dict[str, Slope]
+    audits: int
+    #: By user: of all its choices, in order, over its lives.
+    choices: list[str]
+    failures: list[str]
+    profile: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything held."""
+        return not self.failures
+
+
+def summed(tallies: Sequence[Tally]) -> dict[str, dict[int, int]]:
+    """The latencies of several users together."""
+    found: dict[str, dict[int, int]] = {}
+    for tally in tallies:
+        for kind, buckets in tally.latencies.items():
+            into = found.setdefault(kind, {})
+            for number, count in buckets.items():
+                into[number] = into.get(number, 0) + count
+    return found
+
+
+def percentile(buckets: dict[int, int], share: float) -> float:
+    """The latency, in seconds, that `share` of those counted do not exceed (the middle of its bucket)."""
+    left = share * sum(buckets.values())
+    number = 0
+    for number in sorted(buckets):
+        left -= buckets[number]
+        if left <= 0:
+            break
+    return float(2 ** ((number + 0.5) / STEPS_PER_OCTAVE)) / 1e9
+
+
+def slope(samples: Sequence[tuple[float, float]]) -> Slope:
+    """By least squares; the error is that of the slope. (time in seconds, value)"""
+    count = len(samples)
+    if count < 3:
+        only = samples[-1][1] if samples else 0.0
+        return Slope(0.0, 0.0, only, only)
+    middle = sum(at for at, _ in samples) / count
+    mean = sum(value for _, value in samples) / count
+    spread = sum((at - middle) ** 2 for at, _ in samples)
+    rise = sum((at - middle) * (value - mean) for at, value in samples) / spread
+    rest = sum((value - mean - rise * (at - middle)) ** 2 for at, value in samples)
+    return Slope(rise, math.sqrt(rest / (count - 2) / spread), samples[0][1], samples[-1][1])
+
+
+def junit(report: Report) -> bytes:
+    """As JUnit's XML: a case for each thing that has to hold."""
+    suite = ElementTree.Element("testsuite", name="realmap stress", time=f"{report.seconds:.3f}")
+    cases = {"bytes": "wrong", "deaths": "died", "leaks": "left", "audit": "audit", "growth": "grows"}
+    told: set[str] = set()
+    failed = 0
+    for name, word in cases.items():
+        case = ElementTree.SubElement(suite, "testcase", classname="realmap.stress", name=name)
+        for failure in [found for found in report.failures if word in found]:
+            told.add(failure)
+            failed += 1
+            ElementTree.SubElement(case, "failure", message=failure).text = report.replay
+    for failure in [found for found in report.failures if found not in told]:
+        failed += 1
+        case = ElementTree.SubElement(suite, "testcase", classname="realmap.stress", name="other")
+        ElementTree.SubElement(case, "failure", message=failure).text = report.replay
+    suite.set("tests", str(len(suite)))
+    suite.set("failures", str(failed))
+    return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))

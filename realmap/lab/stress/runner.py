@@ -1,0 +1,282 @@
+"""Runs users against a kernel, replaces those that are killed, watches the kernel, and draws up the report."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+import msgspec
+import psutil
+
+from realmap.errors import KernelError, UnknownSyscall
+from realmap.host import procfs, runtime
+from realmap.lab.stress import handlers, worker
+from realmap.lab.stress.report import FORM, Kind, Options, Report, Slope, Tally, percentile, slope, summed
+from realmap.memory import KERNEL_LAND
+from realmap.observe.control import Control
+from realmap.system import boot, connect
+from realmap.wire.messages import VERSION
+
+SAMPLE = 0.5
+AUDIT = 5.0
+#: How long users may take to end after the last step, and the kernel to forget them. Seconds.
+PATIENCE = 60.0
+#: A kernel's memory that rises by less over the second half of a run is no growth: arenas, and logs. Bytes.
+RISE = 16 << 20
+
+
+class User:
+    """One user, over its lives."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.life = 0
+        self.pid = 0
+        self.sock: socket.socket | None = None
+        #: Of the lives before this one; and of this one, as it was last told.
+        self.past: list[Tally] = []
+        self.now = Tally()
+
+    @property
+    def steps(self) -> int:
+        """What it did in all its lives."""
+        return self.now.steps + sum(tally.steps for tally in self.past)
+
+
+class Runner:
+    """A run. `say` is called with a line about it now and then."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        self._options = options
+        self._say = say
+        self._users = [User(index) for index in range(options.users)]
+        self._failures: list[str] = []
+        self._kills = self._audits = 0
+        self._samples: dict[str, list[tuple[float, float]]] = {}
+        self._decoder = msgspec.msgpack.Decoder(Tally)
+
+    def run(self) -> Report:
+        """All of it. KernelError: no kernel, or one without the handlers."""
+        with ExitStack() as stack:
+            path = self._options.kernel
+            if path is None:
+                path = stack.enter_context(boot(syscalls=handlers.ALL)).path
+            self._control = stack.enter_context(Control(path))
+            self._path = path
+            self._require_handlers()
+            before = self._remains()
+            if self._options.profile:
+                self._profile(True)
+            began = time.monotonic()
+            self._deadline = None if self._options.seconds is None else began + self._options.seconds
+            try:
+                self._work(began)
+            finally:
+                self._end()
+            seconds = time.monotonic() - began
+            profile = self._profile(False) if self._options.profile else ""
+            self._look_back(before)
+        return self._report(seconds, profile)
+
+    def _require_handlers(self) -> None:
+        with connect(self._path) as me:
+            try:
+                me.call("stress_end")
+            except UnknownSyscall as error:
+                why = f"{error.why}; start it with: realmap kernel --syscalls realmap.lab.stress.handlers"
+                raise UnknownSyscall(error.name, why=why) from None
+
+    def _profile(self, begin: bool) -> str:
+        with connect(self._path) as me:
+            return str(me.call("stress_profile", begin))
+
+    # ---- users ------------------------------------------------------------------------------
+
+    def _start(self, user: User) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        left = None if self._options.ops is None else self._options.ops // self._options.users - user.steps
+        pid = os.fork()
+        if not pid:
+            ours.close()
+            worker.run(theirs, self._options, self._path, user.index, user.life, self._deadline, left)
+        theirs.close()
+        user.pid, user.sock = pid, ours
+        user.now = Tally()
+
+    def _work(self, began: float) -> None:
+        for user in self._users:
+            self._start(user)
+        sampled = audited = began
+        while not self._failures and any(user.sock is not None for user in self._users):
+            socks = {user.sock.fileno(): user for user in self._users if user.sock is not None}
+            for fd in select.select(list(socks), [], [], 0.1)[0]:
+                self._hear(socks[fd])
+            now = time.monotonic()
+            if now - sampled > SAMPLE:
+                sampled = now
+                self._sample(now - began)
+                self._say(self._progress(now - began))
+            if now - audited > AUDIT:
+                audited = now
+                self._audit()
+            if self._deadline is not None and now > self._deadline + PATIENCE:
+                self._failures.append(f"users died not: {PATIENCE} s after the end some are still at work")
+
+    def _hear(self, user: User) -> None:
+        assert user.sock is not None
+        try:
+            data = user.sock.recv(1 << 20)
+        except ConnectionError:
+            data = b""
+        if data:
+            user.now = self._decoder.decode(data)
+            return
+        user.sock.close()
+        user.sock = None
+        code = os.waitstatus_to_exitcode(os.waitpid(user.pid, 0)[1])
+        tally = user.now
+        if tally.failure is not None:
+            self._failures.append(f"user {user.index}, life {user.life}: {tally.failure}")
+        elif code == -signal.SIGKILL and tally.dying:
+            self._kills += 1
+            user.past.append(tally)
+            user.life += 1
+            self._start(user)
+        elif code or not tally.done:
+            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            self._failures.append(f"user {user.index}, life {user.life} died of {how}, which was not asked for")
+
+    def _end(self) -> None:
+        for user in self._users:
+            if user.sock is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(user.pid, signal.SIGKILL)
+                os.waitpid(user.pid, 0)
+                user.sock.close()
+                user.sock = None
+
+    # ---- the kernel -------------------------------------------------------------------------
+
+    def _sample(self, at: float) -> None:
+        process = psutil.Process(self._control.pid)
+        with process.oneshot():
+            for name, value in (
+                ("rss", process.memory_info().rss),
+                ("maps", len(procfs.maps(process.pid))),
+                ("descriptors", process.num_fds()),
+                ("threads", process.num_threads()),
+            ):
+                self._samples.setdefault(name, []).append((at, float(value)))
+
+    def _audit(self) -> None:
+        self._audits += 1
+        report = self._control.audit()
+        if not report:
+            self._failures.append(f"the audit found {report}")
+
+    def _remains(self) -> dict[str, object]:
+        """What a kernel without users has."""
+        stats = self._control.stats()
+        names = ("processes", "mappings", "mirrors", "segments", "bytes", "running", "descriptors")
+        # Stakes stay as long as the land does.
+        maps = [
+            found
+            for found in procfs.maps(self._control.pid, KERNEL_LAND.start, KERNEL_LAND.end)
+            if found.perms != "---p"
+        ]
+        ours = [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
+        return {**{name: stats[name] for name in names}, "maps": len(maps), "names": ours}
+
+    def _look_back(self, before: dict[str, object]) -> None:
+        try:
+            with connect(self._path) as me:
+                me.call("stress_end")
+            end = time.monotonic() + PATIENCE
+            while (after := self._remains()) != before and time.monotonic() < end:
+                time.sleep(0.05)
+            for name, value in after.items():
+                if value != before[name]:
+                    self._failures.append(f"left over in the end: {name} {value}, {before[name]} before")
+            self._audit()
+        except KernelError as error:
+            self._failures.append(f"the kernel died: {error}")
+        slopes = self._slopes()
+        rss = slopes.get("rss")
+        if rss is not None and rss.rises and rss.last - rss.first > RISE:
+            self._failures.append(f"the kernel's memory grows: {rss.per_second:.0f} bytes a second, ± {rss.error:.0f}")
+        for name in ("maps", "descriptors", "threads"):
+            found = slopes.get(name)
+            if found is not None and found.rises and found.last - found.first > 0.2 * found.first + 100:
+                self._failures.append(f"the kernel's {name} grows: {found.per_second:.2f} a second")
+
+    def _slopes(self) -> dict[str, Slope]:
+        return {name: slope(values[len(values) // 2 :]) for name, values in self._samples.items()}
+
+    # ---- what is told -----------------------------------------------------------------------
+
+    def _tallies(self) -> list[Tally]:
+        return [tally for user in self._users for tally in [*user.past, user.now]]
+
+    def _progress(self, seconds: float) -> str:
+        tallies = self._tallies()
+        steps = sum(tally.steps for tally in tallies)
+        return (
+            f"{seconds:6.1f} s  {steps} steps ({steps / seconds:.0f}/s)  "
+            f"{sum(tally.verified for tally in tallies) >> 20} MiB verified  {self._kills} killed  "
+            f"{sum(tally.truncated for tally in tallies)} truncated  {sum(tally.refused for tally in tallies)} refused"
+        )
+
+    def _report(self, seconds: float, profile: str) -> Report:
+        tallies = self._tallies()
+        kinds = {}
+        for kind, buckets in sorted(summed(tallies).items()):
+            count = sum(buckets.values())
+            longest = max(tally.longest.get(kind, 0) for tally in tallies) / 1e9
+            kinds[kind] = Kind(
+                count, count / seconds, percentile(buckets, 0.5), min(longest, percentile(buckets, 0.99)), longest
+            )
+        return Report(
+            form=FORM,
+            version=VERSION,
+            options=self._options,
+            replay=self._options.command(),
+            seconds=seconds,
+            kinds=kinds,
+            steps=sum(tally.steps for tally in tallies),
+            bytes_verified=sum(tally.verified for tally in tallies),
+            injected={
+                "kills": self._kills,
+                "truncations": sum(tally.truncated for tally in tallies),
+                "refused": sum(tally.refused for tally in tallies),
+                "forks": sum(tally.forked for tally in tallies),
+            },
+            unnoticed_truncations=sum(tally.unnoticed for tally in tallies),
+            slopes=self._slopes(),
+            audits=self._audits,
+            choices=[" ".join(tally.choices[:16] for tally in [*user.past, user.now]) for user in self._users],
+            failures=self._failures,
+            profile=profile,
+        )
+
+
+def run(options: Options, say: Callable[[str], None] = lambda line: None) -> Report:
+    """Stresses a kernel, and reports. The same seed gives each user the same choices.
+
+    KernelError: the kernel of `options` is not there. ValueError: options that make no sense.
+    """
+    if options.users < 1 or (options.ops is None and options.seconds is None):
+        raise ValueError("a run has at least one user, and an end: seconds or ops")
+    if not (0 <= options.kill <= 1 and 0 <= options.truncate <= 1):
+        raise ValueError("kill and truncate are shares of the steps: from 0 to 1")
+    return Runner(options, say).run()
+
+
+def new_seed() -> int:
+    """A seed for who has none."""
+    return secrets.randbits(32)

@@ -1,0 +1,234 @@
+"""`realmap stress`: it does what it says, the same seed does the same, and it notices when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from conftest import BOUND, scaled, wait_until
+
+import realmap
+from realmap.lab import stress, workload
+from realmap.lab.stress import handlers, report
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "realmap", "stress", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=4 * BOUND,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_storm(tmp_path: Path) -> None:
+    out, xml = tmp_path / "report.json", tmp_path / "report.xml"
+    done = command("storm", "--seconds", 5, "--users", 3, "--seed", 1, "--json", out, "--junit", xml)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["failures"] == []
+    assert found["steps"] > 100
+    assert found["bytes_verified"] > 10_000
+    assert found["injected"]["kills"] > 0
+    assert found["audits"] >= 1
+    assert set(found["slopes"]) == {"rss", "maps", "descriptors", "threads"}
+    assert found["replay"] == "realmap stress storm --users 3 --seed 1 --seconds 5 --kill 0.02 --truncate 0.01"
+    for kind in found["kinds"].values():
+        assert 0 < kind["p50"] <= kind["p99"] <= kind["longest"] * 1.08
+    suite = ElementTree.parse(xml).getroot()
+    assert (suite.get("failures"), len(suite)) == ("0", 5)
+    assert done.stdout.startswith(found["replay"])
+    assert "ok: every byte right" in done.stdout
+
+
+def test_truncations_are_told_of() -> None:
+    found = stress.run(stress.Options("quick", users=2, seconds=None, ops=300, seed=4, truncate=0.2))
+    assert found.ok, found.failures
+    assert found.injected["truncations"] > 10
+    assert found.kinds["truncate"].count == found.injected["truncations"]
+
+
+def test_the_same_seed_makes_the_same_choices() -> None:
+    one, two, other = (
+        stress.run(stress.Options("quick", users=2, seconds=None, ops=200, seed=seed)) for seed in (8, 8, 9)
+    )
+    assert one.ok
+    assert one.steps == two.steps >= 200
+    assert one.choices == two.choices
+    assert one.choices != other.choices
+    assert {name: kind.count for name, kind in one.kinds.items()} == {
+        name: kind.count for name, kind in two.kinds.items()
+    }
+
+
+def test_a_full_shm() -> None:
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace of its own (unshare)")
+    done = command("quick", "--full", "--seconds", 4, "--seed", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    refused = next(line for line in done.stdout.splitlines() if "refused" in line)
+    assert " 0 refused" not in refused
+
+
+def _broken(kind: str) -> list[Any]:
+    """The handlers, one of them wrong."""
+
+    def stress_reverse(call: Any, data: Any) -> None:
+        if kind == "wrong byte":
+            with data.mirror() as mirror:
+                mirror[:] = bytes(mirror)[::-1]
+                mirror[-1] = mirror[-1] ^ 1
+        elif kind == "leak":
+            handlers._kept[len(handlers._kept), -1] = data.mirror()
+            handlers.stress_end.__globals__.setdefault("_leaked", []).append(data.mirror())
+        elif kind == "kernel dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "user dies":
+            os.kill(call.process.pid, signal.SIGKILL)
+
+    return [stress_reverse, *[found for found in handlers.ALL if found is not handlers.stress_reverse]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("wrong byte", "wrong bytes"), ("kernel dies", "KernelDied"), ("user dies", "SIGKILL, which was not asked for")],
+)
+def test_what_is_wrong_is_noticed(kind: str, words: str, tmp_path: Path) -> None:
+    with realmap.boot(syscalls=_broken(kind)) as kernel:
+        done = command("quick", "--seconds", 20, "--seed", 3, "--kernel", kernel.path, "--junit", tmp_path / "x")
+        assert done.returncode == 1
+        assert words in done.stdout
+        assert f"replay: realmap stress quick --users 4 --seed 3 --seconds 20 --kernel {kernel.path}" in done.stdout
+        assert ElementTree.parse(tmp_path / "x").getroot().get("failures") != "0"
+
+
+def test_what_is_left_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from realmap.lab.stress import runner
+
+    monkeypatch.setattr(runner, "PATIENCE", 0.5)
+
+    def stress_end(call: Any) -> None:
+        """Drops nothing."""
+
+    rest = [found for found in handlers.ALL if found is not handlers.stress_end]
+    with realmap.boot(syscalls=[stress_end, *rest]) as kernel:
+        found = stress.run(stress.Options("quick", users=1, seconds=None, ops=20, seed=1, kernel=kernel.path))
+        assert found.ok, found.failures
+        with kernel.connect() as me:
+            buffer = me.map(4096)
+            original = runner.Runner._work
+
+            def work(self: runner.Runner, began: float) -> None:
+                original(self, began)
+                me.call("stress_keep", 1, buffer)
+                buffer.unmap()
+
+            monkeypatch.setattr(runner.Runner, "_work", work)
+            found = stress.run(stress.Options("quick", users=1, seconds=None, ops=20, seed=1, kernel=kernel.path))
+    assert not found.ok
+    assert any("left over in the end: mirrors 1, 0 before" in failure for failure in found.failures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--full", "--kernel", "x"], "own"),
+        (["--kill", "2"], "kill"),
+        (["nothing"], "nothing"),
+        (["--users", "0"], "users"),
+        (["--kernel", "/nowhere"], "no kernel listens"),
+    ],
+)
+def test_bad_options(arguments: list[str], words: str) -> None:
+    done = command(*arguments)
+    assert done.returncode
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_kernel_without_the_handlers() -> None:
+    with realmap.boot() as kernel:
+        done = command("--kernel", kernel.path)
+        assert done.returncode == 1
+        assert "--syscalls realmap.lab.stress.handlers" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_kernel_of_the_command_line_with_the_handlers(tmp_path: Path) -> None:
+    path = str(tmp_path / "k.sock")
+    arguments = [sys.executable, "-m", "realmap", "kernel", "--path", path, "--syscalls", "realmap.lab.stress.handlers"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as kernel:
+        assert kernel.stdout is not None
+        assert "ready" in kernel.stdout.readline()
+        assert command("--kernel", path, "--ops", 100, "--users", 2).returncode == 0
+        kernel.terminate()
+        assert kernel.wait(BOUND) == 0
+    for wrong, words in (("nothing_of_the_kind", "cannot import"), ("json", "no function")):
+        done = subprocess.run([*arguments[:-1], wrong], capture_output=True, text=True, timeout=BOUND)
+        assert done.returncode == 1
+        assert words in done.stderr
+
+
+def test_ctrl_c_leaves_nothing() -> None:
+    arguments = [sys.executable, "-m", "realmap", "stress", "quick", "--seconds", "60"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        import psutil
+
+        wait_until(lambda: len(psutil.Process(running.pid).children(recursive=True)) >= 5, "its users")
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=BOUND)
+        assert running.returncode
+
+
+# ---- the generator ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", sorted(workload.MIXES))
+def test_choices_are_valid_and_of_every_kind(mix: str) -> None:
+    model, draw, seen = workload.Model(), workload.Seeded(mix, 5), Counter[str]()
+    for _ in range(5000):
+        step = workload.choose(model, draw, workload.MIXES[mix])
+        seen[step.kind] += 1
+        if step.kind.startswith("map"):
+            assert 0 < step.length <= workload.MIXES[mix].longest
+        elif step.kind != "fork":
+            content = model.buffers[step.key]
+            assert 0 <= step.offset <= step.offset + step.length <= len(content.data)
+            assert content.writable or step.kind not in ("write", "fill", "reverse")
+            assert not (content.kept and step.kind in ("write", "fill", "reverse", "unmap", "forget"))
+        model.apply(step)
+    assert set(seen) == set(workload.MIXES[mix].weights)
+
+
+def test_patterns_differ_by_seed_and_page() -> None:
+    data = workload.pattern(1, 1 << 16)
+    assert len(data) == 1 << 16
+    assert len({data[at : at + 4096] for at in range(0, 1 << 16, 4096)}) == 16
+    assert data[:100] != workload.pattern(2, 100)
+    assert workload.pattern(7, 1) == workload.pattern(7, 5)[:1]
+
+
+def test_percentiles_and_slopes() -> None:
+    buckets = Counter(report.bucket(nanoseconds) for nanoseconds in range(1000, 2_000_000, 1000))
+    assert report.percentile(buckets, 0.5) == pytest.approx(1e-3, rel=0.08)
+    assert report.percentile(buckets, 0.99) == pytest.approx(1.98e-3, rel=0.08)
+    flat = report.slope([(at, 5.0 + at % 2) for at in range(100)])
+    assert not flat.rises
+    steep = report.slope([(at, 5.0 + 3 * at + at % 2) for at in range(100)])
+    assert steep.rises
+    assert steep.per_second == pytest.approx(3, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_long_storm_with_everything() -> None:
+    done = command("storm", "--seconds", scaled(600), "--kill", 0.02, "--truncate", 0.01, "--seed", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
