@@ -10,10 +10,11 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, scaled, wait_until
 
 import realmap
 from realmap import KernelHandle, MemoryFault, Process, _host
@@ -445,3 +446,26 @@ def test_a_signal_that_somebody_sends_reaches_pythons_handler() -> None:
 def test_importing_takes_no_signal() -> None:
     done = _run("import signal, realmap; assert signal.getsignal(signal.SIGBUS) is signal.SIG_DFL")
     assert done.returncode == 0, done.stderr
+
+
+# ---- many times ---------------------------------------------------------------------------
+
+
+def _faults(count: int, *kinds: str) -> None:
+    script = Path(__file__).parent.parent / "tools" / "hostile" / "faults.py"
+    arguments = [sys.executable, str(script), *kinds, "--count", str(count), "--seed", "1"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=20 * BOUND)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok: the kernel lives" in done.stdout
+
+
+def test_taken_away_some_times() -> None:
+    _faults(50, "truncate", "regrow", "punch")
+
+
+@pytest.mark.slow
+def test_taken_away_thousands_of_times() -> None:
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        _faults(scaled(10_000), "truncate", "regrow", "punch")
+        pytest.skip("a full /dev/shm needs a mount namespace of its own (unshare)")
+    _faults(scaled(10_000))
