@@ -168,8 +168,8 @@ class Running:
         self._id = id
         self.process = process
         self.name = name
-        #: When its handler began, in seconds of the monotonic clock; while it waits: when it came.
-        self.began = time.monotonic()
+        #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn.
+        self.began: float | None = None
         #: Whether it was told of in the log.
         self.told = False
         self.answered = False

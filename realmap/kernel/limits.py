@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from typing import SupportsIndex
 
@@ -14,9 +15,10 @@ class Limits:
     `processes`: connected at a time (LimitReached). For each process: `mappings` (VirtualMemoryExhaustion),
     `segments` (one descriptor of the kernel each; by default half of what it may open;
     PhysicalMemoryExhaustion), `calls` that have not ended (LimitReached), of which `running` run on worker
-    threads at a time (the others wait their turn). `seconds`: how long a blocking handler may take, before
-    its caller gets a SyscallTimeout in its place (None: for ever; the handler itself goes on). Bytes of frames
-    are `memory_limit` and `process_limit` of `boot`; bytes of a message are bounded at 16 MiB.
+    threads at a time (by default twice as many as there are CPUs, 4 at least; the others wait their turn).
+    `seconds`: how long a blocking handler may take, before its caller gets a SyscallTimeout in its place
+    (None: for ever; the handler itself goes on). Bytes of frames are `memory_limit` and `process_limit` of
+    `boot`; bytes of a message are bounded at 16 MiB.
 
     InvalidSize: a negative number. ValueError: none at all, or no time. TypeError: no integer.
     """
@@ -30,7 +32,7 @@ class Limits:
         mappings: SupportsIndex = 65_536,
         segments: SupportsIndex | None = None,
         calls: SupportsIndex = 1024,
-        running: SupportsIndex = 16,
+        running: SupportsIndex | None = None,
         seconds: float | None = None,
     ) -> None:
         self.processes = _some(processes, "processes")
@@ -38,7 +40,7 @@ class Limits:
         half = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self.segments = half if segments is None else _some(segments, "segments")
         self.calls = _some(calls, "calls")
-        self.running = _some(running, "running")
+        self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
         if seconds is not None and not seconds > 0:
             raise ValueError(f"seconds must be above 0, or None for no limit: {seconds!r}")
         self.seconds = seconds

@@ -13,6 +13,7 @@ from realmap.errors import SyscallTimeout
 
 if TYPE_CHECKING:
     from realmap.kernel.dispatch import Running
+    from realmap.kernel.process_table import UserProcess
     from realmap.kernel.server import Kernel
 
 log = logging.getLogger("realmap")
@@ -75,13 +76,19 @@ class Watch:
     def _on_tick(self) -> None:
         """On the kernel's thread."""
         now, limit = time.monotonic(), self._kernel.limits.seconds
+        slow: dict[tuple[str, UserProcess], list[float]] = {}
         for running in list(self._kernel.dispatch.running):
+            if running.began is None:  # it waits for its turn
+                continue
             age = now - running.began
             if limit is not None and age >= limit and not running.answered:
                 self._give_up(running, limit)
             if age >= REPORT and not running.told:
                 running.told = True
-                log.warning("the syscall %r of %r has been running for %.0f s", running.name, running.process, age)
+                slow.setdefault((running.name, running.process), []).append(age)
+        for (name, process), ages in slow.items():
+            count = f"{len(ages)} calls of the syscall" if len(ages) > 1 else "the syscall"
+            log.warning("%s %r of %r: at work for %.0f s", count, name, process, max(ages))
         self._kernel.drop_silent(now - SILENCE)
 
     def _give_up(self, running: Running, limit: float) -> None:

@@ -6,11 +6,15 @@ returns would then keep the kernel from ending.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, get_native_id
 
+#: How much more modest a worker is than the kernel's own thread, in steps of niceness.
+NICE = 10
 Job = Callable[[], None]
 
 
@@ -41,6 +45,9 @@ class Workers:
         self._queue.put(job)
 
     def _work(self, job: Job | None) -> None:
+        # Who waits for the kernel's own thread is served first. On Linux niceness is a thread's own.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICE)
         while job is not None:
             job()
             del job  # an idle thread must not keep what the last job referred to
