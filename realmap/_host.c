@@ -2119,17 +2119,13 @@ static int ring_is_here(Ring *self)
     return 0;
 }
 
-/* _push(bytes) -> 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. */
-static PyObject *ring_push(PyObject *op, PyObject *message)
+/* 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. (No Python in here, nor in
+ * queue_peek and queue_done: tools/hostile/ring_threads.c runs them in bare threads.) */
+static int queue_push(Ring *self, const char *data, size_t length)
 {
-    Ring *self = (Ring *)op;
-    char *data;
-    Py_ssize_t length;
-    if (!ring_is_here(self) || PyBytes_AsStringAndSize(message, &data, &length))
-        return NULL;
     uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
-    if (length > (Py_ssize_t)(RING_SLOT - sizeof(uint32_t)) || used >= RING_SLOTS)
-        return PyLong_FromLong(0);
+    if (length > RING_SLOT - sizeof(uint32_t) || used >= RING_SLOTS)
+        return 0;
     unsigned char *slot = self->out->slots[self->out_tail % RING_SLOTS];
     uint32_t size = (uint32_t)length;
     memcpy(slot, &size, sizeof size);
@@ -2138,9 +2134,19 @@ static PyObject *ring_push(PyObject *op, PyObject *message)
     atomic_store_explicit(&self->out->tail, self->out_tail, memory_order_release);
     atomic_thread_fence(memory_order_seq_cst);
     if (!atomic_load_explicit(&self->out->asleep, memory_order_relaxed))
-        return PyLong_FromLong(1);
+        return 1;
     /* Of several that see it asleep, one wakes it. */
-    return PyLong_FromLong(atomic_exchange(&self->out->asleep, 0) ? 2 : 1);
+    return atomic_exchange(&self->out->asleep, 0) ? 2 : 1;
+}
+
+/* _push(bytes) -> 0, 1 or 2, as above. */
+static PyObject *ring_push(PyObject *op, PyObject *message)
+{
+    char *data;
+    Py_ssize_t length;
+    if (!ring_is_here((Ring *)op) || PyBytes_AsStringAndSize(message, &data, &length))
+        return NULL;
+    return PyLong_FromLong(queue_push((Ring *)op, data, (size_t)length));
 }
 
 /* Pushes, and wakes the other side by a bell through its socket where it sleeps; in one go: no interrupt may come in
@@ -2187,27 +2193,45 @@ static int ring_ready(const Ring *self)
     return atomic_load_explicit(&self->in->tail, memory_order_acquire) != self->in_head;
 }
 
+/* The next message, and how many there are; -1 where the other side's indices lie. */
+static int64_t queue_peek(const Ring *self, const char **data, uint32_t *size)
+{
+    uint32_t there = atomic_load_explicit(&self->in->tail, memory_order_acquire) - self->in_head;
+    *size = 0;
+    if (!there)
+        return 0;
+    const unsigned char *slot = self->in->slots[self->in_head % RING_SLOTS];
+    /* Copied, then checked: the other side may be changing it this moment. */
+    memcpy(size, (const void *)slot, sizeof *size);
+    *data = (const char *)slot + sizeof *size;
+    return there > RING_SLOTS || *size > RING_SLOT - sizeof *size ? -1 : (int64_t)there;
+}
+
+/* The message was copied: its slot is free. */
+static void queue_done(Ring *self)
+{
+    self->in_head++;
+    atomic_store_explicit(&self->in->head, self->in_head, memory_order_release);
+}
+
 /* _pop() -> bytes, or None where nothing is there. ValueError: the other side's indices lie. */
 static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Ring *self = (Ring *)op;
+    const char *data;
+    uint32_t size;
     if (!ring_is_here(self))
         return NULL;
-    uint32_t there = atomic_load_explicit(&self->in->tail, memory_order_acquire) - self->in_head;
+    int64_t there = queue_peek(self, &data, &size);
     if (!there)
         Py_RETURN_NONE;
-    const unsigned char *slot = self->in->slots[self->in_head % RING_SLOTS];
-    uint32_t size; /* copied, then checked: the other side may be changing it this moment */
-    memcpy(&size, (const void *)slot, sizeof size);
-    if (there > RING_SLOTS || size > RING_SLOT - sizeof size) {
-        PyErr_Format(PyExc_ValueError, "a ring whose indices lie: %u messages, the next of %u bytes", there, size);
+    if (there < 0) {
+        PyErr_Format(PyExc_ValueError, "a ring whose indices lie (the next message: %u bytes)", size);
         return NULL;
     }
-    PyObject *message = PyBytes_FromStringAndSize((const char *)slot + sizeof size, (Py_ssize_t)size);
-    if (!message)
-        return NULL;
-    self->in_head++;
-    atomic_store_explicit(&self->in->head, self->in_head, memory_order_release);
+    PyObject *message = PyBytes_FromStringAndSize(data, (Py_ssize_t)size);
+    if (message)
+        queue_done(self);
     return message;
 }
 
