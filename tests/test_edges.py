@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import random
 import signal
 import threading
 import weakref
@@ -19,6 +20,7 @@ import realmap
 from realmap import InvalidSize, KernelHandle, Process, SyscallFailed
 from realmap.host import procfs, runtime
 from realmap.host.segment import Segment
+from realmap.kernel import workers
 from realmap.memory import CrossProcessMapping, FrameAllocator, KernelMemory, Mapping, MemoryType
 from realmap.rights import u_rw
 from realmap.wire import channel
@@ -183,6 +185,29 @@ def test_no_thread_for_a_long_allocation(monkeypatch: pytest.MonkeyPatch) -> Non
             me.map(32 << 20)
         monkeypatch.undo()
         assert len(me.map(32 << 20)) == 32 << 20
+
+
+def test_threads_that_many_calls_at_once_needed_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "IDLE", 0.05)
+    pool, gate, done = workers.Workers(), threading.Event(), threading.Semaphore(0)
+
+    def job() -> None:
+        gate.wait(BOUND)
+        done.release()
+
+    for _ in range(20):
+        pool.submit(job)
+    assert pool.threads == 20
+    gate.set()
+    for _ in range(20):
+        assert done.acquire(timeout=BOUND)
+    wait_until(lambda: not pool.threads, "the idle threads to end")
+    for _ in range(200):  # some come right when the last idle thread has waited for long enough
+        pool.submit(job)
+        assert done.acquire(timeout=BOUND)
+        threading.Event().wait(random.choice((0, 0, 0.049, 0.0505)))
+    pool.close()
+    wait_until(lambda: not pool.threads, "the end of the last thread")
 
 
 def test_a_bug_of_ours_ends_nobody_but_its_caller(

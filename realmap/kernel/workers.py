@@ -1,4 +1,4 @@
-"""Threads for what takes long. As many as are needed at once; an idle one is used again.
+"""Threads for what takes long. As many as are needed at once; an idle one is used again, or ends.
 
 Not concurrent.futures: its threads are joined at interpreter exit, and a handler that never
 returns would then keep the kernel from ending.
@@ -10,12 +10,14 @@ import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock, Thread, get_native_id
 
 #: How much more modest a worker is than the kernel's own thread, in steps of niceness.
 NICE = 10
 Job = Callable[[], None]
+#: How long an idle thread waits for its next job, in seconds: what many calls at once needed is not kept for ever.
+IDLE = 1.0
 
 
 class Workers:
@@ -55,9 +57,20 @@ class Workers:
                 if self._closed:
                     break
                 self._idle += 1
-            job = self._queue.get()
+            job = self._next()
         with self._lock:
             self._threads -= 1
+
+    def _next(self) -> Job | None:
+        """The next job of an idle thread; None: it is to end."""
+        try:
+            return self._queue.get(timeout=IDLE)
+        except Empty:
+            with self._lock:
+                if self._idle:  # one of the idle threads may go: this one
+                    self._idle -= 1
+                    return None
+        return self._queue.get()  # each of them was promised a job this very moment
 
     def close(self) -> None:
         """Ends the idle threads; the others end with their job."""
