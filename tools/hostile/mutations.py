@@ -277,6 +277,8 @@ class Mutator:
             return Shot("random", [b"\0" + self.random.randbytes(self.random.randrange(1, size + 1))], riders)
         if pick < 0.07:
             return Shot("parts", self.parts(), riders)
+        if pick < 0.075:
+            return Shot("deep", [b"\0" + self._deep()], riders)
         return Shot("message", channel.datagrams(self.message()[: messages.MAX_MESSAGE]), riders)
 
     def _instead_of_hello(self) -> list[bytes]:
@@ -296,6 +298,11 @@ class Mutator:
         else:
             tree[field] = self.value()
         return [b"\0" + self._encoder.encode(tree)]
+
+    def _deep(self) -> bytes:
+        """A call whose argument is lists or maps within one another, up to far beyond what can be read."""
+        inside = self.random.choice((b"\x91", b"\x81\xa1x"))
+        return b"\x94\x01\x05\xa4echo\x91" + inside * self.random.choice((5, 200, 700, 5000, 20_000)) + b"\xc0"
 
     def parts(self) -> list[bytes]:
         """A message in parts that are right, never end, are out of turn, or are none."""
