@@ -202,7 +202,7 @@ def test_threads_that_many_calls_at_once_needed_are_not_kept(monkeypatch: pytest
     for _ in range(20):
         assert done.acquire(timeout=BOUND)
     wait_until(lambda: not pool.threads, "the idle threads to end")
-    for _ in range(200):  # some come right when the last idle thread has waited for long enough
+    for _ in range(60):  # some come right when the last idle thread has waited for long enough
         pool.submit(job)
         assert done.acquire(timeout=BOUND)
         threading.Event().wait(random.choice((0, 0, 0.049, 0.0505)))

@@ -32,7 +32,7 @@ def sequence(seed: int, hash_seed: str) -> str:
     program = (
         "import hashlib, marshal, sys; from mutations import Mutator; from states import Scribbler\n"
         "mutator, scribbler = Mutator(sys.argv[1]), Scribbler(sys.argv[1])\n"
-        "made = [(tuple(mutator.shot()), tuple(scribbler.state())) for _ in range(1000)]\n"
+        "made = [(tuple(mutator.shot()), tuple(scribbler.state())) for _ in range(500)]\n"
         "print(hashlib.sha256(marshal.dumps(made, 2)).hexdigest())"
     )
     environment = {**os.environ, "PYTHONPATH": str(TOOL.parent), "PYTHONHASHSEED": hash_seed}
