@@ -5,8 +5,11 @@ from __future__ import annotations
 import array
 import os
 import random
+import signal
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -268,3 +271,121 @@ def test_more_clients_than_descriptors() -> None:
             for sock in socks:
                 sock.close()
         assert me.map(5)[:] == bytes(5)
+
+
+# ---- clients that stop, leave, or lie about what they are ----------------------------------
+
+
+def _client(kernel: KernelHandle, act: Callable[[Process], None]) -> int:
+    """A forked process that connects and acts; its pid."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            with realmap.connect(kernel.path) as process:
+                act(process)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def test_one_that_is_stopped_in_the_middle_of_a_call(kernel: KernelHandle, me: Process) -> None:
+    def act(process: Process) -> None:
+        with process.map(PAGE) as buffer:
+            buffer[:5] = b"hello"
+            threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
+            for _ in range(2000):
+                if process.call("peek", buffer, 5, 0) != b"hello":
+                    os._exit(2)
+
+    pid = _client(kernel, act)
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    with me.map(PAGE) as mine:
+        for _ in range(200):
+            assert me.call("poke", mine, b"x", 0) is None
+    assert kernel.audit()
+    os.kill(pid, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_one_that_exits_in_the_middle_of_a_call(kernel: KernelHandle, me: Process, blocking: bool) -> None:
+    def act(process: Process) -> None:
+        buffer = process.map(PAGE)
+        threading.Timer(0.02, lambda: os._exit(3)).start()
+        while True:
+            process.call("slow_sha256" if blocking else "sha256", buffer)
+
+    for _ in range(5):
+        assert os.waitstatus_to_exitcode(os.waitpid(_client(kernel, act), 0)[1]) == 3
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+    wait_until(lambda: not kernel.stats()["segments"])
+    assert me.call("echo", 1) == [1]
+
+
+def test_one_that_closes_every_descriptor_it_has(kernel: KernelHandle, me: Process) -> None:
+    def act(process: Process) -> None:
+        buffer = process.map(PAGE)
+        os.closerange(3, 1000)
+        buffer[0] = 1
+        with suppress(realmap.KernelError, OSError):
+            process.call("sha256", buffer)
+        os._exit(0)
+
+    for _ in range(5):
+        assert os.waitstatus_to_exitcode(os.waitpid(_client(kernel, act), 0)[1]) == 0
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+    assert not kernel.stats()["segments"]
+
+
+def test_forks_of_one_that_is_connected(kernel: KernelHandle, me: Process) -> None:
+    """Children that hold its socket open do not keep it alive in the books; one that speaks on it hurts only it."""
+    client = Raw(kernel)
+    pid = os.fork()
+    if not pid:
+        with suppress(BaseException):
+            client.say(Call(1, "echo", [1]))
+            client.sock.send(b"\xff\xff")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    client.sock.settimeout(BOUND)
+    with suppress(EOFError, ConnectionError, realmap.KernelError):
+        while client.sock.recv(1 << 16):
+            pass
+    client.sock.close()
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+    assert me.call("echo", 1) == [1]
+
+
+def test_a_mapping_unmapped_in_another_thread(kernel: KernelHandle, me: Process) -> None:
+    """A call on it either has it to its end, or is told that nothing is there; the bytes are never another's."""
+    stop = threading.Event()
+    said: list[object] = []
+
+    def call_on(address: int) -> None:
+        while not stop.is_set():
+            try:
+                said.append(me.client.request(Call(me.client.next_id(), "peek", [buffer_ext(address, 4), 4, 0]))[0])
+            except realmap.InvalidAddress:
+                said.append(None)
+
+    buffer = me.map(PAGE)
+    buffer[:4] = b"mine"
+    thread = threading.Thread(target=call_on, args=(buffer.address,))
+    thread.start()
+    wait_until(lambda: b"mine" in said)
+    buffer.unmap()
+    others = [me.map(PAGE) for _ in range(50)]
+    for other in others:
+        other[:4] = b"else"
+    wait_until(lambda: None in said)
+    stop.set()
+    thread.join(BOUND)
+    assert set(said) == {b"mine", None}
+
+
+def test_only_a_control_connection_ends_the_kernel(kernel: KernelHandle, raw: Raw) -> None:
+    with pytest.raises(realmap.AccessDenied, match="control"):
+        raw.ask(messages.Ask(1, "shutdown"))
+    assert kernel.stats()["processes"]

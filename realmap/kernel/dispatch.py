@@ -35,6 +35,8 @@ class Dispatch:
             if process is not None and isinstance(request, messages.Call):  # first: it is the common one
                 self._call(connection, process, request, buffers)
             elif isinstance(request, messages.Ask):
+                if request.what == "shutdown" and not connection.control:
+                    raise AccessDenied(why="only a control connection may end the kernel")
                 self._reply(connection, request.id, (self._ask(request.what), [], []))
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
