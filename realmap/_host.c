@@ -2042,6 +2042,7 @@ static PyType_Spec mirror_spec = {
 #define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
 #define LINE 64
 #define BELL 4 /* wire/channel.py */
+#define BELL_TRIES 100
 
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
@@ -2158,8 +2159,12 @@ static int push_and_wake(PyObject *op, PyObject *message, int socket)
         return -1;
     int done = (int)PyLong_AsLong(pushed);
     Py_DECREF(pushed);
-    if (done == 2) /* where that cannot be sent there is unread mail, which wakes as well, or nobody any more */
-        send(socket, (const char[]){BELL}, 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (done == 2) { /* where that cannot be sent there is unread mail, which wakes as well, or nobody any more */
+        int tries = BELL_TRIES;
+        while (send(socket, (const char[]){BELL}, 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && tries-- &&
+               (errno == ENOBUFS || errno == ENOMEM || errno == EINTR)) /* or Linux has no memory this moment */
+            sched_yield();
+    }
     return done ? 1 : 0;
 }
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self, SupportsIndex
 
 from realmap.errors import InvalidHandle, KernelDied, KernelError
-from realmap.host import forks, interpreter, runtime
+from realmap.host import files, forks, interpreter, runtime
 from realmap.host.interpreter import Child
 from realmap.kernel.limits import Limits
 from realmap.kernel.server import Kernel
@@ -54,7 +54,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
 
     def ready() -> None:
         report.sendall(pickle.dumps(kernel.path))
-        report.close()
+        files.shut(report)
 
     signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
     interpreter.end_with(booter, GRACE)
@@ -67,7 +67,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
 def _user_main(
     report: socket.socket, booter: int, path: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    report.close()
+    files.shut(report)
     interpreter.end_with(booter, 0)
     status = 1
     try:
@@ -152,7 +152,7 @@ class KernelHandle:
         for position, argument in enumerate(args, 1):
             interpreter.dumps(argument, f"argument {position} of {name!r}")
         child = Child(_user_main, self.path, function, args)
-        child.report.close()
+        files.shut(child.report)
         with self._lock:
             self._spawned = [other for other in self._spawned if other.exitcode is None] + [child]
         return SpawnedProcess(child, self)

@@ -2,6 +2,7 @@
 
 translate    OSError -> PhysicalMemoryExhaustion, VirtualMemoryExhaustion, AccessDenied, ...
 segment      one POSIX shared-memory segment: made, unlinked at once, its space taken
+files        closing, whatever close(2) says
 room         how much memory may still be taken, asked before it is taken
 procfs       what /proc says: maps by inode and offset, start times, page frame numbers
 liveness     who is at the other end of a socket, and when a process dies (pidfds)

@@ -22,7 +22,7 @@ from typing import Any
 
 import cloudpickle
 
-from realmap.host import liveness
+from realmap.host import files, liveness
 
 # Only builtin modules are imported before sys.path is the booter's: a file in the working
 # directory that is named like one of the standard library must not be picked up.
@@ -89,12 +89,12 @@ class Child:
                 process_group=0,  # Ctrl-C in a terminal is for the program, not for what runs under it
             )
         except BaseException:
-            self.report.close()
+            files.shut(self.report)
             raise
         finally:
-            theirs.close()
+            files.shut(theirs)
             if booter >= 0:
-                os.close(booter)
+                files.close(booter)
         self.pid = self._process.pid
         self._owner = os.getpid()
         try:
@@ -121,7 +121,7 @@ class Child:
             except ConnectionResetError:
                 more = b""
             if not more:
-                self.report.close()
+                files.shut(self.report)
                 return got
             got += more
         raise TimeoutError(f"no report from process {self.pid} within {timeout} s")
@@ -149,7 +149,7 @@ class Child:
 
     def close(self) -> None:
         """Closes the report and, if the process still runs, kills it; reaps it in any case."""
-        self.report.close()
+        files.shut(self.report)
         if self._owner == os.getpid():
             if self._process.poll() is None:
                 self._process.kill()

@@ -9,7 +9,7 @@ import struct
 from typing import NamedTuple
 
 from realmap.errors import AccessDenied
-from realmap.host import procfs
+from realmap.host import files, procfs
 
 SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h, since Linux 6.5
 
@@ -59,10 +59,10 @@ def peer(sock: socket.socket, claimed_pid: int, claimed_start: int) -> Peer:
     try:
         # Names the very process that connected. getsockopt(int) is how a descriptor comes back.
         pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-        os.set_inheritable(pidfd, False)
     except OSError:  # before Linux 6.5; the start time below tells a reused pid
         pidfd = os.pidfd_open(pid)
     try:
+        os.set_inheritable(pidfd, False)
         # Read while the pidfd is held and its process lives: the pid cannot change hands in between.
         start = procfs.start_time(pid)
         if is_dead(pidfd):
@@ -70,7 +70,7 @@ def peer(sock: socket.socket, claimed_pid: int, claimed_start: int) -> Peer:
         if start != claimed_start:
             raise AccessDenied(why=f"pid {pid} was reused: it started at {start}, the peer says {claimed_start}")
     except BaseException:
-        os.close(pidfd)
+        files.close(pidfd)
         raise
     return Peer(pid, uid, pidfd)
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from realmap.errors import AccessDenied, InvalidHandle
-from realmap.host import forks, liveness, procfs
+from realmap.host import files, forks, liveness, procfs
 
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
@@ -105,9 +105,9 @@ class SocketLock:
                 if os.path.exists(self._lock) and os.path.samestat(os.fstat(fd), os.stat(self._lock)):
                     return fd
             except BaseException:
-                os.close(fd)
+                files.close(fd)
                 raise
-            os.close(fd)
+            files.close(fd)
 
     def _clear(self) -> None:
         try:
@@ -123,7 +123,7 @@ class SocketLock:
     def lose(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
-            os.close(self._fd)
+            files.close(self._fd)
             self._fd = -1
 
     def release(self) -> None:
@@ -133,7 +133,7 @@ class SocketLock:
                 with contextlib.suppress(OSError):
                     if path == self._lock or stat.S_ISSOCK(os.lstat(path).st_mode):
                         os.unlink(path)
-            os.close(self._fd)
+            files.close(self._fd)
             self._fd = -1
 
 
@@ -142,7 +142,12 @@ def note_name(name: str, inode: int) -> Path:
     folder = directory() / "names"
     folder.mkdir(mode=0o700, exist_ok=True)
     marker = folder / name
-    marker.write_text(f"{stamp()}.{inode}")
+    try:
+        marker.write_text(f"{stamp()}.{inode}")
+    except OSError:
+        with contextlib.suppress(OSError):
+            marker.unlink(missing_ok=True)
+        raise
     return marker
 
 

@@ -18,7 +18,7 @@ import posix_ipc
 
 from realmap._host import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
-from realmap.host import room, runtime
+from realmap.host import files, room, runtime
 from realmap.host.translate import SHM, frames_error
 from realmap.pages import PAGE_SIZE, demand
 
@@ -34,6 +34,14 @@ def _own_name() -> str:
     if _stamp[0] != os.getpid():  # the first time, and after a fork
         _stamp = (os.getpid(), runtime.stamp())
     return f"{runtime.SEGMENT_PREFIX}{_stamp[1]}.{next(_serial)}"
+
+
+def _unlink(own: str) -> None:
+    """Takes away a name of ours. OSError: it stays, until a kernel that starts after our end sweeps it."""
+    try:
+        posix_ipc.unlink_shared_memory("/" + own)
+    except (posix_ipc.Error, OSError):  # what was short for a moment may be there again
+        os.unlink(f"{SHM}/{own}")
 
 
 def checked_name(name: object) -> str:
@@ -88,6 +96,8 @@ class Segment:
             made = posix_ipc.SharedMemory("/" + own, posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.PermissionsError:
             raise frames_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), length) from None
+        except posix_ipc.Error as error:
+            raise frames_error(OSError(errno.ENOENT, str(error)), length) from None
         except OSError as error:
             # posix_ipc says EMFILE and ENFILE in words only.
             number = error.errno or errno.EMFILE
@@ -100,7 +110,7 @@ class Segment:
                 if name is not None:
                     self._take_name(own, name)
             finally:
-                posix_ipc.unlink_shared_memory("/" + own)
+                _unlink(own)
             self._take_space(commit or huge, cancelled)
             if huge:
                 self.huge = collapse(self.fd, self.length)
@@ -113,15 +123,14 @@ class Segment:
 
     def _take_name(self, own: str, name: str) -> None:
         # Marked before it is there, linked in one step: a death in between leaves nothing unswept.
-        marker = runtime.note_name(name, self.inode) if not os.path.lexists(f"{SHM}/{name}") else None
+        self._marker = runtime.note_name(name, self.inode) if not os.path.lexists(f"{SHM}/{name}") else None
         try:
             os.link(f"{SHM}/{own}", f"{SHM}/{name}")
         except FileExistsError:
-            if marker is not None:
-                marker.unlink(missing_ok=True)
             raise InvalidHandle(name, why=f"a segment named {name!r} exists already") from None
-        self._marker = marker or runtime.note_name(name, self.inode)
-        self.name = name
+        self.name = name  # from here on `close` takes it away, and the marker
+        if self._marker is None:
+            self._marker = runtime.note_name(name, self.inode)
 
     def _take_space(self, commit: bool, cancelled: Callable[[], bool] | None) -> None:
         if not commit:
@@ -158,7 +167,7 @@ class Segment:
         if fd < 0:
             return
         if self.name is None and self._marker is None:
-            os.close(fd)
+            files.close(fd)
             return
         ours = self._maker == os.getpid()  # a forked child has descriptors of its own, but not the name
         if self.name is not None and ours:
@@ -168,7 +177,7 @@ class Segment:
         if self._marker is not None and ours:
             with contextlib.suppress(OSError):
                 self._marker.unlink(missing_ok=True)
-        os.close(fd)
+        files.close(fd)
 
     def __del__(self) -> None:
         try:

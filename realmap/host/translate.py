@@ -18,6 +18,8 @@ from realmap.errors import (
 )
 
 SHM = "/dev/shm"
+#: Linux has no memory for the call itself (a socket's buffer, a table): nothing was done, and it may go well later.
+SHORT_OF_MEMORY = (errno.ENOMEM, errno.ENOBUFS)
 
 
 def shm_mount() -> tuple[str, str]:
@@ -47,6 +49,20 @@ def frames_error(error: OSError, size: int) -> KernelError:
     if error.errno in (errno.EACCES, errno.EPERM):
         return AccessDenied(why=f"cannot make a segment in {SHM}: {error.strerror}")
     return PhysicalMemoryExhaustion(size, why=f"cannot make a segment: {error.strerror}")
+
+
+def shortage(error: OSError, doing: str) -> KernelError:
+    """Why something else failed: a connection, a wait. `doing` says in words what."""
+    if isinstance(error, KernelError):  # it says so already
+        return error
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return PhysicalMemoryExhaustion(why=f"{doing}: no descriptors left (limit {limit}: ulimit -n)")
+    if error.errno in SHORT_OF_MEMORY or error.errno == errno.EAGAIN:
+        return PhysicalMemoryExhaustion(why=f"{doing}: {error.strerror}")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return AccessDenied(why=f"{doing}: {error.strerror}")
+    return KernelError(why=f"{doing}: {error.strerror or error}")
 
 
 def window_error(error: OSError, address: int, size: int, prot: int) -> KernelError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
@@ -12,6 +11,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from realmap.host import files
+from realmap.host.translate import SHORT_OF_MEMORY
 from realmap.kernel.syscalls import encode
 from realmap.wire import channel
 from realmap.wire.messages import Carrier
@@ -55,6 +56,8 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
+            if error.errno in SHORT_OF_MEMORY:
+                return None  # it is still there
             raise EOFError(str(error)) from None
         if not datagram:
             raise EOFError("closed")
@@ -64,8 +67,8 @@ class Connection:
         """Sends as much as the peer takes now, and the rest when it can. InvalidSize: the message is too long.
 
         A short one goes by the ring, its descriptors (of answer `id`) by the socket before it. Else they
-        go with the last part; they stay the caller's (copies wait in the outbox). OSError: no descriptors
-        are left for copies; nothing more can be said to this client in order.
+        go with the last part; they stay the caller's (copies wait in the outbox). OSError: it is gone, or no
+        descriptors are left for copies; nothing more can be said to this client in order.
         """
         if self._send_by_ring(message, descriptors, id) if descriptors else self.send_short(message):
             return
@@ -94,11 +97,13 @@ class Connection:
             return False
         except OSError as error:
             # ETOOMANYREFS: too many descriptors in flight for this user; they drain as clients read.
-            return error.errno != errno.ETOOMANYREFS
+            if error.errno == errno.ETOOMANYREFS or error.errno in SHORT_OF_MEMORY:
+                return False
+            raise
         return True
 
     def flush(self) -> None:
-        """Goes on sending what waits."""
+        """Goes on sending what waits. OSError: the peer is gone."""
         while self._outbox and self._try(*self._outbox[0]):
             datagram, descriptors = self._outbox.popleft()
             self.backlog -= _weight(datagram, descriptors)
@@ -112,8 +117,7 @@ class Connection:
             self.ring = None
         while self._outbox:
             channel.close_all(self._outbox.popleft()[1])
-        with contextlib.suppress(OSError):
-            self.sock.close()
+        files.shut(self.sock)
 
 
 def _weight(datagram: bytes, descriptors: Sequence[int]) -> int:

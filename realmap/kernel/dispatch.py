@@ -71,11 +71,12 @@ class Dispatch:
         if not descriptors and connection.send_short(message):
             return
         try:
-            connection.send(message, descriptors, id)
-        except KernelError as error:  # longer than a message may be
-            connection.send(syscalls.failed(id, error))
-        except OSError as error:
-            self._kernel.expel(connection, f"no descriptors are left for its answers: {error.strerror}")
+            try:
+                connection.send(message, descriptors, id)
+            except KernelError as error:  # longer than a message may be
+                connection.send(syscalls.failed(id, error))
+        except OSError as error:  # it is gone, or there are no descriptors for copies
+            self._kernel.expel(connection, f"its answers cannot be sent: {error.strerror}")
             return
         self._kernel.rearm(connection)
 

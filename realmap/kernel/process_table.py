@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from realmap.host import files
 from realmap.host.liveness import Peer
 from realmap.kernel.workers import Share, Workers
 from realmap.memory.frames import FrameAllocator
@@ -78,4 +79,4 @@ class ProcessTable:
         process.share.cancel()
         process.frames_share.cancel()
         process.memory.release_all()
-        os.close(process.pidfd)
+        files.close(process.pidfd)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from realmap.errors import AccessDenied, KernelError, LimitReached, VersionMismatch
-from realmap.host import liveness
+from realmap.host import files, liveness
+from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.connection import Connection
 from realmap.memory.frames import FrameAllocator
-from realmap.wire import messages
+from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
 from realmap.wire.ring import RingEnd
 
@@ -39,17 +40,20 @@ class Reception:
                 ours, theirs = f"{VERSION} (protocol {PROTOCOL})", f"{hello.version} (protocol {hello.protocol})"
                 raise VersionMismatch(ours, theirs, why="kernel and user are of different versions of realmap")
             peer = liveness.peer(connection.sock, hello.pid, hello.start)
-        except (KernelError, OSError) as error:  # of another kind, dead by now, or no descriptor left for it
+        except KernelError as error:  # of another kind
             self._refuse(connection, error)
+            return
+        except OSError as error:  # dead by now, or no descriptor left for it
+            self._refuse(connection, shortage(error, "the kernel cannot take this process in"))
             return
         limits = kernel.limits
         if not hello.control and len(kernel.processes) >= limits.processes:
-            os.close(peer.pidfd)
+            files.close(peer.pidfd)
             why = f"the kernel serves {limits.processes} processes already, its limit"
             self._refuse(connection, LimitReached("processes", limits.processes, why=why))
             return
         if peer.uid != os.geteuid():
-            os.close(peer.pidfd)
+            files.close(peer.pidfd)
             self._refuse(
                 connection, AccessDenied(why=f"the kernel belongs to uid {os.geteuid()}, the peer is uid {peer.uid}")
             )
@@ -57,30 +61,39 @@ class Reception:
         number = 0
         if hello.control:
             connection.control = True
-            os.close(peer.pidfd)
+            files.close(peer.pidfd)
         else:
             frames = FrameAllocator(self._limit, parent=kernel.frames, segments=limits.segments)
             process = kernel.processes.add(peer, connection, frames, kernel.workers, limits.running)
             connection.process = process
             # Asked again: the event may be of an earlier process whose pidfd had this number.
-            kernel.watch(process.pidfd, lambda fd: kernel.drop(connection) if liveness.is_dead(fd) else None)
+            try:
+                kernel.watch(process.pidfd, lambda fd: kernel.drop(connection) if liveness.is_dead(fd) else None)
+            except OSError as error:
+                self._refuse(connection, shortage(error, "the kernel cannot take this process in"))
+                return
             number = process.number
         self._welcome(connection, messages.Welcome(VERSION, number, os.getpid()))
 
     def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:
         """Takes it in; a process with a ring, where there is spinning, and a descriptor for it."""
+        ring = None
+        rights: list[int] = []
         if connection.process is not None and self._kernel.spin:
             with contextlib.suppress(OSError):  # without one everything takes the socket
                 ring, descriptor = RingEnd.create()
                 welcome.spin = self._kernel.spin
-                try:
-                    connection.send(syscalls.encode(welcome), [descriptor])
-                finally:
-                    os.close(descriptor)
-                connection.ring = ring
-                self._kernel.listen_to_ring(connection, True)
-                return
-        connection.send(syscalls.encode(welcome))
+                rights.append(descriptor)
+        try:
+            connection.send(syscalls.encode(welcome), rights)
+        except OSError:
+            self._kernel.drop(connection)
+            return
+        finally:
+            channel.close_all(rights)
+        connection.ring = ring
+        self._kernel.listen_to_ring(connection, True)
+        self._kernel.rearm(connection)
 
     def _refuse(self, connection: Connection, error: BaseException) -> None:
         with contextlib.suppress(OSError):

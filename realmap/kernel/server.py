@@ -29,9 +29,11 @@ from realmap._host import Ring, fall_asleep, spin, wake_up
 from realmap.errors import (
     KernelDied,
     KernelError,
+    PhysicalMemoryExhaustion,
     ProcessKilled,
 )
-from realmap.host import forks, runtime
+from realmap.host import files, forks, runtime
+from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.dispatch import Dispatch
@@ -122,43 +124,65 @@ class Kernel:
     # ---- life -------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Takes the socket path and listens on it. Nothing is left behind where that fails."""
+        """Takes the socket path and listens on it. Nothing is left behind where that fails.
+
+        KernelError: as `serve`.
+        """
         if self._lock is not None or self._stopping:
             raise KernelError(why=f"the kernel at {self.path!r} {'was stopped' if self._stopping else 'runs already'}")
+        try:
+            self._take_path()
+        except OSError as error:
+            raise shortage(error, f"cannot serve {self.path!r}") from None
+        self._ended.clear()
+        try:
+            self._watch.start()
+        except RuntimeError as error:
+            self._close()
+            raise PhysicalMemoryExhaustion(why=f"no thread for the kernel at {self.path!r}: {error}") from None
+        forks.lose_in_child(self)
+
+    def _take_path(self) -> None:
         lock = runtime.SocketLock(self.path)
         with contextlib.ExitStack() as undo:
             undo.callback(lock.release)
             runtime.sweep()
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            undo.callback(self._listener.close)
+            undo.callback(files.shut, self._listener)
             self._listener.setblocking(False)
             self._listener.bind(self.path)
             os.chmod(self.path, 0o600)
             self._listener.listen(128)
             # Given up for a moment where no descriptor is left, to turn a client away.
             self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-            undo.callback(os.close, self._spare)
+            undo.callback(files.close, self._spare)
             wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            undo.callback(os.close, wake)
+            undo.callback(files.close, wake)
             self._epoll = select.epoll()
+            undo.callback(files.shut, self._epoll)
+            self.watch(self._listener.fileno(), self._accept)
+            self.watch(wake, self._on_wake)
             self._wake, self._lock = wake, lock
             undo.pop_all()
-        self.watch(self._listener.fileno(), self._accept)
-        self.watch(self._wake, self._on_wake)
-        self._ended.clear()
-        forks.lose_in_child(self)
 
     def serve(self, *, ready: Callable[[], None] | None = None, booter: int = -1) -> None:
         """Serves on this thread until `stop`; `ready` is called once clients can connect.
 
         `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
-        too long, or no socket. AccessDenied: the path is not ours.
+        too long, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
+        descriptors or no memory for it. KernelError: Linux does not allow it, or fails a call without which no
+        kernel goes on.
         """
         self._open()
-        if booter >= 0:
-            self.watch(booter, lambda _: self.stop(wait=False))
-        with self._woken_by_signals():
-            self._loop(ready)
+        try:
+            if booter >= 0:
+                self.watch(booter, lambda _: self.stop(wait=False))
+            with self._woken_by_signals():
+                self._work(ready)
+        except OSError as error:
+            raise shortage(error, f"the kernel at {self.path!r} cannot go on") from None
+        finally:
+            self._close()
 
     def start(self) -> Self:
         """Serves on a thread of its own, and returns once clients can connect. Errors as `serve`."""
@@ -166,9 +190,11 @@ class Kernel:
         self._thread = threading.Thread(target=self._loop, name="realmap-kernel", daemon=True)
         try:
             self._thread.start()
-        except BaseException:
+        except BaseException as error:
             self._thread = None
             self._close()
+            if isinstance(error, RuntimeError):
+                raise PhysicalMemoryExhaustion(why=f"no thread for the kernel at {self.path!r}: {error}") from None
             raise
         return self
 
@@ -179,16 +205,15 @@ class Kernel:
             yield
             return
         reader, writer = socket.socketpair()
-        reader.setblocking(False)
-        writer.setblocking(False)
-        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self.watch(reader.fileno(), lambda _: _drain(reader))
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(files.shut, reader)
+            undo.callback(files.shut, writer)
+            reader.setblocking(False)
+            writer.setblocking(False)
+            self.watch(reader.fileno(), lambda _: _drain(reader))
+            before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            undo.callback(signal.set_wakeup_fd, before)
             yield
-        finally:
-            signal.set_wakeup_fd(before)
-            reader.close()
-            writer.close()
 
     def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
         """Ends the loop: every client is told, every mapping given back, the path given free.
@@ -222,29 +247,36 @@ class Kernel:
         job()
 
     def _ring_bell(self) -> None:
-        with self._wake_lock, contextlib.suppress(OSError):
-            if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
+        with self._wake_lock, contextlib.suppress(OSError):  # where its counter is full, it has rung already
+            while self._wake >= 0:
+                with contextlib.suppress(InterruptedError):  # unlike os.write, this is not tried again by itself
+                    os.eventfd_write(self._wake, 1)
+                    return
 
     def watch(self, fd: int, handler: Handler, events: int = select.EPOLLIN) -> None:
-        """Has `handler(fd)` called on the kernel's thread when something is to be had from `fd`."""
-        self._handlers[fd] = handler
+        """Has `handler(fd)` called on the kernel's thread when something is to be had from `fd`.
+
+        OSError: Linux has no memory for it, or the limit of what is watched is reached.
+        """
         self._epoll.register(fd, events)
+        self._handlers[fd] = handler
 
     def _unwatch(self, fd: int) -> None:
         if self._handlers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            with contextlib.suppress(OSError):  # whoever is being dropped is dropped to the end
+                self._epoll.unregister(fd)
 
-    def _loop(self, ready: Callable[[], None] | None = None) -> None:
-        self.serving = threading.get_ident()
+    def _loop(self) -> None:
         try:
-            self._watch.start()
-            if ready is not None:
-                ready()
-            self._turns()
+            self._work()
         finally:
-            self._watch.stop()
             self._close()
+
+    def _work(self, ready: Callable[[], None] | None = None) -> None:
+        self.serving = threading.get_ident()
+        if ready is not None:
+            ready()
+        self._turns()
 
     def _turns(self) -> None:
         """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
@@ -304,20 +336,21 @@ class Kernel:
                     self.drop(self._connections[fd])
 
     def _close(self) -> None:
+        self._watch.stop()
         bye = syscalls.encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
         for connection in list(self._connections.values()):
             with contextlib.suppress(Exception):
                 connection.send(bye)
             self.drop(connection)
-        self._listener.close()
-        self._epoll.close()
+        files.shut(self._listener)
+        files.shut(self._epoll)
         self.workers.close()
         with self._wake_lock:  # from here on, jobs run where they are posted
             wake, self._wake = self._wake, -1
-            os.close(wake)
+            files.close(wake)
         self._run_posted()
         if self._spare >= 0:
-            os.close(self._spare)
+            files.close(self._spare)
         if self._lock is not None:
             self._lock.release()
         self._ended.set()
@@ -331,14 +364,14 @@ class Kernel:
             for mapping in process.memory:
                 segments = getattr(mapping.frames, "segments", ())
                 for segment in segments:
-                    os.close(segment.fd)
+                    files.close(segment.fd)
                     segment.fd = -1
-            os.close(process.pidfd)
+            files.close(process.pidfd)
         for connection in self._connections.values():
-            connection.sock.close()
-        self._listener.close()
-        self._epoll.close()
-        os.close(self._wake)
+            files.shut(connection.sock)
+        files.shut(self._listener)
+        files.shut(self._epoll)
+        files.close(self._wake)
         self._wake = -1
 
     # ---- clients ----------------------------------------------------------------------------
@@ -361,21 +394,31 @@ class Kernel:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # else the listener would be ready for ever
                 if self._spare >= 0:
-                    os.close(self._spare)
+                    files.close(self._spare)
                 with contextlib.suppress(OSError):
                     self._listener.accept()[0].close()
                 self._spare = -1
                 with contextlib.suppress(OSError):  # a worker was quicker: then without one
                     self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             return
-        connection = self._connections[sock.fileno()] = Connection(sock)
+        try:
+            connection = Connection(sock)
+            self.watch(sock.fileno(), self._on_socket)
+        except OSError as error:  # nobody would ever hear of it: so it is turned away
+            log.warning("a client was turned away: %s", error.strerror)
+            files.shut(sock)
+            return
+        self._connections[sock.fileno()] = connection
         self._strangers.add(connection)
-        self.watch(sock.fileno(), self._on_socket)
 
     def _on_socket(self, fd: int) -> None:
         connection = self._connections[fd]
         if connection.backlog:
-            connection.flush()
+            try:
+                connection.flush()
+            except OSError:
+                self.drop(connection)
+                return
         if connection.backlog <= BACKLOG:
             self._read(connection, connection.receive)
         self.rearm(connection)
@@ -388,8 +431,13 @@ class Kernel:
         reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
         events = reading | (select.EPOLLOUT if connection.backlog else 0)
         if events != connection.events:
+            try:
+                self._epoll.modify(connection.sock.fileno(), events)
+            except OSError as error:  # nobody would ever hear of it again
+                log.warning("a client is dropped: %s", error.strerror)
+                self.drop(connection)
+                return
             connection.events = events
-            self._epoll.modify(connection.sock.fileno(), events)
 
     def listen_to_ring(self, connection: Connection, listen: bool) -> None:
         """Takes calls from its ring from now on, or no longer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from realmap.errors import (
     ProcessKilled,
     VirtualMemoryExhaustion,
 )
+from realmap.host import files
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, USIZE_MAX, align_up
@@ -141,7 +141,7 @@ def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:
             opened.append(segment.open_read_only())
     except BaseException:
         for descriptor in opened:
-            os.close(descriptor)
+            files.close(descriptor)
         raise
     return opened, opened
 

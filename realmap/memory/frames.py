@@ -168,23 +168,29 @@ class SharedFrames(FramesCore):
     def read(self, offset: int, length: int, address: int) -> bytes:
         """Copies `length` bytes out, without mapping.
 
-        MemoryFault: a segment was truncated (`address` names the byte).
+        MemoryFault: a segment was truncated (`address` names the byte), or Linux cannot read it.
         """
         fd = self._fd
         if fd >= 0:
-            data = os.pread(fd, length, offset)
-            if len(data) == length:
-                return data
+            try:
+                data = os.pread(fd, length, offset)
+                if len(data) == length:
+                    return data
+            except OSError:  # tried once more, and told, below
+                pass
         return self._read_pieces(offset, length, address)
 
     def _read_pieces(self, offset: int, length: int, address: int) -> bytes:
         parts: list[bytes] = []
         for fd, at, size in self.pieces(offset, length):
             while size:
-                data = os.pread(fd, size, at)  # at most 2 GiB a call: Linux cuts longer ones short
+                why = "the segment under it was truncated"
+                try:
+                    data = os.pread(fd, size, at)  # at most 2 GiB a call: Linux cuts longer ones short
+                except OSError as error:
+                    data, why = b"", f"it cannot be read: {error.strerror}"
                 if not data:
-                    done = sum(len(part) for part in parts)
-                    raise MemoryFault(address + done, why="the segment under it was truncated")
+                    raise MemoryFault(address + sum(len(part) for part in parts), why=why)
                 parts.append(data)
                 at, size = at + len(data), size - len(data)
         return b"".join(parts)
@@ -196,11 +202,11 @@ class SharedFrames(FramesCore):
         """
         done = 0
         for fd, at, size in self.pieces(offset, len(data)):
-            if os.fstat(fd).st_size < at + size:
-                raise MemoryFault(address + done, why="the segment under it was truncated")
             end = done + size
             while done < end:
                 try:
+                    if os.fstat(fd).st_size < at + end - done:
+                        raise MemoryFault(address + done, why="the segment under it was truncated")
                     wrote = os.pwrite(fd, data[done:end], at)
                 except OSError as error:
                     raise translate.frames_error(error, end - done) from None

@@ -150,7 +150,10 @@ class KernelMemory(Land):
                     self._note(address, span)
 
     def _note(self, address: int, span: int) -> None:
-        start, end = procfs.obstacle(address, span)
+        try:
+            start, end = procfs.obstacle(address, span)
+        except OSError:  # no descriptor to look with
+            start, end = 0, 0
         self._learn()
         if start < end and self._space.tree.overlap(start, end) is None:
             self._space.note_obstacle(start, end)

@@ -50,7 +50,8 @@ class UserWindow(Window):
     def __del__(self) -> None:
         # In a forked child the mapping is the child's own copy; the parent's books are not its business.
         try:
-            self._unmap()
+            with contextlib.suppress(OSError):  # the core tries once more when the object goes
+                self._unmap()
             if not self.told and self.process.pid == os.getpid():
                 self.process.client.notice(messages.Unmap(0, self._base, self._span))
         except Exception:  # half made, or at interpreter exit: nobody is left to be told
@@ -115,6 +116,7 @@ class Buffer(View, ByteAccess):
         """Unmaps the whole mapping, also under its slices, and gives back its frames. Again: nothing.
 
         BufferError: a memoryview, a numpy array or the like of it still lives (nothing is unmapped).
+        VirtualMemoryExhaustion: at Linux's limit of mappings (nothing is unmapped).
         A syscall that is at work on it keeps the frames until its handler ends.
         """
         self._window.unmap()

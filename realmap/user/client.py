@@ -29,7 +29,8 @@ from realmap.errors import (
     SyscallTimeout,
     VersionMismatch,
 )
-from realmap.host import forks, procfs
+from realmap.host import files, forks, procfs
+from realmap.host.translate import SHORT_OF_MEMORY, shortage
 from realmap.user import handshake
 from realmap.user.handshake import SLICE
 from realmap.wire import channel, messages
@@ -71,6 +72,7 @@ class Client:
 
         KernelDied: no kernel listens at `path`. VersionMismatch: it is of another version.
         AccessDenied: it does not let this process in. InvalidHandle: `path` is no socket of a kernel.
+        PhysicalMemoryExhaustion: one of the two has no descriptors left, or Linux no memory for it.
         """
         self.path = path
         self.pid = os.getpid()
@@ -97,8 +99,10 @@ class Client:
         self._poll.register(self._sock, select.POLLIN)
         try:
             self.number, self.kernel_pid = self._introduce(control)
-        except BaseException:
-            self._sock.close()
+        except BaseException as error:
+            files.shut(self._sock)
+            if isinstance(error, OSError):
+                raise shortage(error, f"cannot connect to {path!r}") from None
             raise
         forks.lose_in_child(self)
 
@@ -133,7 +137,8 @@ class Client:
         `holds` is kept until the kernel has answered, `late` is called with the value of an answer
         that nobody waits for any more. `into`: both are appended to it as well, so that the caller has
         them whatever interrupts it. SyscallTimeout: no answer (to the syscall `name`) within
-        `timeout` seconds. KernelDied, ProcessKilled: there will be none. Else the kernel's own error.
+        `timeout` seconds. KernelDied, ProcessKilled: there will be none. PhysicalMemoryExhaustion: Linux has
+        no memory to send it, or to wait for the answer. Else the kernel's own error.
         """
         if self._error is not None or self._lost_in_child:
             self.check()
@@ -161,9 +166,11 @@ class Client:
             if isinstance(error, KernelError):  # a handler's own
                 raise
             raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
-        except BaseException:
+        except BaseException as error:
             self._reading.restore(level)
             self._give_up(number, pending)
+            if isinstance(error, OSError) and not isinstance(error, KernelError):
+                raise shortage(error, "cannot speak with the kernel") from None
             raise
 
     def notice(self, message: Any) -> None:
@@ -183,11 +190,9 @@ class Client:
                 continue
             try:
                 channel.send_one(self._sock, channel.datagrams(message)[0], flags=channel.AT_ONCE)
-            except BlockingIOError:
+            except OSError:  # not now; or the kernel is gone, which the next request will find out
                 self._notices.appendleft(message)
                 return
-            except OSError:
-                return  # the kernel is gone, and with it what this was about
 
     def check(self) -> None:
         """InvalidHandle: this is a forked child. KernelDied, ProcessKilled: the connection has ended."""
@@ -303,6 +308,8 @@ class Client:
                     finally:
                         self._reading.restore(level)
             except OSError as error:
+                if error.errno in SHORT_OF_MEMORY:
+                    raise  # of a message in parts, those that went are forgotten
                 raise self._lost(error) from None
 
     @staticmethod
@@ -404,7 +411,9 @@ class Client:
             )
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            if error.errno in SHORT_OF_MEMORY:
+                return  # it is still there
             self._mail.append((b"", [], 0, None))
         self._hand_on_from(self._mail)
 
@@ -501,15 +510,15 @@ class Client:
     def close(self) -> None:
         """Ends the connection. Again: nothing."""
         self._end(ProcessKilled(self.pid, why="this Process was closed"))
-        self._sock.close()
+        files.shut(self._sock)
         self._ring, self._rings = None, []  # unmapped when nobody waits on it any more
 
     def lose(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""
         self._lost_in_child = True
-        self._sock.close()
+        files.shut(self._sock)
 
     def __del__(self) -> None:
         sock = getattr(self, "_sock", None)
         if sock is not None:
-            sock.close()
+            files.shut(sock)

@@ -11,7 +11,8 @@ import struct
 import msgspec
 
 from realmap.errors import AccessDenied, InvalidHandle, KernelDied, VersionMismatch
-from realmap.host.translate import frames_error
+from realmap.host import files
+from realmap.host.translate import SHORT_OF_MEMORY, frames_error, shortage
 from realmap.wire import channel, messages
 from realmap.wire.messages import VERSION
 from realmap.wire.ring import RingEnd
@@ -22,24 +23,34 @@ SLICE = 50
 
 
 def open_socket(path: str) -> socket.socket:
-    """A socket that is connected to the kernel at `path`. KernelDied, AccessDenied, InvalidHandle: as `Client`."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """A socket that is connected to the kernel at `path`. Errors as `Client`."""
+    doing = f"cannot connect to {path!r}"
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise shortage(error, doing) from None
     try:
         sock.connect(path)
     except OSError as error:
-        sock.close()
+        files.shut(sock)
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
             raise KernelDied(
                 path, why=f"no kernel listens at {path!r}; start one: realmap.boot(), or realmap kernel --path {path}"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM):
             raise AccessDenied(why=f"the socket {path!r} is not open to this user") from None
+        if error.errno in SHORT_OF_MEMORY or error.errno == errno.EAGAIN:
+            raise shortage(error, doing) from None
         raise InvalidHandle(path, why=f"{path!r} is no socket of a kernel: {error}") from None
     except ValueError as error:
-        sock.close()
+        files.shut(sock)
         raise InvalidHandle(path, why=f"{path!r} is no socket path: {error}") from None
     # How long a thread waits in one receive: it then looks whether the connection was closed meanwhile.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, SLICE * 1000))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, SLICE * 1000))
+    except OSError as error:
+        files.shut(sock)
+        raise shortage(error, doing) from None
     return sock
 
 
@@ -47,16 +58,21 @@ def welcome(sock: socket.socket, path: str) -> tuple[messages.Welcome, RingEnd |
     """The kernel's answer to Hello, and this side's end of the ring if there is one.
 
     KernelDied: it ended meanwhile. VersionMismatch: it speaks otherwise. PhysicalMemoryExhaustion: no
-    descriptor was left for the ring. Else its refusal.
+    descriptor was left for the ring. Else its refusal. OSError: Linux has no memory for it.
     """
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while not poll.poll(SLICE):
         pass
-    try:
-        data, ancillary, _, _ = sock.recvmsg(channel.DATAGRAM, channel.ANCILLARY, channel.CLOEXEC)
-    except ConnectionError:
-        data, ancillary = b"", []
+    while True:
+        try:
+            data, ancillary, _, _ = sock.recvmsg(channel.DATAGRAM, channel.ANCILLARY, channel.CLOEXEC)
+            break
+        except BlockingIOError:  # it waits a SLICE at most
+            pass
+        except ConnectionError:
+            data, ancillary = b"", []
+            break
     descriptors = channel.descriptors_in(ancillary)
     try:
         return _understood(data, descriptors, path)

@@ -132,7 +132,10 @@ class Process:
             except OSError as error:
                 if error.errno != errno.EEXIST or isinstance(error, KernelError):
                     raise translate.window_error(error, address, span, prot) from None
-                start, end = procfs.obstacle(address, span)
+                try:
+                    start, end = procfs.obstacle(address, span)
+                except OSError:  # no descriptor to look with: its own place is avoided
+                    start, end = 0, 0
                 value[0] = self.client.request(messages.Move(self.client.next_id(), address, start, end))[0]
             else:
                 window.process = self

@@ -19,6 +19,7 @@ from typing import Self
 
 from realmap._host import RING_BYTES, RING_MESSAGE, Ring
 from realmap.errors import InvalidSize
+from realmap.host import files
 
 #: The longest message that a ring takes, in bytes; longer ones take the socket.
 LONGEST = RING_MESSAGE
@@ -61,7 +62,7 @@ class RingEnd(Ring):
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             return cls._open(fd, 1), fd
         except BaseException:
-            os.close(fd)
+            files.close(fd)
             raise
 
     @classmethod
