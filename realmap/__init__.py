@@ -43,7 +43,7 @@ from realmap.memory import CrossProcessMapping, UserspacePtr
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
 from realmap.system import KernelHandle, SpawnedProcess, boot, connect
-from realmap.user import Buffer, Process
+from realmap.user import Buffer, Handle, Process
 from realmap.wire.messages import VERSION as __version__
 from realmap.wire.messages import MemoryInfo
 
@@ -53,6 +53,7 @@ __all__ = [
     "Buffer",
     "Call",
     "CrossProcessMapping",
+    "Handle",
     "InvalidAddress",
     "InvalidHandle",
     "InvalidMemState",

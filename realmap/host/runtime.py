@@ -199,11 +199,14 @@ def sockets() -> list[str]:
 def unlinked_names(pid: int) -> list[str]:
     """Names in /dev/shm that `pid` is about to unlink: segments are made under one, and lose it at once."""
     with contextlib.suppress(OSError):
-        return [name for name in os.listdir("/dev/shm") if name.startswith(SEGMENT_PREFIX) and _pid_of(name) == pid]
+        return [name for name in os.listdir("/dev/shm") if name.startswith(SEGMENT_PREFIX) and maker_of(name) == pid]
     return []
 
 
-def _pid_of(name: str) -> int:
+def maker_of(name: str) -> int:
+    """The pid of who made the segment of this name in /dev/shm; 0 where it is none of ours."""
+    if not name.startswith(SEGMENT_PREFIX):
+        return 0
     try:
         return int(name[len(SEGMENT_PREFIX) :].split(".")[1])
     except (ValueError, IndexError):

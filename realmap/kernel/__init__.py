@@ -8,6 +8,7 @@
     syscalls      the @syscall decorator, Call, and how a handler is run
     user_buffer   UserBuffer: a handler's buffer argument
     services      map, unmap, query and the like: what the kernel does itself
+    handles       what is shared between processes, and until when
     books         stats, and the books as plain data
     faults        whether a call touched bytes that were gone
     workers       threads for handlers that take long, and each process's share of them

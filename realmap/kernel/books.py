@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from realmap.kernel.handles import Shared
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts
@@ -25,6 +27,7 @@ def stats(kernel: Kernel) -> dict[str, int]:
     kept = kernel.memory.kept.counts() if kernel.memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     return {
         "processes": len(kernel.processes),
+        "handles": len(kernel.handles),
         "mappings": sum(len(process.memory) for process in kernel.processes),
         "mirrors": kernel.memory.live,
         "kept_windows": kept.windows,
@@ -99,6 +102,19 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "stats": stats(kernel),
         "processes": processes,
         "pinned": list(pinned.values()),
+        "handles": [
+            {
+                "name": shared.name[:8],
+                "frames": shared.frames.serial,
+                "start": shared.start,
+                "length": shared.length,
+                "rights": int(shared.rights),
+                "maker": shared.maker.number if shared.maker is not None else None,
+                "uses": shared.uses,
+                "seconds": None if shared.until is None else shared.until - time.monotonic(),
+            }
+            for shared in _entered(kernel.handles, frames)
+        ],
         "mirrors": mirrors,
         "kept": [
             {
@@ -130,6 +146,13 @@ def books(kernel: Kernel) -> dict[str, Any]:
             for found in frames.values()
         ],
     }
+
+
+def _entered(handles: Iterable[Shared], frames: dict[int, SharedFrames]) -> Iterator[Shared]:
+    """The handles; their frames are added to `frames`."""
+    for shared in handles:
+        frames[shared.frames.serial] = shared.frames
+        yield shared
 
 
 def mirror_entry(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -> dict[str, Any]:

@@ -49,6 +49,14 @@ class Dispatch:
                 self._reply(connection, request.id, services.more(process, request))
             elif isinstance(request, messages.Move):
                 self._reply(connection, request.id, services.move(process, request))
+            elif isinstance(request, messages.Share):
+                token = self._kernel.handles.share(process, request, self._kernel.limits.handles)
+                self._reply(connection, request.id, (token, [], []))
+            elif isinstance(request, messages.Attach):
+                self._reply(connection, request.id, services.attach(self._kernel, process, request))
+            elif isinstance(request, messages.Revoke):
+                self._kernel.handles.revoke(process, request.token)
+                self._reply(connection, request.id, (None, [], []))
             elif isinstance(request, messages.Query):
                 self._reply(connection, request.id, services.query(process, request))
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way

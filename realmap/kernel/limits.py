@@ -12,18 +12,18 @@ from realmap.pages import usize
 class Limits:
     """How much of the kernel each process may take; what goes beyond is an error to the one who asked.
 
-    `processes`: connected at a time (LimitReached). For each process: `mappings` (VirtualMemoryExhaustion),
-    `segments` (one descriptor of the kernel each; by default half of what it may open;
-    PhysicalMemoryExhaustion), `calls` that have not ended (LimitReached), of which `running` run on worker
-    threads at a time (by default twice as many as there are CPUs, 4 at least; the others wait their turn).
-    `seconds`: how long a blocking handler may take, before its caller gets a SyscallTimeout in its place
-    (None: for ever; the handler itself goes on). Bytes of frames are `memory_limit` and `process_limit` of
-    `boot`; bytes of a message are bounded at 16 MiB.
+    `processes`: connected at a time, `handles`: in all (LimitReached). For each process: `mappings`
+    (VirtualMemoryExhaustion), `segments` (one descriptor of the kernel each; by default half of what it may
+    open; PhysicalMemoryExhaustion), `calls` that have not ended (LimitReached), of which `running` run on
+    worker threads at a time (by default twice as many as there are CPUs, 4 at least; the others wait their
+    turn). `seconds`: how long a blocking handler may take, before its caller gets a SyscallTimeout in its
+    place (None: for ever; the handler itself goes on). Bytes of frames are `memory_limit` and
+    `process_limit` of `boot`; bytes of a message are bounded at 16 MiB.
 
     InvalidSize: a negative number. ValueError: none at all, or no time. TypeError: no integer.
     """
 
-    __slots__ = ("calls", "mappings", "processes", "running", "seconds", "segments")
+    __slots__ = ("calls", "handles", "mappings", "processes", "running", "seconds", "segments")
 
     def __init__(
         self,
@@ -32,6 +32,7 @@ class Limits:
         mappings: SupportsIndex = 65_536,
         segments: SupportsIndex | None = None,
         calls: SupportsIndex = 1024,
+        handles: SupportsIndex = 65_536,
         running: SupportsIndex | None = None,
         seconds: float | None = None,
     ) -> None:
@@ -40,6 +41,7 @@ class Limits:
         half = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self.segments = half if segments is None else _some(segments, "segments")
         self.calls = _some(calls, "calls")
+        self.handles = _some(handles, "handles")
         self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
         if seconds is not None and not seconds > 0:
             raise ValueError(f"seconds must be above 0, or None for no limit: {seconds!r}")

@@ -37,6 +37,7 @@ from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.dispatch import Dispatch
+from realmap.kernel.handles import Handles
 from realmap.kernel.limits import Limits
 from realmap.kernel.process_table import ProcessTable
 from realmap.kernel.reception import Reception
@@ -97,6 +98,7 @@ class Kernel:
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self.spin = checked_spin(spin)
         self.processes = ProcessTable()
+        self.handles = Handles()
         self.workers = Workers()
         self.dispatch = Dispatch(self)
         self._watch = Watch(self)
@@ -344,6 +346,7 @@ class Kernel:
             self.drop(connection)
         files.shut(self._listener)
         files.shut(self._epoll)
+        self.handles.clear()
         self.workers.close()
         with self._wake_lock:  # from here on, jobs run where they are posted
             wake, self._wake = self._wake, -1
@@ -490,8 +493,8 @@ class Kernel:
 
     @property
     def needs_watching(self) -> bool:
-        """Whether a blocking handler is at work, or somebody has connected and not said who it is."""
-        return bool(self.dispatch.running or self._strangers)
+        """Whether a blocking handler is at work, a handle has its time, or somebody has not said who it is."""
+        return bool(self.dispatch.running or self._strangers or self.handles.timed)
 
     def drop_silent(self, before: float) -> None:
         """Closes connections older than `before` that have not said who they are."""
@@ -518,6 +521,7 @@ class Kernel:
         connection.close()
         if connection.process is not None:
             self._unwatch(connection.process.pidfd)
+            self.handles.reap(connection.process)
             self.processes.reap(connection.process)
 
 

@@ -50,10 +50,7 @@ def map_memory(
         raise InvalidMemState(0, kind, why=f"{kind.name} is no memory that a process can map")
     if not allows(rights, MappingAccessRights.USER_ACCESSIBLE) or not prot_of(rights):
         raise AccessDenied(rights, u_rw, why="a process maps memory for itself: u_r, u_w, u_rw or u_rx")
-    if len(process.memory) >= kernel.limits.mappings:
-        raise VirtualMemoryExhaustion(
-            request.length, why=f"the process has {kernel.limits.mappings} mappings, the kernel's limit; unmap some"
-        )
+    _require_room(kernel, process, request.length)
     unit = HUGE_SIZE if request.huge else PAGE_SIZE
     if request.length <= 0 or align_up(request.length, unit) > USIZE_MAX:
         raise InvalidSize(request.length, why="a mapping has at least one byte, and whole pages below 2**64")
@@ -129,10 +126,12 @@ def _enter(
 
 
 def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:
-    """Descriptors of the segments from `first` on, a batch; read-only ones where the user may not write."""
+    """Descriptors of its segments from its `first` on, a batch; read-only ones where the user may not write."""
     if not isinstance(mapping.frames, SharedFrames):
         return [], []
-    segments = mapping.frames.segments[first : first + MAX_DESCRIPTORS]
+    begin = mapping.frames.index_of(mapping.phys_offset) + first
+    end = mapping.frames.index_of(mapping.phys_offset + mapping.length - 1) + 1
+    segments = mapping.frames.segments[begin : min(end, begin + MAX_DESCRIPTORS)]
     if allows(mapping.rights, k_w):
         return [segment.fd for segment in segments], []
     opened: list[int] = []
@@ -144,6 +143,32 @@ def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:
             files.close(descriptor)
         raise
     return opened, opened
+
+
+def attach(kernel: Kernel, process: UserProcess, request: messages.Attach) -> Answer:
+    """A mapping of what a handle stands for. Errors as `Handles.attach`; nothing is taken then, and no use of it."""
+    _require_room(kernel, process, request.length or 0)
+    mapping, lead, length, spend = kernel.handles.attach(process, request)
+    frames = mapping.frames
+    assert isinstance(frames, SharedFrames)
+    pieces = [[offset, size] for _, offset, size in frames.pieces(mapping.phys_offset, mapping.length)]
+    try:
+        first, closing = _descriptors(mapping, 0)
+    except BaseException:
+        process.memory.unmap(mapping.address, mapping.length).release()
+        raise
+    spend()
+    return (
+        [mapping.address, mapping.length, len(pieces), frames.huge, lead, length, int(mapping.rights), pieces],
+        first,
+        closing,
+    )
+
+
+def _require_room(kernel: Kernel, process: UserProcess, length: int) -> None:
+    limit = kernel.limits.mappings
+    if len(process.memory) >= limit:
+        raise VirtualMemoryExhaustion(length, why=f"the process has {limit} mappings, the kernel's limit; unmap some")
 
 
 def more(process: UserProcess, request: messages.More) -> Answer:

@@ -144,10 +144,14 @@ class SharedFrames(FramesCore):
             self.length += segment.length
         self._fd = -1
 
+    def index_of(self, offset: int) -> int:
+        """Which segment the byte at `offset` is in, counted from 0."""
+        return bisect_right(self._starts, offset) - 1
+
     def pieces(self, offset: int, length: int) -> list[Piece]:
         """Where [offset, offset + length) lies, as parts of the segments' files. The caller has checked the range."""
         found = []
-        index = bisect_right(self._starts, offset) - 1
+        index = self.index_of(offset)
         while length:
             segment = self.segments[index]
             inside = offset - self._starts[index]

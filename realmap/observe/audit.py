@@ -81,11 +81,15 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
     return found
 
 
-def linux_ranges(pid: int, land: Land) -> list[Range]:
-    """What Linux has mapped in a land of `pid`. ProcessLookupError: it is gone."""
+def linux_ranges(pid: int, land: Land, kernel: int) -> list[Range]:
+    """What Linux has mapped in a land of `pid`, without the segments of other kernels than that of pid `kernel`.
+
+    ProcessLookupError: it is gone.
+    """
     return merged(
         (entry.start, entry.end, entry.perms[:3], entry.inode, entry.offset if entry.inode else 0)
         for entry in procfs.maps(pid, land.start, land.end)
+        if runtime.maker_of(entry.path.removeprefix(f"{SHM}/")) in (0, kernel)
     )
 
 
@@ -170,7 +174,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     linux: dict[int, list[Range]] = {}
     for process in snapshot.processes:
         with contextlib.suppress(ProcessLookupError):
-            linux[process.pid] = linux_ranges(process.pid, USER_LAND)
+            linux[process.pid] = linux_ranges(process.pid, USER_LAND, snapshot.pid)
     books, faulted = user_ranges(snapshot, linux)
     for pid, ranges in books.items():
         differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))
@@ -179,7 +183,9 @@ def compare(snapshot: Snapshot) -> AuditReport:
         for mirror in snapshot.mirrors
         if mirror.zeros
     ]
-    differences += _compare("KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND))
+    differences += _compare(
+        "KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND, snapshot.pid)
+    )
     differences += _recount(snapshot)
     differences += _descriptors(snapshot)
     differences += _names(snapshot)
@@ -204,7 +210,7 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
     for mirror in snapshot.mirrors:
         for serial in {part.frames for part in mirror.parts}:
             counted[serial] += 1
-    for serial in snapshot.pinned:
+    for serial in [*snapshot.pinned, *(handle.frames for handle in snapshot.handles)]:
         counted[serial] += 1
     return [
         Difference(

@@ -97,6 +97,22 @@ class KeptInfo(msgspec.Struct, frozen=True):
     part: PartInfo
 
 
+class HandleInfo(msgspec.Struct, frozen=True):
+    """A handle: the beginning of its token (not all of it: that would let one attach), and what it stands for.
+
+    `maker`: the number of the process whose end is its end; None: nobody's. `uses`, `seconds`: how much is left.
+    """
+
+    name: str
+    frames: int
+    start: int
+    length: int
+    rights: int
+    maker: int | None
+    uses: int | None
+    seconds: float | None
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """Everything the kernel's books hold. `form` is the version of this structure; `time` seconds since 1970."""
 
@@ -113,6 +129,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     processes: list[ProcessInfo]
     #: Serials of the frames of mappings that were unmapped while a call works on them; once for each.
     pinned: list[int]
+    handles: list[HandleInfo]
     mirrors: list[MirrorInfo]
     kept: list[KeptInfo]
     frames: list[FramesInfo]

@@ -88,6 +88,15 @@ class Buffer(View, ByteAccess):
         return window
 
     @property
+    def refcount(self) -> int:
+        """How many mappings, mirrors and handles hold its frames now, this one included. 0 for private memory.
+
+        InvalidAddress: it is unmapped. KernelDied, ProcessKilled: no kernel.
+        """
+        self.check()
+        return self.process.query(self.address).refcount
+
+    @property
     def huge(self) -> int:
         """How many bytes of the whole mapping huge pages back: what `map(huge=True)` got; 0 where it got none."""
         return self._window.huge

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from operator import index
 from threading import Lock
 from typing import Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap.errors import InvalidSize, KernelError, VirtualMemoryExhaustion
+from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import procfs, translate
 from realmap.host.segment import checked_name
 from realmap.memory.frames import Piece, whole_pages
@@ -23,9 +24,12 @@ from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, prot_of, rights_of, type_of, u_rw
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer
 from realmap.user.client import Client
+from realmap.user.handle import Handle
 from realmap.wire import channel, messages
 from realmap.wire.messages import MemoryInfo
 
+#: Which part of its segment a piece of a mapping is, by its number: (offset, length), in bytes.
+PieceAt = Callable[[int], tuple[int, int]]
 #: How many places for a mapping may turn out to be taken before there is none.
 PLACES = 100
 
@@ -106,20 +110,129 @@ class Process:
         window: UserWindow | None = None
         try:
             value, descriptors = client.request(request, name="map", late=self._unmap_late, into=answer)
-            window = self._map_window(value, step, descriptors, allowed)
+            span, piece = value[1], step or value[1]
+            window = self._map_window(value, lambda index: (0, min(piece, span - index * piece)), descriptors, allowed)
         finally:
-            if answer:
-                channel.close_all(answer[1])
-                if window is None:
-                    self._unmap_late(answer[0])
+            self._give_back(answer, window)
         return Buffer.part(window, window._base, size)
+
+    def share(
+        self,
+        buffer: Buffer,
+        rights: MappingAccessRights | None = None,
+        *,
+        uses: SupportsIndex | None = None,
+        seconds: float | None = None,
+        keep: bool = False,
+    ) -> Handle:
+        """A handle by which any process of this kernel can attach these bytes: the same memory, not a copy.
+
+        `rights`: what others may do at most, by default what this process may. What may only be read comes with
+        a read-only descriptor and page protection: against accident for the same uid, which can open again what it
+        may write, and against another uid for real. Memory is protected by pages: who attaches a part of a page
+        maps all of it. `uses`: how often it can be attached, `seconds`: how long; by default without such an end.
+
+        The handle holds the memory, as a mapping does. It ends with this process, or, with `keep`, outlives it; then
+        `revoke`, its uses, its time or the kernel's end are what ends it. What is attached by then stays.
+
+        InvalidAddress: the buffer is unmapped, or another Process's. AccessDenied: more rights than this process
+        has. InvalidSize: uses or seconds below 1 or 0. InvalidMemState: private memory. LimitReached: too many
+        handles. TypeError: no buffer. MemoryFault, KernelDied, ProcessKilled: as `call`.
+        """
+        if not isinstance(buffer, Buffer):
+            raise TypeError(f"what is shared is a Buffer, not {buffer!r}")
+        buffer.check()
+        if buffer.process is not self:
+            raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, which is who may share it")
+        allowed = buffer.rights if rights is None else rights_of(rights)
+        request = messages.Share(
+            self.client.next_id(),
+            buffer.address,
+            len(buffer),
+            int(allowed),
+            None if uses is None else index(uses),
+            None if seconds is None else float(seconds),
+            bool(keep),
+        )
+        answer: list[Any] = []
+        handle: Handle | None = None
+        try:
+            token, _ = self.client.request(request, name="share", late=self._revoke_late, into=answer)
+            handle = Handle(self.path, token, len(buffer), allowed)
+        finally:
+            if answer and handle is None:
+                self._revoke_late(answer[0])
+        return handle
+
+    def _revoke_late(self, token: Any) -> None:
+        """A handle that nobody waited for."""
+        self.client.notice(messages.Revoke(0, token))
+
+    def attach(
+        self,
+        handle: Handle | str,
+        offset: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+        rights: MappingAccessRights | None = None,
+    ) -> Buffer:
+        """The memory that a handle stands for, mapped in this process, at an address of its own.
+
+        [offset, offset + length), bytes, of what was shared; by default to its end. `rights`: by default those of
+        the handle. The pages around them are mapped, the buffer is just the bytes.
+
+        InvalidHandle: forged, spent, revoked, expired, its maker has ended, or of another kernel. InvalidSize: no
+        bytes, or beyond what was shared. AccessDenied: more rights than the handle gives. VirtualMemoryExhaustion,
+        PhysicalMemoryExhaustion: no space, or no descriptors. TypeError: no handle. KernelDied, ProcessKilled.
+        """
+        if isinstance(handle, str):
+            handle = Handle.parse(handle)
+        if not isinstance(handle, Handle):
+            raise TypeError(f"what is attached is a Handle, or its text, not {handle!r}")
+        if handle.path != self.path:
+            why = f"the handle is of the kernel at {handle.path!r}, this process is connected to {self.path!r}"
+            raise InvalidHandle(handle.token[:8] + "…", why=why)
+        request = messages.Attach(
+            self.client.next_id(),
+            handle.token,
+            usize(offset, "offset"),
+            None if length is None else usize(length, "length"),
+            None if rights is None else int(rights_of(rights)),
+        )
+        answer: list[Any] = []
+        window: UserWindow | None = None
+        try:
+            value, descriptors = self.client.request(request, name="attach", late=self._unmap_late, into=answer)
+            *_, lead, size, allowed, pieces = value
+            place = value[:4]
+            try:
+                window = self._map_window(place, lambda index: tuple(pieces[index]), descriptors, rights_of(allowed))
+            finally:
+                value[:4] = place
+        finally:
+            self._give_back(answer, window)
+        return Buffer.part(window, window._base + lead, size)
+
+    def revoke(self, handle: Handle | str) -> None:
+        """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.
+
+        InvalidHandle: it has ended. AccessDenied: it is another process's. KernelDied, ProcessKilled: no kernel.
+        """
+        token = (Handle.parse(handle) if isinstance(handle, str) else handle).token
+        self.client.request(messages.Revoke(self.client.next_id(), token))
+
+    def _give_back(self, answer: list[Any], window: UserWindow | None) -> None:
+        """Closes the descriptors that an answer brought, and gives up its mapping where it came to nothing."""
+        if answer:
+            channel.close_all(answer[1])
+            if window is None:
+                self._unmap_late(answer[0])
 
     def _unmap_late(self, value: Any) -> None:
         """An answer to `map` that nobody waited for: the kernel takes the mapping back."""
         self.client.notice(messages.Unmap(0, value[0], value[1]))
 
     def _map_window(
-        self, value: list[int], step: int | None, descriptors: list[int], rights: MappingAccessRights
+        self, value: list[int], piece_at: PieceAt, descriptors: list[int], rights: MappingAccessRights
     ) -> UserWindow:
         """Maps the segments at the address in `value`, or where the kernel moves them if that is taken (it is noted
         there); all or nothing.
@@ -128,7 +241,7 @@ class Process:
         for _ in range(PLACES):
             address, span, count, in_huge = value
             try:
-                window = self._map_segments(address, span, count, step or span, descriptors, prot)
+                window = self._map_segments(address, span, count, piece_at, descriptors, prot)
             except OSError as error:
                 if error.errno != errno.EEXIST or isinstance(error, KernelError):
                     raise translate.window_error(error, address, span, prot) from None
@@ -149,20 +262,20 @@ class Process:
         raise VirtualMemoryExhaustion(value[1], why=f"at {PLACES} places in UserLand something else is mapped")
 
     def _map_segments(
-        self, address: int, span: int, count: int, step: int, descriptors: list[int], prot: int
+        self, address: int, span: int, count: int, piece_at: PieceAt, descriptors: list[int], prot: int
     ) -> UserWindow:
         if not count:  # private memory: no frames to share
             return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
 
         def pieces(first: int, fds: list[int]) -> Iterator[Piece]:
-            for index, fd in enumerate(fds, first):
-                yield fd, 0, min(step, span - index * step)
+            for number, fd in enumerate(fds, first):
+                yield fd, *piece_at(number)
 
         expected = min(count, messages.MAX_DESCRIPTORS)
         _require_all(descriptors, expected, span)
         if count == 1:
-            return UserWindow._map(address, span, prot, descriptors[0], 0, 0, span, 1)
-        first = min(span, step * expected)
+            return UserWindow._map(address, span, prot, descriptors[0], piece_at(0)[0], 0, span, 1)
+        first = sum(piece_at(number)[1] for number in range(expected))
         window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
         mapped = len(descriptors)
         while mapped < count:

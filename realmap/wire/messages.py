@@ -3,7 +3,7 @@
     user                                    kernel
       ── Hello(protocol, pid, start) ────────▶  once, first; its form never changes
       ◀─ Welcome | Refused ──────────────────
-      ── Call | Map | More | Move | Unmap | Query | Ask ──▶   each with an id of the caller's choosing
+      ── Call | Map | Share | Attach | … ────▶  each with an id of the caller's choosing
       ◀─ Done(id, value) | Failed(id, error) ──   in any order; descriptors ride on it
       ◀─ Bye(error) ─────────────────────────  last: the kernel ends, or sends this client away
 
@@ -22,7 +22,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 4
+PROTOCOL = 5
 VERSION = "0.1.0"
 #: A message may be this long, in bytes; larger things belong into a buffer.
 MAX_MESSAGE = 16 << 20
@@ -128,7 +128,41 @@ class Ask(_Request, tag=7, frozen=True):
     what: str
 
 
-Request = Call | Map | More | Move | Unmap | Query | Ask
+class Share(_Request, tag=8, frozen=True):
+    """A handle for `length` bytes at `address`, good for `uses` and `seconds`, or without such an end (None).
+
+    `keep`: it outlives its maker. Done: its token.
+    """
+
+    address: int
+    length: int
+    rights: int
+    uses: int | None
+    seconds: float | None
+    keep: bool
+
+
+class Attach(_Request, tag=9, frozen=True):
+    """A mapping of what the handle `token` stands for: the pages of [offset, offset + length); None: to its end, all.
+
+    Done: [address, length in whole pages, number of segments, bytes in huge pages, where the first byte asked for
+    is in it, how many were asked for, rights, [[offset in its segment, length] of each segment]], with the first
+    descriptors.
+    """
+
+    token: str
+    offset: int
+    length: int | None
+    rights: int | None
+
+
+class Revoke(_Request, tag=10, frozen=True):
+    """Ends the handle `token`. Done: None; with id 0 there is no answer."""
+
+    token: str
+
+
+Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke
 
 
 class Done(msgspec.Struct, array_like=True, tag=1):

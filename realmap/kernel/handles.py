@@ -1,0 +1,195 @@
+"""Handles: how frames get from one process to another. A handle is a reference, and may be limited, or taken back.
+
+    share   ──▶ a token that nobody can guess; the handle holds the frames from now on
+    attach  ──▶ a mapping of the same frames in whichever process of this kernel shows the token
+    gone    ◀── its maker ended (unless it was made to outlive it), revoked, spent, expired, the kernel ended
+
+Rights only ever narrow: buffer ≥ handle ≥ attached mapping.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize, LimitReached
+from realmap.memory.frames import SharedFrames
+from realmap.memory.mapping import Mapping
+from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_down, align_up
+from realmap.rights import MappingAccessRights, MemoryType, allows, prot_of, rights_of
+from realmap.wire import messages
+
+if TYPE_CHECKING:
+    from realmap.kernel.process_table import UserProcess
+
+#: Seconds; more is no limit: leave it out.
+FOR_EVER = 1e9
+#: Bytes of a token; it is written in hex.
+TOKEN = 16
+
+
+class Shared:
+    """What a handle stands for: `length` bytes from byte `start` of `frames` on, and what may be done there."""
+
+    __slots__ = ("frames", "kind", "length", "maker", "name", "rights", "start", "until", "uses")
+
+    def __init__(
+        self,
+        name: str,
+        frames: SharedFrames,
+        start: int,
+        length: int,
+        kind: MemoryType,
+        rights: MappingAccessRights,
+        maker: UserProcess | None,
+        uses: int | None,
+        until: float | None,
+    ) -> None:
+        self.name = name
+        self.frames = frames
+        self.start = start
+        self.length = length
+        self.kind = kind
+        self.rights = rights
+        #: Whose end is its end; None: nobody's.
+        self.maker = maker
+        #: How often it can still be attached; None: as often as anybody likes.
+        self.uses = uses
+        #: When it ends, in seconds of the monotonic clock; None: never.
+        self.until = until
+        # Not the token itself: who may look at the books may not attach by that alone.
+        frames.hold(self, "handle", name[:8] + "…", f"of process {maker.number}" if maker is not None else "kept")
+
+
+class Handles:
+    """The handles of a kernel. Only on the kernel's thread."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Shared] = {}
+        #: Why those that went are no more: a late user is told that, rather than that it made one up.
+        self._gone: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[Shared]:
+        return iter(list(self._by_name.values()))
+
+    @property
+    def timed(self) -> bool:
+        """Whether any of them ends by itself."""
+        return any(shared.until is not None for shared in self._by_name.values())
+
+    def share(self, process: UserProcess, request: messages.Share, limit: int) -> str:
+        """Makes a handle for a range of a process's own memory; its token.
+
+        InvalidAddress, InvalidSize: it is not in one mapping of the process. InvalidMemState: private memory.
+        AccessDenied: more rights than the process has. LimitReached: there are `limit` handles already.
+        """
+        if len(self._by_name) >= limit:
+            why = f"the kernel has {limit} handles, its limit; revoke some, or limit their uses and time"
+            raise LimitReached("handles", limit, why=why)
+        mapping = process.memory.mapping_at(request.address)
+        if mapping is None:
+            raise InvalidAddress(request.address, why="nothing is mapped there")
+        if not isinstance(mapping.frames, SharedFrames):
+            raise InvalidMemState(request.address, mapping.type, why="private memory cannot be shared")
+        offset = request.address - mapping.address
+        if not 0 < request.length <= mapping.length - offset:
+            raise InvalidSize(request.length, why=f"from there on the mapping has {mapping.length - offset} bytes")
+        rights = rights_of(request.rights)
+        if not allows(mapping.rights, rights):
+            raise AccessDenied(rights, mapping.rights, request.address, why="a handle gives no more than its maker has")
+        if not prot_of(rights):
+            raise AccessDenied(rights, mapping.rights, why="a handle that lets nobody read or write is of no use")
+        if request.uses is not None and request.uses < 1:
+            raise InvalidSize(request.uses, why="a handle can be used once, at least")
+        if request.seconds is not None and not 0 < request.seconds < FOR_EVER:
+            raise InvalidSize(0, why=f"a handle is good for some time: above 0 and below {FOR_EVER:g} seconds")
+        until = None if request.seconds is None else time.monotonic() + request.seconds
+        name = secrets.token_hex(TOKEN)
+        self._by_name[name] = Shared(
+            name,
+            mapping.frames,
+            mapping.phys_offset + offset,
+            request.length,
+            mapping.type,
+            rights,
+            None if request.keep else process,
+            request.uses,
+            until,
+        )
+        return name
+
+    def find(self, name: str) -> Shared:
+        """The one that a token names. InvalidHandle: there is none, or no more, and why."""
+        shared = self._by_name.get(name)
+        if shared is not None and shared.until is not None and shared.until <= time.monotonic():
+            self._end(shared, "it has expired")
+            shared = None
+        if shared is None:
+            why = self._gone.get(name, "the kernel knows no such handle: it is forged, of another kernel, or long gone")
+            raise InvalidHandle(name[:8] + "…", why=why)
+        return shared
+
+    def attach(self, process: UserProcess, request: messages.Attach) -> tuple[Mapping, int, int, Callable[[], None]]:
+        """Enters a mapping of its frames for a process: the pages of [offset, offset + length).
+
+        The mapping, where in it the first byte is, how many there are, and what counts this as a use.
+
+        InvalidHandle: as `find`. InvalidSize: no bytes, or beyond what is shared. AccessDenied: more rights than
+        the handle gives. VirtualMemoryExhaustion: no space in UserLand.
+        """
+        shared = self.find(request.token)
+        length = shared.length - request.offset if request.length is None else request.length
+        if request.offset < 0 or length <= 0 or request.offset + length > shared.length:
+            why = f"offset {request.offset} + length {length} is no part of the {shared.length} bytes that are shared"
+            raise InvalidSize(length, why=why)
+        rights = shared.rights if request.rights is None else rights_of(request.rights)
+        if not allows(shared.rights, rights) or not prot_of(rights):
+            raise AccessDenied(rights, shared.rights, why="attaching gives no more rights than the handle has")
+        at = shared.start + request.offset
+        unit = HUGE_SIZE if shared.frames.huge else PAGE_SIZE
+        start, end = align_down(at, unit), min(align_up(at + length, unit), shared.frames.length)
+        memory = process.memory
+        address = memory.find_available_space(end - start, unit if unit > PAGE_SIZE else 1)
+        mapping = memory.map_partial_shared_mapping(shared.frames, address, start, end - start, shared.kind, rights)
+        return mapping, at - start, length, lambda: self._spend(shared)
+
+    def _spend(self, shared: Shared) -> None:
+        if shared.uses is not None:
+            shared.uses -= 1
+            if not shared.uses:
+                self._end(shared, "it is spent: it was attached as often as it may be")
+
+    def revoke(self, process: UserProcess, name: str) -> None:
+        """Ends one. What is attached stays. InvalidHandle: as `find`. AccessDenied: another process made it."""
+        shared = self.find(name)
+        if shared.maker is not None and shared.maker is not process:
+            raise AccessDenied(why=f"process {shared.maker.number} made this handle, and may revoke it")
+        self._end(shared, "it was revoked")
+
+    def reap(self, process: UserProcess) -> None:
+        """The process has ended: its handles go, but for those that it made to outlive it."""
+        for shared in [each for each in self._by_name.values() if each.maker is process]:
+            self._end(shared, f"its maker, process {process.number}, has ended")
+
+    def expire(self) -> None:
+        """Those whose time is over go."""
+        now = time.monotonic()
+        for shared in [each for each in self._by_name.values() if each.until is not None and each.until <= now]:
+            self._end(shared, "it has expired")
+
+    def clear(self) -> None:
+        """All of them go: the kernel ends."""
+        for shared in list(self._by_name.values()):
+            self._end(shared, "the kernel has ended")
+
+    def _end(self, shared: Shared, why: str) -> None:
+        del self._by_name[shared.name]
+        while len(self._gone) >= 1000:  # told of for a while, not for ever
+            del self._gone[next(iter(self._gone))]
+        self._gone[shared.name] = f"the handle is of no use any more: {why}"
+        shared.frames.let_go(shared)
