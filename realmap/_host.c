@@ -69,8 +69,10 @@ typedef struct {
     _Atomic uintptr_t end;   /* 0: no window */
     _Atomic uintptr_t zeros; /* from here to the end are zero pages; `end` where there are none */
     _Atomic unsigned long epoch;
-    int prot;
-    int inherited;
+    _Atomic long thread; /* that ran into it last */
+    _Atomic int sparse;  /* not all of them are there: page by page, where Linux gave no more at once */
+    _Atomic int prot;
+    _Atomic int inherited;
     uint32_t index;
     uint32_t next; /* of those without a window: one more than its index, or 0 */
 } Guarded;
@@ -84,6 +86,7 @@ typedef struct {
     Py_ssize_t exports;
     Guarded *guarded; /* while it is mapped */
     uintptr_t zeros;  /* where its zero pages began, once it is not; 0: there were none */
+    long thread;      /* and who ran into them */
     unsigned long epoch;
     int prot;
     char inherited;
@@ -219,7 +222,22 @@ static Guarded *guarded_at(uint32_t index)
     return &atomic_load_explicit(&chunks[index / CHUNK], memory_order_acquire)[index % CHUNK];
 }
 
-/* An entry for a window that is about to be mapped; NULL: no memory for it. */
+/* From here on the guard knows the window: it is mapped. */
+static void arm(const Window *self)
+{
+    atomic_store_explicit(&self->guarded->end, self->base + self->span, memory_order_release);
+}
+
+/* From here on it does not: what is mapped there next is another's. */
+static void disarm(const Window *self)
+{
+    if (self->guarded) {
+        atomic_store_explicit(&self->guarded->end, 0, memory_order_relaxed);
+        atomic_thread_fence(memory_order_seq_cst); /* whoever reads what is stored later reads this, too */
+    }
+}
+
+/* An entry for a window that is about to be mapped, and to be armed then; NULL: no memory for it. */
 static Guarded *guard(uintptr_t base, size_t span, int prot, int inherited)
 {
     Guarded *entry;
@@ -240,12 +258,13 @@ static Guarded *guard(uintptr_t base, size_t span, int prot, int inherited)
         entry->index = index;
         atomic_store_explicit(&guarded_count, index + 1, memory_order_release);
     }
-    entry->prot = prot;
-    entry->inherited = inherited;
+    atomic_store_explicit(&entry->prot, prot, memory_order_relaxed);
+    atomic_store_explicit(&entry->inherited, inherited, memory_order_relaxed);
+    atomic_store_explicit(&entry->sparse, 0, memory_order_relaxed);
+    atomic_store_explicit(&entry->thread, 0, memory_order_relaxed);
     atomic_store_explicit(&entry->epoch, fork_epoch, memory_order_relaxed);
     atomic_store_explicit(&entry->base, base, memory_order_relaxed);
     atomic_store_explicit(&entry->zeros, base + span, memory_order_relaxed);
-    atomic_store_explicit(&entry->end, base + span, memory_order_release);
     return entry;
 }
 
@@ -264,8 +283,9 @@ static void unguard(Window *self)
     if (!entry)
         return;
     self->zeros = zeros_of(self);
+    self->thread = atomic_load_explicit(&entry->thread, memory_order_relaxed);
+    disarm(self);
     self->guarded = NULL;
-    atomic_store_explicit(&entry->end, 0, memory_order_release);
     entry->next = free_guarded;
     free_guarded = entry->index + 1;
 }
@@ -285,21 +305,31 @@ static int heal(uintptr_t address)
         Guarded *entry = guarded_at(i);
         uintptr_t end = atomic_load_explicit(&entry->end, memory_order_acquire);
         uintptr_t base = atomic_load_explicit(&entry->base, memory_order_acquire);
-        if (page < base || page >= end || end != atomic_load_explicit(&entry->end, memory_order_acquire))
+        if (page < base || page >= end)
             continue;
-        if (!entry->inherited && atomic_load_explicit(&entry->epoch, memory_order_relaxed) != fork_epoch)
-            continue; /* a parent's: what is mapped here is another one */
         uintptr_t zeros = atomic_load_explicit(&entry->zeros, memory_order_acquire);
-        if (page >= zeros)
+        int prot = atomic_load_explicit(&entry->prot, memory_order_acquire);
+        int inherited = atomic_load_explicit(&entry->inherited, memory_order_acquire);
+        unsigned long epoch = atomic_load_explicit(&entry->epoch, memory_order_acquire);
+        if (end != atomic_load_explicit(&entry->end, memory_order_acquire))
+            continue; /* it changed while it was looked at: so it is not the one that is being touched */
+        if (!inherited && epoch != fork_epoch)
+            continue; /* a parent's: what is mapped here is another one */
+        int sparse = atomic_load_explicit(&entry->sparse, memory_order_acquire);
+        if (page >= zeros && !sparse)
             return 1; /* another thread was quicker */
-        int all = put_zeros(page, zeros - page, entry->prot);
-        /* Under strict accounting there may be room for one page where there is none for all. */
-        if (!all && !put_zeros(page, page_size, entry->prot))
-            return 0;
-        uintptr_t now = page;
-        while (now < zeros && !atomic_compare_exchange_weak(&entry->zeros, &zeros, now))
-            ;
+        /* Told of before it can be read: who sees the zeros sees the count. */
+        atomic_store_explicit(&entry->thread, syscall(SYS_gettid), memory_order_relaxed);
         atomic_fetch_add(&faults, 1);
+        int all = page < zeros && put_zeros(page, zeros - page, prot);
+        if (!all) {
+            /* Under strict accounting there may be room for one page where there is none for all. */
+            if (!put_zeros(page, page_size, prot))
+                return 0;
+            atomic_store(&entry->sparse, 1);
+        }
+        while (page < zeros && !atomic_compare_exchange_weak(&entry->zeros, &zeros, page))
+            ;
         return 1;
     }
     return 0;
@@ -473,6 +503,7 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
     self->lead = lead;
     self->length = (Py_ssize_t)length;
     self->state = ALIVE;
+    arm(self);
     return (PyObject *)self;
 }
 
@@ -518,6 +549,8 @@ static int guard_window(Window *self)
 {
     stand_guard();
     self->guarded = guard(self->base, self->span, self->prot, self->inherited);
+    if (self->guarded)
+        arm(self);
     return self->guarded != NULL;
 }
 
@@ -566,15 +599,19 @@ static PyObject *window_extend(PyObject *op, PyObject *pieces)
     uintptr_t end = map_pieces(self, self->base + self->span, pieces);
     if (!end)
         return NULL;
-    if (zeros_of(self)) { /* what comes behind zero pages would count as such */
+    int lost = !is_alive(self) || self->exports; /* the GIL may have gone away meanwhile */
+    if (lost || zeros_of(self)) { /* what comes behind zero pages would count as such */
         unmap_range(self->base + self->span, end - self->base - self->span);
-        raise_fault(op, zeros_of(self));
+        if (lost)
+            PyErr_SetString(PyExc_BufferError, "only a live window without exports can be extended");
+        else
+            raise_fault(op, zeros_of(self));
         return NULL;
     }
     self->length += (Py_ssize_t)(end - self->base - self->span);
     self->span = end - self->base;
     atomic_store_explicit(&self->guarded->zeros, end, memory_order_release);
-    atomic_store_explicit(&self->guarded->end, end, memory_order_release);
+    arm(self);
     Py_RETURN_NONE;
 }
 
@@ -597,9 +634,11 @@ static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
     if (self->exports)
         return still_viewed("unmap", self->exports);
     self->state = DEAD; /* first: while the GIL is away nobody may take an export */
+    disarm(self);
     int error = unmap_range(self->base, self->span);
     if (error) {
         self->state = ALIVE;
+        arm(self);
         return os_error(error);
     }
     unguard(self);
@@ -610,6 +649,7 @@ static void window_dealloc(PyObject *op)
 {
     Window *self = (Window *)op;
     PyTypeObject *type = Py_TYPE(op);
+    disarm(self);
     if (is_alive(self))
         munmap((void *)self->base, self->span);
     unguard(self);
@@ -678,6 +718,13 @@ static PyObject *window_fault(PyObject *op, void *Py_UNUSED(closure))
     return PyLong_FromUnsignedLongLong(at);
 }
 
+static PyObject *window_thread(PyObject *op, void *Py_UNUSED(closure))
+{
+    Window *self = (Window *)op;
+    long thread = self->guarded ? atomic_load_explicit(&self->guarded->thread, memory_order_relaxed) : self->thread;
+    return PyLong_FromLong(thread);
+}
+
 static PyObject *window_zeros(PyObject *op, void *Py_UNUSED(closure))
 {
     return PyLong_FromUnsignedLongLong(zeros_of((Window *)op));
@@ -711,6 +758,7 @@ static PyMethodDef window_methods[] = {
 static PyGetSetDef window_getset[] = {
     {"fault", window_fault, NULL, "Where its bytes are gone from, since somebody truncated their segment; else None.", NULL},
     {"_zeros", window_zeros, NULL, NULL, NULL},
+    {"_fault_thread", window_thread, NULL, NULL, NULL},
     {"address", window_address, NULL, "Where the exported bytes start, in this address space.", NULL},
     {"_base", window_base, NULL, NULL, NULL},
     {"_span", window_span, NULL, NULL, NULL},
@@ -1701,9 +1749,11 @@ static int end_mirror(Mirror *self)
         }
         window->state = DEAD; /* first: while the GIL is away nobody may take an export */
         if (!keep(self)) {
+            disarm(window);
             int error = unmap_range(window->base, window->span);
             if (error) {
                 window->state = ALIVE;
+                arm(window);
                 os_error(error);
                 return -1;
             }
@@ -1877,6 +1927,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
         Py_RETURN_NONE;
     }
     self->window.state = ALIVE;
+    arm(&self->window);
     return (PyObject *)self;
 }
 
@@ -1962,8 +2013,10 @@ static void mirror_dealloc(PyObject *op)
 {
     Mirror *self = (Mirror *)op;
     PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->holders, self->caller};
-    if (self->holders) /* a base type's own objects are not finalized */
+    if (self->holders) { /* a base type's own objects are not finalized */
+        self->caller = NULL; /* nobody is told: it cannot be shown to anybody any more */
         mirror_finalize(op);
+    }
     if (self->weakrefs)
         PyObject_ClearWeakRefs(op);
     refs[3] = self->holders;

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import tempfile
 import threading
 import time
+import weakref
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
@@ -17,6 +19,7 @@ from realmap.memory import SharedFrames
 
 gate: SimpleQueue[Any] = SimpleQueue()
 kept: dict[str, Any] = {}
+by_process: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 @syscall
@@ -316,6 +319,40 @@ def slow_truncate_and_sum(call: Call, data: UserBuffer, size: int, how: str) -> 
 def sum_kept(call: Call) -> int:
     """Touches a mirror that an earlier call kept, by a view that it took then."""
     return sum(kept["view"][::4096])
+
+
+@syscall(blocking=True)
+def slow_sum_kept(call: Call) -> int:
+    """The same on a worker thread, which then waits to be let go on."""
+    kept["sum"] = None
+    total = sum(kept["view"][::4096])
+    kept["sum"] = gate
+    gate.get()
+    return total
+
+
+@syscall
+def sum_and_let_go(call: Call, name: str, how: str) -> int:
+    """Touches a mirror that an earlier call kept, and lets it go; nobody is left to ask for its fault."""
+    mirror = kept.pop(name)
+    total = sum(memoryview(mirror)[::4096])
+    if how == "dropped":
+        with suppress(realmap.MemoryFault):
+            mirror.drop()
+    del mirror
+    return total
+
+
+@syscall
+def keep_by_process(call: Call, data: UserBuffer) -> None:
+    """Keeps a mirror for as long as its process is there."""
+    by_process[call.process] = data.mirror()
+
+
+@syscall
+def collect(call: Call) -> None:
+    """Collects garbage."""
+    gc.collect()
 
 
 @syscall

@@ -290,6 +290,87 @@ def test_calls_beside_it_do_not_suffer(kernel: KernelHandle, me: Process, buffer
         assert me.call("state", "beside") not in (None, "waiting")
 
 
+def test_a_mirror_that_was_kept_is_not_a_bystanders(kernel: KernelHandle, me: Process, buffer: realmap.Buffer) -> None:
+    """Another's call that ends meanwhile is not told of it; the one that touched it is."""
+    me.call("keep_view", buffer)
+    told: list[object] = []
+
+    def call() -> None:
+        try:
+            told.append(me.call("slow_sum_kept"))
+        except MemoryFault as error:
+            told.append(error)
+
+    with me.map(PAGE) as mine:
+        beside = threading.Thread(target=lambda: told.append(me.call("hold", "bystander", mine)))
+        beside.start()
+        wait_until(lambda: me.call("state", "bystander") == "waiting", "the bystander")
+        me.call("resize", buffer, PAGE)
+        toucher = threading.Thread(target=call)
+        toucher.start()
+        wait_until(lambda: me.call("state", "sum") == "waiting", "the toucher")
+        me.call("go")  # both wait for one each: they end in any order
+        me.call("go")
+        beside.join(BOUND)
+        toucher.join(BOUND)
+    assert sorted(type(each).__name__ for each in told) == ["MemoryFault", "str"]
+    me.call("end_kept")
+
+
+@pytest.mark.parametrize("how", ["collected", "dropped"])
+def test_a_mirror_that_was_kept_and_goes_in_the_call(me: Process, buffer: realmap.Buffer, how: str) -> None:
+    me.call("keep", "going", buffer)
+    me.call("resize", buffer, PAGE)
+    with pytest.raises(MemoryFault) as caught:
+        me.call("sum_and_let_go", "going", how)
+    assert caught.value.address == buffer.address + PAGE
+    assert me.call("echo", 1) == [1]
+
+
+def test_what_a_handler_keeps_under_its_process_goes_with_it(kernel: KernelHandle, me: Process) -> None:
+    pid = os.fork()
+    if not pid:
+        with suppress(BaseException), realmap.connect(kernel.path) as process:
+            process.call("keep_by_process", process.map(1 << 20))
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+    os.waitpid(pid, 0)
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+    me.call("collect")
+    wait_until(lambda: kernel.stats()["mirrors"] == 0)
+    assert kernel.stats()["segments"] == 0
+
+
+def test_zero_pages_one_by_one(tmp_path: Path) -> None:
+    """Where Linux has no room for all of them at once (simulated: strict accounting is a setting of the machine)."""
+    (tmp_path / "refuse.c").write_text(
+        """
+        #define _GNU_SOURCE
+        #include <errno.h>
+        #include <stddef.h>
+        #include <sys/mman.h>
+        #include <sys/syscall.h>
+        #include <unistd.h>
+        void *mmap(void *at, size_t length, int prot, int flags, int fd, off_t offset)
+        {
+            if ((flags & MAP_FIXED) && (flags & MAP_ANONYMOUS) && length > 4096) {
+                errno = ENOMEM;
+                return MAP_FAILED;
+            }
+            return (void *)syscall(SYS_mmap, at, length, prot, flags, fd, offset);
+        }
+        """
+    )
+    library = str(tmp_path / "refuse.so")
+    subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "refuse.c"), "-o", library], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SETUP) + "ours(); ours()"],
+        capture_output=True, text=True, timeout=BOUND, env={**os.environ, "LD_PRELOAD": library},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "fault\nfault\n"
+
+
 # ---- a user's own mapping -----------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 import threading
 import time
@@ -78,10 +79,29 @@ def test_segments(limited: Callable[..., Kernel]) -> None:
         me.map(3 * PAGE, fragment=PAGE)
 
 
-def test_half_of_the_descriptors_are_the_most_that_one_gets() -> None:
-    import resource
+def test_half_of_the_kernels_descriptors_are_the_most_that_one_gets() -> None:
+    """Of the kernel's own limit, not of the one of the process that made the `Limits`."""
+    with Kernel(limits=Limits(calls=5)) as kernel, realmap.connect(kernel.path):
+        half = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        assert next(iter(kernel.processes)).memory.allocator.segment_limit == half
+    assert Limits().segments is None
 
-    assert Limits().segments == resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+def test_mappings_that_are_on_their_way_count(limited: Callable[..., Kernel]) -> None:
+    kernel = limited(mappings=3)
+    with realmap.connect(kernel.path) as me:
+        done: list[object] = []
+
+        def work() -> None:
+            try:
+                done.append(me.map(5 << 20, commit=False))
+            except VirtualMemoryExhaustion as error:
+                done.append(error)
+
+        for thread in in_threads(12, work):
+            thread.join(BOUND)
+        assert sum(isinstance(each, realmap.Buffer) for each in done) == 3
+        assert len(done) == 12
 
 
 def test_calls(limited: Callable[..., Kernel]) -> None:

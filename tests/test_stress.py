@@ -87,9 +87,6 @@ def _broken(kind: str) -> list[Any]:
             with data.mirror() as mirror:
                 mirror[:] = bytes(mirror)[::-1]
                 mirror[-1] = mirror[-1] ^ 1
-        elif kind == "leak":
-            handlers._kept[len(handlers._kept), -1] = data.mirror()
-            handlers.stress_end.__globals__.setdefault("_leaked", []).append(data.mirror())
         elif kind == "kernel dies":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "user dies":

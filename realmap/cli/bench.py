@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from itertools import groupby
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from realmap.cli.output import require_writable
 from realmap.lab import bench as lab
 from realmap.lab.bench.access import PAGES, WORKS, bytes_in_words
 from realmap.lab.bench.measure import Absent
@@ -38,7 +38,7 @@ def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path:
     """
     for path in (json_path, plot_path):
         if path is not None:
-            _require_writable(path)
+            require_writable(path)
     if plot_path is not None:
         _require_plot(plot_path, names)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -61,18 +61,6 @@ def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path:
 
         plot(report, plot_path)
     render(console, report)
-
-
-def _require_writable(path: str) -> None:
-    """Before the run, not after it. A file that was not there is not left behind."""
-    there = os.path.lexists(path)
-    try:
-        with open(path, "ab"):
-            pass
-    except OSError as error:
-        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
-    if not there:
-        os.unlink(path)
 
 
 def _require_plot(path: str, names: tuple[str, ...]) -> None:

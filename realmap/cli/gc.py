@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 import msgspec
 
+from realmap.errors import KernelError
 from realmap.host import runtime
 
 
@@ -15,16 +18,23 @@ def gc(paths: tuple[str, ...], as_json: bool) -> None:
     """Remove what kernels left that were killed: sockets, named segments, empty names in /dev/shm.
 
     Never what a living kernel or process owns. Each kernel does the same when it starts. A PATH is a socket
-    outside of the private directory to look at, too; where a kernel serves it, it stays.
+    outside of the private directory to look at, too; where somebody serves it, it stays (exit status 1).
 
     Example: realmap gc /tmp/my.sock
     """
     gone = runtime.sweep()
+    stayed: list[str] = []
     for path in paths:
-        gone += runtime.sweep_socket(path)
+        try:
+            gone += runtime.sweep_socket(path)
+        except KernelError as error:
+            stayed.append(str(error))
     if as_json:
         click.echo(msgspec.json.encode(gone).decode())
     elif gone:
         click.echo("\n".join(f"removed {name}" for name in gone))
-    else:
+    elif not stayed:
         click.echo("nothing was left over")
+    for why in stayed:
+        click.echo(f"realmap: {why}", err=True)
+    sys.exit(1 if stayed else 0)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from realmap.cli.output import require_writable
 from realmap.lab import stress as lab
 from realmap.lab.workload import MIXES
 
@@ -58,6 +59,11 @@ def stress(mix: str, json_path: str | None, junit_path: str | None, **given: obj
         values["seconds"] = given["seconds"]
     values.setdefault("seed", lab.new_seed())
     options = msgspec.convert({"mix": mix, **values}, lab.Options)
+    if options.ops is not None and options.ops < options.users:
+        raise click.UsageError(f"--ops {options.ops} is less than a step for each of the {options.users} users")
+    for path in (json_path, junit_path):
+        if path is not None:  # not found out after the run
+            require_writable(path)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     status = Console(stderr=True, highlight=False)
     console.print(escape(options.command()))

@@ -9,6 +9,8 @@ import click
 from realmap.host import runtime
 from realmap.observe.control import Control
 
+#: How long a command waits for an answer of the kernel, in seconds.
+PATIENCE = 10.0
 VARIABLE = "REALMAP_KERNEL"
 
 #: The option of every command that asks a running kernel.
@@ -33,5 +35,5 @@ def find(path: str | None) -> str:
 
 
 def control(path: str | None) -> Control:
-    """A connection to it. KernelError: it is not there, or lets nobody in."""
-    return Control(find(path))
+    """A connection to it. KernelError: it is not there, lets nobody in, or does not answer."""
+    return Control(find(path), timeout=PATIENCE)

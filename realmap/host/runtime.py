@@ -13,6 +13,7 @@ import fcntl
 import itertools
 import os
 import resource
+import socket
 import stat
 import tempfile
 from pathlib import Path
@@ -118,7 +119,22 @@ class SocketLock:
             raise InvalidHandle(self.path, why=f"{self.path!r} exists and is no socket; remove it or use another path")
         if mode.st_uid != os.geteuid():
             raise AccessDenied(why=f"the socket {self.path!r} belongs to uid {mode.st_uid}, not to this one")
+        self._require_dead()
         os.unlink(self.path)
+
+    def _require_dead(self) -> None:
+        """InvalidHandle: somebody listens on the socket, who has never heard of our locks."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(self.path)
+            except (ConnectionRefusedError, FileNotFoundError):
+                return
+            except OSError:  # of another type, or too busy: alive
+                pass
+        raise InvalidHandle(
+            self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}; use another path"
+        )
 
     def lose(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""

@@ -102,6 +102,7 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "stats": stats(kernel),
         "processes": processes,
         "pinned": list(pinned.values()),
+        "outbox": [inode for connection in kernel.connections for inode in connection.waiting_inodes()],
         "handles": [
             {
                 "name": shared.name[:8],

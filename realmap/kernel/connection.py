@@ -102,6 +102,11 @@ class Connection:
             raise
         return True
 
+    def waiting_inodes(self) -> list[tuple[int, int]]:
+        """(device, inode) behind each descriptor that waits for the peer to read."""
+        found = [os.fstat(descriptor) for _, descriptors in self._outbox for descriptor in descriptors]
+        return [(status.st_dev, status.st_ino) for status in found]
+
     def flush(self) -> None:
         """Goes on sending what waits. OSError: the peer is gone."""
         while self._outbox and self._try(*self._outbox[0]):

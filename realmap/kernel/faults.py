@@ -8,24 +8,35 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from threading import get_native_id
 
 from realmap.errors import MemoryFault
-from realmap.kernel.user_buffer import UserBuffer
+from realmap.kernel.user_buffer import UserBuffer, late_faults
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.userspace_ptr import fault_in
 
 
-def of_call(buffers: Sequence[UserBuffer], memory: KernelMemory, error: BaseException | None) -> MemoryFault | None:
-    """The fault of a call on `buffers` whose handler ended with `error` (None: it returned). None: it had none."""
+def of_call(
+    buffers: Sequence[UserBuffer], memory: KernelMemory, error: BaseException | None, before: int
+) -> MemoryFault | None:
+    """The fault of a call on `buffers` whose handler ended with `error` (None: it returned). None: it had none.
+
+    For the thread that ran the handler. `before`: the count of faults when it began.
+    """
+    thread = get_native_id()
+    noted, late = late_faults.pop(thread, (0, None))
+    if late is not None and noted > before:
+        return late
     for buffer in buffers:
         if buffer.fault is not None:  # noted when its mirror was dropped
             return buffer.fault
     for mirror in memory.mirrors():
         if isinstance(mirror, CrossProcessMapping) and mirror.fault is not None:
             caller = mirror._caller
+            kept = isinstance(caller, UserBuffer) and caller.has_ended and mirror._fault_thread == thread
             # One that was kept from an earlier call, and touched in this one, is told of once.
-            if caller in buffers or (isinstance(caller, UserBuffer) and caller.has_ended):
+            if caller in buffers or kept:
                 mirror._caller = None
                 return mirror._memory_fault(mirror.fault)
     for buffer in buffers:

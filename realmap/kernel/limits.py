@@ -38,8 +38,7 @@ class Limits:
     ) -> None:
         self.processes = _some(processes, "processes")
         self.mappings = _some(mappings, "mappings")
-        half = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-        self.segments = half if segments is None else _some(segments, "segments")
+        self.segments = None if segments is None else _some(segments, "segments")
         self.calls = _some(calls, "calls")
         self.handles = _some(handles, "handles")
         self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
@@ -49,6 +48,11 @@ class Limits:
 
     def __repr__(self) -> str:
         return f"Limits({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+
+
+def half_of_the_descriptors() -> int:
+    """Half of how many descriptors this process may open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def _some(number: SupportsIndex, what: str) -> int:

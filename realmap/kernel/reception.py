@@ -13,6 +13,7 @@ from realmap.host import files, liveness
 from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.connection import Connection
+from realmap.kernel.limits import half_of_the_descriptors
 from realmap.memory.frames import FrameAllocator
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
@@ -63,7 +64,8 @@ class Reception:
             connection.control = True
             files.close(peer.pidfd)
         else:
-            frames = FrameAllocator(self._limit, parent=kernel.frames, segments=limits.segments)
+            segments = half_of_the_descriptors() if limits.segments is None else limits.segments
+            frames = FrameAllocator(self._limit, parent=kernel.frames, segments=segments)
             process = kernel.processes.add(peer, connection, frames, kernel.workers, limits.running)
             connection.process = process
             # Asked again: the event may be of an earlier process whose pidfd had this number.

@@ -487,6 +487,11 @@ class Kernel:
         return buffer
 
     @property
+    def connections(self) -> list[Connection]:
+        """Everybody who is connected."""
+        return list(self._connections.values())
+
+    @property
     def is_alone(self) -> bool:
         """Whether this process is the kernel's: it serves on the main thread."""
         return self._thread is None

@@ -12,6 +12,7 @@ from realmap.errors import (
     InvalidMemState,
     InvalidSize,
     KernelError,
+    LimitReached,
     PhysicalMemoryExhaustion,
     ProcessKilled,
     VirtualMemoryExhaustion,
@@ -166,8 +167,11 @@ def attach(kernel: Kernel, process: UserProcess, request: messages.Attach) -> An
 
 
 def _require_room(kernel: Kernel, process: UserProcess, length: int) -> None:
-    limit = kernel.limits.mappings
-    if len(process.memory) >= limit:
+    limit, coming = kernel.limits.mappings, process.frames_share.pending
+    if coming >= kernel.limits.calls:
+        why = f"process {process.pid} waits for {coming} mappings already, the kernel's limit"
+        raise LimitReached("calls", kernel.limits.calls, why=why)
+    if len(process.memory) + coming >= limit:
         raise VirtualMemoryExhaustion(length, why=f"the process has {limit} mappings, the kernel's limit; unmap some")
 
 

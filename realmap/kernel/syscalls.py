@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import msgspec
 
 from realmap._host import faults as host_faults
-from realmap.errors import KernelError
+from realmap.errors import KernelError, MemoryFault
 from realmap.kernel import faults
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire.messages import Done, Failed, error_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__realmap_syscall__"
+log = logging.getLogger("realmap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +118,27 @@ def run(syscall: Syscall, call: Call, id: int, args: list[Any], buffers: Sequenc
     try:
         answer = _encoder.encode(Done(id, syscall.function(call, *args)))
         if host_faults() != before:
-            fault = faults.of_call(buffers, call.kernel.memory, None)
+            fault = _fault(call, buffers, None, before)
             if fault is not None:
                 return failed(id, fault)
         return answer
     except BaseException as error:  # SystemExit too: a handler ends its call and nothing else
         if host_faults() != before or (isinstance(error, OSError) and error.errno == errno.EFAULT):
-            fault = faults.of_call(buffers, call.kernel.memory, error)
+            fault = _fault(call, buffers, error, before)
             if fault is not None:
                 return failed(id, fault)
         if isinstance(error, KernelError):
             return failed(id, error)
         text = "".join(traceback.format_exception(type(error), error, _without_us(error)))
         return failed(id, error, syscall.name, text)
+
+
+def _fault(call: Call, buffers: Sequence[UserBuffer], error: BaseException | None, before: int) -> MemoryFault | None:
+    try:
+        return faults.of_call(buffers, call.kernel.memory, error, before)
+    except Exception:  # a bug of ours: the call is answered all the same
+        log.exception("the kernel failed to find out which bytes were gone")
+        return None
 
 
 def _without_us(error: BaseException) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, SupportsIndex
 
-from realmap._host import copy_in
+from realmap._host import copy_in, faults
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
 from realmap.memory.cross_process import CrossProcessMapping, Part
 from realmap.memory.frames import SharedFrames
@@ -16,6 +16,10 @@ from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of,
 
 if TYPE_CHECKING:
     from realmap.kernel.process_table import UserProcess
+
+
+#: Faults of mirrors that were kept beyond their call: by thread, with the count of faults when it was noted.
+late_faults: dict[int, tuple[int, MemoryFault]] = {}
 
 
 class UserBuffer:
@@ -59,8 +63,9 @@ class UserBuffer:
             mapping.pin()
 
     def end(self, *, pinned: bool) -> None:
-        """Its call has ended: it is of no use any more."""
+        """Its call has ended: it is of no use any more, and holds nothing (a mirror of it that is kept holds it)."""
         parts, self._parts = self._parts, None
+        del self.process, self._kernel
         if pinned:
             for mapping, _, _ in parts or ():
                 mapping.unpin()
@@ -76,7 +81,9 @@ class UserBuffer:
 
     def note_fault(self, mirror: CrossProcessMapping, address: int) -> None:
         """A mirror of it is being dropped, and from `address` of KernelLand on its bytes were gone."""
-        if self.fault is None:
+        if self.has_ended:  # it was kept: what is told is the call that is at work on the thread which touched it
+            late_faults[mirror._fault_thread] = (faults(), mirror._memory_fault(address))
+        elif self.fault is None:
             self.fault = mirror._memory_fault(address)
 
     def __len__(self) -> int:
@@ -165,6 +172,7 @@ class UserBuffer:
         self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None
     ) -> CrossProcessMapping | UserspacePtr:
         """The bytes in place: a `UserspacePtr` where they are in this process, else a mirror. Errors as `mirror`."""
+        self._live()
         if self.process.is_here:
             parts = self._range(offset, length, rights)
             if parts and all(isinstance(part[0].frames, SharedFrames) for part in parts):

@@ -137,7 +137,10 @@ class Mapping(MappingCore):
         frames = self.frames
         if not isinstance(frames, SharedFrames) or frames.freed:
             return None
-        at = frames.truncated_at(self.phys_offset + offset, length)
+        try:
+            at = frames.truncated_at(self.phys_offset + offset, length)
+        except (OSError, IndexError):  # another thread gave up the last reference: nobody can look any more
+            return None
         if at is None:
             return None
         return MemoryFault(self.address + at - self.phys_offset, why="the segment under it was truncated")

@@ -238,6 +238,7 @@ def _descriptors(snapshot: Snapshot) -> list[Difference]:
                 status = os.stat(f"{folder}/{number}")
                 found[status.st_dev, status.st_ino] += 1
                 names[status.st_dev, status.st_ino] = name
+    found.subtract(Counter(snapshot.outbox))
     return [
         Difference(
             f"descriptors of inode {key[1]} ({names.get(key, 'a segment')})",

@@ -14,9 +14,14 @@ from realmap.wire import messages
 class Control:
     """What can be asked of the kernel at `path`. A context manager; safe for threads."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Connects. KernelDied: no kernel listens there. AccessDenied, InvalidHandle, VersionMismatch: as `connect`."""
-        self._client = Client(os.fspath(path), control=True)
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float | None = None) -> None:
+        """Connects. `timeout`: how long each answer may take, in seconds; by default as long as it takes.
+
+        KernelDied: no kernel listens there. AccessDenied, InvalidHandle, VersionMismatch: as `connect`.
+        SyscallTimeout: the kernel does not answer (a handler keeps its thread, or it is stopped).
+        """
+        self._timeout = timeout
+        self._client = Client(os.fspath(path), control=True, timeout=timeout)
 
     @property
     def pid(self) -> int:
@@ -24,7 +29,8 @@ class Control:
         return self._client.kernel_pid
 
     def _ask(self, what: str) -> object:
-        return self._client.request(messages.Ask(self._client.next_id(), what))[0]
+        ask = messages.Ask(self._client.next_id(), what)
+        return self._client.request(ask, timeout=self._timeout, name=what)[0]
 
     def stats(self) -> dict[str, int]:
         """Totals by name; bytes are bytes. KernelDied: it has ended."""

@@ -129,6 +129,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     processes: list[ProcessInfo]
     #: Serials of the frames of mappings that were unmapped while a call works on them; once for each.
     pinned: list[int]
+    #: (device, inode) of descriptors on their way to a process that does not read.
+    outbox: list[tuple[int, int]]
     handles: list[HandleInfo]
     mirrors: list[MirrorInfo]
     kept: list[KeptInfo]

@@ -67,7 +67,14 @@ class Pending(msgspec.Struct):  # a Struct because it is made in C: one for ever
 class Client:
     """A connection, from its handshake to its end. `number` is this process's name in the kernel's books."""
 
-    def __init__(self, path: str, *, control: bool = False, encoder: msgspec.msgpack.Encoder | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        control: bool = False,
+        encoder: msgspec.msgpack.Encoder | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Connects and introduces itself.
 
         KernelDied: no kernel listens at `path`. VersionMismatch: it is of another version.
@@ -98,7 +105,7 @@ class Client:
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
         try:
-            self.number, self.kernel_pid = self._introduce(control)
+            self.number, self.kernel_pid = self._introduce(control, timeout)
         except BaseException as error:
             files.shut(self._sock)
             if isinstance(error, OSError):
@@ -106,10 +113,10 @@ class Client:
             raise
         forks.lose_in_child(self)
 
-    def _introduce(self, control: bool) -> tuple[int, int]:
+    def _introduce(self, control: bool, timeout: float | None) -> tuple[int, int]:
         hello = messages.Hello(PROTOCOL, VERSION, self.pid, procfs.start_time(self.pid), control)
         self._send(self._encoder.encode(hello), None, Pending(None, None))
-        welcome, ring = handshake.welcome(self._sock, self.path)
+        welcome, ring = handshake.welcome(self._sock, self.path, timeout)
         if ring is not None:
             self._ring = ring
             self._rings = [ring]

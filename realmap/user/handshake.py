@@ -7,10 +7,11 @@ import os
 import select
 import socket
 import struct
+import time
 
 import msgspec
 
-from realmap.errors import AccessDenied, InvalidHandle, KernelDied, VersionMismatch
+from realmap.errors import AccessDenied, InvalidHandle, KernelDied, SyscallTimeout, VersionMismatch
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY, frames_error, shortage
 from realmap.wire import channel, messages
@@ -54,16 +55,20 @@ def open_socket(path: str) -> socket.socket:
     return sock
 
 
-def welcome(sock: socket.socket, path: str) -> tuple[messages.Welcome, RingEnd | None]:
+def welcome(sock: socket.socket, path: str, timeout: float | None = None) -> tuple[messages.Welcome, RingEnd | None]:
     """The kernel's answer to Hello, and this side's end of the ring if there is one.
 
     KernelDied: it ended meanwhile. VersionMismatch: it speaks otherwise. PhysicalMemoryExhaustion: no
-    descriptor was left for the ring. Else its refusal. OSError: Linux has no memory for it.
+    descriptor was left for the ring. Else its refusal. OSError: Linux has no memory for it. SyscallTimeout: no
+    answer within `timeout` seconds.
     """
+    end = None if timeout is None else time.monotonic() + timeout
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while not poll.poll(SLICE):
-        pass
+        if end is not None and time.monotonic() > end:
+            why = f"the kernel at {path!r} does not answer: a handler keeps its thread, or it is stopped"
+            raise SyscallTimeout("connect", timeout, why=why)
     while True:
         try:
             data, ancillary, _, _ = sock.recvmsg(channel.DATAGRAM, channel.ANCILLARY, channel.CLOEXEC)

@@ -80,7 +80,9 @@ class Runner:
             finally:
                 self._end()
             seconds = time.monotonic() - began
-            profile = self._profile(False) if self._options.profile else ""
+            profile = ""
+            with suppress(KernelError):  # it died: that is told below
+                profile = self._profile(False) if self._options.profile else ""
             self._look_back(before)
         return self._report(seconds, profile)
 
@@ -100,7 +102,10 @@ class Runner:
 
     def _start(self, user: User) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        left = None if self._options.ops is None else self._options.ops // self._options.users - user.steps
+        left = None
+        if self._options.ops is not None:
+            each, rest = divmod(self._options.ops, self._options.users)
+            left = each + (user.index < rest) - user.steps
         pid = os.fork()
         if not pid:
             ours.close()
@@ -118,13 +123,16 @@ class Runner:
             for fd in select.select(list(socks), [], [], 0.1)[0]:
                 self._hear(socks[fd])
             now = time.monotonic()
-            if now - sampled > SAMPLE:
-                sampled = now
-                self._sample(now - began)
-                self._say(self._progress(now - began))
-            if now - audited > AUDIT:
-                audited = now
-                self._audit()
+            try:
+                if now - sampled > SAMPLE:
+                    sampled = now
+                    self._sample(now - began)
+                    self._say(self._progress(now - began))
+                if now - audited > AUDIT:
+                    audited = now
+                    self._audit()
+            except (psutil.Error, KernelError, OSError) as error:
+                self._failures.append(f"the kernel died: {error}")
             if self._deadline is not None and now > self._deadline + PATIENCE:
                 self._failures.append(f"users died not: {PATIENCE} s after the end some are still at work")
 
@@ -272,6 +280,10 @@ def run(options: Options, say: Callable[[str], None] = lambda line: None) -> Rep
     """
     if options.users < 1 or (options.ops is None and options.seconds is None):
         raise ValueError("a run has at least one user, and an end: seconds or ops")
+    if options.ops is not None and options.ops < options.users:
+        raise ValueError(
+            f"{options.ops} steps are not enough for {options.users} users: give each of them one, at least"
+        )
     if not (0 <= options.kill <= 1 and 0 <= options.truncate <= 1):
         raise ValueError("kill and truncate are shares of the steps: from 0 to 1")
     return Runner(options, say).run()
