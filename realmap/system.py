@@ -19,6 +19,7 @@ from typing import Any, Self, SupportsIndex
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import files, forks, interpreter, runtime
 from realmap.host.interpreter import Child
+from realmap.host.translate import shortage
 from realmap.kernel.limits import Limits
 from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import registry
@@ -144,6 +145,7 @@ class KernelHandle:
         The function and its arguments travel by cloudpickle: those of a script, a notebook or a shell
         work as well. What it prints comes out here; an exception is printed, and its exit code is 1.
         TypeError: something cannot be sent (it is named). KernelDied: the kernel has ended.
+        PhysicalMemoryExhaustion: Linux has no descriptors, no memory or no processes for it.
         """
         if self._child.exitcode is not None:
             raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
@@ -151,7 +153,10 @@ class KernelHandle:
         interpreter.dumps(function, f"the function {name!r}")
         for position, argument in enumerate(args, 1):
             interpreter.dumps(argument, f"argument {position} of {name!r}")
-        child = Child(_user_main, self.path, function, args)
+        try:
+            child = Child(_user_main, self.path, function, args)
+        except OSError as error:
+            raise shortage(error, f"cannot start a process for {name!r}") from None
         files.shut(child.report)
         with self._lock:
             self._spawned = [other for other in self._spawned if other.exitcode is None] + [child]
@@ -258,7 +263,8 @@ def boot(
 
     InvalidSize, InvalidAddress, InvalidHandle, AccessDenied: an option, as `Kernel` says. TypeError: a
     syscall that cannot be sent (it is named), or is no function. ValueError: two of the same name.
-    KernelDied: its process ended before it served.
+    KernelDied: its process ended before it served. PhysicalMemoryExhaustion: Linux has no descriptors, no
+    memory or no processes for it. KernelError: it does not start for another reason, or not in time.
     """
     functions = list(syscalls)
     for name, found in registry(functions).items():
@@ -273,7 +279,10 @@ def boot(
         "spin": checked_spin(spin),
         "limits": limits,
     }
-    child = Child(_kernel_main, options)
+    try:
+        child = Child(_kernel_main, options)
+    except OSError as error:
+        raise shortage(error, "cannot start a kernel") from None
     try:
         data = child.read_report(START_TIMEOUT)
         if not data:
@@ -281,8 +290,10 @@ def boot(
         said = pickle.loads(data)
         if isinstance(said, BaseException):
             raise said
-    except BaseException:
+    except BaseException as error:
         child.close()
+        if isinstance(error, OSError):
+            raise shortage(error, "cannot start a kernel") from None
         raise
     return KernelHandle(child, said)
 

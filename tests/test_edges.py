@@ -160,7 +160,7 @@ def test_a_kernel_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", fail)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(realmap.PhysicalMemoryExhaustion, match="no thread for the kernel"):
         kernel.start()
     assert not os.path.exists(kernel.path)
     monkeypatch.undo()

@@ -270,17 +270,6 @@ def test_a_bell_that_is_interrupted_rings_all_the_same(monkeypatch: pytest.Monke
         me.map(PAGE).unmap()
 
 
-def test_a_kernel_without_a_thread_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    kernel = realmap.Kernel()
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(realmap.PhysicalMemoryExhaustion, match="no thread for the kernel"):
-        kernel.start()
-    assert not os.path.exists(kernel.path)
-
-
 def test_a_collected_buffer_that_could_not_be_unmapped_at_first_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     with realmap.Kernel(syscalls=[echo], spin=0) as kernel, realmap.connect(kernel.path) as me:
         buffer = me.map(PAGE)
@@ -289,3 +278,30 @@ def test_a_collected_buffer_that_could_not_be_unmapped_at_first_is_told_of(monke
         monkeypatch.undo()
         assert me.call("echo", 1) == 1
         assert kernel.frames.segments == 0
+
+
+@pytest.mark.parametrize("call", ["pidfd_open", "recv"])
+def test_booting_fails_with_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    module = os if call == "pidfd_open" else socket.socket
+    monkeypatch.setattr(module, call, failing(getattr(module, call), errno.ENOMEM))
+    with pytest.raises(realmap.PhysicalMemoryExhaustion, match="cannot start a kernel"):
+        realmap.boot()
+
+
+def test_a_socket_that_cannot_be_unlinked_is_swept_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = runtime.new_socket_path()
+    lock = runtime.SocketLock(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.bind(path)
+    monkeypatch.setattr(os, "unlink", failing(os.unlink, errno.EIO))
+    lock.release()
+    monkeypatch.setattr(runtime, "_maker_lives", lambda text: False)
+    assert path in runtime.sweep()
+    assert not os.path.exists(path)
+    assert not os.path.exists(path + ".lock")
+
+
+def test_a_kernel_that_is_not_told_what_to_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "sendall", failing(socket.socket.sendall, errno.ENOBUFS))
+    with pytest.raises(realmap.KernelDied, match="before it served"):
+        realmap.boot()

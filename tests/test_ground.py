@@ -54,8 +54,9 @@ def test_codes_are_stable() -> None:
         "ProcessKilled",
         "KernelDied",
         "VersionMismatch",
+        "LimitReached",
     ]
-    assert [kind.code for kind in ALL_ERRORS] == list(range(17))
+    assert [kind.code for kind in ALL_ERRORS] == list(range(18))
 
 
 def test_every_error_is_exported_and_in_the_tree() -> None:

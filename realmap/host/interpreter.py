@@ -7,6 +7,7 @@ directory, functions by cloudpickle, and a pidfd of the booter that was opened b
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 import os
 import pickle
@@ -99,8 +100,9 @@ class Child:
         self._owner = os.getpid()
         try:
             self.report.sendall(path + struct.pack("=Q", len(payload)) + payload)
-        except OSError:
-            pass  # it died: whoever waits for its report sees that
+        except OSError:  # it died, or will never hear all of it, and ends: whoever waits for its report sees that
+            with contextlib.suppress(OSError):
+                self.report.shutdown(socket.SHUT_WR)
         except BaseException:
             self.kill()
             self.wait(None)

@@ -145,10 +145,11 @@ class SocketLock:
     def release(self) -> None:
         """Unlinks socket and lock, and gives the path free. Again: nothing."""
         if self._fd >= 0:
-            for path in (self.path, self._lock):
-                with contextlib.suppress(OSError):
-                    if path == self._lock or stat.S_ISSOCK(os.lstat(path).st_mode):
-                        os.unlink(path)
+            with contextlib.suppress(OSError):  # where the socket stays, so does the lock: it is swept by that
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISSOCK(os.lstat(self.path).st_mode):
+                        os.unlink(self.path)
+                os.unlink(self._lock)
             files.close(self._fd)
             self._fd = -1
 

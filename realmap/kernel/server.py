@@ -176,15 +176,24 @@ class Kernel:
         kernel goes on.
         """
         self._open()
+        self.serving = threading.get_ident()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._close)
+            with self._in_our_words():
+                if booter >= 0:
+                    self.watch(booter, lambda _: self.stop(wait=False))
+                undo.enter_context(self._woken_by_signals())
+            if ready is not None:
+                ready()  # its errors are its caller's
+            with self._in_our_words():
+                self._turns()
+
+    @contextlib.contextmanager
+    def _in_our_words(self) -> Iterator[None]:
         try:
-            if booter >= 0:
-                self.watch(booter, lambda _: self.stop(wait=False))
-            with self._woken_by_signals():
-                self._work(ready)
+            yield
         except OSError as error:
             raise shortage(error, f"the kernel at {self.path!r} cannot go on") from None
-        finally:
-            self._close()
 
     def start(self) -> Self:
         """Serves on a thread of its own, and returns once clients can connect. Errors as `serve`."""
@@ -270,18 +279,13 @@ class Kernel:
 
     def _loop(self) -> None:
         try:
-            self._work()
+            self._turns()
         finally:
             self._close()
 
-    def _work(self, ready: Callable[[], None] | None = None) -> None:
-        self.serving = threading.get_ident()
-        if ready is not None:
-            ready()
-        self._turns()
-
     def _turns(self) -> None:
         """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
+        self.serving = threading.get_ident()
         rings, budget = self._rings, SpinBudget(self.spin)
         turn = looked = asleep = 0
         paid = False  # whether spinning has, since the last look
