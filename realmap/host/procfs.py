@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Container
 from typing import NamedTuple
 
 from realmap.pages import PAGE_SIZE
@@ -55,6 +56,26 @@ def maps(pid: int | str = "self", low: int = 0, high: int = 1 << 64) -> list[Map
     except FileNotFoundError:
         raise ProcessLookupError(f"no process {pid}") from None
     return found
+
+
+def maps_any(pid: int, files: Container[tuple[int, int]], low: int, high: int) -> bool:
+    """Whether `pid` maps one of `files` (device, inode) within [low, high). False where it is gone, or not ours."""
+    try:
+        return any((device_number(entry.device), entry.inode) in files for entry in maps(pid, low, high) if entry.inode)
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+def device_number(text: str) -> int:
+    """The device that /proc writes as MAJOR:MINOR, in hex."""
+    major, _, minor = text.partition(":")
+    return os.makedev(int(major, 16), int(minor, 16))
+
+
+def who_maps(files: Container[tuple[int, int]], low: int, high: int, known: Container[int]) -> list[int]:
+    """The pids, but for `known` ones, that map one of `files` (device, inode) within [low, high)."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in pids if pid not in known and maps_any(pid, files, low, high)]
 
 
 def obstacle(address: int, length: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@
     user_buffer   UserBuffer: a handler's buffer argument
     services      map, unmap, query and the like: what the kernel does itself
     handles       what is shared between processes, and until when
+    estates       what a process that had forked left to its children
     books         stats, and the books as plain data
     faults        whether a call touched bytes that were gone
     workers       threads for handlers that take long, and each process's share of them

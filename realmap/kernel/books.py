@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from realmap.kernel.handles import Shared
+from realmap.kernel.handles import FOR_EVER, Shared
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts
@@ -88,6 +88,7 @@ def books(kernel: Kernel) -> dict[str, Any]:
         for mapping, _, _ in buffer.parts()
         if mapping.released and isinstance(mapping.frames, SharedFrames)
     }
+    estates = [serial for mapping in kernel.estates.mappings() if (serial := entry(mapping)["frames"]) is not None]
     mirrors = [
         mirror_entry(mirror, frames) for mirror in kernel.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
     ]
@@ -101,7 +102,7 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "stakes": kernel.memory.stakes,
         "stats": stats(kernel),
         "processes": processes,
-        "pinned": list(pinned.values()),
+        "pinned": [*pinned.values(), *estates],
         "outbox": [inode for connection in kernel.connections for inode in connection.waiting_inodes()],
         "handles": [
             {
@@ -111,6 +112,7 @@ def books(kernel: Kernel) -> dict[str, Any]:
                 "length": shared.length,
                 "rights": int(shared.rights),
                 "maker": shared.maker.number if shared.maker is not None else None,
+                "keep": min(shared.keep, FOR_EVER),
                 "uses": shared.uses,
                 "seconds": None if shared.until is None else shared.until - time.monotonic(),
             }

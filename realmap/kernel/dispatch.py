@@ -57,6 +57,10 @@ class Dispatch:
             elif isinstance(request, messages.Revoke):
                 self._kernel.handles.revoke(process, request.token)
                 self._reply(connection, request.id, (None, [], []))
+            elif isinstance(request, messages.Adopt):
+                self._reply(connection, request.id, (self._kernel.estates.adopt(process, request), [], []))
+            elif isinstance(request, messages.Forked):
+                process.forked = True
             elif isinstance(request, messages.Query):
                 self._reply(connection, request.id, services.query(process, request))
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way

@@ -33,7 +33,7 @@ TOKEN = 16
 class Shared:
     """What a handle stands for: `length` bytes from byte `start` of `frames` on, and what may be done there."""
 
-    __slots__ = ("frames", "kind", "length", "maker", "name", "rights", "start", "until", "uses")
+    __slots__ = ("frames", "keep", "kind", "length", "maker", "name", "rights", "start", "until", "uses")
 
     def __init__(
         self,
@@ -43,7 +43,8 @@ class Shared:
         length: int,
         kind: MemoryType,
         rights: MappingAccessRights,
-        maker: UserProcess | None,
+        maker: UserProcess,
+        keep: float,
         uses: int | None,
         until: float | None,
     ) -> None:
@@ -53,14 +54,15 @@ class Shared:
         self.length = length
         self.kind = kind
         self.rights = rights
-        #: Whose end is its end; None: nobody's.
-        self.maker = maker
+        #: Whose end is its end, `keep` seconds later; None: it has ended.
+        self.maker: UserProcess | None = maker
+        self.keep = keep
         #: How often it can still be attached; None: as often as anybody likes.
         self.uses = uses
         #: When it ends, in seconds of the monotonic clock; None: never.
         self.until = until
         # Not the token itself: who may look at the books may not attach by that alone.
-        frames.hold(self, "handle", name[:8] + "…", f"of process {maker.number}" if maker is not None else "kept")
+        frames.hold(self, "handle", name[:8] + "…", f"of process {maker.number}")
 
 
 class Handles:
@@ -108,6 +110,8 @@ class Handles:
             raise InvalidSize(request.uses, why="a handle can be used once, at least")
         if request.seconds is not None and not 0 < request.seconds < FOR_EVER:
             raise InvalidSize(0, why=f"a handle is good for some time: above 0 and below {FOR_EVER:g} seconds")
+        if not request.keep >= 0:
+            raise InvalidSize(0, why="a handle outlives its maker by no less than 0 seconds")
         until = None if request.seconds is None else time.monotonic() + request.seconds
         name = secrets.token_hex(TOKEN)
         self._by_name[name] = Shared(
@@ -117,7 +121,8 @@ class Handles:
             request.length,
             mapping.type,
             rights,
-            None if request.keep else process,
+            process,
+            request.keep,
             request.uses,
             until,
         )
@@ -167,14 +172,20 @@ class Handles:
     def revoke(self, process: UserProcess, name: str) -> None:
         """Ends one. What is attached stays. InvalidHandle: as `find`. AccessDenied: another process made it."""
         shared = self.find(name)
-        if shared.maker is not None and shared.maker is not process:
+        if shared.maker is not process and not shared.keep:
+            assert shared.maker is not None
             raise AccessDenied(why=f"process {shared.maker.number} made this handle, and may revoke it")
         self._end(shared, "it was revoked")
 
     def reap(self, process: UserProcess) -> None:
-        """The process has ended: its handles go, but for those that it made to outlive it."""
+        """The process has ended: its handles go, at once or after the time that they were made to outlive it."""
+        now = time.monotonic()
         for shared in [each for each in self._by_name.values() if each.maker is process]:
-            self._end(shared, f"its maker, process {process.number}, has ended")
+            shared.maker = None
+            if not shared.keep:
+                self._end(shared, f"its maker, process {process.number}, has ended")
+            elif shared.keep < FOR_EVER:
+                shared.until = min(now + shared.keep, shared.until or now + shared.keep)
 
     def expire(self) -> None:
         """Those whose time is over go."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ class UserProcess:
         self.connection = connection
         self.memory = ProcessMemory(allocator=frames, owner=f"of process {number} (pid {self.pid})")
         self.alive = True
+        #: What its forked children show; and whether it has any.
+        self.secret = secrets.token_hex(16)
+        self.forked = False
         #: Calls whose handlers have not ended yet.
         self.calls = 0
         #: What of it runs on worker threads: its calls, and the taking of large frames, one after the other.
@@ -78,5 +82,6 @@ class ProcessTable:
         process.alive = False
         process.share.cancel()
         process.frames_share.cancel()
-        process.memory.release_all()
+        if not process.forked:  # else its children may come for what it had
+            process.memory.release_all()
         files.close(process.pidfd)

@@ -59,7 +59,7 @@ class Reception:
                 connection, AccessDenied(why=f"the kernel belongs to uid {os.geteuid()}, the peer is uid {peer.uid}")
             )
             return
-        number = 0
+        number, secret = 0, ""
         if hello.control:
             connection.control = True
             files.close(peer.pidfd)
@@ -74,8 +74,8 @@ class Reception:
             except OSError as error:
                 self._refuse(connection, shortage(error, "the kernel cannot take this process in"))
                 return
-            number = process.number
-        self._welcome(connection, messages.Welcome(VERSION, number, os.getpid()))
+            number, secret = process.number, process.secret
+        self._welcome(connection, messages.Welcome(VERSION, number, os.getpid(), secret=secret))
 
     def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:
         """Takes it in; a process with a ring, where there is spinning, and a descriptor for it."""

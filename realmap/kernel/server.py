@@ -37,6 +37,7 @@ from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.dispatch import Dispatch
+from realmap.kernel.estates import Estates
 from realmap.kernel.handles import Handles
 from realmap.kernel.limits import Limits
 from realmap.kernel.process_table import ProcessTable
@@ -99,6 +100,7 @@ class Kernel:
         self.spin = checked_spin(spin)
         self.processes = ProcessTable()
         self.handles = Handles()
+        self.estates = Estates(self)
         self.workers = Workers()
         self.dispatch = Dispatch(self)
         self._watch = Watch(self)
@@ -272,7 +274,8 @@ class Kernel:
         self._epoll.register(fd, events)
         self._handlers[fd] = handler
 
-    def _unwatch(self, fd: int) -> None:
+    def unwatch(self, fd: int) -> None:
+        """Ends that. Again: nothing."""
         if self._handlers.pop(fd, None) is not None:
             with contextlib.suppress(OSError):  # whoever is being dropped is dropped to the end
                 self._epoll.unregister(fd)
@@ -351,6 +354,7 @@ class Kernel:
         files.shut(self._listener)
         files.shut(self._epoll)
         self.handles.clear()
+        self.estates.clear()
         self.workers.close()
         with self._wake_lock:  # from here on, jobs run where they are posted
             wake, self._wake = self._wake, -1
@@ -523,15 +527,17 @@ class Kernel:
         if connection.closed:
             return
         fd = connection.sock.fileno()
-        self._unwatch(fd)
+        self.unwatch(fd)
         self.listen_to_ring(connection, False)
         del self._connections[fd]
         self._strangers.discard(connection)
         connection.close()
         if connection.process is not None:
-            self._unwatch(connection.process.pidfd)
+            self.unwatch(connection.process.pidfd)
             self.handles.reap(connection.process)
             self.processes.reap(connection.process)
+            if connection.process.forked:
+                self.estates.open(connection.process)
 
 
 def _drain(sock: socket.socket) -> None:

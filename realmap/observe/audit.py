@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import msgspec
-import psutil
 
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
@@ -270,24 +269,11 @@ def _names(snapshot: Snapshot) -> list[Difference]:
     return found
 
 
-def _device(number: int) -> str:
-    """As /proc/PID/maps writes it: inode numbers alone are those of another mount's files, too."""
-    return f"{os.major(number):02x}:{os.minor(number):02x}"
-
-
 def _unregistered(snapshot: Snapshot) -> list[int]:
-    ours = {(_device(segment.device), segment.inode) for frames in snapshot.frames for segment in frames.segments}
+    # By device and inode: inode numbers alone are those of another mount's files, too.
+    ours = {(segment.device, segment.inode) for frames in snapshot.frames for segment in frames.segments}
     known = {process.pid for process in snapshot.processes} | {snapshot.pid}
-    found = []
-    for pid in psutil.pids():
-        if pid not in known:
-            try:
-                maps = procfs.maps(pid, USER_LAND.start, USER_LAND.end)
-                if any((entry.device, entry.inode) in ours for entry in maps):
-                    found.append(pid)
-            except (ProcessLookupError, PermissionError):
-                continue
-    return found
+    return procfs.who_maps(ours, USER_LAND.start, USER_LAND.end, known)
 
 
 def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:

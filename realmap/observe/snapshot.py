@@ -100,7 +100,8 @@ class KeptInfo(msgspec.Struct, frozen=True):
 class HandleInfo(msgspec.Struct, frozen=True):
     """A handle: the beginning of its token (not all of it: that would let one attach), and what it stands for.
 
-    `maker`: the number of the process whose end is its end; None: nobody's. `uses`, `seconds`: how much is left.
+    `maker`: the number of the process whose end is its end, `keep` seconds later; None: it has ended. `uses`,
+    `seconds`: how much is left.
     """
 
     name: str
@@ -109,6 +110,7 @@ class HandleInfo(msgspec.Struct, frozen=True):
     length: int
     rights: int
     maker: int | None
+    keep: float
     uses: int | None
     seconds: float | None
 
@@ -127,7 +129,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     stakes: list[int]
     stats: dict[str, int]
     processes: list[ProcessInfo]
-    #: Serials of the frames of mappings that were unmapped while a call works on them; once for each.
+    #: Serials of the frames of mappings in nobody's books, once for each: unmapped while a call works on them,
+    #: or left by a process whose forked children may still come for them.
     pinned: list[int]
     #: (device, inode) of descriptors on their way to a process that does not read.
     outbox: list[tuple[int, int]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 from realmap._host import View, Window
@@ -12,6 +11,7 @@ from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_w
+from realmap.user import travel
 from realmap.wire import messages
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class UserWindow(Window):
             fresh = self._unmap()
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
+        if self.process.is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
+            return
         if not self.told:
             client = self.process.client
             try:
@@ -52,7 +54,7 @@ class UserWindow(Window):
         try:
             with contextlib.suppress(OSError):  # the core tries once more when the object goes
                 self._unmap()
-            if not self.told and self.process.pid == os.getpid():
+            if not self.told and not self.process.is_lost:
                 self.process.client.notice(messages.Unmap(0, self._base, self._span))
         except Exception:  # half made, or at interpreter exit: nobody is left to be told
             pass
@@ -138,8 +140,19 @@ class Buffer(View, ByteAccess):
         with contextlib.suppress(BufferError) if kind is not None else contextlib.nullcontext():
             self.unmap()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Buffer cannot be pickled: pass bytes(buffer), or pass the buffer to a syscall")
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as a handle that is good once: whoever unpickles it has the same memory, mapped as its own.
+
+        It may be unpickled in any process that can reach the kernel, also after this one has ended (within
+        `realmap.user.travel.TRANSIT` seconds). InvalidAddress: it is unmapped. Errors as `Process.share`.
+        """
+        return travel.load, (self.process.share(self, uses=1, keep=travel.TRANSIT),)
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError("a Buffer is memory, not a value: bytes(buffer) is a copy, buffer.slice(…) the same memory")
+
+    def __deepcopy__(self, _: object) -> NoReturn:
+        self.__copy__()
 
     def __repr__(self) -> str:
         return f"<Buffer {self.address:#x}, {len(self)} bytes, {self.rights}{'' if self.alive else ', unmapped'}>"

@@ -121,6 +121,8 @@ class Client:
             self._ring = ring
             self._rings = [ring]
             self._spin = SpinBudget(welcome.spin)
+        #: What its forked children show to the kernel.
+        self.secret = welcome.secret
         return welcome.process, welcome.kernel
 
     # ---- requests ---------------------------------------------------------------------------
@@ -519,6 +521,16 @@ class Client:
         self._end(ProcessKilled(self.pid, why="this Process was closed"))
         files.shut(self._sock)
         self._ring, self._rings = None, []  # unmapped when nobody waits on it any more
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this is a forked child: the connection is the parent's."""
+        return self._lost_in_child
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is of no use any more: closed, or the kernel has gone."""
+        return self._error is not None
 
     def lose(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from operator import index
-from threading import Lock
+from threading import RLock
 from typing import Any, Self, SupportsIndex
 
 import msgspec
@@ -34,10 +35,34 @@ PieceAt = Callable[[int], tuple[int, int]]
 PLACES = 100
 
 
+_living: weakref.WeakSet[Process] = weakref.WeakSet()
+
+
+def living() -> list[Process]:
+    """The connections that this process has made, or inherited, and that have not ended."""
+    return [process for process in list(_living) if not process._client.has_ended]
+
+
+def _tell_of_fork() -> None:
+    """In the parent: what it has may be somebody else's, too, from now on."""
+    for process in living():
+        if not process._client.is_lost and process._windows:
+            process._client.notice(messages.Forked(0))
+
+
+def _lose() -> None:
+    for process in list(_living):
+        process.lose()
+
+
+os.register_at_fork(after_in_parent=_tell_of_fork, after_in_child=_lose)
+
+
 class Process:
     """A user process: memory in UserLand, and syscalls. May be used from many threads. A context manager.
 
-    In a forked child every use is an InvalidHandle: the child connects anew.
+    A forked child that uses it is a process of its own from then on: it connects anew, and what it inherited is in
+    the kernel's books as its own, at the same addresses. One that never does costs nothing.
     """
 
     def __init__(self, path: str) -> None:
@@ -45,19 +70,56 @@ class Process:
         require_address_space()
         #: What must live as long as this does: the handle of a kernel that it was made by.
         self.keeper: object = None
-        self.client = Client(path, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
+        self._client = self._connect(path)
         self._windows: weakref.WeakSet[UserWindow] = weakref.WeakSet()
-        self._lock = Lock()
+        self._lock = RLock()
+        _living.add(self)
+
+    def _connect(self, path: str) -> Client:
+        return Client(path, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
+
+    @property
+    def client(self) -> Client:
+        """The connection. In a forked child: one of its own, made now."""
+        if self._client.is_lost:
+            self._become_another()
+        return self._client
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this is a forked child that has not used it yet."""
+        return self._client.is_lost
 
     @property
     def pid(self) -> int:
         """This process's pid."""
-        return self.client.pid
+        return os.getpid() if self._client.is_lost else self._client.pid
 
     @property
     def path(self) -> str:
         """The path of the kernel's socket."""
-        return self.client.path
+        return self._client.path
+
+    def _become_another(self) -> None:
+        """In a forked child: connects, and takes over what was inherited. Errors as `connect`."""
+        with self._lock:
+            before = self._client
+            if not before.is_lost:  # another thread was quicker
+                return
+            if before.has_ended:  # closed before the fork
+                before.check()
+            client = self._connect(before.path)
+            windows = [window for window in self._windows if window.alive]
+            places = [(window._base, window._span) for window in windows]
+            adopted, _ = client.request(messages.Adopt(client.next_id(), before.secret, places))
+            for window, known in zip(windows, adopted, strict=True):
+                # What the parent had unmapped by now is memory still, but none that the kernel knows.
+                window.told = not known
+            self._client = client
+
+    def lose(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock."""
+        self._lock = RLock()
 
     # ---- memory -----------------------------------------------------------------------------
 
@@ -123,7 +185,7 @@ class Process:
         *,
         uses: SupportsIndex | None = None,
         seconds: float | None = None,
-        keep: bool = False,
+        keep: bool | float = False,
     ) -> Handle:
         """A handle by which any process of this kernel can attach these bytes: the same memory, not a copy.
 
@@ -132,8 +194,9 @@ class Process:
         may write, and against another uid for real. Memory is protected by pages: who attaches a part of a page
         maps all of it. `uses`: how often it can be attached, `seconds`: how long; by default without such an end.
 
-        The handle holds the memory, as a mapping does. It ends with this process, or, with `keep`, outlives it; then
-        `revoke`, its uses, its time or the kernel's end are what ends it. What is attached by then stays.
+        The handle holds the memory, as a mapping does. It ends with this process, or, with `keep`, outlives it (by so
+        many seconds, where `keep` is a number); then `revoke`, its uses, its time or the kernel's end are what ends
+        it. What is attached by then stays.
 
         InvalidAddress: the buffer is unmapped, or another Process's. AccessDenied: more rights than this process
         has. InvalidSize: uses or seconds below 1 or 0. InvalidMemState: private memory. LimitReached: too many
@@ -152,7 +215,7 @@ class Process:
             int(allowed),
             None if uses is None else index(uses),
             None if seconds is None else float(seconds),
-            bool(keep),
+            (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
         )
         answer: list[Any] = []
         handle: Handle | None = None
@@ -340,7 +403,7 @@ class Process:
                 with suppress(BufferError, OSError):
                     window._unmap()
         finally:
-            self.client.close()
+            self._client.close()
 
     def __enter__(self) -> Self:
         return self

@@ -58,6 +58,8 @@ class Welcome(msgspec.Struct, tag="welcome"):
     kernel: int
     #: How long to spin for an answer, in microseconds; above 0, a ring's descriptor comes along.
     spin: float = 0
+    #: What its forked children show to be taken for that.
+    secret: str = ""
 
 
 class Refused(msgspec.Struct, tag="refused"):
@@ -131,7 +133,7 @@ class Ask(_Request, tag=7, frozen=True):
 class Share(_Request, tag=8, frozen=True):
     """A handle for `length` bytes at `address`, good for `uses` and `seconds`, or without such an end (None).
 
-    `keep`: it outlives its maker. Done: its token.
+    `keep`: how many seconds it outlives its maker (infinity: for ever). Done: its token.
     """
 
     address: int
@@ -139,7 +141,7 @@ class Share(_Request, tag=8, frozen=True):
     rights: int
     uses: int | None
     seconds: float | None
-    keep: bool
+    keep: float
 
 
 class Attach(_Request, tag=9, frozen=True):
@@ -162,7 +164,18 @@ class Revoke(_Request, tag=10, frozen=True):
     token: str
 
 
-Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke
+class Adopt(_Request, tag=11, frozen=True):
+    """A forked child, new here, inherited these (address, length) from the process of this secret. Done: which."""
+
+    secret: str
+    places: list[tuple[int, int]]
+
+
+class Forked(_Request, tag=12, frozen=True):
+    """This process has forked. No answer is sent."""
+
+
+Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked
 
 
 class Done(msgspec.Struct, array_like=True, tag=1):
