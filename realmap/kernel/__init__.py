@@ -1,6 +1,7 @@
 """The kernel process.
 
     server        Kernel: the loop that everything below hangs on; its own thread, epoll
+    clients       everybody who is connected: listening, reading, dropping
     reception     who is let in
     dispatch      what answers a request: a service or a handler
     connection    one client's socket: what it said so far, what it has not read yet

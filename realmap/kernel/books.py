@@ -103,7 +103,7 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "stats": stats(kernel),
         "processes": processes,
         "pinned": [*pinned.values(), *estates],
-        "outbox": [inode for connection in kernel.connections for inode in connection.waiting_inodes()],
+        "outbox": [inode for connection in kernel.clients.all() for inode in connection.waiting_inodes()],
         "handles": [
             {
                 "name": shared.name[:8],

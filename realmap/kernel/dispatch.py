@@ -88,9 +88,9 @@ class Dispatch:
             except KernelError as error:  # longer than a message may be
                 connection.send(syscalls.failed(id, error))
         except OSError as error:  # it is gone, or there are no descriptors for copies
-            self._kernel.expel(connection, f"its answers cannot be sent: {error.strerror}")
+            self._kernel.clients.expel(connection, f"its answers cannot be sent: {error.strerror}")
             return
-        self._kernel.rearm(connection)
+        self._kernel.clients.rearm(connection)
 
     def _ask(self, what: str) -> Any:
         if what == "stats":

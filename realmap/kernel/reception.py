@@ -70,7 +70,9 @@ class Reception:
             connection.process = process
             # Asked again: the event may be of an earlier process whose pidfd had this number.
             try:
-                kernel.watch(process.pidfd, lambda fd: kernel.drop(connection) if liveness.is_dead(fd) else None)
+                kernel.watch(
+                    process.pidfd, lambda fd: kernel.clients.drop(connection) if liveness.is_dead(fd) else None
+                )
             except OSError as error:
                 self._refuse(connection, shortage(error, "the kernel cannot take this process in"))
                 return
@@ -89,15 +91,15 @@ class Reception:
         try:
             connection.send(syscalls.encode(welcome), rights)
         except OSError:
-            self._kernel.drop(connection)
+            self._kernel.clients.drop(connection)
             return
         finally:
             channel.close_all(rights)
         connection.ring = ring
-        self._kernel.listen_to_ring(connection, True)
-        self._kernel.rearm(connection)
+        self._kernel.clients.listen_to_ring(connection, True)
+        self._kernel.clients.rearm(connection)
 
     def _refuse(self, connection: Connection, error: BaseException) -> None:
         with contextlib.suppress(OSError):
             connection.send(syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error))))
-        self._kernel.drop(connection)
+        self._kernel.clients.drop(connection)

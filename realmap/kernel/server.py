@@ -23,19 +23,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
-import msgspec
-
 from realmap._host import Ring, fall_asleep, spin, wake_up
 from realmap.errors import (
     KernelDied,
     KernelError,
     PhysicalMemoryExhaustion,
-    ProcessKilled,
 )
 from realmap.host import files, forks, runtime
 from realmap.host.translate import shortage
 from realmap.kernel import syscalls
-from realmap.kernel.connection import BACKLOG, Connection
+from realmap.kernel.clients import Clients
 from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.estates import Estates
 from realmap.kernel.handles import Handles
@@ -43,13 +40,12 @@ from realmap.kernel.limits import Limits
 from realmap.kernel.process_table import ProcessTable
 from realmap.kernel.reception import Reception
 from realmap.kernel.syscalls import registry
-from realmap.kernel.user_buffer import UserBuffer
 from realmap.kernel.watch import Watch
 from realmap.kernel.workers import Workers
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
-from realmap.wire import channel, messages
+from realmap.wire import messages
 from realmap.wire.ring import OVERLOADED, SAME_CPU, SPIN, SpinBudget, checked_spin
 
 Handler = Callable[[int], None]
@@ -94,7 +90,7 @@ class Kernel:
             raise TypeError(f"limits is a Limits, not {limits!r}")
         self.limits = limits or Limits()
         self.frames = FrameAllocator(memory_limit)
-        self._reception = Reception(self, FrameAllocator(process_limit).limit)
+        self.clients = Clients(self, Reception(self, FrameAllocator(process_limit).limit))
         self.memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self.spin = checked_spin(spin)
@@ -107,14 +103,6 @@ class Kernel:
         #: Calls taken so far.
         self.calls = 0
         self._posted: deque[Callable[[], None]] = deque()
-        self._decoding: list[UserBuffer] = []
-        self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
-        self._connections: dict[int, Connection] = {}
-        #: Those that have not said who they are.
-        self._strangers: set[Connection] = set()
-        #: Those that have a ring and are listened to, and their rings, in the same order.
-        self._ringed: list[Connection] = []
-        self._rings: list[Ring] = []
         self._handlers: dict[int, Handler] = {}
         self._thread: threading.Thread | None = None
         self._lock: runtime.SocketLock | None = None
@@ -274,6 +262,10 @@ class Kernel:
         self._epoll.register(fd, events)
         self._handlers[fd] = handler
 
+    def rewatch(self, fd: int, events: int) -> None:
+        """Watches it for other events. OSError: as `watch`."""
+        self._epoll.modify(fd, events)
+
     def unwatch(self, fd: int) -> None:
         """Ends that. Again: nothing."""
         if self._handlers.pop(fd, None) is not None:
@@ -289,7 +281,7 @@ class Kernel:
     def _turns(self) -> None:
         """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
         self.serving = threading.get_ident()
-        rings, budget = self._rings, SpinBudget(self.spin)
+        rings, budget = self.clients.rings, SpinBudget(self.spin)
         turn = looked = asleep = 0
         paid = False  # whether spinning has, since the last look
         patience = budget.nanoseconds()
@@ -307,7 +299,7 @@ class Kernel:
                 else:
                     paid = True
                 turn = found + 1
-                self._take_from_ring(self._ringed[found])
+                self.clients.take_from_ring(found)
                 if now - looked > LOOK:
                     looked = now
                     self._attend(self._epoll.poll(0))
@@ -341,16 +333,17 @@ class Kernel:
                     handler(fd)
             except Exception:  # a bug of ours ends one client at worst, never the kernel
                 log.exception("the kernel failed at something")
-                if fd in self._connections:
-                    self.drop(self._connections[fd])
+                connection = self.clients.find(fd)
+                if connection is not None:
+                    self.clients.drop(connection)
 
     def _close(self) -> None:
         self._watch.stop()
         bye = syscalls.encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
-        for connection in list(self._connections.values()):
+        for connection in self.clients.all():
             with contextlib.suppress(Exception):
                 connection.send(bye)
-            self.drop(connection)
+            self.clients.drop(connection)
         files.shut(self._listener)
         files.shut(self._epoll)
         self.handles.clear()
@@ -378,14 +371,12 @@ class Kernel:
                     files.close(segment.fd)
                     segment.fd = -1
             files.close(process.pidfd)
-        for connection in self._connections.values():
+        for connection in self.clients.all():
             files.shut(connection.sock)
         files.shut(self._listener)
         files.shut(self._epoll)
         files.close(self._wake)
         self._wake = -1
-
-    # ---- clients ----------------------------------------------------------------------------
 
     def _on_wake(self, _: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -412,132 +403,17 @@ class Kernel:
                 with contextlib.suppress(OSError):  # a worker was quicker: then without one
                     self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             return
-        try:
-            connection = Connection(sock)
-            self.watch(sock.fileno(), self._on_socket)
-        except OSError as error:  # nobody would ever hear of it: so it is turned away
-            log.warning("a client was turned away: %s", error.strerror)
-            files.shut(sock)
-            return
-        self._connections[sock.fileno()] = connection
-        self._strangers.add(connection)
-
-    def _on_socket(self, fd: int) -> None:
-        connection = self._connections[fd]
-        if connection.backlog:
-            try:
-                connection.flush()
-            except OSError:
-                self.drop(connection)
-                return
-        if connection.backlog <= BACKLOG:
-            self._read(connection, connection.receive)
-        self.rearm(connection)
-
-    def rearm(self, connection: Connection) -> None:
-        """Listens to a client while its backlog is small, and for it to read while there is one."""
-        if connection.closed or (not connection.backlog and connection.events == select.EPOLLIN):
-            return
-        self.listen_to_ring(connection, connection.backlog <= BACKLOG)
-        reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
-        events = reading | (select.EPOLLOUT if connection.backlog else 0)
-        if events != connection.events:
-            try:
-                self._epoll.modify(connection.sock.fileno(), events)
-            except OSError as error:  # nobody would ever hear of it again
-                log.warning("a client is dropped: %s", error.strerror)
-                self.drop(connection)
-                return
-            connection.events = events
-
-    def listen_to_ring(self, connection: Connection, listen: bool) -> None:
-        """Takes calls from its ring from now on, or no longer."""
-        if connection.ring is None or listen == (connection in self._ringed):
-            return
-        if listen:
-            self._ringed.append(connection)
-            self._rings.append(connection.ring)
-        else:
-            index = self._ringed.index(connection)
-            del self._ringed[index], self._rings[index]
-
-    def _take_from_ring(self, connection: Connection) -> None:
-        assert connection.ring is not None
-        try:
-            self._read(connection, connection.ring._pop)
-        except Exception:  # as in _attend
-            log.exception("the kernel failed at something")
-            self.drop(connection)
-
-    def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> None:
-        try:
-            data = take()
-            if data is None:
-                return
-            if connection.process is None and not connection.control:
-                self._reception.greet(connection, data)
-                self._strangers.discard(connection)
-                return
-            buffers = self._decoding
-            if buffers:
-                buffers = self._decoding = []
-            request = self._decoder.decode(data)
-        except EOFError:
-            self.drop(connection)
-        except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
-            self.expel(connection, f"it sent what is no message: {error}")
-        else:
-            self.dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
-
-    def _buffer(self, code: int, data: memoryview) -> UserBuffer:
-        buffer = UserBuffer(*messages.buffer_of(code, data))
-        self._decoding.append(buffer)
-        return buffer
+        self.clients.enter(sock)
 
     @property
-    def connections(self) -> list[Connection]:
-        """Everybody who is connected."""
-        return list(self._connections.values())
+    def needs_watching(self) -> bool:
+        """Whether a blocking handler is at work, a handle has its time, or somebody has not said who it is."""
+        return bool(self.dispatch.running or self.clients.has_strangers or self.handles.timed)
 
     @property
     def is_alone(self) -> bool:
         """Whether this process is the kernel's: it serves on the main thread."""
         return self._thread is None
-
-    @property
-    def needs_watching(self) -> bool:
-        """Whether a blocking handler is at work, a handle has its time, or somebody has not said who it is."""
-        return bool(self.dispatch.running or self._strangers or self.handles.timed)
-
-    def drop_silent(self, before: float) -> None:
-        """Closes connections older than `before` that have not said who they are."""
-        for connection in [each for each in self._strangers if each.since < before]:
-            self.drop(connection)
-
-    def expel(self, connection: Connection, why: str) -> None:
-        """Sends a client away that does not speak as it should."""
-        pid = connection.process.pid if connection.process else 0
-        error = messages.error_of(ProcessKilled(pid, why=f"the kernel sent this process away: {why}"))
-        with contextlib.suppress(Exception):
-            connection.send(syscalls.encode(messages.Bye(error)))
-        self.drop(connection)
-
-    def drop(self, connection: Connection) -> None:
-        """The client is gone: its socket is closed, and what its process held is given back. Again: nothing."""
-        if connection.closed:
-            return
-        fd = connection.sock.fileno()
-        self.unwatch(fd)
-        self.listen_to_ring(connection, False)
-        del self._connections[fd]
-        self._strangers.discard(connection)
-        connection.close()
-        if connection.process is not None:
-            self.unwatch(connection.process.pidfd)
-            self.handles.reap(connection.process)
-            self.processes.reap(connection.process)
-            if connection.process.forked:
-                self.estates.open(connection.process)
 
 
 def _drain(sock: socket.socket) -> None:

@@ -89,7 +89,7 @@ class Watch:
         for (name, process), ages in slow.items():
             count = f"{len(ages)} calls of the syscall" if len(ages) > 1 else "the syscall"
             log.warning("%s %r of %r: at work for %.0f s", count, name, process, max(ages))
-        self._kernel.drop_silent(now - SILENCE)
+        self._kernel.clients.drop_silent(now - SILENCE)
         self._kernel.handles.expire()
 
     def _give_up(self, running: Running, limit: float) -> None:

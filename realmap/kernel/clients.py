@@ -1,0 +1,171 @@
+"""The clients of a kernel: whom it listens to, by socket and ring, and how each is dropped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from realmap._host import Ring
+from realmap.errors import ProcessKilled
+from realmap.host import files
+from realmap.kernel import syscalls
+from realmap.kernel.connection import BACKLOG, Connection
+from realmap.kernel.reception import Reception
+from realmap.kernel.user_buffer import UserBuffer
+from realmap.wire import channel, messages
+
+if TYPE_CHECKING:
+    from realmap.kernel.server import Kernel
+
+log = logging.getLogger("realmap")
+
+
+class Clients:
+    """Everybody who is connected. Only on the kernel's thread."""
+
+    def __init__(self, kernel: Kernel, reception: Reception) -> None:
+        self._kernel = kernel
+        self._reception = reception
+        self._decoding: list[UserBuffer] = []
+        self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
+        self._by_fd: dict[int, Connection] = {}
+        #: Those that have not said who they are.
+        self._strangers: set[Connection] = set()
+        #: Those that have a ring and are listened to, and their rings, in the same order.
+        self._ringed: list[Connection] = []
+        self.rings: list[Ring] = []
+
+    def all(self) -> list[Connection]:
+        """Everybody."""
+        return list(self._by_fd.values())
+
+    def find(self, fd: int) -> Connection | None:
+        """Whose socket has this number."""
+        return self._by_fd.get(fd)
+
+    @property
+    def has_strangers(self) -> bool:
+        """Whether somebody has not said who it is."""
+        return bool(self._strangers)
+
+    def enter(self, sock: socket.socket) -> None:
+        """Somebody has connected; who cannot be listened to is turned away."""
+        try:
+            connection = Connection(sock)
+            self._kernel.watch(sock.fileno(), self._on_socket)
+        except OSError as error:  # nobody would ever hear of it
+            log.warning("a client was turned away: %s", error.strerror)
+            files.shut(sock)
+            return
+        self._by_fd[sock.fileno()] = connection
+        self._strangers.add(connection)
+
+    def _on_socket(self, fd: int) -> None:
+        connection = self._by_fd[fd]
+        if connection.backlog:
+            try:
+                connection.flush()
+            except OSError:
+                self.drop(connection)
+                return
+        if connection.backlog <= BACKLOG:
+            self._read(connection, connection.receive)
+        self.rearm(connection)
+
+    def rearm(self, connection: Connection) -> None:
+        """Listens to a client while its backlog is small, and for it to read while there is one."""
+        if connection.closed or (not connection.backlog and connection.events == select.EPOLLIN):
+            return
+        self.listen_to_ring(connection, connection.backlog <= BACKLOG)
+        reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
+        events = reading | (select.EPOLLOUT if connection.backlog else 0)
+        if events != connection.events:
+            try:
+                self._kernel.rewatch(connection.sock.fileno(), events)
+            except OSError as error:  # nobody would ever hear of it again
+                log.warning("a client is dropped: %s", error.strerror)
+                self.drop(connection)
+                return
+            connection.events = events
+
+    def listen_to_ring(self, connection: Connection, listen: bool) -> None:
+        """Takes calls from its ring from now on, or no longer."""
+        if connection.ring is None or listen == (connection in self._ringed):
+            return
+        if listen:
+            self._ringed.append(connection)
+            self.rings.append(connection.ring)
+        else:
+            index = self._ringed.index(connection)
+            del self._ringed[index], self.rings[index]
+
+    def take_from_ring(self, index: int) -> None:
+        """Does what the next message of the ring of that index asks for."""
+        connection = self._ringed[index]
+        assert connection.ring is not None
+        try:
+            self._read(connection, connection.ring._pop)
+        except Exception:  # a bug of ours ends one client at worst, never the kernel
+            log.exception("the kernel failed at something")
+            self.drop(connection)
+
+    def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> None:
+        try:
+            data = take()
+            if data is None:
+                return
+            if connection.process is None and not connection.control:
+                self._reception.greet(connection, data)
+                self._strangers.discard(connection)
+                return
+            buffers = self._decoding
+            if buffers:
+                buffers = self._decoding = []
+            request = self._decoder.decode(data)
+        except EOFError:
+            self.drop(connection)
+        except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
+            self.expel(connection, f"it sent what is no message: {error}")
+        else:
+            self._kernel.dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
+
+    def _buffer(self, code: int, data: memoryview) -> UserBuffer:
+        buffer = UserBuffer(*messages.buffer_of(code, data))
+        self._decoding.append(buffer)
+        return buffer
+
+    def drop_silent(self, before: float) -> None:
+        """Closes connections older than `before` that have not said who they are."""
+        for connection in [each for each in self._strangers if each.since < before]:
+            self.drop(connection)
+
+    def expel(self, connection: Connection, why: str) -> None:
+        """Sends a client away that does not speak as it should."""
+        pid = connection.process.pid if connection.process else 0
+        error = messages.error_of(ProcessKilled(pid, why=f"the kernel sent this process away: {why}"))
+        with contextlib.suppress(Exception):
+            connection.send(syscalls.encode(messages.Bye(error)))
+        self.drop(connection)
+
+    def drop(self, connection: Connection) -> None:
+        """The client is gone: its socket is closed, and what its process held is given back. Again: nothing."""
+        if connection.closed:
+            return
+        fd = connection.sock.fileno()
+        self._kernel.unwatch(fd)
+        self.listen_to_ring(connection, False)
+        del self._by_fd[fd]
+        self._strangers.discard(connection)
+        connection.close()
+        if connection.process is not None:
+            self._kernel.unwatch(connection.process.pidfd)
+            self._kernel.handles.reap(connection.process)
+            self._kernel.processes.reap(connection.process)
+            if connection.process.forked:
+                self._kernel.estates.open(connection.process)
