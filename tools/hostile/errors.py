@@ -150,6 +150,7 @@ class Sweep:
             # Once without anything injected: what is made the first time is there from then on.
             for path in ("call-blocking", "call-copy"):
                 self._run(PATHS[path], carrier, "", "")
+            served.wait_until(lambda: not kernel.books()["processes"])  # it may not have reaped its user yet
             self._kernels[carrier] = (kernel, served.descriptors(kernel.pid), kernel.books())
         return self._kernels[carrier]
 

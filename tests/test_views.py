@@ -1,0 +1,106 @@
+"""Arrays and other views of a buffer, a mirror and a pointer: no copies, and nothing is unmapped under them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import PAGE
+
+import realmap
+from realmap import InvalidSize, Process
+
+numpy = pytest.importorskip("numpy")
+
+
+@pytest.fixture
+def buffer(me: Process) -> Iterator[realmap.Buffer]:
+    """Two pages."""
+    with me.map(2 * PAGE) as found:
+        yield found
+
+
+def test_an_array_is_the_memory(me: Process, buffer: realmap.Buffer) -> None:
+    array = buffer.array("float64")
+    assert array.shape == (2 * PAGE // 8,)
+    array[3] = 1.5
+    assert struct.unpack_from("=d", buffer[:], 24) == (1.5,)
+    with pytest.raises(BufferError, match="view"):
+        buffer.unmap()
+    assert me.call("peek", buffer, 8, 24) == struct.pack("=d", 1.5)
+    matrix = buffer.array("<i4", (4, 5), offset=2)
+    matrix[3, 4] = 77
+    assert struct.unpack_from("<i", buffer[:], 2 + 19 * 4) == (77,)
+    assert buffer.array(shape=7).tolist() == list(buffer[:7])
+    assert buffer.slice(10, 8).array("u8").shape == (1,)
+
+
+def test_what_is_read_only_stays_so(me: Process) -> None:
+    with me.map(PAGE, rights=realmap.u_r) as buffer:
+        array = buffer.array("i4")
+        assert not array.flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+        assert buffer.cast("i").readonly
+        del array
+
+
+def test_casts(buffer: realmap.Buffer) -> None:
+    with buffer.cast("I") as words, buffer.cast("B", [2, PAGE]) as rows:
+        words[0] = 0x01020304
+        assert rows[0, 0] in (1, 4)
+        assert rows.shape == (2, PAGE)
+    with pytest.raises(ValueError):
+        buffer.cast("nonsense")
+
+
+def test_dlpack(buffer: realmap.Buffer) -> None:
+    array = numpy.from_dlpack(buffer)
+    array[5] = 9
+    assert buffer[5] == 9
+    with pytest.raises(BufferError):
+        buffer.unmap()
+    del array
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error"),
+    [
+        (("no such type",), {}, TypeError),
+        (("O",), {}, TypeError),
+        (("f8", 2 * PAGE), {}, InvalidSize),
+        (("f8", -1), {}, InvalidSize),
+        (("f8", (2, -3)), {}, InvalidSize),
+        (("f8",), {"offset": 1}, InvalidSize),
+        (("f8",), {"offset": 2 * PAGE + 8}, InvalidSize),
+        (("f8", 1), {"offset": 2 * PAGE - 7}, InvalidSize),
+        (("f8", 1), {"offset": -8}, InvalidSize),
+        (("f8", 1), {"offset": "x"}, TypeError),
+    ],
+)
+def test_arrays_that_cannot_be(
+    buffer: realmap.Buffer, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        buffer.array(*arguments, **options)
+
+
+def test_of_an_attached_part(me: Process, buffer: realmap.Buffer) -> None:
+    numbers = buffer.array("u2")
+    numbers[:] = range(len(numbers))
+    del numbers
+    part = me.attach(me.share(buffer.slice(100, 200)))
+    assert part.array("u2").tolist() == list(range(50, 150))
+    part.unmap()
+
+
+def test_gone_bytes_are_told(me: Process, buffer: realmap.Buffer) -> None:
+    array = buffer.array()
+    me.call("resize", buffer, 0)
+    assert not array.any()
+    assert buffer.fault == buffer.address
+    with pytest.raises(realmap.MemoryFault):
+        buffer.array()
+    del array
