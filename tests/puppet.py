@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
@@ -40,15 +41,22 @@ class Puppet:
 
     def kill(self) -> None:
         """SIGKILL, to it and its forks, and reaps it."""
-        for pid in (self.pid, *self.forks):
-            os.kill(pid, signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
+        self._end_forks()
         self._sock.close()
+
+    def _end_forks(self) -> None:
+        """SIGKILL to its forks, and waits until they are gone: what they map is theirs until then."""
+        for pid in self.forks:
+            pidfd = os.pidfd_open(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], 60)
+            os.close(pidfd)
 
     def leave(self) -> None:
         """Lets it close its connection and end."""
-        for pid in self.forks:
-            os.kill(pid, signal.SIGKILL)
+        self._end_forks()
         self.do("close")
         self._sock.close()
         os.waitpid(self.pid, 0)

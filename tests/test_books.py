@@ -77,9 +77,8 @@ class Play(RuleBasedStateMachine):
         for name in self.kept:
             assert self.me.call("read_kept", name)[0] == self.kept[name]
         self.me.close()
-        wait_until(lambda: self.kernel.stats()["processes"] == 0)
-        stats = self.kernel.stats()
-        assert (stats["segments"], stats["mirrors"], stats["bytes"]) == (0, 0, 0)
+        left = ("processes", "segments", "mirrors", "bytes")
+        wait_until(lambda: not any(self.kernel.stats()[name] for name in left), "the end of everything")
 
     @rule()
     @precondition(lambda self: len(self.puppets) < 4)
@@ -145,7 +144,7 @@ class Play(RuleBasedStateMachine):
 
         def settled() -> bool:
             stats = self.kernel.stats()
-            return (stats["mappings"], stats["processes"]) == (count, processes)
+            return (stats["mappings"], stats["processes"], stats["estates"]) == (count, processes, 0)
 
         wait_until(settled, f"{count} mappings of {processes} processes")
 

@@ -42,8 +42,11 @@ def maps(pid: int | str = "self", low: int = 0, high: int = 1 << 64) -> list[Map
             for line in lines:
                 bounds, perms, offset, device, inode, *path = line.split(maxsplit=5)
                 start, _, end = bounds.partition("-")
+                begin = int(start, 16)
+                if begin >= high:  # they come in order: the lands lie below whatever Linux maps by itself
+                    break
                 entry = Map(
-                    int(start, 16),
+                    begin,
                     int(end, 16),
                     perms,
                     int(offset, 16),

@@ -28,6 +28,7 @@ def stats(kernel: Kernel) -> dict[str, int]:
     return {
         "processes": len(kernel.processes),
         "handles": len(kernel.handles),
+        "estates": len(kernel.estates),
         "mappings": sum(len(process.memory) for process in kernel.processes),
         "mirrors": kernel.memory.live,
         "kept_windows": kept.windows,

@@ -41,6 +41,9 @@ class Estates:
         self._kernel = kernel
         self._estates: list[Estate] = []
 
+    def __len__(self) -> int:
+        return len(self._estates)
+
     def mappings(self) -> list[Mapping]:
         """Everything that is in them."""
         return [mapping for estate in self._estates for mapping in estate.process.memory]
