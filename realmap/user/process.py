@@ -81,9 +81,11 @@ class Process:
     @property
     def client(self) -> Client:
         """The connection. In a forked child: one of its own, made now."""
-        if self._client.is_lost:
+        client = self._client
+        if client._lost_in_child:  # for every call: so without another property
             self._become_another()
-        return self._client
+            return self._client
+        return client
 
     @property
     def is_lost(self) -> bool:
