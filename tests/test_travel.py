@@ -8,10 +8,13 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
@@ -85,15 +88,27 @@ def ended(pid: int) -> bool:
         return True
 
 
+def group(leader: int) -> list[int]:
+    """The processes of a process group."""
+    found = []
+    for name in os.listdir("/proc"):
+        with suppress(OSError):
+            if name.isdigit() and os.getpgid(int(name)) == leader:
+                found.append(int(name))
+    return found
+
+
 def travels(kernel: KernelHandle, tmp_path: Path, method: str, way: str, ending: str) -> None:
     """One cell of the matrix."""
     control = Control(tmp_path / "control")
+    folder = tempfile.mkdtemp(prefix="rm")  # multiprocessing leaves its own there when it is killed; a short path
     sender = subprocess.Popen(
         [sys.executable, travellers.__file__, method, way, kernel.path, control.path],
         cwd=Path(__file__).parent,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "TMPDIR": folder},
     )
     try:
         control.accept()
@@ -123,9 +138,18 @@ def travels(kernel: KernelHandle, tmp_path: Path, method: str, way: str, ending:
                     os.kill(control.pids["receiver"], signal.SIGKILL)
             wait_until(lambda: ended(control.pids["receiver"]))
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(sender.pid, signal.SIGKILL)  # what multiprocessing had started besides
+        sender.kill()
         sender.wait(BOUND)
+        if "receiver" in control.pids:
+            with suppress(ProcessLookupError):
+                os.kill(control.pids["receiver"], signal.SIGKILL)
+        # multiprocessing's own helpers end by themselves, and unlink its semaphores.
+        with suppress(ProcessLookupError):
+            end = time.monotonic() + 10
+            while time.monotonic() < end and not all(ended(pid) for pid in group(sender.pid)):
+                time.sleep(0.01)
+            os.killpg(sender.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
         assert sender.stderr is not None
         sender.stderr.close()
         control.close()
