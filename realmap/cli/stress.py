@@ -59,8 +59,10 @@ def stress(mix: str, json_path: str | None, junit_path: str | None, **given: obj
         values["seconds"] = given["seconds"]
     values.setdefault("seed", lab.new_seed())
     options = msgspec.convert({"mix": mix, **values}, lab.Options)
-    if options.ops is not None and options.ops < options.users:
-        raise click.UsageError(f"--ops {options.ops} is less than a step for each of the {options.users} users")
+    try:
+        lab.check(options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     for path in (json_path, junit_path):
         if path is not None:  # not found out after the run
             require_writable(path)

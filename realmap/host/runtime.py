@@ -216,7 +216,7 @@ def sockets() -> list[str]:
 def unlinked_names(pid: int) -> list[str]:
     """Names in /dev/shm that `pid` is about to unlink: segments are made under one, and lose it at once."""
     with contextlib.suppress(OSError):
-        return [name for name in os.listdir("/dev/shm") if name.startswith(SEGMENT_PREFIX) and maker_of(name) == pid]
+        return [name for name in os.listdir("/dev/shm") if maker_of(name) == pid]
     return []
 
 

@@ -273,6 +273,7 @@ class Kernel:
                 self._epoll.unregister(fd)
 
     def _loop(self) -> None:
+        self.serving = threading.get_ident()
         try:
             self._turns()
         finally:
@@ -280,7 +281,6 @@ class Kernel:
 
     def _turns(self) -> None:
         """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
-        self.serving = threading.get_ident()
         rings, budget = self.clients.rings, SpinBudget(self.spin)
         turn = looked = asleep = 0
         paid = False  # whether spinning has, since the last look

@@ -225,7 +225,7 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
 
 def _descriptors(snapshot: Snapshot) -> list[Difference]:
     """The kernel's descriptors of segments: one for each in the books, and (where that can be told) no other."""
-    books = {(segment.device, segment.inode) for frames in snapshot.frames for segment in frames.segments}
+    books = snapshot.segments()
     found: Counter[tuple[int, int]] = Counter()
     names: dict[tuple[int, int], str] = {}
     exact = snapshot.alone and not snapshot.stats["taking"]  # frames that are being taken are in no books yet
@@ -270,10 +270,8 @@ def _names(snapshot: Snapshot) -> list[Difference]:
 
 
 def _unregistered(snapshot: Snapshot) -> list[int]:
-    # By device and inode: inode numbers alone are those of another mount's files, too.
-    ours = {(segment.device, segment.inode) for frames in snapshot.frames for segment in frames.segments}
     known = {process.pid for process in snapshot.processes} | {snapshot.pid}
-    return procfs.who_maps(ours, USER_LAND.start, USER_LAND.end, known)
+    return procfs.who_maps(snapshot.segments(), USER_LAND.start, USER_LAND.end, known)
 
 
 def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:

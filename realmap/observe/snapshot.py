@@ -147,6 +147,10 @@ class Snapshot(msgspec.Struct, frozen=True):
             raise VersionMismatch(f"form {FORM}", f"form {theirs}", why="a snapshot of another version of realmap")
         return msgspec.convert(books, cls)
 
+    def segments(self) -> set[tuple[int, int]]:
+        """(device, inode) of every segment: inode numbers alone are those of another mount's files, too."""
+        return {(segment.device, segment.inode) for frames in self.frames for segment in frames.segments}
+
     def frames_by_serial(self) -> dict[int, FramesInfo]:
         """The frames, by serial."""
         return {frames.serial: frames for frames in self.frames}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import paths
 import served
-from served import BOUND
+from served import BOUND, Reaped
 
 import realmap
 
@@ -68,7 +68,7 @@ class Cleanup(NamedTuple):
     kernels: list[int]
 
 
-class Puppet:
+class Puppet(Reaped):
     """The harness's side."""
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +82,6 @@ class Puppet:
                 traceback.print_exc()
             finally:
                 os._exit(1)
-        self._status: int | None = None
 
     def prepare(self, order: Order) -> None:
         """Has it prepare a path. RuntimeError: it cannot."""
@@ -111,14 +110,6 @@ class Puppet:
             return self._shared[0] in states or self.ended is not None
 
         return served.wait_until(there, bound) and self._shared[0] in states
-
-    @property
-    def ended(self) -> int | None:
-        """None while it runs; then how it ended. It is reaped by that."""
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
 
     def end(self) -> None:
         """Kills it, and reaps it. Again: nothing."""

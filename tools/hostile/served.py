@@ -135,7 +135,22 @@ def whereabouts(folder: Path, pid: int) -> list[str]:
     return [line for file in folder.glob(f"*.{pid}") for line in file.read_text().splitlines()[-60:]]
 
 
-class Served:
+class Reaped:
+    """A forked process that is reaped by being asked for its end."""
+
+    pid: int
+    _status: int | None = None
+
+    @property
+    def ended(self) -> int | None:
+        """None while it runs; then its exit status, or minus the signal that ended it. It is reaped by that."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+
+class Served(Reaped):
     """A kernel in a forked process of its own, as the harness sees it."""
 
     def __init__(self, folder: Path, *, spin: float, lazy_unmap: int = 0) -> None:
@@ -159,16 +174,7 @@ class Served:
         with ours:
             ours.settimeout(BOUND)
             self.path = ours.recv(4096).decode()
-        self._status: int | None = None
         self._control = Client(self.path, control=True)
-
-    @property
-    def ended(self) -> int | None:
-        """None while it runs; then its exit status, or minus the signal that ended it. It is reaped by that."""
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
 
     def ask(self, what: str) -> Any:
         """A service of the kernel. KernelError: it is gone, or does not answer in time."""

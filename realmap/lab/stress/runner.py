@@ -273,11 +273,8 @@ class Runner:
         )
 
 
-def run(options: Options, say: Callable[[str], None] = lambda line: None) -> Report:
-    """Stresses a kernel, and reports. The same seed gives each user the same choices.
-
-    KernelError: the kernel of `options` is not there. ValueError: options that make no sense.
-    """
+def check(options: Options) -> None:
+    """ValueError: options that make no sense, in words."""
     if options.users < 1 or (options.ops is None and options.seconds is None):
         raise ValueError("a run has at least one user, and an end: seconds or ops")
     if options.ops is not None and options.ops < options.users:
@@ -286,6 +283,14 @@ def run(options: Options, say: Callable[[str], None] = lambda line: None) -> Rep
         )
     if not (0 <= options.kill <= 1 and 0 <= options.truncate <= 1):
         raise ValueError("kill and truncate are shares of the steps: from 0 to 1")
+
+
+def run(options: Options, say: Callable[[str], None] = lambda line: None) -> Report:
+    """Stresses a kernel, and reports. The same seed gives each user the same choices.
+
+    KernelError: the kernel of `options` is not there. ValueError: options that make no sense.
+    """
+    check(options)
     return Runner(options, say).run()
 
 
