@@ -2082,14 +2082,17 @@ static PyType_Spec mirror_spec = {
  *      user    ◀── answers ──  kernel        queue 1
  *
  *      tail ─▶ the producer's count of messages     asleep ─▶ 1 while the consumer sleeps, or is about to
- *      head ─▶ the consumer's count
+ *      head ─▶ the consumer's count                 mailed ─▶ the producer's count of what it sent by the socket
  *
  * Each side keeps its own counts where the other cannot reach them; what the other side wrote is
  * read once, then checked. A peer that scribbles here is found out, and hurts only itself.
  *
  * Publishing and the sleep flag: the producer stores tail and then looks at asleep, the consumer
  * stores asleep and then looks at tail. Both need a sequentially consistent fence in between, or
- * each can miss the other's store (on x86 too), and a wake-up is lost. */
+ * each can miss the other's store (on x86 too), and a wake-up is lost.
+ *
+ * Order: what was sent by the socket (the consumer slept, the ring was full) is counted in mailed before the next
+ * tail, so whoever sees that tail reads the socket first. */
 
 #define RING_SLOTS 32u
 #define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
@@ -2100,6 +2103,7 @@ static PyType_Spec mirror_spec = {
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
     _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
+    _Atomic uint32_t mailed;
     _Alignas(LINE) _Atomic uint32_t head;
     _Alignas(LINE) _Atomic uint32_t asleep;
     _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
@@ -2112,6 +2116,7 @@ typedef struct {
     Queue *out;
     uint32_t in_head;
     uint32_t out_tail;
+    uint32_t in_mailed; /* as far as the socket was read */
     unsigned long epoch;
 } Ring;
 
@@ -2272,7 +2277,18 @@ static void queue_done(Ring *self)
     atomic_store_explicit(&self->in->head, self->in_head, memory_order_release);
 }
 
-/* _pop() -> bytes, or None where nothing is there. ValueError: the other side's indices lie. */
+/* _mailed(): something was sent by the socket, before whatever goes by the ring from now on. */
+static PyObject *ring_mailed(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Ring *self = (Ring *)op;
+    if (!ring_is_here(self))
+        return NULL;
+    atomic_fetch_add_explicit(&self->out->mailed, 1, memory_order_relaxed); /* tail, stored later, releases it */
+    Py_RETURN_NONE;
+}
+
+/* _pop() -> bytes, or None where nothing is there, or b"" where the socket must be read to its end before (said once
+ * for what was sent there). ValueError: the other side's indices lie. */
 static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Ring *self = (Ring *)op;
@@ -2283,6 +2299,11 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
     int64_t there = queue_peek(self, &data, &size);
     if (!there)
         Py_RETURN_NONE;
+    uint32_t mailed = atomic_load_explicit(&self->in->mailed, memory_order_relaxed);
+    if (mailed != self->in_mailed) {
+        self->in_mailed = mailed;
+        return PyBytes_FromStringAndSize(NULL, 0);
+    }
     if (there < 0) {
         PyErr_Format(PyExc_ValueError, "a ring whose indices lie (the next message: %u bytes)", size);
         return NULL;
@@ -2502,6 +2523,7 @@ static PyMethodDef ring_methods[] = {
     {"_send", FASTCALL(ring_send), METH_FASTCALL, NULL},
     {"_offer", FASTCALL(ring_offer), METH_FASTCALL, NULL},
     {"_takes", ring_takes, METH_O, NULL},
+    {"_mailed", ring_mailed, METH_NOARGS, NULL},
     {"_exchange", FASTCALL(ring_exchange), METH_FASTCALL, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},

@@ -79,6 +79,30 @@ def test_segments(limited: Callable[..., Kernel]) -> None:
         me.map(3 * PAGE, fragment=PAGE)
 
 
+def test_what_was_unmapped_counts_no_longer_whichever_way_that_was_said(limited: Callable[..., Kernel]) -> None:
+    """A notice to a kernel that sleeps takes the socket, the request behind it may take the ring."""
+    kernel = limited(segments=4)
+    stop = threading.Event()
+
+    def disturb() -> None:
+        with realmap.connect(kernel.path) as other:
+            while not stop.is_set():
+                other.map(5 << 20, commit=False).unmap()
+                stop.wait(0.0002)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        with realmap.connect(kernel.path) as me:
+            for _ in range(300):
+                buffer = me.map(3 * PAGE, fragment=PAGE)
+                stop.wait(0.0003)
+                del buffer
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_half_of_the_kernels_descriptors_are_the_most_that_one_gets() -> None:
     """Of the kernel's own limit, not of the one of the process that made the `Limits`."""
     with Kernel(limits=Limits(calls=5)) as kernel, realmap.connect(kernel.path):

@@ -19,11 +19,15 @@ from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.reception import Reception
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire import channel, messages
+from realmap.wire.messages import Forked
 
 if TYPE_CHECKING:
     from realmap.kernel.server import Kernel
 
 log = logging.getLogger("realmap")
+
+#: So many datagrams of one client are read in a row, at most: more do not wait in a socket.
+IN_A_ROW = 512
 
 
 class Clients:
@@ -108,37 +112,64 @@ class Clients:
     def take_from_ring(self, index: int) -> None:
         """Does what the next message of the ring of that index asks for."""
         connection = self._ringed[index]
-        assert connection.ring is not None
+        ring = connection.ring
+        assert ring is not None
         try:
-            self._read(connection, connection.ring._pop)
+            if self._read(connection, ring._pop) == b"":  # what came by the socket comes first
+                for _ in range(IN_A_ROW):
+                    if self._read(connection, connection.receive) is None:
+                        break
+                self.rearm(connection)
+                if not connection.closed:
+                    self._read(connection, ring._pop)
         except Exception:  # a bug of ours ends one client at worst, never the kernel
             log.exception("the kernel failed at something")
             self.drop(connection)
 
-    def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> None:
+    def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> bytes | None:
+        """Does what the next message asks for. None: there is none. Empty: none yet, read the socket on."""
+        if connection.closed:
+            return None
         try:
             data = take()
-            if data is None:
-                return
+            if not data:
+                return data
             if connection.process is None and not connection.control:
                 self._reception.greet(connection, data)
                 self._strangers.discard(connection)
-                return
+                return data
             buffers = self._decoding
             if buffers:
                 buffers = self._decoding = []
             request = self._decoder.decode(data)
         except EOFError:
             self.drop(connection)
+            return None
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self.expel(connection, f"it sent what is no message: {error}")
-        else:
-            self._kernel.dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
+            return None
+        self._kernel.dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
+        return data
 
     def _buffer(self, code: int, data: memoryview) -> UserBuffer:
         buffer = UserBuffer(*messages.buffer_of(code, data))
         self._decoding.append(buffer)
         return buffer
+
+    def _hear_of_forks(self, connection: Connection) -> None:
+        """Its end may be known before its last words are read. Of those, only that it has forked matters now."""
+        process, ring = connection.process, connection.ring
+        if process is None or process.forked or not len(process.memory):
+            return
+        for take in [connection.receive] if ring is None else [ring._pop, connection.receive, ring._pop]:
+            with contextlib.suppress(Exception):  # EOFError, or no sound message: nothing more comes this way
+                for _ in range(IN_A_ROW):
+                    data = take()
+                    if data is None:
+                        break
+                    if data and isinstance(self._decoder.decode(data), Forked):
+                        process.forked = True
+        self._decoding = []
 
     def drop_silent(self, before: float) -> None:
         """Closes connections older than `before` that have not said who they are."""
@@ -160,6 +191,7 @@ class Clients:
         fd = connection.sock.fileno()
         self._kernel.unwatch(fd)
         self.listen_to_ring(connection, False)
+        self._hear_of_forks(connection)
         del self._by_fd[fd]
         self._strangers.discard(connection)
         connection.close()

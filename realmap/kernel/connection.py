@@ -46,7 +46,7 @@ class Connection:
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
 
     def receive(self) -> bytes | None:
-        """The next message, or None where it is not complete yet.
+        """The next message; None where nothing is there, and nothing (b"") where it is not complete yet.
 
         EOFError: the peer is gone. NotAMessage: it does not speak as it should. Descriptors that it
         sends are dropped by Linux: there is no room for them in the call.
@@ -61,7 +61,7 @@ class Connection:
             raise EOFError(str(error)) from None
         if not datagram:
             raise EOFError("closed")
-        return self._assembler.feed(datagram)
+        return self._assembler.feed(datagram) or b""
 
     def send(self, message: bytes, descriptors: Sequence[int] = (), id: int = 0) -> None:
         """Sends as much as the peer takes now, and the rest when it can. InvalidSize: the message is too long.

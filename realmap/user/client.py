@@ -194,7 +194,6 @@ class Client:
                 message = self._notices.popleft()
             except IndexError:
                 return
-            # The way that requests take: a later one must not come before it.
             if self._ring is not None and self._ring._offer(message, self._sock.fileno()):
                 continue
             try:
@@ -202,6 +201,8 @@ class Client:
             except OSError:  # not now; or the kernel is gone, which the next request will find out
                 self._notices.appendleft(message)
                 return
+            if self._ring is not None:
+                self._ring._mailed()  # a request that goes by the ring later does not come before it
 
     def check(self) -> None:
         """InvalidHandle: this is a forked child. KernelDied, ProcessKilled: the connection has ended."""

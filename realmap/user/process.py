@@ -44,7 +44,7 @@ def living() -> list[Process]:
 
 
 def _tell_of_fork() -> None:
-    """In the parent: what it has may be somebody else's, too, from now on."""
+    """In the parent, before it forks: what it has may be somebody else's, too, from then on. Not after: it may die."""
     for process in living():
         if not process._client.is_lost and process._windows:
             process._client.notice(messages.Forked(0))
@@ -55,7 +55,7 @@ def _lose() -> None:
         process.lose()
 
 
-os.register_at_fork(after_in_parent=_tell_of_fork, after_in_child=_lose)
+os.register_at_fork(before=_tell_of_fork, after_in_child=_lose)
 
 
 class Process:
