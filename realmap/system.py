@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self, SupportsIndex
 
 from realmap.errors import InvalidHandle, KernelDied, KernelError
-from realmap.host import files, forks, interpreter, runtime
+from realmap.host import files, forks, interpreter, liveness, runtime
 from realmap.host.interpreter import Child
 from realmap.host.translate import shortage
 from realmap.kernel.limits import Limits
@@ -34,8 +34,6 @@ from realmap.wire.ring import SPIN, checked_spin
 START_TIMEOUT = 60.0
 #: How long a handler may go on after the kernel was asked, or its booter was seen, to end. Seconds.
 GRACE = 5.0
-#: Where `connect()` without a path looks for a kernel.
-VARIABLE = "REALMAP_KERNEL"
 
 
 # ---- in the new processes -----------------------------------------------------------------
@@ -48,6 +46,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
         kernel = Kernel(**options)
     except Exception as error:
         report.sendall(pickle.dumps(error))
+        files.shut(report)
         return
 
     gc.collect()
@@ -63,6 +62,21 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
         kernel.serve(ready=ready, booter=booter)
     except KernelError as error:
         report.sendall(pickle.dumps(error))
+        files.shut(report)
+
+
+def _tree_main(report: socket.socket, booter: int, options: dict[str, Any], root: tuple[int, int]) -> None:
+    """The kernel of a process tree: it ends with the root of that, not with whoever needed it first."""
+    files.close(booter)
+    try:
+        pidfd = os.pidfd_open(root[0])
+    except ProcessLookupError:
+        pidfd = -1
+    if pidfd < 0 or not liveness.same_process_lives(*root):
+        report.sendall(pickle.dumps(KernelDied(options["path"], why="the root of the process tree has ended")))
+        files.shut(report)
+        return
+    _kernel_main(report, pidfd, options)
 
 
 def _user_main(
@@ -127,6 +141,11 @@ class KernelHandle:
         self._lock = threading.Lock()
         _handles.add(self)
         forks.lose_in_child(self)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has ended, as far as its booter can tell."""
+        return self._child.exitcode is not None
 
     @property
     def pid(self) -> int:
@@ -279,8 +298,20 @@ def boot(
         "spin": checked_spin(spin),
         "limits": limits,
     }
+    return KernelHandle(*_start(_kernel_main, options))
+
+
+def boot_for(path: str, root: tuple[int, int]) -> None:
+    """Starts a kernel at `path` that ends with the process of this pid and start time, and not with this one.
+
+    Errors as `boot`. KernelDied: that process has ended.
+    """
+    _start(_tree_main, {"path": path}, root)[0].leave()
+
+
+def _start(main: Callable[..., None], *args: Any) -> tuple[Child, str]:
     try:
-        child = Child(_kernel_main, options)
+        child = Child(main, *args)
     except OSError as error:
         raise shortage(error, "cannot start a kernel") from None
     try:
@@ -295,37 +326,4 @@ def boot(
         if isinstance(error, OSError):
             raise shortage(error, "cannot start a kernel") from None
         raise
-    return KernelHandle(child, said)
-
-
-_ambient: KernelHandle | None = None
-_ambient_lock = threading.Lock()
-
-
-def _new_ambient_lock() -> None:
-    global _ambient_lock
-    _ambient_lock = threading.Lock()  # another thread of the parent may have held it
-
-
-os.register_at_fork(after_in_child=_new_ambient_lock)
-
-
-def connect(path: str | os.PathLike[str] | None = None) -> Process:
-    """This process as a user of the kernel at `path`.
-
-    Without a path: of the one that $REALMAP_KERNEL names, or else of a kernel of this process tree's
-    own, booted now; children find it by the same variable. It ends with this process.
-
-    KernelDied: no kernel listens there. AccessDenied: it is another user's. VersionMismatch: it is of
-    another version. InvalidHandle: the path is no socket of a kernel.
-    """
-    global _ambient
-    if path is not None:
-        return Process(os.fspath(path))
-    with _ambient_lock:
-        known = os.environ.get(VARIABLE)
-        if known and not (_ambient is not None and _ambient.path == known and _ambient._child.exitcode is not None):
-            return Process(known)
-        _ambient = boot()
-        os.environ[VARIABLE] = _ambient.path
-        return _ambient.connect()
+    return child, said

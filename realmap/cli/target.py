@@ -6,12 +6,12 @@ import os
 
 import click
 
+from realmap.ambient import VARIABLE
 from realmap.host import runtime
 from realmap.observe.control import Control
 
 #: How long a command waits for an answer of the kernel, in seconds.
 PATIENCE = 10.0
-VARIABLE = "REALMAP_KERNEL"
 
 #: The option of every command that asks a running kernel.
 kernel_option = click.option(

@@ -149,6 +149,11 @@ class Child:
         """Sends SIGKILL."""
         self.signal(9)
 
+    def leave(self) -> None:
+        """Leaves it to itself: it may outlive this process, which does not wait for it."""
+        files.shut(self.report)
+        self._process.returncode = 0  # else its collection would warn that it still runs, and look after it
+
     def close(self) -> None:
         """Closes the report and, if the process still runs, kills it; reaps it in any case."""
         files.shut(self.report)

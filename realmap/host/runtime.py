@@ -32,10 +32,29 @@ def stamp() -> str:
     return f"{procfs.pid_namespace()}.{os.getpid()}.{procfs.start_time(os.getpid())}"
 
 
-def _maker_lives(text: str) -> bool:
+def stamp_in(text: str) -> tuple[int, int, int]:
+    """(pid namespace, pid, start time) in a name, or the path of a socket, made from a stamp. ValueError: in none."""
+    namespace, pid, start = (int(part) for part in os.path.basename(text).split(".")[:3])
+    return namespace, pid, start
+
+
+def is_mine(text: str) -> bool:
+    """Whether this very process made a name with this stamp."""
+    return os.path.basename(text).startswith(stamp() + ".")
+
+
+def is_here(text: str) -> bool:
+    """Whether a name has a stamp, of this pid namespace: elsewhere its pid means nothing."""
+    try:
+        return stamp_in(text)[0] == procfs.pid_namespace()
+    except ValueError:
+        return False
+
+
+def maker_lives(text: str) -> bool:
     """Whether who made a name with this stamp may still live; one of another pid namespace always may."""
     try:
-        namespace, pid, start = (int(part) for part in text.split(".")[:3])
+        namespace, pid, start = stamp_in(text)
     except ValueError:
         return True  # not a stamp of ours: not ours to judge
     return namespace != procfs.pid_namespace() or liveness.same_process_lives(pid, start)
@@ -177,13 +196,13 @@ def sweep() -> list[str]:
     gone = [name for name in _orphans() if _remove(f"/dev/shm/{name}")]
     folder = directory()
     for lock in folder.glob("*.sock.lock"):
-        if not _maker_lives(lock.name):  # else it may have made its lock file, and not locked it yet
+        if not maker_lives(lock.name):  # else it may have made its lock file, and not locked it yet
             with contextlib.suppress(InvalidHandle, AccessDenied):
                 gone += sweep_socket(str(lock)[: -len(".lock")])
     for marker in (folder / "names").glob("*"):
         with contextlib.suppress(OSError, ValueError):
             text = marker.read_text()
-            if _maker_lives(text):
+            if maker_lives(text):
                 continue
             segment = f"/dev/shm/{marker.name}"
             if os.path.exists(segment) and os.stat(segment).st_ino == int(text.split(".")[3]) and _remove(segment):
@@ -208,7 +227,7 @@ def sockets() -> list[str]:
     found = []
     for lock in sorted(directory().glob("*.sock.lock")):
         path = str(lock)[: -len(".lock")]
-        if _maker_lives(lock.name) and os.path.exists(path):
+        if maker_lives(lock.name) and os.path.exists(path):
             found.append(path)
     return found
 
@@ -237,7 +256,7 @@ def _orphans() -> list[str]:
     except OSError:
         return []
     ours = [name for name in names if name.startswith(SEGMENT_PREFIX)]
-    return [name for name in ours if not _maker_lives(name[len(SEGMENT_PREFIX) :])]
+    return [name for name in ours if not maker_lives(name[len(SEGMENT_PREFIX) :])]
 
 
 def _remove(path: str) -> bool:

@@ -107,7 +107,7 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "outbox": [inode for connection in kernel.clients.all() for inode in connection.waiting_inodes()],
         "handles": [
             {
-                "name": shared.name[:8],
+                "name": shared.label,
                 "frames": shared.frames.serial,
                 "start": shared.start,
                 "length": shared.length,

@@ -61,6 +61,9 @@ class Dispatch:
                 self._reply(connection, request.id, (self._kernel.estates.adopt(process, request), [], []))
             elif isinstance(request, messages.Forked):
                 process.forked = True
+            elif isinstance(request, messages.Leave):
+                self._kernel.handles.leave(process)
+                self._reply(connection, request.id, (None, [], []))
             elif isinstance(request, messages.Query):
                 self._reply(connection, request.id, services.query(process, request))
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way

@@ -5,10 +5,14 @@
     gone    ◀── its maker ended (unless it was made to outlive it), revoked, spent, expired, the kernel ended
 
 Rights only ever narrow: buffer ≥ handle ≥ attached mapping.
+
+A handle with a name is attached by that, and unlinked by anybody. It outlives a maker that ended in good order; one
+that was killed it outlives for as long as a process lives that has attached it by name.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +24,7 @@ from realmap.memory.mapping import Mapping
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_down, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, prot_of, rights_of
 from realmap.wire import messages
+from realmap.wire.messages import NAMED
 
 if TYPE_CHECKING:
     from realmap.kernel.process_table import UserProcess
@@ -33,7 +38,7 @@ TOKEN = 16
 class Shared:
     """What a handle stands for: `length` bytes from byte `start` of `frames` on, and what may be done there."""
 
-    __slots__ = ("frames", "keep", "kind", "length", "maker", "name", "rights", "start", "until", "uses")
+    __slots__ = ("frames", "holders", "keep", "kind", "length", "maker", "name", "rights", "start", "until", "uses")
 
     def __init__(
         self,
@@ -61,8 +66,19 @@ class Shared:
         self.uses = uses
         #: When it ends, in seconds of the monotonic clock; None: never.
         self.until = until
-        # Not the token itself: who may look at the books may not attach by that alone.
-        frames.hold(self, "handle", name[:8] + "…", f"of process {maker.number}")
+        #: Of one with a name: who has attached it.
+        self.holders: set[UserProcess] = set()
+        frames.hold(self, "handle", self.label, f"of process {maker.number}")
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it has a name."""
+        return self.name.startswith(NAMED)
+
+    @property
+    def label(self) -> str:
+        """What the books show. Not a token itself: who may look at them may not attach by that alone."""
+        return self.name if self.is_named else self.name[:8] + "…"
 
 
 class Handles:
@@ -89,7 +105,10 @@ class Handles:
 
         InvalidAddress, InvalidSize: it is not in one mapping of the process. InvalidMemState: private memory.
         AccessDenied: more rights than the process has. LimitReached: there are `limit` handles already.
+        InvalidHandle: one of this name exists.
         """
+        if request.name is not None and NAMED + request.name in self._by_name:
+            raise InvalidHandle(request.name, why=f"memory named {request.name!r} exists already")
         if len(self._by_name) >= limit:
             why = f"the kernel has {limit} handles, its limit; revoke some, or limit their uses and time"
             raise LimitReached("handles", limit, why=why)
@@ -113,7 +132,7 @@ class Handles:
         if not request.keep >= 0:
             raise InvalidSize(0, why="a handle outlives its maker by no less than 0 seconds")
         until = None if request.seconds is None else time.monotonic() + request.seconds
-        name = secrets.token_hex(TOKEN)
+        name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
         self._by_name[name] = Shared(
             name,
             mapping.frames,
@@ -134,6 +153,8 @@ class Handles:
         if shared is not None and shared.until is not None and shared.until <= time.monotonic():
             self._end(shared, "it has expired")
             shared = None
+        if shared is None and name.startswith(NAMED):
+            raise InvalidHandle(name, why=f"no memory is named {name[len(NAMED) :]!r}")
         if shared is None:
             why = self._gone.get(name, "the kernel knows no such handle: it is forged, of another kernel, or long gone")
             raise InvalidHandle(name[:8] + "…", why=why)
@@ -161,9 +182,11 @@ class Handles:
         memory = process.memory
         address = memory.find_available_space(end - start, unit if unit > PAGE_SIZE else 1)
         mapping = memory.map_partial_shared_mapping(shared.frames, address, start, end - start, shared.kind, rights)
-        return mapping, at - start, length, lambda: self._spend(shared)
+        return mapping, at - start, length, lambda: self._spend(shared, process)
 
-    def _spend(self, shared: Shared) -> None:
+    def _spend(self, shared: Shared, process: UserProcess) -> None:
+        if shared.is_named:
+            shared.holders.add(process)
         if shared.uses is not None:
             shared.uses -= 1
             if not shared.uses:
@@ -172,7 +195,7 @@ class Handles:
     def revoke(self, process: UserProcess, name: str) -> None:
         """Ends one. What is attached stays. InvalidHandle: as `find`. AccessDenied: another process made it."""
         shared = self.find(name)
-        if shared.maker is not process and not shared.keep:
+        if shared.maker is not process and not shared.keep and not shared.is_named:
             assert shared.maker is not None
             raise AccessDenied(why=f"process {shared.maker.number} made this handle, and may revoke it")
         self._end(shared, "it was revoked")
@@ -180,12 +203,24 @@ class Handles:
     def reap(self, process: UserProcess) -> None:
         """The process has ended: its handles go, at once or after the time that they were made to outlive it."""
         now = time.monotonic()
-        for shared in [each for each in self._by_name.values() if each.maker is process]:
-            shared.maker = None
+        for shared in list(self._by_name.values()):
+            if shared.maker is not process and process not in shared.holders:
+                continue
+            shared.holders.discard(process)
+            if shared.maker is process:
+                shared.maker = None
+            if shared.maker is not None or shared.holders:
+                continue
             if not shared.keep:
                 self._end(shared, f"its maker, process {process.number}, has ended")
             elif shared.keep < FOR_EVER:
                 shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+
+    def leave(self, process: UserProcess) -> None:
+        """The process is about to end in good order: what it gave a name stays."""
+        for shared in self._by_name.values():
+            if shared.maker is process and shared.is_named:
+                shared.keep = math.inf
 
     def expire(self) -> None:
         """Those whose time is over go."""
@@ -200,7 +235,9 @@ class Handles:
 
     def _end(self, shared: Shared, why: str) -> None:
         del self._by_name[shared.name]
+        shared.frames.let_go(shared)
+        if shared.is_named:  # another may get that name
+            return
         while len(self._gone) >= 1000:  # told of for a while, not for ever
             del self._gone[next(iter(self._gone))]
         self._gone[shared.name] = f"the handle is of no use any more: {why}"
-        shared.frames.let_go(shared)

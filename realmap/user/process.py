@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from operator import index
@@ -15,25 +13,18 @@ from typing import Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, KernelError, VirtualMemoryExhaustion
-from realmap.host import procfs, translate
+from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
-from realmap.memory.frames import Piece, whole_pages
+from realmap.memory.frames import whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
-from realmap.memory.userspace_ptr import register_window
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
-from realmap.rights import MappingAccessRights, MemoryType, prot_of, rights_of, type_of, u_rw
+from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, u_rw
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer
 from realmap.user.client import Client
 from realmap.user.handle import Handle
+from realmap.user.windows import map_window
 from realmap.wire import channel, messages
 from realmap.wire.messages import MemoryInfo
-
-#: Which part of its segment a piece of a mapping is, by its number: (offset, length), in bytes.
-PieceAt = Callable[[int], tuple[int, int]]
-#: How many places for a mapping may turn out to be taken before there is none.
-PLACES = 100
-
 
 _living: weakref.WeakSet[Process] = weakref.WeakSet()
 
@@ -65,18 +56,21 @@ class Process:
     the kernel's books as its own, at the same addresses. One that never does costs nothing.
     """
 
-    def __init__(self, path: str) -> None:
-        """Connects to the kernel at `path` (its socket). Errors as `realmap.connect`."""
+    def __init__(self, path: str, *, timeout: float | None = None) -> None:
+        """Connects to the kernel at `path` (its socket). Errors as `realmap.connect`.
+
+        SyscallTimeout: it does not answer within `timeout` seconds.
+        """
         require_address_space()
         #: What must live as long as this does: the handle of a kernel that it was made by.
         self.keeper: object = None
-        self._client = self._connect(path)
+        self._client = self._connect(path, timeout)
         self._windows: weakref.WeakSet[UserWindow] = weakref.WeakSet()
         self._lock = RLock()
         _living.add(self)
 
-    def _connect(self, path: str) -> Client:
-        return Client(path, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
+    def _connect(self, path: str, timeout: float | None = None) -> Client:
+        return Client(path, timeout=timeout, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
 
     @property
     def client(self) -> Client:
@@ -175,7 +169,7 @@ class Process:
         try:
             value, descriptors = client.request(request, name="map", late=self._unmap_late, into=answer)
             span, piece = value[1], step or value[1]
-            window = self._map_window(value, lambda index: (0, min(piece, span - index * piece)), descriptors, allowed)
+            window = map_window(self, value, lambda index: (0, min(piece, span - index * piece)), descriptors, allowed)
         finally:
             self._give_back(answer, window)
         return Buffer.part(window, window._base, size)
@@ -210,6 +204,17 @@ class Process:
         if buffer.process is not self:
             raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, which is who may share it")
         allowed = buffer.rights if rights is None else rights_of(rights)
+        return self._share(buffer, allowed, uses, seconds, keep, None)
+
+    def _share(
+        self,
+        buffer: Buffer,
+        allowed: MappingAccessRights,
+        uses: SupportsIndex | None,
+        seconds: float | None,
+        keep: bool | float,
+        name: str | None,
+    ) -> Handle:
         request = messages.Share(
             self.client.next_id(),
             buffer.address,
@@ -218,6 +223,7 @@ class Process:
             None if uses is None else index(uses),
             None if seconds is None else float(seconds),
             (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
+            name,
         )
         answer: list[Any] = []
         handle: Handle | None = None
@@ -256,21 +262,22 @@ class Process:
         if handle.path != self.path:
             why = f"the handle is of the kernel at {handle.path!r}, this process is connected to {self.path!r}"
             raise InvalidHandle(handle.token[:8] + "…", why=why)
-        request = messages.Attach(
-            self.client.next_id(),
-            handle.token,
-            usize(offset, "offset"),
-            None if length is None else usize(length, "length"),
-            None if rights is None else int(rights_of(rights)),
-        )
+        first, size = usize(offset, "offset"), None if length is None else usize(length, "length")
+        return self._attach(handle.token, first, size, rights)
+
+    def _attach(
+        self, token: str, offset: int = 0, length: int | None = None, rights: MappingAccessRights | None = None
+    ) -> Buffer:
+        allowed = None if rights is None else int(rights_of(rights))
+        request = messages.Attach(self.client.next_id(), token, offset, length, allowed)
         answer: list[Any] = []
         window: UserWindow | None = None
         try:
             value, descriptors = self.client.request(request, name="attach", late=self._unmap_late, into=answer)
-            *_, lead, size, allowed, pieces = value
+            *_, lead, size, given, pieces = value
             place = value[:4]
             try:
-                window = self._map_window(place, lambda index: tuple(pieces[index]), descriptors, rights_of(allowed))
+                window = map_window(self, place, lambda index: tuple(pieces[index]), descriptors, rights_of(given))
             finally:
                 value[:4] = place
         finally:
@@ -296,63 +303,10 @@ class Process:
         """An answer to `map` that nobody waited for: the kernel takes the mapping back."""
         self.client.notice(messages.Unmap(0, value[0], value[1]))
 
-    def _map_window(
-        self, value: list[int], piece_at: PieceAt, descriptors: list[int], rights: MappingAccessRights
-    ) -> UserWindow:
-        """Maps the segments at the address in `value`, or where the kernel moves them if that is taken (it is noted
-        there); all or nothing.
-        """
-        prot = prot_of(rights)
-        for _ in range(PLACES):
-            address, span, count, in_huge = value
-            try:
-                window = self._map_segments(address, span, count, piece_at, descriptors, prot)
-            except OSError as error:
-                if error.errno != errno.EEXIST or isinstance(error, KernelError):
-                    raise translate.window_error(error, address, span, prot) from None
-                try:
-                    start, end = procfs.obstacle(address, span)
-                except OSError:  # no descriptor to look with: its own place is avoided
-                    start, end = 0, 0
-                value[0] = self.client.request(messages.Move(self.client.next_id(), address, start, end))[0]
-            else:
-                window.process = self
-                window.rights = rights
-                window.huge = in_huge
-                window.told = False
-                with self._lock:
-                    self._windows.add(window)
-                register_window(window)
-                return window
-        raise VirtualMemoryExhaustion(value[1], why=f"at {PLACES} places in UserLand something else is mapped")
-
-    def _map_segments(
-        self, address: int, span: int, count: int, piece_at: PieceAt, descriptors: list[int], prot: int
-    ) -> UserWindow:
-        if not count:  # private memory: no frames to share
-            return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
-
-        def pieces(first: int, fds: list[int]) -> Iterator[Piece]:
-            for number, fd in enumerate(fds, first):
-                yield fd, *piece_at(number)
-
-        expected = min(count, messages.MAX_DESCRIPTORS)
-        _require_all(descriptors, expected, span)
-        if count == 1:
-            return UserWindow._map(address, span, prot, descriptors[0], piece_at(0)[0], 0, span, 1)
-        first = sum(piece_at(number)[1] for number in range(expected))
-        window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
-        mapped = len(descriptors)
-        while mapped < count:
-            request = messages.More(self.client.next_id(), address, mapped)
-            _, more = self.client.request(request)
-            try:
-                _require_all(more, min(count - mapped, messages.MAX_DESCRIPTORS), span)
-                window._extend(pieces(mapped, more))
-                mapped += len(more)
-            finally:
-                channel.close_all(more)
-        return window
+    def keep_window(self, window: UserWindow) -> None:
+        """It is unmapped when this closes, and taken over by forked children."""
+        with self._lock:
+            self._windows.add(window)
 
     def query(self, address: SupportsIndex) -> MemoryInfo:
         """What is at `address` of this process: the mapping, or the hole (type UNMAPPED), that it lies in.
@@ -418,9 +372,3 @@ class Process:
 
     def __repr__(self) -> str:
         return f"<Process {self.client.number} (pid {self.pid}) of the kernel at {self.path!r}>"
-
-
-def _require_all(descriptors: list[int], expected: int, span: int) -> None:
-    # Linux delivers what it has room for, and cuts off the rest.
-    if len(descriptors) < expected:
-        raise translate.frames_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), span)

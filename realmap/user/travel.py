@@ -27,15 +27,18 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def process_of(path: str) -> Process:
-    """This process as a user of the kernel at `path`: a connection that it has, or else a new one. As `connect`."""
+def process_of(path: str, *, timeout: float | None = None) -> Process:
+    """This process as a user of the kernel at `path`: a connection that it has, or else a new one. As `connect`.
+
+    SyscallTimeout: the kernel does not let anybody in within `timeout` seconds.
+    """
     from realmap.user.process import Process, living
 
     for process in living():
         if process.path == path:
             return process
     with _lock:
-        process = _made[path] = Process(path)
+        process = _made[path] = Process(path, timeout=timeout)
         return process
 
 

@@ -22,7 +22,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 5
+PROTOCOL = 6
 VERSION = "0.1.0"
 #: A message may be this long, in bytes; larger things belong into a buffer.
 MAX_MESSAGE = 16 << 20
@@ -133,7 +133,8 @@ class Ask(_Request, tag=7, frozen=True):
 class Share(_Request, tag=8, frozen=True):
     """A handle for `length` bytes at `address`, good for `uses` and `seconds`, or without such an end (None).
 
-    `keep`: how many seconds it outlives its maker (infinity: for ever). Done: its token.
+    `keep`: how many seconds it outlives its maker (infinity: for ever). `name`: it can be attached by that as well as
+    by a token, and by everybody who is let in. Done: its token, or its name.
     """
 
     address: int
@@ -142,6 +143,7 @@ class Share(_Request, tag=8, frozen=True):
     uses: int | None
     seconds: float | None
     keep: float
+    name: str | None = None
 
 
 class Attach(_Request, tag=9, frozen=True):
@@ -175,7 +177,14 @@ class Forked(_Request, tag=12, frozen=True):
     """This process has forked. No answer is sent."""
 
 
-Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked
+class Leave(_Request, tag=13, frozen=True):
+    """This process ends in good order: the names that it gave stay without it. Done: None."""
+
+
+Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave
+
+#: How a name is written where a token may be.
+NAMED = "name:"
 
 
 class Done(msgspec.Struct, array_like=True, tag=1):

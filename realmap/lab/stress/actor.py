@@ -6,11 +6,11 @@ import contextlib
 import os
 import threading
 
+from realmap.ambient import connect
 from realmap.errors import KernelError, MemoryFault, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
 from realmap.lab.workload import Step, pattern
 from realmap.pages import PAGE_SIZE
 from realmap.rights import u_r, u_rw
-from realmap.system import connect
 from realmap.user import Buffer, Process
 
 CALLS = {"digest": "stress_digest", "slow_digest": "stress_slow_digest", "copied_digest": "stress_copied_digest"}

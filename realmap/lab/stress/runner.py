@@ -14,13 +14,14 @@ from contextlib import ExitStack, suppress
 import msgspec
 import psutil
 
+from realmap.ambient import connect
 from realmap.errors import KernelError, UnknownSyscall
 from realmap.host import procfs, runtime
 from realmap.lab.stress import handlers, worker
 from realmap.lab.stress.report import FORM, Kind, Options, Report, Slope, Tally, percentile, slope, summed
 from realmap.memory import KERNEL_LAND
 from realmap.observe.control import Control
-from realmap.system import boot, connect
+from realmap.system import boot
 from realmap.wire.messages import VERSION
 
 SAMPLE = 0.5

@@ -12,12 +12,12 @@ import traceback
 
 import msgspec
 
+from realmap.ambient import connect
 from realmap.errors import KernelDied, MemoryFault
 from realmap.lab import workload
 from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes
 from realmap.lab.stress.report import Options, Tally, bucket
 from realmap.lab.workload import MIXES, Model, Seeded, Step
-from realmap.system import connect
 
 #: How often it tells, in seconds.
 TELL = 0.25

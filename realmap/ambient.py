@@ -1,0 +1,105 @@
+"""The ambient kernel: the one that `connect()` without a path finds, or boots.
+
+$REALMAP_KERNEL   a kernel that runs; whoever boots one says so to its children by it
+$REALMAP_TREE     where the kernel of this process tree is to be; whoever needs it first boots it there
+
+The second is set by what cannot know who will need a kernel first (`import realmap.shared_memory`): a worker that
+was started before anybody needed one finds the same kernel as its parent. That kernel ends with the root of the
+tree, the process that set the variable, and with nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from realmap.errors import InvalidHandle, KernelDied
+from realmap.host import runtime
+from realmap.system import KernelHandle, boot, boot_for
+from realmap.user import travel
+from realmap.user.process import Process
+
+#: The socket of the kernel that `connect()` without a path means.
+VARIABLE = "REALMAP_KERNEL"
+#: Where that of the process tree is, or will be; its name tells who is the root.
+TREE = "REALMAP_TREE"
+#: How long another process of the tree may take to boot it. Seconds.
+PATIENCE = 60.0
+
+_booted: KernelHandle | None = None
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def connect(path: str | os.PathLike[str] | None = None) -> Process:
+    """This process as a user of the kernel at `path`.
+
+    Without a path: of the one that $REALMAP_KERNEL names, or else of a kernel of this process tree's
+    own, booted now; children find it by the same variable. It ends with this process.
+
+    KernelDied: no kernel listens there. AccessDenied: it is another user's. VersionMismatch: it is of
+    another version. InvalidHandle: the path is no socket of a kernel.
+    """
+    return Process(os.fspath(path)) if path is not None else Process(find())
+
+
+def process() -> Process:
+    """This process as a user of its ambient kernel: one connection, however often it is asked for. As `connect`."""
+    return travel.process_of(find())
+
+
+def plant() -> None:
+    """Makes this process the root of a tree, unless it is in one already; boots nothing."""
+    with _lock:
+        if _tree() is None:
+            os.environ[TREE] = runtime.new_socket_path()
+
+
+def _tree() -> str | None:
+    """Where the kernel of this tree is to be, if this process is in one: its root lives, and can be named here."""
+    tree = os.environ.get(TREE)
+    return tree if tree and runtime.is_here(tree) and runtime.maker_lives(tree) else None
+
+
+def find() -> str:
+    """The path of the ambient kernel, which is booted if need be. Errors as `connect`."""
+    global _booted
+    with _lock:
+        known = os.environ.get(VARIABLE)
+        if known and not (_booted is not None and _booted.path == known and _booted.has_ended):
+            return known
+        tree = _tree()
+        if tree is not None:
+            _join(tree)
+            return tree
+        _booted = boot()
+        os.environ[VARIABLE] = _booted.path
+        return _booted.path
+
+
+def _join(tree: str) -> None:
+    """Sees to it that the tree's kernel runs. KernelDied: it does not, and the root has ended."""
+    global _booted
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            travel.process_of(tree)
+            return
+        except KernelDied:
+            if time.monotonic() > end:
+                raise
+        try:
+            if runtime.is_mine(tree):
+                _booted = boot(path=tree)
+            else:
+                boot_for(tree, runtime.stamp_in(tree)[1:])
+        except InvalidHandle:  # somebody else of the tree is just doing the same
+            time.sleep(0.01)
