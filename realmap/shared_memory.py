@@ -122,7 +122,11 @@ class SharedMemory:
             self._buf.release()
             self._buf = None
         if self._buffer is not None:
-            self._buffer.unmap()
+            try:
+                self._buffer.unmap()
+            except BufferError:
+                self._buf = memoryview(self._buffer)
+                raise
             self._buffer = None
 
     def unlink(self) -> None:

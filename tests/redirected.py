@@ -1,7 +1,7 @@
 """The standard library's own tests of shared memory, from the interpreter at hand, with the import redirected.
 
-Run as a script: METHOD; unittest's output, on stderr. Every `multiprocessing.shared_memory` in the text of the tests (their
-subprocesses' included) becomes `realmap.shared_memory`; nothing else is changed.
+Run as a script: METHOD; unittest's output, on stderr. Every `multiprocessing.shared_memory` in the text of the tests
+(their subprocesses' included) becomes `realmap.shared_memory`; nothing else is changed.
 """
 
 from __future__ import annotations

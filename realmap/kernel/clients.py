@@ -161,6 +161,7 @@ class Clients:
         process, ring = connection.process, connection.ring
         if process is None or process.forked or not len(process.memory):
             return
+        self._decoding = []  # that of the last one may be in a handler's hands
         for take in [connection.receive] if ring is None else [ring._pop, connection.receive, ring._pop]:
             with contextlib.suppress(Exception):  # EOFError, or no sound message: nothing more comes this way
                 for _ in range(IN_A_ROW):

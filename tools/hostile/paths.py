@@ -234,7 +234,7 @@ _ALL = [
     Path("start", _start, within=True, one_thread=True),
     Path("within", _within, within=True),
     Path("stop", _stop, within=True),
-    Path("serve", _serve, within=True),
+    Path("serve", _serve, within=True, one_thread=True),
     Path("boot", _boot, within=True, one_thread=True),
     Path("shutdown", _shutdown, within=True, one_thread=True),
 ]
