@@ -17,7 +17,7 @@ bytes in place, and unmaps them. Frames are POSIX shared-memory segments under a
 """
 
 from realmap import memory
-from realmap.ambient import connect
+from realmap.ambient import aconnect, connect
 from realmap.errors import (
     AccessDenied,
     InvalidAddress,
@@ -84,6 +84,7 @@ __all__ = [
     "VirtualMemoryExhaustion",
     "WrongMappingFramesForType",
     "__version__",
+    "aconnect",
     "boot",
     "connect",
     "k_r",

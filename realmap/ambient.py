@@ -10,15 +10,21 @@ tree, the process that set the variable, and with nobody else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from realmap.errors import InvalidHandle, KernelDied
 from realmap.host import runtime
 from realmap.system import KernelHandle, boot, boot_for
 from realmap.user import travel
 from realmap.user.process import Process
+
+if TYPE_CHECKING:
+    from asyncio import Future
 
 #: The socket of the kernel that `connect()` without a path means.
 VARIABLE = "REALMAP_KERNEL"
@@ -49,6 +55,32 @@ def connect(path: str | os.PathLike[str] | None = None) -> Process:
     another version. InvalidHandle: the path is no socket of a kernel.
     """
     return Process(os.fspath(path)) if path is not None else Process(find())
+
+
+@contextlib.asynccontextmanager
+async def aconnect(path: str | os.PathLike[str] | None = None) -> AsyncIterator[Process]:
+    """`connect`, for asyncio: `async with realmap.aconnect() as me: await me.acall(…)`. Closed at the end.
+
+    Connecting (booting a kernel takes a while) and closing are done on a thread of the loop's. Errors as `connect`.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    connecting = loop.run_in_executor(None, connect, path)
+    try:
+        process = await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        connecting.add_done_callback(_close_late)
+        raise
+    try:
+        yield process
+    finally:
+        await asyncio.shield(loop.run_in_executor(None, process.close))
+
+
+def _close_late(connecting: Future[Process]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
 
 
 def process() -> Process:

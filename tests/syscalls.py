@@ -242,8 +242,8 @@ def drop_with_view(call: Call, data: UserBuffer) -> list[Any]:
 
 
 @syscall(blocking=True)
-def sleep(call: Call, seconds: float) -> float:
-    """Sleeps on a worker thread."""
+def sleep(call: Call, seconds: float, *held: UserBuffer) -> float:
+    """Sleeps on a worker thread; buffers are held meanwhile."""
     time.sleep(seconds)
     return seconds
 

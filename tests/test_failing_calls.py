@@ -295,7 +295,7 @@ def test_a_socket_that_cannot_be_unlinked_is_swept_later(monkeypatch: pytest.Mon
         sock.bind(path)
     monkeypatch.setattr(os, "unlink", failing(os.unlink, errno.EIO))
     lock.release()
-    monkeypatch.setattr(runtime, "_maker_lives", lambda text: False)
+    monkeypatch.setattr(runtime, "maker_lives", lambda text: False)
     assert path in runtime.sweep()
     assert not os.path.exists(path)
     assert not os.path.exists(path + ".lock")

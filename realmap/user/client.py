@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import itertools
 import os
-import select
 import time
-from collections import deque
 from collections.abc import Callable
 from threading import Lock, RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from realmap._host import Ring, Turn, fall_asleep, spin, wake_up
+from realmap._host import wake_up
 from realmap.errors import (
     InvalidHandle,
     KernelDied,
@@ -30,14 +28,18 @@ from realmap.errors import (
     VersionMismatch,
 )
 from realmap.host import files, forks, procfs
-from realmap.host.translate import SHORT_OF_MEMORY, shortage
+from realmap.host.translate import shortage
 from realmap.user import handshake
 from realmap.user.handshake import SLICE
+from realmap.user.post import Post, Received
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
-from realmap.wire.ring import LONGEST, OVERLOADED, SAME_CPU, RingEnd, SpinBudget
+from realmap.wire.ring import SpinBudget
 
-Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    from realmap.user.flow import Flow
 
 
 class Pending(msgspec.Struct):  # a Struct because it is made in C: one for every call
@@ -64,7 +66,7 @@ class Pending(msgspec.Struct):  # a Struct because it is made in C: one for ever
             pass
 
 
-class Client:
+class Client(Post):
     """A connection, from its handshake to its end. `number` is this process's name in the kernel's books."""
 
     def __init__(
@@ -87,23 +89,12 @@ class Client:
         self._decoder = msgspec.msgpack.Decoder(messages.Reply)
         self._ids = itertools.count(1)
         self._pending: dict[int, Pending] = {}
-        #: What was received and is not handed on yet: messages of the ring, and datagrams.
-        self._inbox: deque[bytes] = deque()
-        self._mail: deque[Received] = deque()
-        self._ring: RingEnd | None = None
-        self._rings: list[Ring] = []
-        self._spin = SpinBudget(0)
-        self._assembler = channel.Assembler()
-        # With levels: a destructor or a signal handler may make a call while its own thread is in one.
-        self._reading = Turn()
-        self._sending = RLock()
+        #: Those who wait for answers in event loops.
+        self.flows: dict[AbstractEventLoop, Flow] = {}
         self._state = RLock()
-        self._notices: deque[bytes] = deque()
         self._error: KernelError | None = None
         self._lost_in_child = False
-        self._sock = handshake.open_socket(path)
-        self._poll = select.poll()
-        self._poll.register(self._sock, select.POLLIN)
+        super().__init__(path)
         try:
             self.number, self.kernel_pid = self._introduce(control, timeout)
         except BaseException as error:
@@ -171,38 +162,45 @@ class Client:
             self._pending.pop(number, None)
             return reply.value, pending.descriptors
         except TimeoutError as error:
-            self._give_up(number, pending)
+            self.give_up(number, pending)
             if isinstance(error, KernelError):  # a handler's own
                 raise
             raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
         except BaseException as error:
             self._reading.restore(level)
-            self._give_up(number, pending)
+            self.give_up(number, pending)
             if isinstance(error, OSError) and not isinstance(error, KernelError):
                 raise shortage(error, "cannot speak with the kernel") from None
             raise
+
+    # ---- the same in steps, for those who wait in an event loop (user/flow.py) ------------------
+
+    def enter(self, message: Any, holds: object) -> tuple[bytes, Pending]:
+        """A request that is about to be sent: its bytes, and where its answer will be. TypeError: it cannot travel."""
+        self.check()
+        data = self._encoder.encode(message)
+        pending = self._pending[message.id] = Pending(holds, None)
+        return data, pending
+
+    def send(self, message: bytes, pending: Pending) -> None:
+        """Sends it, and waits until it can be sent."""
+        self._send(message, None, pending)
+
+    def finish(self, number: int, pending: Pending) -> Any:
+        """The value of an answer that is there. KernelDied, ProcessKilled: none will come. Else the kernel's error."""
+        if pending.reply is None:
+            self.check()
+        assert pending.reply is not None
+        if isinstance(pending.reply, messages.Failed):
+            raise messages.exception_of(pending.reply.error)
+        self._pending.pop(number, None)
+        return pending.reply.value
 
     def notice(self, message: Any) -> None:
         """Sends a request that wants no answer; later if it cannot be sent now. Safe in a destructor: never waits."""
         if self._error is None and self.pid == os.getpid():
             self._notices.append(self._encoder.encode(message))
             self._flush_notices()
-
-    def _flush_notices(self) -> None:
-        while self._notices:
-            try:
-                message = self._notices.popleft()
-            except IndexError:
-                return
-            if self._ring is not None and self._ring._offer(message, self._sock.fileno()):
-                continue
-            try:
-                channel.send_one(self._sock, channel.datagrams(message)[0], flags=channel.AT_ONCE)
-            except OSError:  # not now; or the kernel is gone, which the next request will find out
-                self._notices.appendleft(message)
-                return
-            if self._ring is not None:
-                self._ring._mailed()  # a request that goes by the ring later does not come before it
 
     def check(self) -> None:
         """InvalidHandle: this is a forked child. KernelDied, ProcessKilled: the connection has ended."""
@@ -219,7 +217,7 @@ class Client:
         assert self._error is not None
         return type(self._error)(*self._error.facts().values(), why=self._error.why)
 
-    def _give_up(self, number: int, pending: Pending) -> None:
+    def give_up(self, number: int, pending: Pending) -> None:
         """Nobody waits for this answer any more. Where it has come already, or never will, that is all."""
         with self._state:
             pending.abandoned = True
@@ -235,8 +233,6 @@ class Client:
             pending.late(pending.reply.value)
         self._pending.pop(number, None)
 
-    # ---- sending ----------------------------------------------------------------------------
-
     def _exchange(self, message: bytes, pending: Pending) -> bool:
         """The common case in short: sends by the ring, and hands on the answer if it comes while it is worth spinning.
 
@@ -247,6 +243,8 @@ class Client:
         if ring is None or self._notices or not self._reading.take():
             return False
         try:
+            if self.flows:  # a loop may have said that this side sleeps
+                wake_up(self._rings)
             inbox = self._inbox
             if inbox or self._mail:
                 self._hand_on()
@@ -283,54 +281,6 @@ class Client:
             self._pass_on()
         return got != 0
 
-    def _send(self, message: bytes, deadline: float | None, pending: Pending) -> None:
-        if self._notices:
-            self._flush_notices()
-        ring, sent = self._ring, pending.sent
-        if ring is not None and len(message) <= LONGEST:
-            # In one call of C: an interrupt cannot come between sending and noting that it was sent.
-            sent.extend(filter(None, map(ring._offer, (message,), (self._sock.fileno(),))))
-            if sent:
-                return
-        parts = channel.datagrams(message)
-        if len(parts) == 1:
-            self._send_part(parts[0], deadline, sent)
-            return
-        pending.parts = len(parts)
-        with self._sending:  # the parts of one message must not mix with those of another
-            for part in parts:
-                self._send_part(part, deadline, sent)
-
-    def _send_part(self, datagram: bytes, deadline: float | None, sent: list[Any]) -> None:
-        level = self._reading.level()
-        while True:
-            try:
-                sent.extend(map(self._sock.send, (datagram,), (channel.AT_ONCE,)))
-                return
-            except BlockingIOError:
-                # The kernel may be waiting for us to read: so read while waiting to send.
-                poll = select.poll()
-                poll.register(self._sock, select.POLLOUT | select.POLLIN)
-                poll.poll(self._slice(deadline))
-                if self._reading.take():
-                    try:
-                        self._receive(0)
-                    finally:
-                        self._reading.restore(level)
-            except OSError as error:
-                if error.errno in SHORT_OF_MEMORY:
-                    raise  # of a message in parts, those that went are forgotten
-                raise self._lost(error) from None
-
-    @staticmethod
-    def _slice(deadline: float | None) -> float:
-        if deadline is None:
-            return SLICE
-        left = (deadline - time.monotonic()) * 1000
-        if left <= 0:
-            raise TimeoutError
-        return min(SLICE, left)
-
     # ---- receiving --------------------------------------------------------------------------
 
     def _wait(self, pending: Pending, deadline: float | None) -> None:
@@ -361,85 +311,6 @@ class Client:
             if other.reply is None and other.event is not None:
                 other.wake()
                 return
-
-    def _readable(self, milliseconds: float) -> bool:
-        poll = self._poll
-        if self._reading.level() > 1:  # a call within a call: the other is in this one's poll
-            poll = select.poll()
-            poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(milliseconds))
-
-    def _receive(self, milliseconds: float, *, spinning: bool = True) -> None:
-        """Takes what is there, by the ring or a datagram, and hands it on. Only whose turn it is."""
-        ring = self._ring
-        if ring is None:
-            self._receive_datagram(milliseconds)
-        elif not self._take_from_ring(ring, spinning) and fall_asleep(self._rings):
-            before = time.monotonic_ns()
-            try:
-                self._receive_datagram(milliseconds)
-            finally:
-                wake_up(self._rings)
-                self._spin.slept(time.monotonic_ns() - before)
-
-    def _take_from_ring(self, ring: RingEnd, spinning: bool) -> bool:
-        """Hands on what is in the ring, or comes while it is worth spinning; whether anything was."""
-        inbox = self._inbox
-        inbox.extend(iter(ring._pop, None))  # in one call of C, as below
-        if not inbox:
-            patience = self._spin.nanoseconds() if spinning else 0
-            if not patience:
-                return False
-            found = spin(self._rings, 0, patience)
-            if found < 0:
-                if found == OVERLOADED:
-                    self._spin.overloaded()
-                elif found != SAME_CPU:
-                    self._spin.lost()
-                return False
-            self._spin.won()
-            inbox.extend(iter(ring._pop, None))
-        self._hand_on()
-        return True
-
-    def _receive_datagram(self, milliseconds: float | None) -> None:
-        """Takes a datagram that comes within this time and hands it on; None: that is there already, if any is."""
-        flags = channel.CLOEXEC  # waits a SLICE by itself: one system call less
-        if milliseconds is None or milliseconds < SLICE or self._reading.level() > 1:
-            if milliseconds is not None and not self._readable(milliseconds):
-                return
-            flags = channel.CLOEXEC_AT_ONCE
-        try:
-            # In one call of C: a KeyboardInterrupt cannot come between taking it and keeping it.
-            self._mail.extend(
-                map(
-                    self._sock.recvmsg,
-                    (channel.DATAGRAM,),
-                    (channel.ANCILLARY,),
-                    (flags,),
-                )
-            )
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno in SHORT_OF_MEMORY:
-                return  # it is still there
-            self._mail.append((b"", [], 0, None))
-        self._hand_on_from(self._mail)
-
-    def _hand_on(self) -> None:
-        self._hand_on_from(self._mail)
-        self._hand_on_from(self._inbox)
-
-    def _hand_on_from(self, queue: deque[Any]) -> None:
-        while queue:
-            try:
-                received = queue[0]
-            except IndexError:  # a call within this one, in a signal handler, has handed it on
-                return
-            self._dispatch(received)  # handing it on twice does no harm, losing it does
-            if queue and queue[0] is received:  # else a call within this one has done it
-                queue.popleft()
 
     def _dispatch(self, received: Received | bytes) -> None:
         ancillary: list[tuple[int, int, bytes]] = []

@@ -26,6 +26,9 @@ from realmap.user.windows import map_window
 from realmap.wire import channel, messages
 from realmap.wire.messages import MemoryInfo
 
+#: What is said of it.
+BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
+
 _living: weakref.WeakSet[Process] = weakref.WeakSet()
 
 
@@ -333,17 +336,34 @@ class Process:
         arguments beyond 16 MiB in all. TypeError: an argument that cannot travel. KernelDied,
         ProcessKilled: no kernel.
         """
+        client = self.client
+        request = self._call(name, args, timeout)
+        try:
+            return client.request(request, timeout=timeout, name=name, holds=args)[0]
+        except OverflowError:
+            raise TypeError(BEYOND) from None
+
+    async def acall(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+        """`call`, for asyncio: `await me.acall("sha256", buffer)`. Other tasks go on meanwhile, and may call as well.
+
+        A task that is cancelled, or whose `timeout` is over, gives its call up, as there. RuntimeError: no event loop
+        runs. LimitReached: more calls at a time than the kernel lets a process have. Else as `call`.
+        """
+        from realmap.user.flow import Flow  # asyncio takes a while to import, and most programs do without
+
+        client = self.client
+        request = self._call(name, args, timeout)
+        try:
+            return await Flow.of(client).request(request, timeout=timeout, name=name, holds=args)
+        except OverflowError:
+            raise TypeError(BEYOND) from None
+
+    def _call(self, name: str, args: tuple[Any, ...], timeout: float | None) -> messages.Call:
         if not isinstance(name, str):
             raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
-        client = self.client
-        try:
-            return client.request(
-                messages.Call(client.next_id(), name, list(args)), timeout=timeout, name=name, holds=args
-            )[0]
-        except OverflowError:
-            raise TypeError("an integer beyond 64 bits cannot travel; send it as text or bytes") from None
+        return messages.Call(self._client.next_id(), name, list(args))
 
     # ---- the end ----------------------------------------------------------------------------
 
