@@ -39,6 +39,7 @@ SOME = [
     ("spawn", "executor", "both killed"),
     ("forkserver", "pipe", "receiver first"),
     ("forkserver", "args", "both killed"),
+    ("spawn", "joblib", "receiver first"),
 ]
 
 
@@ -108,7 +109,7 @@ def travels(kernel: KernelHandle, tmp_path: Path, method: str, way: str, ending:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "TMPDIR": folder},
+        env={**os.environ, "TMPDIR": folder, "JOBLIB_TEMP_FOLDER": folder},
     )
     try:
         control.accept()

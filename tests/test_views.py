@@ -56,6 +56,29 @@ def test_casts(buffer: realmap.Buffer) -> None:
         buffer.cast("nonsense")
 
 
+def test_arrow(me: Process) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    with me.map(PAGE) as buffer, me.map(PAGE, rights=realmap.u_r) as read_only:
+        arrow = pyarrow.py_buffer(buffer)
+        assert (arrow.size, arrow.address, arrow.is_mutable) == (PAGE, buffer.address, True)
+        column = pyarrow.Array.from_buffers(pyarrow.int32(), 8, [None, arrow])
+        buffer.cast("i")[3] = 5
+        assert column.to_pylist() == [0, 0, 0, 5, 0, 0, 0, 0]
+        with pytest.raises(BufferError):
+            buffer.unmap()
+        assert not pyarrow.py_buffer(read_only).is_mutable
+        del column, arrow
+
+
+def test_torch(me: Process) -> None:
+    torch = pytest.importorskip("torch", reason="torch is large: only where it is installed")
+    with me.map(PAGE) as buffer:
+        tensor = torch.from_dlpack(buffer)
+        tensor[5] = 7
+        assert buffer[5] == 7 and tensor.data_ptr() == buffer.address
+        del tensor
+
+
 def test_dlpack(buffer: realmap.Buffer) -> None:
     array = numpy.from_dlpack(buffer)
     array[5] = 9

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import realmap
 
 SIZE = 5 * 4096 + 77
-WAYS = ("args", "queue", "pipe", "pool", "executor")
+WAYS = ("args", "queue", "pipe", "pool", "executor", "joblib")
 
 
 def talk(control: str, who: str) -> socket.socket:
@@ -57,6 +58,7 @@ def send(method: str, way: str, kernel: str, control: str) -> None:
     buffer = me.map(SIZE, fragment=2 * 4096)
     buffer[:] = bytes(number % 253 for number in range(SIZE))
     sock = talk(control, "sender")
+    results: list[str] = []
     if way == "args":
         child = context.Process(target=receive, args=(buffer, control))
         child.start()
@@ -68,6 +70,13 @@ def send(method: str, way: str, kernel: str, control: str) -> None:
     elif way == "pool":
         pool = context.Pool(1)
         answer = pool.apply_async(receive, (buffer, control))
+    elif way == "joblib":
+        os.environ["JOBLIB_START_METHOD"] = method  # read when it is imported
+        import joblib
+
+        parallel = joblib.Parallel(n_jobs=2, backend="multiprocessing")
+        thread = threading.Thread(target=lambda: results.extend(parallel([joblib.delayed(receive)(buffer, control)])))
+        thread.start()
     else:
         executor = ProcessPoolExecutor(1, mp_context=context)
         future = executor.submit(receive, buffer, control)
@@ -76,6 +85,9 @@ def send(method: str, way: str, kernel: str, control: str) -> None:
         answer.get(60)
         pool.close()
         pool.join()
+    elif way == "joblib":
+        thread.join(60)
+        assert results == ["done"]
     elif way == "executor":
         future.result(60)
         executor.shutdown()
