@@ -25,7 +25,11 @@ __all__ = [
 
 
 class MappingAccessRights(enum.IntFlag, boundary=enum.KEEP):
-    """What may be done with a range of memory, and whether a user process may do it."""
+    """What may be done with a range of memory, and whether a user process may do it.
+
+    >>> print(MappingAccessRights.READABLE | MappingAccessRights.USER_ACCESSIBLE)
+    u_r
+    """
 
     READABLE = 1
     WRITABLE = 2

@@ -60,6 +60,13 @@ class SharedMemory:
     FileNotFoundError: nobody has that name. OSError: no name at all, one with a slash (EINVAL), or too long
     (ENAMETOOLONG). MemoryError (PhysicalMemoryExhaustion, VirtualMemoryExhaustion): no space. ConnectionError
     (KernelDied): the kernel of the process tree has ended.
+
+    >>> block = SharedMemory(create=True, size=100)
+    >>> block.buf[:3] = b"abc"
+    >>> same = SharedMemory(block.name, readonly=True)
+    >>> bytes(same.buf[:3]), same.size
+    (b'abc', 100)
+    >>> block.close(); same.close(); same.unlink()
     """
 
     #: As in the standard library; a subclass with os.O_CREAT | os.O_RDWR attaches what is there, and else makes it.

@@ -158,6 +158,10 @@ def test_the_program_of_the_readme_runs() -> None:
             [sys.executable, "-W", "error", "-c", block], capture_output=True, text=True, timeout=BOUND
         )
         assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+    assert [
+        title for title in ("As a kernel", "As shared memory", "As an experiment") if f"## {title}" not in text
+    ] == []
 
 
 def test_help_and_errors_are_short() -> None:

@@ -78,6 +78,17 @@ class CrossProcessMapping(Mirror, ByteAccess):
     block, or collection unmaps it; while a view of it lives, `drop()` raises BufferError and the
     mirror still works. It shares ownership of the frames: it may outlive the mapping and its
     process, and its bytes stay valid until it is dropped. Once dropped it is dead for good.
+
+    >>> from realmap.memory import FrameAllocator, KernelMemory, MappingAccessRights, MemoryType
+    >>> frames = FrameAllocator().allocate(3 * 4096)
+    >>> mapping = Mapping(0x2000_0000_1000, frames, 0, 3 * 4096, MemoryType.HEAP, MappingAccessRights(11))
+    >>> with CrossProcessMapping.mirror_mapping(mapping, 4090, 20, kernel=KernelMemory()) as mirror:
+    ...     mirror[3:8] = b"bytes"
+    ...     len(mirror), mirror[:10], frames.refcount
+    (20, b'\\x00\\x00\\x00bytes\\x00\\x00', 2)
+    >>> frames.refcount
+    1
+    >>> mapping.release()
     """
 
     __slots__ = ()

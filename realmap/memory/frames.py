@@ -226,6 +226,17 @@ class FrameAllocator:
 
     `limit` in bytes, None for as much as the machine has; `parent` is charged as well (a process's
     quota under the kernel's). `segments`: how many there may be, each a descriptor. Safe for threads.
+
+    >>> allocator = FrameAllocator(limit=1 << 20)
+    >>> frames = allocator.allocate(5 * 4096, fragment=2 * 4096)
+    >>> len(frames.segments), frames.refcount, allocator.used
+    (3, 0, 20480)
+    >>> allocator.allocate(1 << 20)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    realmap.errors.PhysicalMemoryExhaustion: the limit of 1048576 bytes does not allow 1048576 more (20480 in use) ...
+    >>> del frames
+    >>> allocator.used
+    0
     """
 
     def __init__(

@@ -68,6 +68,16 @@ class Buffer(View, ByteAccess):
     is unmapped by `unmap()`, at the end of a `with` block, when its process closes, or when it and
     all its slices and views are collected. Once unmapped, every use raises BufferError. Where somebody
     truncates its segment, what is gone reads as zeros, and every use says so from then on: MemoryFault.
+
+    >>> import realmap
+    >>> with realmap.boot() as kernel, kernel.connect() as me:
+    ...     buffer = me.map(10_000)
+    ...     buffer[5:8] = b"abc"
+    ...     len(buffer), buffer[6], buffer.slice(5, 3)[:], buffer.refcount
+    (10000, 98, b'abc', 1)
+    >>> buffer[6]  # unmapped with its process
+    Traceback (most recent call last):
+    BufferError: it is unmapped: its bytes are no longer there
     """
 
     __slots__ = ("__weakref__", "process", "rights")

@@ -17,6 +17,14 @@ class Handle(msgspec.Struct, frozen=True):
 
     It cannot be guessed: who has it may attach (with `rights` at most), in any process of that kernel. It can be
     printed (`str`), read again (`Handle.parse`), and pickled; the memory lives as long as the handle does.
+
+    >>> import realmap
+    >>> with realmap.boot() as kernel, kernel.connect() as me, kernel.connect() as other:
+    ...     buffer = me.map(100)
+    ...     buffer[:5] = b"hello"
+    ...     text = str(me.share(buffer, realmap.u_r))
+    ...     other.attach(text, offset=1, length=3)[:]
+    b'ell'
     """
 
     path: str
