@@ -1038,6 +1038,8 @@ typedef struct Land {
     unsigned long long hits;
     unsigned long long misses;
     unsigned long long evictions;
+    unsigned long long made; /* mirrors so far, and the bytes that they showed */
+    unsigned long long made_bytes;
     Table live;
     Table exact;
     Table of;
@@ -1276,7 +1278,7 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     land->hole_end = land->end = end;
     land->staked = 0;
     land->budget = budget;
-    land->kept_bytes = land->hits = land->misses = land->evictions = 0;
+    land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
     land->epoch = fork_epoch;
     Py_XDECREF(land->gone);
     land->gone = gone;
@@ -1460,6 +1462,8 @@ static PyMemberDef land_members[] = {
     {"_hits", T_ULONGLONG, offsetof(Land, hits), READONLY, NULL},
     {"_misses", T_ULONGLONG, offsetof(Land, misses), READONLY, NULL},
     {"_evictions", T_ULONGLONG, offsetof(Land, evictions), READONLY, NULL},
+    {"_made", T_ULONGLONG, offsetof(Land, made), READONLY, NULL},
+    {"_made_bytes", T_ULONGLONG, offsetof(Land, made_bytes), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -1625,6 +1629,12 @@ static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_
     Py_INCREF((PyObject *)land);
     self->land = land;
     table_add(&land->live, &self->node);
+}
+
+static void count_made(Land *land, uint64_t length)
+{
+    land->made++;
+    land->made_bytes += length;
 }
 
 /* Takes it out of its land; its place is given back, or somebody else's from now on. */
@@ -1928,6 +1938,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     }
     self->window.state = ALIVE;
     arm(&self->window);
+    count_made(land, length);
     return (PyObject *)self;
 }
 
@@ -1972,6 +1983,7 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     self->start = start;
     self->window.lead = lead;
     self->window.length = (Py_ssize_t)length;
+    count_made((Land *)args[0], length);
     return (PyObject *)self;
 }
 

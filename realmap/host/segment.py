@@ -66,7 +66,7 @@ class Segment:
     `device` and `inode` what /proc/PID/maps shows, `name` what others can open it by, or None.
     """
 
-    __slots__ = ("__weakref__", "_maker", "_marker", "device", "fd", "huge", "inode", "length", "name")
+    __slots__ = ("__weakref__", "_maker", "_marker", "device", "facts", "fd", "huge", "inode", "length", "name")
 
     def __init__(
         self,
@@ -114,6 +114,8 @@ class Segment:
             self._take_space(commit or huge, cancelled)
             if huge:
                 self.huge = collapse(self.fd, self.length)
+            #: What a snapshot tells of it. None of it changes: made once, as there may be very many.
+            self.facts = (self.inode, self.device, self.length, self.huge, self.name)
         except OSError as error:
             self.close()
             raise error if isinstance(error, KernelError) else frames_error(error, length) from None

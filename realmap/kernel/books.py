@@ -1,15 +1,24 @@
-"""The kernel's books as plain data: a few totals (`stats`), and everything (`books`). Taken on the kernel's thread."""
+"""The kernel's books as plain data: a few totals (`stats`), and everything (`books`). Taken on the kernel's thread.
+
+Nobody is served meanwhile, so what can be done elsewhere is left to the reader (observe/snapshot.py): what there may
+be thousands of is told in rows, the fields of the structures there in their order, with numbers for words.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import psutil
 
 from realmap.kernel.handles import FOR_EVER, Shared
+from realmap.kernel.limits import half_of_the_descriptors
+from realmap.kernel.syscalls import encode
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts
@@ -19,18 +28,23 @@ if TYPE_CHECKING:
     from realmap.kernel.server import Kernel
 
 #: Of the form of `books`; observe/snapshot.py reads it.
-FORM = 3
+FORM = 4
+Row = tuple[Any, ...]
 
 
 def stats(kernel: Kernel) -> dict[str, int]:
-    """Totals: processes, mappings, live mirrors, segments and their bytes, calls so far, descriptors, threads."""
-    kept = kernel.memory.kept.counts() if kernel.memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
+    """Totals. What there is: processes, mappings, live mirrors, segments and their bytes, descriptors, threads.
+
+    What was done so far: calls (and how many of them failed), mirrors made and copies, each with bytes.
+    """
+    memory, syscalls = kernel.memory, kernel.syscalls.values()
+    kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     return {
         "processes": len(kernel.processes),
         "handles": len(kernel.handles),
         "estates": len(kernel.estates),
         "mappings": sum(len(process.memory) for process in kernel.processes),
-        "mirrors": kernel.memory.live,
+        "mirrors": memory.live,
         "kept_windows": kept.windows,
         "kept_bytes": kept.bytes,
         "kept_hits": kept.hits,
@@ -38,61 +52,100 @@ def stats(kernel: Kernel) -> dict[str, int]:
         "kept_evictions": kept.evictions,
         "segments": kernel.frames.segments,
         "bytes": kernel.frames.used,
-        "calls": kernel.calls,
+        "calls": sum(syscall.calls for syscall in syscalls),
+        "failed": sum(syscall.failed for syscall in syscalls),
         "running": sum(process.calls for process in kernel.processes),
         "taking": sum(process.frames_share.running for process in kernel.processes),
+        "mirrored": memory._made,
+        "mirrored_bytes": memory._made_bytes,
+        "copied_in": memory.copies_in,
+        "copied_in_bytes": memory.bytes_in,
+        "copied_out": memory.copies_out,
+        "copied_out_bytes": memory.bytes_out,
         "descriptors": _descriptors(),
         "threads": kernel.workers.threads,
+    }
+
+
+def limits(kernel: Kernel) -> dict[str, float | None]:
+    """What is allowed, as `Limits` and `boot` name it; bytes and numbers, None for no limit."""
+    found = kernel.limits
+    return {
+        **{name: getattr(found, name) for name in found.__slots__},
+        "segments": half_of_the_descriptors() if found.segments is None else found.segments,
+        "memory_limit": kernel.frames.limit,
+        "process_limit": kernel.process_limit,
+        "kernel_land": kernel.memory.length,
+        "lazy_unmap": kernel.memory._budget,
     }
 
 
 def _descriptors() -> int:
     """How many descriptors this process has open; -1 where not even one is left to look."""
     try:
-        return int(psutil.Process().num_fds())
+        # Since Linux 6.2 that is its size; before, it is 0, and they are counted.
+        return os.stat("/proc/self/fd").st_size or int(psutil.Process().num_fds())
     except OSError:
         return -1
 
 
-def books(kernel: Kernel) -> dict[str, Any]:
-    """Every process, mapping, segment (with its holders) and mirror, at one moment. Addresses and lengths in bytes."""
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """So many new objects would have the collector look through everything, several times, while nobody is served."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def books(kernel: Kernel) -> msgspec.Raw:
+    """Every process, mapping, segment (with its holders) and mirror, at one moment, as it is sent.
+
+    Addresses and lengths in bytes.
+    """
+    with _without_collections():
+        return msgspec.Raw(encode(_books(kernel)))
+
+
+def _books(kernel: Kernel) -> dict[str, Any]:
     frames: dict[int, SharedFrames] = {}
 
-    def entry(mapping: Mapping) -> dict[str, Any]:
+    def entry(mapping: Mapping) -> Row:
         found = mapping.frames
-        if isinstance(found, SharedFrames):
-            frames[found.serial] = found
-        return {
-            "address": mapping.address,
-            "length": mapping.length,
-            "type": mapping.type.name,
-            "rights": int(mapping.rights),
-            "phys_offset": mapping.phys_offset,
-            "frames": found.serial if isinstance(found, SharedFrames) else None,
-        }
+        serial = None
+        if type(found) is SharedFrames:
+            serial = found.serial
+            frames[serial] = found
+        return mapping.address, mapping.length, mapping.type, mapping.rights, mapping.phys_offset, serial
 
     processes = [
-        {
-            "number": process.number,
-            "pid": process.pid,
-            "uid": process.uid,
-            "calls": process.calls,
-            "mappings": [entry(mapping) for mapping in process.memory],
-        }
+        (
+            process.number,
+            process.pid,
+            process.uid,
+            process.calls,
+            process.memory.allocator.used,
+            process.memory.allocator.limit,
+            list(map(entry, process.memory)),
+        )
         for process in kernel.processes
     ]
     # Unmapped by its process while a call works on it: in no process's memory any more, but it holds on.
     pinned = {
-        mapping: entry(mapping)["frames"]
+        mapping: entry(mapping)[-1]
         for running in kernel.dispatch.running
         for buffer in running.buffers
         for mapping, _, _ in buffer.parts()
         if mapping.released and isinstance(mapping.frames, SharedFrames)
     }
-    estates = [serial for mapping in kernel.estates.mappings() if (serial := entry(mapping)["frames"]) is not None]
+    estates = [serial for mapping in kernel.estates.mappings() if (serial := entry(mapping)[-1]) is not None]
     mirrors = [
-        mirror_entry(mirror, frames) for mirror in kernel.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
+        _mirror_row(mirror, frames) for mirror in kernel.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
     ]
+    handles = [_handle_row(shared) for shared in _entered(kernel.handles, frames)]
     return {
         "form": FORM,
         "pid": os.getpid(),
@@ -101,55 +154,34 @@ def books(kernel: Kernel) -> dict[str, Any]:
         "time": time.time(),
         "kernel_land": [kernel.memory.start, kernel.memory.length],
         "stakes": kernel.memory.stakes,
+        "limits": limits(kernel),
         "stats": stats(kernel),
+        "calls": [(each.name, each.blocking, each.calls, each.failed) for each in kernel.syscalls.values()],
         "processes": processes,
         "pinned": [*pinned.values(), *estates],
         "outbox": [inode for connection in kernel.clients.all() for inode in connection.waiting_inodes()],
-        "handles": [
-            {
-                "name": shared.label,
-                "frames": shared.frames.serial,
-                "start": shared.start,
-                "length": shared.length,
-                "rights": int(shared.rights),
-                "maker": shared.maker.number if shared.maker is not None else None,
-                "keep": min(shared.keep, FOR_EVER),
-                "uses": shared.uses,
-                "seconds": None if shared.until is None else shared.until - time.monotonic(),
-            }
-            for shared in _entered(kernel.handles, frames)
-        ],
+        "handles": handles,
         "mirrors": mirrors,
         "kept": [
-            {
-                "base": window.base,
-                "span": window.span,
-                "rights": window.prot,
-                "part": {"frames": window.serial, "offset": window.start, "length": window.span},
-            }
+            (window.base, window.span, window.prot, (window.serial, window.start, window.span))
             for window in (kernel.memory.kept.windows() if kernel.memory.kept else [])
             if window.serial in frames
         ],
-        "frames": [
-            {
-                "serial": found.serial,
-                "length": found.length,
-                "refcount": found.refcount,
-                "holders": found.holders(),
-                "segments": [
-                    {
-                        "inode": part.inode,
-                        "device": part.device,
-                        "length": part.length,
-                        "huge": part.huge,
-                        "name": part.name,
-                    }
-                    for part in list(found.segments)
-                ],
-            }
-            for found in frames.values()
-        ],
+        "frames": list(map(_frames_row, frames.values())),
     }
+
+
+def _frames_row(frames: SharedFrames) -> Row:
+    holders = frames.who_holds()
+    return frames.serial, frames.length, len(holders), holders, [segment.facts for segment in frames.segments]
+
+
+def _handle_row(shared: Shared) -> Row:
+    maker = shared.maker.number if shared.maker is not None else None
+    seconds = None if shared.until is None else shared.until - time.monotonic()
+    keep = min(shared.keep, FOR_EVER)
+    rights = int(shared.rights)
+    return shared.label, shared.frames.serial, shared.start, shared.length, rights, maker, keep, shared.uses, seconds
 
 
 def _entered(handles: Iterable[Shared], frames: dict[int, SharedFrames]) -> Iterator[Shared]:
@@ -159,7 +191,7 @@ def _entered(handles: Iterable[Shared], frames: dict[int, SharedFrames]) -> Iter
         yield shared
 
 
-def mirror_entry(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -> dict[str, Any]:
+def _mirror_row(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -> Row:
     """A mirror with the parts of frames that its pages show, in order; the frames are added to `frames`."""
     # A kept window may be larger than what was asked for: what counts is what its pages show.
     left, offset, parts = mirror._span, mirror.offset - (mirror.address - mirror._base), []
@@ -167,14 +199,6 @@ def mirror_entry(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -
         assert isinstance(mapping.frames, SharedFrames)
         frames[mapping.frames.serial] = mapping.frames
         size = left if len(mirror.mappings) == 1 else min(left, mapping.length - offset)
-        parts.append({"frames": mapping.frames.serial, "offset": mapping.phys_offset + offset, "length": size})
+        parts.append((mapping.frames.serial, mapping.phys_offset + offset, size))
         left, offset = left - size, 0
-    return {
-        "address": mirror.address,
-        "length": len(mirror),
-        "base": mirror._base,
-        "span": mirror._span,
-        "zeros": mirror._zeros,
-        "rights": int(mirror.rights),
-        "parts": parts,
-    }
+    return mirror.address, len(mirror), mirror._base, mirror._span, mirror._zeros, int(mirror.rights), parts

@@ -67,6 +67,8 @@ class Dispatch:
             elif isinstance(request, messages.Query):
                 self._reply(connection, request.id, services.query(process, request))
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way
+            if isinstance(request, messages.Call) and request.name in self._kernel.syscalls:
+                self._kernel.syscalls[request.name].failed += 1  # before its handler began
             self._reply(connection, request.id, error)
 
     def _reply(self, connection: Connection, id: int, got: services.Answer | BaseException) -> None:
@@ -113,7 +115,7 @@ class Dispatch:
         if syscall is None:
             known = ", ".join(sorted(kernel.syscalls)) or "none"
             raise UnknownSyscall(request.name, why=f"the kernel has no syscall {request.name!r} (it has: {known})")
-        kernel.calls += 1
+        syscall.calls += 1
         for buffer in buffers:
             buffer.resolve(process, kernel.memory)
         call = Call(process, syscall.name, kernel)

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 class Reception:
     """Greets connections for a kernel. Only on the kernel's thread."""
 
-    def __init__(self, kernel: Kernel, process_limit: int | None) -> None:
-        """`process_limit`: bytes of frames for each process."""
+    def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._limit = process_limit
         self._hello = msgspec.msgpack.Decoder(messages.Hello)
 
     def greet(self, connection: Connection, data: bytes) -> None:
@@ -65,7 +63,7 @@ class Reception:
             files.close(peer.pidfd)
         else:
             segments = half_of_the_descriptors() if limits.segments is None else limits.segments
-            frames = FrameAllocator(self._limit, parent=kernel.frames, segments=segments)
+            frames = FrameAllocator(kernel.process_limit, parent=kernel.frames, segments=segments)
             process = kernel.processes.add(peer, connection, frames, kernel.workers, limits.running)
             connection.process = process
             # Asked again: the event may be of an earlier process whose pidfd had this number.

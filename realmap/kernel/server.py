@@ -90,7 +90,9 @@ class Kernel:
             raise TypeError(f"limits is a Limits, not {limits!r}")
         self.limits = limits or Limits()
         self.frames = FrameAllocator(memory_limit)
-        self.clients = Clients(self, Reception(self, FrameAllocator(process_limit).limit))
+        #: Bytes of frames for each process; None: as many as there are.
+        self.process_limit = FrameAllocator(process_limit).limit
+        self.clients = Clients(self, Reception(self))
         self.memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self.spin = checked_spin(spin)
@@ -100,8 +102,6 @@ class Kernel:
         self.workers = Workers()
         self.dispatch = Dispatch(self)
         self._watch = Watch(self)
-        #: Calls taken so far.
-        self.calls = 0
         self._posted: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Handler] = {}
         self._thread: threading.Thread | None = None

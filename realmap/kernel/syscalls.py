@@ -26,13 +26,16 @@ _MARK = "__realmap_syscall__"
 log = logging.getLogger("realmap")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Syscall:
-    """A handler under its name; `blocking` ones run on a worker thread."""
+    """A handler under its name; `blocking` ones run on a worker thread. And how often it was called so far."""
 
     name: str
     function: Callable[..., Any]
     blocking: bool
+    calls: int = 0
+    #: Calls that ended in an error.
+    failed: int = 0
 
 
 class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one for every call
@@ -120,9 +123,11 @@ def run(syscall: Syscall, call: Call, id: int, args: list[Any], buffers: Sequenc
         if host_faults() != before:
             fault = _fault(call, buffers, None, before)
             if fault is not None:
+                syscall.failed += 1
                 return failed(id, fault)
         return answer
     except BaseException as error:  # SystemExit too: a handler ends its call and nothing else
+        syscall.failed += 1
         if host_faults() != before or (isinstance(error, OSError) and error.errno == errno.EFAULT):
             fault = _fault(call, buffers, error, before)
             if fault is not None:

@@ -193,25 +193,33 @@ class UserBuffer:
         """
         parts = self._parts
         if length is None and not offset and parts is not None and len(parts) == 1:
+            kernel = self._kernel
             copy = copy_in(*parts[0])
             if copy is not None:
+                kernel.copies_in += 1
+                kernel.bytes_in += self._length
                 return copy
-        parts = self._range(offset, length, k_r)
-        return b"".join(
+        parts, kernel = self._range(offset, length, k_r), self._kernel
+        copy = b"".join(
             _frames_of(mapping).read(mapping.phys_offset + at, size, mapping.address + at)
             for mapping, at, size in parts
         )
+        kernel.copies_in += 1
+        kernel.bytes_in += len(copy)
+        return copy
 
     def copy_out(self, data: bytes | bytearray | memoryview, offset: SupportsIndex = 0) -> None:
         """Copies `data` into it from byte `offset` on, without mapping. Errors as `copy_in`, of writing."""
         with memoryview(data) as view, view.cast("B") as flat:
-            parts = self._range(offset, len(flat), k_w)
+            parts, kernel = self._range(offset, len(flat), k_w), self._kernel
             for mapping, _, _ in parts:
                 _frames_of(mapping)
             done = 0
             for mapping, at, size in parts:
                 _frames_of(mapping).write(mapping.phys_offset + at, flat[done : done + size], mapping.address + at)
                 done += size
+        kernel.copies_out += 1
+        kernel.bytes_out += done
 
     def __repr__(self) -> str:
         return f"<UserBuffer {self.address:#x}, {self._length} bytes>"

@@ -13,7 +13,7 @@ import itertools
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import SupportsIndex
 
@@ -34,6 +34,11 @@ def whole_pages(length: SupportsIndex, what: str) -> int:
     if not size or size & PAGE_MASK:
         raise InvalidSize(size, why=f"{what} must be a multiple of the page size ({PAGE_SIZE}), above 0")
     return size
+
+
+def in_words(who: Iterable[object]) -> str:
+    """A holder of a reference, as it was noted with the frames: addresses in hex."""
+    return " ".join(hex(part) if isinstance(part, int) else str(part) for part in who)
 
 
 class OwnedFrames:
@@ -96,10 +101,11 @@ class SharedFrames(FramesCore):
 
     def holders(self) -> list[str]:
         """Everyone who holds a reference, in words."""
-        return [
-            " ".join(hex(part) if isinstance(part, int) else str(part) for part in who)
-            for who in [*self._holders.values(), *self._mirrors.values()]
-        ]
+        return [in_words(who) for who in self.who_holds()]
+
+    def who_holds(self) -> list[tuple[object, ...]]:
+        """The same, as it was noted: `in_words` makes words of each."""
+        return [*self._holders.values(), *self._mirrors.values()] if self._mirrors else list(self._holders.values())
 
     def hold(self, holder: object, *who: object) -> None:
         """Takes a reference for `holder`, described by `who`. InvalidHandle: the frames are gone."""

@@ -56,6 +56,8 @@ class KernelMemory(Land):
         require_address_space()
         self.land = KERNEL_LAND.part(start, length)
         self.start, self.length = self.land.start, self.land.length
+        #: What was copied to and from users without mapping: times, bytes.
+        self.copies_in = self.bytes_in = self.copies_out = self.bytes_out = 0
         #: Of the tree, and of whoever maps by it.
         self._lock = Lock()
         self._space: Space[int] = Space(self.start, self.land.end, gap=GUARD)

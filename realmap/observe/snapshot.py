@@ -1,14 +1,25 @@
-"""A kernel's books at one moment, typed. Addresses, offsets and lengths in bytes."""
+"""A kernel's books at one moment, typed. Addresses, offsets and lengths in bytes.
+
+The same in Python (`kernel.snapshot()`), as JSON, and for every view. What the kernel sends is in rows
+(kernel/books.py): the fields of these structures in their order.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 from realmap.errors import VersionMismatch
+from realmap.memory.frames import in_words
+from realmap.rights import MemoryType
 
-FORM = 3
+T = TypeVar("T")
+FORM = 4
+#: What comes from the kernel as it is in the snapshot.
+_PLAIN = ("form", "pid", "path", "alone", "time", "stakes", "stats", "pinned")
+_TYPES = {int(kind): kind.name for kind in MemoryType}
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):
@@ -55,12 +66,18 @@ class MappingInfo(msgspec.Struct, frozen=True):
 
 
 class ProcessInfo(msgspec.Struct, frozen=True):
-    """A user process, its calls that are running, and its mappings in order of address."""
+    """A user process, its calls that are running, and its mappings in order of address.
+
+    `bytes`: of the frames that it made and that live, whoever holds them; `limit`: how many it may have, None for
+    any number.
+    """
 
     number: int
     pid: int
     uid: int
     calls: int
+    bytes: int
+    limit: int | None
     mappings: list[MappingInfo]
 
 
@@ -115,6 +132,31 @@ class HandleInfo(msgspec.Struct, frozen=True):
     seconds: float | None
 
 
+class LimitsInfo(msgspec.Struct, frozen=True):
+    """What the kernel allows, as `Limits` and `boot` name it: numbers, seconds and bytes; None is no limit."""
+
+    processes: int
+    mappings: int
+    segments: int
+    calls: int
+    handles: int
+    running: int
+    seconds: float | None
+    memory_limit: int | None
+    process_limit: int | None
+    kernel_land: int
+    lazy_unmap: int
+
+
+class CallInfo(msgspec.Struct, frozen=True):
+    """A syscall: how often it was called so far, and how many of these calls ended in an error."""
+
+    name: str
+    blocking: bool
+    count: int
+    failed: int
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """Everything the kernel's books hold. `form` is the version of this structure; `time` seconds since 1970."""
 
@@ -127,7 +169,10 @@ class Snapshot(msgspec.Struct, frozen=True):
     kernel_land: tuple[int, int]
     #: Pages of KernelLand without rights, which keep page tables in place.
     stakes: list[int]
+    limits: LimitsInfo
+    #: Totals by name: what there is, and what was done so far.
     stats: dict[str, int]
+    calls: list[CallInfo]
     processes: list[ProcessInfo]
     #: Serials of the frames of mappings in nobody's books, once for each: unmapped while a call works on them,
     #: or left by a process whose forked children may still come for them.
@@ -145,7 +190,26 @@ class Snapshot(msgspec.Struct, frozen=True):
         if not isinstance(books, dict) or books.get("form") != FORM:
             theirs = books.get("form") if isinstance(books, dict) else None
             raise VersionMismatch(f"form {FORM}", f"form {theirs}", why="a snapshot of another version of realmap")
-        return msgspec.convert(books, cls)
+        plain: dict[str, Any] = {name: books[name] for name in _PLAIN}
+        start, length = books["kernel_land"]
+        return cls(
+            **plain,
+            kernel_land=(start, length),
+            limits=msgspec.convert(books["limits"], LimitsInfo),
+            calls=[CallInfo(*row) for row in books["calls"]],
+            processes=[
+                _filled(ProcessInfo, row, [_mapping(*each) for each in mappings])
+                for *row, mappings in books["processes"]
+            ],
+            outbox=[(device, inode) for device, inode in books["outbox"]],
+            handles=[HandleInfo(*row) for row in books["handles"]],
+            mirrors=[_filled(MirrorInfo, row, [PartInfo(*each) for each in parts]) for *row, parts in books["mirrors"]],
+            kept=[_filled(KeptInfo, row, PartInfo(*part)) for *row, part in books["kept"]],
+            frames=[
+                _filled(FramesInfo, row, [in_words(who) for who in holders], [SegmentInfo(*each) for each in segments])
+                for *row, holders, segments in books["frames"]
+            ],
+        )
 
     def segments(self) -> set[tuple[int, int]]:
         """(device, inode) of every segment: inode numbers alone are those of another mount's files, too."""
@@ -154,3 +218,11 @@ class Snapshot(msgspec.Struct, frozen=True):
     def frames_by_serial(self) -> dict[int, FramesInfo]:
         """The frames, by serial."""
         return {frames.serial: frames for frames in self.frames}
+
+
+def _filled(kind: Callable[..., T], row: list[Any], *rest: Any) -> T:
+    return kind(*row, *rest)
+
+
+def _mapping(address: int, length: int, kind: int, *row: Any) -> MappingInfo:
+    return MappingInfo(address, length, _TYPES[kind], *row)

@@ -1,0 +1,116 @@
+"""How long a snapshot takes, and for how long the kernel answers nobody else meanwhile.
+
+    .venv/bin/python tools/snapshot_pause.py [MAPPINGS] [PROCESSES]     by default 10000 in 64
+
+The pause is seen from outside: one user calls `nop` without a break, its longest wait for an answer is told with
+and without snapshots, by turns. What the kernel's own thread does for one
+is measured there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+import time
+
+import realmap
+from realmap.kernel import books, syscalls
+
+ROUNDS = 20
+
+
+@realmap.syscall
+def nop(call: realmap.Call) -> None:
+    """Nothing."""
+
+
+@realmap.syscall
+def built(call: realmap.Call) -> list[float]:
+    """Seconds to take the books, and bytes of them."""
+    start = time.perf_counter()
+    data = syscalls.done(1, books.books(call.kernel), 0)
+    return [time.perf_counter() - start, len(data)]
+
+
+def user(path: str, mappings: int) -> int:
+    """A process with so many mappings of one page, which waits for its end; its pid."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            me = realmap.connect(path)
+            keep = [me.map(realmap.PAGE_SIZE) for _ in range(mappings)]
+            os.write(writer, b"x")
+            signal.pause()
+            del keep
+        finally:
+            os._exit(1)
+    os.close(writer)
+    if not os.read(reader, 1):
+        raise SystemExit(f"process {pid} could not map {mappings} pages")
+    os.close(reader)
+    return pid
+
+
+def asker(path: str) -> tuple[int, int, int]:
+    """A process that takes a snapshot for every byte that it reads, and writes how long it took."""
+    (read_order, order), (done, write_done) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            from realmap.observe import Control
+
+            with Control(path) as control:
+                while os.read(read_order, 1):
+                    start = time.perf_counter()
+                    control.snapshot()
+                    os.write(write_done, f"{time.perf_counter() - start:.9f}\n".encode())
+        finally:
+            os._exit(1)
+    return pid, order, done
+
+
+def longest(me: realmap.Process, seconds: float) -> float:
+    """The longest of the calls within so many seconds."""
+    worst, end = 0.0, time.perf_counter() + seconds
+    before = time.perf_counter()
+    while before < end:
+        me.call("nop")
+        now = time.perf_counter()
+        worst = max(worst, now - before)
+        before = time.perf_counter()
+    return worst
+
+
+def main() -> None:
+    """Measures, and prints milliseconds."""
+    mappings, processes = (int(text) for text in [*sys.argv[1:], "10000", "64"][:2])
+    with realmap.boot(syscalls=[nop, built]) as kernel, kernel.connect() as me:
+        users = [user(kernel.path, mappings // processes) for _ in range(processes)]
+        pid, order, done = asker(kernel.path)
+        took, quiet, paused, inside = [], [], [], []
+        for _ in range(ROUNDS):
+            quiet.append(longest(me, 0.3))
+            os.write(order, b"x")
+            paused.append(longest(me, 0.3))
+            took.append(float(os.read(done, 100)))
+            inside.append(me.call("built"))
+        for each in (*users, pid):
+            os.kill(each, signal.SIGKILL)
+            os.waitpid(each, 0)
+    print(f"{mappings // processes * processes} mappings of {processes} processes, {ROUNDS} rounds; milliseconds")
+    rows = {
+        "a snapshot takes": took,
+        "longest call without": quiet,
+        "longest call during one": paused,
+        "of that in the kernel": [each[0] for each in inside],
+    }
+    for name, found in rows.items():
+        print(f"{name:24} median {statistics.median(found) * 1e3:7.2f}  worst {max(found) * 1e3:7.2f}")
+    print(f"{int(inside[-1][1])} bytes")
+
+
+if __name__ == "__main__":
+    main()
