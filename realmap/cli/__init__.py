@@ -9,9 +9,16 @@ import click
 from realmap import __version__
 from realmap.cli.audit import audit
 from realmap.cli.bench import bench
+from realmap.cli.call import call
 from realmap.cli.demo import demo
+from realmap.cli.doctor import doctor
 from realmap.cli.gc import gc
 from realmap.cli.kernel import kernel
+from realmap.cli.maps import maps
+from realmap.cli.output import harmless
+from realmap.cli.ps import ps
+from realmap.cli.segments import segments
+from realmap.cli.stats import stats
 from realmap.cli.stress import stress
 from realmap.errors import KernelError
 
@@ -24,9 +31,15 @@ def command() -> None:
 
 command.add_command(audit)
 command.add_command(bench)
+command.add_command(call)
 command.add_command(demo)
+command.add_command(doctor)
 command.add_command(gc)
 command.add_command(kernel)
+command.add_command(maps)
+command.add_command(ps)
+command.add_command(segments)
+command.add_command(stats)
 command.add_command(stress)
 
 
@@ -38,5 +51,5 @@ def main() -> None:
         if isinstance(error, BrokenPipeError) and not isinstance(error, KernelError):
             sys.stderr.close()  # nobody reads our output any more: no traceback about it at exit
             sys.exit(1)
-        click.echo(f"realmap: {error}", err=True)
+        click.echo(f"realmap: {harmless(error)}", err=True)
         sys.exit(1)

@@ -1,10 +1,101 @@
-"""Files that commands write."""
+"""What commands print: tables for people on a terminal, plain columns in a pipe, JSON for programs; and files.
+
+In a pipe there is no colour, no box and nothing cut off: a line of headings, then a line for each row, its cells
+without blanks inside (but for the last one), so that grep and awk have an easy time. Empty cells are a dash.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+#: A longer cell sticks out, and does not push all others aside.
+WIDEST = 40
+json_option = click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+
+
+def harmless(text: object) -> str:
+    """`text` as it may be shown: what is not printable (control characters, as in a name) is escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in str(text)
+    )
+
+
+class Column(NamedTuple):
+    """A heading, and what is below it: "text", "number", "hex" (an address), or "bytes" (with units on a terminal)."""
+
+    name: str
+    kind: str = "text"
+
+
+def bytes_in_words(size: float) -> str:
+    """3333 B, 4 KiB, 1.5 MiB: three figures."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.{0 if size >= 100 * unit or not size % unit else 1}f} {name}"
+    return f"{size:.0f} B"
+
+
+def _cell(value: Any, kind: str, words: bool) -> str:
+    if value is None or value == "" or value == []:
+        return "-"
+    if isinstance(value, list):
+        return ",".join(harmless(each) for each in value)
+    if kind == "hex":
+        return f"{value:#x}"
+    if kind == "bytes" and words:
+        return bytes_in_words(value)
+    return harmless(value)
+
+
+def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
+    """The lines for a pipe."""
+    cells = [[column.name for column in columns]]
+    for row in rows:
+        found = [_cell(value, column.kind, False) for value, column in zip(row, columns, strict=True)]
+        cells.append([cell.replace(" ", "\\x20") for cell in found[:-1]] + found[-1:])
+    widths = [min(WIDEST, max(map(len, column))) for column in zip(*cells, strict=True)]
+    left = [column.kind == "text" for column in columns]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
+    """The table for a terminal."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(Text(column.name), justify="left" if column.kind == "text" else "right", overflow="fold")
+    for row in rows:
+        # Text, not str: a name is no markup.
+        made.add_row(*(Text(_cell(value, column.kind, True)) for value, column in zip(row, columns, strict=True)))
+    return made
+
+
+def show(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints rows: as a table on a terminal, in plain columns elsewhere."""
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table(columns, rows))
+    else:
+        click.echo(plain(columns, rows))
+
+
+def show_json(value: Any) -> None:
+    """Prints a structure as JSON."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
 def require_writable(path: str) -> None:

@@ -40,22 +40,52 @@ def maps(pid: int | str = "self", low: int = 0, high: int = 1 << 64) -> list[Map
     try:
         with open(f"/proc/{pid}/maps", errors="surrogateescape") as lines:
             for line in lines:
-                bounds, perms, offset, device, inode, *path = line.split(maxsplit=5)
-                start, _, end = bounds.partition("-")
-                begin = int(start, 16)
-                if begin >= high:  # they come in order: the lands lie below whatever Linux maps by itself
+                entry = _map_of(line)
+                if entry.start >= high:  # they come in order: the lands lie below whatever Linux maps by itself
                     break
-                entry = Map(
-                    begin,
-                    int(end, 16),
-                    perms,
-                    int(offset, 16),
-                    device,
-                    int(inode),
-                    path[0].strip() if path else "",
-                )
-                if entry.start < high and entry.end > low:
+                if entry.end > low:
                     found.append(entry)
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+    return found
+
+
+def _map_of(line: str) -> Map:
+    bounds, perms, offset, device, inode, *path = line.split(maxsplit=5)
+    start, _, end = bounds.partition("-")
+    place = path[0].strip() if path else ""
+    return Map(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), place)
+
+
+class Resident(NamedTuple):
+    """A map with its bytes in memory, and how many of these others map, too (as /proc/PID/smaps counts them)."""
+
+    map: Map
+    resident: int
+    shared: int
+
+
+def smaps(pid: int, low: int = 0, high: int = 1 << 64) -> list[Resident]:
+    """The maps of `pid` that touch [low, high) as /proc/PID/smaps has them. (psutil leaves offset and inode out.)
+
+    ProcessLookupError: as `maps`. PermissionError: it is not ours to look at.
+    """
+    found: list[Resident] = []
+    try:
+        with open(f"/proc/{pid}/smaps", errors="surrogateescape") as lines:
+            entry, amounts = None, {"Rss": 0, "Shared_Clean": 0, "Shared_Dirty": 0}
+            for line in lines:
+                key, colon, rest = line.partition(":")
+                if colon and key in amounts:
+                    amounts[key] = int(rest.split()[0]) * 1024
+                elif colon and key == "VmFlags" and entry is not None:  # the last line of each
+                    if entry.end > low:
+                        shared = amounts["Shared_Clean"] + amounts["Shared_Dirty"]
+                        found.append(Resident(entry, amounts["Rss"], shared))
+                elif "-" in key.split(" ")[0]:  # a map's own line: only that begins with a range of addresses
+                    entry = _map_of(line)
+                    if entry.start >= high:
+                        break
     except FileNotFoundError:
         raise ProcessLookupError(f"no process {pid}") from None
     return found

@@ -42,10 +42,10 @@ def require(length: int) -> None:
 def memory_left() -> int:
     """Bytes that this process can still take without somebody being killed for it: the machine's and its cgroup's."""
     machine = psutil.virtual_memory().available + psutil.swap_memory().free
-    return max(0, min([machine, *_cgroup_rooms()]))
+    return max(0, min([machine, *cgroup_rooms()]))
 
 
-def _cgroup_rooms() -> list[int]:
+def cgroup_rooms() -> list[int]:
     """What the memory cgroups above this process leave it (version 2 and version 1), in bytes."""
     rooms = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -12,7 +12,7 @@ import msgspec
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
 from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
-from realmap.observe.snapshot import Snapshot
+from realmap.observe.snapshot import FramesInfo, MappingInfo, PartInfo, Snapshot
 from realmap.pages import PAGE_SIZE
 
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
@@ -112,6 +112,29 @@ def _zeros(start: int, end: int, linux: list[Range]) -> int:
     return 0
 
 
+def mapping_ranges(mapping: MappingInfo, frames: dict[int, FramesInfo], linux: list[Range]) -> tuple[list[Range], int]:
+    """What the books say is mapped for one mapping, and from where on `linux` shows zero pages instead (0: nowhere)."""
+    end = mapping.address + mapping.length
+    if mapping.frames is None:
+        private = mapping.type in ("IO", "NORMAL")
+        return [(mapping.address, end, _perms(mapping.rights), 0, 0)] if private else [], 0
+    part = PartInfo(mapping.frames, mapping.phys_offset, mapping.length)
+    zeros = _zeros(mapping.address, end, linux)
+    return window_ranges(mapping.address, mapping.rights, [part], zeros, frames), zeros
+
+
+def window_ranges(
+    at: int, rights: int, parts: list[PartInfo], zeros: int, frames: dict[int, FramesInfo]
+) -> list[Range]:
+    """What is mapped from `at` on where these parts of frames are, side by side; from `zeros` on zero pages."""
+    shown = []
+    for part in parts:
+        for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
+            shown.append((at, at + length, _perms(rights), inode, offset))
+            at += length
+    return _show_zeros(shown, zeros)
+
+
 def user_ranges(snapshot: Snapshot, linux: dict[int, list[Range]]) -> tuple[dict[int, list[Range]], list[Faulted]]:
     """What the books say is mapped in the UserLand of each pid.
 
@@ -124,19 +147,11 @@ def user_ranges(snapshot: Snapshot, linux: dict[int, list[Range]]) -> tuple[dict
     for process in snapshot.processes:
         ranges = found.setdefault(process.pid, [])
         for mapping in process.mappings:
-            perms, end = _perms(mapping.rights), mapping.address + mapping.length
-            if mapping.frames is None:
-                if mapping.type in ("IO", "NORMAL"):
-                    ranges.append((mapping.address, end, perms, 0, 0))
-                continue
-            at, parts = mapping.address, []
-            for inode, offset, length in frames[mapping.frames].pieces(mapping.phys_offset, mapping.length):
-                parts.append((at, at + length, perms, inode, offset))
-                at += length
-            zeros = _zeros(mapping.address, end, linux.get(process.pid, []))
+            found_here, zeros = mapping_ranges(mapping, frames, linux.get(process.pid, []))
             if zeros:
+                end = mapping.address + mapping.length
                 faulted.append(Faulted(f"UserLand of pid {process.pid}", zeros, end - zeros))
-            ranges += _show_zeros(parts, zeros)
+            ranges += found_here
     return {pid: merged(ranges) for pid, ranges in found.items()}, faulted
 
 
@@ -144,15 +159,10 @@ def kernel_ranges(snapshot: Snapshot) -> list[Range]:
     """What the books say is mapped in KernelLand."""
     frames = snapshot.frames_by_serial()
     ranges = []
-    windows = [(mirror.base, mirror.rights, mirror.parts, mirror.zeros) for mirror in snapshot.mirrors]
-    windows += [(kept.base, kept.rights, [kept.part], 0) for kept in snapshot.kept]
-    for at, rights, parts, zeros in windows:
-        shown = []
-        for part in parts:
-            for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
-                shown.append((at, at + length, _perms(rights), inode, offset))
-                at += length
-        ranges += _show_zeros(shown, zeros)
+    for mirror in snapshot.mirrors:
+        ranges += window_ranges(mirror.base, mirror.rights, mirror.parts, mirror.zeros, frames)
+    for kept in snapshot.kept:
+        ranges += window_ranges(kept.base, kept.rights, [kept.part], 0, frames)
     ranges += [(at, at + PAGE_SIZE, "---", 0, 0) for at in snapshot.stakes]
     return merged(ranges)
 

@@ -34,7 +34,10 @@ def open_socket(path: str) -> socket.socket:
         sock.connect(path)
     except OSError as error:
         files.shut(sock)
-        if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
+        if error.errno == errno.ECONNREFUSED:  # the socket of one that was killed
+            why = f"no kernel listens at {path!r} any more; clear it away: realmap gc {path}"
+            raise KernelDied(path, why=f"{why}, or start a new one there: realmap kernel --path {path}") from None
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise KernelDied(
                 path, why=f"no kernel listens at {path!r}; start one: realmap.boot(), or realmap kernel --path {path}"
             ) from None

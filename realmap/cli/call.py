@@ -1,0 +1,124 @@
+"""`realmap call`: one call of a syscall, from a shell."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+from typing import Any, BinaryIO
+
+import click
+import msgspec
+
+from realmap.cli.output import harmless
+from realmap.cli.target import find, kernel_option
+from realmap.errors import KernelError, SyscallFailed
+from realmap.system import connect
+from realmap.user import Buffer, Process
+
+#: So much is read at most from what does not say beforehand how long it is, in bytes.
+LONGEST = 1 << 30
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@kernel_option
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait no longer for the answer.")
+@click.option(
+    "--out", type=click.IntRange(min=1), metavar="N", help="Print the bytes of the N-th @FILE afterwards instead."
+)
+@click.argument("name")
+@click.argument("args", nargs=-1, metavar="[ARG]...")
+def call(path: str | None, timeout: float | None, out: int | None, name: str, args: tuple[str, ...]) -> None:
+    """Make one call of the syscall NAME, and print what it answers as JSON.
+
+    An ARG is a JSON value where it parses as one (5, true, null, "5", [1, 2]), else text. @FILE is a buffer that
+    holds the bytes of that file: mapped, filled and passed; @@TEXT is text that begins with @. Bytes in the answer
+    are printed as text where they are UTF-8, else as {"base64": "..."}. Options come before NAME.
+
+    Example: realmap call sha256 @/etc/services
+    """
+    wanted = sum(_is_file(text) for text in args)
+    if out is not None and out > wanted:
+        raise click.UsageError(f"--out {out}: among the arguments there are {wanted} of the form @FILE")
+    with connect(find(path)) as me:
+        buffers: list[Buffer] = []
+        values = [_value(me, text, buffers) for text in args]
+        try:
+            answer = me.call(name, *values, timeout=timeout)
+        except SyscallFailed as error:  # with its handler's traceback, which is for whoever wrote it
+            raise click.ClickException(harmless(str(error).splitlines()[0])) from None
+        except KernelError:  # some are a ValueError, too
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            raise click.ClickException(f"the arguments cannot be sent: {error}") from None
+        if out is not None:
+            with memoryview(buffers[out - 1]) as view:
+                _write(view)
+        else:
+            click.echo(msgspec.json.encode(_printable(answer)).decode())
+
+
+def _is_file(text: str) -> bool:
+    return text.startswith("@") and not text.startswith("@@")
+
+
+def _value(me: Process, text: str, buffers: list[Buffer]) -> Any:
+    if _is_file(text):
+        buffers.append(_loaded(me, text[1:]))
+        return buffers[-1]
+    if text.startswith("@@"):
+        return text[1:]
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        return text
+
+
+def _loaded(me: Process, name: str) -> Buffer:
+    try:
+        with open(name, "rb") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+                raise click.ClickException(f"{name} is a device, and may have no end: put some of it into a file")
+            if stat.S_ISREG(status.st_mode) and status.st_size:
+                return _filled(me, name, file, status.st_size)
+            data = file.read(LONGEST + 1)  # a pipe, or a file of /proc
+    except OSError as error:
+        if isinstance(error, KernelError):
+            raise
+        raise click.ClickException(f"cannot read {name}: {error.strerror or error}") from None
+    if not 0 < len(data) <= LONGEST:
+        wrong = f"gives more than {LONGEST} bytes" if data else "is empty"
+        raise click.ClickException(f"{name} {wrong}: a buffer of it has at least one byte, and an end")
+    return _filled(me, name, io.BytesIO(data), len(data))
+
+
+def _filled(me: Process, name: str, file: BinaryIO, size: int) -> Buffer:
+    buffer = me.map(size)
+    with memoryview(buffer) as view:
+        done = 0
+        while done < size:
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not got:
+                raise click.ClickException(f"{name} was cut short while it was read")
+            done += got
+    return buffer
+
+
+def _write(view: memoryview) -> None:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(view)
+    sys.stdout.buffer.flush()
+
+
+def _printable(value: Any) -> Any:
+    """`value` as JSON can have it."""
+    if isinstance(value, bytes | bytearray):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return {"base64": value}  # msgspec writes bytes as base64
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(_printable(key)): _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value

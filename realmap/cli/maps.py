@@ -1,0 +1,44 @@
+"""`realmap maps`: the mappings of one process, in the books and in Linux."""
+
+from __future__ import annotations
+
+import click
+
+from realmap.cli.output import Column, json_option, show, show_json
+from realmap.cli.target import control, kernel_option
+from realmap.observe.maps import view
+
+COLUMNS = [
+    Column("address", "hex"),
+    Column("length", "bytes"),
+    Column("type"),
+    Column("rights"),
+    Column("offset", "hex"),
+    Column("refcount", "number"),
+    Column("resident", "bytes"),
+    Column("shared", "bytes"),
+    Column("segments"),
+    Column("linux"),
+]
+
+
+@click.command()
+@click.argument("pid", type=int)
+@kernel_option
+@json_option
+def maps(pid: int, path: str | None, as_json: bool) -> None:
+    """Show what process PID has mapped: the kernel's books beside what Linux has there.
+
+    offset: where in its frames it starts; refcount: of these frames; resident, shared: bytes in memory, and those that
+    others map too (a dash where Linux has joined it with its neighbour); segments: their inodes; linux: "agrees",
+    "changing" (it was at work meanwhile), or what Linux has there instead. For the kernel's own pid: KernelLand with
+    its mirrors, its kept windows, and the stakes that keep its page tables.
+
+    Example: realmap maps 4711
+    """
+    with control(path) as kernel:
+        rows = view(kernel.snapshot, pid)
+    if as_json:
+        show_json(rows)
+        return
+    show(COLUMNS, [[getattr(row, column.name) for column in COLUMNS] for row in rows])

@@ -1,0 +1,106 @@
+"""A snapshot as Prometheus reads it: names, units and types by its convention, written by prometheus_client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from realmap import __version__
+from realmap.cli.output import harmless
+from realmap.observe.snapshot import Snapshot
+
+#: (metric without its prefix, total of the snapshot, what it is)
+GAUGES = [
+    ("processes", "processes", "User processes that are connected."),
+    ("mappings", "mappings", "Mappings of all user processes."),
+    ("mirrors", "mirrors", "Mirrors that live in KernelLand."),
+    ("handles", "handles", "Handles that can be attached."),
+    ("estates", "estates", "Ended processes whose forks may still come for what they had."),
+    ("segments", "segments", "Segments of shared memory."),
+    ("frames_bytes", "bytes", "Bytes of frames."),
+    ("kept_windows", "kept_windows", "Dropped mirrors that are kept mapped for their next use."),
+    ("kept_bytes", "kept_bytes", "Bytes of dropped mirrors that are kept mapped."),
+    ("calls_running", "running", "Calls that have not ended."),
+    ("descriptors", "descriptors", "Open descriptors of the kernel's process."),
+    ("worker_threads", "threads", "Threads that run blocking handlers and take large frames."),
+]
+COUNTERS = [
+    ("mirrors_made", "mirrored", "Mirrors that were made."),
+    ("mirrored_bytes", "mirrored_bytes", "Bytes that mirrors showed when they were made."),
+    ("kept_hits", "kept_hits", "Mirrors that a kept window served."),
+    ("kept_misses", "kept_misses", "Mirrors that had to be mapped while windows are kept."),
+    ("kept_evictions", "kept_evictions", "Kept windows that had to go for others."),
+]
+LIMITS = [
+    ("limit_frames_bytes", "memory_limit", "Bytes of frames that are allowed in all."),
+    ("limit_process_frames_bytes", "process_limit", "Bytes of frames that each process may have."),
+    ("limit_kept_bytes", "lazy_unmap", "Bytes of dropped mirrors that may be kept mapped."),
+    ("limit_processes", "processes", "Processes that may be connected."),
+    ("limit_handles", "handles", "Handles that there may be."),
+    ("limit_process_mappings", "mappings", "Mappings that each process may have."),
+    ("limit_process_segments", "segments", "Segments that each process may have."),
+    ("kernel_land_bytes", "kernel_land", "Bytes of addresses that KernelLand has."),
+]
+
+
+class _Snapshot(Collector):
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._now = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._now
+        info = {"version": __version__, "pid": str(now.pid), "path": harmless(now.path)}
+        yield InfoMetricFamily("realmap_kernel", "The kernel that this is about.", info)
+        for name, total, what in GAUGES:
+            yield GaugeMetricFamily(f"realmap_{name}", what, now.stats[total])
+        for name, total, what in COUNTERS:
+            yield CounterMetricFamily(f"realmap_{name}", what, now.stats[total])
+        for name, limit, what in LIMITS:
+            value = getattr(now.limits, limit)
+            if value is not None:
+                yield GaugeMetricFamily(f"realmap_{name}", what, value)
+        yield from self._copies()
+        yield from self._calls()
+        yield from self._processes()
+
+    def _copies(self) -> Iterator[Metric]:
+        stats = self._now.stats
+        times = CounterMetricFamily("realmap_copies", "Copies without mapping.", labels=["direction"])
+        size = CounterMetricFamily("realmap_copied_bytes", "Bytes copied without mapping.", labels=["direction"])
+        for direction in ("in", "out"):
+            times.add_metric([direction], stats[f"copied_{direction}"])
+            size.add_metric([direction], stats[f"copied_{direction}_bytes"])
+        yield times
+        yield size
+
+    def _calls(self) -> Iterator[Metric]:
+        calls = CounterMetricFamily("realmap_calls", "Calls that were taken.", labels=["syscall"])
+        failed = CounterMetricFamily("realmap_failed_calls", "Calls that ended in an error.", labels=["syscall"])
+        for call in self._now.calls:
+            calls.add_metric([harmless(call.name)], call.count)
+            failed.add_metric([harmless(call.name)], call.failed)
+        yield calls
+        yield failed
+
+    def _processes(self) -> Iterator[Metric]:
+        labels = ["process", "pid"]
+        mappings = GaugeMetricFamily("realmap_process_mappings", "Mappings of a user process.", labels=labels)
+        size = GaugeMetricFamily(
+            "realmap_process_frames_bytes", "Bytes of frames that a user process made and that live.", labels=labels
+        )
+        for process in self._now.processes:
+            values = [str(process.number), str(process.pid)]
+            mappings.add_metric(values, len(process.mappings))
+            size.add_metric(values, process.bytes)
+        yield mappings
+        yield size
+
+
+def exposition(snapshot: Snapshot) -> str:
+    """The text of a scrape."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(snapshot))
+    return generate_latest(registry).decode()

@@ -1,0 +1,41 @@
+"""`realmap ps`: the user processes of a running kernel."""
+
+from __future__ import annotations
+
+import click
+
+from realmap.cli.output import Column, json_option, show, show_json
+from realmap.cli.target import control, kernel_option
+from realmap.observe import tables
+
+COLUMNS = [
+    Column("number", "number"),
+    Column("pid", "number"),
+    Column("uid", "number"),
+    Column("mappings", "number"),
+    Column("mapped", "bytes"),
+    Column("frames", "bytes"),
+    Column("handles", "number"),
+    Column("calls", "number"),
+    Column("program"),
+]
+
+
+@click.command()
+@kernel_option
+@json_option
+def ps(path: str | None, as_json: bool) -> None:
+    """Show the user processes of a kernel.
+
+    number: its name in the books; mapped: bytes of its mappings; frames: bytes of the frames that it made and that
+    live, whoever holds them; handles: those it made; calls: those running; program: what runs as that pid, "gone"
+    where it has just ended. --json has the limit of its frames as well.
+
+    Example: realmap ps | awk '$4 > 100 {print $2}'
+    """
+    with control(path) as kernel:
+        rows = tables.processes(kernel.snapshot())
+    if as_json:
+        show_json(rows)
+        return
+    show(COLUMNS, [[getattr(row, column.name) for column in COLUMNS] for row in rows])

@@ -1,0 +1,200 @@
+"""`realmap stats`: a kernel's totals, once or again and again with rates; as text, JSON, or for Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from realmap.cli.output import Column, bytes_in_words, json_option, plain, show_json, table
+from realmap.cli.target import control, kernel_option
+from realmap.observe.control import Control
+from realmap.observe.snapshot import Snapshot
+
+#: Totals of what was done so far, which have a rate; the others say what there is.
+DONE = (
+    "calls",
+    "failed",
+    "mirrored",
+    "mirrored_bytes",
+    "copied_in",
+    "copied_in_bytes",
+    "copied_out",
+    "copied_out_bytes",
+    "kept_hits",
+    "kept_misses",
+    "kept_evictions",
+)
+#: What of the totals has a limit, and which.
+LIMITED = {
+    "processes": "processes",
+    "handles": "handles",
+    "bytes": "memory_limit",
+    "kept_bytes": "lazy_unmap",
+}
+TOTALS = [Column("what"), Column("now", "number"), Column("per second", "number"), Column("limit", "number")]
+CALLS = [
+    Column("calls", "number"),
+    Column("failed", "number"),
+    Column("per second", "number"),
+    Column("blocking"),
+    Column("syscall"),
+]
+#: The columns of a line for each interval, in a pipe.
+LINE = ("processes", "mappings", "mirrors", "bytes", "running", *DONE[:8])
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """Two moments of a kernel: the totals of the later one, and what was done in between, per second.
+
+    `calls`: by syscall.
+    """
+
+    time: float
+    seconds: float
+    stats: dict[str, int]
+    rates: dict[str, float]
+    calls: dict[str, float]
+
+
+def rates_between(before: Snapshot, now: Snapshot, seconds: float) -> Rates:
+    """What was done between two snapshots of a kernel that were taken so many seconds apart."""
+    counts = {call.name: call.count for call in before.calls}
+    return Rates(
+        now.time,
+        seconds,
+        now.stats,
+        {name: (now.stats[name] - before.stats[name]) / seconds for name in DONE},
+        {call.name: (call.count - counts[call.name]) / seconds for call in now.calls},
+    )
+
+
+@click.command()
+@click.option(
+    "--watch",
+    is_flag=False,
+    flag_value="1",
+    type=click.FloatRange(min=0.05, max=86_400),
+    metavar="[SECONDS]",
+    help="Again every so many seconds (by default 1) with rates, until Ctrl-C; a line each in a pipe.",
+)
+@click.option("--prometheus", is_flag=True, help="In the text format that Prometheus reads.")
+@kernel_option
+@json_option
+def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool) -> None:
+    """Show a kernel's totals: what there is, what was done so far, and what the limits are.
+
+    A per-second figure is what was done since the look before. With --json --watch, a JSON object per line.
+
+    Example: realmap stats --watch 5 | tee my.log
+    """
+    if prometheus and (watch is not None or as_json):
+        raise click.UsageError("--prometheus goes with neither --watch nor --json: Prometheus asks by itself")
+    with control(path) as kernel:
+        if watch is not None:
+            with _until_interrupted() as over:
+                _watch(kernel, watch, as_json, over)
+            return
+        now = kernel.snapshot()
+    if prometheus:
+        click.echo(_exposition(now), nl=False)
+    elif as_json:
+        show_json({"time": now.time, "stats": now.stats, "limits": now.limits, "calls": now.calls})
+    elif sys.stdout.isatty():
+        Console(highlight=False).print(_screen(now, None))
+    else:
+        click.echo(plain(TOTALS, _totals(now, None, False)))
+        click.echo("\n" + plain(CALLS, _calls(now, None)))
+
+
+def _exposition(now: Snapshot) -> str:
+    try:
+        from realmap.cli.prometheus import exposition
+    except ImportError:
+        raise click.ClickException("--prometheus needs prometheus_client: pip install 'realmap[metrics]'") from None
+    return exposition(now)
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set: that is how a watch ends, and no error."""
+    over = threading.Event()
+    before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield over
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(kernel: Control, interval: float, as_json: bool, over: threading.Event) -> None:
+    before = kernel.snapshot()
+    if sys.stdout.isatty() and not as_json:
+        with Live(_screen(before, None), console=Console(highlight=False), auto_refresh=False, screen=True) as live:
+            while not over.wait(interval):
+                now = kernel.snapshot()
+                live.update(_screen(now, rates_between(before, now, _apart(before, now))), refresh=True)
+                before = now
+        return
+    if not as_json:
+        click.echo("  ".join(["time", *(name + "/s" * (name in DONE) for name in LINE)]))
+    while not over.wait(interval):
+        now = kernel.snapshot()
+        found = rates_between(before, now, _apart(before, now))
+        click.echo(msgspec.json.encode(found).decode() if as_json else _line(found))
+        before = now
+
+
+def _apart(before: Snapshot, now: Snapshot) -> float:
+    return max(now.time - before.time, 1e-3)  # somebody may set the clock
+
+
+def _line(found: Rates) -> str:
+    cells = [found.rates[name] if name in DONE else found.stats[name] for name in LINE]
+    return "  ".join([f"{found.time:.3f}", *(f"{cell:.0f}" for cell in cells)])
+
+
+def _limit(now: Snapshot, name: str) -> Any:
+    return getattr(now.limits, LIMITED[name]) if name in LIMITED else None
+
+
+def _totals(now: Snapshot, found: Rates | None, words: bool) -> list[list[Any]]:
+    def amount(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if words and name.endswith("bytes"):
+            return bytes_in_words(value)
+        return f"{value:.0f}"
+
+    rates = found.rates if found is not None else {}
+    return [
+        [name, amount(name, value), amount(name, rates.get(name)), amount(name, _limit(now, name))]
+        for name, value in now.stats.items()
+    ]
+
+
+def _calls(now: Snapshot, found: Rates | None) -> list[list[Any]]:
+    return [
+        [
+            call.count,
+            call.failed,
+            None if found is None else f"{found.calls[call.name]:.0f}",
+            "yes" if call.blocking else "no",
+            call.name,
+        ]
+        for call in sorted(now.calls, key=lambda call: (-call.count, call.name))
+    ]
+
+
+def _screen(now: Snapshot, found: Rates | None) -> Group:
+    head = Text(f"kernel {now.pid} at {now.path}")
+    return Group(head, Text(), table(TOTALS, _totals(now, found, True)), Text(), table(CALLS, _calls(now, found)))

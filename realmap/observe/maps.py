@@ -1,0 +1,186 @@
+"""The mappings of one process as the kernel's books have them, beside what Linux has there."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+
+import msgspec
+
+from realmap.errors import InvalidHandle
+from realmap.host import procfs
+from realmap.host.procfs import Resident
+from realmap.memory.lands import KERNEL_LAND, USER_LAND
+from realmap.observe.audit import Range, mapping_ranges, merged, window_ranges
+from realmap.observe.snapshot import FramesInfo, PartInfo, Snapshot
+from realmap.pages import PAGE_SIZE
+from realmap.rights import MappingAccessRights
+
+AGREES = "agrees"
+#: It differed, and was made or changed between two looks: the books and Linux are not read at one moment.
+CHANGING = "changing"
+
+
+class MapView(msgspec.Struct, frozen=True):
+    """One mapping of a user process; or a mirror, a kept window or a stake of KernelLand (`type` says so).
+
+    Addresses, offsets and lengths in bytes. `process`: its number in the books, None in KernelLand. `segments`: the
+    inodes of those that it shows, `offset` where in its frames it starts. `resident`, `shared`: bytes in memory, and
+    how many of these others map, too; None where Linux has joined it with a neighbour. `linux`: "agrees",
+    "changing", or what Linux has there instead.
+    """
+
+    process: int | None
+    address: int
+    length: int
+    type: str
+    rights: str
+    segments: list[int]
+    offset: int
+    refcount: int | None
+    resident: int | None
+    shared: int | None
+    linux: str
+
+
+def view(take: Callable[[], Snapshot], pid: int, tries: int = 5) -> list[MapView]:
+    """The mappings of `pid`, in order of address; for the kernel's own pid those of KernelLand as well.
+
+    `take` gives a new snapshot; `tries` how often it is looked again while something differs.
+
+    InvalidHandle: `pid` is no user of this kernel (who is, is said), or has ended meanwhile.
+    AccessDenied, PermissionError: it is not ours to look at.
+    """
+    found = _look(take(), pid)
+    for _ in range(tries):
+        if all(each.linux == AGREES for each in found):
+            break
+        before = set(map(_said, found))
+        found = [
+            each if each.linux == AGREES or _said(each) in before else msgspec.structs.replace(each, linux=CHANGING)
+            for each in _look(take(), pid)
+        ]
+    return found
+
+
+def _said(each: MapView) -> tuple[int, int, str]:
+    return each.address, each.length, each.linux
+
+
+def _look(snapshot: Snapshot, pid: int) -> list[MapView]:
+    users = {process.pid for process in snapshot.processes}
+    if pid not in users | {snapshot.pid}:
+        who = ", ".join(map(str, sorted(users))) or "nobody"
+        why = f"process {pid} is no user of the kernel at {snapshot.path!r}; its users: {who}; itself: {snapshot.pid}"
+        raise InvalidHandle(pid, why=why)
+    try:
+        user_side = procfs.smaps(pid, USER_LAND.start, USER_LAND.end)
+        kernel_side = procfs.smaps(pid, KERNEL_LAND.start, KERNEL_LAND.end) if pid == snapshot.pid else []
+    except ProcessLookupError:
+        raise InvalidHandle(pid, why=f"process {pid} has ended meanwhile") from None
+    frames = snapshot.frames_by_serial()
+    rows = _mappings(snapshot, pid, frames, user_side)
+    return rows + (_windows(snapshot, frames, kernel_side) if pid == snapshot.pid else [])
+
+
+def _mappings(snapshot: Snapshot, pid: int, frames: dict[int, FramesInfo], linux: list[Resident]) -> list[MapView]:
+    places = _Places(linux)
+    rows = []
+    for process in snapshot.processes:
+        for mapping in process.mappings if process.pid == pid else ():
+            end = mapping.address + mapping.length
+            books, _ = mapping_ranges(mapping, frames, places.ranges(mapping.address, end))
+            shown = frames[mapping.frames] if mapping.frames is not None else None
+            rows.append(
+                MapView(
+                    process.number,
+                    mapping.address,
+                    mapping.length,
+                    mapping.type,
+                    str(MappingAccessRights(mapping.rights)),
+                    _inodes(shown, mapping.phys_offset, mapping.length),
+                    mapping.phys_offset,
+                    shown.refcount if shown is not None else None,
+                    *places.amounts(mapping.address, end),
+                    places.compare(mapping.address, end, books),
+                )
+            )
+    return rows
+
+
+def _windows(snapshot: Snapshot, frames: dict[int, FramesInfo], linux: list[Resident]) -> list[MapView]:
+    windows = [("mirror", each.base, each.span, each.rights, each.parts, each.zeros) for each in snapshot.mirrors]
+    windows += [("kept", each.base, each.span, each.rights, [each.part], 0) for each in snapshot.kept]
+    windows += [("stake", at, PAGE_SIZE, 0, [], 0) for at in snapshot.stakes]
+    places = _Places(linux)
+    return [_window(*each, frames, places) for each in sorted(windows, key=lambda each: each[1])]
+
+
+def _window(
+    type: str,
+    base: int,
+    span: int,
+    rights: int,
+    parts: list[PartInfo],
+    zeros: int,
+    frames: dict[int, FramesInfo],
+    places: _Places,
+) -> MapView:
+    books = window_ranges(base, rights, parts, zeros, frames) if parts else [(base, base + span, "---", 0, 0)]
+    return MapView(
+        None,
+        base,
+        span,
+        type,
+        str(MappingAccessRights(rights)),
+        [inode for part in parts for inode in _inodes(frames[part.frames], part.offset, part.length)],
+        parts[0].offset if parts else 0,
+        frames[parts[0].frames].refcount if parts else None,
+        *places.amounts(base, base + span),
+        places.compare(base, base + span, books),
+    )
+
+
+def _inodes(frames: FramesInfo | None, offset: int, length: int) -> list[int]:
+    return [] if frames is None else [inode for inode, _, _ in frames.pieces(offset, length)]
+
+
+class _Places:
+    """What Linux has mapped where, in one land."""
+
+    def __init__(self, linux: list[Resident]) -> None:
+        self._linux = linux
+        self._starts = [each.map.start for each in linux]
+        self._ends = [each.map.end for each in linux]
+
+    def _within(self, start: int, end: int) -> list[Resident]:
+        return self._linux[bisect_right(self._ends, start) : bisect_left(self._starts, end)]
+
+    def ranges(self, start: int, end: int) -> list[Range]:
+        """What is mapped in [start, end), cut to that."""
+        found = []
+        for each in self._within(start, end):
+            low, high = max(start, each.map.start), min(end, each.map.end)
+            offset = each.map.offset + low - each.map.start if each.map.inode else 0
+            found.append((low, high, each.map.perms[:3], each.map.inode, offset))
+        return merged(found)
+
+    def amounts(self, start: int, end: int) -> tuple[int | None, int | None]:
+        """Bytes in memory, and shared ones, of [start, end); None: more than that is one map."""
+        inside = self._within(start, end)
+        if any(each.map.start < start or each.map.end > end for each in inside):
+            return None, None
+        return sum(each.resident for each in inside), sum(each.shared for each in inside)
+
+    def compare(self, start: int, end: int, books: list[Range]) -> str:
+        """Whether Linux agrees with the books about [start, end), or what it has there."""
+        linux = self.ranges(start, end)
+        if linux == merged(books):
+            return AGREES
+        return "; ".join(_say(each) for each in linux) or "nothing is mapped there"
+
+
+def _say(entry: Range) -> str:
+    start, end, perms, inode, offset = entry
+    what = f"inode {inode} from {offset:#x}" if inode else "zero pages"
+    return f"[{start:#x}, {end:#x}) {perms} of {what}"

@@ -1,0 +1,124 @@
+"""What `realmap ps` and `realmap segments` show: a row for each process, and for each segment."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import msgspec
+import psutil
+
+from realmap.observe.snapshot import FramesInfo, SegmentInfo, Snapshot
+
+GONE = "gone"
+
+
+class ProcessRow(msgspec.Struct, frozen=True):
+    """A user process. `mapped`: bytes of its mappings; `frames`: bytes of the frames that it made and that live.
+
+    `program`: its name, or "gone" where it has ended since the snapshot; `handles`: those it made that can be used.
+    """
+
+    number: int
+    pid: int
+    uid: int
+    mappings: int
+    mapped: int
+    frames: int
+    limit: int | None
+    handles: int
+    calls: int
+    program: str
+
+
+class SegmentRow(msgspec.Struct, frozen=True):
+    """A segment: its frames' serial, and which of theirs it is (from 0). Bytes.
+
+    `resident`: what of it takes memory; None where that cannot be told (the kernel's descriptors are not ours to see).
+    `holders`: who holds a reference to its frames, in words.
+    """
+
+    serial: int
+    index: int
+    inode: int
+    length: int
+    resident: int | None
+    huge: int
+    refcount: int
+    name: str | None
+    holders: list[str]
+
+
+def processes(snapshot: Snapshot) -> list[ProcessRow]:
+    """The processes of a snapshot, in order of their numbers."""
+    handles = Counter(handle.maker for handle in snapshot.handles)
+    return [
+        ProcessRow(
+            process.number,
+            process.pid,
+            process.uid,
+            len(process.mappings),
+            sum(mapping.length for mapping in process.mappings),
+            process.bytes,
+            process.limit,
+            handles[process.number],
+            process.calls,
+            program(process.pid),
+        )
+        for process in sorted(snapshot.processes, key=lambda each: each.number)
+    ]
+
+
+def program(pid: int) -> str:
+    """The name of the program that runs as `pid`; "gone" where it has ended."""
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            name = GONE if process.status() == psutil.STATUS_ZOMBIE else process.name()
+    except psutil.NoSuchProcess:
+        return GONE
+    return name.encode("utf-8", "backslashreplace").decode()  # may be any bytes
+
+
+def segments(snapshot: Snapshot) -> list[SegmentRow]:
+    """The segments of a snapshot, in order of their frames' serials."""
+    resident = _resident(snapshot.pid)
+    return [
+        SegmentRow(
+            frames.serial,
+            index,
+            segment.inode,
+            segment.length,
+            _of(segment, resident),
+            segment.huge,
+            frames.refcount,
+            segment.name,
+            frames.holders,
+        )
+        for frames, index, segment in _each(snapshot)
+    ]
+
+
+def _each(snapshot: Snapshot) -> list[tuple[FramesInfo, int, SegmentInfo]]:
+    ordered = sorted(snapshot.frames, key=lambda frames: frames.serial)
+    return [(frames, index, segment) for frames in ordered for index, segment in enumerate(frames.segments)]
+
+
+def _of(segment: SegmentInfo, resident: dict[tuple[int, int], int] | None) -> int | None:
+    return None if resident is None else resident.get((segment.device, segment.inode))
+
+
+def _resident(pid: int) -> dict[tuple[int, int], int] | None:
+    """Bytes that each file takes which `pid` has open, by (device, inode); None: it is not ours to look at."""
+    folder, found = f"/proc/{pid}/fd", {}
+    try:
+        numbers = os.listdir(folder)
+    except OSError:
+        return None
+    for number in numbers:
+        try:
+            status = os.stat(f"{folder}/{number}")
+        except OSError:  # closed meanwhile
+            continue
+        found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return found
