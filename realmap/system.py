@@ -20,6 +20,7 @@ from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import files, forks, interpreter, liveness, runtime
 from realmap.host.interpreter import Child
 from realmap.host.translate import shortage
+from realmap.kernel import logs
 from realmap.kernel.limits import Limits
 from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import registry
@@ -41,6 +42,7 @@ GRACE = 5.0
 
 def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logs.as_environment_says()
     runtime.raise_descriptor_limit()
     try:
         kernel = Kernel(**options)

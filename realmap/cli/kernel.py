@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from realmap.host import runtime
-from realmap.kernel import Kernel
+from realmap.kernel import Kernel, logs
 from realmap.kernel.syscalls import marked
 
 
@@ -35,7 +35,12 @@ def handlers_of(name: str) -> list[Any]:
 @click.option(
     "--syscalls", "modules", metavar="MODULE", multiple=True, help="Its handlers: @realmap.syscall functions."
 )
-def kernel(path: str | None, memory_limit: int | None, process_limit: int | None, modules: tuple[str, ...]) -> None:
+@click.option(
+    "--log", "level", type=click.Choice(logs.LEVELS), default="warning", show_default=True, help="What goes to stderr."
+)
+def kernel(
+    path: str | None, memory_limit: int | None, process_limit: int | None, modules: tuple[str, ...], level: str
+) -> None:
     """Run a kernel in the foreground, until Ctrl-C or SIGTERM.
 
     A MODULE is found as `import` finds it, in the current directory, too; every function in it that is marked
@@ -43,6 +48,7 @@ def kernel(path: str | None, memory_limit: int | None, process_limit: int | None
 
     Example: realmap kernel --path /tmp/my.sock, and elsewhere: realmap.connect("/tmp/my.sock")
     """
+    logs.to_stderr(level)
     runtime.raise_descriptor_limit()
     handlers = [handler for name in modules for handler in handlers_of(name)]
     serving = Kernel(path=path, memory_limit=memory_limit, process_limit=process_limit, syscalls=handlers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import select
 import socket
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from realmap.errors import ProcessKilled
 from realmap.host import files
 from realmap.kernel import syscalls
 from realmap.kernel.connection import BACKLOG, Connection
+from realmap.kernel.logs import log
 from realmap.kernel.reception import Reception
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire import channel, messages
@@ -24,7 +24,6 @@ from realmap.wire.messages import Forked
 if TYPE_CHECKING:
     from realmap.kernel.server import Kernel
 
-log = logging.getLogger("realmap")
 
 #: So many datagrams of one client are read in a row, at most: more do not wait in a socket.
 IN_A_ROW = 512
@@ -93,7 +92,7 @@ class Clients:
             try:
                 self._kernel.rewatch(connection.sock.fileno(), events)
             except OSError as error:  # nobody would ever hear of it again
-                log.warning("a client is dropped: %s", error.strerror)
+                log.warning("a client is dropped: %s", error.strerror, extra=_facts(connection))
                 self.drop(connection)
                 return
             connection.events = events
@@ -123,7 +122,7 @@ class Clients:
                 if not connection.closed:
                     self._read(connection, ring._pop)
         except Exception:  # a bug of ours ends one client at worst, never the kernel
-            log.exception("the kernel failed at something")
+            log.exception("the kernel failed at something", extra=_facts(connection))
             self.drop(connection)
 
     def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> bytes | None:
@@ -180,6 +179,7 @@ class Clients:
     def expel(self, connection: Connection, why: str) -> None:
         """Sends a client away that does not speak as it should."""
         pid = connection.process.pid if connection.process else 0
+        log.warning("process %d is sent away: %s", pid, why, extra=_facts(connection))
         error = messages.error_of(ProcessKilled(pid, why=f"the kernel sent this process away: {why}"))
         with contextlib.suppress(Exception):
             connection.send(syscalls.encode(messages.Bye(error)))
@@ -197,8 +197,13 @@ class Clients:
         self._strangers.discard(connection)
         connection.close()
         if connection.process is not None:
+            log.info("%r has ended, or closed its connection", connection.process, extra=connection.process.facts)
             self._kernel.unwatch(connection.process.pidfd)
             self._kernel.handles.reap(connection.process)
             self._kernel.processes.reap(connection.process)
             if connection.process.forked:
                 self._kernel.estates.open(connection.process)
+
+
+def _facts(connection: Connection) -> dict[str, int]:
+    return connection.process.facts if connection.process is not None else {}

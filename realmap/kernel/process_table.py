@@ -43,6 +43,11 @@ class UserProcess:
         self.frames_share = Share(workers, 1)
 
     @property
+    def facts(self) -> dict[str, int]:
+        """What a record of `logging` about it carries."""
+        return {"user": self.number, "user_pid": self.pid}
+
+    @property
     def is_here(self) -> bool:
         """Whether it is this very process: case 1, its buffers are mapped in this address space."""
         return self.pid == os.getpid()

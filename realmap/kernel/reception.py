@@ -14,6 +14,7 @@ from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.connection import Connection
 from realmap.kernel.limits import half_of_the_descriptors
+from realmap.kernel.logs import log
 from realmap.memory.frames import FrameAllocator
 from realmap.wire import channel, messages
 from realmap.wire.messages import PROTOCOL, VERSION
@@ -75,6 +76,7 @@ class Reception:
                 self._refuse(connection, shortage(error, "the kernel cannot take this process in"))
                 return
             number, secret = process.number, process.secret
+            log.info("%r has connected", process, extra=process.facts)
         self._welcome(connection, messages.Welcome(VERSION, number, os.getpid(), secret=secret))
 
     def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:

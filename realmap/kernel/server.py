@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import select
 import signal
@@ -37,6 +36,7 @@ from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.estates import Estates
 from realmap.kernel.handles import Handles
 from realmap.kernel.limits import Limits
+from realmap.kernel.logs import log
 from realmap.kernel.process_table import ProcessTable
 from realmap.kernel.reception import Reception
 from realmap.kernel.syscalls import registry
@@ -49,7 +49,6 @@ from realmap.wire import messages
 from realmap.wire.ring import OVERLOADED, SAME_CPU, SPIN, SpinBudget, checked_spin
 
 Handler = Callable[[int], None]
-log = logging.getLogger("realmap")
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
 
@@ -127,6 +126,7 @@ class Kernel:
         except OSError as error:
             raise shortage(error, f"cannot serve {self.path!r}") from None
         self._ended.clear()
+        log.info("the kernel serves at %r", self.path)
         try:
             self._watch.start()
         except RuntimeError as error:
@@ -338,6 +338,7 @@ class Kernel:
                     self.clients.drop(connection)
 
     def _close(self) -> None:
+        log.info("the kernel at %r ends", self.path)
         self._watch.stop()
         bye = syscalls.encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
         for connection in self.clients.all():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import msgspec
 from realmap._host import faults as host_faults
 from realmap.errors import KernelError, MemoryFault
 from realmap.kernel import faults
+from realmap.kernel.logs import log
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire.messages import Done, Failed, error_of
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__realmap_syscall__"
-log = logging.getLogger("realmap")
 
 
 @dataclass(eq=False, slots=True)
@@ -142,7 +141,8 @@ def _fault(call: Call, buffers: Sequence[UserBuffer], error: BaseException | Non
     try:
         return faults.of_call(buffers, call.kernel.memory, error, before)
     except Exception:  # a bug of ours: the call is answered all the same
-        log.exception("the kernel failed to find out which bytes were gone")
+        extra = call.process.facts | {"syscall": call.name}
+        log.exception("the kernel failed to find out which bytes were gone", extra=extra)
         return None
 
 

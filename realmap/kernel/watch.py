@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -10,13 +9,13 @@ import traceback
 from typing import TYPE_CHECKING
 
 from realmap.errors import SyscallTimeout
+from realmap.kernel.logs import log
 
 if TYPE_CHECKING:
     from realmap.kernel.dispatch import Running
     from realmap.kernel.process_table import UserProcess
     from realmap.kernel.server import Kernel
 
-log = logging.getLogger("realmap")
 #: How long a handler is at work before it is told of. Seconds.
 REPORT = 10.0
 #: A connection that has not said who it is for so long is closed. Seconds.
@@ -71,6 +70,7 @@ class Watch:
                 current.process,
                 now - self._seen[1],
                 where,
+                extra=current.process.facts | {"syscall": current.name},
             )
 
     def _on_tick(self) -> None:
@@ -88,7 +88,8 @@ class Watch:
                 slow.setdefault((running.name, running.process), []).append(age)
         for (name, process), ages in slow.items():
             count = f"{len(ages)} calls of the syscall" if len(ages) > 1 else "the syscall"
-            log.warning("%s %r of %r: at work for %.0f s", count, name, process, max(ages))
+            extra = process.facts | {"syscall": name}
+            log.warning("%s %r of %r: at work for %.0f s", count, name, process, max(ages), extra=extra)
         self._kernel.clients.drop_silent(now - SILENCE)
         self._kernel.handles.expire()
 
