@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import click
 import msgspec
 
+from realmap.ambient import connect
 from realmap.cli.output import harmless
 from realmap.cli.target import find, kernel_option
 from realmap.errors import KernelError, SyscallFailed
-from realmap.system import connect
 from realmap.user import Buffer, Process
 
 #: So much is read at most from what does not say beforehand how long it is, in bytes.
