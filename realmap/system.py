@@ -308,12 +308,12 @@ def boot_for(path: str, root: tuple[int, int]) -> None:
 
     Errors as `boot`. KernelDied: that process has ended.
     """
-    _start(_tree_main, {"path": path}, root)[0].leave()
+    _start(_tree_main, {"path": path}, root, silent=True)[0].leave()
 
 
-def _start(main: Callable[..., None], *args: Any) -> tuple[Child, str]:
+def _start(main: Callable[..., None], *args: Any, silent: bool = False) -> tuple[Child, str]:
     try:
-        child = Child(main, *args)
+        child = Child(main, *args, silent=silent)
     except OSError as error:
         raise shortage(error, "cannot start a kernel") from None
     try:

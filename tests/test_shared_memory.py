@@ -27,6 +27,8 @@ from realmap import ambient
 from realmap.host import runtime
 from realmap.shared_memory import ShareableList, SharedMemory
 
+if runtime.is_mine(os.environ[ambient.TREE]):  # the import has made this process a root: not for the other tests
+    del os.environ[ambient.TREE]
 HERE = Path(__file__).parent
 BOTH = ["multiprocessing", "realmap"]
 
@@ -101,6 +103,7 @@ def tree(monkeypatch: pytest.MonkeyPatch) -> object:
     if ambient._booted is not None:
         ambient._booted.shutdown()
         ambient._booted = None
+    del os.environ[ambient.TREE]
 
 
 # ---- CPython's own --------------------------------------------------------------------------------
@@ -310,6 +313,14 @@ def test_a_workers_block_outlives_its_end_in_good_order(tree: None, method: str,
     block.close()
     block.unlink()
     assert not exists(name)
+
+
+def test_who_reads_a_workers_output_does_not_wait_for_the_kernel(tree: None) -> None:
+    """The worker boots the tree's kernel, which stays."""
+    text = "block = SharedMemory(create=True, size=5); print(block.name)"
+    done = run(text, "realmap", env=dict(os.environ))
+    assert done.stderr == ""
+    SharedMemory(done.stdout.strip()).unlink()
 
 
 def exists(name: str) -> bool:

@@ -71,8 +71,10 @@ def _culprit(value: Any) -> str:
 class Child:
     """A process that this one started and will reap. `report` receives bytes from it until it closes its end."""
 
-    def __init__(self, function: Callable[..., None], *args: Any) -> None:
+    def __init__(self, function: Callable[..., None], *args: Any, silent: bool = False) -> None:
         """Starts `function(report, *args)` in a fresh interpreter; `report` is its end of a stream socket.
+
+        `silent`: it has no stdout and no stderr of ours, whose readers would wait for its end.
 
         Unsendable: `function` or an argument cannot be pickled. OSError: no process could be started.
         """
@@ -86,6 +88,8 @@ class Child:
             self._process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if silent else None,
+                stderr=subprocess.DEVNULL if silent else None,
                 pass_fds=(theirs.fileno(), booter),
                 process_group=0,  # Ctrl-C in a terminal is for the program, not for what runs under it
             )
