@@ -9,6 +9,7 @@ programs of the same user find them as well.
 * A reader's exit, or its crash, never takes the memory from those who still use it; there are no warnings at exit.
 * A name ends with `unlink()`, or when the process tree does. A maker that is killed takes its names along, as soon as
   no process lives that has attached them (`track=False`: it does not). Memory lives while anybody has it mapped.
+* Where the kernel itself is killed, what is mapped stays, names are gone, and the next use boots another one.
 * Space is taken at once: a full /dev/shm is a PhysicalMemoryExhaustion (a MemoryError), not a SIGBUS later.
 * The size asked for is the size got. `readonly=True` attaches what cannot be written, by page protection.
 """

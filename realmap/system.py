@@ -40,6 +40,11 @@ GRACE = 5.0
 # ---- in the new processes -----------------------------------------------------------------
 
 
+def _say(report: socket.socket, value: object) -> None:
+    with contextlib.suppress(OSError):  # who wanted to know has died
+        report.sendall(pickle.dumps(value))
+
+
 def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.as_environment_says()
@@ -47,7 +52,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
     try:
         kernel = Kernel(**options)
     except Exception as error:
-        report.sendall(pickle.dumps(error))
+        _say(report, error)
         files.shut(report)
         return
 
@@ -55,7 +60,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
     gc.freeze()  # what was imported stays: no collection has to look through it while somebody waits for an answer
 
     def ready() -> None:
-        report.sendall(pickle.dumps(kernel.path))
+        _say(report, kernel.path)
         files.shut(report)
 
     signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
@@ -63,7 +68,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
     try:
         kernel.serve(ready=ready, booter=booter)
     except KernelError as error:
-        report.sendall(pickle.dumps(error))
+        _say(report, error)
         files.shut(report)
 
 
@@ -75,7 +80,7 @@ def _tree_main(report: socket.socket, booter: int, options: dict[str, Any], root
     except ProcessLookupError:
         pidfd = -1
     if pidfd < 0 or not liveness.same_process_lives(*root):
-        report.sendall(pickle.dumps(KernelDied(options["path"], why="the root of the process tree has ended")))
+        _say(report, KernelDied(options["path"], why="the root of the process tree has ended"))
         files.shut(report)
         return
     _kernel_main(report, pidfd, options)
@@ -137,6 +142,7 @@ class KernelHandle:
     def __init__(self, child: Child, path: str) -> None:
         self._child = child
         self._owner = os.getpid()
+        #: Of its socket: what `realmap.connect(path)` and `realmap ps --kernel PATH` want to know.
         self.path = path
         self._spawned: list[Child] = []
         self._control: Control | None = None

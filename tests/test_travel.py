@@ -228,6 +228,30 @@ def test_a_pickle_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, short_trans
             pickle.loads(data)
 
 
+def test_a_pickle_that_nobody_reads_goes_some_time_after_its_buffer(
+    monkeypatch: pytest.MonkeyPatch, short_transit: None
+) -> None:
+    """Also where its maker lives on: whoever should have read it was killed."""
+    from realmap.kernel import watch
+
+    monkeypatch.setattr(watch, "TICK", 0.05)
+    with realmap.Kernel() as kernel, realmap.connect(kernel.path) as me:
+        buffer = me.map(PAGE)
+        part = buffer.slice(5, 10)
+        data, kept = pickle.dumps(buffer), me.share(part, keep=True)
+        buffer.unmap()
+        again = pickle.loads(data)  # in time
+        again.unmap()
+        assert me.attach(kept).address
+        me.revoke(kept)
+        wait_until(lambda: not kernel.frames.segments)
+        buffer = me.map(PAGE)
+        pickle.dumps(buffer)
+        buffer.unmap()
+        assert kernel.frames.segments == 1
+        wait_until(lambda: not kernel.frames.segments, "the end of what nobody reads")
+
+
 def _double(buffer: realmap.Buffer) -> int:
     buffer[:] = bytes(2 * byte % 256 for byte in buffer[:])
     return os.getpid()

@@ -21,9 +21,14 @@ Only the kernel's thread touches the books. A worker thread sees a call's buffer
 it starts) and KernelMemory (made for that), and leaves word when it is done.
 """
 
+from realmap.kernel import syscalls
 from realmap.kernel.limits import Limits
+from realmap.kernel.process_table import UserProcess
 from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import Call, syscall
 from realmap.kernel.user_buffer import UserBuffer
 
 __all__ = ["Call", "Kernel", "Limits", "UserBuffer", "syscall"]
+
+# The annotations of Call: help() asks for them, and they are known only now.
+vars(syscalls).update(Kernel=Kernel, UserProcess=UserProcess)

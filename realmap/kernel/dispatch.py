@@ -44,7 +44,7 @@ class Dispatch:
                 number = request.id
                 services.map_memory(self._kernel, process, request, lambda got: self._reply(connection, number, got))
             elif isinstance(request, messages.Unmap):
-                self._reply(connection, request.id, services.unmap(process, request))
+                self._reply(connection, request.id, services.unmap(self._kernel, process, request))
             elif isinstance(request, messages.More):
                 self._reply(connection, request.id, services.more(process, request))
             elif isinstance(request, messages.Move):
@@ -114,7 +114,9 @@ class Dispatch:
         syscall = kernel.syscalls.get(request.name)
         if syscall is None:
             known = ", ".join(sorted(kernel.syscalls)) or "none"
-            raise UnknownSyscall(request.name, why=f"the kernel has no syscall {request.name!r} (it has: {known})")
+            raise UnknownSyscall(
+                request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
+            )
         syscall.calls += 1
         for buffer in buffers:
             buffer.resolve(process, kernel.memory)

@@ -86,6 +86,8 @@ class Handles:
 
     def __init__(self) -> None:
         self._by_name: dict[str, Shared] = {}
+        #: Those of the same frames.
+        self._of: dict[int, set[Shared]] = {}
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
         self._gone: dict[str, str] = {}
 
@@ -133,7 +135,7 @@ class Handles:
             raise InvalidSize(0, why="a handle outlives its maker by no less than 0 seconds")
         until = None if request.seconds is None else time.monotonic() + request.seconds
         name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
-        self._by_name[name] = Shared(
+        shared = self._by_name[name] = Shared(
             name,
             mapping.frames,
             mapping.phys_offset + offset,
@@ -145,6 +147,7 @@ class Handles:
             request.uses,
             until,
         )
+        self._of.setdefault(shared.frames.serial, set()).add(shared)
         return name
 
     def find(self, name: str) -> Shared:
@@ -216,6 +219,17 @@ class Handles:
             elif shared.keep < FOR_EVER:
                 shared.until = min(now + shared.keep, shared.until or now + shared.keep)
 
+    def unmapped(self, process: UserProcess, frames: object) -> None:
+        """The process has unmapped a part of these frames. Once it has none, what it made for a time lasts as long."""
+        if not isinstance(frames, SharedFrames) or frames.serial not in self._of:
+            return
+        if any(mapping.frames is frames for mapping in process.memory):
+            return
+        end = time.monotonic()
+        for shared in self._of[frames.serial]:
+            if shared.maker is process and 0 < shared.keep < FOR_EVER:
+                shared.until = min(end + shared.keep, shared.until or end + shared.keep)
+
     def leave(self, process: UserProcess) -> None:
         """The process is about to end in good order: what it gave a name stays."""
         for shared in self._by_name.values():
@@ -235,6 +249,10 @@ class Handles:
 
     def _end(self, shared: Shared, why: str) -> None:
         del self._by_name[shared.name]
+        same = self._of[shared.frames.serial]
+        same.remove(shared)
+        if not same:
+            del self._of[shared.frames.serial]
         shared.frames.let_go(shared)
         if shared.is_named:  # another may get that name
             return

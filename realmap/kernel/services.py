@@ -195,9 +195,12 @@ def move(process: UserProcess, request: messages.Move) -> Answer:
     return moved.address, [], []
 
 
-def unmap(process: UserProcess, request: messages.Unmap) -> Answer:
+def unmap(kernel: Kernel, process: UserProcess, request: messages.Unmap) -> Answer:
     """Takes a mapping out of the books. Its frames go when the last reference does."""
-    process.memory.unmap(request.address, request.length).release()
+    mapping = process.memory.unmap(request.address, request.length)
+    frames = mapping.frames
+    mapping.release()
+    kernel.handles.unmapped(process, frames)
     return None, [], []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -61,12 +62,16 @@ def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool 
     `SyscallFailed` with the traceback. Handlers run one after the other on the kernel's thread; one
     that takes long is declared `blocking=True` and runs on a thread of its own.
 
-    TypeError: it is not applied to a function, or the name is no str.
+    TypeError: it is not applied to a function that returns (but to an `async` one, say), or the name is no str.
     """
 
     def mark(target: F) -> F:
         if not callable(target):
             raise TypeError(f"@syscall goes on a function, not on {target!r}")
+        if inspect.iscoroutinefunction(target) or inspect.isgeneratorfunction(target):
+            raise TypeError(
+                f"a handler returns its answer: {target!r} is async or yields; blocking=True takes its time"
+            )
         called = name if name is not None else getattr(target, "__name__", None)
         if not isinstance(called, str) or not called:
             raise TypeError(f"the name of a syscall is a str, not {called!r}")
@@ -103,7 +108,8 @@ def marked(values: Iterable[Any]) -> list[Callable[..., Any]]:
 
 def _unsendable(value: Any) -> Any:
     raise TypeError(
-        f"a {type(value).__name__} cannot travel to a caller: numbers, text, bytes, lists, dicts and None can; "
+        f"a {type(value).__name__} cannot travel to a caller: numbers, text, bytes, lists, dicts and None can "
+        "(of numpy's numbers: value.item()); "
         "large or mutable bytes belong into a buffer"
     )
 

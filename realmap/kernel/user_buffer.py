@@ -27,7 +27,7 @@ class UserBuffer:
 
     Nothing is mapped or copied before one of these is called; all check the caller's rights:
 
-    * `mirror()`: its pages in KernelLand, in place (the seed's case 2)
+    * `mirror()`: its pages in KernelLand, in place
     * `access()`: directly where the buffer is in this very process (case 1), else a mirror
     * `copy_in()`, `copy_out()`: a copy, without mapping; never faults
     """

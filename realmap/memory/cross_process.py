@@ -79,7 +79,8 @@ class CrossProcessMapping(Mirror, ByteAccess):
     mirror still works. It shares ownership of the frames: it may outlive the mapping and its
     process, and its bytes stay valid until it is dropped. Once dropped it is dead for good.
 
-    >>> from realmap.memory import FrameAllocator, KernelMemory, MappingAccessRights, MemoryType
+    >>> from realmap.memory import CrossProcessMapping, FrameAllocator, KernelMemory, Mapping
+    >>> from realmap.memory import MappingAccessRights, MemoryType
     >>> frames = FrameAllocator().allocate(3 * 4096)
     >>> mapping = Mapping(0x2000_0000_1000, frames, 0, 3 * 4096, MemoryType.HEAP, MappingAccessRights(11))
     >>> with CrossProcessMapping.mirror_mapping(mapping, 4090, 20, kernel=KernelMemory()) as mirror:

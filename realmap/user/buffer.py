@@ -153,8 +153,8 @@ class Buffer(View, ByteAccess):
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels as a handle that is good once: whoever unpickles it has the same memory, mapped as its own.
 
-        It may be unpickled in any process that can reach the kernel, also after this one has ended (within
-        `realmap.user.travel.TRANSIT` seconds). InvalidAddress: it is unmapped. Errors as `Process.share`.
+        It may be unpickled in any process that can reach the kernel, also after this one has ended or unmapped it
+        (within `realmap.user.travel.TRANSIT` seconds). InvalidAddress: it is unmapped. Errors as `Process.share`.
         """
         return travel.load, (self.process.share(self, uses=1, keep=travel.TRANSIT),)
 
@@ -181,5 +181,5 @@ def encode_buffer(process: Process, value: Any) -> Any:
         return messages.buffer_ext(value.address, len(value))
     raise TypeError(
         f"a {type(value).__name__} cannot be an argument of a syscall: numbers, text, bytes, lists, dicts, None and "
-        "buffers of this Process can"
+        "buffers of this Process can (of numpy's numbers: value.item())"
     )

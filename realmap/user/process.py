@@ -194,7 +194,7 @@ class Process:
         maps all of it. `uses`: how often it can be attached, `seconds`: how long; by default without such an end.
 
         The handle holds the memory, as a mapping does. It ends with this process, or, with `keep`, outlives it (by so
-        many seconds, where `keep` is a number); then `revoke`, its uses, its time or the kernel's end are what ends
+        many seconds, where `keep` is a number, after this process's end or its unmapping the buffer); then `revoke`, its uses, its time or the kernel's end are what ends
         it. What is attached by then stays.
 
         InvalidAddress: the buffer is unmapped, or another Process's. AccessDenied: more rights than this process
