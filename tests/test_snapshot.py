@@ -1,0 +1,152 @@
+"""What a snapshot tells: limits and their use, calls by name, bytes by kind; as JSON; of another version. And logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import syscalls
+from conftest import BOUND, PAGE, wait_until
+
+import realmap
+from realmap import Kernel, KernelHandle, VersionMismatch
+from realmap.kernel import logs
+from realmap.observe.snapshot import FORM, Snapshot
+from realmap.wire import messages
+
+SIZE = 3 * PAGE
+
+
+@pytest.fixture
+def limited() -> Iterator[KernelHandle]:
+    limits = realmap.Limits(processes=7, mappings=8, segments=9, calls=10, handles=11, running=12, seconds=13.5)
+    options = {"memory_limit": 64 * PAGE, "process_limit": 32 * PAGE, "kernel_land": 1 << 30, "lazy_unmap": 1 << 16}
+    with realmap.boot(syscalls=syscalls.ALL, limits=limits, **options) as kernel:
+        yield kernel
+
+
+def test_limits_are_told_as_they_are_in_force(limited: KernelHandle) -> None:
+    found = limited.snapshot().limits
+    assert msgspec.structs.asdict(found) == {
+        "processes": 7,
+        "mappings": 8,
+        "segments": 9,
+        "calls": 10,
+        "handles": 11,
+        "running": 12,
+        "seconds": 13.5,
+        "memory_limit": 64 * PAGE,
+        "process_limit": 32 * PAGE,
+        "kernel_land": 1 << 30,
+        "lazy_unmap": 1 << 16,
+    }
+    with realmap.boot() as plain:
+        found = plain.snapshot().limits
+        assert (found.memory_limit, found.process_limit, found.seconds, found.lazy_unmap) == (None, None, None, 0)
+        assert found.segments > 100
+
+
+def test_calls_and_bytes_are_counted_by_kind(limited: KernelHandle) -> None:
+    before = limited.stats()
+    with limited.connect() as me, me.map(SIZE) as one, me.map(SIZE, fragment=PAGE) as two:
+        for buffer, times in ((one, 3), (two, 2)):
+            for _ in range(times):
+                me.call("sha256", buffer.slice(1, SIZE - 1))
+            me.call("slow_sha256", buffer)
+        me.call("copy", one, two)
+        assert me.call("peek", one, 100, 7) == bytes(100)
+        for name, arguments in (("explode", ("ValueError", "x")), ("sha256", (5,)), ("nothing", ())):
+            with pytest.raises(realmap.KernelError):
+                me.call(name, *arguments)
+        with pytest.raises(realmap.KernelError):  # before its handler began
+            me._client.request(messages.Call(me._client.next_id(), "sha256", [messages.buffer_ext(16, 1)]))
+        handle = me.share(one)
+        taken = limited.snapshot()
+        (process,) = taken.processes
+        assert handle
+    calls = {each.name: (each.count, each.failed) for each in taken.calls if each.count}
+    assert calls == {
+        "sha256": (7, 2), "slow_sha256": (2, 0), "copy": (1, 0), "peek": (1, 0), "explode": (1, 1)
+    }  # fmt: skip
+    done = {name: taken.stats[name] - before[name] for name in before}
+    assert (done["calls"], done["failed"]) == (12, 3)
+    assert (done["mirrored"], done["mirrored_bytes"]) == (7, 5 * (SIZE - 1) + 2 * SIZE)
+    assert (done["copied_in"], done["copied_in_bytes"]) == (2, SIZE + 100)
+    assert (done["copied_out"], done["copied_out_bytes"]) == (1, SIZE)
+    assert (process.bytes, process.limit, len(process.mappings)) == (2 * SIZE, 32 * PAGE, 2)
+    assert [each.maker for each in taken.handles] == [process.number]
+
+
+def test_the_same_as_json_and_back(limited: KernelHandle) -> None:
+    with limited.connect() as me, me.map(SIZE, fragment=PAGE) as buffer:
+        me.call("keep", "json", buffer)
+        me.call("sha256", buffer.slice(0, 10))
+        handle = me.share(buffer, uses=3, seconds=100)
+        taken = limited.snapshot()
+        assert handle
+    text = msgspec.json.encode(taken)
+    assert json.loads(text)["processes"][0]["mappings"][0]["type"] == "HEAP"
+    assert msgspec.json.decode(text, type=Snapshot) == taken
+    assert taken.form == FORM == 4
+    assert taken.mirrors[0].parts[0].frames == taken.frames[0].serial
+    assert taken.frames[0].refcount == len(taken.frames[0].holders) == 3
+    assert taken.handles[0].uses == 3
+
+
+@pytest.mark.parametrize("books", [{"form": 3}, {"form": 5, "pid": 1}, {}, None, [1]])
+def test_one_of_another_version_is_refused_in_a_line(books: object) -> None:
+    with pytest.raises(VersionMismatch, match="another version") as caught:
+        Snapshot.read(books)
+    assert "\n" not in str(caught.value)
+
+
+# ---- logging --------------------------------------------------------------------------------
+
+
+def test_logging_is_quiet_and_structured(caplog: pytest.LogCaptureFixture) -> None:
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("realmap").handlers)
+    with caplog.at_level(logging.INFO, "realmap"), Kernel(syscalls=syscalls.ALL) as kernel:
+        with realmap.connect(kernel.path):
+            pass
+        wait_until(lambda: "has ended" in caplog.text)
+    about = [record for record in caplog.records if hasattr(record, "user")]
+    assert [(record.user, record.user_pid) for record in about] == [(1, os.getpid())] * 2
+    assert [record.levelname for record in about] == ["INFO"] * 2
+
+
+def test_the_kernel_command_says_what_it_is_asked_to(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = str(tmp_path_factory.mktemp("l") / "k.sock")
+    said = {}
+    for level in ("warning", "info"):
+        words = [sys.executable, "-m", "realmap", "kernel", "--path", path, "--log", level]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            assert "ready" in child.stdout.readline()
+            realmap.connect(path).close()
+            child.send_signal(signal.SIGTERM)
+            _, said[level] = child.communicate(timeout=BOUND)
+        assert child.returncode == 0
+    assert said["warning"] == ""
+    assert "has connected" in said["info"]
+    assert f"pid {os.getpid()}" in said["info"]
+
+
+def test_a_booted_kernel_logs_where_the_environment_says(capfd: pytest.CaptureFixture[str]) -> None:
+    for word, wanted in (("", False), ("info", True), ("nonsense", False)):
+        os.environ[logs.VARIABLE] = word
+        try:
+            with realmap.boot() as kernel:
+                kernel.connect().close()
+                wait_until(lambda kernel=kernel: not kernel.stats()["processes"])
+        finally:
+            del os.environ[logs.VARIABLE]
+        said = capfd.readouterr().err
+        assert ("has connected" in said) is wanted
+        assert ("a level of logging is one of" in said) is (word == "nonsense")
