@@ -59,18 +59,18 @@ def work(me: Process) -> None:
         me.map(10 * PAGE, fragment=PAGE),
         me.map(2 * PAGE, type=realmap.MemoryType.NORMAL),
         me.map(5 * PAGE, name=f"{ODD}{os.getpid()}"),
+        me.map(2 * PAGE),
     ]
     keep[0][:] = b"x" * 3333
-    handle = me.share(keep[3])
+    handles = [me.share(keep[3]), me.share(keep[4])]
     me.call("keep", "mine", keep[0])
     while True:
-        with me.map(2 * PAGE) as buffer:
+        with me.attach(handles[1]) as buffer:  # no new segment: for a moment it would have a name
             me.call("copy", buffer, buffer)
             me.call("slow_sha256", buffer)
             with pytest.raises(realmap.SyscallFailed):
                 me.call("explode", "ValueError", "no")
         time.sleep(0.003)  # others want a CPU, too
-        assert handle
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,12 @@ def refused(kernel: KernelHandle | None, *arguments: str) -> str:
     return lines[0]
 
 
+def inside(kernel: KernelHandle, *arguments: str) -> str:
+    """The last line that a command says, run in this very process: that is quicker."""
+    done = CliRunner().invoke(command, arguments, env={"REALMAP_KERNEL": kernel.path})
+    return str(done.exception) if isinstance(done.exception, realmap.KernelError) else done.output.splitlines()[-1]
+
+
 def rows_of(text: str) -> list[list[str]]:
     """The rows below the headings, as awk sees them."""
     return [line.split() for line in text.splitlines()[1:]]
@@ -129,13 +135,12 @@ def test_ps(busy: tuple[KernelHandle, int]) -> None:
     assert text.splitlines()[0].split() == heads.split()
     (row,) = rows_of(text)
     assert row[1:3] == [str(pid), str(os.geteuid())]
-    assert row[6] == "1"
+    assert row[6] == "2"
     assert "python" in row[8]
     (entry,) = json.loads(good(kernel, "ps", "--json"))
     assert set(entry) == {*heads.split(), "limit"}
-    stays = PAGE + 10 * PAGE + 5 * PAGE
-    assert entry["frames"] in (stays, stays + 2 * PAGE)
-    assert entry["mapped"] in (stays + 2 * PAGE, stays + 4 * PAGE)
+    assert entry["frames"] == (1 + 10 + 5 + 2) * PAGE
+    assert entry["mapped"] in (entry["frames"] + 2 * PAGE, entry["frames"] + 4 * PAGE)
 
 
 def test_a_process_that_has_gone_between_two_reads(busy: tuple[KernelHandle, int]) -> None:
@@ -311,8 +316,8 @@ def test_call_with_values(busy: tuple[KernelHandle, int]) -> None:
     kernel, _ = busy
     text = good(kernel, "call", "echo", "1", "-2.5", "true", "null", '"5"', "[1,{}]", "some text", "@@at", "", "-x")
     assert json.loads(text) == [1, -2.5, True, None, "5", [1, {}], "some text", "@at", "", "-x"]
-    assert json.loads(good(kernel, "call", "raw")) == {"base64": base64.b64encode(b"\xff\x00").decode()}
-    assert good(kernel, "call", EVIL) == "null\n"
+    assert json.loads(inside(kernel, "call", "raw")) == {"base64": base64.b64encode(b"\xff\x00").decode()}
+    assert inside(kernel, "call", EVIL) == "null"
 
 
 def test_call_with_files(busy: tuple[KernelHandle, int], tmp_path: Path) -> None:
@@ -320,18 +325,11 @@ def test_call_with_files(busy: tuple[KernelHandle, int], tmp_path: Path) -> None
     file = tmp_path / "some file"
     content = os.urandom(3 * PAGE + 333)
     file.write_bytes(content)
-    assert json.loads(good(kernel, "call", "count", f"@{file}")) == len(content)
+    assert json.loads(inside(kernel, "call", "count", f"@{file}")) == len(content)
     words = [sys.executable, "-m", "realmap", "call", "--kernel", kernel.path, "--out", "1", "reverse", f"@{file}"]
     assert subprocess.run(words, capture_output=True, timeout=BOUND).stdout == content[::-1]
     assert json.loads(good(kernel, "call", "count", "@/dev/stdin", input="four")) == 4
-    assert json.loads(good(kernel, "call", "count", "@/proc/self/stat")) > 10
-
-
-def inside(kernel: KernelHandle, *arguments: str) -> str:
-    """What a command that cannot do what was asked says, run in this very process: that is quicker."""
-    done = CliRunner().invoke(command, arguments, env={"REALMAP_KERNEL": kernel.path})
-    assert done.exit_code != 0
-    return str(done.exception) if isinstance(done.exception, realmap.KernelError) else done.output.splitlines()[-1]
+    assert json.loads(inside(kernel, "call", "count", "@/proc/self/stat")) > 10
 
 
 def test_calls_that_cannot_be(busy: tuple[KernelHandle, int], tmp_path: Path) -> None:
@@ -353,7 +351,7 @@ def test_calls_that_cannot_be(busy: tuple[KernelHandle, int], tmp_path: Path) ->
 
 # ---- bad input and odd places ----------------------------------------------------------------
 
-LOOKS = [("ps",), ("segments",), ("stats",), ("maps", "1")]
+LOOKS = [("stats",), ("maps", "1")]
 
 
 @pytest.mark.parametrize("words", [("ps",), ("call", "nop")], ids=lambda each: each[0])
@@ -372,7 +370,6 @@ def test_no_kernel_and_a_dead_socket(words: tuple[str, ...], tmp_path_factory: p
     said = refused(None, name, "--kernel", path, *rest)
     assert f"realmap gc {path}" in said
     assert run(None, "gc", path).stdout == f"removed {path}\n"
-    assert "no kernel listens" in refused(None, name, "--kernel", path, *rest)
 
 
 @pytest.mark.parametrize("words", LOOKS, ids=lambda each: each[0])
@@ -422,9 +419,7 @@ def on_a_terminal(words: list[str], variables: dict[str, str], stop: int | None 
     return out.decode()
 
 
-@pytest.mark.parametrize(
-    "words", [("ps",), ("stats", "--prometheus"), ("stats", "--watch", "0.05"), ("doctor",)], ids=" ".join
-)
+@pytest.mark.parametrize("words", [("ps",), ("stats", "--watch", "0.05"), ("doctor",)], ids=" ".join)
 def test_output_to_a_closed_pipe(busy: tuple[KernelHandle, int], words: tuple[str, ...]) -> None:
     kernel, _ = busy
     reader, writer = os.pipe()
