@@ -1,0 +1,31 @@
+"""Names, columns and bytes, as commands print them."""
+
+from __future__ import annotations
+
+import pytest
+
+from realmap.cli.output import Column, bytes_in_words, harmless, plain
+
+
+def test_names_are_shown_harmless() -> None:
+    assert harmless("a\x1b[0m\n\t\x7f\x9b\u202e\udc80é ü") == "a\\x1b[0m\\n\\t\\x7f\\x9b\\u202e\\udc80é ü"
+
+
+def test_columns_in_a_pipe() -> None:
+    columns = [Column("n", "number"), Column("at", "hex"), Column("name"), Column("last")]
+    text = plain(columns, [[1, 4096, "a b", "c d"], [None, 1, "", []], [22, 0, "x" * 50, "e"]])
+    assert [line.split(maxsplit=3) for line in text.splitlines()] == [
+        ["n", "at", "name", "last"],
+        ["1", "0x1000", "a\\x20b", "c d"],
+        ["-", "0x1", "-", "-"],
+        ["22", "0x0", "x" * 50, "e"],
+    ]
+    assert text.splitlines()[0].index("last") == text.splitlines()[1].index("c d")
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "0 B"), (3333, "3.3 KiB"), (4096, "4 KiB"), (1 << 20, "1 MiB"), (3 << 29, "1.5 GiB"), (150 << 10, "150 KiB")],
+)
+def test_bytes_in_words(size: int, words: str) -> None:
+    assert bytes_in_words(size) == words
