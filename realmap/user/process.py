@@ -193,9 +193,9 @@ class Process:
         may write, and against another uid for real. Memory is protected by pages: who attaches a part of a page
         maps all of it. `uses`: how often it can be attached, `seconds`: how long; by default without such an end.
 
-        The handle holds the memory, as a mapping does. It ends with this process, or, with `keep`, outlives it (by so
-        many seconds, where `keep` is a number, after this process's end or its unmapping the buffer); then `revoke`, its uses, its time or the kernel's end are what ends
-        it. What is attached by then stays.
+        The handle holds the memory, as a mapping does. It ends with this process, or, with `keep`, outlives it (where
+        `keep` is a number, by so many seconds after this process has ended or unmapped the buffer); then `revoke`, its
+        uses, its time or the kernel's end are what ends it. What is attached by then stays.
 
         InvalidAddress: the buffer is unmapped, or another Process's. AccessDenied: more rights than this process
         has. InvalidSize: uses or seconds below 1 or 0. InvalidMemState: private memory. LimitReached: too many
