@@ -5,6 +5,7 @@
  *            counts the exports, so that it is never unmapped under a live view.
  *   Land     what is mapped where in a range of addresses, and the windows kept there for their next use.
  *   Mirror   a window in a land, of frames that it holds a reference to.
+ *   Events   what happened, in a ring of bounded size, for whoever asked to be told.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
  *            woken without losing a wake-up.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
@@ -105,6 +106,7 @@ typedef struct {
 
 static PyTypeObject *window_type;
 static PyTypeObject *land_type;
+static PyTypeObject *events_type;
 static size_t page_size;
 
 /* ---- numbers ------------------------------------------------------------------------------ */
@@ -985,6 +987,155 @@ static PyType_Spec view_spec = {
     .slots = view_slots,
 };
 
+/* ---- events ------------------------------------------------------------------------------- */
+
+/* What happened, each in a record of 64 bytes, until somebody takes it. No objects are made of them here: one made in
+ * a destructor could collect garbage, and run anything. What does not fit is counted as lost, and the first record
+ * that fits again says so before itself (GAP). kernel/events.py names the kinds, and what the facts of each are. */
+
+#define FACTS 6
+
+enum kind { GAP, MIRROR, DROP, EVICT };
+
+typedef struct {
+    int64_t time; /* of the monotonic clock, in nanoseconds */
+    uint16_t kind;
+    uint16_t flags;
+    uint32_t process; /* its number; of MIRROR, DROP: how many mirrors live */
+    uint64_t facts[FACTS];
+} Event;
+
+typedef struct {
+    PyObject_HEAD
+    Event *ring;
+    size_t capacity;
+    size_t first;
+    size_t count;
+    unsigned long long lost;
+    uint64_t told; /* how many of those lost a GAP has told of */
+} Events;
+
+static int64_t nanoseconds(void);
+
+static void put_event(Events *self, Event event)
+{
+    /* A GAP takes a place of its own. */
+    size_t wanted = self->told == self->lost ? 1 : 2;
+    if (self->capacity - self->count < wanted) {
+        self->lost++;
+        return;
+    }
+    if (!self->count)
+        self->first = 0; /* so that no more memory is touched than the most that waited */
+    event.time = nanoseconds();
+    if (wanted == 2) {
+        Event gap = {.time = event.time, .kind = GAP, .facts = {self->lost - self->told}};
+        self->told = self->lost;
+        self->ring[(self->first + self->count++) % self->capacity] = gap;
+    }
+    self->ring[(self->first + self->count++) % self->capacity] = event;
+}
+
+/* Events(capacity): for so many records. MemoryError: there is no room. */
+static PyObject *events_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(keywords))
+{
+    uint64_t capacity;
+    if (wants(PyTuple_Size(args), 1, "Events") || as_u64(PyTuple_GetItem(args, 0), &capacity))
+        return NULL;
+    if (!capacity || capacity > SIZE_MAX / sizeof(Event))
+        return PyErr_NoMemory();
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Events *self = (Events *)alloc(type, 0);
+    if (!self)
+        return NULL;
+    /* Linux gives its pages as they are touched. */
+    void *ring = mmap(NULL, capacity * sizeof(Event), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (ring == MAP_FAILED) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
+    self->ring = ring;
+    self->capacity = (size_t)capacity;
+    return (PyObject *)self;
+}
+
+static void events_dealloc(PyObject *op)
+{
+    Events *self = (Events *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    if (self->ring)
+        munmap(self->ring, self->capacity * sizeof(Event));
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+/* note(kind, flags, process, *facts): up to six facts, of 64 bits each; those left out are 0. */
+static PyObject *events_note(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t numbers[3 + FACTS] = {0};
+    if (nargs < 3 || nargs > 3 + FACTS) {
+        PyErr_Format(PyExc_TypeError, "Events.note: %zd arguments, takes 3 to 9", nargs);
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < nargs; i++) {
+        numbers[i] = PyLong_AsUnsignedLongLongMask(args[i]);
+        if (numbers[i] == (uint64_t)-1 && PyErr_Occurred())
+            return NULL;
+    }
+    Event event = {.kind = (uint16_t)numbers[0], .flags = (uint16_t)numbers[1], .process = (uint32_t)numbers[2]};
+    memcpy(event.facts, numbers + 3, sizeof event.facts);
+    put_event((Events *)op, event);
+    Py_RETURN_NONE;
+}
+
+/* take(most) -> bytes: up to so many records, the oldest first; they are gone from here. */
+static PyObject *events_take(PyObject *op, PyObject *number)
+{
+    Events *self = (Events *)op;
+    uint64_t most;
+    if (as_u64(number, &most))
+        return NULL;
+    size_t count = most < self->count ? (size_t)most : self->count;
+    size_t straight = self->capacity - self->first < count ? self->capacity - self->first : count;
+    PyObject *taken = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * sizeof(Event)));
+    if (!taken)
+        return NULL;
+    char *bytes = PyBytes_AsString(taken);
+    memcpy(bytes, self->ring + self->first, straight * sizeof(Event));
+    memcpy(bytes + straight * sizeof(Event), self->ring, (count - straight) * sizeof(Event));
+    self->first = (self->first + count) % self->capacity;
+    self->count -= count;
+    return taken;
+}
+
+static PyMethodDef events_methods[] = {
+    {"note", FASTCALL(events_note), METH_FASTCALL, "note(kind, flags, process, *facts): it happens now."},
+    {"take", events_take, METH_O, "take(most): the oldest records, as bytes."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef events_members[] = {
+    {"lost", T_ULONGLONG, offsetof(Events, lost), READONLY, "How many did not fit."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot events_slots[] = {
+    {Py_tp_doc, "What happened, in a ring of bounded size."},
+    {Py_tp_new, events_new},
+    {Py_tp_dealloc, events_dealloc},
+    {Py_tp_methods, events_methods},
+    {Py_tp_members, events_members},
+    {0, NULL},
+};
+
+static PyType_Spec events_spec = {
+    .name = "realmap._host.Events",
+    .basicsize = sizeof(Events),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = events_slots,
+};
+
 /* ---- lands -------------------------------------------------------------------------------- */
 
 /* What is mapped in a land: the mirrors that live, and the windows kept for their next use. Under
@@ -1047,6 +1198,7 @@ typedef struct Land {
     Kept *newest;
     PyObject *gone; /* a list of bases that the tree still has */
     PyObject *stakes; /* a list of addresses, a page each */
+    Events *events; /* NULL while nobody listens */
     struct Land *other; /* the next of all lands */
     unsigned long epoch;
 } Land;
@@ -1211,6 +1363,9 @@ static void evict(Land *land, Kept *kept)
 {
     forget_kept(land, kept);
     land->evictions++;
+    if (land->events)
+        put_event(land->events, (Event){.kind = EVICT, .flags = (uint16_t)kept->prot,
+                  .facts = {kept->base, kept->span, 0, kept->serial, kept->start, PyThread_get_thread_ident()}});
     /* It cannot fail: it takes whole mappings away, never a part of one. */
     if (land->epoch == fork_epoch)
         unmap_range(kept->base, kept->span);
@@ -1264,6 +1419,8 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     }
     pull_stakes(land);
     land->stakes = stakes;
+    Py_XDECREF((PyObject *)land->events);
+    land->events = NULL;
     for (size_t i = 0; i <= land->live.mask; i++)
         for (Node *at = land->live.buckets[i]; at; at = at->next) {
             OWNER(Mirror, node, at)->land = NULL;
@@ -1314,6 +1471,7 @@ static void land_dealloc(PyObject *op)
     table_reset(&land->exact);
     table_reset(&land->of);
     Py_XDECREF(land->gone);
+    Py_XDECREF((PyObject *)land->events);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }
@@ -1441,6 +1599,21 @@ static PyObject *land_live(PyObject *op, void *Py_UNUSED(closure))
     return PyLong_FromSize_t(((Land *)op)->live.count);
 }
 
+/* _listen(events): has them told of every mirror from now on; None: nobody any more. */
+static PyObject *land_listen(PyObject *op, PyObject *events)
+{
+    Land *land = (Land *)op;
+    if (!Py_IsNone(events) && !PyObject_TypeCheck(events, events_type)) {
+        PyErr_SetString(PyExc_TypeError, "a land tells Events");
+        return NULL;
+    }
+    PyObject *before = (PyObject *)land->events;
+    land->events = Py_IsNone(events) ? NULL : (Events *)events;
+    Py_XINCREF((PyObject *)land->events);
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef land_methods[] = {
     {"_prepare", FASTCALL(land_prepare), METH_FASTCALL, NULL},
     {"_reserve", FASTCALL(land_reserve), METH_FASTCALL, NULL},
@@ -1450,6 +1623,7 @@ static PyMethodDef land_methods[] = {
     {"_mirror_at", land_mirror_at, METH_O, NULL},
     {"_kept", land_kept, METH_NOARGS, NULL},
     {"_clear_kept", land_clear_kept, METH_NOARGS, NULL},
+    {"_listen", land_listen, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -1747,6 +1921,36 @@ static void tell_caller(Mirror *self)
     Py_XDECREF(told);
 }
 
+/* What the flags of MIRROR and DROP say besides its rights. */
+#define WAS_KEPT 4
+#define FAULTED 8
+
+/* Tells of a mirror that has come, or goes. `user`: where in its process its first byte is; 0 where nobody knows. */
+static void tell_mirror(Events *events, enum kind kind, const Mirror *self, int flags, size_t live, uint64_t user)
+{
+    const Window *window = &self->window;
+    put_event(events, (Event){.kind = (uint16_t)kind, .flags = (uint16_t)(window->prot | flags),
+              .process = (uint32_t)live,
+              .facts = {window->base + window->lead, (uint64_t)window->length, user, self->serial,
+                        self->start + window->lead, PyThread_get_thread_ident()}});
+}
+
+/* Tells of a mirror that has just been made. Asking its mapping for the address may run anything. */
+static void tell_made(Mirror *self, int flags)
+{
+    uint64_t user = 0;
+    Mapping *mapping = (Mapping *)self->mapping;
+    PyObject *address = PyObject_GetAttrString(self->mapping, "address");
+    if (address) {
+        user = PyLong_AsUnsignedLongLongMask(address) + self->start + self->window.lead - mapping->phys_offset;
+        Py_DECREF(address);
+    }
+    if (PyErr_Occurred())
+        PyErr_Clear();
+    if (self->land && self->land->events)
+        tell_mirror(self->land->events, MIRROR, self, flags, self->land->live.count, user);
+}
+
 /* Unmaps it (or has it kept), gives back its place and its references. Again: nothing.
  * -1 with an exception set and nothing changed: a view lives, or Linux did not unmap it. */
 static int end_mirror(Mirror *self)
@@ -1758,15 +1962,24 @@ static int end_mirror(Mirror *self)
             return -1;
         }
         window->state = DEAD; /* first: while the GIL is away nobody may take an export */
-        if (!keep(self)) {
+        Events *events = self->land ? self->land->events : NULL;
+        size_t live = self->land ? self->land->live.count - 1 : 0;
+        Py_XINCREF((PyObject *)events);
+        int kept = keep(self);
+        if (!kept) {
             disarm(window);
             int error = unmap_range(window->base, window->span);
             if (error) {
                 window->state = ALIVE;
                 arm(window);
+                Py_XDECREF((PyObject *)events);
                 os_error(error);
                 return -1;
             }
+        }
+        if (events) {
+            tell_mirror(events, DROP, self, (kept ? WAS_KEPT : 0) | (zeros_of(window) ? FAULTED : 0), live, 0);
+            Py_DECREF((PyObject *)events);
         }
         unguard(window);
         tell_caller(self);
@@ -1939,6 +2152,8 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     self->window.state = ALIVE;
     arm(&self->window);
     count_made(land, length);
+    if (land->events)
+        tell_made(self, was_kept ? WAS_KEPT : 0);
     return (PyObject *)self;
 }
 
@@ -1984,6 +2199,8 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     self->window.lead = lead;
     self->window.length = (Py_ssize_t)length;
     count_made((Land *)args[0], length);
+    if (self->land->events && is_alive(&self->window))
+        tell_made(self, 0);
     return (PyObject *)self;
 }
 
@@ -2719,6 +2936,11 @@ PyMODINIT_FUNC PyInit__host(void)
     window_type = (PyTypeObject *)PyType_FromSpec(&window_spec);
     ring_type = (PyTypeObject *)PyType_FromSpec(&ring_spec);
     land_type = (PyTypeObject *)PyType_FromSpec(&land_spec);
+    events_type = (PyTypeObject *)PyType_FromSpec(&events_spec);
+    if (!events_type || PyModule_AddType(module, events_type)) {
+        Py_DECREF(module);
+        return NULL;
+    }
     PyObject *mirror_type = window_type ? PyType_FromSpecWithBases(&mirror_spec, (PyObject *)window_type) : NULL;
     PyObject *view_type = PyType_FromSpec(&view_spec);
     PyObject *turn_type = PyType_FromSpec(&turn_spec);

@@ -28,6 +28,7 @@ from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.audit import AuditReport
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
+from realmap.observe.trace import CAPACITY, Trace
 from realmap.user.process import Process
 from realmap.wire.ring import SPIN, checked_spin
 
@@ -213,6 +214,13 @@ class KernelHandle:
     def audit(self) -> AuditReport:
         """Holds the kernel's books against /proc/PID/maps of every process; true as a bool where they agree."""
         return self._asked().audit()
+
+    def trace(self, path: str | os.PathLike[str], *, events: int = CAPACITY) -> Trace:
+        """Writes everything that happens to a file that Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+        From now on, until the end of a `with` block or `close`. Errors as `Trace`.
+        """
+        return Trace(self._asked().path, path, events=events)
 
     def shutdown(self, timeout: float = 10.0) -> None:
         """Ends the kernel, and the user processes that were spawned through this handle. Again: nothing.

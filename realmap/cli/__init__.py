@@ -20,6 +20,7 @@ from realmap.cli.ps import ps
 from realmap.cli.segments import segments
 from realmap.cli.stats import stats
 from realmap.cli.stress import stress
+from realmap.cli.trace import trace
 from realmap.errors import KernelError
 
 
@@ -41,6 +42,7 @@ command.add_command(ps)
 command.add_command(segments)
 command.add_command(stats)
 command.add_command(stress)
+command.add_command(trace)
 
 
 def main() -> None:

@@ -36,6 +36,11 @@ def wait_death(pidfd: int, timeout: float | None) -> bool:
     return bool(poll.poll(None if timeout is None else max(0, int(timeout * 1000))))
 
 
+def is_ending(pidfd: int, pid: int) -> bool:
+    """Whether the process of `pidfd`, which is `pid`, has ended or is about to: its sockets close before it has."""
+    return is_dead(pidfd) or procfs.is_exiting(pid) or is_dead(pidfd)
+
+
 def credentials(sock: socket.socket) -> tuple[int, int]:
     """(pid, uid) of who connected: SO_PEERCRED, as Linux noted them then.
 

@@ -122,6 +122,23 @@ def start_time(pid: int) -> int:
 
     ProcessLookupError: there is no such process, or it has ended and only waits to be reaped.
     """
+    return int(_stat(pid)[19])
+
+
+#: include/linux/sched.h: it is on its way through exit.
+PF_EXITING = 4
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether it has ended, or is about to: nothing of its program runs any more."""
+    try:
+        return bool(int(_stat(pid)[6]) & PF_EXITING)
+    except ProcessLookupError:
+        return True
+
+
+def _stat(pid: int) -> list[bytes]:
+    """/proc/PID/stat from the state on (proc_pid_stat(5): field 3 is the first). ProcessLookupError: it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
@@ -131,7 +148,7 @@ def start_time(pid: int) -> int:
     fields = text[text.rindex(b")") + 2 :].split()
     if fields[0] in b"ZX":
         raise ProcessLookupError(f"process {pid} has ended")
-    return int(fields[19])
+    return fields
 
 
 def pid_namespace() -> int:

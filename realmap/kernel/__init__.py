@@ -12,6 +12,8 @@
     handles       what is shared between processes, and until when
     estates       what a process that had forked left to its children
     books         stats, and the books as plain data
+    events        what is told of while somebody listens
+    tracing       the telling
     faults        whether a call touched bytes that were gone
     workers       threads for handlers that take long, and each process's share of them
     watch         tells of handlers that do not return

@@ -36,6 +36,8 @@ class Clients:
         self._kernel = kernel
         self._reception = reception
         self._decoding: list[UserBuffer] = []
+        #: What a buffer among the arguments becomes; `tracing` has another.
+        self.make_buffer: Callable[[int, int], UserBuffer] = UserBuffer
         self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
         self._by_fd: dict[int, Connection] = {}
         #: Those that have not said who they are.
@@ -151,7 +153,7 @@ class Clients:
         return data
 
     def _buffer(self, code: int, data: memoryview) -> UserBuffer:
-        buffer = UserBuffer(*messages.buffer_of(code, data))
+        buffer = self.make_buffer(*messages.buffer_of(code, data))
         self._decoding.append(buffer)
         return buffer
 
@@ -196,13 +198,19 @@ class Clients:
         del self._by_fd[fd]
         self._strangers.discard(connection)
         connection.close()
+        tracing = self._kernel.tracing
+        tracing.lose(connection)
         if connection.process is not None:
             log.info("%r has ended, or closed its connection", connection.process, extra=connection.process.facts)
+            if tracing.events is not None:
+                tracing.ended(connection.process)
             self._kernel.unwatch(connection.process.pidfd)
             self._kernel.handles.reap(connection.process)
             self._kernel.processes.reap(connection.process)
             if connection.process.forked:
                 self._kernel.estates.open(connection.process)
+            if tracing.events is not None:
+                tracing.reaped(connection.process)
 
 
 def _facts(connection: Connection) -> dict[str, int]:

@@ -28,6 +28,9 @@ class Dispatch:
         #: Those at work on worker threads, or waiting for one.
         self.running: set[Running] = set()
 
+    #: How a handler is run; `tracing` has another.
+    _run = staticmethod(syscalls.run)
+
     def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
         """One request of one client, and the buffers among its arguments. Whatever happens to it is its answer."""
         process = connection.process
@@ -37,7 +40,7 @@ class Dispatch:
             elif isinstance(request, messages.Ask):
                 if request.what == "shutdown" and not connection.control:
                     raise AccessDenied(why="only a control connection may end the kernel")
-                self._reply(connection, request.id, (self._ask(request.what), [], []))
+                self._reply(connection, request.id, (self._ask(connection, request), [], []))
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
             elif isinstance(request, messages.Map):
@@ -97,7 +100,8 @@ class Dispatch:
             return
         self._kernel.clients.rearm(connection)
 
-    def _ask(self, what: str) -> Any:
+    def _ask(self, connection: Connection, request: messages.Ask) -> Any:
+        what, tracing = request.what, self._kernel.tracing
         if what == "stats":
             return books.stats(self._kernel)
         if what == "books":
@@ -105,6 +109,12 @@ class Dispatch:
         if what == "shutdown":
             self._kernel.stop(wait=False)
             return None
+        if what == "trace-read":
+            return tracing.read(connection)
+        if what == "trace-start":
+            return tracing.start(connection, request.number)
+        if what == "trace-stop":
+            return tracing.stop(connection)
         raise UnknownSyscall(what, why="the kernel has no such service")
 
     def _call(
@@ -126,7 +136,7 @@ class Dispatch:
             return
         process.calls += 1
         self.current = call
-        answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+        answer = self._run(syscall, call, request.id, request.args, buffers)
         self.current = None
         process.calls -= 1
         for buffer in buffers:
@@ -165,7 +175,7 @@ class Dispatch:
 
         def work() -> None:
             running.began = time.monotonic()
-            answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+            answer = self._run(syscall, call, request.id, request.args, buffers)
             self._kernel.post(lambda: end(answer))
 
         process.share.submit(work, ended)
@@ -187,7 +197,8 @@ class Running:
         self.buffers = buffers
         self._dispatch = dispatch
         self._connection = connection
-        self._id = id
+        #: Of the request.
+        self.id = id
         self.process = process
         self.name = name
         #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn.
@@ -201,5 +212,5 @@ class Running:
         if not self.answered:
             self.answered = True
             if isinstance(answer, BaseException):
-                answer = syscalls.failed(self._id, answer, self.name)
-            self._dispatch.send(self._connection, self._id, answer)
+                answer = syscalls.failed(self.id, answer, self.name)
+            self._dispatch.send(self._connection, self.id, answer)

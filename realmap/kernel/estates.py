@@ -48,6 +48,10 @@ class Estates:
         """Everything that is in them."""
         return [mapping for estate in self._estates for mapping in estate.process.memory]
 
+    def processes(self) -> list[UserProcess]:
+        """Whose they are."""
+        return [estate.process for estate in self._estates]
+
     def open(self, process: UserProcess) -> None:
         """A process that had forked has ended: its memory stays until it is known that nobody comes for it."""
         if not any(isinstance(mapping.frames, SharedFrames) for mapping in process.memory):
@@ -114,6 +118,8 @@ class Estates:
     def _end(self, estate: Estate) -> None:
         self._estates.remove(estate)
         estate.process.memory.release_all()
+        if self._kernel.tracing.events is not None:
+            self._kernel.tracing.reaped(estate.process)
 
     def clear(self) -> None:
         """The kernel ends."""

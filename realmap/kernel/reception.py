@@ -67,6 +67,8 @@ class Reception:
             frames = FrameAllocator(kernel.process_limit, parent=kernel.frames, segments=segments)
             process = kernel.processes.add(peer, connection, frames, kernel.workers, limits.running)
             connection.process = process
+            if kernel.tracing.events is not None:
+                kernel.tracing.connected(process)
             # Asked again: the event may be of an earlier process whose pidfd had this number.
             try:
                 kernel.watch(

@@ -40,6 +40,7 @@ from realmap.kernel.logs import log
 from realmap.kernel.process_table import ProcessTable
 from realmap.kernel.reception import Reception
 from realmap.kernel.syscalls import registry
+from realmap.kernel.tracing import Tracing
 from realmap.kernel.watch import Watch
 from realmap.kernel.workers import Workers
 from realmap.memory.frames import FrameAllocator
@@ -100,6 +101,7 @@ class Kernel:
         self.estates = Estates(self)
         self.workers = Workers()
         self.dispatch = Dispatch(self)
+        self.tracing = Tracing(self)
         self._watch = Watch(self)
         self._posted: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Handler] = {}

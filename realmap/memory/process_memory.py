@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import SupportsIndex
 
 from realmap.errors import (
@@ -51,6 +51,8 @@ class ProcessMemory:
         self.heap_start = align_down(self.land.end - self.length // HEAP_SHARE)
         self._space: Space[Mapping] = Space(self.start, self.land.end, search_below=self.heap_start)
         self._heap: Mapping | None = None
+        #: told(mapping, comes): told of every mapping that comes or goes; None while nobody listens.
+        self.told: Callable[[Mapping, bool], None] | None = None
 
     def __len__(self) -> int:
         """How many mappings there are."""
@@ -141,7 +143,14 @@ class ProcessMemory:
     ) -> Mapping:
         mapping = Mapping(address, frames, offset, length, type, rights, owner=self.owner)  # type: ignore[arg-type]
         self._space.tree.add(address, mapping.end, mapping)
+        if self.told is not None:
+            self.told(mapping, True)
         return mapping
+
+    def _remove(self, mapping: Mapping) -> None:
+        self._space.tree.remove(mapping.address)
+        if self.told is not None:
+            self.told(mapping, False)
 
     def unmap(self, address: SupportsIndex, length: SupportsIndex) -> Mapping:
         """Takes the mapping [address, address + length) out of the books, and returns it: its release is the caller's.
@@ -154,7 +163,7 @@ class ProcessMemory:
             raise InvalidAddress(start, why="no mapping starts there")
         if mapping.length != size:
             raise InvalidSize(size, why=f"the mapping there has {mapping.length} bytes, and is never split")
-        self._space.tree.remove(start)
+        self._remove(mapping)
         if mapping is self._heap:
             self._heap = None
         return mapping
@@ -164,7 +173,7 @@ class ProcessMemory:
 
         VirtualMemoryExhaustion: there is no other place; the mapping is out of the books then, and released.
         """
-        self._space.tree.remove(mapping.address)
+        self._remove(mapping)
         # Where nothing is in the way any more by the time its process looked, its own place is avoided.
         start, end = taken if taken[0] < mapping.end and mapping.address < taken[1] else (mapping.address, mapping.end)
         self._space.note_obstacle(start, end)
@@ -203,7 +212,7 @@ class ProcessMemory:
             assert isinstance(old.frames, SharedFrames)
             frames = old.frames
             frames.append(self.allocator.make_segments(new - before, new - before))
-            self._space.tree.remove(old.address)
+            self._remove(old)
         # The longer mapping takes its reference before the shorter one gives its own up.
         self._heap = self._enter(self.heap_start, frames, 0, new, MemoryType.HEAP, u_rw)
         if old is not None:
@@ -327,7 +336,7 @@ class ProcessMemory:
     def release_all(self) -> None:
         """Takes every mapping out of the books and releases it: the process has ended."""
         for mapping in list(self):
-            self._space.tree.remove(mapping.address)
+            self._remove(mapping)
             mapping.release()
         self._heap = None
 

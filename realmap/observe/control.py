@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 from realmap.observe.audit import AuditReport, audit
 from realmap.observe.snapshot import Snapshot
@@ -24,13 +25,18 @@ class Control:
         self._client = Client(os.fspath(path), control=True, timeout=timeout)
 
     @property
+    def path(self) -> str:
+        """The socket of the kernel."""
+        return self._client.path
+
+    @property
     def pid(self) -> int:
         """The kernel's pid."""
         return self._client.kernel_pid
 
-    def _ask(self, what: str) -> object:
-        ask = messages.Ask(self._client.next_id(), what)
-        return self._client.request(ask, timeout=self._timeout, name=what)[0]
+    def _ask(self, what: str, number: int = 0, *, late: Callable[[Any], object] | None = None) -> Any:
+        ask = messages.Ask(self._client.next_id(), what, number)
+        return self._client.request(ask, timeout=self._timeout, name=what, late=late)[0]
 
     def stats(self) -> dict[str, int]:
         """Totals by name; bytes are bytes. KernelDied: it has ended."""

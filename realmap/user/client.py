@@ -46,7 +46,7 @@ class Pending(msgspec.Struct):  # a Struct because it is made in C: one for ever
     """A request on its way: its answer when it is there, and what happens to an answer that comes too late."""
 
     holds: object
-    late: Callable[[Any], None] | None
+    late: Callable[[Any], object] | None
     reply: messages.Done | messages.Failed | None = None
     descriptors: list[int] = []
     #: Held; released to wake the thread that waits for the reply. A bare lock: each use of it is one call of C.
@@ -129,7 +129,7 @@ class Client(Post):
         timeout: float | None = None,
         name: str = "",
         holds: object = None,
-        late: Callable[[Any], None] | None = None,
+        late: Callable[[Any], object] | None = None,
         into: list[Any] | None = None,
     ) -> tuple[Any, list[int]]:
         """Sends a request, and waits for its answer: (value, descriptors, which are the caller's).

@@ -125,9 +125,10 @@ class Query(_Request, tag=6, frozen=True):
 
 
 class Ask(_Request, tag=7, frozen=True):
-    """One of the kernel's own services by name (stats, books, shutdown). Done: its answer."""
+    """One of the kernel's own services by name (stats, books, trace-start, …). Done: its answer."""
 
     what: str
+    number: int = 0
 
 
 class Share(_Request, tag=8, frozen=True):
@@ -187,7 +188,11 @@ Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revo
 NAMED = "name:"
 
 
-class Done(msgspec.Struct, array_like=True, tag=1):
+#: The tag of an answer that is no error: the second byte of its message.
+DONE = 1
+
+
+class Done(msgspec.Struct, array_like=True, tag=DONE):
     """The answer, and how many descriptors belong to it."""
 
     id: int

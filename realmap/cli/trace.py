@@ -1,0 +1,110 @@
+"""`realmap trace`: everything that happens in a kernel, into a file that Perfetto and chrome://tracing open."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from realmap.cli.output import require_writable
+from realmap.cli.target import VARIABLE, find, kernel_option
+from realmap.kernel.events import CAPACITY
+from realmap.observe.trace import Trace
+
+#: How often it is looked whether the end has come, in seconds.
+LOOK = 0.05
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@kernel_option
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End after so long.")
+@click.option(
+    "--events", type=int, default=CAPACITY, show_default=True, help="How many may wait in the kernel, 64 bytes each."
+)
+def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float | None, events: int) -> None:
+    """Write every syscall, map, unmap, mirror, drop, copy, death and reap of a kernel to FILE.
+
+    Open it in https://ui.perfetto.dev or chrome://tracing. It ends on Ctrl-C, on SIGTERM, after --seconds, with the
+    kernel, or with the COMMAND after --, which runs with $REALMAP_KERNEL set; the exit status is then that of COMMAND.
+
+    Example: realmap trace out.json -- python program.py
+    """
+    kernel = find(path)
+    require_writable(file)
+    try:
+        running = Trace(kernel, file, events=events)
+    except OSError as error:
+        if error.filename == file:
+            raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
+        raise
+    status = 0
+    try:
+        with running:
+            status = _wait(running, list(command), kernel, seconds)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
+    lost = f"{running.lost} lost" + (" (the file says where; see --events)" if running.lost else "")
+    click.echo(f"realmap: {running.events} events, {lost}, in {running.seconds:.1f} s: {file}", err=bool(command))
+    if running.died is not None:
+        raise click.ClickException(f"the trace ended before its time: {running.died}; {file} is whole up to there")
+    sys.exit(status)
+
+
+def _wait(running: Trace, command: list[str], kernel: str, seconds: float | None) -> int:
+    """Until the end, whatever it is; the exit status that comes of it."""
+    end = None if seconds is None else time.monotonic() + seconds
+    with _signals() as caught:
+        child = _start(command, kernel) if command else None
+
+        def is_over() -> bool:
+            over = running.is_over or (end is not None and time.monotonic() >= end)
+            return over or (bool(caught) if child is None else child.poll() is not None)
+
+        try:
+            _until(is_over, child, caught)
+        finally:
+            if child is not None and child.poll() is None:
+                child.terminate()
+                child.wait()
+    if child is None:
+        return 0
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _until(is_over: Callable[[], bool], child: subprocess.Popen[bytes] | None, caught: list[int]) -> None:
+    """Waits. A command gets SIGTERM passed on; Ctrl-C on a terminal it gets by itself."""
+    while not is_over():
+        if child is not None and signal.SIGTERM in caught:
+            caught.clear()
+            child.terminate()
+        time.sleep(LOOK)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list instead of ending this process."""
+    caught: list[int] = []
+    before: dict[int, Any] = {
+        number: signal.signal(number, lambda got, _: caught.append(got)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(command: list[str], kernel: str) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, env=os.environ | {VARIABLE: kernel})
+    except OSError as error:
+        raise click.ClickException(f"cannot run {command[0]}: {error.strerror}") from None

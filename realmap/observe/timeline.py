@@ -1,0 +1,392 @@
+"""A kernel's records as a timeline.
+
+    the kernel's process   its thread: calls and services, copies inside of them · a track for each worker
+                           KernelLand: mirrors, those that live at the same time side by side · how many live
+    each user process      its calls, those that are on their way at the same time side by side
+                           its memory: what is mapped and unmapped · how many mappings, how many bytes
+    flows                  from the caller to where its handler runs, and back
+
+The kernel sees when a call arrives and when it is answered; when its caller sent it, and has read the answer, it does
+not: a call on its caller's track goes from the one to the other. A span is written when it ends: one that is open
+where the file ends is marked as such by `end`, and missing where the writer was killed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from realmap.errors import BY_CODE
+from realmap.kernel.events import (
+    ALREADY,
+    BLOCKING,
+    DIED,
+    FAILED,
+    FAULTED,
+    OUT,
+    REAPED,
+    RECORD,
+    SERVICE,
+    WAS_KEPT,
+    Event,
+    Kind,
+)
+from realmap.observe.trace_format import TraceWriter
+from realmap.rights import MemoryType, rights_of
+
+#: Tracks of the kernel's process: its thread is 1, workers follow; from here on KernelLand's.
+KERNEL_LAND = 1_000_000
+#: Tracks of a user process: its memory, and from here on its calls.
+MEMORY, CALLS = 1, 2
+#: Linux gives no larger pids: a pid that is used again gets a track of its own.
+PIDS = 1 << 22
+
+
+class Lanes:
+    """Numbers from 0 on for things that live at the same time: the lowest free one first."""
+
+    def __init__(self, on_first: Callable[[int], None]) -> None:
+        """`on_first`: called with each that was never taken before."""
+        self._count = 0
+        self._free: list[int] = []
+        self._on_first = on_first
+
+    def take(self) -> int:
+        """The lowest free one."""
+        if self._free:
+            return heapq.heappop(self._free)
+        self._count += 1
+        self._on_first(self._count - 1)
+        return self._count - 1
+
+    def give(self, lane: int) -> None:
+        """It is free again."""
+        heapq.heappush(self._free, lane)
+
+
+class Mirror(NamedTuple):
+    """A mirror that lives; `process`: the number of the one that it was made for, 0 where that is not known."""
+
+    event: Event
+    lane: int
+    process: int
+
+
+class User:
+    """A user process: its tracks are those of `track`."""
+
+    def __init__(self, track: int, pid: int, file: TraceWriter) -> None:
+        self.track = track
+        self.pid = pid
+        self.lanes = Lanes(lambda lane: file.name_track(track, CALLS + lane, f"calls {lane + 1}" if lane else "calls"))
+
+
+class Call:
+    """A request on its way."""
+
+    __slots__ = ("answer", "arrival", "began", "done", "lane", "thread", "user")
+
+    def __init__(self, arrival: Event, user: User | None) -> None:
+        self.arrival = arrival
+        self.user = user
+        self.lane = user.lanes.take() if user is not None and arrival.b else -1
+        #: Where its handler runs, and since when.
+        self.thread, self.began = 1, arrival.time
+        self.done = False
+        self.answer: Event | None = None
+
+
+class Timeline:
+    """Writes records as they come. Times in the file are microseconds since its beginning."""
+
+    def __init__(self, write: Callable[[str], object], start: dict[str, Any]) -> None:
+        """`start`: what the kernel answered to the one who began to listen."""
+        #: Of requests, by number.
+        self.names: list[str] = []
+        self._kernel: int = start["pid"]
+        self._zero: int = start["began"]
+        self._last = self._zero
+        self._file = TraceWriter(write, self._zero)
+        self._land = Lanes(self._name_lane)
+        #: By thread: for which process it is at work.
+        self._at_work: dict[int, int] = {}
+        self._main: int = start["thread"]
+        self._threads = {self._main: 1}
+        self._users: dict[int, User] = {}
+        self._tracks: dict[int, User] = {}
+        self._calls: dict[tuple[int, int], Call] = {}
+        self._workers: dict[int, Event] = {}
+        self._mirrors: dict[int, Mirror] = {}
+        self._flows = 0
+        self._tell: dict[int, Callable[[Event], None]] = {
+            Kind.GAP: self._gap,
+            Kind.MIRROR: self._mirror,
+            Kind.DROP: self._drop,
+            Kind.EVICT: self._evict,
+            Kind.CALL: self._call,
+            Kind.ANSWER: self._answer,
+            Kind.DONE: self._done,
+            Kind.BEGIN: self._begin,
+            Kind.END: self._end,
+            Kind.COPY: self._copy,
+            Kind.MAP: self._map,
+            Kind.UNMAP: self._map,
+            Kind.CONNECT: self._connect,
+            Kind.DEATH: self._death,
+            Kind.REAP: self._reap,
+        }
+        self._file.name_process(self._kernel, f"kernel {start['path']} (pid {self._kernel})", 0)
+        self._file.name_track(self._kernel, 1, "kernel thread")
+        about = f'"path":{json.dumps(start["path"])},"time":{start["time"]:.6f}'
+        self._file.instant(self._kernel, 1, self._zero, "trace begins", about)
+
+    def feed(self, records: bytes) -> int:
+        """Adds records, in the order in which they came; how many there were, without gaps."""
+        count = 0
+        tell, make = self._tell, Event._make
+        for fields in RECORD.iter_unpack(records):
+            event = make(fields)
+            tell[event.kind](event)
+            count += event.kind != 0
+            self._last = event.time
+        self._file.flush()
+        return count
+
+    def end(self, events: int, lost: int, why: str = "") -> None:
+        """What is open is marked so, and the file is complete. `why`: what ended it before its time, if anything."""
+        self._last = max(self._last, time.monotonic_ns())
+        self._close_all("was still open when the trace ended")
+        about = f'"events":{events},"lost":{lost}' + (f',"error":{json.dumps(why)}' if why else "")
+        self._file.instant(self._kernel, 1, self._last, "trace ends", about)
+        self._file.end(self._kernel, f"{events} events, {lost} lost")
+
+    def _request(self, number: int) -> str:
+        return json.dumps(self.names[number]) if number < len(self.names) else '"?"'
+
+    # ---- processes --------------------------------------------------------------------------
+
+    def _user(self, number: int, pid: int = 0) -> User:
+        """Who has this number; one that nothing was told of (it was lost) gets a track all the same."""
+        user = self._users.get(number)
+        if user is None:
+            track = pid or PIDS - 1
+            while track in self._tracks or track == self._kernel:
+                track += PIDS
+            user = self._users[number] = self._tracks[track] = User(track, pid, self._file)
+            known = f"{_command(pid)}pid {pid}" if pid else "pid unknown"
+            self._file.name_process(track, f"process {number} ({known})", number)
+            self._file.name_track(track, MEMORY, "memory")
+        return user
+
+    def _thread(self, thread: int) -> int:
+        track = self._threads.get(thread)
+        if track is None:
+            track = self._threads[thread] = len(self._threads) + 1
+            self._file.name_track(self._kernel, track, f"worker {track - 1}")
+        return track
+
+    def _connect(self, event: Event) -> None:
+        user = self._user(event.process, event.a)
+        already = ',"already":true' if event.flags & ALREADY else ""
+        self._file.instant(
+            user.track,
+            MEMORY,
+            event.time,
+            "connect",
+            f'"process":{event.process},"pid":{event.a},"uid":{event.b}{already}',
+        )
+
+    def _death(self, event: Event) -> None:
+        user = self._user(event.process, event.a)
+        name = "death" if event.flags & DIED else "leave"
+        self._file.instant(user.track, MEMORY, event.time, name, f'"process":{event.process},"pid":{event.a}', "p")
+
+    def _reap(self, event: Event) -> None:
+        user = self._user(event.process, event.a)
+        about = f'"process":{event.process},"pid":{event.a},"mappings":{event.b},"bytes":{event.c}'
+        self._file.instant(user.track, MEMORY, event.time, "reap", about, "p")
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def _call(self, event: Event) -> None:
+        user = self._user(event.process) if event.process else None
+        before = self._calls.get((event.process, event.b))
+        if before is not None and before.lane >= 0:
+            assert before.user is not None
+            before.user.lanes.give(before.lane)
+        self._calls[event.process, event.b] = Call(event, user)
+        if not event.flags & (BLOCKING | SERVICE):
+            self._at_work[self._main] = event.process
+
+    def _answer(self, event: Event) -> None:
+        call = self._calls.get((event.process, event.b))
+        if call is None:
+            return
+        call.answer = event
+        flags = call.arrival.flags
+        if call.user is not None and call.lane >= 0:
+            self._span_of_user(call, event.time, self._about(call))
+            call.user.lanes.give(call.lane)
+        if not flags & (SERVICE | BLOCKING):
+            self._at_work.pop(self._main, None)
+            self._span_of_kernel(call, event.time, self._about(call))
+        if call.done or not flags & SERVICE:
+            self._finish(call)
+
+    def _done(self, event: Event) -> None:
+        call = self._calls.get((event.process, event.b))
+        if call is None:
+            return
+        call.done = True
+        self._span_of_kernel(call, event.time, self._about(call))
+        if call.answer is not None or not event.b:
+            self._finish(call)
+
+    def _finish(self, call: Call) -> None:
+        """All of it is known."""
+        event, user, answer = call.arrival, call.user, call.answer
+        self._calls.pop((event.process, event.b), None)
+        if user is None or call.lane < 0 or answer is None or not call.began:
+            return
+        self._flows += 1
+        self._file.flow("s", user.track, CALLS + call.lane, event.time, self._flows)
+        self._file.flow("t", self._kernel, call.thread, call.began, self._flows)
+        # Within the span: its end is not part of it.
+        self._file.flow("f", user.track, CALLS + call.lane, max(answer.time - 1, event.time), self._flows)
+
+    def _span_of_user(self, call: Call, end: int, about: str) -> None:
+        assert call.user is not None
+        event = call.arrival
+        kind = "service" if event.flags & SERVICE else "call"
+        self._file.span(call.user.track, CALLS + call.lane, event.time, end, kind, self._request(event.a), about)
+
+    def _span_of_kernel(self, call: Call, end: int, about: str) -> None:
+        event = call.arrival
+        kind = "service" if event.flags & SERVICE else "call"
+        self._file.span(self._kernel, 1, event.time, end, kind, self._request(event.a), about)
+
+    def _about(self, call: Call) -> str:
+        event, answer = call.arrival, call.answer
+        about = f'"process":{event.process},"pid":{call.user.pid if call.user is not None else 0},"id":{event.b}'
+        if event.c:
+            about += f',"buffers":{event.c},"address":"{event.d:#x}","bytes":{event.e}'
+        if answer is not None:
+            about += _error(answer.c) + f',"answer_bytes":{answer.d}'
+        return about
+
+    def _begin(self, event: Event) -> None:
+        self._workers[event.f] = event
+        self._at_work[event.f] = event.process
+        call = self._calls.get((event.process, event.b))
+        if call is not None:
+            call.thread, call.began = self._thread(event.f), event.time
+
+    def _end(self, event: Event) -> None:
+        begin = self._workers.pop(event.f, None)
+        self._at_work.pop(event.f, None)
+        if begin is not None:
+            self._span_of_worker(begin, event.time, _error(event.c))
+
+    def _span_of_worker(self, begin: Event, end: int, about: str) -> None:
+        about = f'"process":{begin.process},"pid":{self._user(begin.process).pid},"id":{begin.b}{about}'
+        self._file.span(self._kernel, self._thread(begin.f), begin.time, end, "call", self._request(begin.a), about)
+
+    def _copy(self, event: Event) -> None:
+        about = f'"process":{event.process},"pid":{self._user(event.process).pid},'
+        about += f'"address":"{event.a:#x}","bytes":{event.b}'
+        if event.flags & FAILED:
+            about += ',"failed":true'
+        name = '"copy_out"' if event.flags & OUT else '"copy_in"'
+        self._file.span(self._kernel, self._thread(event.f), event.c, event.time, "copy", name, about)
+
+    # ---- memory -----------------------------------------------------------------------------
+
+    def _map(self, event: Event) -> None:
+        user, mapped = self._user(event.process), event.kind == Kind.MAP
+        about = (
+            f'"process":{event.process},"address":"{event.a:#x}","bytes":{event.b},'
+            f'"type":"{MemoryType(event.e >> 8 & 255).name}","rights":"{rights_of(event.e & 15)}",'
+            f'"frames":{event.c},"offset":{event.d}'
+        )
+        if mapped and event.flags & ALREADY:
+            about += ',"already":true'
+        if not mapped and event.flags & REAPED:
+            about += ',"reaped":true'
+        self._file.instant(user.track, MEMORY, event.time, "map" if mapped else "unmap", about)
+        self._file.counter(user.track, event.time, "mappings", event.e >> 32)
+        self._file.counter(user.track, event.time, "mapped bytes", event.f)
+
+    def _name_lane(self, lane: int) -> None:
+        self._file.name_track(self._kernel, KERNEL_LAND + lane, f"KernelLand {lane + 1}" if lane else "KernelLand")
+
+    def _mirror(self, event: Event) -> None:
+        process = 0 if event.flags & ALREADY else self._at_work.get(event.f, 0)
+        self._mirrors[event.a] = Mirror(event, self._land.take(), process)
+        self._file.counter(self._kernel, event.time, "mirrors", event.process)
+
+    def _drop(self, event: Event) -> None:
+        begun = self._mirrors.pop(event.a, None)
+        self._file.counter(self._kernel, event.time, "mirrors", event.process)
+        if begun is None:
+            return
+        about = (',"kept":true' if event.flags & WAS_KEPT else "") + (',"fault":true' if event.flags & FAULTED else "")
+        self._span_of_mirror(begun, event.time, about)
+        self._land.give(begun.lane)
+
+    def _span_of_mirror(self, begun: Mirror, end: int, about: str) -> None:
+        event, lane, process = begun
+        name, told = "mirror", ""
+        if process:
+            name, told = f"mirror of process {process}", f'"process":{process},"pid":{self._user(process).pid},'
+        told += (
+            f'"address":"{event.a:#x}","bytes":{event.b},"user_address":"{event.c:#x}","frames":{event.d},'
+            f'"offset":{event.e},"rights":"{rights_of(event.flags & 3)}"'
+        )
+        told += ',"window":"kept"' if event.flags & WAS_KEPT else ""
+        told += ',"already":true' if event.flags & ALREADY else ""
+        self._file.span(self._kernel, KERNEL_LAND + lane, event.time, end, "mirror", f'"{name}"', told + about)
+
+    def _evict(self, event: Event) -> None:
+        about = f'"address":"{event.a:#x}","bytes":{event.b},"frames":{event.d},"offset":{event.e}'
+        self._file.instant(self._kernel, KERNEL_LAND, event.time, "kept window unmapped", about)
+
+    # ---- where the telling stops ------------------------------------------------------------
+
+    def _gap(self, event: Event) -> None:
+        """What was open may have ended among what is missing."""
+        self._last = event.time
+        self._close_all("its end may be among the events that were lost")
+        self._file.instant(self._kernel, 1, event.time, "events lost", f'"lost":{event.a}', "g")
+
+    def _close_all(self, why: str) -> None:
+        end, about = self._last, f',"unfinished":"{why}"'
+        for call in self._calls.values():
+            if call.user is not None and call.lane >= 0 and call.answer is None:
+                self._span_of_user(call, end, self._about(call) + about)
+                call.user.lanes.give(call.lane)
+            if not call.done and not call.arrival.flags & BLOCKING:
+                self._span_of_kernel(call, end, self._about(call) + about)
+        for begin in self._workers.values():
+            self._span_of_worker(begin, end, about)
+        for begun in self._mirrors.values():
+            self._span_of_mirror(begun, end, about)
+            self._land.give(begun.lane)
+        for open_ones in (self._calls, self._workers, self._mirrors, self._at_work):
+            open_ones.clear()
+
+
+def _error(code: int) -> str:
+    if not code:
+        return ""
+    kind = BY_CODE.get(code)
+    return f',"error":"{kind.__name__ if kind is not None else code}"'
+
+
+def _command(pid: int) -> str:
+    with suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
+        return file.read().strip() + ", "
+    return ""
