@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from realmap.cli.output import require_writable
 from realmap.errors import KernelError
 from realmap.lab import demo as lab
 
@@ -18,7 +19,8 @@ from realmap.lab import demo as lab
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, readable=True))
 @click.option("--json", "as_json", is_flag=True, help="Everything that was found, as JSON.")
-def demo(files: tuple[str, ...], as_json: bool) -> None:
+@click.option("--trace", metavar="FILE", help="Trace it: a file for ui.perfetto.dev or chrome://tracing.")
+def demo(files: tuple[str, ...], as_json: bool, trace: str | None) -> None:
     """Watch a kernel process mirror-map the memory of user processes, and check every byte.
 
     Each FILE is loaded by a user process of its own; the kernel digests it, and odd ranges of it, in
@@ -31,11 +33,13 @@ def demo(files: tuple[str, ...], as_json: bool) -> None:
         planned = lab.plan(files or lab.default_files())
     except (OSError, KernelError) as error:
         raise click.ClickException(str(error)) from None
+    if trace is not None:
+        require_writable(trace)
     total = sum(len(file.checks) for file in planned)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("mirroring", total=total)
-        report = lab.run(planned, lambda check: progress.advance(task))
+        report = lab.run(planned, lambda check: progress.advance(task), trace)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:

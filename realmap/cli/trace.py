@@ -22,7 +22,7 @@ from realmap.observe.trace import Trace
 LOOK = 0.05
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command()
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @kernel_option

@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -262,12 +262,14 @@ def _digest_stream(source: Any, length: int) -> str:
     return found.hexdigest()
 
 
-def run(files: list[FileReport], on_check: Callable[[Check], None] = lambda check: None) -> Report:
-    """Runs the demo on planned files; `on_check` is called after each check.
+def run(
+    files: list[FileReport], on_check: Callable[[Check], None] = lambda check: None, trace: str | None = None
+) -> Report:
+    """Runs the demo on planned files; `on_check` is called after each check. `trace`: a file for a trace of it.
 
-    KernelError: the kernel died, or was silent.
+    KernelError: the kernel died, or was silent. OSError: the trace cannot be written.
     """
-    with boot(syscalls=SYSCALLS) as kernel:
+    with boot(syscalls=SYSCALLS) as kernel, kernel.trace(trace) if trace else nullcontext():
         baseline = kernel.stats()["descriptors"]
         with kernel.connect() as me:
             children = _start(kernel, files)

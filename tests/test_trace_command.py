@@ -1,0 +1,185 @@
+"""`realmap trace` and `realmap demo --trace`, each as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import syscalls
+from conftest import BOUND, PAGE, wait_until
+from test_commands import realmap
+from trace_format import TraceFile
+
+from realmap import KernelHandle, boot
+
+PROGRAM = """
+import os, sys, realmap
+with realmap.connect() as me:
+    with me.map(5000) as buffer:
+        buffer[:5] = b"hello"
+        print(me.call("sha256", buffer.slice(0, 5)))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelHandle]:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("REALMAP_KERNEL", raising=False)
+    with boot(syscalls=syscalls.ALL) as kernel:
+        kernel.stats()
+        yield kernel
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "realmap", "trace", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def has_begun(file: Path) -> bool:
+    return file.exists() and file.read_text().startswith("[\n")
+
+
+@pytest.mark.parametrize("status", [0, 7])
+def test_a_command_is_traced_and_its_status_passed_on(running: KernelHandle, tmp_path: Path, status: int) -> None:
+    file = tmp_path / "trace.json"
+    done = realmap("trace", str(file), "--", sys.executable, "-c", PROGRAM, str(status))
+    assert done.returncode == status
+    assert len(done.stdout.strip()) == 64  # the command's own
+    found = TraceFile(file)
+    assert done.stderr.startswith(f"realmap: {found.totals['events']} events, 0 lost, in ")
+    assert done.stderr.endswith(f" s: {file}\n")
+    (connect,) = found.named("connect")
+    names = [call["name"] for call in found.calls(connect["args"]["pid"])]
+    assert names[:2] == ["map", "sha256"]
+    (mirror,) = found.mirrors()
+    assert (mirror["args"]["bytes"], mirror["args"]["rights"]) == (5, "k_r")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_with_a_whole_file_on_a_signal(running: KernelHandle, tmp_path: Path, number: int) -> None:
+    file = tmp_path / "trace.json"
+    child = start(str(file), "--kernel", running.path)
+    wait_until(lambda: has_begun(file))
+    with running.connect() as me:
+        me.call("nop")
+    child.send_signal(number)
+    out, err = child.communicate(timeout=BOUND)
+    assert (child.returncode, err) == (0, "")
+    assert out.startswith(f"realmap: {TraceFile(file).totals['events']} events, 0 lost")
+    assert len(TraceFile(file).named("nop", "X")) == 2
+
+
+def test_sigterm_reaches_the_command(running: KernelHandle, tmp_path: Path) -> None:
+    file, mark = tmp_path / "trace.json", tmp_path / "mark"
+    child = start(str(file), "--", "sh", "-c", f"touch {mark}; exec sleep 1000")
+    wait_until(mark.exists)
+    child.terminate()
+    _, err = child.communicate(timeout=BOUND)
+    assert child.returncode == 128 + signal.SIGTERM
+    assert "events, 0 lost" in err
+    TraceFile(file)
+
+
+def test_it_ends_after_its_seconds(running: KernelHandle, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    done = realmap("trace", str(file), "--seconds", "0.2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "in 0." in done.stdout
+    assert TraceFile(file).totals["lost"] == 0
+
+
+def test_one_that_is_killed_leaves_a_kernel_that_goes_on(running: KernelHandle, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    child = start(str(file))
+    wait_until(lambda: has_begun(file))
+    with running.connect() as me:
+        for _ in range(50):
+            me.call("nop")
+        wait_until(lambda: file.read_text().count('"nop"') == 100)
+        assert realmap("trace", str(tmp_path / "second")).stderr == (
+            "realmap: the kernel is being traced already; one trace at a time: end that one (what traces, limit 1)\n"
+        )
+        assert not (tmp_path / "second").exists()
+        child.kill()
+        child.communicate()
+        assert me.call("echo", 1) == [1]
+        found = TraceFile(file, cut=True)
+        assert len(found.named("nop", "X")) == 100
+        assert len(found.of("s")) == 50
+        # Off again: another one may begin.
+        done = realmap("trace", str(tmp_path / "next"), "--seconds", "0.1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert running.audit()
+
+
+def test_the_kernel_dies_meanwhile(running: KernelHandle, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    child = start(str(file))
+    wait_until(lambda: has_begun(file))
+    os.kill(running.pid, signal.SIGKILL)
+    out, err = child.communicate(timeout=BOUND)
+    assert child.returncode == 1
+    assert out.startswith("realmap: ")
+    assert err.startswith("Error: the trace ended before its time: the kernel at ")
+    assert "is whole up to there" in err
+    assert err.count("\n") == 1
+    assert "error" in TraceFile(file).totals
+
+
+def test_what_is_wrong_is_said_in_one_line(running: KernelHandle, tmp_path: Path) -> None:
+    none = str(tmp_path / "none" / "trace.json")
+    for arguments, words in [
+        ((none,), f"cannot write {none}: No such file or directory"),
+        ((str(tmp_path / "t"), "--events", "3"), "a trace holds 16 to 16777216 events"),
+        ((str(tmp_path / "t"), "--typo"), "--typo"),
+        ((str(tmp_path / "t"), "--kernel", str(tmp_path / "no.sock")), "no kernel"),
+        ((str(tmp_path / "t"), "--", "/no/such/command"), "cannot run /no/such/command: No such file or directory"),
+        (("/dev/full", "--seconds", "1"), "cannot write /dev/full: No space left on device"),
+    ]:
+        done = realmap("trace", *arguments)
+        assert done.returncode == (2 if "--typo" in arguments else 1)
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1 or "--typo" in arguments
+        assert "Traceback" not in done.stderr
+    running.shutdown()
+    done = realmap("trace", str(tmp_path / "t"))
+    assert "start one: realmap kernel" in done.stderr
+
+
+def test_the_demo_against_its_own_report(tmp_path: Path) -> None:
+    """Event by event: every mirror that the demo tells of, the mapping behind it, the kill and the reaping."""
+    files = []
+    for name, size in [("one", 1), ("many", 50 * PAGE + 333), ("page", PAGE + 1)]:
+        (tmp_path / name).write_bytes(os.urandom(size))
+        files.append(str(tmp_path / name))
+    trace = tmp_path / "trace.json"
+    done = realmap("demo", "--json", "--trace", str(trace), *files)
+    assert (done.returncode, done.stderr) == (0, "")
+    report, found = json.loads(done.stdout), TraceFile(trace)
+    assert found.totals["lost"] == 0
+    mirrors = {(mirror["args"]["address"], mirror["args"]["bytes"]): mirror for mirror in found.mirrors()}
+    for file in report["files"]:
+        mapped = [event["args"]["bytes"] for event in found.named("map") if event["pid"] == file["pid"]]
+        assert mapped == [(file["size"] + PAGE - 1) // PAGE * PAGE]
+        for check in file["checks"]:
+            mirror = mirrors[f"{check['kernel_address']:#x}", check["length"]]
+            assert mirror["args"]["user_address"] == f"{check['user_address']:#x}"
+            assert mirror["args"]["pid"] == file["pid"]
+        assert len(found.named("reap", pid=file["pid"])) == 1
+        dead = found.named("death", pid=file["pid"])
+        assert len(dead) == (file["pid"] == report["killed"]["pid"])
+    held = max(found.mirrors(), key=lambda mirror: mirror["dur"])
+    (death,) = found.named("death")
+    assert held["begin"] < death["begin"] < held["end"]  # the mirror outlives its owner
+    assert not [span for span in found.of("X") if "unfinished" in span["args"]]
