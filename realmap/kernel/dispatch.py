@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 class Dispatch:
     """Answers requests for a kernel. Only on the kernel's thread."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, running: set[Running] | None = None) -> None:
+        """`running`: those of whom it takes the place of."""
         self._kernel = kernel
         #: The call whose handler is at work on the kernel's thread.
         self.current: Call | None = None
         #: Those at work on worker threads, or waiting for one.
-        self.running: set[Running] = set()
+        self.running: set[Running] = set() if running is None else running
 
     #: How a handler is run; `tracing` has another.
     _run = staticmethod(syscalls.run)
@@ -159,7 +160,7 @@ class Dispatch:
         for buffer in buffers:
             buffer.pin()
         process.calls += 1
-        running = Running(self, connection, process, request.id, syscall.name, buffers)
+        running = Running(self._kernel, connection, process, request.id, syscall.name, buffers)
         self.running.add(running)
 
         def ended(answer: bytes | BaseException) -> None:
@@ -175,7 +176,7 @@ class Dispatch:
 
         def work() -> None:
             running.began = time.monotonic()
-            answer = self._run(syscall, call, request.id, request.args, buffers)
+            answer = self._kernel.dispatch._run(syscall, call, request.id, request.args, buffers)
             self._kernel.post(lambda: end(answer))
 
         process.share.submit(work, ended)
@@ -186,7 +187,7 @@ class Running:
 
     def __init__(
         self,
-        dispatch: Dispatch,
+        kernel: Kernel,
         connection: Connection,
         process: UserProcess,
         id: int,
@@ -195,7 +196,7 @@ class Running:
     ) -> None:
         #: What it works on, pinned.
         self.buffers = buffers
-        self._dispatch = dispatch
+        self._kernel = kernel
         self._connection = connection
         #: Of the request.
         self.id = id
@@ -213,4 +214,4 @@ class Running:
             self.answered = True
             if isinstance(answer, BaseException):
                 answer = syscalls.failed(self.id, answer, self.name)
-            self._dispatch.send(self._connection, self.id, answer)
+            self._kernel.dispatch.send(self._connection, self.id, answer)

@@ -1,7 +1,7 @@
 """Telling of everything that happens, for one listener; and at no cost while there is none.
 
-Where nobody listens, nothing asks whether somebody does: while somebody does, the kernel's `Dispatch` is of another
-class (`TracedDispatch`), and its buffers are `TracedBuffer`s. Only what is rare asks (a mapping, a death), and the C
+Where nobody listens, nothing asks whether somebody does: while somebody does, a `TracedDispatch` stands in for the
+kernel's `Dispatch`, and its buffers are `TracedBuffer`s. Only what is rare asks (a mapping, a death), and the C
 core, once for a mirror and once for its drop.
 """
 
@@ -89,7 +89,7 @@ class Tracing:
         self._tell_what_is_there()
         kernel.memory._listen(events)
         kernel.clients.make_buffer = self._make_buffer
-        kernel.dispatch.__class__ = TracedDispatch
+        kernel.dispatch = TracedDispatch(kernel, kernel.dispatch, events)
         return {
             "began": began,
             "time": time.time(),
@@ -118,7 +118,8 @@ class Tracing:
         if connection is not self.listener or self.events is None:
             return
         kernel = self._kernel
-        kernel.dispatch.__class__ = Dispatch
+        if isinstance(kernel.dispatch, TracedDispatch):
+            kernel.dispatch = kernel.dispatch.instead_of
         kernel.clients.make_buffer = UserBuffer
         kernel.memory._listen(None)
         for process in [*kernel.processes, *kernel.estates.processes()]:
@@ -215,49 +216,63 @@ class Tracing:
 
 
 class TracedDispatch(Dispatch):
-    """What a kernel's `Dispatch` is while somebody listens."""
+    """Stands in for a kernel's `Dispatch` while somebody listens."""
+
+    def __init__(self, kernel: Kernel, instead_of: Dispatch, events: Events) -> None:
+        super().__init__(kernel, instead_of.running)
+        self.instead_of = instead_of
+        self._tracing = kernel.tracing
+        self._note = events.note
+        #: By the name of a call: the number of the name, and its flags.
+        self._known: dict[str, tuple[int, int]] = {}
 
     def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
         """As `Dispatch`, and tells of it."""
-        tracing = self._kernel.tracing
-        if connection is tracing.listener:
-            super().handle(connection, request, buffers)
-            return
-        note, process = tracing.note, connection.process
-        if process is not None and isinstance(request, messages.Call):
-            syscall = self._kernel.syscalls.get(request.name)
-            flags = BLOCKING if syscall is not None and syscall.blocking else 0
-            name = tracing.name(request.name)
+        process = connection.process
+        if process is not None and request.__class__ is messages.Call:
+            assert isinstance(request, messages.Call)
+            name, flags = self._known.get(request.name) or self._learn(request.name)
             if buffers:
                 first = buffers[0]
-                note(CALL, flags, process.number, name, request.id, len(buffers), first.address, len(first))
+                self._note(CALL, flags, process.number, name, request.id, len(buffers), first.address, len(first))
             else:
-                note(CALL, flags, process.number, name, request.id)
-            super().handle(connection, request, buffers)
-            return
-        number = process.number if process is not None else 0
-        what = request.what if isinstance(request, messages.Ask) else type(request).__name__.lower()
-        name = tracing.name(what)
-        note(CALL, SERVICE, number, name, request.id)
-        super().handle(connection, request, buffers)
-        note(DONE, 0, number, name, request.id)
+                self._note(CALL, flags, process.number, name, request.id)
+            Dispatch.handle(self, connection, request, buffers)
+        elif connection is self._tracing.listener:
+            Dispatch.handle(self, connection, request, buffers)
+        else:
+            number = process.number if process is not None else 0
+            what = request.what if isinstance(request, messages.Ask) else type(request).__name__.lower()
+            name = self._tracing.name(what)
+            self._note(CALL, SERVICE, number, name, request.id)
+            Dispatch.handle(self, connection, request, buffers)
+            self._note(DONE, 0, number, name, request.id)
+
+    def _learn(self, name: str) -> tuple[int, int]:
+        syscall = self._kernel.syscalls.get(name)
+        if syscall is None:  # no end of names may be made up
+            return self._tracing.name(name), 0
+        known = self._known[name] = (self._tracing.name(name), BLOCKING if syscall.blocking else 0)
+        return known
 
     def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
         """As `Dispatch`, and tells of it."""
-        super().send(connection, id, message, descriptors)
-        tracing, process = self._kernel.tracing, connection.process
-        if id and connection is not tracing.listener:
-            number = process.number if process is not None else 0
-            tracing.note(ANSWER, 0, number, 0, id, _error(message), len(message))
+        Dispatch.send(self, connection, id, message, descriptors)
+        process = connection.process
+        if process is not None:
+            if id:
+                self._note(ANSWER, 0, process.number, 0, id, _error(message), len(message))
+        elif connection is not self._tracing.listener:
+            self._note(ANSWER, 0, 0, 0, id, _error(message), len(message))
 
     def _run(self, syscall: Syscall, call: Call, id: int, args: list[Any], buffers: Sequence[UserBuffer]) -> bytes:
         if not syscall.blocking:  # from its arrival to its answer, the kernel's thread does nothing else
             return syscalls.run(syscall, call, id, args, buffers)
-        tracing, number, thread = self._kernel.tracing, call.process.number, threading.get_ident()
-        name = tracing.name(syscall.name)
-        tracing.note(BEGIN, 0, number, name, id, 0, 0, 0, thread)
+        number, thread = call.process.number, threading.get_ident()
+        name, _ = self._known.get(syscall.name) or self._learn(syscall.name)
+        self._note(BEGIN, 0, number, name, id, 0, 0, 0, thread)
         answer = syscalls.run(syscall, call, id, args, buffers)
-        tracing.note(END, 0, number, name, id, _error(answer), 0, 0, thread)
+        self._note(END, 0, number, name, id, _error(answer), 0, 0, thread)
         return answer
 
 

@@ -25,6 +25,8 @@ __all__ = ["CAPACITY", "Trace"]
 INTERVAL = 0.05
 #: How long one answer is waited for before it is looked whether the trace is to end, in seconds.
 PATIENCE = 1.0
+#: How modest its thread is, in steps of niceness.
+NICE = 10
 #: How long the end of a trace waits for a kernel that does not answer, in seconds.
 GRACE = 10.0
 
@@ -93,6 +95,9 @@ class Trace:
     # ---- on its thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
+        # The kernel and its users come first; what waits meanwhile has its room. On Linux niceness is a thread's own.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICE)
         try:
             while not self._stop.is_set():
                 if not self._read() and self._stop.wait(INTERVAL):
