@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
+from realmap.ambient import VARIABLE
 from realmap.cli.output import require_writable
-from realmap.cli.target import VARIABLE, find, kernel_option
+from realmap.cli.target import find, kernel_option
 from realmap.kernel.events import CAPACITY
 from realmap.observe.trace import Trace
 
