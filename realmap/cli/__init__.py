@@ -1,48 +1,60 @@
-"""The command `realmap`: thin, over what the library does; each command has a module of its own."""
+"""The command `realmap`: thin, over what the library does; each command has a module of its own, imported when needed."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import click
 
 from realmap import __version__
-from realmap.cli.audit import audit
-from realmap.cli.bench import bench
-from realmap.cli.call import call
-from realmap.cli.demo import demo
-from realmap.cli.doctor import doctor
-from realmap.cli.gc import gc
-from realmap.cli.kernel import kernel
-from realmap.cli.maps import maps
 from realmap.cli.output import harmless
-from realmap.cli.ps import ps
-from realmap.cli.segments import segments
-from realmap.cli.stats import stats
-from realmap.cli.stress import stress
-from realmap.cli.trace import trace
 from realmap.errors import KernelError
 
+#: Each is `NAME` in `realmap.cli.NAME`, and what `realmap --help` says of it: to list them, none is imported.
+COMMANDS = {
+    "audit": "Hold a kernel's books against /proc.",
+    "bench": "Measure it on this machine, beside a C program and the peers.",
+    "call": "Call a syscall of a running kernel.",
+    "demo": "Watch a kernel mirror files out of real processes.",
+    "doctor": "What this machine allows, and what to change.",
+    "gc": "Sweep what killed kernels left.",
+    "kernel": "Run a kernel in the foreground.",
+    "maps": "A process's mappings, in the books and in Linux.",
+    "ps": "The users of a running kernel.",
+    "segments": "Every segment, and everyone who holds it.",
+    "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
+    "stats": "Totals, limits and rates.",
+    "stress": "Users that map, call, fork and are killed; every byte verified.",
+    "top": "Processes, segments and the address space, live.",
+    "trace": "Everything that happens, into a file for Perfetto.",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class Commands(click.Group):
+    """Imports a command when it is needed: most of them need little of what the others do."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = getattr(importlib.import_module(f"realmap.cli.{cmd_name}"), cmd_name)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A line for each."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def command() -> None:
     """Cross-process mapping with real processes, real pages and a kernel that mirrors them."""
-
-
-command.add_command(audit)
-command.add_command(bench)
-command.add_command(call)
-command.add_command(demo)
-command.add_command(doctor)
-command.add_command(gc)
-command.add_command(kernel)
-command.add_command(maps)
-command.add_command(ps)
-command.add_command(segments)
-command.add_command(stats)
-command.add_command(stress)
-command.add_command(trace)
 
 
 def main() -> None:
