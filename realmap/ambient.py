@@ -11,13 +11,14 @@ tree, the process that set the variable, and with nobody else.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from realmap.errors import InvalidHandle, KernelDied
+from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import runtime
 from realmap.system import KernelHandle, boot, boot_for
 from realmap.user import travel
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 VARIABLE = "REALMAP_KERNEL"
 #: Where that of the process tree is, or will be; its name tells who is the root.
 TREE = "REALMAP_TREE"
-#: How long another process of the tree may take to boot it. Seconds.
-PATIENCE = 60.0
+#: How often it is tried to boot it, while others of the tree seem to do the same.
+ATTEMPTS = 20
 
 _booted: KernelHandle | None = None
 _lock = threading.RLock()
@@ -85,20 +86,45 @@ def _close_late(connecting: Future[Process]) -> None:
 
 def process() -> Process:
     """This process as a user of its ambient kernel: one connection, however often it is asked for. As `connect`."""
-    return travel.process_of(find())
+    return travel.own_process_of(find())
 
 
 def plant() -> None:
-    """Makes this process the root of a tree, unless it is in one already; boots nothing."""
+    """Says where the kernel of this tree will be, unless that is said already; boots nothing.
+
+    The root is this process; in a worker of multiprocessing, whose parent did not know, that parent.
+    """
     with _lock:
         if _tree() is None:
-            os.environ[TREE] = runtime.new_socket_path()
+            parent = multiprocessing.parent_process()
+            os.environ[TREE] = runtime.tree_path(os.getpid() if parent is None or parent.pid is None else parent.pid)
+
+
+def _plant_anew() -> None:
+    """Before a fork: where the root has died (a daemon's has), this process is the root of what it starts."""
+    if TREE in os.environ and _tree() is None:
+        with contextlib.suppress(OSError, KernelError):
+            plant()
+
+
+os.register_at_fork(before=_plant_anew)
 
 
 def _tree() -> str | None:
     """Where the kernel of this tree is to be, if this process is in one: its root lives, and can be named here."""
     tree = os.environ.get(TREE)
     return tree if tree and runtime.is_here(tree) and runtime.maker_lives(tree) else None
+
+
+def is_of_the_tree(path: str) -> bool:
+    """Whether that kernel ends with this process tree."""
+    return path == os.environ.get(TREE)
+
+
+def running() -> str | None:
+    """The path of the ambient kernel, if there may be one already."""
+    known = os.environ.get(VARIABLE) or _tree()
+    return known if known and os.path.exists(known) else None
 
 
 def find() -> str:
@@ -118,20 +144,20 @@ def find() -> str:
 
 
 def _join(tree: str) -> None:
-    """Sees to it that the tree's kernel runs. KernelDied: it does not, and the root has ended."""
+    """Sees to it that the tree's kernel runs. KernelDied: it does not, and the root has ended. Else as `boot`."""
     global _booted
-    end = time.monotonic() + PATIENCE
-    while True:
+    for attempt in range(ATTEMPTS):
         try:
-            travel.process_of(tree)
+            travel.own_process_of(tree)
             return
         except KernelDied:
-            if time.monotonic() > end:
-                raise
+            runtime.directory()  # where somebody has removed it meanwhile
         try:
             if runtime.is_mine(tree):
                 _booted = boot(path=tree)
             else:
                 boot_for(tree, runtime.stamp_in(tree)[1:])
-        except InvalidHandle:  # somebody else of the tree is just doing the same
-            time.sleep(0.01)
+        except InvalidHandle:  # somebody else of the tree may be just doing the same
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(0.02 * (attempt + 1))

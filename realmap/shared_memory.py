@@ -7,8 +7,10 @@ without its tracker: names are names of this process tree's kernel, which is boo
 programs of the same user find them as well.
 
 * A reader's exit, or its crash, never takes the memory from those who still use it; there are no warnings at exit.
-* A name ends with `unlink()`, or when the process tree does. A maker that is killed takes its names along, as soon as
-  no process lives that has attached them (`track=False`: it does not). Memory lives while anybody has it mapped.
+* A name ends with `unlink()`, or when the process tree does: with the process that was the first to import this
+  module (a worker of multiprocessing counts its parent). Memory lives while anybody has it mapped.
+* In a kernel that outlives the tree ($REALMAP_KERNEL), a maker that is killed takes its names along, as soon as no
+  process lives that has attached them; one that ends in good order, or with `track=False`, does not.
 * Where the kernel itself is killed, what is mapped stays, names are gone, and the next use boots another one.
 * Space is taken at once: a full /dev/shm is a PhysicalMemoryExhaustion (a MemoryError), not a SIGBUS later.
 * The size asked for is the size got. `readonly=True` attaches what cannot be written, by page protection.
@@ -18,22 +20,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import secrets
+import time
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing import shared_memory as standard
 from multiprocessing import util
-from typing import Any
+from typing import Any, TypeVar
 
 from realmap import ambient
-from realmap.errors import InvalidHandle, KernelDied, KernelError
+from realmap.errors import AccessDenied, InvalidHandle, KernelDied, SyscallTimeout, VersionMismatch
 from realmap.host import runtime
 from realmap.rights import u_r
 from realmap.user import names, travel
 from realmap.user.buffer import Buffer
-from realmap.user.process import Process, living
+from realmap.user.process import Process
 
 __all__ = ["ShareableList", "SharedMemory"]
 
@@ -44,6 +48,11 @@ PATIENCE = 2.0
 # Under the names that the standard library's own tests know.
 _USE_POSIX = True
 _SHM_NAME_PREFIX = "psm_"
+
+#: How long a kernel that did not answer is not asked again, in seconds; and those, with the end of that.
+SILENCE = 60.0
+_silent: dict[str, float] = {}
+T = TypeVar("T")
 
 #: The connections by which this process gave names.
 _makers: weakref.WeakSet[Process] = weakref.WeakSet()
@@ -97,7 +106,8 @@ class SharedMemory:
         if name is None and not self._flags & os.O_EXCL:
             raise ValueError("give the name of the block to attach, or create=True")
         if name is not None:
-            _check(name)
+            _checked(name)
+        self._readonly = readonly
         buffer = None
         if not self._flags & os.O_EXCL:
             assert name is not None
@@ -142,21 +152,25 @@ class SharedMemory:
 
         FileNotFoundError: nobody has that name any more.
         """
-        if self._name is None:
-            return
-        _check(self._name)
-        for process in _kernels():
-            with contextlib.suppress(InvalidHandle, KernelDied):
-                names.unlink(process, self._name)
-                return
-        raise FileNotFoundError(errno.ENOENT, "no shared memory has this name", self._name)
+        if self._name is not None:
+            name = _checked(self._name)
+
+            def unlink(process: Process, timeout: float | None) -> bool:
+                names.unlink(process, name, timeout=timeout)
+                return True
+
+            if not _look(unlink):
+                raise FileNotFoundError(errno.ENOENT, "no shared memory has this name", self._name)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # a view of it lives: it is unmapped with that
-            self.close()
+        with contextlib.suppress(Exception):
+            if self._buf is not None:
+                self._buf.release()
+            self._buf = self._buffer = None  # it is unmapped when it is collected: with the last view of it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self.__class__, (self.name, False, self.size)
+        made: Any = functools.partial(self.__class__, readonly=True) if self._readonly else self.__class__
+        return made, (self.name, False, self.size)
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.name!r}, size={self.size})"
@@ -183,15 +197,18 @@ _fill.__kwdefaults__ = standard.ShareableList.__init__.__kwdefaults__
 # ---- names, of this kernel and of others ------------------------------------------------------
 
 
-def _check(name: str) -> None:
+def _checked(name: str) -> str:
+    """The name, as it is known to kernels: without slashes before it, as Linux's names are."""
     if not isinstance(name, str):
         raise TypeError(f"a name is a str, not {type(name).__name__}")
     if "\0" in name:
         raise ValueError("embedded null character in the name of a block")
-    if not name or "/" in name:
+    bare = name.lstrip("/")
+    if not bare or "/" in bare:
         raise OSError(errno.EINVAL, "the name of a block has at least one character, and no slash", name)
-    if len(os.fsencode(name)) > LONGEST_NAME:
+    if len(os.fsencode(bare)) > LONGEST_NAME:
         raise OSError(errno.ENAMETOOLONG, f"the name of a block has at most {LONGEST_NAME} bytes", name)
+    return bare
 
 
 def _make_filename() -> str:
@@ -200,14 +217,15 @@ def _make_filename() -> str:
 
 def _create(name: str | None, size: int, *, keep: bool) -> tuple[str, Buffer]:
     """A new block, with a name that nobody has."""
-    if name is not None and any(_has(process, name) for process in _others()):
+    if name is not None and _attach(name, True) is not None:
         raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name)
     process = ambient.process()
     buffer = process.map(size)
+    keep = keep or ambient.is_of_the_tree(process.path)  # it ends soon enough
     while True:
         chosen = _make_filename() if name is None else name
         try:
-            names.publish(process, buffer, chosen, keep=keep)
+            names.publish(process, buffer, _checked(chosen), keep=keep)
             _makers.add(process)
             return chosen, buffer
         except InvalidHandle:
@@ -217,38 +235,40 @@ def _create(name: str | None, size: int, *, keep: bool) -> tuple[str, Buffer]:
 
 def _attach(name: str, readonly: bool) -> Buffer | None:
     """The block of that name, or None."""
-    for process in _kernels():
+    bare, rights = _checked(name), u_r if readonly else None
+    return _look(lambda process, timeout: names.attach(process, bare, rights, timeout=timeout))
+
+
+def _look(ask: Callable[[Process, float | None], T]) -> T | None:
+    """What a kernel answers that has the name: the ambient one, or else another of this user's; None: none has it."""
+    mine = ambient.running()
+    if mine is not None:
         with contextlib.suppress(InvalidHandle, KernelDied):
-            return names.attach(process, name, u_r if readonly else None)
+            return ask(travel.own_process_of(mine), None)
+    for path in runtime.sockets():
+        if path != mine and _silent.get(path, 0.0) < time.monotonic():
+            with contextlib.suppress(InvalidHandle, KernelDied):
+                return _ask_another(path, ask)
     return None
 
 
-def _has(process: Process, name: str) -> bool:
+def _ask_another(path: str, ask: Callable[[Process, float | None], T]) -> T:
+    """InvalidHandle, KernelDied: it has no such name, or does not answer, or not to us."""
+    process = travel.made(path)
+    known = process is not None
     try:
-        names.attach(process, name, u_r).unmap()
-    except KernelError:
-        return False
-    return True
-
-
-def _kernels() -> Iterable[Process]:
-    """Where a name may be: the ambient kernel first, then this user's others."""
-    yield ambient.process()
-    yield from _others()
-
-
-def _others() -> Iterable[Process]:
-    mine = ambient.find()
-    for path in runtime.sockets():
-        if path != mine:
-            known = any(process.path == path for process in living())
-            try:
-                process = travel.process_of(path, timeout=PATIENCE)
-            except KernelError:  # it has just ended, or is of another version
-                continue
-            yield process
-            if not known:  # asked for another one: what was sought is not here
-                process.close()
+        if process is None:
+            process = Process(path, timeout=PATIENCE)
+        found = ask(process, PATIENCE)
+        travel.keep(process)
+        known = True
+        return found
+    except (SyscallTimeout, VersionMismatch, AccessDenied) as error:
+        _silent[path] = time.monotonic() + SILENCE
+        raise InvalidHandle(path, why=str(error)) from None
+    finally:
+        if process is not None and not known:
+            process.close()
 
 
 # ---- the end in good order ----------------------------------------------------------------------
@@ -267,3 +287,4 @@ def _leave_at_exit(_: object = None) -> None:
 
 _leave_at_exit()
 util.register_after_fork(_leave_at_exit, _leave_at_exit)
+os.register_at_fork(after_in_child=_leave_at_exit)

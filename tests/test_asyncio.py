@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Coroutine
@@ -182,6 +183,70 @@ def test_two_loops_in_two_threads(me: Process) -> None:
     for thread in threads:
         thread.join()
     assert found == [1, 1]
+
+
+def test_loops_that_share_wake_each_other(me: Process) -> None:
+    """Whoever has read his own answer sees to it that the other's is read."""
+    rounds = 400
+
+    async def work() -> None:
+        for number in range(rounds):
+            assert await me.acall("echo", number, timeout=5) == [number]
+
+    threads = [threading.Thread(target=lambda: run(asyncio.wait_for(work(), BOUND))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pending(me) == 0
+
+
+def test_a_thread_that_gave_up_is_not_asked_to_read(me: Process) -> None:
+    leading, given_up = threading.Event(), threading.Event()
+
+    def lead() -> None:
+        leading.set()
+        me.call("sleep", 0.4)
+
+    def give_up() -> None:
+        leading.wait()
+        with pytest.raises(SyscallTimeout):
+            me.call("sleep", 1.5, timeout=0.1)
+        given_up.set()
+
+    threads = [threading.Thread(target=lead), threading.Thread(target=give_up)]
+    for thread in threads:
+        thread.start()
+    given_up.wait(BOUND)
+    before = time.monotonic()
+    run(me.acall("sleep", 0.6))
+    assert time.monotonic() - before < 1.3  # not only with the answer that nobody waits for
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: me.call("nop") is None and not pending(me))
+
+
+def test_closed_while_tasks_wait(kernel: KernelHandle) -> None:
+    """What the loop watches is its own: the descriptor's number may be another's at once."""
+
+    async def work() -> None:
+        mine = kernel.connect()
+        task = asyncio.create_task(mine.acall("sleep", 0.2))
+        await asyncio.sleep(0.05)
+        mine.close()
+        left, right = socket.socketpair()
+        seen = asyncio.Event()
+        asyncio.get_running_loop().add_reader(left, seen.set)
+        with pytest.raises(realmap.ProcessKilled):
+            await task
+        right.send(b"!")
+        await asyncio.wait_for(seen.wait(), BOUND)
+        asyncio.get_running_loop().remove_reader(left)
+        left.close()
+        right.close()
+
+    run(work())
+    wait_until(lambda: kernel.stats()["processes"] == 0)
 
 
 def test_a_closed_loop(me: Process) -> None:

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -24,8 +26,10 @@ from conftest import BOUND, wait_until
 
 import realmap
 from realmap import ambient
+from realmap import shared_memory as module
 from realmap.host import runtime
 from realmap.shared_memory import ShareableList, SharedMemory
+from realmap.user import travel
 
 if runtime.is_mine(os.environ[ambient.TREE]):  # the import has made this process a root: not for the other tests
     del os.environ[ambient.TREE]
@@ -349,35 +353,167 @@ def maker(**options: bool) -> Iterator[str]:
         os.close(writer)
 
 
-def test_what_a_killed_maker_named_goes(tree: None) -> None:
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[realmap.KernelHandle]:
+    """A kernel that is not the tree's, and outlives it."""
+    with realmap.boot() as kernel:
+        monkeypatch.setenv(ambient.VARIABLE, kernel.path)
+        kernel.stats()
+        yield kernel
+        process = travel.made(kernel.path)
+        assert process is not None
+        process.close()
+
+
+def test_what_a_killed_maker_named_goes(outside: realmap.KernelHandle) -> None:
     with maker() as name:
         assert name
     wait_until(lambda: not exists(name), "the end of what a killed process had named")
 
 
-def test_it_lives_while_somebody_has_attached_it(tree: None) -> None:
+def test_it_lives_while_somebody_has_attached_it(outside: realmap.KernelHandle) -> None:
     with maker() as name:
         block = SharedMemory(name)
-    wait_until(lambda: len(_processes()) == 1)
+    wait_until(lambda: outside.stats()["processes"] == 1)
     assert exists(name)
     block.unlink()
     assert not exists(name)
     block.close()
 
 
-def _processes() -> list[int]:
-    from realmap.observe.control import Control
-
-    with Control(ambient.find()) as control:
-        return [process.pid for process in control.snapshot().processes]
-
-
-def test_untracked_it_outlives_its_killed_maker(tree: None) -> None:
+def test_untracked_it_outlives_its_killed_maker(outside: realmap.KernelHandle) -> None:
     ambient.process()
     with maker(track=False) as name:
         assert exists(name)
-    wait_until(lambda: len(_processes()) == 1)
+    wait_until(lambda: outside.stats()["processes"] == 1)
     block = SharedMemory(name)
+    block.close()
+    block.unlink()
+
+
+def test_a_forked_child_that_ends_in_good_order_leaves_it(outside: realmap.KernelHandle) -> None:
+    reader, writer = os.pipe()
+    code = f"""
+    pid = os.fork()
+    if not pid:
+        os.write({writer}, SharedMemory(create=True, size=3).name.encode())
+        sys.exit(0)
+    os.waitpid(pid, 0)
+    """
+    done = subprocess.run([sys.executable, "-c", program(code, "realmap")], pass_fds=[writer], timeout=BOUND)
+    assert done.returncode == 0
+    os.close(writer)
+    name = os.read(reader, 100).decode()
+    os.close(reader)
+    wait_until(lambda: outside.stats()["processes"] <= 1)
+    assert exists(name)
+    SharedMemory(name).unlink()
+
+
+def test_a_users_own_connection_may_be_closed(outside: realmap.KernelHandle) -> None:
+    with realmap.connect():
+        block = SharedMemory(create=True, size=3)
+    assert exists(block.name)
+    block.close()
+    block.unlink()
+
+
+def test_threads_that_use_it_first_at_the_same_time(outside: realmap.KernelHandle) -> None:
+    made: list[str] = []
+    barrier = threading.Barrier(6)
+
+    def make() -> None:
+        barrier.wait()
+        block = SharedMemory(create=True, size=3)
+        made.append(block.name)
+        block.close()
+
+    threads = [threading.Thread(target=make) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert outside.stats()["processes"] == 1
+    for name in made:
+        SharedMemory(name).unlink()
+
+
+def test_a_stopped_kernel_of_somebody_else_is_not_waited_for(tree: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    with realmap.boot() as other:
+        other.stats()
+        assert not exists("nobody-has-this")  # a connection comes and goes
+        os.kill(other.pid, signal.SIGSTOP)
+        try:
+            start = time.monotonic()
+            for _ in range(5):
+                block = SharedMemory("new", create=True, size=5)
+                block.close()
+                block.unlink()
+            assert time.monotonic() - start < 5
+        finally:
+            os.kill(other.pid, signal.SIGCONT)
+    module._silent.clear()
+
+
+def test_threads_that_look_in_vain_do_not_disturb_each_other(tree: None) -> None:
+    errors: list[BaseException] = []
+
+    def look() -> None:
+        for _ in range(20):
+            try:
+                SharedMemory("nobody-has-this")
+            except FileNotFoundError:
+                pass
+            except BaseException as error:
+                errors.append(error)
+
+    with realmap.boot() as other:
+        other.stats()
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_until(lambda: other.stats()["processes"] == 0)
+    assert errors == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_import_it_and_the_parent_only_later(method: str) -> None:
+    """The tree is the parent's all the same."""
+    text = f"""
+    import multiprocessing, os
+    import worker_of_a_pool
+    if __name__ == "__main__":
+        with multiprocessing.get_context("{method}").Pool(2) as pool:
+            names = pool.map(worker_of_a_pool.make, range(4))  # and its workers are killed here
+        from realmap.shared_memory import SharedMemory
+        for number, name in enumerate(names):
+            block = SharedMemory(name)
+            assert block.buf[0] == number
+            block.close()
+            block.unlink()
+        print("there")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(text)],
+        env=clean(),
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+    )
+    assert (done.stdout, done.stderr) == ("there\n", "")
+
+
+def test_read_only_it_stays_through_a_pickle(tree: None) -> None:
+    block = SharedMemory("/a-name", create=True, size=3)
+    reader = pickle.loads(pickle.dumps(SharedMemory("a-name", readonly=True)))
+    assert reader.buf.readonly
+    assert not pickle.loads(pickle.dumps(block)).buf.readonly
+    reader.close()
     block.close()
     block.unlink()
 
@@ -461,7 +597,7 @@ def test_bad_input(tree: None, make: Callable[[], SharedMemory], error: type[Exc
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("a/b", errno.EINVAL), ("/a", errno.EINVAL), ("", errno.EINVAL), ("x" * 256, errno.ENAMETOOLONG)],
+    [("a/b", errno.EINVAL), ("//", errno.EINVAL), ("", errno.EINVAL), ("x" * 256, errno.ENAMETOOLONG)],
 )
 def test_what_is_no_name(tree: None, name: str, number: int) -> None:
     for options in ({}, {"create": True, "size": 5}):

@@ -1,4 +1,4 @@
-"""The command `realmap`: thin, over what the library does; each command has a module of its own, imported when needed."""
+"""The command `realmap`: thin, over what the library does; a command is a module, imported when it is run."""
 
 from __future__ import annotations
 

@@ -27,9 +27,10 @@ SEGMENT_PREFIX = "realmap."
 _serial = itertools.count()
 
 
-def stamp() -> str:
-    """PIDNS.PID.START of this process: names made from it can be swept once it has died."""
-    return f"{procfs.pid_namespace()}.{os.getpid()}.{procfs.start_time(os.getpid())}"
+def stamp(pid: int = 0) -> str:
+    """PIDNS.PID.START of this process, or of `pid`: names made from it can be swept once it has died."""
+    pid = pid or os.getpid()
+    return f"{procfs.pid_namespace()}.{pid}.{procfs.start_time(pid)}"
 
 
 def stamp_in(text: str) -> tuple[int, int, int]:
@@ -78,6 +79,11 @@ def directory() -> Path:
 def new_socket_path() -> str:
     """A path for the socket of a kernel in this process that nothing else uses."""
     return str(directory() / f"{stamp()}.{next(_serial)}.sock")
+
+
+def tree_path(root: int) -> str:
+    """The path for the socket of the kernel of the process tree of that pid. ProcessLookupError: it has ended."""
+    return str(directory() / f"{stamp(root)}.tree.sock")
 
 
 def raise_descriptor_limit() -> None:

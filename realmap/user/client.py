@@ -58,12 +58,15 @@ class Pending(msgspec.Struct):  # a Struct because it is made in C: one for ever
     sent: list[Any] = []
     parts: int = 1
 
-    def wake(self) -> None:
-        """Wakes the thread that waits, if one does."""
+    def wake(self) -> bool:
+        """Wakes the thread, or the event loop, that waits; whether one does."""
         try:
             self.event.release()
-        except (AttributeError, RuntimeError):  # nobody waits, or it was woken before
-            pass
+        except AttributeError:  # nobody waits
+            return False
+        except RuntimeError:  # it was woken before; or its loop was closed
+            return not getattr(self.event, "is_closed", False)
+        return True
 
 
 class Client(Post):
@@ -94,7 +97,7 @@ class Client(Post):
         self._state = RLock()
         self._error: KernelError | None = None
         self._lost_in_child = False
-        super().__init__(path)
+        super().__init__(path, timeout)
         try:
             self.number, self.kernel_pid = self._introduce(control, timeout)
         except BaseException as error:
@@ -278,7 +281,7 @@ class Client(Post):
         finally:
             self._reading.restore(level)
         if len(self._pending) > 1:
-            self._pass_on()
+            self.pass_on()
         return got != 0
 
     # ---- receiving --------------------------------------------------------------------------
@@ -297,7 +300,7 @@ class Client(Post):
                         pending.spun = False
                 finally:
                     self._reading.restore(level)
-                    self._pass_on()
+                    self.pass_on()
             elif pending.event is None:
                 event = Lock()
                 event.acquire()
@@ -305,11 +308,11 @@ class Client(Post):
             else:
                 pending.event.acquire(timeout=self._slice(deadline) / 1000)
 
-    def _pass_on(self) -> None:
+    def pass_on(self) -> None:
         """Lets the next one lead."""
         for other in list(self._pending.values()):
-            if other.reply is None and other.event is not None:
-                other.wake()
+            # Of who has given up, nobody waits any more.
+            if other.reply is None and other.event is not None and not other.abandoned and other.wake():
                 return
 
     def _dispatch(self, received: Received | bytes) -> None:

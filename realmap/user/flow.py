@@ -10,10 +10,12 @@ socket, which the loop sees.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
 from realmap.errors import KernelError, SyscallTimeout
+from realmap.host import files
 from realmap.host.translate import shortage
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ class Waker:
     def release(self) -> None:
         """Has the loop look. RuntimeError: it is closed; nobody waits there any more."""
         self._flow.look_soon()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody waits there any more."""
+        return self._flow.is_closed
 
 
 class Flow:
@@ -51,14 +58,16 @@ class Flow:
         loop = asyncio.get_running_loop()
         flow = client.flows.get(loop)
         if flow is None:
-            for other in [each for each in client.flows if each.is_closed()]:
-                client.flows.pop(other)._abandon()
+            for other in [each for each in list(client.flows) if each.is_closed()]:
+                if (left := client.flows.pop(other, None)) is not None:
+                    left._abandon()
             flow = client.flows[loop] = cls(client, loop)
         return flow
 
     async def request(self, message: Any, *, timeout: float | None, name: str, holds: object) -> Any:
         """As `Client.request`, for an answer without descriptors."""
         client, number = self._client, message.id
+        self._thread = threading.get_ident()
         data, pending = client.enter(message, holds)
         try:
             async with asyncio.timeout(timeout):
@@ -99,8 +108,7 @@ class Flow:
             await future
         finally:
             self._waiting.pop(future, None)
-            if not self._waiting:
-                self._watch(False)
+            self._rest()
 
     # ---- looking ------------------------------------------------------------------------------
 
@@ -119,15 +127,23 @@ class Flow:
         try:
             client = self._client
             while self._wake_those_answered():
-                if not client.read_all():  # a thread reads, and wakes us
+                if not client.read_all():  # another reads, and wakes us
                     self._watch(False)
                     return
                 self._wake_those_answered()
                 if not self._waiting or client.sleep_in_a_loop():
                     break
-            self._watch(bool(self._waiting))
+            if self._waiting:
+                self._watch(True)
         finally:
             self._looking = False
+            self._rest()
+
+    def _rest(self) -> None:
+        """Where nobody waits here any more, others may have to read: threads, or another loop."""
+        if not self._waiting and not self._looking:
+            self._watch(False)
+            self._client.pass_on()
 
     def _wake_those_answered(self) -> bool:
         """Whether anybody waits still."""
@@ -140,16 +156,25 @@ class Flow:
         return bool(self._waiting)
 
     def _watch(self, watch: bool) -> None:
-        fd = self._client.fileno()
-        if watch and fd >= 0 and self._watched != fd:
-            self._loop.add_reader(fd, self._look)
-            self._watched = fd
+        if watch and self._watched < 0 and self._client.fileno() >= 0:
+            # Of its own: that of a connection which is closed meanwhile may be another's a moment later.
+            self._watched = os.dup(self._client.fileno())
+            self._loop.add_reader(self._watched, self._look)
         elif not watch and self._watched >= 0:
             self._loop.remove_reader(self._watched)
+            files.close(self._watched)
             self._watched = -1
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its loop is."""
+        return self._loop.is_closed()
 
     def _abandon(self) -> None:
         """Its loop was closed while tasks waited there."""
+        if self._watched >= 0:
+            files.close(self._watched)
+            self._watched = -1
         for number, pending in self._waiting.values():
             self._client.give_up(number, pending)
         self._waiting.clear()

@@ -23,17 +23,29 @@ from realmap.wire.ring import RingEnd
 SLICE = 50
 
 
-def open_socket(path: str) -> socket.socket:
-    """A socket that is connected to the kernel at `path`. Errors as `Client`."""
+def open_socket(path: str, timeout: float | None = None) -> socket.socket:
+    """A socket that is connected to the kernel at `path`. Errors as `Client`.
+
+    SyscallTimeout: so many wait to be let in that it was not even noted within `timeout` seconds.
+    """
     doing = f"cannot connect to {path!r}"
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     except OSError as error:
         raise shortage(error, doing) from None
     try:
+        if timeout is not None:
+            whole = int(timeout)
+            wait = struct.pack("@ll", whole, int((timeout - whole) * 1_000_000))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
         sock.connect(path)
+        if timeout is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 0))
     except OSError as error:
         files.shut(sock)
+        if error.errno == errno.EAGAIN and timeout is not None:
+            why = f"the kernel at {path!r} lets nobody in within {timeout} s"
+            raise SyscallTimeout("connect", timeout, why=why) from None
         if error.errno == errno.ECONNREFUSED:  # the socket of one that was killed
             why = f"no kernel listens at {path!r} any more; clear it away: realmap gc {path}"
             raise KernelDied(path, why=f"{why}, or start a new one there: realmap kernel --path {path}") from None

@@ -30,14 +30,16 @@ def publish(process: Process, buffer: Buffer, name: str, *, keep: bool = False) 
     process._share(buffer, buffer.rights, None, None, keep, name)
 
 
-def attach(process: Process, name: str, rights: MappingAccessRights | None = None) -> Buffer:
-    """The memory of that name, mapped here. InvalidHandle: there is none. Else as `Process.attach`."""
-    return process._attach(NAMED + name, rights=rights)
+def attach(
+    process: Process, name: str, rights: MappingAccessRights | None = None, *, timeout: float | None = None
+) -> Buffer:
+    """The memory of that name, mapped here. InvalidHandle: there is none. SyscallTimeout. Else as `Process.attach`."""
+    return process._attach(NAMED + name, rights=rights, timeout=timeout)
 
 
-def unlink(process: Process, name: str) -> None:
-    """Ends the name; the memory lives on where it is mapped. InvalidHandle: there is none."""
-    process.client.request(messages.Revoke(process.client.next_id(), NAMED + name))
+def unlink(process: Process, name: str, *, timeout: float | None = None) -> None:
+    """Ends the name; the memory lives on where it is mapped. InvalidHandle: there is none. SyscallTimeout."""
+    process.client.request(messages.Revoke(process.client.next_id(), NAMED + name), timeout=timeout, name="unlink")
 
 
 def leave(process: Process) -> None:

@@ -36,7 +36,7 @@ class Outgoing(Protocol):
 class Post:
     """The socket at `path`, connected, and the ring once there is one."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, timeout: float | None) -> None:
         """Errors as `handshake.open_socket`."""
         #: What was received and is not handed on yet: messages of the ring, and datagrams.
         self._inbox: deque[bytes] = deque()
@@ -49,7 +49,7 @@ class Post:
         self._reading = Turn()
         self._sending = RLock()
         self._notices: deque[bytes] = deque()
-        self._sock = handshake.open_socket(path)
+        self._sock = handshake.open_socket(path, timeout)
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
 
@@ -66,6 +66,10 @@ class Post:
 
     def _dispatch(self, received: Received | bytes) -> None:
         """Hands on what was received; again, where an interrupt came in between."""
+        raise NotImplementedError
+
+    def pass_on(self) -> None:
+        """Lets the next one read: this one does no longer."""
         raise NotImplementedError
 
     def _lost(self, error: OSError) -> KernelError:
@@ -147,6 +151,7 @@ class Post:
                         self._receive(0)
                     finally:
                         self._reading.restore(level)
+                        self.pass_on()
             except OSError as error:
                 if error.errno in SHORT_OF_MEMORY:
                     raise  # of a message in parts, those that went are forgotten

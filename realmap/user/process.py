@@ -90,6 +90,11 @@ class Process:
         return self._client.is_lost
 
     @property
+    def has_ended(self) -> bool:
+        """Whether it was closed, or its kernel has ended."""
+        return self._client.has_ended
+
+    @property
     def pid(self) -> int:
         """This process's pid."""
         return os.getpid() if self._client.is_lost else self._client.pid
@@ -269,14 +274,21 @@ class Process:
         return self._attach(handle.token, first, size, rights)
 
     def _attach(
-        self, token: str, offset: int = 0, length: int | None = None, rights: MappingAccessRights | None = None
+        self,
+        token: str,
+        offset: int = 0,
+        length: int | None = None,
+        rights: MappingAccessRights | None = None,
+        timeout: float | None = None,
     ) -> Buffer:
         allowed = None if rights is None else int(rights_of(rights))
         request = messages.Attach(self.client.next_id(), token, offset, length, allowed)
         answer: list[Any] = []
         window: UserWindow | None = None
         try:
-            value, descriptors = self.client.request(request, name="attach", late=self._unmap_late, into=answer)
+            value, descriptors = self.client.request(
+                request, timeout=timeout, name="attach", late=self._unmap_late, into=answer
+            )
             *_, lead, size, given, pieces = value
             place = value[:4]
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING
 
 from realmap.user.handle import Handle
@@ -16,30 +16,53 @@ if TYPE_CHECKING:
 TRANSIT = 30.0
 #: This process's connections that were made for what came by a pickle, by the path of their kernel.
 _made: dict[str, Process] = {}
-_lock = Lock()
+_lock = RLock()  # a signal handler may need it while its own thread has it
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = Lock()  # another thread of the parent may have held it
+    _lock = RLock()  # another thread of the parent may have held it
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def process_of(path: str, *, timeout: float | None = None) -> Process:
-    """This process as a user of the kernel at `path`: a connection that it has, or else a new one. As `connect`.
+def process_of(path: str) -> Process:
+    """This process as a user of the kernel at `path`: a connection that it has, or else a new one. As `connect`."""
+    from realmap.user.process import living
 
-    SyscallTimeout: the kernel does not let anybody in within `timeout` seconds.
-    """
-    from realmap.user.process import Process, living
-
-    for process in living():
-        if process.path == path:
-            return process
     with _lock:
-        process = _made[path] = Process(path, timeout=timeout)
+        for process in living():
+            if process.path == path:
+                return process
+        return own_process_of(path)
+
+
+def own_process_of(path: str) -> Process:
+    """The same, never a connection that somebody else may close: one for all that needs one by itself."""
+    from realmap.user.process import Process
+
+    with _lock:
+        process = made(path)
+        if process is None:
+            process = _made[path] = Process(path)
         return process
+
+
+def made(path: str) -> Process | None:
+    """That connection, if there is one."""
+    process = _made.get(path)
+    if process is not None and process.has_ended:
+        del _made[path]
+        return None
+    return process
+
+
+def keep(process: Process) -> None:
+    """Makes it that connection, if there is none."""
+    with _lock:
+        if made(process.path) is None:
+            _made[process.path] = process
 
 
 def load(handle: Handle) -> Buffer:
