@@ -1,0 +1,70 @@
+"""`realmap snapshot`: a kernel's books at one moment: in words, as JSON, or as a drawing."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import click
+import msgspec
+
+from realmap.cli.output import require_writable
+from realmap.cli.target import control, kernel_option
+from realmap.observe import words
+from realmap.observe.snapshot import ProcessInfo, Snapshot
+from realmap.observe.svg import svg
+
+
+@click.command()
+@kernel_option
+@click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
+@click.option("--svg", "svg_path", metavar="FILE", help="The address space as a drawing; - for standard output.")
+def snapshot(path: str | None, as_json: bool, svg_path: str | None) -> None:
+    """Take a kernel's books at one moment: processes, mappings, mirrors, segments and who holds them.
+
+    The drawing has KernelLand with its live mirrors above, and a lane for each process below; ribbons tie each
+    mirror to what it mirrors. It needs no script and nothing from elsewhere, and is light or dark as its page is.
+
+    Example: realmap snapshot --svg now.svg
+    """
+    if as_json and svg_path == "-":
+        raise click.UsageError("--json and --svg - would both go to standard output; give --svg a file")
+    if svg_path not in (None, "-"):
+        require_writable(str(svg_path))
+    with control(path) as kernel:
+        taken = kernel.snapshot()
+    if svg_path is not None:
+        with click.open_file(svg_path, "w", encoding="utf-8") as file:
+            file.write(svg(taken))
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(taken)).decode() + "\n")
+    elif svg_path is None:
+        render(taken)
+
+
+def render(taken: Snapshot) -> None:
+    """Totals, and a line for each process."""
+    stats = taken.stats
+    click.echo(f"kernel {taken.pid} at {words.harmless(taken.path)}")
+    click.echo(
+        f"{words.counted(len(taken.processes), 'process')}, {words.counted(stats['mappings'], 'mapping')}, "
+        f"{words.counted(stats['segments'], 'segment')} of {stats['bytes']} bytes, "
+        f"{words.counted(len(taken.handles), 'handle')}"
+    )
+    shown = sum(mirror.length for mirror in taken.mirrors)
+    click.echo(
+        f"KernelLand: {words.counted(len(taken.mirrors), 'live mirror')} of {shown} bytes, "
+        f"{words.counted(len(taken.kept), 'kept window')}"
+    )
+    click.echo(f"{words.counted(stats['calls'], 'call')} so far, {stats['running']} running")
+    for process in taken.processes:
+        click.echo(_line(process))
+
+
+def _line(process: ProcessInfo) -> str:
+    types = Counter(mapping.type for mapping in process.mappings)
+    total = sum(mapping.length for mapping in process.mappings)
+    kinds = ", ".join(f"{number} {name}" for name, number in sorted(types.items()))
+    return f"pid {process.pid}: {words.counted(len(process.mappings), 'mapping')} of {total} bytes" + (
+        f" ({kinds})" if kinds else ""
+    )

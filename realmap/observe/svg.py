@@ -1,0 +1,195 @@
+"""A snapshot's address space as SVG: KernelLand above, a lane for each process below, ribbons from mirror to mirrored.
+
+Plain SVG for papers, issues and web pages: no script, nothing from outside, light or dark as the reader's page is,
+and the same text for the same snapshot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from xml.sax.saxutils import escape, quoteattr
+
+from realmap.observe import words
+from realmap.observe.picture import KEPT, MIRROR, Block, Lane, Light, Picture, colour, draw, lit, room
+from realmap.observe.snapshot import Snapshot
+from realmap.rights import MappingAccessRights
+
+#: Pixels: a cell; the column of names; all of it; a lane's bar, and from one lane to the next.
+CELL, LEFT, WIDTH, BAR, STEP = 4, 150, 1000, 26, 46
+TOP, GAP, FOOT = 84, 74, 56
+CELLS = (WIDTH - LEFT - 20) // CELL
+#: Cells for a unit of weight: a page takes 36 pixels where there is room.
+UNIT = 3.0
+#: Pixels a letter: what is written into a block must fit.
+LETTER = 6.2
+#: Ribbons beyond these would only cover each other.
+RIBBONS = 200
+LANES = 40
+
+STYLE = """
+text { font: 12px system-ui, 'DejaVu Sans', sans-serif; fill: #1f2430 }
+.head { font-size: 17px; font-weight: 600 }
+.name { font-weight: 600 }
+.soft { fill: #5d6675; font-size: 11px }
+.in { font-size: 11px; fill: #ffffff; text-anchor: middle }
+.on { font-size: 11px; font-weight: 700; fill: #14161c; text-anchor: middle }
+.paper { fill: #ffffff }
+.land { fill: #eef1f5; stroke: #cfd6df }
+.lit { stroke: #14161c; stroke-width: 0.7 }
+.tie { fill-opacity: 0.42 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e8ebf0 }
+  .soft { fill: #a3adbb }
+  .paper { fill: #14171d }
+  .land { fill: #1e232c; stroke: #39414e }
+  .tie { fill-opacity: 0.34 }
+  .in { fill: #ffffff }
+  .on { fill: #14161c }
+}
+""".strip()
+
+
+def svg(snapshot: Snapshot, *, lanes: int = LANES) -> str:
+    """The drawing as a document. `lanes`: at most so many processes, those with the most bytes mirrored or mapped."""
+    picture = draw(snapshot, CELLS, unit=UNIT, lights=RIBBONS)
+    busiest = sorted(picture.users, key=lambda lane: (bool(lane.lights), lane.bytes), reverse=True)[:lanes]
+    chosen = {id(lane) for lane in busiest}
+    users = [lane for lane in picture.users if id(lane) in chosen]
+    height = TOP + BAR + GAP + STEP * max(1, len(users)) + FOOT
+    return "\n".join(_document(snapshot, picture, users, height)) + "\n"
+
+
+def _document(snapshot: Snapshot, picture: Picture, users: list[Lane], height: int) -> Iterator[str]:
+    said = _said(snapshot)
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'role="img" aria-labelledby="title desc">'
+    )
+    yield '<title id="title">The address space of a realmap kernel and its processes</title>'
+    yield f'<desc id="desc">{_text(said)}</desc>'
+    yield f"<style>{STYLE}</style>"
+    yield f'<rect class="paper" width="{WIDTH}" height="{height}"/>'
+    yield f'<text class="head" x="16" y="30">{_text(f"realmap: kernel {snapshot.pid}")}</text>'
+    moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(snapshot.time))
+    yield f'<text class="soft" x="{WIDTH - 20}" y="30" text-anchor="end">{moment}</text>'
+    yield f'<text class="soft" x="16" y="50">{_text(said)}</text>'
+    places = {id(lane): TOP + BAR + GAP + STEP * at for at, lane in enumerate(users)}
+    yield from _bar(picture.kernel, TOP, "KernelLand", _kernel_words(snapshot))
+    yield from _ribbons(picture, users, places)
+    for lane in users:
+        assert lane.process is not None
+        detail = f"{words.counted(lane.ranges, 'mapping')}, {words.size(lane.bytes)}"
+        yield from _bar(lane, places[id(lane)], f"pid {lane.process.pid}", detail)
+    bottom = TOP + BAR + GAP + STEP * len(users)
+    if not users:
+        yield f'<text class="soft" x="{LEFT}" y="{bottom + 16}">no process is connected</text>'
+    yield from _foot(picture, users, height)
+    yield "</svg>"
+
+
+def _text(text: str) -> str:
+    """As text of an element: control characters, which XML has no way to write, as escapes."""
+    return escape(words.harmless(text))
+
+
+def _said(snapshot: Snapshot) -> str:
+    stats = snapshot.stats
+    parts = [words.counted(len(snapshot.processes), "process"), words.counted(stats["mappings"], "mapping")]
+    parts += [words.counted(stats["segments"], "segment") + f" of {words.size(stats['bytes'])}"]
+    parts += [words.counted(len(snapshot.mirrors), "live mirror")]
+    return f"{snapshot.path}: " + ", ".join(parts)
+
+
+def _kernel_words(snapshot: Snapshot) -> str:
+    kept = f", {len(snapshot.kept)} kept" if snapshot.kept else ""
+    return words.counted(len(snapshot.mirrors), "mirror") + kept
+
+
+def _bar(lane: Lane, top: int, name: str, detail: str) -> Iterator[str]:
+    yield f'<text class="name" x="16" y="{top + 12}">{_text(name)}</text>'
+    yield f'<text class="soft" x="16" y="{top + 25}">{_text(detail)}</text>'
+    yield f'<rect class="land" x="{LEFT - 4}" y="{top - 4}" width="{CELLS * CELL + 8}" height="{BAR + 8}" rx="4"/>'
+    for block in lane.blocks:
+        if block.kind != MIRROR:
+            yield from _block(block, lane.lights, top)
+    yield from _lights(lane, top)
+
+
+def _box(left: int, width: int, top: int, rest: str, title: str) -> str:
+    return (
+        f'<rect x="{LEFT + left * CELL}" y="{top}" width="{max(2, width * CELL - 1)}" height="{BAR}" rx="2" {rest}>'
+        f"<title>{_text(title)}</title></rect>"
+    )
+
+
+def _letters(left: int, width: int, top: int, text: str, kind: str) -> Iterator[str]:
+    """`text` in the middle of these cells, where it fits."""
+    if len(text) * LETTER <= width * CELL - 4:
+        middle = LEFT + left * CELL + width * CELL / 2
+        yield f'<text class="{kind}" x="{middle:g}" y="{top + BAR / 2 + 4:g}">{_text(text)}</text>'
+
+
+def _block(block: Block, lights: list[Light], top: int) -> Iterator[str]:
+    rights = MappingAccessRights(block.rights)
+    what = f"{block.kind} {rights}" if block.count == 1 else f"{block.count} ranges, the largest {block.kind}"
+    title = f"{what}: {words.size(block.bytes)} at {block.address:#x}"
+    yield _box(block.left, block.width, top, f"fill={quoteattr(colour(block.kind))}", title)
+    label = words.size(block.bytes) if block.count == 1 else f"{block.count} x"
+    yield from _letters(*room(block, lights), top, label, "in")
+
+
+def _lights(lane: Lane, top: int) -> Iterator[str]:
+    seen: set[tuple[int, int]] = set()
+    where = "KernelLand" if lane.process is None else "UserLand"
+    for light in lane.lights:
+        if (light.left, light.width) not in seen:  # one would lie upon the other
+            seen.add((light.left, light.width))
+            title = f"mirror {light.number}: {words.size(light.bytes)} at {light.address:#x} in {where}"
+            yield _box(light.left, light.width, top, f'class="lit" fill="{lit(light.number)}"', title)
+            yield from _letters(light.left, light.width, top, str(light.number), "on")
+
+
+def _ribbons(picture: Picture, users: list[Lane], places: dict[int, int]) -> Iterator[str]:
+    """From each mirror down to what it mirrors."""
+    mirrors = {light.number: light for light in picture.kernel.lights}
+    seen: set[tuple[int, int, int, int]] = set()
+    for lane in users:
+        for light in lane.lights:
+            mirror, low = mirrors[light.number], places[id(lane)]
+            spot = (mirror.left, light.left, light.width, low)
+            if spot not in seen:
+                seen.add(spot)
+                yield f'<path class="tie" fill="{lit(light.number)}" d="{_ribbon(mirror, light, TOP + BAR, low)}"/>'
+
+
+def _ribbon(mirror: Light, light: Light, high: int, low: int) -> str:
+    half = (high + low) / 2
+    (a, b), (c, d) = ((LEFT + each.left * CELL, LEFT + (each.left + each.width) * CELL - 1) for each in (mirror, light))
+    return f"M{a} {high}C{a} {half:g} {c} {half:g} {c} {low}H{d}C{d} {half:g} {b} {half:g} {b} {high}Z"
+
+
+def _foot(picture: Picture, users: list[Lane], height: int) -> Iterator[str]:
+    """What the colours mean, and what was left out."""
+    kinds = dict.fromkeys(block.kind for lane in [*users, picture.kernel] for block in lane.blocks)
+    at, y = 16.0, height - 30
+    for kind in [
+        *sorted(kind for kind in kinds if kind not in (MIRROR, KEPT)),
+        *(kind for kind in (KEPT,) if kind in kinds),
+    ]:
+        label = "kept for its next use" if kind == KEPT else kind
+        yield f'<rect x="{at:g}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour(kind)}"/>'
+        yield f'<text class="soft" x="{at + 18:g}" y="{y}">{_text(label)}</text>'
+        at += 34 + len(label) * 7.2
+    if picture.kernel.lights:
+        for number in range(1, 4):
+            yield f'<rect x="{at:g}" y="{y - 10}" width="12" height="12" rx="2" class="lit" fill="{lit(number)}"/>'
+            at += 15
+        yield f'<text class="soft" x="{at + 4:g}" y="{y}">a live mirror, and what it mirrors</text>'
+    left_out = []
+    if len(users) < len(picture.users):
+        left_out.append(f"{len(picture.users) - len(users)} processes more")
+    if picture.unlit:
+        left_out.append(f"{picture.unlit} places that are mirrored, too")
+    note = "lengths are logarithmic, gaps are squeezed" + "".join(f"; {each}" for each in left_out)
+    yield f'<text class="soft" x="16" y="{height - 10}">{_text(note)}</text>'

@@ -1,0 +1,48 @@
+"""Numbers and names for people: short, and harmless on a terminal."""
+
+from __future__ import annotations
+
+from realmap.pages import PAGE_SIZE
+
+UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+def size(length: int) -> str:
+    """Bytes in three figures or so: 333 B, 4 KiB, 1.5 MiB, 16 GiB."""
+    for unit, name in UNITS:
+        if length >= unit:
+            number = length / unit
+            return f"{number:.0f} {name}" if number >= 10 or length % unit == 0 else f"{number:.1f} {name}"
+    return f"{length} B"
+
+
+def short_size(length: int) -> str:
+    """The same where every column counts: 333, 4K, 1.5M, 16G."""
+    text = size(length)
+    number, unit = text.split()
+    return number + unit[0] if unit != "B" else number
+
+
+def count(number: float) -> str:
+    """A number in three figures or so: 7, 950, 12.3k, 4.5M."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 mapping, 2 mappings, 3 processes."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def harmless(text: str) -> str:
+    """`text` with whatever a terminal might act upon (control characters, broken bytes) as \\x escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def pages(length: int) -> int:
+    """How many pages `length` bytes take."""
+    return -(-length // PAGE_SIZE)
