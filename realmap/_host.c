@@ -109,6 +109,9 @@ static PyTypeObject *land_type;
 static PyTypeObject *events_type;
 static size_t page_size;
 
+/* Where nobody listens this is never run: it must not stand in the way of what is. */
+#define COLD __attribute__((noinline, cold))
+
 /* ---- numbers ------------------------------------------------------------------------------ */
 
 /* A Python int as an unsigned 64-bit number; -1 with an exception set if it is none. */
@@ -1926,7 +1929,7 @@ static void tell_caller(Mirror *self)
 #define FAULTED 8
 
 /* Tells of a mirror that has come, or goes. `user`: where in its process its first byte is; 0 where nobody knows. */
-static void tell_mirror(Events *events, enum kind kind, const Mirror *self, int flags, size_t live, uint64_t user)
+COLD static void tell_mirror(Events *events, enum kind kind, const Mirror *self, int flags, size_t live, uint64_t user)
 {
     const Window *window = &self->window;
     put_event(events, (Event){.kind = (uint16_t)kind, .flags = (uint16_t)(window->prot | flags),
@@ -1936,7 +1939,7 @@ static void tell_mirror(Events *events, enum kind kind, const Mirror *self, int 
 }
 
 /* Tells of a mirror that has just been made. Asking its mapping for the address may run anything. */
-static void tell_made(Mirror *self, int flags)
+COLD static void tell_made(Mirror *self, int flags)
 {
     uint64_t user = 0;
     Mapping *mapping = (Mapping *)self->mapping;

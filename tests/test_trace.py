@@ -350,11 +350,16 @@ def test_a_file_that_cannot_be_written(kernel: KernelHandle, tmp_path: Path) -> 
     with kernel.connect() as me:
         with pytest.raises(OSError, match="No such file"):
             kernel.trace(tmp_path / "none" / "trace.json")
-        full = kernel.trace("/dev/full")
-        wait_until(lambda: me.call("nop") or full.is_over)
         with pytest.raises(OSError, match="No space left"):
-            full.close()
-        full.close()
+            kernel.trace("/dev/full")
+        os.mkfifo(tmp_path / "pipe")
+        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        broken = kernel.trace(tmp_path / "pipe")
+        os.close(reader)
+        wait_until(lambda: me.call("nop") or broken.is_over)
+        with pytest.raises(BrokenPipeError):
+            broken.close()
+        broken.close()
         with kernel.trace(tmp_path / "trace.json"):  # it is free again
             me.call("nop")
 
@@ -392,6 +397,44 @@ def test_a_kernel_that_is_busy_is_waited_for(file: Path, monkeypatch: pytest.Mon
     assert slept["dur"] >= 700_000
     assert trace.events == 5  # CONNECT, and two for each call
     assert trace.lost == 0
+
+
+def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+
+    def stick(call: realmap.Call) -> None:
+        end.wait(60)
+
+    monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.05)
+    monkeypatch.setattr("realmap.observe.trace.GRACE", 0.2)
+    with Kernel(syscalls=[stick, syscalls.nop]) as here, Process(here.path) as me:
+        with Trace(here.path, file) as trace:
+            me.call("nop")
+            wait_until(lambda: trace.events >= 3)
+            thread = threading.Thread(target=me.call, args=("stick",))
+            thread.start()
+            wait_until(lambda: here.dispatch.current is not None)
+        assert isinstance(trace.died, realmap.SyscallTimeout)
+        end.set()
+        thread.join()
+        wait_until(lambda: here.tracing.listener is None)
+        assert type(here.dispatch) is Dispatch
+    assert len(TraceFile(file).named("nop", "X")) == 2
+
+
+def test_a_forked_child_leaves_it_alone(kernel: KernelHandle, file: Path) -> None:
+    with kernel.trace(file) as trace, kernel.connect() as me:
+        me.call("nop")
+        child = os.fork()
+        if not child:
+            try:
+                trace.close()
+                os._exit(0 if trace.is_over else 2)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        me.call("nop")
+    assert len(TraceFile(file).named("nop", "X")) == 4
 
 
 def test_a_pid_that_connects_twice_has_one_track_for_each(kernel: KernelHandle, file: Path) -> None:

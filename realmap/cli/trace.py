@@ -16,9 +16,12 @@ import click
 from realmap.ambient import VARIABLE
 from realmap.cli.output import require_writable
 from realmap.cli.target import find, kernel_option
+from realmap.errors import KernelError
 from realmap.kernel.events import CAPACITY
 from realmap.observe.trace import Trace
 
+#: The kernel and its users come first: what waits meanwhile has its room there.
+NICE = 10
 #: How often it is looked whether the end has come, in seconds.
 LOOK = 0.05
 
@@ -42,11 +45,11 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
     kernel = find(path)
     require_writable(file)
     try:
-        running = Trace(kernel, file, events=events)
+        running = Trace(kernel, file, events=events, nice=NICE)
     except OSError as error:
-        if error.filename == file:
-            raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
-        raise
+        if isinstance(error, KernelError):
+            raise
+        raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
     status = 0
     try:
         with running:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: So many names of requests are told apart; nobody but a hostile client has more.
 NAMES = 1000
+#: Characters of each that are told.
+LONGEST = 100
 #: Records that one answer brings at most: 1 MiB.
 BATCH = 1 << 14
 # Plain numbers, where it has to be quick.
@@ -158,7 +160,8 @@ class Tracing:
     # ---- what happens -----------------------------------------------------------------------
 
     def name(self, text: str) -> int:
-        """The number of a name."""
+        """The number of a name, as far as it is not absurdly long."""
+        text = text[:LONGEST]
         number = self._names.get(text)
         if number is None:
             if len(self._names) >= NAMES:
@@ -207,6 +210,7 @@ class Tracing:
             self._had[process.number] = left
         else:
             self._bytes.pop(process.number, None)
+            process.memory.told = None
         self.note(Kind.REAP, 0, process.number, process.pid, had[0] - left[0], had[1] - left[1])
 
     def _make_buffer(self, address: int, length: int) -> UserBuffer:

@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from realmap.errors import BY_CODE
@@ -165,7 +166,7 @@ class Timeline:
         self._file.end(self._kernel, f"{events} events, {lost} lost")
 
     def _request(self, number: int) -> str:
-        return json.dumps(self.names[number]) if number < len(self.names) else '"?"'
+        return _json(self.names[number]) if number < len(self.names) else '"?"'
 
     # ---- processes --------------------------------------------------------------------------
 
@@ -227,13 +228,13 @@ class Timeline:
         if call is None:
             return
         call.answer = event
-        flags = call.arrival.flags
+        flags, about = call.arrival.flags, self._about(call)
         if call.user is not None and call.lane >= 0:
-            self._span_of_user(call, event.time, self._about(call))
+            self._span_of_user(call, event.time, about)
             call.user.lanes.give(call.lane)
         if not flags & (SERVICE | BLOCKING):
             self._at_work.pop(self._main, None)
-            self._span_of_kernel(call, event.time, self._about(call))
+            self._span_of_kernel(call, event.time, about)
         if call.done or not flags & SERVICE:
             self._finish(call)
 
@@ -309,7 +310,7 @@ class Timeline:
         user, mapped = self._user(event.process), event.kind == Kind.MAP
         about = (
             f'"process":{event.process},"address":"{event.a:#x}","bytes":{event.b},'
-            f'"type":"{MemoryType(event.e >> 8 & 255).name}","rights":"{rights_of(event.e & 15)}",'
+            f'"type":"{MemoryType(event.e >> 8 & 255).name}","rights":"{_rights(event.e & 15)}",'
             f'"frames":{event.c},"offset":{event.d}'
         )
         if mapped and event.flags & ALREADY:
@@ -344,7 +345,7 @@ class Timeline:
             name, told = f"mirror of process {process}", f'"process":{process},"pid":{self._user(process).pid},'
         told += (
             f'"address":"{event.a:#x}","bytes":{event.b},"user_address":"{event.c:#x}","frames":{event.d},'
-            f'"offset":{event.e},"rights":"{rights_of(event.flags & 3)}"'
+            f'"offset":{event.e},"rights":"{_rights(event.flags & 3)}"'
         )
         told += ',"window":"kept"' if event.flags & WAS_KEPT else ""
         told += ',"already":true' if event.flags & ALREADY else ""
@@ -377,6 +378,16 @@ class Timeline:
             self._land.give(begun.lane)
         for open_ones in (self._calls, self._workers, self._mirrors, self._at_work):
             open_ones.clear()
+
+
+@lru_cache
+def _json(text: str) -> str:
+    return json.dumps(text)
+
+
+@lru_cache
+def _rights(bits: int) -> str:
+    return str(rights_of(bits))
 
 
 def _error(code: int) -> str:

@@ -14,7 +14,8 @@ import threading
 import time
 from typing import Any, Self
 
-from realmap.errors import KernelError, SyscallTimeout
+from realmap.errors import InvalidHandle, KernelError, SyscallTimeout
+from realmap.host import forks
 from realmap.kernel.events import CAPACITY
 from realmap.observe.control import Control
 from realmap.observe.timeline import Timeline
@@ -25,8 +26,6 @@ __all__ = ["CAPACITY", "Trace"]
 INTERVAL = 0.05
 #: How long one answer is waited for before it is looked whether the trace is to end, in seconds.
 PATIENCE = 1.0
-#: How modest its thread is, in steps of niceness.
-NICE = 10
 #: How long the end of a trace waits for a kernel that does not answer, in seconds.
 GRACE = 10.0
 
@@ -36,11 +35,21 @@ class Trace:
 
     `events`: how many have come so far; `lost`: how many did not fit into the kernel's ring; `seconds`: from the
     beginning until now, or until the end; `died`: the error that ended it before its time (the kernel has died, or
-    did not answer), or None.
+    did not answer), or None. A thread of this process takes the records and formats them: about 10 µs of CPU time
+    for each. Where this process is the one that is looked at, `realmap trace` from outside disturbs it less.
     """
 
-    def __init__(self, kernel: str | os.PathLike[str], path: str | os.PathLike[str], *, events: int = CAPACITY) -> None:
-        """Begins. `events`: how many may wait in the kernel, 64 bytes each, for this process to take them.
+    def __init__(
+        self,
+        kernel: str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        events: int = CAPACITY,
+        nice: int = 0,
+    ) -> None:
+        """Begins. `events`: how many may wait in the kernel, 64 bytes each, for this process to take them. `nice`: how
+        much more modest its thread is than this process; for one that does nothing else (here, the thread may have
+        what others wait for).
 
         KernelDied, AccessDenied, VersionMismatch: as `Control`. LimitReached: the kernel is being traced already.
         InvalidSize: so many events cannot wait, or too few. OSError: the file cannot be written.
@@ -48,6 +57,7 @@ class Trace:
         self.path = os.fspath(path)
         self.events = 0
         self.lost = 0
+        self._nice = nice
         self.died: KernelError | None = None
         self._failed: OSError | None = None
         self._seconds: float | None = None
@@ -56,13 +66,15 @@ class Trace:
         with contextlib.ExitStack() as undo:
             undo.callback(self._control.close)  # with it goes whatever was begun
             began = self._control._ask("trace-start", events)
-            self._file = open(self.path, "w", encoding="utf-8")
+            # Without a buffer: a forked child would write what is in it once more.
+            self._file = open(self.path, "wb", buffering=0)
             undo.callback(self._file.close)
-            self._timeline = Timeline(self._file.write, began)
+            self._timeline = Timeline(self._write, began)
             self._began = time.monotonic()
             self._thread = threading.Thread(target=self._run, name="realmap-trace", daemon=True)
             self._thread.start()
             undo.pop_all()
+        forks.lose_in_child(self)
 
     @property
     def seconds(self) -> float:
@@ -85,6 +97,10 @@ class Trace:
         if failed is not None:
             raise failed
 
+    def lose(self) -> None:
+        """In a forked child: the trace is the parent's."""
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -95,14 +111,14 @@ class Trace:
     # ---- on its thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
-        # The kernel and its users come first; what waits meanwhile has its room. On Linux niceness is a thread's own.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+        if self._nice:  # on Linux niceness is a thread's own
+            with contextlib.suppress(OSError):
+                nice = os.getpriority(os.PRIO_PROCESS, 0) + self._nice
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
         try:
             while not self._stop.is_set():
                 if not self._read() and self._stop.wait(INTERVAL):
                     break
-                self._file.flush()
             self._drain()
         except KernelError as error:
             self.died = error
@@ -115,6 +131,11 @@ class Trace:
             self._failed = self._failed or error
         self._seconds = self.seconds
         self._control.close()
+
+    def _write(self, text: str) -> None:
+        left = memoryview(text.encode())
+        while left:
+            left = left[self._file.write(left) :]
 
     def _read(self) -> bool:
         """Takes what waits; whether there may be more at once. An answer that does not come yet comes late."""
@@ -140,6 +161,8 @@ class Trace:
                 stopped = True
                 if not self._take(self._control._ask("trace-read", late=self._take)):
                     return
-            except SyscallTimeout as error:
+            except SyscallTimeout:
                 if time.monotonic() > end:
-                    raise error
+                    raise
+            except InvalidHandle:  # the last answer was one that came late
+                return

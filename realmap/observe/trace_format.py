@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 
 
 class TraceWriter:
@@ -20,6 +21,8 @@ class TraceWriter:
         self._write = write
         self._zero = zero
         self._lines: list[str] = []
+        # What happens at one moment is told in several lines: its text is made once.
+        self._at = lru_cache(32)(self._moment)
         write("[\n")
 
     def flush(self) -> None:
@@ -37,15 +40,14 @@ class TraceWriter:
         self._write(",\n".join(self._lines) + "\n]\n")
         self._lines.clear()
 
-    def _at(self, moment: int) -> str:
-        whole, rest = divmod(max(0, moment - self._zero), 1000)
-        return f"{whole}.{rest:03d}"
+    def _moment(self, moment: int) -> str:
+        return f"{(moment - self._zero) / 1000:.3f}" if moment > self._zero else "0.000"
 
     def span(self, process: int, thread: int, begin: int, end: int, kind: str, name: str, about: str) -> None:
         """Something that lasted from `begin` to `end`; `name` is JSON."""
-        whole, rest = divmod(max(0, end - max(begin, self._zero)), 1000)
+        begin = max(begin, self._zero)
         self._lines.append(
-            f'{{"ph":"X","pid":{process},"tid":{thread},"ts":{self._at(begin)},"dur":{whole}.{rest:03d},'
+            f'{{"ph":"X","pid":{process},"tid":{thread},"ts":{self._at(begin)},"dur":{(end - begin) / 1000:.3f},'
             f'"cat":"{kind}","name":{name},"args":{{{about}}}}}'
         )
 
