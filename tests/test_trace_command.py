@@ -179,7 +179,8 @@ def test_the_demo_against_its_own_report(tmp_path: Path) -> None:
         assert len(found.named("reap", pid=file["pid"])) == 1
         dead = found.named("death", pid=file["pid"])
         assert len(dead) == (file["pid"] == report["killed"]["pid"])
-    held = max(found.mirrors(), key=lambda mirror: mirror["dur"])
-    (death,) = found.named("death")
-    assert held["begin"] < death["begin"] < held["end"]  # the mirror outlives its owner
+    (death,) = found.named("death", pid=report["killed"]["pid"])
+    # A mirror outlives its owner.
+    (held,) = [mirror for mirror in found.mirrors() if mirror["begin"] < death["begin"] < mirror["end"]]
+    assert (held["args"]["pid"], held["args"]["bytes"]) == (report["killed"]["pid"], report["killed"]["length"])
     assert not [span for span in found.of("X") if "unfinished" in span["args"]]

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,59 +38,27 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
     """Write every syscall, map, unmap, mirror, drop, copy, death and reap of a kernel to FILE.
 
     Open it in https://ui.perfetto.dev or chrome://tracing. It ends on Ctrl-C, on SIGTERM, after --seconds, with the
-    kernel, or with the COMMAND after --, which runs with $REALMAP_KERNEL set; the exit status is then that of COMMAND.
+    kernel, or with the COMMAND after --, which runs with $REALMAP_KERNEL set (and gets SIGTERM where it does not end
+    first); the exit status is then that of COMMAND.
 
     Example: realmap trace out.json -- python program.py
     """
     kernel = find(path)
     require_writable(file)
-    try:
-        running = Trace(kernel, file, events=events, nice=NICE)
-    except OSError as error:
-        if isinstance(error, KernelError):
-            raise
-        raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
     status = 0
-    try:
-        with running:
-            status = _wait(running, list(command), kernel, seconds)
-    except OSError as error:
-        raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
+    with _signals() as caught:
+        try:
+            with Trace(kernel, file, events=events, nice=NICE) as running:
+                status = _wait(running, list(command), kernel, seconds, caught)
+        except OSError as error:
+            if isinstance(error, KernelError):
+                raise
+            raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
     lost = f"{running.lost} lost" + (" (the file says where; see --events)" if running.lost else "")
     click.echo(f"realmap: {running.events} events, {lost}, in {running.seconds:.1f} s: {file}", err=bool(command))
     if running.died is not None:
         raise click.ClickException(f"the trace ended before its time: {running.died}; {file} is whole up to there")
     sys.exit(status)
-
-
-def _wait(running: Trace, command: list[str], kernel: str, seconds: float | None) -> int:
-    """Until the end, whatever it is; the exit status that comes of it."""
-    end = None if seconds is None else time.monotonic() + seconds
-    with _signals() as caught:
-        child = _start(command, kernel) if command else None
-
-        def is_over() -> bool:
-            over = running.is_over or (end is not None and time.monotonic() >= end)
-            return over or (bool(caught) if child is None else child.poll() is not None)
-
-        try:
-            _until(is_over, child, caught)
-        finally:
-            if child is not None and child.poll() is None:
-                child.terminate()
-                child.wait()
-    if child is None:
-        return 0
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
-
-
-def _until(is_over: Callable[[], bool], child: subprocess.Popen[bytes] | None, caught: list[int]) -> None:
-    """Waits. A command gets SIGTERM passed on; Ctrl-C on a terminal it gets by itself."""
-    while not is_over():
-        if child is not None and signal.SIGTERM in caught:
-            caught.clear()
-            child.terminate()
-        time.sleep(LOOK)
 
 
 @contextmanager
@@ -105,6 +73,30 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _wait(running: Trace, command: list[str], kernel: str, seconds: float | None, caught: list[int]) -> int:
+    """Until the end, whatever it is; the exit status that comes of it."""
+    end = None if seconds is None else time.monotonic() + seconds
+    child = _start(command, kernel) if command else None
+    try:
+        while not running.is_over and (end is None or time.monotonic() < end):
+            if child is None:
+                if caught:
+                    return 0
+            elif child.poll() is not None:
+                break
+            elif signal.SIGTERM in caught:  # is passed on; Ctrl-C on a terminal the command gets by itself
+                caught.clear()
+                child.terminate()
+            time.sleep(LOOK)
+    finally:
+        if child is not None and child.poll() is None:
+            child.terminate()
+            child.wait()
+    if child is None:
+        return 0
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def _start(command: list[str], kernel: str) -> subprocess.Popen[bytes]:
