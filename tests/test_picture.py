@@ -23,7 +23,9 @@ from realmap.memory import KERNEL_LAND, USER_LAND
 from realmap.observe import words
 from realmap.observe.picture import KEPT, MIRROR, Numbers, draw, room, weight
 from realmap.observe.snapshot import (
+    FORM,
     KeptInfo,
+    LimitsInfo,
     MappingInfo,
     MirrorInfo,
     PartInfo,
@@ -39,10 +41,12 @@ def books(
     processes: list[list[MappingInfo]], mirrors: tuple[MirrorInfo, ...] = (), kept: tuple[KeptInfo, ...] = ()
 ) -> Snapshot:
     """A snapshot with these mappings and mirrors."""
-    found = [ProcessInfo(at + 1, 1000 + at, 0, 0, mappings) for at, mappings in enumerate(processes)]
+    found = [ProcessInfo(at + 1, 1000 + at, 0, 0, 0, None, mappings) for at, mappings in enumerate(processes)]
     land = (KERNEL_LAND.start, KERNEL_LAND.length)
+    limits = LimitsInfo(1, 1, 1, 1, 1, 1, None, None, None, KERNEL_LAND.length, 0)
     return Snapshot(
-        3, 1, "/k.sock", True, 0.0, land, [], dict(STATS), found, [], [], [], list(mirrors), list(kept), []
+        FORM, 1, "/k.sock", True, 0.0, land, [], limits, dict(STATS), [],
+        found, [], [], [], list(mirrors), list(kept), [],
     )  # fmt: skip
 
 
