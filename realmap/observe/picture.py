@@ -195,19 +195,18 @@ def draw(
     cells: int,
     *,
     unit: float = 1.0,
-    kernel_cells: int | None = None,
     numbers: Numbers | None = None,
     lights: int = LIGHTS,
 ) -> Picture:
     """The drawing of a snapshot.
 
-    `cells`: of a lane; `kernel_cells`: of KernelLand's, where that is another. `unit`: cells that a unit of `weight`
+    `cells`: of a lane. `unit`: cells that a unit of `weight`
     takes where there is room. `numbers`: those of the mirrors, carried over from the last drawing. `lights`: at most
     so many on UserLand.
     """
     cells = max(1, cells)
     marks = (numbers or Numbers()).assign(snapshot.mirrors)
-    picture = Picture(_kernel_lane(snapshot, marks, max(1, kernel_cells or cells), unit), [])
+    picture = Picture(_kernel_lane(snapshot, marks, cells, unit), [])
     wanted = {part.frames for mirror in snapshot.mirrors for part in mirror.parts}
     entries: dict[int, list[tuple[int, int, int, _Range]]] = {serial: [] for serial in wanted}
     for number, process in enumerate(snapshot.processes):

@@ -1,0 +1,80 @@
+"""`realmap top`: a kernel live, in a terminal or in a browser.
+
+feed     asks the kernel, in a thread
+view     what is shown, made of a snapshot
+paint    lanes of the picture as cells
+rows     the table
+screens  everything, a process, a segment
+app      all of it together
+web      the same in a browser
+
+Textual is imported only when it is run: it is an extra, and takes its time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from realmap.cli.target import find, kernel_option
+from realmap.cli.top.feed import FLOOR
+from realmap.observe.control import Control
+
+NEEDS = "realmap top needs Textual: pip install 'realmap[top]'"
+
+
+@click.command()
+@kernel_option
+@click.option(
+    "--interval", type=click.FloatRange(FLOOR), default=1.0, show_default=True, help="Seconds between snapshots."
+)
+@click.option("--web", is_flag=True, help="In a browser, in place of this terminal.")
+@click.option("--host", help="With --web: the address to listen at. By default 127.0.0.1: this machine only.")
+@click.option("--port", type=click.IntRange(0, 65535), help="With --web: 8765 by default; 0 for any that is free.")
+def top(path: str | None, interval: float, web: bool, host: str | None, port: int | None) -> None:
+    """Watch a kernel live: its processes, their address spaces drawn, mirrors while they live, segments and rates.
+
+    Keys: s sorts, / filters, p pauses, Enter shows one in detail, Esc goes back, ? helps, q quits. A kernel that
+    ends is looked for until one is back on the same path.
+
+    Example: realmap top --interval 0.5
+    """
+    if not web and (host is not None or port is not None):
+        raise click.UsageError("--host and --port go with --web")
+    if not web:
+        require_terminal()
+    require_textual(web)
+    found = find(path)
+    Control(found, timeout=10.0).close()  # what is wrong with it is said before the screen is taken
+    if web:
+        from realmap.cli.top.web import serve
+
+        serve(found, interval, host or "127.0.0.1", 8765 if port is None else port)
+    else:
+        from realmap.cli.top.app import Top
+
+        app = Top(found, interval)
+        app.run()
+        sys.exit(app.return_code or 0)
+
+
+def require_terminal() -> None:
+    """ClickException: a pipe or a file is no terminal. (Textual draws on stderr; a browser's driver needs none.)"""
+    if (
+        not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+        and "TEXTUAL_DRIVER" not in os.environ
+    ):
+        raise click.ClickException("top needs a terminal; in a pipe use: realmap ps, or realmap snapshot --json")
+
+
+def require_textual(web: bool = False) -> None:
+    """ClickException: it is not installed."""
+    try:
+        import textual  # noqa: F401
+
+        if web:
+            import textual_serve  # noqa: F401
+    except ImportError:
+        raise click.ClickException(NEEDS) from None

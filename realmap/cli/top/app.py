@@ -1,0 +1,134 @@
+"""The live view: a Textual app over a `Feed`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.message import Message
+
+from realmap.cli.top.feed import Feed, Seen
+from realmap.cli.top.screens import Head, Help, Live, Main
+from realmap.cli.top.view import View
+from realmap.observe import words
+from realmap.observe.picture import Numbers
+
+
+class Fresh(Message):
+    """A view that is to be shown; or why there is none."""
+
+    def __init__(self, found: View | str) -> None:
+        super().__init__()
+        self.found = found
+
+
+class Top(App[None]):
+    """Shows the kernel at `path`, with a snapshot every `interval` seconds. `note`: said in the first line."""
+
+    TITLE = "realmap top"
+    ENABLE_COMMAND_PALETTE = False
+    CSS = """
+    Screen { layout: vertical; }
+    #title { background: $primary-darken-2; color: $text; text-style: bold; }
+    #title.lost { background: $error; }
+    #title.paused { background: $warning-darken-2; }
+    ContentSwitcher, Rows { height: 1fr; }
+    #rates, #legend, #parts { color: $text-muted; }
+    #kernel { margin-bottom: 1; }
+    OneProcess #lane { margin-bottom: 1; }
+    Screen.-low #rates, Screen.-low #legend { display: none; }
+    Screen.-low #kernel { margin-bottom: 0; }
+    #filter { height: 1; }
+    Help { align: center middle; }
+    #help { width: auto; max-width: 100%; height: auto; max-height: 100%; padding: 1 2; background: $panel; }
+    """
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (16, "-high")]  # noqa: RUF012 (no ClassVar in Textual)
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "pause", "Pause"),
+        Binding("question_mark", "help", "Help"),
+        Binding("q,ctrl+c", "quit", "Quit"),
+    ]
+
+    def __init__(self, path: str, interval: float, note: str = "") -> None:
+        super().__init__()
+        self.view: View | None = None
+        self.note = note
+        self._numbers = Numbers()
+        self._cells = 40
+        self._why = ""
+        #: How many views have been shown.
+        self.shown = 0
+        self.feed = Feed(path, interval, self._deliver)
+
+    def get_default_screen(self) -> Main:
+        """Everything."""
+        return Main()
+
+    def on_mount(self) -> None:
+        """Begins to ask."""
+        self.feed.start()
+
+    def on_unmount(self) -> None:
+        """Asks no more."""
+        self.feed.stop()
+
+    # ---- from the feed ----------------------------------------------------------------------
+
+    def _deliver(self, found: Seen | str) -> None:
+        """In the feed's thread: what takes time is done here."""
+        self.post_message(Fresh(found if isinstance(found, str) else self._view(found)))
+
+    def _view(self, seen: Seen) -> View:
+        return View(seen, self._cells, self._numbers)
+
+    def on_fresh(self, event: Fresh) -> None:
+        """Shows it."""
+        self._why = event.found if isinstance(event.found, str) else ""
+        if isinstance(event.found, View) and not self.feed.paused:
+            self.view = event.found
+        self.show()
+        self.shown += 1
+        self.feed.consumed()
+
+    def show(self) -> None:
+        """The view there is, on every screen."""
+        self._title()
+        for screen in self.screen_stack:
+            if isinstance(screen, Live):
+                screen.present(self.view)
+
+    def measured(self, cells: int) -> None:
+        """The lanes are as wide as this now."""
+        if cells != self._cells:
+            self._cells = cells
+            if self.view is not None:
+                self.view = self._view(self.view.seen)
+
+    def _title(self) -> None:
+        path = words.harmless(self.feed.path)
+        if self._why:
+            said = f"NO KERNEL, looking for one: {words.harmless(self._why)}"
+        else:
+            pid = f"kernel {self.view.snapshot.pid}" if self.view is not None else "connecting to"
+            said = f"{pid}  {path}"
+        marks = ["PAUSED"] if self.feed.paused else []
+        marks += [words.harmless(self.note)] if self.note else []
+        line = " ".join([" realmap top ", *(f"[{mark}]" for mark in marks), said])
+        for screen in self.screen_stack:
+            for head in screen.query("#title").results(Head):
+                head.say(line)
+                head.set_class(bool(self._why), "lost")
+                head.set_class(self.feed.paused and not self._why, "paused")
+
+    # ---- keys -------------------------------------------------------------------------------
+
+    def action_pause(self) -> None:
+        """Stops the picture, or lets it go on."""
+        self.feed.pause(not self.feed.paused)
+        self._title()
+
+    def action_help(self) -> None:
+        """What the keys do."""
+        if not isinstance(self.screen, Help):
+            self.push_screen(Help())

@@ -1,0 +1,308 @@
+"""The screens of `realmap top`: everything, one process, one segment, help."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.segment import Segment, Segments
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.css.query import NoMatches
+from textual.screen import ModalScreen, Screen
+from textual.widgets import ContentSwitcher, Footer, Input, Static
+
+from realmap.cli.top import paint
+from realmap.cli.top.rows import Column, Rows
+from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals
+from realmap.observe import words
+from realmap.observe.snapshot import FramesInfo
+
+if TYPE_CHECKING:
+    from realmap.cli.top.app import Top
+
+PROCESSES: list[Column[ProcessRow]] = [
+    Column("pid", 7, lambda row: str(row.process.pid), lambda row: row.process.pid),
+    Column("calls", 6, lambda row: str(row.process.calls), lambda row: row.process.calls, down=True, least=60),
+    Column("maps", 6, lambda row: str(row.lane.ranges), lambda row: row.lane.ranges, down=True, least=40),
+    Column("bytes", 8, lambda row: words.size(row.lane.bytes), lambda row: row.lane.bytes, down=True, least=50),
+    Column("lit", 6, lambda row: str(row.mirrored or ""), lambda row: row.mirrored, down=True, least=70),
+    Column("UserLand", 0, lambda row: " ".join(sorted({each.type for each in row.process.mappings})),
+           paint=lambda row, cells: paint.lane(row.lane, cells)),
+]  # fmt: skip
+
+SEGMENTS: list[Column[FramesInfo]] = [
+    Column("frames", 7, lambda row: str(row.serial), lambda row: row.serial),
+    Column("refs", 6, lambda row: str(row.refcount), lambda row: row.refcount, down=True),
+    Column("bytes", 8, lambda row: words.size(row.length), lambda row: row.length, down=True, least=40),
+    Column("segs", 6, lambda row: str(len(row.segments)), lambda row: len(row.segments), down=True, least=50),
+    Column("holders", 0, lambda row: words.harmless(", ".join(row.holders)), right=False),
+]
+
+MAPPINGS: list[Column[MappingRow]] = [
+    Column("address", 14, lambda row: f"{row.mapping.address:#x}", lambda row: row.mapping.address),
+    Column("bytes", 8, lambda row: words.size(row.mapping.length), lambda row: row.mapping.length, down=True, least=30),
+    Column("type", 14, lambda row: row.mapping.type, lambda row: row.mapping.type, least=50, right=False),
+    Column("rights", 6, lambda row: row.rights, least=60, right=False),
+    Column("frames", 7, lambda row: "" if row.frames is None else str(row.frames.serial),
+           lambda row: row.mapping.frames or 0, least=60),
+    Column("offset", 9, lambda row: f"{row.mapping.phys_offset:#x}", least=80),
+    Column("refs", 6, lambda row: "" if row.frames is None else str(row.frames.refcount),
+           lambda row: row.frames.refcount if row.frames else 0, down=True, least=70),
+    Column("mirrors", 0, lambda row: ", ".join(map(str, row.mirrors)), lambda row: len(row.mirrors), down=True,
+           right=False),
+]  # fmt: skip
+
+HOLDERS: list[Column[str]] = [Column("holder of a reference", 0, words.harmless, lambda row: row, right=False)]
+
+
+class Head(Static):
+    """A line or several that never wrap."""
+
+    DEFAULT_CSS = "Head { height: 1; width: 100%; text-wrap: nowrap; text-overflow: ellipsis; }"
+
+    def say(self, text: str) -> None:
+        """Plain text: what a name holds is no markup."""
+        self.update(Segments([Segment(text)]))
+
+
+class Live(Screen[None]):
+    """A screen that is shown each new view. `table` is the one that keys are about."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("s", "sort", "Sort"),
+        Binding("S", "sort(True)", "Other way", show=False),
+        Binding("slash", "filter", "Filter"),
+        Binding("escape", "back", "Back", show=False),
+    ]
+
+    app: Top
+
+    @property
+    def table(self) -> Rows[Any]:
+        """The table that keys are about."""
+        return self.query_one(Rows)
+
+    def show(self, view: View) -> None:
+        """Shows it."""
+        raise NotImplementedError
+
+    def on_mount(self) -> None:
+        """With what there is by now."""
+        self.table.focus()
+        self.again()
+
+    def on_resize(self) -> None:
+        """As wide as it is now."""
+        self.call_after_refresh(self.again)
+
+    def again(self) -> None:
+        """Shows what was shown, as wide as it is now."""
+        self.measure()
+        self.present(self.app.view)
+
+    def present(self, view: View | None) -> None:
+        """Shows it, unless there is nothing to show, or nothing to show it with."""
+        if view is not None and self.is_mounted:
+            with suppress(NoMatches):  # its parts are still being made, or go already
+                self.show(view)
+
+    def measure(self) -> None:
+        """Says how wide its lanes are."""
+
+    def action_sort(self, reverse: bool = False) -> None:
+        """By the next column, or in the other direction."""
+        self.table.sort_next(reverse)
+
+    def action_filter(self) -> None:
+        """Asks for words that rows must have."""
+        if not self.query(Input):
+            field = Input(self.table.filter, placeholder="words that rows must have", compact=True, id="filter")
+            self.mount(field, before=self.query_one(Footer))
+            field.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """While it is typed."""
+        self.table.set_filter(event.value)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Keeps the filter."""
+        self._end_filter()
+
+    def _end_filter(self) -> None:
+        self.query(Input).remove()
+        self.table.focus()
+
+    def action_back(self) -> None:
+        """Out of the filter, or out of the screen."""
+        if self.query(Input) or self.table.filter:
+            self.table.set_filter("")
+            self._end_filter()
+        elif len(self.app.screen_stack) > 1:
+            self.app.pop_screen()
+
+    def action_choose(self) -> None:
+        """Enter, wherever the focus is."""
+        self.table.action_choose()
+
+
+class Main(Live):
+    """Totals and rates, KernelLand, and below it a lane for each process, or the segments."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("1", "tab('processes')", "Processes"),
+        Binding("2", "tab('segments')", "Segments"),
+    ]
+
+    def compose(self) -> ComposeResult:
+        """From top to bottom."""
+        yield Head(id="title")
+        yield Head(id="totals")
+        yield Head(id="rates")
+        yield Head(id="kernel")
+        with ContentSwitcher(initial="processes"):
+            yield Rows(PROCESSES, lambda row: row.process.number, id="processes")
+            yield Rows(SEGMENTS, lambda row: row.serial, sorted_by=1, id="segments")
+        yield Head(id="legend")
+        yield Footer(show_command_palette=False, compact=True)
+
+    @property
+    def table(self) -> Rows[Any]:
+        """The one that is to be seen."""
+        return self.query_one(f"#{self.query_one(ContentSwitcher).current}", Rows)
+
+    def action_tab(self, name: str) -> None:
+        """Another table."""
+        self.query(Input).remove()
+        self.query_one(ContentSwitcher).current = name
+        self.table.focus()
+        self.again()
+
+    def label(self) -> int:
+        """How wide the names of lanes are. (A table that is not to be seen has no width of its own.)"""
+        width = self.size.width - 1  # without the scroll bar
+        return width - self.query_one("#processes", Rows).rest(width)
+
+    def measure(self) -> None:
+        """Those of the table, and KernelLand's, which start where those do."""
+        cells = max(1, self.size.width - 1 - self.label())
+        self.app.measured(cells)
+
+    def show(self, view: View) -> None:
+        """All of it."""
+        width = self.size.width
+        self.query_one("#totals", Head).say(" " + fitting(totals(view.snapshot), width - 2))
+        line = fitting(rates(view.seen), width - 2)
+        graph = paint.sparkline(view.seen.history, min(40, width - len(line) - 4))
+        self.query_one("#rates", Head).say(f" {line}  {graph}")
+        label = self.label()
+        mirrors = len(view.snapshot.mirrors)
+        name = next((each for each in (f"KernelLand, {mirrors} lit", "KernelLand", "Kernel") if len(each) < label), "")
+        lane = paint.lane(view.picture.kernel, max(1, width - 1 - label))
+        self.query_one("#kernel", Head).update(Segments([Segment(f" {name}".ljust(label)), *lane]))
+        self.query_one("#legend", Head).update(Segments([Segment(" "), *paint.legend(view.kinds())]))
+        rows = self.query_one("#processes", Rows)
+        rows.show(view.processes)
+        if self.query_one(ContentSwitcher).current == "segments":
+            self.query_one("#segments", Rows).show(view.snapshot.frames)
+
+    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+        """A process, or a segment."""
+        if isinstance(event.row, ProcessRow):
+            self.app.push_screen(OneProcess(event.row.process.number, event.row.process.pid))
+        else:
+            self.app.push_screen(OneSegment(event.row.serial))
+
+
+class OneProcess(Live):
+    """A process: its lane as wide as the screen, and its mappings."""
+
+    def __init__(self, number: int, pid: int) -> None:
+        super().__init__()
+        self._number, self._pid = number, pid
+
+    def compose(self) -> ComposeResult:
+        """From top to bottom."""
+        yield Head(id="title")
+        yield Head(id="one")
+        yield Head(id="kernel")
+        yield Head(id="lane")
+        yield Rows(MAPPINGS, lambda row: row.mapping.address)
+        yield Footer(show_command_palette=False, compact=True)
+
+    def show(self, view: View) -> None:
+        """What it has now; where it has gone, what it had."""
+        row = view.process(self._number)
+        if row is None:
+            self.query_one("#one", Head).say(f" process {self._pid} has gone; Esc goes back")
+            return
+        process, cells = row.process, max(1, self.size.width - 2)
+        said = [f"process {process.pid}", f"uid {process.uid}", words.counted(process.calls, "call") + " running"]
+        said += [f"{words.counted(row.lane.ranges, 'mapping')} {words.size(row.lane.bytes)}"]
+        self.query_one("#one", Head).say(" " + fitting(said, cells))
+        wide = view.alone(process, cells)
+        self.query_one("#kernel", Head).update(Segments([Segment(" "), *paint.lane(wide.kernel, cells)]))
+        self.query_one("#lane", Head).update(Segments([Segment(" "), *paint.lane(wide.users[0], cells)]))
+        self.table.show(view.mappings(row))
+
+    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+        """The segment of a mapping."""
+        if event.row.frames is not None:
+            self.app.push_screen(OneSegment(event.row.frames.serial))
+
+
+class OneSegment(Live):
+    """Frames: their segments, and everyone who holds a reference."""
+
+    def __init__(self, serial: int) -> None:
+        super().__init__()
+        self._serial = serial
+
+    def compose(self) -> ComposeResult:
+        """From top to bottom."""
+        yield Head(id="title")
+        yield Head(id="one")
+        yield Head(id="parts")
+        yield Rows(HOLDERS, lambda row: row)
+        yield Footer(show_command_palette=False, compact=True)
+
+    def show(self, view: View) -> None:
+        """Its holders now."""
+        frames = view.frames.get(self._serial)
+        if frames is None:
+            self.query_one("#one", Head).say(f" frames {self._serial} are gone: nobody refers to them; Esc goes back")
+            self.table.show([])
+            return
+        said = [f"frames {frames.serial}", words.size(frames.length), words.counted(frames.refcount, "reference")]
+        self.query_one("#one", Head).say(" " + fitting(said, self.size.width - 2))
+        parts = [
+            f"inode {part.inode} {words.size(part.length)}" + (f" {words.harmless(part.name)}" if part.name else "")
+            for part in frames.segments[:20]
+        ]
+        more = [f"and {len(frames.segments) - 20} more"] if len(frames.segments) > 20 else []
+        self.query_one("#parts", Head).say(" " + ", ".join([*parts, *more]))
+        self.table.show(frames.holders)
+
+
+HELP = """\
+Each line is a process; its bar is its UserLand, squeezed:
+mappings as blocks, as long as the logarithm of their pages.
+What is lit is mirrored by the kernel at this moment: the
+number is the mirror's, the same in KernelLand and UserLand.
+
+ 1 2     processes, segments
+ arrows  the cursor             Enter  detail, holders
+ s S     sort by the next column, the other way round
+ /       filter; Esc ends it    Esc    back
+ p       pause                  q      quit
+"""
+
+
+class Help(ModalScreen[None]):
+    """What the keys do."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,enter,space", "app.pop_screen", "Back")]
+
+    def compose(self) -> ComposeResult:
+        """A box."""
+        yield Static(HELP, id="help", markup=False)

@@ -1,0 +1,129 @@
+"""What the screens show, made of a snapshot: rows, and the words at the top. Nothing here knows of a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import msgspec
+
+from realmap.cli.top.feed import Seen
+from realmap.observe import words
+from realmap.observe.picture import Lane, Numbers, Picture, draw
+from realmap.observe.snapshot import FramesInfo, MappingInfo, ProcessInfo, Snapshot
+from realmap.rights import MappingAccessRights
+
+
+@dataclass(frozen=True)
+class ProcessRow:
+    """A process, and its lane of the picture."""
+
+    process: ProcessInfo
+    lane: Lane
+
+    @property
+    def mirrored(self) -> int:
+        """How many live mirrors show some of it."""
+        return len({light.number for light in self.lane.lights})
+
+
+@dataclass(frozen=True)
+class MappingRow:
+    """A mapping, the frames that it shows, and the numbers of the mirrors that show some of it."""
+
+    mapping: MappingInfo
+    frames: FramesInfo | None
+    mirrors: tuple[int, ...]
+
+    @property
+    def rights(self) -> str:
+        """As realmap writes them: u_rw."""
+        return str(MappingAccessRights(self.mapping.rights))
+
+
+class View:
+    """A snapshot as the screens show it. `cells`: of the lanes."""
+
+    def __init__(self, seen: Seen, cells: int, numbers: Numbers) -> None:
+        self.seen = seen
+        self.snapshot: Snapshot = seen.snapshot
+        self._numbers = numbers
+        self.picture: Picture = draw(seen.snapshot, cells, numbers=numbers)
+        self.processes = [ProcessRow(lane.process, lane) for lane in self.picture.users if lane.process is not None]
+
+    @cached_property
+    def frames(self) -> dict[int, FramesInfo]:
+        """By serial."""
+        return self.snapshot.frames_by_serial()
+
+    def process(self, number: int) -> ProcessRow | None:
+        """By the kernel's number for it; None: it has gone."""
+        return next((row for row in self.processes if row.process.number == number), None)
+
+    def alone(self, process: ProcessInfo, cells: int) -> Picture:
+        """A process by itself, larger."""
+        snapshot = msgspec.structs.replace(self.snapshot, processes=[process])
+        return draw(snapshot, cells, unit=2.0, numbers=self._numbers)
+
+    def mappings(self, row: ProcessRow) -> list[MappingRow]:
+        """Those of a process."""
+        lights: dict[int, set[int]] = {}
+        ordered = sorted(row.lane.lights, key=lambda light: light.address)
+        at = 0
+        for mapping in row.process.mappings:  # in order of address, too
+            while at < len(ordered) and ordered[at].address < mapping.address + mapping.length:
+                lights.setdefault(mapping.address, set()).add(ordered[at].number)
+                at += 1
+        return [
+            MappingRow(
+                mapping,
+                None if mapping.frames is None else self.frames.get(mapping.frames),
+                tuple(sorted(lights.get(mapping.address, ()))),
+            )
+            for mapping in row.process.mappings
+        ]
+
+    def kinds(self) -> list[str]:
+        """Of all blocks on UserLand."""
+        return sorted({block.kind for row in self.processes for block in row.lane.blocks})
+
+
+def totals(snapshot: Snapshot) -> list[str]:
+    """What there is now, the most telling first."""
+    stats = snapshot.stats
+    return [
+        words.counted(len(snapshot.processes), "process"),
+        words.counted(stats["mappings"], "mapping"),
+        f"{words.counted(stats['segments'], 'segment')} {words.size(stats['bytes'])}",
+        words.counted(len(snapshot.mirrors), "mirror"),
+        f"{len(snapshot.kept)} kept {words.size(stats['kept_bytes'])}",
+        words.counted(len(snapshot.handles), "handle"),
+    ]
+
+
+def rates(seen: Seen) -> list[str]:
+    """How fast it goes, and what it took to find out."""
+    stats, found = seen.snapshot.stats, []
+    if seen.rates is None:
+        found.append(f"{words.counted(stats['calls'], 'call')} so far")
+    else:
+        found.append(f"{words.count(seen.rates['calls'])} calls/s")
+        found.append(f"{words.count(seen.rates['mirrored'])} mirrors/s")
+        if seen.rates["kept_hits"]:
+            found.append(f"{words.count(seen.rates['kept_hits'])} kept hits/s")
+        found.append(f"{words.size(round(seen.rates['mirrored_bytes']))}/s")
+    found.append(f"{stats['running']} running")
+    found.append(f"{stats['descriptors']} descriptors")
+    return [*found, f"snapshot {seen.took * 1e3:.0f} ms"]
+
+
+def fitting(parts: Iterable[str], width: int) -> str:
+    """As many of the parts as a line has room for."""
+    line = ""
+    for part in parts:
+        longer = f"{line} · {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line

@@ -1,0 +1,101 @@
+"""The live view in a browser: textual-serve runs `realmap top` for each page that is open.
+
+Its page asks a font service for a font, and its socket is open to whatever page the browser shows besides; neither
+is wanted for something that shows memory on this machine. So the page comes with a policy that lets it load nothing
+from elsewhere (it has the font itself), and only a page of ours, by a name of ours, gets an answer.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import shlex
+import signal
+import socket
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+from aiohttp import web
+from textual_serve.server import Server
+
+#: A browser that keeps its socket open is not waited for at the end. Seconds.
+GRACE = 1.0
+POLICY = "default-src 'self' 'unsafe-inline' data: blob:; connect-src 'self' ws://{host}; frame-ancestors 'none'"
+
+
+def command(path: str, interval: float) -> str:
+    """What a shell runs for each page."""
+    return shlex.join([sys.executable, "-m", "realmap", "top", "--kernel", path, "--interval", repr(interval)])
+
+
+def may_ask(host: str, origin: str | None, everybody: bool) -> bool:
+    """Whether a request is from a page of ours: its `Host` is this machine's loopback, its `Origin`, if any, that host.
+
+    A page of somebody else's whose name was bent to this machine (DNS rebinding) has its own name as host.
+    `everybody`: it listens for other machines, too, and may be called by any name.
+    """
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        local = ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        local = name == "localhost"
+    return (local or everybody) and (origin is None or urlsplit(origin).netloc == host)
+
+
+class Page(Server):
+    """The server of textual-serve, with the page and its socket guarded, under whatever name it is called by."""
+
+    everybody = False
+
+    async def _make_app(self) -> web.Application:
+        app = await super()._make_app()
+        app.middlewares.append(self._guard)
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if not may_ask(request.host, request.headers.get("Origin"), self.everybody):
+            raise web.HTTPForbidden(text="realmap top: this page is not for others")
+        # No await lies between here and where it is used: through a tunnel the page has another port.
+        self.public_url = f"http://{request.host}"
+        response: web.StreamResponse = await handler(request)
+        if not response.prepared:
+            response.headers["Content-Security-Policy"] = POLICY.format(host=request.host)
+            response.headers["Cache-Control"] = "no-store"
+        return response
+
+    async def on_startup(self, app: web.Application) -> None:
+        """Says nothing: the address has been printed."""
+
+
+def serve(path: str, interval: float, host: str, port: int) -> None:
+    """Serves it until Ctrl-C or SIGTERM. ClickException: it cannot listen there."""
+    listening = _listen(host, port)
+    where, port = listening.getsockname()[:2]
+    name = f"[{where}]" if ":" in where else where
+    page = Page(command(path, interval), host=where, port=port, title="realmap top")
+    page.everybody = not ipaddress.ip_address(where).is_loopback
+    click.echo(f"realmap top: http://{name}:{port}/ (Ctrl-C ends it)")
+    if page.everybody:
+        click.echo("whoever reaches this address sees the memory map, and is asked for no password", err=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    web.run_app(page._make_app(), sock=listening, print=None, access_log=None, shutdown_timeout=GRACE)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, proto)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(address)
+            listening.listen()
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise click.ClickException(f"cannot listen at {host} port {port}: {error.strerror}; try --port 0") from None
+    return listening

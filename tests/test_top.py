@@ -1,0 +1,439 @@
+"""The live view: by Textual's pilot on real kernels, and as a real process in a pseudo-terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BOUND, PAGE, wait_until
+from rich.segment import Segment
+
+import realmap
+from realmap.cli.top import paint
+from realmap.cli.top.app import Top
+from realmap.cli.top.feed import Feed, Seen
+from realmap.cli.top.screens import Help, Main, OneProcess, OneSegment
+from realmap.cli.top.view import fitting
+from realmap.observe.picture import draw, lit
+
+Steps = Callable[[Top, Any], Awaitable[None]]
+
+
+def screen_text(app: Top) -> str:
+    """What is on the screen, as lines."""
+    return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
+
+
+def papers(app: Top) -> set[str]:
+    """The background colours on the screen."""
+    found = set()
+    for strip in app.screen._compositor.render_strips():
+        for segment in strip:
+            if segment.style is not None and segment.style.bgcolor is not None:
+                found.add(segment.style.bgcolor.get_truecolor().hex)
+    return found
+
+
+async def until(pilot: Any, holds: Callable[[], object], what: str) -> None:
+    """Waits for something to be so on the screen."""
+    end = time.monotonic() + BOUND
+    while not holds():
+        assert time.monotonic() < end, f"{what} did not happen:\n{screen_text(pilot.app)}"
+        await pilot.pause(0.02)
+
+
+def drive(path: str, steps: Steps, size: tuple[int, int] = (80, 24), interval: float = 0.1) -> None:
+    """Runs the app on a screen of that size, and `steps` once it has shown something."""
+
+    async def run() -> None:
+        app = Top(path, interval)
+        async with app.run_test(size=size) as pilot:
+            await until(pilot, lambda: app.view is not None, "the first view")
+            await pilot.pause()
+            await steps(app, pilot)
+
+    asyncio.run(run())
+
+
+def busy(me: realmap.Process, buffers: int) -> None:
+    """A user that maps, has its buffers mirrored, and goes on until it is killed."""
+    kinds = (realmap.MemoryType.HEAP, realmap.MemoryType.SHARED_MEMORY)
+    mine = [me.map(PAGE * (1 + at * 7 % 40), type=kinds[at % 2]) for at in range(buffers)]
+    while True:
+        for buffer in mine:
+            me.call("sha256", buffer)
+            time.sleep(0.002)  # there are other tests on this machine
+
+
+@pytest.fixture
+def loaded(kernel: realmap.KernelHandle) -> Iterator[realmap.KernelHandle]:
+    """A kernel with three users at work, beside who is there already."""
+    before = kernel.stats()["processes"]
+    users = [kernel.spawn(busy, count) for count in (1, 3, 8)]
+    wait_until(lambda: kernel.stats()["mappings"] == 12, "the users' mappings")
+    yield kernel
+    for user in users:
+        user.kill()
+        user.join(BOUND)
+    wait_until(lambda: kernel.stats()["processes"] == before, "the end of the users")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (20, 10), (200, 60), (5, 3), (1, 1)])
+def test_sizes(me: realmap.Process, loaded: realmap.KernelHandle, size: tuple[int, int]) -> None:
+    async def steps(app: Top, pilot: Any) -> None:
+        with me.map(5 * PAGE) as buffer:
+            me.call("keep", "shown", buffer.slice(PAGE, PAGE))
+            seen = app.shown
+            await until(pilot, lambda: app.shown > seen + 1, "a later view")
+            text = screen_text(app)
+            if size[0] >= 20:
+                assert all(str(process.pid) in text for process in app.view.snapshot.processes)  # type: ignore[union-attr]
+                assert lit(1) in papers(app) or lit(2) in papers(app)
+            if size[0] >= 80:
+                assert "4 processes" in text
+                assert f"kernel {loaded.pid}" in text
+                assert "calls/s" in text
+                assert "KernelLand" in text
+            for key in ("2", "enter", "escape", "1", "enter", "enter", "escape", "escape", "question_mark", "escape"):
+                await pilot.press(key)
+                await pilot.pause()
+                assert all(len(line) <= size[0] for line in screen_text(app).splitlines())
+            assert isinstance(app.screen, Main)
+            me.call("read_kept", "shown")
+
+    drive(loaded.path, steps, size)
+
+
+def test_another_size_while_it_runs(loaded: realmap.KernelHandle) -> None:
+    async def steps(app: Top, pilot: Any) -> None:
+        for size in ((20, 10), (120, 40), (1, 1), (80, 24)):
+            await pilot.resize_terminal(*size)
+            seen = app.shown
+            await until(pilot, lambda seen=seen: app.shown > seen, "another view")
+        assert "UserLand" in screen_text(app)
+
+    drive(loaded.path, steps)
+
+
+def test_sort_filter_pause(loaded: realmap.KernelHandle) -> None:
+    async def steps(app: Top, pilot: Any) -> None:
+        table = app.screen.query_one("#processes")
+        assert [row.process.pid for row in table.shown] == sorted(row.process.pid for row in table.shown)
+        await pilot.press("s", "s")  # calls, then mappings
+        assert [row.lane.ranges for row in table.shown] == [8, 3, 1]
+        await pilot.press("S")
+        assert [row.lane.ranges for row in table.shown] == [1, 3, 8]
+        assert "maps▲" in screen_text(app)
+        pid = table.shown[1].process.pid
+        await pilot.press("slash", *str(pid))
+        await until(pilot, lambda: len(table.shown) == 1, "the filter")
+        await pilot.press("enter")
+        assert table.has_focus
+        assert [row.process.pid for row in table.shown] == [pid]
+        await pilot.press("escape")
+        assert len(table.shown) == 3
+        await pilot.press("p")
+        await until(pilot, lambda: "PAUSED" in screen_text(app), "the pause")
+        calls, seen = loaded.stats()["calls"], app.shown
+        wait_until(lambda: loaded.stats()["calls"] > calls + 20, "calls while it is paused")
+        await pilot.pause(0.5)
+        assert app.shown <= seen + 1  # one may have been on its way
+        await pilot.press("p")
+        await until(pilot, lambda: app.shown > seen + 1 and "PAUSED" not in screen_text(app), "going on")
+
+    drive(loaded.path, steps)
+
+
+def test_the_cursor_stays_with_its_process(kernel: realmap.KernelHandle, loaded: realmap.KernelHandle) -> None:
+    async def steps(app: Top, pilot: Any) -> None:
+        table = app.screen.query_one("#processes")
+        await pilot.press("down", "down")
+        pid = table.shown[table.cursor].process.pid
+        await pilot.press("s", "s", "S")
+        assert table.shown[table.cursor].process.pid == pid
+        await pilot.press("end", "home", "pagedown", "pageup", "up")
+        assert table.cursor == 0
+
+    drive(loaded.path, steps)
+
+
+def test_a_process_a_segment_and_their_end(kernel: realmap.KernelHandle) -> None:
+    with kernel.connect() as me:
+        shared = me.map(5 * PAGE, fragment=2 * PAGE)
+        me.call("keep", "detail", shared.slice(PAGE, 3333))
+
+        async def steps(app: Top, pilot: Any) -> None:
+            await pilot.press("enter")
+            assert isinstance(app.screen, OneProcess)
+            text = screen_text(app)
+            assert f"process {os.getpid()}" in text
+            assert f"{shared.address:#x}" in text
+            assert "HEAP" in text
+            assert "u_rw" in text
+            (row,) = app.screen.query_one("Rows").shown  # type: ignore[attr-defined]
+            assert row.mirrors == (1,)
+            assert row.frames.refcount == 2
+            await pilot.press("enter")
+            assert isinstance(app.screen, OneSegment)
+            text = screen_text(app)
+            assert "2 references" in text
+            assert f"mapping {shared.address:#x} of process" in text
+            assert "mirror 0x3" in text
+            assert text.count("inode") == 3
+            me.call("read_kept", "detail")
+            await until(pilot, lambda: "1 reference" in screen_text(app), "the end of the mirror")
+            me.close()
+            await until(pilot, lambda: "are gone" in screen_text(app), "the end of the frames")
+            await pilot.press("escape")
+            assert "has gone" in screen_text(app)
+            await pilot.press("escape")
+            assert isinstance(app.screen, Main)
+
+        drive(kernel.path, steps)
+
+
+def test_a_kernel_that_dies_and_comes_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "k.sock")
+    first = realmap.boot(path=path)
+
+    async def steps(app: Top, pilot: Any) -> None:
+        os.kill(first.pid, signal.SIGKILL)
+        await until(pilot, lambda: "NO KERNEL" in screen_text(app), "word of its death")
+        first.shutdown()
+        with realmap.boot(path=path) as second:
+            await until(pilot, lambda: f"kernel {second.pid}" in screen_text(app), "the next kernel")
+            assert app.view is not None
+            assert app.view.seen.snapshot.pid == second.pid
+            await pilot.press("q")
+
+    drive(path, steps)
+
+
+def test_a_kernel_that_does_not_answer_stops_nobody(kernel: realmap.KernelHandle) -> None:
+    async def steps(app: Top, pilot: Any) -> None:
+        os.kill(kernel.pid, signal.SIGSTOP)
+        try:
+            start = time.monotonic()
+            await pilot.press("2", "1", "question_mark", "escape", "s")
+            app.exit()
+            await pilot.pause()
+            assert time.monotonic() - start < 5
+        finally:
+            os.kill(kernel.pid, signal.SIGCONT)
+
+    drive(kernel.path, steps)
+
+
+def test_ten_thousand_mappings(kernel: realmap.KernelHandle) -> None:
+    """What a refresh of the screen costs its thread: tens of ms are felt by nobody. The bound is for loaded ones."""
+    user = kernel.spawn(many, 10_000)
+    wait_until(lambda: kernel.stats()["mappings"] == 10_000, "ten thousand mappings")
+
+    async def steps(app: Top, pilot: Any) -> None:
+        for key in ("1", "2", "enter", "end", "escape", "1", "enter", "end", "pageup"):
+            await pilot.press(key)
+            await pilot.pause()
+            start = time.process_time()
+            app.show()
+            await pilot.pause()
+            assert time.process_time() - start < 1.0
+        assert len(app.screen.query_one("Rows").shown) == 10_000  # type: ignore[attr-defined]
+
+    drive(kernel.path, steps)
+    user.kill()
+    user.join(BOUND)
+    wait_until(lambda: not kernel.stats()["mappings"], "the end of the mappings")
+
+
+def many(me: realmap.Process, count: int) -> None:
+    """Many mappings of few segments."""
+    parts = [me.map(100 * PAGE) for _ in range(100)]
+    handles = [me.share(part) for part in parts]
+    buffers = [me.attach(handles[at % 100], at // 100 * PAGE, PAGE) for at in range(count - 100)]
+    signal.pause()
+    del buffers
+
+
+# ---- without a screen ---------------------------------------------------------------------
+
+
+def test_a_lane_is_as_wide_as_asked_and_says_numbers(me: realmap.Process) -> None:
+    with me.map(64 * PAGE) as buffer, me.map(3 * PAGE):
+        me.call("keep", "painted", buffer.slice(0, PAGE))
+        snapshot = _snapshot(me)
+        for cells in (1, 2, 3, 10, 40, 200):
+            picture = draw(snapshot, cells)
+            for lane in (picture.kernel, *picture.users):
+                assert Segment.get_line_length(paint.lane(lane, cells)) == cells
+        text = "".join(segment.text for segment in paint.lane(picture.users[0], 200))
+        assert "256K" in text
+        assert "1" in text
+        me.call("read_kept", "painted")
+
+
+def _snapshot(me: realmap.Process) -> Any:
+    from realmap.observe.control import Control
+
+    with Control(me.path) as control:
+        return control.snapshot()
+
+
+def test_small_words() -> None:
+    assert fitting(["one", "two", "three"], 9) == "one · two"
+    assert fitting(["one"], 2) == ""
+    assert paint.sparkline([0, 4, 8], 2) == "▄█"
+    assert paint.sparkline([0, 0], 5) == "  "
+    assert paint.sparkline([1], 0) == ""
+
+
+def test_the_feed_waits_until_it_is_consumed(kernel: realmap.KernelHandle) -> None:
+    found: list[Seen | str] = []
+    came = threading.Semaphore(0)
+
+    def deliver(seen: Seen | str) -> None:
+        found.append(seen)
+        came.release()
+
+    feed = Feed(kernel.path, 0.0, deliver)
+    feed.start()
+    assert came.acquire(timeout=BOUND)
+    assert not came.acquire(timeout=0.5)  # nobody has looked at the first one yet
+    feed.consumed()
+    assert came.acquire(timeout=BOUND)
+    feed.consumed()
+    feed.stop()
+    assert len(found) >= 2
+    assert isinstance(found[0], Seen)
+    assert isinstance(found[1], Seen)
+    assert found[0].rates is None
+    assert found[1].rates is not None
+
+
+# ---- as a real process --------------------------------------------------------------------
+
+
+class Terminal:
+    """A command in a pseudo-terminal."""
+
+    def __init__(self, *arguments: str, size: tuple[int, int] = (80, 24), **variables: str) -> None:
+        self._leader, follower = pty.openpty()
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        self.child = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "realmap", *arguments],
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,  # that is where Textual writes
+            env={**os.environ, "TERM": "xterm-256color", **variables},
+            start_new_session=True,
+        )
+        os.close(follower)
+        self.out = b""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                more = os.read(self._leader, 65536)
+            except OSError:
+                return
+            if not more:
+                return
+            self.out += more
+
+    def press(self, keys: str) -> None:
+        os.write(self._leader, keys.encode())
+
+    def wait(self) -> int:
+        """Its exit status."""
+        try:
+            return self.child.wait(BOUND)
+        finally:
+            self.child.kill()  # nothing, where it has ended
+            self.child.wait()
+            self._reader.join(BOUND)
+            os.close(self._leader)
+            assert b"Traceback" not in self.out
+
+
+@pytest.mark.parametrize("size", [(80, 24), (20, 10)])
+def test_a_real_terminal(loaded: realmap.KernelHandle, size: tuple[int, int]) -> None:
+    terminal = Terminal("top", "--kernel", loaded.path, "--interval", "0.1", size=size)
+    wait_until(lambda: b"UserLand" in terminal.out or terminal.child.poll() is not None, "the screen")
+    pids = [str(process.pid).encode() for process in loaded.snapshot().processes]
+    wait_until(lambda: all(pid in terminal.out for pid in pids), "the processes")
+    terminal.press("q")
+    assert terminal.wait() == 0
+    assert terminal.out.index(b"\x1b[?1049h") < terminal.out.index(b"\x1b[?1049l")  # the screen is given back
+
+
+def test_no_colour(loaded: realmap.KernelHandle) -> None:
+    terminal = Terminal("top", "--kernel", loaded.path, NO_COLOR="1", COLORTERM="truecolor")
+    wait_until(lambda: b"UserLand" in terminal.out, "the screen")
+    terminal.press("q")
+    assert terminal.wait() == 0
+    colours = re.findall(rb"[34]8;2;(\d+);(\d+);(\d+)", terminal.out)
+    assert all(red == green == blue for red, green, blue in colours)
+
+
+def test_without_a_terminal_or_a_kernel(kernel: realmap.KernelHandle, tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "realmap", "top", *arguments],
+            capture_output=True, text=True, timeout=BOUND,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stderr
+
+    status, said = run("--kernel", kernel.path)
+    assert status == 1
+    assert "realmap ps" in said
+    assert said.count("\n") == 1
+    assert run("--interval", "0")[0] == 2
+    assert run("--port", "0")[0] == 2
+    terminal = Terminal("top", "--kernel", str(tmp_path / "none"))
+    assert terminal.wait() == 1
+    assert b"no kernel" in terminal.out
+    assert b"\x1b[?1049h" not in terminal.out
+
+
+def test_textual_is_imported_only_where_it_is_needed(tmp_path: Path) -> None:
+    """It is an extra: everything else works without it, and top says what to install."""
+    hidden = "import sys; sys.modules['textual'] = None\nfrom realmap.cli import main\n"
+    environment = {**os.environ, "TEXTUAL_DRIVER": "none"}  # as in a browser: no terminal is asked for
+    for arguments, status, word in (
+        (["--help"], 0, "top"),
+        (["top", "--kernel", "x"], 1, "pip install 'realmap[top]'"),
+    ):
+        code = f"{hidden}sys.argv[1:] = {arguments!r}\nmain()"
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=BOUND
+        )
+        assert done.returncode == status
+        assert word in done.stdout + done.stderr
+        assert len(done.stderr.splitlines()) <= 1
+
+
+def test_help_screen_says_the_keys(kernel: realmap.KernelHandle) -> None:
+    async def steps(app: Top, pilot: Any) -> None:
+        await pilot.press("question_mark")
+        assert isinstance(app.screen, Help)
+        assert "pause" in screen_text(app)
+        await pilot.press("question_mark")
+        assert isinstance(app.screen, Main)
+
+    drive(kernel.path, steps)
