@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import termios
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +83,10 @@ def busy(me: realmap.Process, buffers: int) -> None:
 
 @pytest.fixture
 def loaded(kernel: realmap.KernelHandle) -> Iterator[realmap.KernelHandle]:
-    """A kernel with three users at work, beside who is there already."""
+    """A kernel with two users at work, beside who is there already."""
     before = kernel.stats()["processes"]
-    users = [kernel.spawn(busy, count) for count in (1, 3, 8)]
-    wait_until(lambda: kernel.stats()["mappings"] == 12, "the users' mappings")
+    users = [kernel.spawn(busy, count) for count in (3, 8)]
+    wait_until(lambda: kernel.stats()["mappings"] == 11, "the users' mappings")
     yield kernel
     for user in users:
         user.kill()
@@ -92,7 +94,7 @@ def loaded(kernel: realmap.KernelHandle) -> Iterator[realmap.KernelHandle]:
     wait_until(lambda: kernel.stats()["processes"] == before, "the end of the users")
 
 
-@pytest.mark.parametrize("size", [(80, 24), (20, 10), (200, 60), (5, 3), (1, 1)])
+@pytest.mark.parametrize("size", [(80, 24), (20, 10), (200, 60), (1, 1)])
 def test_sizes(me: realmap.Process, loaded: realmap.KernelHandle, size: tuple[int, int]) -> None:
     async def steps(app: Top, pilot: Any) -> None:
         with me.map(5 * PAGE) as buffer:
@@ -104,7 +106,7 @@ def test_sizes(me: realmap.Process, loaded: realmap.KernelHandle, size: tuple[in
                 assert all(str(process.pid) in text for process in app.view.snapshot.processes)  # type: ignore[union-attr]
                 assert lit(1) in papers(app) or lit(2) in papers(app)
             if size[0] >= 80:
-                assert "4 processes" in text
+                assert "3 processes" in text
                 assert f"kernel {loaded.pid}" in text
                 assert "calls/s" in text
                 assert "KernelLand" in text
@@ -134,9 +136,9 @@ def test_sort_filter_pause(loaded: realmap.KernelHandle) -> None:
         table = app.screen.query_one("#processes")
         assert [row.process.pid for row in table.shown] == sorted(row.process.pid for row in table.shown)
         await pilot.press("s", "s")  # calls, then mappings
-        assert [row.lane.ranges for row in table.shown] == [8, 3, 1]
+        assert [row.lane.ranges for row in table.shown] == [8, 3]
         await pilot.press("S")
-        assert [row.lane.ranges for row in table.shown] == [1, 3, 8]
+        assert [row.lane.ranges for row in table.shown] == [3, 8]
         assert "maps▲" in screen_text(app)
         pid = table.shown[1].process.pid
         await pilot.press("slash", *str(pid))
@@ -145,7 +147,7 @@ def test_sort_filter_pause(loaded: realmap.KernelHandle) -> None:
         assert table.has_focus
         assert [row.process.pid for row in table.shown] == [pid]
         await pilot.press("escape")
-        assert len(table.shown) == 3
+        assert len(table.shown) == 2
         await pilot.press("p")
         await until(pilot, lambda: "PAUSED" in screen_text(app), "the pause")
         calls, seen = loaded.stats()["calls"], app.shown
@@ -161,7 +163,7 @@ def test_sort_filter_pause(loaded: realmap.KernelHandle) -> None:
 def test_the_cursor_stays_with_its_process(kernel: realmap.KernelHandle, loaded: realmap.KernelHandle) -> None:
     async def steps(app: Top, pilot: Any) -> None:
         table = app.screen.query_one("#processes")
-        await pilot.press("down", "down")
+        await pilot.press("down")
         pid = table.shown[table.cursor].process.pid
         await pilot.press("s", "s", "S")
         assert table.shown[table.cursor].process.pid == pid
@@ -238,10 +240,11 @@ def test_a_kernel_that_does_not_answer_stops_nobody(kernel: realmap.KernelHandle
     drive(kernel.path, steps)
 
 
-def test_ten_thousand_mappings(kernel: realmap.KernelHandle) -> None:
-    """What a refresh of the screen costs its thread: tens of ms are felt by nobody. The bound is for loaded ones."""
-    user = kernel.spawn(many, 10_000)
-    wait_until(lambda: kernel.stats()["mappings"] == 10_000, "ten thousand mappings")
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_mappings(kernel: realmap.KernelHandle, count: int) -> None:
+    """What a refresh of the screen costs its thread: tens of ms. The bound is for a loaded machine."""
+    user = kernel.spawn(many, count)
+    wait_until(lambda: kernel.stats()["mappings"] == count, "thousands of mappings")
 
     async def steps(app: Top, pilot: Any) -> None:
         for key in ("1", "2", "enter", "end", "escape", "1", "enter", "end", "pageup"):
@@ -251,7 +254,7 @@ def test_ten_thousand_mappings(kernel: realmap.KernelHandle) -> None:
             app.show()
             await pilot.pause()
             assert time.process_time() - start < 1.0
-        assert len(app.screen.query_one("Rows").shown) == 10_000  # type: ignore[attr-defined]
+        assert len(app.screen.query_one("Rows").shown) == count  # type: ignore[attr-defined]
 
     drive(kernel.path, steps)
     user.kill()
@@ -331,6 +334,7 @@ class Terminal:
 
     def __init__(self, *arguments: str, size: tuple[int, int] = (80, 24), **variables: str) -> None:
         self._leader, follower = pty.openpty()
+        self._over = False
         fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.child = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "realmap", *arguments],
@@ -346,14 +350,16 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
-        while True:
-            try:
-                more = os.read(self._leader, 65536)
-            except OSError:
-                return
-            if not more:
-                return
-            self.out += more
+        with suppress(OSError):  # the other end has gone
+            while not self._over:
+                if select.select([self._leader], [], [], 0.05)[0]:
+                    self.out += os.read(self._leader, 65536)
+        os.close(self._leader)
+
+    def hang_up(self) -> None:
+        """Nobody has the terminal any more."""
+        self._over = True
+        self._reader.join(BOUND)
 
     def press(self, keys: str) -> None:
         os.write(self._leader, keys.encode())
@@ -365,8 +371,7 @@ class Terminal:
         finally:
             self.child.kill()  # nothing, where it has ended
             self.child.wait()
-            self._reader.join(BOUND)
-            os.close(self._leader)
+            self.hang_up()
             assert b"Traceback" not in self.out
 
 
@@ -379,6 +384,20 @@ def test_a_real_terminal(loaded: realmap.KernelHandle, size: tuple[int, int]) ->
     terminal.press("q")
     assert terminal.wait() == 0
     assert terminal.out.index(b"\x1b[?1049h") < terminal.out.index(b"\x1b[?1049l")  # the screen is given back
+
+
+def test_it_ends_with_its_terminal_and_on_sigterm(kernel: realmap.KernelHandle) -> None:
+    """Without a controlling terminal no signal tells of the end of one; and reading goes on to find nothing."""
+    terminal = Terminal("top", "--kernel", kernel.path)
+    wait_until(lambda: b"UserLand" in terminal.out, "the screen")
+    terminal.child.terminate()
+    assert terminal.wait() == 0
+    assert b"\x1b[?1049l" in terminal.out
+    terminal = Terminal("top", "--kernel", kernel.path)
+    wait_until(lambda: b"UserLand" in terminal.out, "the screen")
+    terminal.hang_up()
+    terminal.child.wait(BOUND)
+    terminal.wait()
 
 
 def test_no_colour(loaded: realmap.KernelHandle) -> None:

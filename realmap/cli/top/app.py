@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import select
+import signal
 from typing import ClassVar
 
 from textual.app import App
@@ -67,7 +70,18 @@ class Top(App[None]):
 
     def on_mount(self) -> None:
         """Begins to ask."""
+        if not self.is_headless:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
+            if not self.is_web:
+                self.set_interval(1.0, self._end_with_terminal)
         self.feed.start()
+
+    def _end_with_terminal(self) -> None:
+        """One that has gone without a SIGHUP would be read from for ever, as fast as the machine can."""
+        look = select.poll()
+        look.register(0, 0)
+        if look.poll(0):
+            self.exit()
 
     def on_unmount(self) -> None:
         """Asks no more."""
