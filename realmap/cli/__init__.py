@@ -26,6 +26,7 @@ COMMANDS = {
     "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
     "stats": "Totals, limits and rates.",
     "stress": "Users that map, call, fork and are killed; every byte verified.",
+    "top": "Processes, segments and the address space, live.",
     "trace": "Everything that happens, into a file for Perfetto.",
 }
 
