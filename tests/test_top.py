@@ -32,6 +32,8 @@ from realmap.cli.top.screens import Help, Main, OneProcess, OneSegment
 from realmap.cli.top.view import fitting
 from realmap.observe.picture import draw, lit
 
+#: Screens take their time; CI runs them with the other long ones.
+pytestmark = pytest.mark.slow
 Steps = Callable[[Top, Any], Awaitable[None]]
 
 
