@@ -63,7 +63,11 @@ class Head(Static):
 
     def say(self, text: str) -> None:
         """Plain text: what a name holds is no markup."""
-        self.update(Segments([Segment(text)]))
+        self.draw([Segment(text)])
+
+    def draw(self, segments: list[Segment]) -> None:
+        """In its own colours. It is as large as it was: nothing is laid out anew."""
+        self.update(Segments(segments), layout=False)
 
 
 class Live(Screen[None]):
@@ -199,8 +203,8 @@ class Main(Live):
         mirrors = len(view.snapshot.mirrors)
         name = next((each for each in (f"KernelLand, {mirrors} lit", "KernelLand", "Kernel") if len(each) < label), "")
         lane = paint.lane(view.picture.kernel, max(1, width - 1 - label))
-        self.query_one("#kernel", Head).update(Segments([Segment(f" {name}".ljust(label)), *lane]))
-        self.query_one("#legend", Head).update(Segments([Segment(" "), *paint.legend(view.kinds())]))
+        self.query_one("#kernel", Head).draw([Segment(f" {name}".ljust(label)), *lane])
+        self.query_one("#legend", Head).draw([Segment(" "), *paint.legend(view.kinds())])
         rows = self.query_one("#processes", Rows)
         rows.show(view.processes)
         if self.query_one(ContentSwitcher).current == "segments":
@@ -241,8 +245,8 @@ class OneProcess(Live):
         said += [f"{words.counted(row.lane.ranges, 'mapping')} {words.size(row.lane.bytes)}"]
         self.query_one("#one", Head).say(" " + fitting(said, cells))
         wide = view.alone(process, cells)
-        self.query_one("#kernel", Head).update(Segments([Segment(" "), *paint.lane(wide.kernel, cells)]))
-        self.query_one("#lane", Head).update(Segments([Segment(" "), *paint.lane(wide.users[0], cells)]))
+        self.query_one("#kernel", Head).draw([Segment(" "), *paint.lane(wide.kernel, cells)])
+        self.query_one("#lane", Head).draw([Segment(" "), *paint.lane(wide.users[0], cells)])
         self.table.show(view.mappings(row))
 
     def on_rows_chosen(self, event: Rows.Chosen) -> None:
