@@ -432,6 +432,22 @@ def test_without_a_terminal_or_a_kernel(kernel: realmap.KernelHandle, tmp_path: 
     assert b"\x1b[?1049h" not in terminal.out
 
 
+@pytest.mark.parametrize("leave", [False, True])
+def test_the_demo_under_it(tmp_path: Path, leave: bool) -> None:
+    """It ends with the demo, and then the report is on the terminal; or the demo with it."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(3 * PAGE))
+    terminal = Terminal("demo", "--top", "--pace", "1" if leave else "0.05", str(file), size=(120, 30))
+    wait_until(lambda: b"UserLand" in terminal.out or terminal.child.poll() is not None, "the screen")
+    if leave:
+        wait_until(lambda: b"demo: 1 of" in terminal.out, "the first check")
+        terminal.press("q")
+    assert terminal.wait() == (1 if leave else 0)
+    report = terminal.out.split(b"\x1b[?1049l")[1]
+    assert (b"nothing is known" if leave else b"left in the end") in report
+    assert b"WRONG" not in report
+
+
 def test_textual_is_imported_only_where_it_is_needed(tmp_path: Path) -> None:
     """It is an extra: everything else works without it, and top says what to install."""
     hidden = "import sys; sys.modules['textual'] = None\nfrom realmap.cli import main\n"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from realmap.cli.output import require_writable
+from realmap.cli.top import require_terminal, require_textual
 from realmap.errors import KernelError
 from realmap.lab import demo as lab
 
@@ -20,7 +21,9 @@ from realmap.lab import demo as lab
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, readable=True))
 @click.option("--json", "as_json", is_flag=True, help="Everything that was found, as JSON.")
 @click.option("--trace", metavar="FILE", help="Trace it: a file for ui.perfetto.dev or chrome://tracing.")
-def demo(files: tuple[str, ...], as_json: bool, trace: str | None) -> None:
+@click.option("--top", is_flag=True, help="Under `realmap top`, each mirror kept for a while, to be seen.")
+@click.option("--pace", type=click.FloatRange(0), default=1.0, help="With --top: for so many seconds; by default 1.")
+def demo(files: tuple[str, ...], as_json: bool, trace: str | None, top: bool, pace: float) -> None:
     """Watch a kernel process mirror-map the memory of user processes, and check every byte.
 
     Each FILE is loaded by a user process of its own; the kernel digests it, and odd ranges of it, in
@@ -35,16 +38,33 @@ def demo(files: tuple[str, ...], as_json: bool, trace: str | None) -> None:
         raise click.ClickException(str(error)) from None
     if trace is not None:
         require_writable(trace)
-    total = sum(len(file.checks) for file in planned)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
-        task = progress.add_task("mirroring", total=total)
-        report = lab.run(planned, lambda check: progress.advance(task), trace)
+    report = _watched(planned, trace, pace) if top else _run(console, planned, trace, as_json)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:
         render(console, report)
     sys.exit(0 if report.ok else 1)
+
+
+def _watched(planned: list[lab.FileReport], trace: str | None, pace: float) -> lab.Report:
+    """Under the live view. ClickException: it cannot be shown, or was left before the end."""
+    require_terminal()
+    require_textual()
+    from realmap.cli.top.demo import watch
+
+    report = watch(planned, trace, pace)
+    if report is None:
+        raise click.ClickException("the demo was ended before its end: nothing is known")
+    return report
+
+
+def _run(console: Console, planned: list[lab.FileReport], trace: str | None, quiet: bool) -> lab.Report:
+    """With a bar for how far it is."""
+    total = sum(len(file.checks) for file in planned)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("mirroring", total=total)
+        return lab.run(planned, lambda check: progress.advance(task), trace)
 
 
 def _mark(ok: bool) -> str:

@@ -129,8 +129,8 @@ def _digest(mirror: Any) -> str:
 
 
 @syscall(blocking=True)
-def demo_digest(call: Call, number: int, data: UserBuffer) -> None:
-    """Digests a range in place, and leaves word of what it saw."""
+def demo_digest(call: Call, number: int, data: UserBuffer, pace: float) -> None:
+    """Digests a range in place, and leaves word of what it saw. The mirror is kept `pace` seconds, to be seen."""
     frames = _frames_of(data)
     before = frames.refcount
     with data.mirror(k_r) as mirror:
@@ -147,6 +147,7 @@ def demo_digest(call: Call, number: int, data: UserBuffer) -> None:
             ],
         }
         during = frames.refcount
+        time.sleep(pace)
     _events.put(seen | {"refcounts": (before, during, frames.refcount)})
 
 
@@ -180,14 +181,14 @@ SYSCALLS = (demo_digest, demo_hold, demo_read, demo_collect)
 # ---- in the user processes ----------------------------------------------------------------
 
 
-def owner(me: Process, file: FileReport, numbers: list[int], hold: bool) -> None:
+def owner(me: Process, file: FileReport, numbers: list[int], hold: bool, pace: float) -> None:
     """Loads a file into a mapping of its own, and has the kernel digest ranges of it."""
     buffer = me.map(file.size, fragment=file.fragment)
     with open(file.path, "rb") as source, memoryview(buffer) as view:
         if source.readinto(view) != file.size:
             raise OSError(f"{file.path} changed its size while it was read")
     for number, check in zip(numbers, file.checks, strict=True):
-        me.call("demo_digest", number, buffer.slice(check.offset, check.length))
+        me.call("demo_digest", number, buffer.slice(check.offset, check.length), pace)
     if hold:
         me.call("demo_hold", buffer)
         signal.pause()  # until it is killed
@@ -263,20 +264,29 @@ def _digest_stream(source: Any, length: int) -> str:
 
 
 def run(
-    files: list[FileReport], on_check: Callable[[Check], None] = lambda check: None, trace: str | None = None
+    files: list[FileReport],
+    on_check: Callable[[Check], None] = lambda check: None,
+    trace: str | None = None,
+    *,
+    on_boot: Callable[[str], None] = lambda path: None,
+    pace: float = 0.0,
 ) -> Report:
     """Runs the demo on planned files; `on_check` is called after each check. `trace`: a file for a trace of it.
+
+    `on_boot` is called with the kernel's path before anything else happens: who connects there until the end does it
+    by then, or would be counted as left over. `pace`: seconds that each mirror is kept, for somebody to see it.
 
     KernelError: the kernel died, or was silent. OSError: the trace cannot be written.
     """
     with boot(syscalls=SYSCALLS) as kernel, kernel.trace(trace) if trace else nullcontext():
+        on_boot(kernel.path)
         baseline = kernel.stats()["descriptors"]
         with kernel.connect() as me:
-            children = _start(kernel, files)
+            children = _start(kernel, files, pace)
             held: list[dict[str, Any]] = []
             for check in _collect(me, files, held):
                 on_check(check)
-            killed = _kill(kernel, me, files[-1], children[-1], held.pop() if held else _next(me))
+            killed = _kill(kernel, me, files[-1], children[-1], held.pop() if held else _next(me), pace)
             for child in children:
                 child.join(PATIENCE)
         balance = _balance(kernel, baseline)
@@ -285,13 +295,13 @@ def run(
     return Report(files, killed, balance, ok)
 
 
-def _start(kernel: KernelHandle, files: list[FileReport]) -> list[SpawnedProcess]:
+def _start(kernel: KernelHandle, files: list[FileReport], pace: float) -> list[SpawnedProcess]:
     children: list[SpawnedProcess] = []
     number = 0
     for file in files:
         numbers = list(range(number, number + len(file.checks)))
         number += len(numbers)
-        children.append(kernel.spawn(owner, file, numbers, file is files[-1]))
+        children.append(kernel.spawn(owner, file, numbers, file is files[-1], pace))
         file.pid = children[-1].pid
     return children
 
@@ -330,13 +340,15 @@ def _until(holds: Callable[[], bool]) -> None:
 
 
 def _kill(
-    kernel: KernelHandle, me: Process, file: FileReport, child: SpawnedProcess, held: dict[str, Any]
+    kernel: KernelHandle, me: Process, file: FileReport, child: SpawnedProcess, held: dict[str, Any], pace: float
 ) -> KillReport:
     """Kills the owner of the last file while the kernel holds a mirror of it, and has the mirror read afterwards."""
+    time.sleep(pace)
     child.kill()
     child.join(PATIENCE)
     # Its death reaches the kernel by its pidfd: only then are its references gone.
     _until(lambda: held["held"] not in [process.pid for process in kernel.snapshot().processes])
+    time.sleep(pace)  # the mirror lives on
     read = me.call("demo_read")
     return KillReport(
         held["held"],

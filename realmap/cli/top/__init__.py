@@ -7,6 +7,7 @@ rows     the table
 screens  everything, a process, a segment
 app      all of it together
 web      the same in a browser
+demo     the demo under it
 
 Textual is imported only when it is run: it is an extra, and takes its time.
 """

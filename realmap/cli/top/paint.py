@@ -88,7 +88,7 @@ def _block(canvas: Canvas, block: Block, lights: Iterable[Light]) -> None:
 def legend(kinds: Iterable[str]) -> list[Segment]:
     """What the colours mean."""
     found = []
-    for kind in [*sorted(set(kinds) - {MIRROR, KEPT}), KEPT]:
+    for kind in sorted(set(kinds) - {MIRROR}, key=lambda kind: (kind == KEPT, kind)):
         found += [Segment("  ", _style(None, colour(kind))), Segment(f" {kind.lower()}  ")]
     for number in (1, 2, 3):
         found.append(Segment(f" {number}", _style(BLACK, lit(number), True)))

@@ -135,8 +135,8 @@ class Rows(ScrollView, Generic[T], can_focus=True):
             return self._strip(
                 [Segment(self._title(column)) for column in self._visible(self.size.width)], style, width
             )
-        number = y - 1 + self.scroll_offset.y
-        if number >= len(self.shown):
+        number, between = divmod(y - 1 + self.scroll_offset.y, self._pitch)
+        if between or number >= len(self.shown):
             return Strip.blank(width, self.rich_style)
         row, segments = self.shown[number], []
         for column in self._visible(self.size.width):
@@ -166,7 +166,13 @@ class Rows(ScrollView, Generic[T], can_focus=True):
     # ---- the cursor -------------------------------------------------------------------------
 
     def _resized(self) -> None:
-        self.virtual_size = Size(self.size.width, len(self.shown) + 1)
+        self.virtual_size = Size(self.size.width, len(self.shown) * self._pitch + 1)
+
+    @property
+    def _pitch(self) -> int:
+        """Lines from one row to the next: bars stand apart where there is room for all of them like that."""
+        drawn = any(column.paint is not None for column in self.columns)
+        return 2 if drawn and len(self.shown) * 2 + 1 <= self.size.height else 1
 
     def on_resize(self, event: Resize) -> None:
         """Another size: the cursor stays in sight."""
@@ -201,7 +207,7 @@ class Rows(ScrollView, Generic[T], can_focus=True):
         if event.y == 0:
             self._sort_at(event.x)
             return
-        number = event.y - 1 + self.scroll_offset.y
+        number = (event.y - 1 + self.scroll_offset.y) // self._pitch
         if number < len(self.shown):
             again, self.cursor = number == self.cursor, number
             self.refresh()

@@ -85,8 +85,9 @@ class View:
         ]
 
     def kinds(self) -> list[str]:
-        """Of all blocks on UserLand."""
-        return sorted({block.kind for row in self.processes for block in row.lane.blocks})
+        """Of all blocks."""
+        lanes = [self.picture.kernel, *self.picture.users]
+        return sorted({block.kind for lane in lanes for block in lane.blocks})
 
 
 def totals(snapshot: Snapshot) -> list[str]:
