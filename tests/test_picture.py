@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -252,3 +253,20 @@ def test_the_command_on_a_running_kernel(tmp_path: Path) -> None:
             assert done.returncode != 0
             assert "Traceback" not in done.stderr
         me.call("read_kept", "held")
+
+
+def test_the_pictures_of_the_readme_can_be_made(tmp_path: Path) -> None:
+    """From real runs; and those that lie there load nothing from elsewhere."""
+    images = Path(__file__).parent.parent / "tools" / "images"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(images / "make.py"), "demo", "top", "lands"],
+        capture_output=True, text=True, timeout=BOUND, env={**os.environ, "REALMAP_PICTURES": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, word in (("demo", "KernelLand"), ("top", "UserLand"), ("lands", "mirror 1")):
+        text = (tmp_path / f"{name}.svg").read_text()
+        parsed(text)
+        assert word in text
+        assert len(text) < 200_000
+        assert not re.search(r"url\(['\"]?http|href=['\"]http|@import", text)
+        assert (images / f"{name}.svg").exists()

@@ -118,6 +118,14 @@ def weight(length: int) -> float:
     return LEAST + math.log2(max(1, pages(length)))
 
 
+def fitting_unit(snapshot: Snapshot, cells: int, most: float) -> float:
+    """The unit, `most` at most, at which the fullest lane just fits: all others are drawn to the same scale."""
+    lanes = [[each.length for each in process.mappings] for process in snapshot.processes]
+    lanes.append([mirror.span for mirror in snapshot.mirrors] + [window.span for window in snapshot.kept])
+    longest = max(sum(weight(length) + GAP for length in lane) for lane in lanes)
+    return min(most, cells / longest) if longest else most
+
+
 def _arrange(ranges: Sequence[_Range], cells: int, unit: float) -> list[Block]:
     """Gives each range (in order of address) its cells, at most `unit` of them for a unit; the blocks that result."""
     at, end, spots = 0.0, None, []

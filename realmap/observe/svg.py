@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from xml.sax.saxutils import escape, quoteattr
 
 from realmap.observe import words
-from realmap.observe.picture import KEPT, MIRROR, Block, Lane, Light, Picture, colour, draw, lit, room
+from realmap.observe.picture import KEPT, MIRROR, Block, Lane, Light, Picture, colour, draw, fitting_unit, lit, room
 from realmap.observe.snapshot import Snapshot
 from realmap.rights import MappingAccessRights
 
@@ -19,8 +19,8 @@ from realmap.rights import MappingAccessRights
 CELL, LEFT, WIDTH, BAR, STEP = 4, 150, 1000, 26, 46
 TOP, GAP, FOOT = 84, 74, 56
 CELLS = (WIDTH - LEFT - 20) // CELL
-#: Cells for a unit of weight: a page takes 36 pixels where there is room.
-UNIT = 3.0
+#: Cells for a unit of weight at the most, and at the least: a page takes 72 pixels where there is room, or 36.
+UNIT, LEAST_UNIT = 6.0, 3.0
 #: Pixels a letter: what is written into a block must fit.
 LETTER = 6.2
 #: Ribbons beyond these would only cover each other.
@@ -52,7 +52,8 @@ text { font: 12px system-ui, 'DejaVu Sans', sans-serif; fill: #1f2430 }
 
 def svg(snapshot: Snapshot, *, lanes: int = LANES) -> str:
     """The drawing as a document. `lanes`: at most so many processes, those with the most bytes mirrored or mapped."""
-    picture = draw(snapshot, CELLS, unit=UNIT, lights=RIBBONS)
+    unit = max(LEAST_UNIT, fitting_unit(snapshot, CELLS, UNIT))
+    picture = draw(snapshot, CELLS, unit=unit, lights=RIBBONS)
     busiest = sorted(picture.users, key=lambda lane: (bool(lane.lights), lane.bytes), reverse=True)[:lanes]
     chosen = {id(lane) for lane in busiest}
     users = [lane for lane in picture.users if id(lane) in chosen]
