@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from trace_format import TraceFile
 
 from realmap import KernelHandle, boot
 
+Start = Callable[..., subprocess.Popen[str]]
 PROGRAM = """
 import os, sys, realmap
 with realmap.connect() as me:
@@ -37,17 +38,27 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelH
         yield kernel
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "realmap", "trace", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(running: KernelHandle) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-W", "error", "-m", "realmap", "trace", *arguments]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield begin
+    for child in started:
+        if child.returncode is None:
+            child.kill()
+            child.communicate()
 
 
 def has_begun(file: Path) -> bool:
-    return file.exists() and file.read_text().startswith("[\n")
+    try:
+        return file.read_text().startswith("[\n")
+    except FileNotFoundError:  # not yet; or it was made and removed, to see whether it can be written
+        return False
 
 
 @pytest.mark.parametrize("status", [0, 7])
@@ -67,7 +78,9 @@ def test_a_command_is_traced_and_its_status_passed_on(running: KernelHandle, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_with_a_whole_file_on_a_signal(running: KernelHandle, tmp_path: Path, number: int) -> None:
+def test_it_ends_with_a_whole_file_on_a_signal(
+    running: KernelHandle, start: Start, tmp_path: Path, number: int
+) -> None:
     file = tmp_path / "trace.json"
     child = start(str(file), "--kernel", running.path)
     wait_until(lambda: has_begun(file))
@@ -80,7 +93,7 @@ def test_it_ends_with_a_whole_file_on_a_signal(running: KernelHandle, tmp_path: 
     assert len(TraceFile(file).named("nop", "X")) == 2
 
 
-def test_sigterm_reaches_the_command(running: KernelHandle, tmp_path: Path) -> None:
+def test_sigterm_reaches_the_command(running: KernelHandle, start: Start, tmp_path: Path) -> None:
     file, mark = tmp_path / "trace.json", tmp_path / "mark"
     child = start(str(file), "--", "sh", "-c", f"touch {mark}; exec sleep 1000")
     wait_until(mark.exists)
@@ -99,7 +112,7 @@ def test_it_ends_after_its_seconds(running: KernelHandle, tmp_path: Path) -> Non
     assert TraceFile(file).totals["lost"] == 0
 
 
-def test_one_that_is_killed_leaves_a_kernel_that_goes_on(running: KernelHandle, tmp_path: Path) -> None:
+def test_one_that_is_killed_leaves_a_kernel_that_goes_on(running: KernelHandle, start: Start, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     child = start(str(file))
     wait_until(lambda: has_begun(file))
@@ -123,7 +136,7 @@ def test_one_that_is_killed_leaves_a_kernel_that_goes_on(running: KernelHandle, 
         assert running.audit()
 
 
-def test_the_kernel_dies_meanwhile(running: KernelHandle, tmp_path: Path) -> None:
+def test_the_kernel_dies_meanwhile(running: KernelHandle, start: Start, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     child = start(str(file))
     wait_until(lambda: has_begun(file))
