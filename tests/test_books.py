@@ -31,7 +31,7 @@ from realmap.lab import workload
 from realmap.lab.stress import handlers
 from realmap.memory import USER_LAND
 
-EXAMPLES, STEPS = 64, 50
+EXAMPLES, STEPS = 52, 50
 counted = 0
 #: Keeping is done here, beyond the end of a process; and a fork is kept until its parent's end.
 MIX = workload.Mix(

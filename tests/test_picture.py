@@ -255,6 +255,7 @@ def test_the_command_on_a_running_kernel(tmp_path: Path) -> None:
         me.call("read_kept", "held")
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_readme_can_be_made(tmp_path: Path) -> None:
     """From real runs; and those that lie there load nothing from elsewhere."""
     images = Path(__file__).parent.parent / "tools" / "images"

@@ -293,11 +293,14 @@ def test_calls_go_by_the_ring(me: Process, kernel: KernelHandle) -> None:
     client._sock = Spy(client._sock)  # type: ignore[assignment]
 
     def silent() -> bool:
-        """Whether a call went without the socket: both sides were awake."""
-        sent.clear()
-        assert me.call("echo", "short") == ["short"]
-        assert len(sent) <= 1, "a message, or a bell"
-        return not sent
+        """Whether one of some calls went without the socket: both sides were awake, as they are between two calls."""
+        for _ in range(20):
+            sent.clear()
+            assert me.call("echo", "short") == ["short"]
+            assert len(sent) <= 1, "a message, or a bell"
+            if not sent:
+                return True
+        return False
 
     wait_until(silent, "a call by the ring alone")
     me.call("echo", "x" * 3000)

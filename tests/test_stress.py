@@ -186,6 +186,19 @@ def test_ctrl_c_leaves_nothing() -> None:
         assert running.returncode
 
 
+def test_ctrl_c_while_a_user_is_forked() -> None:
+    """Python swallows what a hook of a fork raises."""
+    program = """
+import os, signal
+from realmap.lab import stress
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+stress.run(stress.Options(mix="quick", users=2, seconds=1000.0, seed=1), print)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=BOUND)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
 # ---- the generator ------------------------------------------------------------------------
 
 

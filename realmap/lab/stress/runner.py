@@ -107,13 +107,18 @@ class Runner:
         if self._options.ops is not None:
             each, rest = divmod(self._options.ops, self._options.users)
             left = each + (user.index < rest) - user.steps
-        pid = os.fork()
-        if not pid:
-            ours.close()
-            worker.run(theirs, self._options, self._path, user.index, user.life, self._deadline, left)
-        theirs.close()
-        user.pid, user.sock = pid, ours
-        user.now = Tally()
+        # Ctrl-C waits: in a hook of the fork Python would swallow it, and before its pid is noted a child would be lost.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pid = os.fork()
+            if not pid:
+                ours.close()
+                worker.run(theirs, self._options, self._path, user.index, user.life, self._deadline, left)
+            theirs.close()
+            user.pid, user.sock = pid, ours
+            user.now = Tally()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def _work(self, began: float) -> None:
         for user in self._users:
