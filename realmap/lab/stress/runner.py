@@ -107,7 +107,7 @@ class Runner:
         if self._options.ops is not None:
             each, rest = divmod(self._options.ops, self._options.users)
             left = each + (user.index < rest) - user.steps
-        # Ctrl-C waits: in a hook of the fork Python would swallow it, and before its pid is noted a child would be lost.
+        # Ctrl-C waits: a hook of the fork would swallow it, and before its pid is noted a child would be lost.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             pid = os.fork()
