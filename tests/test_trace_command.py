@@ -93,6 +93,21 @@ def test_it_ends_with_a_whole_file_on_a_signal(
     assert len(TraceFile(file).named("nop", "X")) == 2
 
 
+def test_a_command_that_ignores_sigterm_is_killed(running: KernelHandle, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    done = realmap("trace", str(file), "--seconds", "0.2", "--", "sh", "-c", "trap '' TERM; exec sleep 1000")
+    assert done.returncode == 128 + signal.SIGKILL
+    TraceFile(file)
+
+
+def test_a_reader_of_a_pipe_gets_all_of_it(running: KernelHandle, tmp_path: Path) -> None:
+    fifo, file = tmp_path / "fifo", tmp_path / "trace.json"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["cp", str(fifo), str(file)]):
+        assert realmap("trace", str(fifo), "--seconds", "0.2").returncode == 0
+    assert TraceFile(file).totals["lost"] == 0
+
+
 def test_sigterm_reaches_the_command(running: KernelHandle, start: Start, tmp_path: Path) -> None:
     file, mark = tmp_path / "trace.json", tmp_path / "mark"
     child = start(str(file), "--", "sh", "-c", f"touch {mark}; exec sleep 1000")

@@ -7,6 +7,7 @@ import sys
 import click
 import msgspec
 
+from realmap.cli.output import harmless
 from realmap.cli.target import control, kernel_option
 from realmap.observe.audit import AuditReport
 
@@ -33,9 +34,12 @@ def audit(path: str | None, as_json: bool) -> None:
 
 def render(report: AuditReport) -> None:
     """A line for what was compared, one for each difference, and what else is worth knowing."""
-    click.echo(str(report))
+    for line in str(report).split("\n"):
+        click.echo(harmless(line))
     for found in report.faulted:
-        click.echo(f"{found.where} at {found.address:#x}: {found.length} bytes are zeros since a segment was truncated")
+        click.echo(
+            f"{harmless(found.where)} at {found.address:#x}: {found.length} bytes are zeros: a segment was truncated"
+        )
     if report.unregistered:
         pids = ", ".join(map(str, report.unregistered))
         click.echo(f"mapped outside of the books, by forks that never connected: pid {pids}")

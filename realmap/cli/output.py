@@ -6,6 +6,7 @@ without blanks inside (but for the last one), so that grep and awk have an easy 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -101,6 +102,12 @@ def show_json(value: Any) -> None:
 def require_writable(path: str) -> None:
     """Before the run, not after it. A file that was not there is not left behind."""
     there = os.path.lexists(path)
+    if there and not os.path.isfile(path):  # a pipe has a reader, who would take the end of this look for the end
+        if os.path.isdir(path):
+            raise click.ClickException(f"cannot write {path}: {os.strerror(errno.EISDIR)}")
+        if not os.access(path, os.W_OK):
+            raise click.ClickException(f"cannot write {path}: {os.strerror(errno.EACCES)}")
+        return
     try:
         with open(path, "ab"):
             pass

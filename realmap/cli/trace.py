@@ -24,6 +24,8 @@ from realmap.observe.trace import Trace
 NICE = 10
 #: How often it is looked whether the end has come, in seconds.
 LOOK = 0.05
+#: How long a command may take to end on SIGTERM, in seconds; then it is killed.
+GRACE = 5.0
 
 
 @click.command()
@@ -32,7 +34,11 @@ LOOK = 0.05
 @kernel_option
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End after so long.")
 @click.option(
-    "--events", type=int, default=CAPACITY, show_default=True, help="How many may wait in the kernel, 64 bytes each."
+    "--events",
+    type=click.IntRange(0, 1 << 32),
+    default=CAPACITY,
+    show_default=True,
+    help="How many may wait in the kernel, 64 bytes each.",
 )
 def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float | None, events: int) -> None:
     """Write every syscall, map, unmap, mirror, drop, copy, death and reap of a kernel to FILE.
@@ -93,7 +99,11 @@ def _wait(running: Trace, command: list[str], kernel: str, seconds: float | None
     finally:
         if child is not None and child.poll() is None:
             child.terminate()
-            child.wait()
+            try:
+                child.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
     if child is None:
         return 0
     return child.returncode if child.returncode >= 0 else 128 - child.returncode

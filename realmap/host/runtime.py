@@ -241,8 +241,16 @@ def sockets() -> list[str]:
 def unlinked_names(pid: int) -> list[str]:
     """Names in /dev/shm that `pid` is about to unlink: segments are made under one, and lose it at once."""
     with contextlib.suppress(OSError):
-        return [name for name in os.listdir("/dev/shm") if maker_of(name) == pid]
+        return [name for name in os.listdir("/dev/shm") if maker_of(name) == pid and _is_ours(name)]
     return []
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a name in /dev/shm is of this user: what others put there is theirs."""
+    try:
+        return os.stat(f"/dev/shm/{name}", follow_symlinks=False).st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def maker_of(name: str) -> int:

@@ -29,7 +29,11 @@ NEEDS = "realmap top needs Textual: pip install 'realmap[top]'"
 @click.command()
 @kernel_option
 @click.option(
-    "--interval", type=click.FloatRange(FLOOR), default=1.0, show_default=True, help="Seconds between snapshots."
+    "--interval",
+    type=click.FloatRange(FLOOR, 86_400),
+    default=1.0,
+    show_default=True,
+    help="Seconds between snapshots.",
 )
 @click.option("--web", is_flag=True, help="In a browser, in place of this terminal.")
 @click.option("--host", help="With --web: the address to listen at. By default 127.0.0.1: this machine only.")

@@ -25,8 +25,8 @@ POLICY = "default-src 'self' 'unsafe-inline' data: blob:; connect-src 'self' ws:
 
 
 def command(path: str, interval: float) -> str:
-    """What a shell runs for each page."""
-    return shlex.join([sys.executable, "-m", "realmap", "top", "--kernel", path, "--interval", repr(interval)])
+    """What a shell runs for each page. -P: nothing of the directory that it is started in is imported."""
+    return shlex.join([sys.executable, "-P", "-m", "realmap", "top", "--kernel", path, "--interval", repr(interval)])
 
 
 def may_ask(host: str, origin: str | None, everybody: bool) -> bool:
@@ -35,12 +35,16 @@ def may_ask(host: str, origin: str | None, everybody: bool) -> bool:
     A page of somebody else's whose name was bent to this machine (DNS rebinding) has its own name as host.
     `everybody`: it listens for other machines, too, and may be called by any name.
     """
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        origins = host if origin is None else urlsplit(origin).netloc
+    except ValueError:  # no name at all
+        return False
     try:
         local = ipaddress.ip_address(name).is_loopback
     except ValueError:
         local = name == "localhost"
-    return (local or everybody) and (origin is None or urlsplit(origin).netloc == host)
+    return (local or everybody) and origins == host
 
 
 class Page(Server):
@@ -77,8 +81,8 @@ def serve(path: str, interval: float, host: str, port: int) -> None:
     page = Page(command(path, interval), host=where, port=port, title="realmap top")
     page.everybody = not ipaddress.ip_address(where).is_loopback
     click.echo(f"realmap top: http://{name}:{port}/ (Ctrl-C ends it)")
-    if page.everybody:
-        click.echo("whoever reaches this address sees the memory map, and is asked for no password", err=True)
+    who = "whoever reaches this address" if page.everybody else "every user of this machine who knows the port"
+    click.echo(f"{who} sees the memory map, and is asked for no password", err=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     web.run_app(page._make_app(), sock=listening, print=None, access_log=None, shutdown_timeout=GRACE)
 
@@ -96,6 +100,7 @@ def _listen(host: str, port: int) -> socket.socket:
         except OSError:
             listening.close()
             raise
-    except OSError as error:
-        raise click.ClickException(f"cannot listen at {host} port {port}: {error.strerror}; try --port 0") from None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "no name of a host"
+        raise click.ClickException(f"cannot listen at {host} port {port}: {why}; try --port 0") from None
     return listening
