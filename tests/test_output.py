@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from realmap.cli.output import Column, bytes_in_words, harmless, plain
+from realmap.cli.output import Column, bytes_in_words, harmless, plain, show_json
 
 
 def test_names_are_shown_harmless() -> None:
@@ -29,3 +31,11 @@ def test_columns_in_a_pipe() -> None:
 )
 def test_bytes_in_words(size: int, words: str) -> None:
     assert bytes_in_words(size) == words
+
+
+def test_json_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"name": "\x1b[31m\x9b31m\x7f→"}
+    show_json(value)
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert json.loads(out) == value

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 
 import click
-import msgspec
 
-from realmap.cli.output import harmless
+from realmap.cli.output import harmless, show_json
 from realmap.cli.target import control, kernel_option
 from realmap.observe.audit import AuditReport
 
@@ -26,7 +25,7 @@ def audit(path: str | None, as_json: bool) -> None:
     with control(path) as kernel:
         report = kernel.audit()
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+        show_json(report)
     else:
         render(report)
     sys.exit(0 if report else 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -95,8 +96,9 @@ def show(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Prints a structure as JSON."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
+    """Prints a structure as JSON; what JSON allows in a text and a terminal acts upon (DEL, C1) is escaped, too."""
+    text = msgspec.json.format(msgspec.json.encode(value)).decode()
+    click.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def require_writable(path: str) -> None:

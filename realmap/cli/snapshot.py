@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 
 import click
-import msgspec
 
-from realmap.cli.output import require_writable
+from realmap.cli.output import require_writable, show_json
 from realmap.cli.target import control, kernel_option
 from realmap.observe import words
 from realmap.observe.snapshot import ProcessInfo, Snapshot
@@ -37,7 +35,7 @@ def snapshot(path: str | None, as_json: bool, svg_path: str | None) -> None:
         with click.open_file(svg_path, "w", encoding="utf-8") as file:
             file.write(svg(taken))
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(taken)).decode() + "\n")
+        show_json(taken)
     elif svg_path is None:
         render(taken)
 
