@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 
 import click
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from realmap.cli.output import require_writable
+from realmap.cli.output import require_writable, show_json
 from realmap.cli.top import require_terminal, require_textual
 from realmap.errors import KernelError
 from realmap.lab import demo as lab
@@ -40,7 +39,7 @@ def demo(files: tuple[str, ...], as_json: bool, trace: str | None, top: bool, pa
         require_writable(trace)
     report = _watched(planned, trace, pace) if top else _run(console, planned, trace, as_json)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+        show_json(report)
     else:
         render(console, report)
     sys.exit(0 if report.ok else 1)

@@ -6,9 +6,9 @@ without blanks inside (but for the last one), so that grep and awk have an easy 
 
 from __future__ import annotations
 
-import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from realmap.observe import words
+
 #: A longer cell sticks out, and does not push all others aside.
 WIDEST = 40
 json_option = click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
@@ -26,10 +28,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Everything a
 
 def harmless(text: object) -> str:
     """`text` as it may be shown: what is not printable (control characters, as in a name) is escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in str(text)
-    )
+    return words.harmless(str(text))
 
 
 class Column(NamedTuple):
@@ -104,13 +103,10 @@ def show_json(value: Any) -> None:
 def require_writable(path: str) -> None:
     """Before the run, not after it. A file that was not there is not left behind."""
     there = os.path.lexists(path)
-    if there and not os.path.isfile(path):  # a pipe has a reader, who would take the end of this look for the end
-        if os.path.isdir(path):
-            raise click.ClickException(f"cannot write {path}: {os.strerror(errno.EISDIR)}")
-        if not os.access(path, os.W_OK):
-            raise click.ClickException(f"cannot write {path}: {os.strerror(errno.EACCES)}")
-        return
     try:
+        # A pipe is not opened: its reader would take the end of this look for the end.
+        if there and stat.S_ISFIFO(os.stat(path).st_mode):
+            return
         with open(path, "ab"):
             pass
     except OSError as error:

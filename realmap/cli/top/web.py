@@ -37,14 +37,14 @@ def may_ask(host: str, origin: str | None, everybody: bool) -> bool:
     """
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        origins = host if origin is None else urlsplit(origin).netloc
+        own = origin is None or urlsplit(origin).netloc == host
     except ValueError:  # no name at all
         return False
     try:
         local = ipaddress.ip_address(name).is_loopback
     except ValueError:
         local = name == "localhost"
-    return (local or everybody) and origins == host
+    return (local or everybody) and own
 
 
 class Page(Server):
