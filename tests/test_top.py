@@ -437,10 +437,10 @@ def test_the_demo_under_it(tmp_path: Path, leave: bool) -> None:
     """It ends with the demo, and then the report is on the terminal; or the demo with it."""
     file = tmp_path / "file"
     file.write_bytes(bytes(3 * PAGE))
-    terminal = Terminal("demo", "--top", "--pace", "1" if leave else "0.05", str(file), size=(120, 30))
+    terminal = Terminal("demo", "--top", "--pace", "1000" if leave else "0.05", str(file), size=(120, 30))
     wait_until(lambda: b"UserLand" in terminal.out or terminal.child.poll() is not None, "the screen")
     if leave:
-        wait_until(lambda: b"demo: 1 of" in terminal.out, "the first check")
+        wait_until(lambda: b"1 lit" in terminal.out, "the first mirror")
         terminal.press("q")
     assert terminal.wait() == (1 if leave else 0)
     report = terminal.out.split(b"\x1b[?1049l")[1]

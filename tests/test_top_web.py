@@ -14,25 +14,27 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
+import psutil
 import pytest
 from conftest import BOUND, PAGE, wait_until
 
 import realmap
-from realmap.cli.top.web import command, may_ask
+from realmap.cli.top.web import PAGES, command, may_ask
 from realmap.observe.picture import lit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @contextmanager
-def served(path: str, *options: str) -> Iterator[str]:
-    """`realmap top --web` as a real process; its address."""
+def server(path: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`realmap top --web` as a real process, and its address."""
     child = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "realmap", "top", "--kernel", path, "--web", "--port", "0", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -42,23 +44,32 @@ def served(path: str, *options: str) -> Iterator[str]:
         line = child.stdout.readline()
         found = re.search(r"http://\S+", line)
         assert found, line + child.communicate(timeout=BOUND)[1]
-        yield found[0]
-        child.send_signal(signal.SIGTERM)
-        out, said = child.communicate(timeout=BOUND)
-        assert (child.returncode, out) == (0, "")
-        assert said.startswith("every user of this machine who knows the port")
+        yield child, found[0]
     finally:
         child.kill()
         child.communicate()
 
 
-def fetch(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
+@contextmanager
+def served(path: str, *options: str, ends_by: int = signal.SIGTERM, said: str = "") -> Iterator[str]:
+    """The same, which is ended in the end; its address."""
+    with server(path, *options) as (child, url):
+        yield url
+        child.send_signal(ends_by)
+        assert child.communicate(timeout=BOUND) == ("", said)
+        assert child.returncode == 0
+
+
+def fetch(url: str, path: str = "", key: str | None = None, **headers: str) -> tuple[int, dict[str, str], str]:
+    """What comes of a path below the address that was printed. `key`: another than what is in there, or none ("")."""
+    base, _, own = url.partition("?key=")
+    url = base + path + (f"?key={own if key is None else key}" if key != "" else "")
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=BOUND) as answer:
             return answer.status, dict(answer.headers), answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, {}, ""
+            return error.code, dict(error.headers), error.read().decode()
 
 
 def test_the_page_and_who_gets_it(kernel: realmap.KernelHandle) -> None:
@@ -67,15 +78,73 @@ def test_the_page_and_who_gets_it(kernel: realmap.KernelHandle) -> None:
         status, headers, text = fetch(url)
         assert status == 200
         assert "realmap top" in text
-        assert f'"{url}static/js/textual.js"' in text
-        assert f"ws://{url[7:]}ws" in text
+        base = url.partition("?")[0]
+        assert f'"{base}static/js/textual.js"' in text
+        assert f'ws://{base[7:]}ws"' in text
         assert "default-src 'self'" in headers["Content-Security-Policy"]
-        assert fetch(f"{url}static/css/xterm.css")[0] == 200
+        # From the first page on, the browser has the key as a cookie, which no script reads and no other page sends.
+        cookie, *rules = headers["Set-Cookie"].split("; ")
+        assert {"HttpOnly", "SameSite=Strict"} <= set(rules)
+        assert fetch(url, "static/css/xterm.css", key="", Cookie=cookie)[0] == 200
+        # Another user of this machine, who knows the port.
+        for path in ("", "ws", "static/css/xterm.css", "download/x"):
+            for key in ("", "x", "ä"):
+                status, headers, text = fetch(url, path, key=quote(key), Cookie=cookie[:-1])
+                assert (status, "Set-Cookie" in headers) == (403, False)
+                assert "with its key" in text
         # Another page of the same browser, and one whose name was bent to this machine.
-        assert fetch(f"{url}ws", Origin="http://elsewhere.example")[0] == 403
+        assert fetch(url, "ws", Origin="http://elsewhere.example")[0] == 403
         assert fetch(url, Host="elsewhere.example")[0] == 403
         # Through a tunnel, it is called by another port.
         assert "ws://localhost:9999/ws" in fetch(url, Host="localhost:9999")[2]
+
+
+def test_other_machines_are_warned_of(kernel: realmap.KernelHandle) -> None:
+    said = "other machines reach it, too; what they are sent is not encrypted\n"
+    with served(kernel.path, "--host", "0.0.0.0", said=said) as url:
+        assert fetch(url, Host="box.example:1")[0] == 200
+        assert fetch(url, key="", Host="box.example:1")[0] == 403
+
+
+async def open_pages(url: str, count: int, then: Callable[[], None]) -> int:
+    """Opens so many pages' sockets; what the one beyond them gets, as a status. `then`: while they are open."""
+    address = url.replace("?", "ws?").replace("http:", "ws:")
+    async with aiohttp.ClientSession() as session:
+        pages = [await session.ws_connect(address) for _ in range(count)]
+        for page in pages:
+            await page.receive(BOUND)
+        try:
+            await session.ws_connect(address)
+            status = 101
+        except aiohttp.WSServerHandshakeError as error:
+            status = error.status
+        then()
+        for page in pages:
+            with suppress(ConnectionError):
+                await page.close()
+    return status
+
+
+@pytest.mark.slow
+def test_so_many_pages(kernel: realmap.KernelHandle) -> None:
+    with served(kernel.path, ends_by=signal.SIGHUP) as url:
+        assert asyncio.run(open_pages(url, PAGES, lambda: None)) == 503
+        assert fetch(url)[0] == 200
+
+
+@pytest.mark.slow
+def test_pages_end_with_a_server_that_is_killed(kernel: realmap.KernelHandle) -> None:
+    ours: list[psutil.Process] = []
+    with server(kernel.path) as (child, url):
+
+        def kill() -> None:
+            ours.extend(psutil.Process(child.pid).children(recursive=True))
+            child.kill()
+            child.wait()
+
+        assert asyncio.run(open_pages(url, 1, kill)) == 101
+    assert ours
+    wait_until(lambda: not any(each.is_running() for each in ours), "the end of the page's process")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +176,7 @@ def test_the_command_is_quoted() -> None:
 
 def test_a_port_that_is_taken(kernel: realmap.KernelHandle) -> None:
     with served(kernel.path) as url:
-        port = url.rstrip("/").rsplit(":")[-1]
+        port = url.partition("/?")[0].rsplit(":")[-1]
         done = subprocess.run(
             [sys.executable, "-m", "realmap", "top", "--kernel", kernel.path, "--web", "--port", port],
             capture_output=True, text=True, timeout=BOUND,
@@ -182,7 +251,8 @@ async def watch(url: str, debugger: str) -> None:
                     break
                 await asyncio.sleep(0.1)
             assert lit(1) in await browser.colours()  # the mirror is lit
-            assert [asked for asked in browser.asked.values() if not asked.startswith((url, "data:"))] == []
+            base = url.partition("?")[0]
+            assert [asked for asked in browser.asked.values() if not asked.startswith((base, "data:"))] == []
             await browser.do("Runtime.evaluate", expression="document.querySelector('textarea').focus()")
             await browser.press("q")
             await browser.until("document.body.classList.contains('-closed')")

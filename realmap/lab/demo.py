@@ -39,6 +39,8 @@ from realmap.user import Process
 
 #: How long the driver waits for the next thing to happen, in seconds: a large file on a slow disk.
 PATIENCE = 120.0
+#: How often whoever waits looks up, in seconds.
+LOOK = 0.1
 #: Bytes a segment in every second file, so that ranges cross segments.
 FRAGMENT = 5 * PAGE_SIZE
 
@@ -147,7 +149,9 @@ def demo_digest(call: Call, number: int, data: UserBuffer, pace: float) -> None:
             ],
         }
         during = frames.refcount
-        time.sleep(pace)
+        end = time.monotonic() + pace
+        while call.process.alive and (left := end - time.monotonic()) > 0:  # nobody is kept who is to end
+            time.sleep(min(left, LOOK))
     _events.put(seen | {"refcounts": (before, during, frames.refcount)})
 
 
@@ -269,12 +273,14 @@ def run(
     trace: str | None = None,
     *,
     on_boot: Callable[[str], None] = lambda path: None,
+    on_wait: Callable[[], None] = lambda: None,
     pace: float = 0.0,
 ) -> Report:
     """Runs the demo on planned files; `on_check` is called after each check. `trace`: a file for a trace of it.
 
     `on_boot` is called with the kernel's path before anything else happens: who connects there until the end does it
-    by then, or would be counted as left over. `pace`: seconds that each mirror is kept, for somebody to see it.
+    by then, or would be counted as left over. `on_wait` is called again and again while the demo waits: what it
+    raises ends the demo, with all that it started. `pace`: seconds that each mirror is kept, for somebody to see it.
 
     KernelError: the kernel died, or was silent. OSError: the trace cannot be written.
     """
@@ -284,9 +290,10 @@ def run(
         with kernel.connect() as me:
             children = _start(kernel, files, pace)
             held: list[dict[str, Any]] = []
-            for check in _collect(me, files, held):
+            for check in _collect(me, files, held, on_wait):
                 on_check(check)
-            killed = _kill(kernel, me, files[-1], children[-1], held.pop() if held else _next(me), pace)
+            word = held.pop() if held else _next(me, on_wait)
+            killed = _kill(kernel, me, files[-1], children[-1], word, lambda: _pause(pace, on_wait))
             for child in children:
                 child.join(PATIENCE)
         balance = _balance(kernel, baseline)
@@ -306,19 +313,31 @@ def _start(kernel: KernelHandle, files: list[FileReport], pace: float) -> list[S
     return children
 
 
-def _next(me: Process) -> dict[str, Any]:
-    event = me.call("demo_collect", PATIENCE)
-    if event is None:
-        raise KernelError(why=f"nothing happened for {PATIENCE:.0f} s: did a user process fail? See its output above")
-    return dict(event)
+def _next(me: Process, on_wait: Callable[[], None]) -> dict[str, Any]:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        on_wait()
+        event = me.call("demo_collect", LOOK)
+        if event is not None:
+            return dict(event)
+    raise KernelError(why=f"nothing happened for {PATIENCE:.0f} s: did a user process fail? See its output above")
 
 
-def _collect(me: Process, files: list[FileReport], held: list[dict[str, Any]]) -> Iterator[Check]:
+def _pause(seconds: float, on_wait: Callable[[], None]) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        on_wait()
+        time.sleep(min(left, LOOK))
+
+
+def _collect(
+    me: Process, files: list[FileReport], held: list[dict[str, Any]], on_wait: Callable[[], None]
+) -> Iterator[Check]:
     """Each check as it comes in; word of the held mirror, which may come in between, is put aside in `held`."""
     checks = [check for file in files for check in file.checks]
     left = len(checks)
     while left:
-        event = _next(me)
+        event = _next(me, on_wait)
         if "held" in event:
             held.append(event)
             continue
@@ -340,15 +359,20 @@ def _until(holds: Callable[[], bool]) -> None:
 
 
 def _kill(
-    kernel: KernelHandle, me: Process, file: FileReport, child: SpawnedProcess, held: dict[str, Any], pace: float
+    kernel: KernelHandle,
+    me: Process,
+    file: FileReport,
+    child: SpawnedProcess,
+    held: dict[str, Any],
+    pause: Callable[[], None],
 ) -> KillReport:
     """Kills the owner of the last file while the kernel holds a mirror of it, and has the mirror read afterwards."""
-    time.sleep(pace)
+    pause()
     child.kill()
     child.join(PATIENCE)
     # Its death reaches the kernel by its pidfd: only then are its references gone.
     _until(lambda: held["held"] not in [process.pid for process in kernel.snapshot().processes])
-    time.sleep(pace)  # the mirror lives on
+    pause()  # the mirror lives on
     read = me.call("demo_read")
     return KillReport(
         held["held"],

@@ -72,12 +72,14 @@ class Top(App[None]):
         """Begins to ask."""
         if not self.is_headless:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
-            if not self.is_web:
-                self.set_interval(1.0, self._end_with_terminal)
+            self.set_interval(1.0, self._end_with_terminal)
         self.feed.start()
 
     def _end_with_terminal(self) -> None:
-        """One that has gone without a SIGHUP would be read from for ever, as fast as the machine can."""
+        """One that has gone without a SIGHUP would be read from for ever, as fast as the machine can.
+
+        In a browser it is the pipe from the server, which may have been killed.
+        """
         look = select.poll()
         look.register(0, 0)
         if look.poll(0):

@@ -58,7 +58,14 @@ class Demo:
 
     def _run(self) -> None:
         try:
-            self.report = lab.run(self._planned, self._checked, self._trace, on_boot=self._booted, pace=self._pace)
+            self.report = lab.run(
+                self._planned,
+                self._checked,
+                self._trace,
+                on_boot=self._booted,
+                on_wait=self._look,
+                pace=self._pace,
+            )
         except Left:
             pass
         except Exception as error:
@@ -72,15 +79,17 @@ class Demo:
         self.path.put(path)
         self.watching.wait(PATIENCE)
 
-    def _checked(self, check: lab.Check) -> None:
+    def _look(self) -> None:
         if self._left.is_set():
             raise Left
+
+    def _checked(self, check: lab.Check) -> None:
         self._done += 1
         if self.app is not None:
             self.app.note = f"demo: {self._done} of {self._total} ranges"
 
     def leave(self) -> None:
-        """Ends it at its next check, and waits for that."""
+        """Ends it wherever it is, and waits for that."""
         self._left.set()
         self.watching.set()
         self._thread.join()

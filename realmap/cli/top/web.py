@@ -2,12 +2,14 @@
 
 Its page asks a font service for a font, and its socket is open to whatever page the browser shows besides; neither
 is wanted for something that shows memory on this machine. So the page comes with a policy that lets it load nothing
-from elsewhere (it has the font itself), and only a page of ours, by a name of ours, gets an answer.
+from elsewhere (it has the font itself); only a page of ours, by a name of ours, gets an answer; and only to whoever
+has the address with its key, which is printed for the one who started this. The browser keeps the key as a cookie.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import secrets
 import shlex
 import signal
 import socket
@@ -21,6 +23,8 @@ from textual_serve.server import Server
 
 #: A browser that keeps its socket open is not waited for at the end. Seconds.
 GRACE = 1.0
+#: How many pages may be open at a time: each is a process.
+PAGES = 16
 POLICY = "default-src 'self' 'unsafe-inline' data: blob:; connect-src 'self' ws://{host}; frame-ancestors 'none'"
 
 
@@ -51,6 +55,14 @@ class Page(Server):
     """The server of textual-serve, with the page and its socket guarded, under whatever name it is called by."""
 
     everybody = False
+    _open = 0
+
+    def __init__(self, command: str, **options: Any) -> None:
+        super().__init__(command, **options)
+        #: Who has it may look.
+        self.key = secrets.token_urlsafe(16)
+        # A browser sends a host's cookies to all of its ports.
+        self._cookie = f"realmap-{secrets.token_hex(4)}"
 
     async def _make_app(self) -> web.Application:
         app = await super()._make_app()
@@ -61,29 +73,51 @@ class Page(Server):
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if not may_ask(request.host, request.headers.get("Origin"), self.everybody):
             raise web.HTTPForbidden(text="realmap top: this page is not for others")
+        given = request.query.get("key", "")
+        if not any(self._is_key(each) for each in (given, request.cookies.get(self._cookie, ""))):
+            raise web.HTTPForbidden(text="realmap top: open the whole address that it printed, with its key")
         # No await lies between here and where it is used: through a tunnel the page has another port.
         self.public_url = f"http://{request.host}"
         response: web.StreamResponse = await handler(request)
         if not response.prepared:
+            if given:
+                response.set_cookie(self._cookie, self.key, httponly=True, samesite="Strict")
+            response.headers["Referrer-Policy"] = "no-referrer"
             response.headers["Content-Security-Policy"] = POLICY.format(host=request.host)
             response.headers["Cache-Control"] = "no-store"
         return response
+
+    def _is_key(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self.key.encode())
+
+    async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
+        """A page's process, as long as the page is open."""
+        if self._open >= PAGES:
+            raise web.HTTPServiceUnavailable(text=f"realmap top: {PAGES} pages are open already")
+        self._open += 1
+        try:
+            answer: web.WebSocketResponse = await super().handle_websocket(request)
+            return answer
+        finally:
+            self._open -= 1
 
     async def on_startup(self, app: web.Application) -> None:
         """Says nothing: the address has been printed."""
 
 
 def serve(path: str, interval: float, host: str, port: int) -> None:
-    """Serves it until Ctrl-C or SIGTERM. ClickException: it cannot listen there."""
+    """Serves it until Ctrl-C, SIGTERM or SIGHUP. ClickException: it cannot listen there."""
     listening = _listen(host, port)
     where, port = listening.getsockname()[:2]
     name = f"[{where}]" if ":" in where else where
     page = Page(command(path, interval), host=where, port=port, title="realmap top")
     page.everybody = not ipaddress.ip_address(where).is_loopback
-    click.echo(f"realmap top: http://{name}:{port}/ (Ctrl-C ends it)")
-    who = "whoever reaches this address" if page.everybody else "every user of this machine who knows the port"
-    click.echo(f"{who} sees the memory map, and is asked for no password", err=True)
+    click.echo(f"realmap top: http://{name}:{port}/?key={page.key} (Ctrl-C ends it)")
+    if page.everybody:
+        click.echo("other machines reach it, too; what they are sent is not encrypted", err=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     web.run_app(page._make_app(), sock=listening, print=None, access_log=None, shutdown_timeout=GRACE)
 
 
