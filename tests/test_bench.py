@@ -14,7 +14,7 @@ from conftest import BOUND, PAGE, wait_until
 
 from realmap.lab import bench
 from realmap.lab.bench import programs
-from realmap.lab.bench.access import SIZES, WAYS, bytes_in_words, sentence
+from realmap.lab.bench.access import SIZES, WAYS, sentence
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race, spread
 from realmap.lab.bench.programs import Program, Programs
 from realmap.lab.bench.report import FORM, Reached, Report, Spread
@@ -114,7 +114,6 @@ def test_the_sentence_for_the_reader() -> None:
         "B up to 4 KiB, C beyond."
     )
     assert sentence({"write": [(64, "A")]}) == "On this machine: to write all, take A."
-    assert [bytes_in_words(size) for size in (64, 1000, 4096, 1 << 20)] == ["64 B", "1000 B", "4 KiB", "1 MiB"]
     assert (SIZES[0], SIZES[-1]) == (64, 256 << 20)
 
 

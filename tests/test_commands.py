@@ -176,6 +176,13 @@ def test_help_and_errors_are_short() -> None:
     assert realmap("kernel", "--memory-limit", "-1").returncode == 1
 
 
+def test_no_letter_for_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = realmap("demo", files[0])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "refcount 2 \\u2192 1" in done.stdout
+
+
 def test_output_to_a_closed_pipe(files: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

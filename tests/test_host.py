@@ -189,7 +189,12 @@ def test_a_path_serves_one_kernel(place: str) -> None:
 
 def test_paths_that_will_not_do(place: str) -> None:
     Path(place).touch()
-    for path, words in [(place, "no socket"), ("/tmp/" + "x" * 103, "longer"), (place + "/k.sock", "directory")]:
+    for path, words in [
+        (place, "no socket"),
+        ("/tmp/" + "x" * 103, "longer"),
+        ("/tmp/\udcff", "UTF-8"),
+        (place + "/k.sock", "directory"),
+    ]:
         with pytest.raises(InvalidHandle, match=words):
             runtime.SocketLock(path)
     assert not os.path.exists(place + ".lock")

@@ -307,6 +307,7 @@ def test_what_prometheus_reads(busy: tuple[KernelHandle, int]) -> None:
         assert family.documentation.endswith(".")
         assert re.search(r"_(limit|bytes|info|kernel|running|threads)|s$|made$|taken$", name), name
     assert "--prometheus goes with neither" in refused(kernel, "stats", "--prometheus", "--watch")
+    assert "'nan' is not a time in seconds" in refused(kernel, "stats", "--watch", "nan")
 
 
 # ---- call ----------------------------------------------------------------------------------

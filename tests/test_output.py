@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from realmap.cli.output import Column, bytes_in_words, harmless, plain, show_json
+from realmap.cli.output import Column, harmless, plain, show_json
 
 
 def test_names_are_shown_harmless() -> None:
@@ -23,14 +23,6 @@ def test_columns_in_a_pipe() -> None:
         ["22", "0x0", "x" * 50, "e"],
     ]
     assert text.splitlines()[0].index("last") == text.splitlines()[1].index("c d")
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [(0, "0 B"), (3333, "3.3 KiB"), (4096, "4 KiB"), (1 << 20, "1 MiB"), (3 << 29, "1.5 GiB"), (150 << 10, "150 KiB")],
-)
-def test_bytes_in_words(size: int, words: str) -> None:
-    assert bytes_in_words(size) == words
 
 
 def test_json_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:

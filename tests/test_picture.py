@@ -214,8 +214,8 @@ def test_svg_of_many_processes_says_what_it_left_out() -> None:
 
 
 def test_words() -> None:
-    assert [words.size(each) for each in (0, 333, 4096, 5000, 1 << 20, 3 << 39, 16 << 40)] == [
-        "0 B", "333 B", "4 KiB", "4.9 KiB", "1 MiB", "1.5 TiB", "16 TiB",
+    assert [words.size(each) for each in (0, 333, 12.6, 4096, 5000, 150 << 10, 1 << 20, 3 << 39, 16 << 40)] == [
+        "0 B", "333 B", "13 B", "4 KiB", "4.9 KiB", "150 KiB", "1 MiB", "1.5 TiB", "16 TiB",
     ]  # fmt: skip
     assert [words.short_size(each) for each in (333, 4096, 5000)] == ["333", "4K", "4.9K"]
     assert [words.count(each) for each in (0, 0.5, 7, 950, 12_345, 4_500_000)] == [

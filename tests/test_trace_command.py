@@ -108,6 +108,14 @@ def test_a_reader_of_a_pipe_gets_all_of_it(running: KernelHandle, tmp_path: Path
     assert TraceFile(file).totals["lost"] == 0
 
 
+def test_a_pipe_without_a_reader_is_not_waited_for(running: KernelHandle, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    done = realmap("trace", str(fifo), "--seconds", "0.2")
+    assert (done.returncode, done.stderr) == (1, f"Error: cannot write {fifo}: nobody reads this pipe\n")
+    assert realmap("trace", str(tmp_path / "next"), "--seconds", "0.1").returncode == 0  # nothing goes on
+
+
 def test_sigterm_reaches_the_command(running: KernelHandle, start: Start, tmp_path: Path) -> None:
     file, mark = tmp_path / "trace.json", tmp_path / "mark"
     child = start(str(file), "--", "sh", "-c", f"touch {mark}; exec sleep 1000")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import click
@@ -58,7 +59,12 @@ def command() -> None:
 
 
 def main() -> None:
-    """Runs the command; an error of ours is one line on stderr, and exit status 1."""
+    """Runs the command; an error of ours is one line on stderr, and exit status 1.
+
+    What the output's encoding has no letter for (an arrow, in ASCII) is written as an escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
     except (KernelError, OSError) as error:

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from realmap.cli.output import require_writable
 from realmap.lab import bench as lab
-from realmap.lab.bench.access import PAGES, WORKS, bytes_in_words
+from realmap.lab.bench.access import PAGES, WORKS
 from realmap.lab.bench.measure import Absent
 from realmap.lab.bench.report import Figure, Report, Spread
+from realmap.observe import words
 
 WORDS = {**WORKS, PAGES: "write a byte in every page"}
 PICTURES = (".png", ".svg")
@@ -101,7 +102,7 @@ def render(console: Console, report: Report) -> None:
         f"{'quick, ' if report.quick else ''}{report.seconds} s"
     )
     for (group, size, work), figures in groupby(report.figures, key=lambda each: (each.group, each.size, each.work)):
-        title = [group, *([bytes_in_words(size)] if size else []), *([WORDS.get(work, work)] if work else [])]
+        title = [group, *([words.size(size)] if size else []), *([WORDS.get(work, work)] if work else [])]
         console.print()
         if console.is_terminal:
             console.print(_table(", ".join(title), figures))

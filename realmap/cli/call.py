@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from realmap.ambient import connect
-from realmap.cli.output import harmless
+from realmap.cli.output import Seconds, harmless, show_json
 from realmap.cli.target import find, kernel_option
 from realmap.errors import KernelError, SyscallFailed
 from realmap.user import Buffer, Process
@@ -23,7 +23,7 @@ LONGEST = 1 << 30
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @kernel_option
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait no longer for the answer.")
+@click.option("--timeout", type=Seconds(min=0), metavar="SECONDS", help="Wait no longer for the answer.")
 @click.option(
     "--out", type=click.IntRange(min=1), metavar="N", help="Print the bytes of the N-th @FILE afterwards instead."
 )
@@ -56,7 +56,7 @@ def call(path: str | None, timeout: float | None, out: int | None, name: str, ar
             with memoryview(buffers[out - 1]) as view:
                 _write(view)
         else:
-            click.echo(msgspec.json.encode(_printable(answer)).decode())
+            show_json(_printable(answer), line=True)
 
 
 def _is_file(text: str) -> bool:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from realmap.cli.output import require_writable, show_json
+from realmap.cli.output import Seconds, require_writable, show_json
 from realmap.cli.top import require_terminal, require_textual
 from realmap.errors import KernelError
 from realmap.lab import demo as lab
@@ -21,7 +21,7 @@ from realmap.lab import demo as lab
 @click.option("--json", "as_json", is_flag=True, help="Everything that was found, as JSON.")
 @click.option("--trace", metavar="FILE", help="Trace it: a file for ui.perfetto.dev or chrome://tracing.")
 @click.option("--top", is_flag=True, help="Under `realmap top`, each mirror kept for a while, to be seen.")
-@click.option("--pace", type=click.FloatRange(0), default=1.0, help="With --top: for so many seconds; by default 1.")
+@click.option("--pace", type=Seconds(0, 3600), default=1.0, help="With --top: for so many seconds; by default 1.")
 def demo(files: tuple[str, ...], as_json: bool, trace: str | None, top: bool, pace: float) -> None:
     """Watch a kernel process mirror-map the memory of user processes, and check every byte.
 

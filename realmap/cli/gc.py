@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import click
-import msgspec
 
+from realmap.cli.output import show_json
 from realmap.errors import KernelError
 from realmap.host import runtime
 
@@ -30,7 +30,7 @@ def gc(paths: tuple[str, ...], as_json: bool) -> None:
         except KernelError as error:
             stayed.append(str(error))
     if as_json:
-        click.echo(msgspec.json.encode(gone).decode())
+        show_json(gone, line=True)
     elif gone:
         click.echo("\n".join(f"removed {name}" for name in gone))
     elif not stayed:

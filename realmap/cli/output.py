@@ -6,6 +6,7 @@ without blanks inside (but for the last one), so that grep and awk have an easy 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -26,6 +27,17 @@ WIDEST = 40
 json_option = click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 
 
+class Seconds(click.FloatRange):
+    """A time within bounds; nan, which compares with nothing, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """UsageError: no number, or outside of the bounds."""
+        found = float(super().convert(value, param, ctx))
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a time in seconds.", param, ctx)
+        return found
+
+
 def harmless(text: object) -> str:
     """`text` as it may be shown: what is not printable (control characters, as in a name) is escaped."""
     return words.harmless(str(text))
@@ -38,23 +50,15 @@ class Column(NamedTuple):
     kind: str = "text"
 
 
-def bytes_in_words(size: float) -> str:
-    """3333 B, 4 KiB, 1.5 MiB: three figures."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if abs(size) >= unit:
-            return f"{size / unit:.{0 if size >= 100 * unit or not size % unit else 1}f} {name}"
-    return f"{size:.0f} B"
-
-
-def _cell(value: Any, kind: str, words: bool) -> str:
+def _cell(value: Any, kind: str, in_words: bool) -> str:
     if value is None or value == "" or value == []:
         return "-"
     if isinstance(value, list):
         return ",".join(harmless(each) for each in value)
     if kind == "hex":
         return f"{value:#x}"
-    if kind == "bytes" and words:
-        return bytes_in_words(value)
+    if kind == "bytes" and in_words:
+        return words.size(value)
     return harmless(value)
 
 
@@ -94,9 +98,13 @@ def show(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> None:
         click.echo(plain(columns, rows))
 
 
-def show_json(value: Any) -> None:
-    """Prints a structure as JSON; what JSON allows in a text and a terminal acts upon (DEL, C1) is escaped, too."""
-    text = msgspec.json.format(msgspec.json.encode(value)).decode()
+def show_json(value: Any, *, line: bool = False) -> None:
+    """Prints a structure as JSON, on one `line` or more.
+
+    What JSON allows in a text and a terminal acts upon (DEL, C1) is escaped, too.
+    """
+    encoded = msgspec.json.encode(value)
+    text = (encoded if line else msgspec.json.format(encoded)).decode()
     click.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from realmap.lab.bench.access import WAYS, WORKS, bytes_in_words
+from realmap.lab.bench.access import WAYS, WORKS
 from realmap.lab.bench.report import Report
+from realmap.observe import words
 
 
 def plot(report: Report, path: str) -> None:
@@ -29,7 +30,7 @@ def plot(report: Report, path: str) -> None:
                 low, high = ([getattr(found.time, edge) / 1e3 for found in points] for edge in ("p10", "p90"))
                 panel.fill_between(sizes, low, high, alpha=0.15, color=line[0].get_color(), linewidth=0)
         panel.set(xscale="log", yscale="log", title=WORKS[work], xlabel="bytes")
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: bytes_in_words(round(size))))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: words.size(round(size))))
         panel.set_xticks([64 << shift for shift in range(0, 23, 4)])
         panel.minorticks_off()
         panel.grid(alpha=0.3)

@@ -15,8 +15,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import Column, bytes_in_words, json_option, plain, show_json, table
+from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table
 from realmap.cli.target import control, kernel_option
+from realmap.observe import words
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
 
@@ -83,7 +84,7 @@ def rates_between(before: Snapshot, now: Snapshot, seconds: float) -> Rates:
     "--watch",
     is_flag=False,
     flag_value="1",
-    type=click.FloatRange(min=0.05, max=86_400),
+    type=Seconds(min=0.05, max=86_400),
     metavar="[SECONDS]",
     help="Again every so many seconds (by default 1) with rates, until Ctrl-C; a line each in a pipe.",
 )
@@ -150,7 +151,10 @@ def _watch(kernel: Control, interval: float, as_json: bool, over: threading.Even
     while not over.wait(interval):
         now = kernel.snapshot()
         found = rates_between(before, now, _apart(before, now))
-        click.echo(msgspec.json.encode(found).decode() if as_json else _line(found))
+        if as_json:
+            show_json(found, line=True)
+        else:
+            click.echo(_line(found))
         before = now
 
 
@@ -167,12 +171,12 @@ def _limit(now: Snapshot, name: str) -> Any:
     return getattr(now.limits, LIMITED[name]) if name in LIMITED else None
 
 
-def _totals(now: Snapshot, found: Rates | None, words: bool) -> list[list[Any]]:
+def _totals(now: Snapshot, found: Rates | None, in_words: bool) -> list[list[Any]]:
     def amount(name: str, value: Any) -> Any:
         if value is None:
             return None
-        if words and name.endswith("bytes"):
-            return bytes_in_words(value)
+        if in_words and name.endswith("bytes"):
+            return words.size(value)
         return f"{value:.0f}"
 
     rates = found.rates if found is not None else {}

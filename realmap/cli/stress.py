@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from realmap.cli.output import require_writable
+from realmap.cli.output import Seconds, require_writable
 from realmap.lab import stress as lab
 from realmap.lab.workload import MIXES
 
@@ -30,7 +30,7 @@ SMALL = "1m"
 @click.command()
 @click.argument("mix", default="quick", type=click.Choice(sorted(MIXES)))
 @click.option("--users", type=click.IntRange(1, 256), help="User processes at a time.")
-@click.option("--seconds", type=click.FloatRange(0.1), help="How long.")
+@click.option("--seconds", type=Seconds(0.1), help="How long.")
 @click.option("--ops", type=click.IntRange(1), help="Steps in all, instead of a time.")
 @click.option("--seed", type=click.IntRange(0), help="Decides every choice; by default a new one, which is printed.")
 @click.option("--kill", type=click.FloatRange(0, 1), metavar="RATE", help="Share of steps at which a user is killed.")

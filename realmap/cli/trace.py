@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from realmap.ambient import VARIABLE
-from realmap.cli.output import require_writable
+from realmap.cli.output import Seconds, require_writable
 from realmap.cli.target import find, kernel_option
 from realmap.errors import KernelError
 from realmap.kernel.events import CAPACITY
@@ -32,7 +33,7 @@ GRACE = 5.0
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @kernel_option
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End after so long.")
+@click.option("--seconds", type=Seconds(min=0, min_open=True), help="End after so long.")
 @click.option(
     "--events",
     type=click.IntRange(0, 1 << 32),
@@ -59,7 +60,8 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
         except OSError as error:
             if isinstance(error, KernelError):
                 raise
-            raise click.ClickException(f"cannot write {file}: {error.strerror}") from None
+            why = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
+            raise click.ClickException(f"cannot write {file}: {why}") from None
     lost = f"{running.lost} lost" + (" (the file says where; see --events)" if running.lost else "")
     click.echo(f"realmap: {running.events} events, {lost}, in {running.seconds:.1f} s: {file}", err=bool(command))
     if running.died is not None:

@@ -98,13 +98,15 @@ class SocketLock:
     def __init__(self, path: str) -> None:
         """Takes the path, and unlinks the socket that a dead kernel left on it.
 
-        InvalidHandle: the path is too long, its directory is missing, a living kernel holds it, or
+        InvalidHandle: the path is too long, or not UTF-8, its directory is missing, a living kernel holds it, or
         something that is no socket lies there. AccessDenied: it is not ours.
         """
         self.path = path
         self._lock = path + ".lock"
         if len(os.fsencode(path)) > LONGEST_PATH:
             raise InvalidHandle(path, why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows")
+        if os.fsencode(path) != path.encode(errors="replace"):
+            raise InvalidHandle(path, why=f"socket path {path!r} is not UTF-8, and is sent as text; use another path")
         try:
             self._fd = self._take()
         except BlockingIOError:

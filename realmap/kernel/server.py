@@ -163,7 +163,7 @@ class Kernel:
         """Serves on this thread until `stop`; `ready` is called once clients can connect.
 
         `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
-        too long, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
+        too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
         descriptors or no memory for it. KernelError: Linux does not allow it, or fails a call without which no
         kernel goes on.
         """

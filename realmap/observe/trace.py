@@ -30,6 +30,13 @@ PATIENCE = 1.0
 GRACE = 10.0
 
 
+def _open(path: str, flags: int) -> int:
+    """Waits for nobody: a pipe has its reader by now, or is an error."""
+    found = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(found, True)
+    return found
+
+
 class Trace:
     """A trace of the kernel at `kernel` (the path of its socket), from now on until `close`. A context manager.
 
@@ -52,7 +59,8 @@ class Trace:
         what others wait for).
 
         KernelDied, AccessDenied, VersionMismatch: as `Control`. LimitReached: the kernel is being traced already.
-        InvalidSize: so many events cannot wait, or too few. OSError: the file cannot be written.
+        InvalidSize: so many events cannot wait, or too few. OSError: the file cannot be written, or is a pipe that
+        nobody reads (ENXIO).
         """
         self.path = os.fspath(path)
         self.events = 0
@@ -67,7 +75,7 @@ class Trace:
             undo.callback(self._control.close)  # with it goes whatever was begun
             began = self._control._ask("trace-start", events)
             # Without a buffer: a forked child would write what is in it once more.
-            self._file = open(self.path, "wb", buffering=0)
+            self._file = open(self.path, "wb", buffering=0, opener=_open)
             undo.callback(self._file.close)
             self._timeline = Timeline(self._write, began)
             self._began = time.monotonic()

@@ -7,13 +7,13 @@ from realmap.pages import PAGE_SIZE
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
-def size(length: int) -> str:
+def size(length: float) -> str:
     """Bytes in three figures or so: 333 B, 4 KiB, 1.5 MiB, 16 GiB."""
     for unit, name in UNITS:
         if length >= unit:
             number = length / unit
             return f"{number:.0f} {name}" if number >= 10 or length % unit == 0 else f"{number:.1f} {name}"
-    return f"{length} B"
+    return f"{length:.0f} B"
 
 
 def short_size(length: int) -> str:

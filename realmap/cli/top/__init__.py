@@ -19,6 +19,7 @@ import sys
 
 import click
 
+from realmap.cli.output import Seconds
 from realmap.cli.target import find, kernel_option
 from realmap.cli.top.feed import FLOOR
 from realmap.observe.control import Control
@@ -30,7 +31,7 @@ NEEDS = "realmap top needs Textual: pip install 'realmap[top]'"
 @kernel_option
 @click.option(
     "--interval",
-    type=click.FloatRange(FLOOR, 86_400),
+    type=Seconds(FLOOR, 86_400),
     default=1.0,
     show_default=True,
     help="Seconds between snapshots.",

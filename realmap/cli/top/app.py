@@ -64,6 +64,11 @@ class Top(App[None]):
         self.shown = 0
         self.feed = Feed(path, interval, self._deliver)
 
+    @property
+    def kernel(self) -> int:
+        """The pid of the kernel that is shown; 0: none yet."""
+        return self.view.snapshot.pid if self.view is not None else 0
+
     def get_default_screen(self) -> Main:
         """Everything."""
         return Main()

@@ -213,17 +213,17 @@ class Main(Live):
     def on_rows_chosen(self, event: Rows.Chosen) -> None:
         """A process, or a segment."""
         if isinstance(event.row, ProcessRow):
-            self.app.push_screen(OneProcess(event.row.process.number, event.row.process.pid))
+            self.app.push_screen(OneProcess(self.app.kernel, event.row.process.number, event.row.process.pid))
         else:
-            self.app.push_screen(OneSegment(event.row.serial))
+            self.app.push_screen(OneSegment(self.app.kernel, event.row.serial))
 
 
 class OneProcess(Live):
-    """A process: its lane as wide as the screen, and its mappings."""
+    """A process of a kernel (by pid; the next kernel has other ones): its lane, and its mappings."""
 
-    def __init__(self, number: int, pid: int) -> None:
+    def __init__(self, kernel: int, number: int, pid: int) -> None:
         super().__init__()
-        self._number, self._pid = number, pid
+        self._kernel, self._number, self._pid = kernel, number, pid
 
     def compose(self) -> ComposeResult:
         """From top to bottom."""
@@ -236,7 +236,7 @@ class OneProcess(Live):
 
     def show(self, view: View) -> None:
         """What it has now; where it has gone, what it had."""
-        row = view.process(self._number)
+        row = view.process(self._kernel, self._number)
         if row is None:
             self.query_one("#one", Head).say(f" process {self._pid} has gone; Esc goes back")
             return
@@ -252,15 +252,15 @@ class OneProcess(Live):
     def on_rows_chosen(self, event: Rows.Chosen) -> None:
         """The segment of a mapping."""
         if event.row.frames is not None:
-            self.app.push_screen(OneSegment(event.row.frames.serial))
+            self.app.push_screen(OneSegment(self._kernel, event.row.frames.serial))
 
 
 class OneSegment(Live):
-    """Frames: their segments, and everyone who holds a reference."""
+    """Frames of a kernel (by pid): their segments, and everyone who holds a reference."""
 
-    def __init__(self, serial: int) -> None:
+    def __init__(self, kernel: int, serial: int) -> None:
         super().__init__()
-        self._serial = serial
+        self._kernel, self._serial = kernel, serial
 
     def compose(self) -> ComposeResult:
         """From top to bottom."""
@@ -272,7 +272,7 @@ class OneSegment(Live):
 
     def show(self, view: View) -> None:
         """Its holders now."""
-        frames = view.frames.get(self._serial)
+        frames = view.segment(self._kernel, self._serial)
         if frames is None:
             self.query_one("#one", Head).say(f" frames {self._serial} are gone: nobody refers to them; Esc goes back")
             self.table.show([])

@@ -57,9 +57,14 @@ class View:
         """By serial."""
         return self.snapshot.frames_by_serial()
 
-    def process(self, number: int) -> ProcessRow | None:
-        """By the kernel's number for it; None: it has gone."""
-        return next((row for row in self.processes if row.process.number == number), None)
+    def process(self, kernel: int, number: int) -> ProcessRow | None:
+        """By the kernel's pid and its number for it; None: it has gone, or that kernel has."""
+        ours = self.processes if kernel == self.snapshot.pid else []
+        return next((row for row in ours if row.process.number == number), None)
+
+    def segment(self, kernel: int, serial: int) -> FramesInfo | None:
+        """The frames of that serial; None: they are gone, or that kernel is."""
+        return self.frames.get(serial) if kernel == self.snapshot.pid else None
 
     def alone(self, process: ProcessInfo, cells: int) -> Picture:
         """A process by itself, larger."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from realmap.errors import PhysicalMemoryExhaustion
 from realmap.lab.bench.measure import Contender, Race
 from realmap.lab.bench.run import KEPT, Bench
+from realmap.observe import words
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_up
 from realmap.user.buffer import Buffer
 from realmap.user.process import Process
@@ -81,9 +82,7 @@ def _memory(bench: Bench, size: int) -> Memory:
         huge = plain.map(size, huge=True)
         buffers.append(huge)
         if huge.huge < align_up(size, HUGE_SIZE):
-            bench.missing(
-                "mirror huge", f"of {bytes_in_words(size)} Linux gave {bytes_in_words(huge.huge)} in huge pages"
-            )
+            bench.missing("mirror huge", f"of {words.size(size)} Linux gave {words.size(huge.huge)} in huge pages")
             buffers.pop().unmap()
     except BaseException:
         for buffer in buffers:
@@ -145,21 +144,13 @@ def _reach(bench: Bench, race: Race, size: int, work: str) -> None:
         bench.reach("mirror of 16 MiB, every page written: huge / small pages", 0.1, race, "mirror huge", "mirror")
 
 
-def bytes_in_words(size: int) -> str:
-    """64 B, 4 KiB, 16 MiB."""
-    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit and not size % unit:
-            return f"{size // unit} {name}"
-    return f"{size} B"
-
-
 def sentence(winners: dict[str, list[tuple[int, str]]]) -> str:
     """The one sentence for the reader: which way, up to which size, on this machine."""
     parts = []
     for work, by_size in winners.items():
         runs = [(way, [size for size, _ in run]) for way, run in groupby(by_size, key=lambda item: item[1])]
         said = [
-            f"{way}{f' up to {bytes_in_words(sizes[-1])}' if at < len(runs) - 1 else ' beyond' if at else ''}"
+            f"{way}{f' up to {words.size(sizes[-1])}' if at < len(runs) - 1 else ' beyond' if at else ''}"
             for at, (way, sizes) in enumerate(runs)
         ]
         parts.append(f"to {WORKS[work]}, take {', '.join(said)}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from realmap.lab.bench.access import bytes_in_words
 from realmap.lab.bench.call import timed
 from realmap.lab.bench.measure import Contender
 from realmap.lab.bench.run import Bench
+from realmap.observe import words
 
 SIZES = [4 << 10, 64 << 10, 1 << 20, 16 << 20]
 QUICK_SIZES = [4 << 10, 1 << 20]
@@ -15,7 +15,7 @@ def measure(bench: Bench) -> None:
     """map + unmap by size. realmap takes the space at once; the peers at first touch, which is not in their figures."""
     _, me = bench.kernel()
     for size in QUICK_SIZES if bench.quick else SIZES:
-        bench.say(f"make: {bytes_in_words(size)}")
+        bench.say(f"make: {words.size(size)}")
         contenders = [
             Contender("C shm_open … close", bench.floor.batch("make", size)),
             Contender("C with posix_fallocate", bench.floor.batch("make_commit", size)),
