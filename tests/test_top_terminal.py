@@ -158,3 +158,11 @@ def test_textual_is_imported_only_where_it_is_needed(tmp_path: Path) -> None:
         assert done.returncode == status
         assert word in done.stdout + done.stderr
         assert len(done.stderr.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("tool", ["top_fluid", "snapshot_pause"])
+def test_what_measures_it_runs(tool: str) -> None:
+    file = Path(__file__).parents[1] / "tools" / f"{tool}.py"
+    done = subprocess.run([sys.executable, str(file), "20", "2", "2"], capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "20 mappings of  2 processes" in done.stdout.replace("of 2", "of  2")

@@ -1,6 +1,6 @@
 """How long a snapshot takes, and for how long the kernel answers nobody else meanwhile.
 
-    .venv/bin/python tools/snapshot_pause.py [MAPPINGS] [PROCESSES]     by default 10000 in 64
+    .venv/bin/python tools/snapshot_pause.py [MAPPINGS] [PROCESSES] [ROUNDS]     by default 10000 in 64, 20 times
 
 The pause is seen from outside: one user calls `nop` without a break, its longest wait for an answer is told with
 and without snapshots, by turns. What the kernel's own thread does for one
@@ -17,8 +17,6 @@ import time
 
 import realmap
 from realmap.kernel import books, syscalls
-
-ROUNDS = 20
 
 
 @realmap.syscall
@@ -86,12 +84,12 @@ def longest(me: realmap.Process, seconds: float) -> float:
 
 def main() -> None:
     """Measures, and prints milliseconds."""
-    mappings, processes = (int(text) for text in [*sys.argv[1:], "10000", "64"][:2])
+    mappings, processes, rounds = (int(text) for text in [*sys.argv[1:], *"10000 64 20".split()[len(sys.argv) - 1 :]])
     with realmap.boot(syscalls=[nop, built]) as kernel, kernel.connect() as me:
         users = [user(kernel.path, mappings // processes) for _ in range(processes)]
         pid, order, done = asker(kernel.path)
         took, quiet, paused, inside = [], [], [], []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             quiet.append(longest(me, 0.3))
             os.write(order, b"x")
             paused.append(longest(me, 0.3))
@@ -100,7 +98,7 @@ def main() -> None:
         for each in (*users, pid):
             os.kill(each, signal.SIGKILL)
             os.waitpid(each, 0)
-    print(f"{mappings // processes * processes} mappings of {processes} processes, {ROUNDS} rounds; milliseconds")
+    print(f"{mappings // processes * processes} mappings of {processes} processes, {rounds} rounds; milliseconds")
     rows = {
         "a snapshot takes": took,
         "longest call without": quiet,

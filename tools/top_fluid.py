@@ -1,6 +1,6 @@
 """How long a key takes in `realmap top`, with few mappings and with many.
 
-    .venv/bin/python tools/top_fluid.py [MAPPINGS] [PROCESSES]     by default 10000 in 64
+    .venv/bin/python tools/top_fluid.py [MAPPINGS] [PROCESSES] [ROUNDS]     by default 10000 in 64, 60 times
 
 A real `realmap top` in a pseudo-terminal of 140x45, a snapshot as often as it takes them. `?` opens a box whose text
 is nowhere else on the screen: from the key to the last of that text it takes so long to come through all that the
@@ -26,7 +26,6 @@ from snapshot_pause import user
 
 import realmap
 
-ROUNDS = 60
 #: Seconds.
 PATIENCE = 30.0
 #: The last line of the help.
@@ -55,7 +54,7 @@ class Top:
         while text not in seen:
             left = end - time.perf_counter()
             if left < 0 or not select.select([self._leader], [], [], left)[0]:
-                raise SystemExit(f"{text!r} did not come within {PATIENCE:.0f} s; the last of what came: {seen[-500:]!r}")
+                raise SystemExit(f"{text!r} did not come within {PATIENCE:.0f} s; the last that came: {seen[-500:]!r}")
             seen += os.read(self._leader, 1 << 16)
 
     def rest(self, seconds: float) -> None:
@@ -92,7 +91,7 @@ class Top:
         os.close(self._leader)
 
 
-def measure(mappings: int, processes: int) -> None:
+def measure(mappings: int, processes: int, rounds: int) -> None:
     """Prints a line for each view."""
     with realmap.boot() as kernel:
         users = [user(kernel.path, mappings // processes) for _ in range(processes)]
@@ -101,7 +100,7 @@ def measure(mappings: int, processes: int) -> None:
             for name, (there, back) in VIEWS.items():
                 top.press(there)
                 top.rest(1.0)
-                found = [top.key() for _ in range(ROUNDS)]
+                found = [top.key() for _ in range(rounds)]
                 top.press(back)
                 top.rest(0.5)  # Esc and a key at once would be another key
                 median, most = statistics.median(found), statistics.quantiles(found, n=10)[-1]
@@ -118,10 +117,10 @@ def measure(mappings: int, processes: int) -> None:
 
 def main() -> None:
     """Few, then many."""
-    mappings, processes = (int(text) for text in [*sys.argv[1:], "10000", "64"][:2])
-    measure(10, 2)
-    measure(mappings // processes * processes, processes)
-    measure(mappings, 1)
+    mappings, processes, rounds = (int(text) for text in [*sys.argv[1:], *"10000 64 60".split()[len(sys.argv) - 1 :]])
+    measure(10, 2, rounds)
+    measure(mappings // processes * processes, processes, rounds)
+    measure(mappings, 1, rounds)
 
 
 if __name__ == "__main__":
