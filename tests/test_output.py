@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from realmap.cli.output import Column, harmless, plain, show_json
+from realmap.cli.output import Column, harmless, plain, show_json, table
 
 
 def test_names_are_shown_harmless() -> None:
@@ -23,6 +23,15 @@ def test_columns_in_a_pipe() -> None:
         ["22", "0x0", "x" * 50, "e"],
     ]
     assert text.splitlines()[0].index("last") == text.splitlines()[1].index("c d")
+
+
+def test_columns_that_nobody_needs_are_left_out_on_a_terminal() -> None:
+    columns = [Column("n", "number"), Column("name", optional=True), Column("huge", "bytes", optional=True)]
+    assert [str(each.header) for each in table(columns, [[1, None, 0], [2, "", 0]]).columns] == ["n"]
+    made = table(columns, iter([[1, None, 0], [2, "", 4096]]))
+    assert [str(each.header) for each in made.columns] == ["n", "huge"]
+    assert [str(cell) for cell in made.columns[1].cells] == ["0 B", "4 KiB"]
+    assert plain(columns, [[1, None, 0]]).splitlines()[0].split() == ["n", "name", "huge"]
 
 
 def test_json_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import click
@@ -44,10 +45,14 @@ def harmless(text: object) -> str:
 
 
 class Column(NamedTuple):
-    """A heading, and what is below it: "text", "number", "hex" (an address), or "bytes" (with units on a terminal)."""
+    """A heading, and what is below it: "text", "number", "hex" (an address), or "bytes" (with units on a terminal).
+
+    `optional`: a terminal has no room for it where no row has any.
+    """
 
     name: str
     kind: str = "text"
+    optional: bool = False
 
 
 def _cell(value: Any, kind: str, in_words: bool) -> str:
@@ -82,11 +87,14 @@ def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
 def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
     """The table for a terminal."""
     made = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
+    rows = list(rows)
+    told = [not column.optional or any(row[at] for row in rows) for at, column in enumerate(columns)]
+    for column in compress(columns, told):
         made.add_column(Text(column.name), justify="left" if column.kind == "text" else "right", overflow="fold")
     for row in rows:
         # Text, not str: a name is no markup.
-        made.add_row(*(Text(_cell(value, column.kind, True)) for value, column in zip(row, columns, strict=True)))
+        cells = zip(row, columns, strict=True)
+        made.add_row(*(Text(_cell(value, column.kind, True)) for value, column in compress(cells, told)))
     return made
 
 

@@ -9,8 +9,8 @@ from realmap.cli.target import control, kernel_option
 from realmap.observe import tables
 
 COLUMNS = [
-    Column("number", "number"),
     Column("pid", "number"),
+    Column("number", "number"),
     Column("uid", "number"),
     Column("mappings", "number"),
     Column("mapped", "bytes"),
@@ -31,7 +31,7 @@ def ps(path: str | None, as_json: bool) -> None:
     live, whoever holds them; handles: those it made; calls: those running; program: what runs as that pid, "gone"
     where it has just ended. --json has the limit of its frames as well.
 
-    Example: realmap ps | awk '$4 > 100 {print $2}'
+    Example: realmap ps | awk '$4 > 100 {print $1}'
     """
     with control(path) as kernel:
         rows = tables.processes(kernel.snapshot())

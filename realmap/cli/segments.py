@@ -14,9 +14,9 @@ COLUMNS = [
     Column("inode", "number"),
     Column("length", "bytes"),
     Column("resident", "bytes"),
-    Column("huge", "bytes"),
+    Column("huge", "bytes", optional=True),
     Column("refcount", "number"),
-    Column("name"),
+    Column("name", optional=True),
     Column("holders"),
 ]
 
