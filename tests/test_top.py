@@ -55,9 +55,9 @@ def drive(path: str, steps: Steps, size: tuple[int, int] = (80, 24), interval: f
     """Runs the app on a screen of that size, and `steps` once it has shown something."""
 
     async def run() -> None:
-        app = Top(path, interval)
+        app = Top(path, interval, others=not path)
         async with app.run_test(size=size) as pilot:
-            await until(pilot, lambda: app.view is not None, "the first view")
+            await until(pilot, lambda: app.view is not None or not path, "the first view")
             await pilot.pause()
             await steps(app, pilot)
 
@@ -230,6 +230,26 @@ def test_a_kernel_that_dies_and_comes_back(tmp_path: Path) -> None:
         (process,) = first.snapshot().processes
         before = (process.number, process.mappings[0].frames)
         drive(path, steps)
+
+
+def test_where_none_is_named_the_next_one_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    async def steps(app: Top, pilot: Any) -> None:
+        for _ in range(2):
+            await until(pilot, lambda: "no kernel of yours runs; start one" in screen_text(app), "that there is none")
+            with realmap.boot() as kernel:
+                await until(pilot, lambda: f"kernel {kernel.pid} " in screen_text(app), "a kernel")
+                assert kernel.path in screen_text(app)
+                with realmap.boot() as other:  # what is shown stays
+                    await pilot.pause(0.5)
+                    assert f"kernel {kernel.pid} " in screen_text(app)
+                    with realmap.boot():
+                        kernel.shutdown()
+                        await until(pilot, lambda: "several kernels run" in screen_text(app), "that there are several")
+                    await until(pilot, lambda: f"kernel {other.pid} " in screen_text(app), "the one that is left")
+
+    drive("", steps, size=(200, 20))
 
 
 def test_a_kernel_that_does_not_answer_stops_nobody(kernel: realmap.KernelHandle) -> None:

@@ -97,6 +97,15 @@ def test_it_ends_with_its_terminal_and_on_sigterm(kernel: realmap.KernelHandle) 
     terminal.wait()
 
 
+def test_it_waits_for_a_kernel(tmp_path: Path) -> None:
+    terminal = Terminal("top", "--wait", XDG_RUNTIME_DIR=str(tmp_path))
+    wait_until(lambda: b"NO KERNEL" in terminal.out, "that there is none")
+    with realmap.boot(path=tmp_path / "realmap" / "x.sock") as kernel:
+        wait_until(lambda: f"kernel {kernel.pid}".encode() in terminal.out, "the kernel")
+        terminal.press("q")
+        assert terminal.wait() == 0
+
+
 def test_no_colour(loaded: realmap.KernelHandle) -> None:
     terminal = Terminal("top", "--kernel", loaded.path, NO_COLOR="1", COLORTERM="truecolor")
     wait_until(lambda: b"UserLand" in terminal.out, "the screen")

@@ -168,7 +168,9 @@ def test_who_may_ask(host: str, origin: str | None, everybody: bool, may: bool) 
 def test_the_command_is_quoted() -> None:
     odd = "/tmp/a b;$(touch x)'.sock"
     echoed = subprocess.run(
-        ["sh", "-c", command(odd, 0.5).replace(sys.executable, "printf '%s\\n'", 1)], capture_output=True, text=True
+        ["sh", "-c", command(["--kernel", odd]).replace(sys.executable, "printf '%s\\n'", 1)],
+        capture_output=True,
+        text=True,
     )
     assert echoed.stdout.splitlines()[5] == odd
     assert echoed.stdout.startswith("-P\n")  # what lies in the directory it is started in is not run

@@ -19,11 +19,16 @@ kernel_option = click.option(
 )
 
 
+def named(path: str | None) -> str | None:
+    """The socket path that was given, by option or environment; None: whichever runs is meant."""
+    return path or os.environ.get(VARIABLE) or None
+
+
 def find(path: str | None) -> str:
     """The socket path of the kernel that is meant. ClickException: none runs, or several do (they are listed)."""
-    path = path or os.environ.get(VARIABLE)
-    if path:
-        return path
+    given = named(path)
+    if given is not None:
+        return given
     running = runtime.sockets()
     if not running:
         raise click.ClickException(

@@ -20,7 +20,7 @@ import sys
 import click
 
 from realmap.cli.output import Seconds
-from realmap.cli.target import find, kernel_option
+from realmap.cli.target import PATIENCE, find, kernel_option, named
 from realmap.cli.top.feed import FLOOR
 from realmap.observe.control import Control
 
@@ -39,29 +39,38 @@ NEEDS = "realmap top needs Textual: pip install 'realmap[top]'"
 @click.option("--web", is_flag=True, help="In a browser, in place of this terminal.")
 @click.option("--host", help="With --web: the address to listen at. By default 127.0.0.1: this machine only.")
 @click.option("--port", type=click.IntRange(0, 65535), help="With --web: 8765 by default; 0 for any that is free.")
-def top(path: str | None, interval: float, web: bool, host: str | None, port: int | None) -> None:
+@click.option("--wait", is_flag=True, help="Where no kernel runs yet, wait for one.")
+@click.option("--any", "others", is_flag=True, hidden=True)  # what a page is told of a kernel that nobody named
+def top(
+    path: str | None, interval: float, web: bool, host: str | None, port: int | None, wait: bool, others: bool
+) -> None:
     """Watch a kernel live: its processes, their address spaces drawn, mirrors while they live, segments and rates.
 
-    Keys: s sorts, / filters, p pauses, Enter shows one in detail, Esc goes back, ? helps, q quits. A kernel that
-    ends is looked for until one is back on the same path.
+    Keys: s sorts, / filters, p pauses, Enter shows one in detail, Esc goes back, ? helps, q quits. When the kernel
+    ends, the next one that runs is shown; where one was named, the next at that path.
 
-    Example: realmap top --interval 0.5
+    Example: realmap top --wait
     """
     if not web and (host is not None or port is not None):
         raise click.UsageError("--host and --port go with --web")
     if not web:
         require_terminal()
     require_textual(web)
-    found = find(path)
-    Control(found, timeout=10.0).close()  # what is wrong with it is said before the screen is taken
+    given = named(path)
+    others = others or given is None
+    found = given or ""
+    if not wait:
+        found = find(given)
+        Control(found, timeout=PATIENCE).close()  # what is wrong with it is said before the screen is taken
     if web:
         from realmap.cli.top.web import serve
 
-        serve(found, interval, host or "127.0.0.1", 8765 if port is None else port)
+        options = ["--wait", "--interval", repr(interval), *(["--kernel", found] if found else []), *["--any"] * others]
+        serve(options, host or "127.0.0.1", 8765 if port is None else port)
     else:
         from realmap.cli.top.app import Top
 
-        app = Top(found, interval)
+        app = Top(found, interval, others=others)
         app.run()
         sys.exit(app.return_code or 0)
 

@@ -27,7 +27,10 @@ class Fresh(Message):
 
 
 class Top(App[None]):
-    """Shows the kernel at `path`, with a snapshot every `interval` seconds. `note`: said in the first line."""
+    """Shows the kernel at `path`, with a snapshot every `interval` seconds.
+
+    `note`: said in the first line. `others`: as `Feed`.
+    """
 
     TITLE = "realmap top"
     ENABLE_COMMAND_PALETTE = False
@@ -53,7 +56,7 @@ class Top(App[None]):
         Binding("q,ctrl+c", "quit", "Quit"),
     ]
 
-    def __init__(self, path: str, interval: float, note: str = "") -> None:
+    def __init__(self, path: str, interval: float, note: str = "", *, others: bool = False) -> None:
         super().__init__()
         self.view: View | None = None
         self.note = note
@@ -62,7 +65,7 @@ class Top(App[None]):
         self._why = ""
         #: How many views have been shown.
         self.shown = 0
-        self.feed = Feed(path, interval, self._deliver)
+        self.feed = Feed(path, interval, self._deliver, others=others)
 
     @property
     def kernel(self) -> int:

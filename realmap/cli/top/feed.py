@@ -8,8 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import click
+
 from realmap.cli.target import PATIENCE
-from realmap.errors import KernelError
+from realmap.cli.target import control as control_of
+from realmap.errors import KernelDied, KernelError
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
 
@@ -57,12 +60,16 @@ class Past:
 class Feed:
     """Asks the kernel at `path` every `interval` seconds.
 
-    `deliver` gets each `Seen`, or in words why there is none; it is called in this thread, and not again before
-    `consumed`. A kernel that is gone is looked for again at the same pace.
+    `others`: where that one has ended (or is ""), whichever kernel runs is taken in its place. `deliver` gets each
+    `Seen`, or in words why there is none; it is called in this thread, and not again before `consumed`. A kernel that
+    is gone is looked for again at the same pace.
     """
 
-    def __init__(self, path: str, interval: float, deliver: Callable[[Seen | str], None]) -> None:
+    def __init__(
+        self, path: str, interval: float, deliver: Callable[[Seen | str], None], *, others: bool = False
+    ) -> None:
         self.path = path
+        self._others = others
         self._interval = max(FLOOR, interval)
         self._deliver = deliver
         self._control: Control | None = None
@@ -108,13 +115,15 @@ class Feed:
             found: Seen | str
             try:
                 if self._control is None:
-                    self._control = Control(self.path, timeout=PATIENCE)
+                    self._control = self._connect()
                 snapshot = self._control.snapshot()
                 moment = time.monotonic()
                 found = past.add(snapshot, moment, moment - start)
             except (KernelError, OSError) as error:
                 found = str(error)
                 self._forget()
+            except click.ClickException as error:  # none runs, or several do
+                found = error.message.splitlines()[0]
             if self._stopped:
                 break
             self._waiting = True
@@ -122,6 +131,17 @@ class Feed:
             took = time.monotonic() - start
             self._rest(max(self._interval - took, REST * took if took > FLOOR else FLOOR))
         self._forget()
+
+    def _connect(self) -> Control:
+        try:
+            if self.path or not self._others:
+                return Control(self.path, timeout=PATIENCE)
+        except KernelDied:
+            if not self._others:
+                raise
+        control = control_of(None)
+        self.path = control.path
+        return control
 
     def _forget(self) -> None:
         control, self._control = self._control, None

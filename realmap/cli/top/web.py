@@ -8,12 +8,14 @@ has the address with its key, which is printed for the one who started this. The
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import secrets
 import shlex
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,16 +23,16 @@ import click
 from aiohttp import web
 from textual_serve.server import Server
 
-#: A browser that keeps its socket open is not waited for at the end. Seconds.
-GRACE = 1.0
+#: How long the end waits for the pages' processes, and for browsers that keep their sockets open. Seconds.
+GRACE = 3.0
 #: How many pages may be open at a time: each is a process.
 PAGES = 16
 POLICY = "default-src 'self' 'unsafe-inline' data: blob:; connect-src 'self' ws://{host}; frame-ancestors 'none'"
 
 
-def command(path: str, interval: float) -> str:
+def command(options: Sequence[str]) -> str:
     """What a shell runs for each page. -P: nothing of the directory that it is started in is imported."""
-    return shlex.join([sys.executable, "-P", "-m", "realmap", "top", "--kernel", path, "--interval", repr(interval)])
+    return shlex.join([sys.executable, "-P", "-m", "realmap", "top", *options])
 
 
 def may_ask(host: str, origin: str | None, everybody: bool) -> bool:
@@ -55,12 +57,12 @@ class Page(Server):
     """The server of textual-serve, with the page and its socket guarded, under whatever name it is called by."""
 
     everybody = False
-    _open = 0
 
     def __init__(self, command: str, **options: Any) -> None:
         super().__init__(command, **options)
         #: Who has it may look.
         self.key = secrets.token_urlsafe(16)
+        self._open: set[asyncio.Task[Any]] = set()
         # A browser sends a host's cookies to all of its ports.
         self._cookie = f"realmap-{secrets.token_hex(4)}"
 
@@ -92,25 +94,34 @@ class Page(Server):
 
     async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
         """A page's process, as long as the page is open."""
-        if self._open >= PAGES:
+        if len(self._open) >= PAGES:
             raise web.HTTPServiceUnavailable(text=f"realmap top: {PAGES} pages are open already")
-        self._open += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
         try:
             answer: web.WebSocketResponse = await super().handle_websocket(request)
             return answer
         finally:
-            self._open -= 1
+            self._open.remove(task)
+
+    async def on_shutdown(self, app: web.Application) -> None:
+        """Ends the pages' processes, and waits for that."""
+        for task in self._open:
+            task.cancel()
+        if self._open:
+            await asyncio.wait(self._open, timeout=GRACE)
 
     async def on_startup(self, app: web.Application) -> None:
         """Says nothing: the address has been printed."""
 
 
-def serve(path: str, interval: float, host: str, port: int) -> None:
-    """Serves it until Ctrl-C, SIGTERM or SIGHUP. ClickException: it cannot listen there."""
+def serve(options: Sequence[str], host: str, port: int) -> None:
+    """Serves it until Ctrl-C, SIGTERM or SIGHUP. `options`: of each page. ClickException: it cannot listen there."""
     listening = _listen(host, port)
     where, port = listening.getsockname()[:2]
     name = f"[{where}]" if ":" in where else where
-    page = Page(command(path, interval), host=where, port=port, title="realmap top")
+    page = Page(command(options), host=where, port=port, title="realmap top")
     page.everybody = not ipaddress.ip_address(where).is_loopback
     click.echo(f"realmap top: http://{name}:{port}/?key={page.key} (Ctrl-C ends it)")
     if page.everybody:
