@@ -21,6 +21,8 @@ from realmap import KernelHandle, boot
 from realmap.errors import InvalidSize
 from realmap.lab import demo
 
+ROOT = Path(__file__).parents[1]
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -62,6 +64,16 @@ def test_the_demo_on_given_files_as_json(files: list[str]) -> None:
     if not os.geteuid():
         assert all(user == kernel for check in checks for user, kernel in check["frames"])
         assert all(user for check in checks for user, _ in check["frames"])
+
+
+@pytest.mark.skipif(not list(ROOT.glob(".venv*/.built-test")), reason="tools/setup has not set up this checkout")
+def test_the_command_of_the_readme(files: list[str]) -> None:
+    """From wherever it is called: files are named from there."""
+    done = subprocess.run(
+        [ROOT / "tools" / "demo", "--json", Path(files[0]).name], cwd=Path(files[0]).parent, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["ok"] is True
 
 
 def test_the_demo_in_a_pipe_is_plain(files: list[str]) -> None:
