@@ -66,6 +66,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
 
     signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
     interpreter.end_with(booter, GRACE)
+    interpreter.call_itself("realmap-kernel")
     try:
         kernel.serve(ready=ready, booter=booter)
     except KernelError as error:
@@ -92,6 +93,7 @@ def _user_main(
 ) -> None:
     files.shut(report)
     interpreter.end_with(booter, 0)
+    interpreter.call_itself(getattr(function, "__name__", "realmap-user"))
     status = 1
     try:
         with Process(path) as me:

@@ -46,7 +46,7 @@ def books(
     land = (KERNEL_LAND.start, KERNEL_LAND.length)
     limits = LimitsInfo(1, 1, 1, 1, 1, 1, None, None, None, KERNEL_LAND.length, 0)
     return Snapshot(
-        FORM, 1, "/k.sock", True, 0.0, land, [], limits, dict(STATS), [],
+        FORM, 1, "/k.sock", True, 0.0, land, [], limits, dict(STATS), [], [],
         found, [], [], [], list(mirrors), list(kept), [],
     )  # fmt: skip
 

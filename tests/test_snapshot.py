@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -84,6 +85,22 @@ def test_calls_and_bytes_are_counted_by_kind(limited: KernelHandle) -> None:
     assert [each.maker for each in taken.handles] == [process.number]
 
 
+def test_calls_on_worker_threads_are_named(kernel: KernelHandle, me: realmap.Process) -> None:
+    assert kernel.snapshot().running == []
+    with me.map(SIZE) as buffer, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(me.call, "hold", "named", buffer)
+        wait_until(lambda: me.call("state", "named") == "waiting", "the handler")
+        taken = kernel.snapshot()
+        (running,), (process,) = taken.running, taken.processes
+        assert (running.process, running.syscall) == (process.number, "hold")
+        assert running.seconds is not None
+        assert 0 <= running.seconds < BOUND
+        assert taken.running_by_process() == {process.number: ["hold"]}
+        me.call("go")
+        call.result(BOUND)
+    assert kernel.snapshot().running == []
+
+
 def test_the_same_as_json_and_back(limited: KernelHandle) -> None:
     with limited.connect() as me, me.map(SIZE, fragment=PAGE) as buffer:
         me.call("keep", "json", buffer)
@@ -94,13 +111,13 @@ def test_the_same_as_json_and_back(limited: KernelHandle) -> None:
     text = msgspec.json.encode(taken)
     assert json.loads(text)["processes"][0]["mappings"][0]["type"] == "HEAP"
     assert msgspec.json.decode(text, type=Snapshot) == taken
-    assert taken.form == FORM == 4
+    assert taken.form == FORM == 5
     assert taken.mirrors[0].parts[0].frames == taken.frames[0].serial
     assert taken.frames[0].refcount == len(taken.frames[0].holders) == 3
     assert taken.handles[0].uses == 3
 
 
-@pytest.mark.parametrize("books", [{"form": 3}, {"form": 5, "pid": 1}, {}, None, [1]])
+@pytest.mark.parametrize("books", [{"form": 3}, {"form": FORM + 1, "pid": 1}, {}, None, [1]])
 def test_one_of_another_version_is_refused_in_a_line(books: object) -> None:
     with pytest.raises(VersionMismatch, match="another version") as caught:
         Snapshot.read(books)

@@ -101,6 +101,7 @@ def test_sizes(me: realmap.Process, loaded: realmap.KernelHandle, size: tuple[in
             if size[0] >= 80:
                 assert "3 processes" in text
                 assert f"kernel {loaded.pid}" in text
+                assert text.count(" busy ") == 2
                 assert "calls/s" in text
                 assert "KernelLand" in text
             for key in ("2", "enter", "escape", "1", "enter", "enter", "escape", "escape", "question_mark", "escape"):
@@ -139,8 +140,16 @@ def test_sort_filter_pause(loaded: realmap.KernelHandle) -> None:
         await pilot.press("enter")
         assert table.has_focus
         assert [row.process.pid for row in table.shown] == [pid]
+        assert f'["{pid}": 1 of 2, Esc ends it]' in screen_text(app)
+        await pilot.press("slash", *"busx", "enter")
+        assert table.shown == []
+        assert '["busx": 0 of 2, Esc ends it]' in screen_text(app)
         await pilot.press("escape")
         assert len(table.shown) == 2
+        assert "Esc ends it" not in screen_text(app)
+        await pilot.press("slash", *"busy")
+        assert len(table.shown) == 2  # by the program, too
+        await pilot.press("escape")
         await pilot.press("p")
         await until(pilot, lambda: "PAUSED" in screen_text(app), "the pause")
         calls, seen = loaded.stats()["calls"], app.shown
@@ -212,6 +221,7 @@ def test_a_kernel_that_dies_and_comes_back(tmp_path: Path) -> None:
         assert "1 reference" in screen_text(app)
         os.kill(first.pid, signal.SIGKILL)
         await until(pilot, lambda: "NO KERNEL" in screen_text(app), "word of its death")
+        assert app.screen.has_class("lost")
         user.close()
         first.shutdown()
         with realmap.boot(path=path) as second, second.connect() as me, me.map(PAGE):
@@ -305,6 +315,8 @@ def test_help_screen_says_the_keys(kernel: realmap.KernelHandle) -> None:
         assert "pause" in screen_text(app)
         await pilot.press("question_mark")
         assert isinstance(app.screen, Main)
+        await pilot.press("question_mark", "q")
+        assert app._exit
 
     drive(kernel.path, steps)
 

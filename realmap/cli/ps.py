@@ -17,6 +17,7 @@ COLUMNS = [
     Column("frames", "bytes"),
     Column("handles", "number"),
     Column("calls", "number"),
+    Column("running", optional=True),
     Column("program"),
 ]
 
@@ -28,8 +29,9 @@ def ps(path: str | None, as_json: bool) -> None:
     """Show the user processes of a kernel.
 
     number: its name in the books; mapped: bytes of its mappings; frames: bytes of the frames that it made and that
-    live, whoever holds them; handles: those it made; calls: those running; program: what runs as that pid, "gone"
-    where it has just ended. --json has the limit of its frames as well.
+    live, whoever holds them; handles: those it made; calls: those running; running: which of them worker
+    threads are at; program: what runs as that pid (what was spawned is called by its function), "gone" where it has
+    just ended. --json has the limit of its frames as well.
 
     Example: realmap ps | awk '$4 > 100 {print $1}'
     """

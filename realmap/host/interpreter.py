@@ -44,6 +44,12 @@ class Unsendable(TypeError):
     """A function or an argument that cannot be sent to another process; the text names what stands in the way."""
 
 
+def call_itself(name: str) -> None:
+    """Gives this process a name, which ps and top show; Linux takes 15 bytes of it. On its main thread only."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as file:
+        file.write(name.encode()[:15])
+
+
 def dumps(value: Any, what: str) -> bytes:
     """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named."""
     try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from realmap.kernel.server import Kernel
 
 #: Of the form of `books`; observe/snapshot.py reads it.
-FORM = 4
+FORM = 5
 Row = tuple[Any, ...]
 
 
@@ -157,6 +157,10 @@ def _books(kernel: Kernel) -> dict[str, Any]:
         "limits": limits(kernel),
         "stats": stats(kernel),
         "calls": [(each.name, each.blocking, each.calls, each.failed) for each in kernel.syscalls.values()],
+        "running": [
+            (each.process.number, each.name, None if each.began is None else time.monotonic() - each.began)
+            for each in kernel.dispatch.running
+        ],
         "processes": processes,
         "pinned": [*pinned.values(), *estates],
         "outbox": [inode for connection in kernel.clients.all() for inode in connection.waiting_inodes()],

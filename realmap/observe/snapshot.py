@@ -16,7 +16,7 @@ from realmap.memory.frames import in_words
 from realmap.rights import MemoryType
 
 T = TypeVar("T")
-FORM = 4
+FORM = 5
 #: What comes from the kernel as it is in the snapshot.
 _PLAIN = ("form", "pid", "path", "alone", "time", "stakes", "stats", "pinned")
 _TYPES = {int(kind): kind.name for kind in MemoryType}
@@ -157,6 +157,14 @@ class CallInfo(msgspec.Struct, frozen=True):
     failed: int
 
 
+class RunningInfo(msgspec.Struct, frozen=True):
+    """A call of a process (its number) that a worker thread is at; `seconds` since it began, None while it waits."""
+
+    process: int
+    syscall: str
+    seconds: float | None
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """Everything the kernel's books hold. `form` is the version of this structure; `time` seconds since 1970."""
 
@@ -173,6 +181,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     #: Totals by name: what there is, and what was done so far.
     stats: dict[str, int]
     calls: list[CallInfo]
+    running: list[RunningInfo]
     processes: list[ProcessInfo]
     #: Serials of the frames of mappings in nobody's books, once for each: unmapped while a call works on them,
     #: or left by a process whose forked children may still come for them.
@@ -197,6 +206,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             kernel_land=(start, length),
             limits=msgspec.convert(books["limits"], LimitsInfo),
             calls=[CallInfo(*row) for row in books["calls"]],
+            running=[RunningInfo(*row) for row in books["running"]],
             processes=[
                 _filled(ProcessInfo, row, [_mapping(*each) for each in mappings])
                 for *row, mappings in books["processes"]
@@ -214,6 +224,13 @@ class Snapshot(msgspec.Struct, frozen=True):
     def segments(self) -> set[tuple[int, int]]:
         """(device, inode) of every segment: inode numbers alone are those of another mount's files, too."""
         return {(segment.device, segment.inode) for frames in self.frames for segment in frames.segments}
+
+    def running_by_process(self) -> dict[int, list[str]]:
+        """The syscalls that are running, by the number of the process that called."""
+        found: dict[int, list[str]] = {}
+        for each in self.running:
+            found.setdefault(each.process, []).append(each.syscall)
+        return found
 
     def frames_by_serial(self) -> dict[int, FramesInfo]:
         """The frames, by serial."""

@@ -7,7 +7,7 @@ and the same text for the same snapshot.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from xml.sax.saxutils import escape, quoteattr
 
 from realmap.observe import words
@@ -26,6 +26,8 @@ LETTER = 6.2
 #: Ribbons beyond these would only cover each other.
 RIBBONS = 200
 LANES = 40
+#: Letters of a program's name that fit beside its pid.
+LONGEST = 12
 
 STYLE = """
 text { font: 12px system-ui, 'DejaVu Sans', sans-serif; fill: #1f2430 }
@@ -50,18 +52,23 @@ text { font: 12px system-ui, 'DejaVu Sans', sans-serif; fill: #1f2430 }
 """.strip()
 
 
-def svg(snapshot: Snapshot, *, lanes: int = LANES) -> str:
-    """The drawing as a document. `lanes`: at most so many processes, those with the most bytes mirrored or mapped."""
+def svg(snapshot: Snapshot, *, lanes: int = LANES, programs: Mapping[int, str] | None = None) -> str:
+    """The drawing as a document.
+
+    `lanes`: at most so many processes, those with the most bytes mirrored or mapped. `programs`: their names by pid.
+    """
     unit = max(LEAST_UNIT, fitting_unit(snapshot, CELLS, UNIT))
     picture = draw(snapshot, CELLS, unit=unit, lights=RIBBONS)
     busiest = sorted(picture.users, key=lambda lane: (bool(lane.lights), lane.bytes), reverse=True)[:lanes]
     chosen = {id(lane) for lane in busiest}
     users = [lane for lane in picture.users if id(lane) in chosen]
     height = TOP + BAR + GAP + STEP * max(1, len(users)) + FOOT
-    return "\n".join(_document(snapshot, picture, users, height)) + "\n"
+    return "\n".join(_document(snapshot, picture, users, height, programs or {})) + "\n"
 
 
-def _document(snapshot: Snapshot, picture: Picture, users: list[Lane], height: int) -> Iterator[str]:
+def _document(
+    snapshot: Snapshot, picture: Picture, users: list[Lane], height: int, programs: Mapping[int, str]
+) -> Iterator[str]:
     said = _said(snapshot)
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -81,12 +88,16 @@ def _document(snapshot: Snapshot, picture: Picture, users: list[Lane], height: i
     for lane in users:
         assert lane.process is not None
         detail = f"{words.counted(lane.ranges, 'mapping')}, {words.size(lane.bytes)}"
-        yield from _bar(lane, places[id(lane)], f"pid {lane.process.pid}", detail)
+        yield from _bar(lane, places[id(lane)], _name(lane.process.pid, programs), detail)
     bottom = TOP + BAR + GAP + STEP * len(users)
     if not users:
         yield f'<text class="soft" x="{LEFT}" y="{bottom + 16}">no process is connected</text>'
     yield from _foot(picture, users, height)
     yield "</svg>"
+
+
+def _name(pid: int, programs: Mapping[int, str]) -> str:
+    return f"{words.cut(programs.get(pid, 'pid'), LONGEST)} {pid}"
 
 
 def _text(text: str) -> str:

@@ -16,7 +16,8 @@ GONE = "gone"
 class ProcessRow(msgspec.Struct, frozen=True):
     """A user process. `mapped`: bytes of its mappings; `frames`: bytes of the frames that it made and that live.
 
-    `program`: its name, or "gone" where it has ended since the snapshot; `handles`: those it made that can be used.
+    `program`: its name, or "gone" where it has ended since the snapshot; `handles`: those it made that can be used;
+    `running`: the syscalls that worker threads are at for it.
     """
 
     number: int
@@ -28,6 +29,7 @@ class ProcessRow(msgspec.Struct, frozen=True):
     limit: int | None
     handles: int
     calls: int
+    running: list[str]
     program: str
 
 
@@ -52,6 +54,7 @@ class SegmentRow(msgspec.Struct, frozen=True):
 def processes(snapshot: Snapshot) -> list[ProcessRow]:
     """The processes of a snapshot, in order of their numbers."""
     handles = Counter(handle.maker for handle in snapshot.handles)
+    running = snapshot.running_by_process()
     return [
         ProcessRow(
             process.number,
@@ -63,6 +66,7 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
             process.limit,
             handles[process.number],
             process.calls,
+            sorted(running.get(process.number, ())),
             program(process.pid),
         )
         for process in sorted(snapshot.processes, key=lambda each: each.number)
@@ -70,14 +74,36 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
 
 
 def program(pid: int) -> str:
-    """The name of the program that runs as `pid`; "gone" where it has ended."""
+    """The name of the program that runs as `pid`; "gone" where it has ended.
+
+    What Linux calls it (a spawned process is called by its function); for Python, the script.
+    """
     try:
         process = psutil.Process(pid)
         with process.oneshot():
             name = GONE if process.status() == psutil.STATUS_ZOMBIE else process.name()
+            if name.startswith("python"):
+                name = _script(process.cmdline()) or name
     except psutil.NoSuchProcess:
         return GONE
+    except psutil.AccessDenied:
+        name = "python"
     return name.encode("utf-8", "backslashreplace").decode()  # may be any bytes
+
+
+def _script(command: list[str]) -> str:
+    """The script or the module of Python's command line; "" where there is none."""
+    words = iter(command[1:])
+    for word in words:
+        if word == "-m":
+            return next(words, "")
+        if not word.startswith("-"):
+            return os.path.basename(word)
+        if word in ("-W", "-X"):
+            next(words, None)
+        elif word in ("-c", "-"):
+            break
+    return ""
 
 
 def segments(snapshot: Snapshot) -> list[SegmentRow]:

@@ -17,7 +17,6 @@ import heapq
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,6 +35,7 @@ from realmap.kernel.events import (
     Event,
     Kind,
 )
+from realmap.observe.tables import GONE, program
 from realmap.observe.trace_format import TraceWriter
 from realmap.rights import MemoryType, rights_of
 
@@ -398,6 +398,5 @@ def _error(code: int) -> str:
 
 
 def _command(pid: int) -> str:
-    with suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
-        return file.read().strip() + ", "
-    return ""
+    name = program(pid)
+    return f"{name}, " if name != GONE else ""

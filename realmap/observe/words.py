@@ -36,6 +36,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
+def cut(text: str, longest: int) -> str:
+    """`text` in at most so many letters, the last of them an ellipsis where some are missing."""
+    return text if len(text) <= longest else text[: max(0, longest - 1)] + "…"[:longest]
+
+
 def harmless(text: str) -> str:
     """`text` with whatever a terminal might act upon (control characters, broken bytes) as \\x escapes."""
     if text.isprintable():

@@ -29,6 +29,7 @@ from realmap.cli.demo import render
 from realmap.cli.top.app import Top
 from realmap.lab import demo as lab
 from realmap.observe.svg import svg
+from realmap.observe.tables import program
 
 INTO = Path(os.environ.get("REALMAP_PICTURES", Path(__file__).parent))
 #: Of a path that is short enough to be read in a picture.
@@ -88,7 +89,8 @@ def top_and_lands() -> dict[str, str]:
                 time.sleep(0.05)
             time.sleep(3)
             screen = asyncio.run(screenshot(kernel.path))
-            drawing = svg(kernel.snapshot())
+            taken = kernel.snapshot()
+            drawing = svg(taken, programs={each.pid: program(each.pid) for each in taken.processes})
         return {name: text.replace(folder, "/tmp") for name, text in (("top", screen), ("lands", drawing))}
 
 

@@ -13,7 +13,7 @@ from textual.message import Message
 
 from realmap.cli.top.feed import Feed, Seen
 from realmap.cli.top.screens import Head, Help, Live, Main
-from realmap.cli.top.view import View
+from realmap.cli.top.view import Programs, View
 from realmap.observe import words
 from realmap.observe.picture import Numbers
 
@@ -43,6 +43,7 @@ class Top(App[None]):
     #rates, #legend, #parts { color: $text-muted; }
     #kernel { margin-bottom: 1; }
     OneProcess #lane { margin-bottom: 1; }
+    Screen.lost Rows, Screen.lost #totals, Screen.lost #rates, Screen.lost #kernel { opacity: 40%; }
     Screen.-low #rates, Screen.-low #legend { display: none; }
     Screen.-low #kernel { margin-bottom: 0; }
     #filter { height: 1; }
@@ -60,7 +61,7 @@ class Top(App[None]):
         super().__init__()
         self.view: View | None = None
         self.note = note
-        self._numbers = Numbers()
+        self._numbers, self._programs = Numbers(), Programs()
         self._cells = 40
         self._why = ""
         #: How many views have been shown.
@@ -104,7 +105,7 @@ class Top(App[None]):
         self.post_message(Fresh(found if isinstance(found, str) else self._view(found)))
 
     def _view(self, seen: Seen) -> View:
-        return View(seen, self._cells, self._numbers)
+        return View(seen, self._cells, self._numbers, self._programs)
 
     def on_fresh(self, event: Fresh) -> None:
         """Shows it."""
@@ -117,10 +118,10 @@ class Top(App[None]):
 
     def show(self) -> None:
         """The view there is, on every screen."""
-        self._title()
         for screen in self.screen_stack:
             if isinstance(screen, Live):
                 screen.present(self.view)
+        self._title()
 
     def measured(self, cells: int) -> None:
         """The lanes are as wide as this now."""
@@ -137,9 +138,12 @@ class Top(App[None]):
             pid = f"kernel {self.view.snapshot.pid}" if self.view is not None else "connecting to"
             said = f"{pid}  {path}"
         marks = ["PAUSED"] if self.feed.paused else []
+        if isinstance(self.screen, Live) and self.screen.is_mounted:
+            marks += self.screen.marks()
         marks += [words.harmless(self.note)] if self.note else []
         line = " ".join([" realmap top ", *(f"[{mark}]" for mark in marks), said])
         for screen in self.screen_stack:
+            screen.set_class(bool(self._why), "lost")
             for head in screen.query("#title").results(Head):
                 head.say(line)
                 head.set_class(bool(self._why), "lost")

@@ -15,6 +15,8 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from realmap.observe import words
+
 T = TypeVar("T")
 
 
@@ -98,6 +100,11 @@ class Rows(ScrollView, Generic[T], can_focus=True):
         self._resized()
         self.refresh()
 
+    @property
+    def all(self) -> int:
+        """How many rows there would be without the filter."""
+        return len(self._all)
+
     def _words(self, row: T) -> str:
         return " ".join(column.text(row) for column in self.columns).casefold()
 
@@ -159,8 +166,7 @@ class Rows(ScrollView, Generic[T], can_focus=True):
         return self._fit(column, column.title + mark, column.width or self.rest())
 
     def _fit(self, column: Column[T], text: str, cells: int) -> str:
-        if len(text) > cells:
-            text = text[: cells - 1] + "…" if cells > 1 else text[:cells]
+        text = words.cut(text, cells)
         return (text.rjust(cells) if column.right and column.width else text.ljust(cells)) + " "
 
     # ---- the cursor -------------------------------------------------------------------------

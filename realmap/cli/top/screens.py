@@ -14,7 +14,7 @@ from textual.widgets import ContentSwitcher, Footer, Input, Static
 
 from realmap.cli.top import paint
 from realmap.cli.top.rows import Column, Rows
-from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals
+from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals, waited
 from realmap.observe import words
 from realmap.observe.snapshot import FramesInfo
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 PROCESSES: list[Column[ProcessRow]] = [
     Column("pid", 7, lambda row: str(row.process.pid), lambda row: row.process.pid),
-    Column("calls", 6, lambda row: str(row.process.calls), lambda row: row.process.calls, down=True, least=60),
-    Column("maps", 6, lambda row: str(row.lane.ranges), lambda row: row.lane.ranges, down=True, least=40),
-    Column("bytes", 8, lambda row: words.size(row.lane.bytes), lambda row: row.lane.bytes, down=True, least=50),
-    Column("lit", 6, lambda row: str(row.mirrored or ""), lambda row: row.mirrored, down=True, least=70),
+    Column("program", 12, lambda row: words.harmless(row.program), lambda row: row.program, least=50, right=False),
+    Column("running", 12, lambda row: words.harmless(", ".join(row.running)), lambda row: row.process.calls, down=True,
+           least=110, right=False),
+    Column("maps", 5, lambda row: str(row.lane.ranges), lambda row: row.lane.ranges, down=True, least=40),
+    Column("bytes", 8, lambda row: words.size(row.lane.bytes), lambda row: row.lane.bytes, down=True, least=70),
+    Column("lit", 4, lambda row: str(row.mirrored or ""), lambda row: row.mirrored, down=True, least=70),
     Column("UserLand", 0, lambda row: " ".join(sorted({each.type for each in row.process.mappings})),
            paint=lambda row, cells: paint.lane(row.lane, cells)),
 ]  # fmt: skip
@@ -114,6 +116,14 @@ class Live(Screen[None]):
     def measure(self) -> None:
         """Says how wide its lanes are."""
 
+    def marks(self) -> list[str]:
+        """What the first line is to say of the table: that not all of it is shown."""
+        with suppress(NoMatches):
+            table = self.table
+            if table.filter:
+                return [f'"{words.harmless(table.filter)}": {len(table.shown)} of {table.all}, Esc ends it']
+        return []
+
     def action_sort(self, reverse: bool = False) -> None:
         """By the next column, or in the other direction."""
         self.table.sort_next(reverse)
@@ -121,17 +131,26 @@ class Live(Screen[None]):
     def action_filter(self) -> None:
         """Asks for words that rows must have."""
         if not self.query(Input):
-            field = Input(self.table.filter, placeholder="words that rows must have", compact=True, id="filter")
+            field = Input(
+                self.table.filter,
+                placeholder="what a row must say: a pid, a program, a type …",
+                compact=True,
+                id="filter",
+            )
             self.mount(field, before=self.query_one(Footer))
             field.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """While it is typed."""
-        self.table.set_filter(event.value)
+        self._filter(event.value)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Keeps the filter."""
         self._end_filter()
+
+    def _filter(self, text: str) -> None:
+        self.table.set_filter(text)
+        self.app.show()
 
     def _end_filter(self) -> None:
         self.query(Input).remove()
@@ -140,7 +159,7 @@ class Live(Screen[None]):
     def action_back(self) -> None:
         """Out of the filter, or out of the screen."""
         if self.query(Input) or self.table.filter:
-            self.table.set_filter("")
+            self._filter("")
             self._end_filter()
         elif len(self.app.screen_stack) > 1:
             self.app.pop_screen()
@@ -241,8 +260,9 @@ class OneProcess(Live):
             self.query_one("#one", Head).say(f" process {self._pid} has gone; Esc goes back")
             return
         process, cells = row.process, max(1, self.size.width - 2)
-        said = [f"process {process.pid}", f"uid {process.uid}", words.counted(process.calls, "call") + " running"]
-        said += [f"{words.counted(row.lane.ranges, 'mapping')} {words.size(row.lane.bytes)}"]
+        said = [f"process {process.pid} {words.harmless(row.program)}"]
+        said += [words.harmless(f"in {each.syscall}") + f" {waited(each.seconds)}" for each in view.running(process)]
+        said += [f"{words.counted(row.lane.ranges, 'mapping')} {words.size(row.lane.bytes)}", f"uid {process.uid}"]
         self.query_one("#one", Head).say(" " + fitting(said, cells))
         wide = view.alone(process, cells)
         self.query_one("#kernel", Head).draw([Segment(" "), *paint.lane(wide.kernel, cells)])
@@ -293,6 +313,8 @@ Each line is a process; its bar is its UserLand, squeezed:
 mappings as blocks, as long as the logarithm of their pages.
 What is lit is mirrored by the kernel at this moment: the
 number is the mirror's, the same in KernelLand and UserLand.
+A mirror that comes and goes between two looks (that of a
+short call) is only counted.
 
  1 2     processes, segments
  arrows  the cursor             Enter  detail, holders
@@ -305,7 +327,10 @@ number is the mirror's, the same in KernelLand and UserLand.
 class Help(ModalScreen[None]):
     """What the keys do."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,enter,space", "app.pop_screen", "Back")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,question_mark,enter,space", "app.pop_screen", "Back"),
+        Binding("q", "app.quit", "Quit"),
+    ]
 
     def compose(self) -> ComposeResult:
         """A box."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,13 @@ import msgspec
 
 from realmap.cli.top.feed import Seen
 from realmap.observe import words
-from realmap.observe.picture import Lane, Numbers, Picture, draw
-from realmap.observe.snapshot import FramesInfo, MappingInfo, ProcessInfo, Snapshot
+from realmap.observe.picture import Lane, Numbers, Picture, draw, fitting_unit
+from realmap.observe.snapshot import FramesInfo, MappingInfo, ProcessInfo, RunningInfo, Snapshot
+from realmap.observe.tables import program
 from realmap.rights import MappingAccessRights
+
+#: Cells that a page takes where there is room.
+WIDEST = 3.0
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class ProcessRow:
 
     process: ProcessInfo
     lane: Lane
+    program: str
+    #: The syscalls that worker threads are at for it.
+    running: tuple[str, ...]
 
     @property
     def mirrored(self) -> int:
@@ -42,15 +50,37 @@ class MappingRow:
         return str(MappingAccessRights(self.mapping.rights))
 
 
+class Programs:
+    """Names of programs; each is asked for once, and stays when its process has ended."""
+
+    def __init__(self) -> None:
+        self._kernel = 0
+        self._known: dict[int, str] = {}
+
+    def of(self, snapshot: Snapshot) -> dict[int, str]:
+        """Those of the processes of a snapshot, by their numbers."""
+        known = self._known if self._kernel == snapshot.pid else {}
+        self._kernel = snapshot.pid
+        self._known = {each.number: known.get(each.number) or program(each.pid) for each in snapshot.processes}
+        return self._known
+
+
 class View:
     """A snapshot as the screens show it. `cells`: of the lanes."""
 
-    def __init__(self, seen: Seen, cells: int, numbers: Numbers) -> None:
+    def __init__(self, seen: Seen, cells: int, numbers: Numbers, programs: Programs) -> None:
         self.seen = seen
         self.snapshot: Snapshot = seen.snapshot
         self._numbers = numbers
-        self.picture: Picture = draw(seen.snapshot, cells, numbers=numbers)
-        self.processes = [ProcessRow(lane.process, lane) for lane in self.picture.users if lane.process is not None]
+        # In half steps: a mapping more or less does not change all of it.
+        unit = max(1.0, math.floor(2 * fitting_unit(self.snapshot, cells, WIDEST)) / 2)
+        self.picture: Picture = draw(seen.snapshot, cells, unit=unit, numbers=numbers)
+        names, running = programs.of(self.snapshot), self.snapshot.running_by_process()
+        self.processes = [
+            ProcessRow(each, lane, names[each.number], tuple(running.get(each.number, ())))
+            for lane in self.picture.users
+            if (each := lane.process) is not None
+        ]
 
     @cached_property
     def frames(self) -> dict[int, FramesInfo]:
@@ -65,6 +95,10 @@ class View:
     def segment(self, kernel: int, serial: int) -> FramesInfo | None:
         """The frames of that serial; None: they are gone, or that kernel is."""
         return self.frames.get(serial) if kernel == self.snapshot.pid else None
+
+    def running(self, process: ProcessInfo) -> list[RunningInfo]:
+        """The calls of a process that worker threads are at."""
+        return [each for each in self.snapshot.running if each.process == process.number]
 
     def alone(self, process: ProcessInfo, cells: int) -> Picture:
         """A process by itself, larger."""
@@ -122,6 +156,11 @@ def rates(seen: Seen) -> list[str]:
     found.append(f"{stats['running']} running")
     found.append(f"{stats['descriptors']} descriptors")
     return [*found, f"snapshot {seen.took * 1e3:.0f} ms"]
+
+
+def waited(seconds: float | None) -> str:
+    """For how long a call has been at work."""
+    return "waiting for its turn" if seconds is None else f"for {seconds:.1f} s"
 
 
 def fitting(parts: Iterable[str], width: int) -> str:
