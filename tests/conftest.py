@@ -14,6 +14,7 @@ import pytest
 import syscalls
 
 import realmap
+from realmap import ambient
 from realmap.host import procfs, runtime
 from realmap.memory import KERNEL_LAND, USER_LAND, FrameAllocator, KernelMemory, Mapping
 
@@ -158,3 +159,19 @@ def me(kernel: realmap.KernelHandle) -> Iterator[realmap.Process]:
     # Where a test has forked, it is looked whether a child still has what it had.
     left = ("mappings", "mirrors", "segments", "bytes", "handles")
     wait_until(lambda: not any(kernel.stats()[name] for name in left), "the end of everything that the test had")
+
+
+@pytest.fixture
+def tree(monkeypatch: pytest.MonkeyPatch) -> object:
+    """This process as the root of a tree whose kernel ends with the test."""
+    monkeypatch.delenv(ambient.VARIABLE, raising=False)
+    monkeypatch.delenv(ambient.TREE, raising=False)
+    ambient.plant()
+    yield
+    gc.collect()
+    for process in [each for each in realmap.user.process.living() if each.path == os.environ[ambient.TREE]]:
+        process.close()
+    if ambient._booted is not None:
+        ambient._booted.shutdown()
+        ambient._booted = None
+    del os.environ[ambient.TREE]
