@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,6 +18,10 @@ import realmap
 from realmap import ambient
 from realmap.host import procfs, runtime
 from realmap.memory import KERNEL_LAND, USER_LAND, FrameAllocator, KernelMemory, Mapping
+
+# Hundreds of interpreters start here and import realmap: none compiles it anew, also where bytecode is not to be kept.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 #: Long tests do this share of their full counts (DESIGN: CI a twentieth; full counts once).
 SCALE = float(os.environ.get("REALMAP_SCALE", "1"))
