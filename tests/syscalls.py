@@ -192,6 +192,12 @@ def state(call: Call, name: str) -> str | None:
     return "waiting" if found is gate else found
 
 
+@syscall(blocking=True)
+def wait(call: Call) -> None:
+    """Waits to be let go on."""
+    gate.get()
+
+
 @syscall
 def go(call: Call) -> None:
     """Lets one waiting handler go on."""

@@ -326,12 +326,21 @@ def test_no_timeouts(me: Process, timeout: float) -> None:
 
 
 def test_ctrl_c_abandons_the_call(me: Process, kernel: KernelHandle) -> None:
-    for _ in range(3):
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    def interrupt(turn: int) -> None:
+        wait_until(lambda: kernel.stats()["running"] > turn, "the call")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for turn in range(3):
+        thread = threading.Thread(target=interrupt, args=(turn,))
+        thread.start()
         with pytest.raises(KeyboardInterrupt):
-            me.call("sleep", 3)  # long beside the timer, also where the machine stalls
+            me.call("wait", timeout=BOUND)
+        thread.join()
         assert me.call("nop") is None
     assert kernel.stats()["processes"] == 1
+    assert kernel.stats()["running"] == 3
+    for _ in range(3):
+        me.call("go")
     wait_until(lambda: kernel.stats()["running"] == 0)
 
 
