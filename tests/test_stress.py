@@ -32,7 +32,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 def test_a_storm(tmp_path: Path) -> None:
     out, xml = tmp_path / "report.json", tmp_path / "report.xml"
-    done = command("storm", "--seconds", 5, "--users", 3, "--seed", 1, "--json", out, "--junit", xml)
+    done = command("storm", "--seconds", 2, "--users", 3, "--seed", 1, "--json", out, "--junit", xml)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["failures"] == []
@@ -41,7 +41,7 @@ def test_a_storm(tmp_path: Path) -> None:
     assert found["injected"]["kills"] > 0
     assert found["audits"] >= 1
     assert set(found["slopes"]) == {"rss", "maps", "descriptors", "threads"}
-    assert found["replay"] == "realmap stress storm --users 3 --seed 1 --seconds 5 --kill 0.02 --truncate 0.01"
+    assert found["replay"] == "realmap stress storm --users 3 --seed 1 --seconds 2 --kill 0.02 --truncate 0.01"
     for kind in found["kinds"].values():
         assert 0 < kind["p50"] <= kind["p99"] <= kind["longest"] * 1.08
     suite = ElementTree.parse(xml).getroot()
@@ -73,7 +73,7 @@ def test_the_same_seed_makes_the_same_choices() -> None:
 def test_a_full_shm() -> None:
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace of its own (unshare)")
-    done = command("quick", "--full", "--seconds", 4, "--seed", 2)
+    done = command("quick", "--full", "--seconds", 2, "--seed", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     refused = next(line for line in done.stdout.splitlines() if "refused" in line)
     assert " 0 refused" not in refused
