@@ -186,12 +186,18 @@ def test_ctrl_c_leaves_nothing() -> None:
         assert running.returncode
 
 
-def test_ctrl_c_while_a_user_is_forked() -> None:
-    """Python swallows what a hook of a fork raises."""
-    program = """
-import os, signal
+@pytest.mark.parametrize("threads", [0, 1])
+def test_ctrl_c_while_a_user_is_forked(threads: int) -> None:
+    """Python swallows what a hook of a fork raises; and another thread takes a signal that this one has masked."""
+    program = f"""
+import os, signal, threading, time
 from realmap.lab import stress
-os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+def hook():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+for _ in range({threads}):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+os.register_at_fork(after_in_parent=hook)
 stress.run(stress.Options(mix="quick", users=2, seconds=1000.0, seed=1), print)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=BOUND)

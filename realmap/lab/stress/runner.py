@@ -7,9 +7,10 @@ import secrets
 import select
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import msgspec
 import psutil
@@ -30,6 +31,26 @@ AUDIT = 5.0
 PATIENCE = 60.0
 #: A kernel's memory that rises by less over the second half of a run is no growth: arenas, and logs. Bytes.
 RISE = 16 << 20
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Ctrl-C waits: a hook of a fork would swallow it, and before its pid is noted a child would be lost.
+
+    By a handler, not by a mask: where another thread (of a status line) takes the signal, Python still runs the
+    handler on this one, in the midst of the hooks.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no handler runs
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
 
 
 class User:
@@ -107,9 +128,7 @@ class Runner:
         if self._options.ops is not None:
             each, rest = divmod(self._options.ops, self._options.users)
             left = each + (user.index < rest) - user.steps
-        # Ctrl-C waits: a hook of the fork would swallow it, and before its pid is noted a child would be lost.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _held_back():
             pid = os.fork()
             if not pid:
                 ours.close()
@@ -117,8 +136,6 @@ class Runner:
             theirs.close()
             user.pid, user.sock = pid, ours
             user.now = Tally()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def _work(self, began: float) -> None:
         for user in self._users:

@@ -153,7 +153,6 @@ def run(
     """A whole life, in a process of its own that ends with it; exit status 1 where something was wrong."""
     status = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the runner held it back over the fork
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker = Worker(sock, options, path, index, life)
     try:
