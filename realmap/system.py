@@ -25,6 +25,7 @@ from realmap.kernel.limits import Limits
 from realmap.kernel.server import Kernel
 from realmap.kernel.syscalls import registry
 from realmap.memory.lands import KERNEL_LAND
+from realmap.observe.announce import announce
 from realmap.observe.audit import AuditReport
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
@@ -339,6 +340,7 @@ def _start(main: Callable[..., None], *args: Any, silent: bool = False) -> tuple
         said = pickle.loads(data)
         if isinstance(said, BaseException):
             raise said
+        announce(said)
     except BaseException as error:
         child.close()
         if isinstance(error, OSError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from trace_format import TraceFile
 import realmap
 from realmap import Kernel, KernelHandle, Process
 from realmap._host import Events
-from realmap.errors import AccessDenied, InvalidMemState, InvalidSize, KernelDied, LimitReached, UnknownSyscall
+from realmap.errors import AccessDenied, InvalidMemState, InvalidSize, LimitReached, UnknownSyscall
 from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.events import RECORD
 from realmap.kernel.user_buffer import UserBuffer
@@ -344,82 +343,6 @@ def test_one_trace_at_a_time_and_only_by_a_control_connection(kernel: KernelHand
         with pytest.raises(InvalidSize):
             kernel.trace(file_too, events=events)
     assert len(TraceFile(file).named("nop", "X")) == len(TraceFile(file_too).named("nop", "X")) == 2
-
-
-def test_a_file_that_cannot_be_written(kernel: KernelHandle, tmp_path: Path) -> None:
-    with kernel.connect() as me:
-        with pytest.raises(OSError, match="No such file"):
-            kernel.trace(tmp_path / "none" / "trace.json")
-        with pytest.raises(OSError, match="No space left"):
-            kernel.trace("/dev/full")
-        os.mkfifo(tmp_path / "pipe")
-        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-        broken = kernel.trace(tmp_path / "pipe")
-        os.close(reader)
-        wait_until(lambda: me.call("nop") or broken.is_over)
-        with pytest.raises(BrokenPipeError):
-            broken.close()
-        broken.close()
-        with kernel.trace(tmp_path / "trace.json"):  # it is free again
-            me.call("nop")
-
-
-@pytest.mark.parametrize("how", ["killed", "shut down"])
-def test_the_kernel_ends_before_the_trace(file: Path, how: str) -> None:
-    with realmap.boot(syscalls=syscalls.ALL) as kernel:
-        with kernel.connect() as me, kernel.trace(file) as trace:
-            me.call("nop")
-            wait_until(lambda: trace.events >= 3)
-            if how == "killed":
-                os.kill(kernel.pid, signal.SIGKILL)
-            else:
-                kernel.shutdown()
-            wait_until(lambda: trace.is_over)
-        assert isinstance(trace.died, KernelDied)
-    found = TraceFile(file)
-    assert len(found.named("nop", "X")) == 2
-    assert str(trace.died) == found.totals["error"]
-
-
-def test_a_kernel_that_is_busy_is_waited_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that come after the tracer has given them up bring their events all the same."""
-
-    def sleep_here(call: realmap.Call) -> None:
-        time.sleep(0.7)
-
-    monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.1)
-    with Kernel(syscalls=[sleep_here, syscalls.nop]) as here, Process(here.path) as me:
-        with Trace(here.path, file) as trace:
-            me.call("sleep_here")
-            me.call("nop")
-    found = TraceFile(file)
-    (slept,) = [span for span in found.named("sleep_here", "X") if span["tid"] == 1]
-    assert slept["dur"] >= 700_000
-    assert trace.events == 5  # CONNECT, and two for each call
-    assert trace.lost == 0
-
-
-def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    end = threading.Event()
-
-    def stick(call: realmap.Call) -> None:
-        end.wait(60)
-
-    monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.05)
-    monkeypatch.setattr("realmap.observe.trace.GRACE", 0.2)
-    with Kernel(syscalls=[stick, syscalls.nop]) as here, Process(here.path) as me:
-        with Trace(here.path, file) as trace:
-            me.call("nop")
-            wait_until(lambda: trace.events >= 3)
-            thread = threading.Thread(target=me.call, args=("stick",))
-            thread.start()
-            wait_until(lambda: here.dispatch.current is not None)
-        assert isinstance(trace.died, realmap.SyscallTimeout)
-        end.set()
-        thread.join()
-        wait_until(lambda: here.tracing.listener is None)
-        assert type(here.dispatch) is Dispatch
-    assert len(TraceFile(file).named("nop", "X")) == 2
 
 
 def test_a_forked_child_leaves_it_alone(kernel: KernelHandle, file: Path) -> None:

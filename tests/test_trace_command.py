@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,73 @@ def test_a_command_is_traced_and_its_status_passed_on(running: KernelHandle, tmp
     assert names[:2] == ["map", "sha256"]
     (mirror,) = found.mirrors()
     assert (mirror["args"]["bytes"], mirror["args"]["rights"]) == (5, "k_r")
+
+
+OWN = """
+import realmap, sys
+
+@realmap.syscall
+def first(call: realmap.Call, data: realmap.UserBuffer) -> int:
+    with data.mirror() as mirror:
+        return mirror[0]
+
+def user(me: realmap.Process) -> None:
+    with me.map(5000) as buffer:
+        me.call("first", buffer)
+
+for _ in range(int(sys.argv[1])):
+    with realmap.boot(syscalls=[first]) as kernel:
+        kernel.spawn(user).join()
+"""
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_kernel_that_the_command_boots_is_traced_from_beginning_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """However many run besides."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("REALMAP_KERNEL", raising=False)
+    file = tmp_path / "trace.json"
+    with ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(boot())
+        done = realmap("trace", str(file), "--", sys.executable, "-c", OWN, "1")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.endswith(f" s: {file}\n")
+    found = TraceFile(file)
+    (connect,) = found.named("connect")
+    assert [call["name"] for call in found.calls(connect["args"]["pid"])] == ["map", "first", "unmap"]
+    assert [mirror["args"]["bytes"] for mirror in found.mirrors()] == [5000]
+    assert len(found.named("reap")) == 1
+
+
+def test_the_kernel_of_the_commands_own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`connect()` boots it, and it ends with the command: what it was told last is in the file, too."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    for name in ("REALMAP_KERNEL", "REALMAP_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "trace.json"
+    program = "import realmap\nwith realmap.connect() as me, me.map(5000): pass"
+    assert realmap("trace", str(file), "--", sys.executable, "-c", program).returncode == 0
+    found = TraceFile(file)
+    (connect,) = found.named("connect")
+    assert [call["name"] for call in found.calls(connect["args"]["pid"])][:2] == ["map", "unmap"]
+
+
+def test_commands_that_boot_many_and_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("REALMAP_KERNEL", raising=False)
+    file = tmp_path / "trace.json"
+    done = realmap("trace", str(file), "--", sys.executable, "-c", OWN, "3")
+    assert done.returncode == 0
+    assert done.stderr.endswith("(of the first of 3 kernels that the command booted)\n")
+    assert len(TraceFile(file).named("connect")) == 1
+    file.unlink()
+    done = realmap("trace", str(file), "--", "true")
+    said = "Error: no kernel runs, and the command has booted none: there is nothing to trace\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
 
 import click
 
 from realmap.ambient import VARIABLE
 from realmap.cli.output import Seconds, require_writable
-from realmap.cli.target import find, kernel_option
+from realmap.cli.target import find, kernel_option, named
 from realmap.errors import KernelError
+from realmap.host.runtime import sockets
 from realmap.kernel.events import CAPACITY
+from realmap.observe.announce import Announced
 from realmap.observe.trace import Trace
 
 #: The kernel and its users come first: what waits meanwhile has its room there.
@@ -45,28 +47,84 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
     """Write every syscall, map, unmap, mirror, drop, copy, death and reap of a kernel to FILE.
 
     Open it in https://ui.perfetto.dev or chrome://tracing. It ends on Ctrl-C, on SIGTERM, after --seconds, with the
-    kernel, or with the COMMAND after --, which runs with $REALMAP_KERNEL set (and gets SIGTERM where it does not end
-    first); the exit status is then that of COMMAND.
+    kernel, or with the COMMAND after -- (which gets SIGTERM where it does not end first); the exit status is then
+    that of COMMAND. Of a COMMAND that boots a kernel, that kernel is traced, from its first moment; else the one that
+    runs already, or --kernel, and COMMAND has it as $REALMAP_KERNEL.
 
     Example: realmap trace out.json -- python program.py
     """
-    kernel = find(path)
+    kernel = _running() if command and named(path) is None else find(path)
     require_writable(file)
     status = 0
+    recorder = Recorder(file, events)
     with _signals() as caught:
         try:
-            with Trace(kernel, file, events=events, nice=NICE) as running:
-                status = _wait(running, list(command), kernel, seconds, caught)
+            with recorder:
+                if kernel is not None:
+                    recorder.begin(kernel)
+                status = _wait(recorder, list(command), kernel, named(path) is None, seconds, caught)
         except OSError as error:
             if isinstance(error, KernelError):
                 raise
             why = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
             raise click.ClickException(f"cannot write {file}: {why}") from None
-    lost = f"{running.lost} lost" + (" (the file says where; see --events)" if running.lost else "")
-    click.echo(f"realmap: {running.events} events, {lost}, in {running.seconds:.1f} s: {file}", err=bool(command))
-    if running.died is not None:
-        raise click.ClickException(f"the trace ended before its time: {running.died}; {file} is whole up to there")
+    recorder.report(bool(command))
     sys.exit(status)
+
+
+def _running() -> str | None:
+    """The kernel that runs, if there is just one."""
+    running = sockets()
+    return running[0] if len(running) == 1 else None
+
+
+class Recorder:
+    """The trace of one kernel, and then of another one in its place."""
+
+    def __init__(self, file: str, events: int) -> None:
+        self._file, self._events = file, events
+        self._trace: Trace | None = None
+        #: Kernels that the command booted; the first of them is traced.
+        self.booted = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come, of a kernel that was there before the command."""
+        return self._trace is not None and self._trace.is_over and not self.booted
+
+    def begin(self, kernel: str) -> None:
+        """Traces this one. Errors as `Trace`."""
+        self.close()
+        self._trace = Trace(kernel, self._file, events=self._events, nice=NICE)
+
+    def hear(self, kernel: str) -> None:
+        """The command has booted this one."""
+        self.booted += 1
+        if self.booted == 1:
+            self.begin(kernel)
+
+    def close(self) -> None:
+        """Ends what is traced. OSError: the file cannot be written."""
+        if self._trace is not None:
+            self._trace.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def report(self, err: bool) -> None:
+        """Says what there is now. ClickException: nothing, or not all of it."""
+        found = self._trace
+        if found is None:
+            raise click.ClickException("no kernel runs, and the command has booted none: there is nothing to trace")
+        lost = f"{found.lost} lost" + (" (the file says where; see --events)" if found.lost else "")
+        more = f" (of the first of {self.booted} kernels that the command booted)" if self.booted > 1 else ""
+        click.echo(f"realmap: {found.events} events, {lost}, in {found.seconds:.1f} s: {self._file}{more}", err=err)
+        if found.died is not None and not self.booted:
+            why = f"the trace ended before its time: {found.died}; {self._file} is whole up to there"
+            raise click.ClickException(why)
 
 
 @contextmanager
@@ -83,12 +141,22 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(running: Trace, command: list[str], kernel: str, seconds: float | None, caught: list[int]) -> int:
+def _wait(
+    recorder: Recorder,
+    command: list[str],
+    kernel: str | None,
+    any_kernel: bool,
+    seconds: float | None,
+    caught: list[int],
+) -> int:
     """Until the end, whatever it is; the exit status that comes of it."""
     end = None if seconds is None else time.monotonic() + seconds
-    child = _start(command, kernel) if command else None
-    try:
-        while not running.is_over and (end is None or time.monotonic() < end):
+    with ExitStack() as stack:
+        announced = stack.enter_context(Announced()) if command and any_kernel else None
+        child = _start(command, kernel, announced.environment if announced else {}) if command else None
+        if child is not None:
+            stack.callback(_end, child)
+        while not recorder.is_over and (end is None or time.monotonic() < end):
             if child is None:
                 if caught:
                     return 0
@@ -97,22 +165,30 @@ def _wait(running: Trace, command: list[str], kernel: str, seconds: float | None
             elif signal.SIGTERM in caught:  # is passed on; Ctrl-C on a terminal the command gets by itself
                 caught.clear()
                 child.terminate()
-            time.sleep(LOOK)
-    finally:
-        if child is not None and child.poll() is None:
-            child.terminate()
-            try:
-                child.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            if announced is None:
+                time.sleep(LOOK)
+            elif (word := announced.next(LOOK)) is not None:
+                with word[1]:
+                    recorder.hear(word[0])
     if child is None:
         return 0
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _start(command: list[str], kernel: str) -> subprocess.Popen[bytes]:
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _start(command: list[str], kernel: str | None, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    if kernel is not None:
+        environment = environment | {VARIABLE: kernel}
     try:
-        return subprocess.Popen(command, env=os.environ | {VARIABLE: kernel})
+        return subprocess.Popen(command, env=os.environ | environment)
     except OSError as error:
         raise click.ClickException(f"cannot run {command[0]}: {error.strerror}") from None

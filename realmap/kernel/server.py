@@ -32,6 +32,7 @@ from realmap.host import files, forks, runtime
 from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.clients import Clients
+from realmap.kernel.connection import Connection
 from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.estates import Estates
 from realmap.kernel.handles import Handles
@@ -52,6 +53,8 @@ from realmap.wire.ring import OVERLOADED, SAME_CPU, SPIN, SpinBudget, checked_sp
 Handler = Callable[[int], None]
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
+#: How long a kernel that ends waits for who traces it to take the last that it was told, in seconds.
+LAST = 2.0
 
 
 class Kernel:
@@ -343,11 +346,15 @@ class Kernel:
         log.info("the kernel at %r ends", self.path)
         self._watch.stop()
         bye = syscalls.encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
-        for connection in self.clients.all():
+        self.unwatch(self._listener.fileno())
+        files.shut(self._listener)
+        # Who traces is told of all others' end, and may take that.
+        for connection in sorted(self.clients.all(), key=lambda each: each is self.tracing.listener):
+            if connection is self.tracing.listener:
+                self._last_words(connection)
             with contextlib.suppress(Exception):
                 connection.send(bye)
             self.clients.drop(connection)
-        files.shut(self._listener)
         files.shut(self._epoll)
         self.handles.clear()
         self.estates.clear()
@@ -361,6 +368,14 @@ class Kernel:
         if self._lock is not None:
             self._lock.release()
         self._ended.set()
+
+    def _last_words(self, listener: Connection) -> None:
+        """Waits until who traces has taken what it was told, but not for ever."""
+        end = time.monotonic() + LAST
+        self.tracing.stop(listener)
+        while self.tracing.listener is listener and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(OSError):
+                self._attend(self._epoll.poll(left))
 
     def lose(self) -> None:
         """A fork of the kernel's process is no kernel: it keeps nobody's memory, socket or connection alive."""
