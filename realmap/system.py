@@ -33,6 +33,8 @@ from realmap.observe.trace import CAPACITY, Trace
 from realmap.user.process import Process
 from realmap.wire.ring import SPIN, checked_spin
 
+#: What the process of a booted kernel is called.
+KERNEL = "realmap-kernel"
 #: How long a kernel may take to say that it serves: imports on a loaded machine. Seconds.
 START_TIMEOUT = 60.0
 #: How long a handler may go on after the kernel was asked, or its booter was seen, to end. Seconds.
@@ -67,7 +69,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
 
     signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
     interpreter.end_with(booter, GRACE)
-    interpreter.call_itself("realmap-kernel")
+    interpreter.call_itself(KERNEL)
     try:
         kernel.serve(ready=ready, booter=booter)
     except KernelError as error:

@@ -275,6 +275,7 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
         assert done.returncode == 1
         assert running.path in done.stderr
         assert second.path in done.stderr
+        assert f"  of process {os.getpid()}, " in done.stderr  # who booted it
     running.shutdown()
     done = realmap(*command)
     assert done.returncode == 1

@@ -148,7 +148,7 @@ def test_the_demo_under_it(tmp_path: Path, leave: bool) -> None:
         terminal.press("q")
     assert terminal.wait() == (1 if leave else 0)
     report = terminal.out.split(b"\x1b[?1049l")[1]
-    assert (b"nothing is known" if leave else b"left in the end") in report
+    assert (b"there is no report" if leave else b"left in the end") in report
     assert b"WRONG" not in report
 
 

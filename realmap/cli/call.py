@@ -47,7 +47,8 @@ def call(path: str | None, timeout: float | None, out: int | None, name: str, ar
         try:
             answer = me.call(name, *values, timeout=timeout)
         except SyscallFailed as error:  # with its handler's traceback, which is for whoever wrote it
-            raise click.ClickException(harmless(str(error).splitlines()[0])) from None
+            hint = "" if buffers else "; a buffer is passed as @FILE"
+            raise click.ClickException(harmless(str(error).splitlines()[0]) + hint) from None
         except KernelError:  # some are a ValueError, too
             raise
         except (TypeError, ValueError, OverflowError) as error:

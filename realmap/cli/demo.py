@@ -53,7 +53,7 @@ def _watched(planned: list[lab.FileReport], trace: str | None, pace: float) -> l
 
     report = watch(planned, trace, pace)
     if report is None:
-        raise click.ClickException("the demo was ended before its end: nothing is known")
+        raise click.ClickException("the demo was left before its end, so there is no report")
     return report
 
 

@@ -29,10 +29,10 @@ COLUMNS = [
 def maps(pid: int, path: str | None, as_json: bool) -> None:
     """Show what process PID has mapped: the kernel's books beside what Linux has there.
 
-    offset: where in its frames it starts; refcount: of these frames; resident, shared: bytes in memory, and those that
-    others map too (a dash where Linux has joined it with its neighbour); segments: their inodes; linux: "agrees",
-    "changing" (it was at work meanwhile), or what Linux has there instead. For the kernel's own pid: KernelLand with
-    its mirrors, its kept windows, and the stakes that keep its page tables.
+    offset: where in its frames it starts; refcount: of these frames; resident, shared: bytes that this process has
+    touched, and what of them others have, too (a dash where Linux has joined it with its neighbour); segments: their
+    inodes; linux: "agrees", "changing" (it was at work meanwhile), or what Linux has there instead. For the kernel's
+    own pid: KernelLand with its mirrors, its kept windows, and the stakes that keep its page tables.
 
     Example: realmap maps 4711
     """

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import click
+import psutil
 
 from realmap.ambient import VARIABLE
 from realmap.host import runtime
+from realmap.observe import words
 from realmap.observe.control import Control
+from realmap.observe.tables import program
+from realmap.system import KERNEL
 
 #: How long a command waits for an answer of the kernel, in seconds.
 PATIENCE = 10.0
@@ -32,11 +37,24 @@ def find(path: str | None) -> str:
     running = runtime.sockets()
     if not running:
         raise click.ClickException(
-            "no kernel of yours runs; start one: realmap kernel (or name the socket of one: --kernel PATH)"
+            "no kernel of yours runs; start one: realmap kernel (one at a path of its own is named: --kernel PATH)"
         )
     if len(running) > 1:
-        raise click.ClickException("several kernels run; name one with --kernel:\n  " + "\n  ".join(running))
+        listed = "".join(f"\n  {path}{_whose(path)}" for path in running)
+        raise click.ClickException(f"several kernels run; name one with --kernel:{listed}")
     return running[0]
+
+
+def _whose(path: str) -> str:
+    """Which program booted the kernel, as far as its path tells; it may be gone by now."""
+    with suppress(ValueError, psutil.Error):
+        if not runtime.is_here(path):
+            return ""
+        maker = psutil.Process(runtime.stamp_in(path)[1])
+        if maker.name() == KERNEL:
+            maker = maker.parent() or maker
+        return f"  of process {maker.pid}, {words.harmless(program(maker.pid))}"
+    return ""
 
 
 def control(path: str | None) -> Control:
