@@ -139,6 +139,7 @@ def test_commands_that_boot_many_and_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert done.stderr.endswith("(of the first of 3 kernels that the command booted)\n")
     assert len(TraceFile(file).named("connect")) == 1
     file.unlink()
+    assert realmap("trace", str(file), "--", "sh", "-c", "exit 7").returncode == 7
     done = realmap("trace", str(file), "--", "true")
     said = "Error: no kernel runs, and the command has booted none: there is nothing to trace\n"
     assert (done.returncode, done.stderr) == (1, said)

@@ -68,7 +68,12 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
                 raise
             why = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
             raise click.ClickException(f"cannot write {file}: {why}") from None
-    recorder.report(bool(command))
+    try:
+        recorder.report(bool(command))
+    except click.ClickException as error:
+        if not status:
+            raise
+        error.show()
     sys.exit(status)
 
 
