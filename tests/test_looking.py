@@ -144,14 +144,6 @@ def test_ps(busy: tuple[KernelHandle, int]) -> None:
     assert entry["mapped"] in (entry["frames"] + 2 * PAGE, entry["frames"] + 4 * PAGE)
 
 
-@pytest.mark.parametrize(
-    ("command", "script"),
-    [("x/y.py -v", "y.py"), ("-m http.server 1", "http.server"), ("-u -W error z.py", "z.py"), ("-c 1", ""), ("", "")],
-)
-def test_python_is_called_by_its_script(command: str, script: str) -> None:
-    assert tables._script(["python3", *command.split()]) == script
-
-
 def test_a_process_that_has_gone_between_two_reads(busy: tuple[KernelHandle, int]) -> None:
     kernel, _ = busy
     child = os.fork()

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from realmap.cli.output import Column, harmless, plain, show_json, table
+from realmap.observe import tables
 
 
 def test_names_are_shown_harmless() -> None:
@@ -32,6 +33,14 @@ def test_columns_that_nobody_needs_are_left_out_on_a_terminal() -> None:
     assert [str(each.header) for each in made.columns] == ["n", "huge"]
     assert [str(cell) for cell in made.columns[1].cells] == ["0 B", "4 KiB"]
     assert plain(columns, [[1, None, 0]]).splitlines()[0].split() == ["n", "name", "huge"]
+
+
+@pytest.mark.parametrize(
+    ("command", "script"),
+    [("x/y.py -v", "y.py"), ("-m http.server 1", "http.server"), ("-u -W error z.py", "z.py"), ("-c 1", ""), ("", "")],
+)
+def test_python_is_called_by_its_script(command: str, script: str) -> None:
+    assert tables._script(["python3", *command.split()]) == script
 
 
 def test_json_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:
