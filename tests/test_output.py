@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 
 import pytest
+from conftest import wait_until
 
 from realmap.cli.output import Column, harmless, plain, show_json, table
+from realmap.cli.stats import _until_interrupted
 from realmap.observe import tables
 
 
@@ -41,6 +46,17 @@ def test_columns_that_nobody_needs_are_left_out_on_a_terminal() -> None:
 )
 def test_python_is_called_by_its_script(command: str, script: str) -> None:
     assert tables._script(["python3", *command.split()]) == script
+
+
+def test_signals_end_a_watch_at_any_moment() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for _ in range(100):
+            with _until_interrupted() as is_over:
+                assert not is_over(0)
+                sender = threading.Thread(target=os.kill, args=(os.getpid(), number))
+                sender.start()
+                wait_until(lambda: is_over(0.0001), "the signal")
+                sender.join()
 
 
 def test_json_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ def server(path: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], st
     child = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "realmap", "top", "--kernel", path, "--web", "--port", "0", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
     )  # fmt: skip
     assert child.stdout is not None
     try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import signal
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table
 from realmap.cli.target import control, kernel_option
+from realmap.host import files
 from realmap.observe import words
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
@@ -102,8 +104,8 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
         raise click.UsageError("--prometheus goes with neither --watch nor --json: Prometheus asks by itself")
     with control(path) as kernel:
         if watch is not None:
-            with _until_interrupted() as over:
-                _watch(kernel, watch, as_json, over)
+            with _until_interrupted() as is_over:
+                _watch(kernel, watch, as_json, is_over)
             return
         now = kernel.snapshot()
     if prometheus:
@@ -126,29 +128,39 @@ def _exposition(now: Snapshot) -> str:
 
 
 @contextlib.contextmanager
-def _until_interrupted() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set: that is how a watch ends, and no error."""
-    over = threading.Event()
-    before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def _until_interrupted() -> Iterator[Callable[[float], bool]]:
+    """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error.
+
+    By a pipe and not by an Event: a handler that sets one while the same thread begins to wait for it stops for ever.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def interrupted(*_: object) -> None:
+        with contextlib.suppress(BlockingIOError):  # enough is in it
+            os.write(writer, b"x")
+
+    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield over
+        yield lambda seconds: bool(select.select([reader], [], [], seconds)[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        files.close(reader)
+        files.close(writer)
 
 
-def _watch(kernel: Control, interval: float, as_json: bool, over: threading.Event) -> None:
+def _watch(kernel: Control, interval: float, as_json: bool, is_over: Callable[[float], bool]) -> None:
     before = kernel.snapshot()
     if sys.stdout.isatty() and not as_json:
         with Live(_screen(before, None), console=Console(highlight=False), auto_refresh=False, screen=True) as live:
-            while not over.wait(interval):
+            while not is_over(interval):
                 now = kernel.snapshot()
                 live.update(_screen(now, rates_between(before, now, _apart(before, now))), refresh=True)
                 before = now
         return
     if not as_json:
         click.echo("  ".join(["time", *(name + "/s" * (name in DONE) for name in LINE)]))
-    while not over.wait(interval):
+    while not is_over(interval):
         now = kernel.snapshot()
         found = rates_between(before, now, _apart(before, now))
         if as_json:
