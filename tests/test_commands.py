@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from conftest import BOUND, PAGE
 from realmap import KernelHandle, boot
 from realmap.errors import InvalidSize
 from realmap.lab import demo
+from realmap.observe.control import Control
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +88,15 @@ def test_the_demo_in_a_pipe_is_plain(files: list[str]) -> None:
     assert re.search(r"UserLand 0x2\w{11} KernelLand 0x3\w{11} page offset 0x\w+ segments \d", done.stdout)
     assert "refcount 2 → 1" in done.stdout
     assert "WRONG" not in done.stdout
+
+
+def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
+    paths: list[str] = []
+    with ExitStack() as stack:
+        look = lambda check: stack.enter_context(Control(paths[0]))  # noqa: E731
+        report = demo.run(demo.plan(files[:1]), look, on_boot=paths.append)
+    assert report.ok
+    assert report.balance["descriptors"] == 0
 
 
 def test_the_demo_on_a_terminal_has_tables_and_colour(files: list[str]) -> None:

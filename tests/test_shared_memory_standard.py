@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -36,6 +37,10 @@ def nothing_of_the_standard_module_remains(nothing_remains: None) -> object:
 # ---- CPython's own --------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("test") is None or importlib.util.find_spec("test._test_multiprocessing") is None,
+    reason="this interpreter comes without its own tests",
+)
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_the_standard_librarys_own_tests(method: str) -> None:
     done = subprocess.run(

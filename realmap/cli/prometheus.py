@@ -24,6 +24,7 @@ GAUGES = [
     ("kept_windows", "kept_windows", "Dropped mirrors that are kept mapped for their next use."),
     ("kept_bytes", "kept_bytes", "Bytes of dropped mirrors that are kept mapped."),
     ("calls_running", "running", "Calls that have not ended."),
+    ("control_connections", "controls", "Connections that ask and look, without being a process."),
     ("descriptors", "descriptors", "Open descriptors of the kernel's process."),
     ("worker_threads", "threads", "Threads that run blocking handlers and take large frames."),
 ]

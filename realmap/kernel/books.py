@@ -62,6 +62,8 @@ def stats(kernel: Kernel) -> dict[str, int]:
         "copied_in_bytes": memory.bytes_in,
         "copied_out": memory.copies_out,
         "copied_out_bytes": memory.bytes_out,
+        # Who asks and looks, without being a process: a descriptor each.
+        "controls": sum(connection.control for connection in kernel.clients.all()),
         "descriptors": _descriptors(),
         "threads": kernel.workers.threads,
     }

@@ -278,15 +278,15 @@ def run(
 ) -> Report:
     """Runs the demo on planned files; `on_check` is called after each check. `trace`: a file for a trace of it.
 
-    `on_boot` is called with the kernel's path before anything else happens: who connects there until the end does it
-    by then, or would be counted as left over. `on_wait` is called again and again while the demo waits: what it
-    raises ends the demo, with all that it started. `pace`: seconds that each mirror is kept, for somebody to see it.
+    `on_boot` is called with the kernel's path before anything else happens. `on_wait` is called again and again while
+    the demo waits: what it raises ends the demo, with all that it started. `pace`: seconds that each mirror is kept,
+    for somebody to see it.
 
     KernelError: the kernel died, or was silent. OSError: the trace cannot be written.
     """
     with boot(syscalls=SYSCALLS) as kernel, kernel.trace(trace) if trace else nullcontext():
         on_boot(kernel.path)
-        baseline = kernel.stats()["descriptors"]
+        baseline = _descriptors(kernel.stats())
         with kernel.connect() as me:
             children = _start(kernel, files, pace)
             held: list[dict[str, Any]] = []
@@ -384,11 +384,16 @@ def _kill(
     )
 
 
+def _descriptors(stats: dict[str, int]) -> int:
+    """Those of the kernel, but for who looks on: `realmap top` may come and go meanwhile."""
+    return stats["descriptors"] - stats["controls"]
+
+
 def _balance(kernel: KernelHandle, baseline: int) -> dict[str, int]:
     """What is left when every user has gone: all of it must be 0."""
     _until(lambda: not kernel.stats()["processes"])
     stats = kernel.stats()
     left = {name: stats[name] for name in ("processes", "segments", "mappings", "mirrors", "bytes")}
-    left["descriptors"] = stats["descriptors"] - baseline
+    left["descriptors"] = _descriptors(stats) - baseline
     left["names"] = sum(name.startswith(runtime.SEGMENT_PREFIX) for name in os.listdir("/dev/shm"))
     return left

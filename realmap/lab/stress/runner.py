@@ -214,7 +214,7 @@ class Runner:
     def _remains(self) -> dict[str, object]:
         """What a kernel without users has."""
         stats = self._control.stats()
-        names = ("processes", "mappings", "mirrors", "segments", "bytes", "running", "descriptors")
+        names = ("processes", "mappings", "mirrors", "segments", "bytes", "running")
         # Stakes stay as long as the land does.
         maps = [
             found
@@ -222,7 +222,8 @@ class Runner:
             if found.perms != "---p"
         ]
         ours = [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
-        return {**{name: stats[name] for name in names}, "maps": len(maps), "names": ours}
+        descriptors = stats["descriptors"] - stats["controls"]  # who looks on may come and go
+        return {**{name: stats[name] for name in names}, "descriptors": descriptors, "maps": len(maps), "names": ours}
 
     def _look_back(self, before: dict[str, object]) -> None:
         try:
