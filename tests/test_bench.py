@@ -175,6 +175,7 @@ def test_unknown_groups() -> None:
 # ---- the command --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_writes_what_it_found(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
     done = run("--quick", "make", "call", "--json", str(target))

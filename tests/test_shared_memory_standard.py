@@ -41,7 +41,10 @@ def nothing_of_the_standard_module_remains(nothing_remains: None) -> object:
     importlib.util.find_spec("test") is None or importlib.util.find_spec("test._test_multiprocessing") is None,
     reason="this interpreter comes without its own tests",
 )
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)],
+)
 def test_the_standard_librarys_own_tests(method: str) -> None:
     done = subprocess.run(
         [sys.executable, redirected.__file__, method],

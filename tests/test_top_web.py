@@ -100,6 +100,7 @@ def test_the_page_and_who_gets_it(kernel: realmap.KernelHandle) -> None:
         assert "ws://localhost:9999/ws" in fetch(url, Host="localhost:9999")[2]
 
 
+@pytest.mark.slow
 def test_other_machines_are_warned_of(kernel: realmap.KernelHandle) -> None:
     said = "other machines reach it, too; what they are sent is not encrypted\n"
     with served(kernel.path, "--host", "0.0.0.0", said=said) as url:
@@ -177,6 +178,7 @@ def test_the_command_is_quoted() -> None:
     assert echoed.stdout.startswith("-P\n")  # what lies in the directory it is started in is not run
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken(kernel: realmap.KernelHandle) -> None:
     with served(kernel.path) as url:
         port = url.partition("/?")[0].rsplit(":")[-1]

@@ -96,7 +96,9 @@ for _ in range(int(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize("others", [0, 1, 2])
+@pytest.mark.parametrize(
+    "others", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_kernel_that_the_command_boots_is_traced_from_beginning_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
@@ -130,6 +132,7 @@ def test_the_kernel_of_the_commands_own_tree(tmp_path: Path, monkeypatch: pytest
     assert [call["name"] for call in found.calls(connect["args"]["pid"])][:2] == ["map", "unmap"]
 
 
+@pytest.mark.slow
 def test_commands_that_boot_many_and_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("REALMAP_KERNEL", raising=False)
@@ -162,6 +165,7 @@ def test_it_ends_with_a_whole_file_on_a_signal(
     assert len(TraceFile(file).named("nop", "X")) == 2
 
 
+@pytest.mark.slow
 def test_a_command_that_ignores_sigterm_is_killed(running: KernelHandle, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     done = realmap("trace", str(file), "--seconds", "0.2", "--", "sh", "-c", "trap '' TERM; exec sleep 1000")
