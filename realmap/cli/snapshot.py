@@ -11,7 +11,7 @@ from realmap.cli.target import control, kernel_option
 from realmap.observe import words
 from realmap.observe.snapshot import ProcessInfo, Snapshot
 from realmap.observe.svg import svg
-from realmap.observe.tables import program
+from realmap.observe.tables import programs
 
 
 @click.command()
@@ -34,7 +34,7 @@ def snapshot(path: str | None, as_json: bool, svg_path: str | None) -> None:
         taken = kernel.snapshot()
     if svg_path is not None:
         with click.open_file(svg_path, "w", encoding="utf-8") as file:
-            file.write(svg(taken, programs={each.pid: program(each.pid) for each in taken.processes}))
+            file.write(svg(taken, programs=programs(taken)))
     if as_json:
         show_json(taken)
     elif svg_path is None:

@@ -91,6 +91,11 @@ def program(pid: int) -> str:
     return name.encode("utf-8", "backslashreplace").decode()  # may be any bytes
 
 
+def programs(snapshot: Snapshot) -> dict[int, str]:
+    """The names of what runs as the processes of a snapshot, by pid."""
+    return {process.pid: program(process.pid) for process in snapshot.processes}
+
+
 def _script(command: list[str]) -> str:
     """The script or the module of Python's command line; "" where there is none."""
     words = iter(command[1:])

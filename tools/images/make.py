@@ -29,7 +29,7 @@ from realmap.cli.demo import render
 from realmap.cli.top.app import Top
 from realmap.lab import demo as lab
 from realmap.observe.svg import svg
-from realmap.observe.tables import program
+from realmap.observe.tables import programs
 
 INTO = Path(os.environ.get("REALMAP_PICTURES", Path(__file__).parent))
 #: Of a path that is short enough to be read in a picture.
@@ -90,7 +90,7 @@ def top_and_lands() -> dict[str, str]:
             time.sleep(3)
             screen = asyncio.run(screenshot(kernel.path))
             taken = kernel.snapshot()
-            drawing = svg(taken, programs={each.pid: program(each.pid) for each in taken.processes})
+            drawing = svg(taken, programs=programs(taken))
         return {name: text.replace(folder, "/tmp") for name, text in (("top", screen), ("lands", drawing))}
 
 
