@@ -190,7 +190,7 @@ def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle)
     assert f"{os.getpid()}" in str(report)
     assert str(report.differences[0]).count(f"{buffer.address:#x}") >= 1
 
-    class Foreign(realmap._host.Window):  # type: ignore[name-defined]
+    class Foreign(realmap._core.Window):  # type: ignore[name-defined]
         __slots__ = ()
 
     other = Foreign._map(USER_LAND.start + (1 << 40), PAGE, 3, -1, 0, 0, PAGE, 1)

@@ -16,7 +16,7 @@ import pytest
 from conftest import BOUND, PAGE, scaled, wait_until
 
 import realmap
-from realmap import KernelHandle, MemoryFault, Process, _host
+from realmap import KernelHandle, MemoryFault, Process, _core
 from realmap.host import procfs
 from realmap.memory import CrossProcessMapping, FrameAllocator, KernelMemory, Mapping, SharedFrames
 
@@ -79,12 +79,12 @@ def test_the_access_that_hits_it_says_so(kernel_memory: KernelMemory, make_mappi
 
 def test_untouched_is_no_fault(kernel_memory: KernelMemory, make_mapping: Make) -> None:
     mapping = make_mapping(4 * PAGE)
-    before = _host.faults()
+    before = _core.faults()
     with CrossProcessMapping.mirror_mapping(mapping, 0, 4 * PAGE, kernel=kernel_memory) as mirror:
         mirror[0] = 1
         resize(mapping, PAGE)
         assert mirror[0] == 1
-    assert _host.faults() == before
+    assert _core.faults() == before
 
 
 def test_a_hole_and_a_shrink_undone_read_as_zeros(kernel_memory: KernelMemory, make_mapping: Make) -> None:

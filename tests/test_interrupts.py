@@ -13,7 +13,7 @@ from conftest import BOUND, scaled, wait_until
 
 import realmap
 from realmap import KernelHandle, Process
-from realmap._host import Turn
+from realmap._core import Turn
 
 CARRIERS = ("ring", "socket")
 #: How often a call is interrupted in each test, from 20 µs after its begin on.

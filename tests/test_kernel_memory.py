@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 from conftest import PAGE, land_maps
 
-from realmap import _host
-from realmap._host import Window
+from realmap import _core
+from realmap._core import Window
 from realmap.errors import InvalidAddress, InvalidSize, KernelPanic, VirtualMemoryExhaustion
 from realmap.host import procfs
 from realmap.memory import KERNEL_LAND, CrossProcessMapping, KernelMemory, Mapping
@@ -22,7 +22,7 @@ mirror_mapping = CrossProcessMapping.mirror_mapping
 START = KERNEL_LAND.start
 
 
-class Foreign(_host.Window):
+class Foreign(_core.Window):
     """Somebody else's map in the land."""
 
     __slots__ = ()

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import realmap
 from realmap import KernelHandle, Process
-from realmap._host import unmap_all
+from realmap._core import unmap_all
 from realmap.cli import command
 from realmap.cli.output import harmless
 from realmap.cli.stats import DONE

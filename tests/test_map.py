@@ -31,14 +31,14 @@ from realmap import (
     PhysicalMemoryExhaustion,
     Process,
     VirtualMemoryExhaustion,
-    _host,
+    _core,
 )
 from realmap.memory import USER_LAND
 
 CARRIERS = ("ring", "socket")
 
 
-class Foreign(_host.Window):
+class Foreign(_core.Window):
     """Somebody else's map in UserLand."""
 
     __slots__ = ()

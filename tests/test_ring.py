@@ -19,7 +19,7 @@ from conftest import BOUND, scaled, wait_until
 
 import realmap
 from realmap import InvalidSize, KernelHandle, Process, ProcessKilled
-from realmap._host import RING_BYTES, fall_asleep, spin, wake_up
+from realmap._core import RING_BYTES, fall_asleep, spin, wake_up
 from realmap.wire import ring
 from realmap.wire.ring import LONGEST, RingEnd, SpinBudget
 

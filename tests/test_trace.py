@@ -15,7 +15,7 @@ from trace_format import TraceFile
 
 import realmap
 from realmap import Kernel, KernelHandle, Process
-from realmap._host import Events
+from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidMemState, InvalidSize, LimitReached, UnknownSyscall
 from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.events import RECORD

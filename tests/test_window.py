@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from realmap import _host
+from realmap import _core
 from realmap.host import procfs
 from realmap.memory import KERNEL_LAND
 from realmap.pages import PAGE_SIZE
@@ -18,7 +18,7 @@ BASE = KERNEL_LAND.start
 RW = 3
 
 
-class Window(_host.Window):
+class Window(_core.Window):
     __slots__ = ("__weakref__", "note")
 
 
@@ -162,14 +162,14 @@ def test_nonsense_is_refused(fd: int, numbers: tuple[int, int, int, int, int]) -
 
 
 def test_windows_are_only_made_by_mapping() -> None:
-    for kind in (_host.Window, Window, _host.View):
+    for kind in (_core.Window, Window, _core.View):
         with pytest.raises(TypeError):
             kind()
 
 
 def test_a_view_counts_for_every_window_it_covers(fd: int) -> None:
     first, second = make(fd, first=1), make(fd, at=BASE + PAGE_SIZE, first=5)
-    view = _host.View._over((first, second), BASE + PAGE_SIZE - 2, 4, 1)
+    view = _core.View._over((first, second), BASE + PAGE_SIZE - 2, 4, 1)
     assert bytes(view) == b"\x01\x01\x05\x05"
     with memoryview(view) as export:
         export[1:3] = b"xy"
@@ -195,10 +195,10 @@ def test_a_view_lies_inside_its_windows(fd: int) -> None:
         ((apart, first), BASE, 1),
     ]:
         with pytest.raises(ValueError, match=r"view|windows"):
-            _host.View._over(windows, start, length, 1)
+            _core.View._over(windows, start, length, 1)
     for nothing in ((), (3,), [first]):
         with pytest.raises(TypeError):
-            _host.View._over(nothing, BASE, 1, 1)  # type: ignore[arg-type]
+            _core.View._over(nothing, BASE, 1, 1)  # type: ignore[arg-type]
 
 
 def test_a_forked_child_has_lost_a_window_it_does_not_inherit(fd: int) -> None:

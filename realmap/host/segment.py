@@ -16,7 +16,7 @@ from pathlib import Path
 
 import posix_ipc
 
-from realmap._host import collapse
+from realmap._core import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
 from realmap.host import files, room, runtime
 from realmap.host.translate import SHM, frames_error

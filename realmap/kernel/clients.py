@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from realmap._host import Ring
+from realmap._core import Ring
 from realmap.errors import ProcessKilled
 from realmap.host import files
 from realmap.kernel import syscalls

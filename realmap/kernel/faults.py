@@ -1,7 +1,7 @@
 """Whether a call has touched bytes that were gone: then it ends in MemoryFault, whatever its handler returned.
 
 The C core puts zero pages where a segment was truncated under a mirror, so that nobody dies; here is where that
-is told. A call whose handlers touched nothing of the kind pays one comparison (`realmap._host.faults`).
+is told. A call whose handlers touched nothing of the kind pays one comparison (`realmap._core.faults`).
 """
 
 from __future__ import annotations

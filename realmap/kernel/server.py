@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
-from realmap._host import Ring, fall_asleep, spin, wake_up
+from realmap._core import Ring, fall_asleep, spin, wake_up
 from realmap.errors import (
     KernelDied,
     KernelError,

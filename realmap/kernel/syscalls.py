@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import msgspec
 
-from realmap._host import faults as host_faults
+from realmap._core import faults as host_faults
 from realmap.errors import KernelError, MemoryFault
 from realmap.kernel import faults
 from realmap.kernel.logs import log

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import msgspec
 
-from realmap._host import Events
+from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidHandle, InvalidSize, LimitReached, PhysicalMemoryExhaustion
 from realmap.host import liveness
 from realmap.kernel import syscalls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, SupportsIndex
 
-from realmap._host import copy_in, faults
+from realmap._core import copy_in, faults
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
 from realmap.memory.cross_process import CrossProcessMapping, Part
 from realmap.memory.frames import SharedFrames

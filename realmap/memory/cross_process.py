@@ -16,7 +16,7 @@ import contextlib
 import errno
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from realmap._host import Mirror
+from realmap._core import Mirror
 from realmap.errors import (
     AccessDenied,
     InvalidMemState,

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import SupportsIndex
 
-from realmap._host import Frames as FramesCore
-from realmap._host import unkeep
+from realmap._core import Frames as FramesCore
+from realmap._core import unkeep
 from realmap.errors import InvalidHandle, InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from realmap._host import Land
+from realmap._core import Land
 
 
 class KeptCounts(NamedTuple):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple, SupportsIndex, TypeVar
 
-from realmap._host import Land, Mirror, unmap_all
+from realmap._core import Land, Mirror, unmap_all
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
@@ -71,7 +71,7 @@ class KernelMemory(Land):
 
     @property
     def stakes(self) -> list[int]:
-        """Where single pages without rights stand that keep Linux from giving up page tables above them (_host.c)."""
+        """Where single pages without rights stand that keep Linux from giving up page tables above them (_core/space.c)."""
         return list(self._stakes)
 
     # ---- space ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import SupportsIndex
 
-from realmap._host import Mapping as MappingCore
+from realmap._core import Mapping as MappingCore
 from realmap.errors import InvalidAddress, InvalidSize, MemoryFault, WrongMappingFramesForType
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.pages import PAGE_MASK, PAGE_SIZE, USIZE_MAX, address_of, page_range

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Self
 
-from realmap._host import View, Window
+from realmap._core import View, Window
 from realmap.errors import InvalidAddress, MemoryFault, gone
 from realmap.memory.byte_access import ByteAccess
 from realmap.memory.cross_process import mirror_prot

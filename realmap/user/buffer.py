@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
-from realmap._host import View, Window
+from realmap._core import View, Window
 from realmap.errors import InvalidAddress, InvalidSize, KernelDied, ProcessKilled
 from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from realmap._host import wake_up
+from realmap._core import wake_up
 from realmap.errors import (
     InvalidHandle,
     KernelDied,

@@ -13,7 +13,7 @@ from collections import deque
 from threading import RLock
 from typing import Any, Protocol
 
-from realmap._host import Ring, Turn, fall_asleep, spin, wake_up
+from realmap._core import Ring, Turn, fall_asleep, spin, wake_up
 from realmap.errors import KernelError
 from realmap.host.translate import SHORT_OF_MEMORY
 from realmap.user import handshake

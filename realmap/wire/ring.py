@@ -17,7 +17,7 @@ import os
 import time
 from typing import Self
 
-from realmap._host import RING_BYTES, RING_MESSAGE, Ring
+from realmap._core import RING_BYTES, RING_MESSAGE, Ring
 from realmap.errors import InvalidSize
 from realmap.host import files
 

@@ -16,7 +16,7 @@ import msgspec
 from mutations import hello, own_memory, signed
 from states import ANSWERS, HEAD, QUEUE_BYTES, SLOT_BYTES, SLOT_COUNT, SLOTS, TAIL
 
-from realmap._host import RING_BYTES
+from realmap._core import RING_BYTES
 from realmap.host import procfs
 from realmap.wire import channel, messages
 

@@ -9,7 +9,7 @@
 #include <Python.h>
 #undef PyMODINIT_FUNC /* nothing of the module is called, so nothing of it is linked, nor Python */
 #define PyMODINIT_FUNC static __attribute__((unused)) PyObject *
-#include "../../realmap/_host.c"
+#include "../../realmap/_core/module.c"
 
 #include <poll.h>
 #include <stdio.h>

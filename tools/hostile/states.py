@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from mutations import Mutator, is_request
 
-from realmap._host import RING_BYTES, RING_MESSAGE
+from realmap._core import RING_BYTES, RING_MESSAGE
 
-#: The layout of a queue: realmap/_host.c.
+#: The layout of a queue: realmap/_core/ring.c.
 TAIL, CPU, HEAD, ASLEEP, SLOTS = 0, 4, 64, 128, 192
 SLOT_COUNT, SLOT_BYTES = 32, 2048
 QUEUE_BYTES = RING_BYTES // 2

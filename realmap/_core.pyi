@@ -1,4 +1,4 @@
-"""What the C core offers; realmap/_host.c says how each works."""
+"""What the C core offers; realmap/_core/ says how each works."""
 
 from collections import deque
 from collections.abc import Iterable

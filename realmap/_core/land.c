@@ -1,0 +1,276 @@
+/* Land: what is mapped where in a range of addresses. */
+#include "core.h"
+
+/* What is mapped in a land: the mirrors that live, and the windows kept for their next use. Under
+ * the GIL each of these functions happens as a whole, so no lock is needed, in a destructor either.
+ *
+ *      Land.live   ── by base ─────────────▶ Mirror ⇄ its Python object
+ *      Land.exact  ── frames, range, rights ▶ Kept     no object: nobody uses it
+ *      Land.of     ── frames ──────────────▶ Kept
+ *      oldest … newest ────────────────────▶ Kept     in the order they were kept in
+ *
+ * Space is taken by moving the cursor through the current hole. The ordered tree of what is where
+ * is Python's (memory/bookkeeping.py): it learns of what came (_fresh) and went (_gone) when the
+ * hole is used up, which is when it is needed. */
+
+
+/* Land._prepare(start, end, budget): nothing is there, and nothing kept. Also in a forked child, which has
+ * lost whatever was there. */
+static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Land *land = (Land *)op;
+    uint64_t start, end, budget;
+    if (wants(nargs, 3, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
+        as_u64(args[2], &budget))
+        return NULL;
+    PyObject *gone = PyList_New(0), *stakes = PyList_New(0);
+    if (!gone || !stakes) {
+        Py_XDECREF(gone);
+        Py_XDECREF(stakes);
+        return NULL;
+    }
+    pull_stakes(land);
+    land->stakes = stakes;
+    Py_XDECREF((PyObject *)land->events);
+    land->events = NULL;
+    for (size_t i = 0; i <= land->live.mask; i++)
+        for (Node *at = land->live.buckets[i]; at; at = at->next) {
+            OWNER(Mirror, node, at)->land = NULL;
+            Py_DECREF(op); /* the caller has one more */
+        }
+    clear_kept(land);
+    table_reset(&land->live);
+    table_reset(&land->exact);
+    table_reset(&land->of);
+    land->oldest = land->newest = NULL;
+    land->cursor = start;
+    land->hole_end = land->end = end;
+    land->staked = 0;
+    land->budget = budget;
+    land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
+    land->epoch = fork_epoch;
+    Py_XDECREF(land->gone);
+    land->gone = gone;
+    Py_RETURN_NONE;
+}
+
+static PyObject *land_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
+{
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Land *self = (Land *)alloc(type, 0);
+    if (self) {
+        table_reset(&self->live);
+        table_reset(&self->exact);
+        table_reset(&self->of);
+        self->other = all_lands;
+        all_lands = self;
+    }
+    return (PyObject *)self;
+}
+
+static void land_dealloc(PyObject *op)
+{
+    Land *land = (Land *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    for (Land **at = &all_lands; *at; at = &(*at)->other)
+        if (*at == land) {
+            *at = land->other;
+            break;
+        }
+    clear_kept(land);
+    pull_stakes(land);
+    table_reset(&land->live);
+    table_reset(&land->exact);
+    table_reset(&land->of);
+    Py_XDECREF(land->gone);
+    Py_XDECREF((PyObject *)land->events);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+/* What is copied out of the tables before any object is made of it: making one may collect garbage, and a mirror in it. */
+typedef struct {
+    uint64_t fields[5];
+} Row;
+
+/* Rows as a list of tuples of `width` numbers; frees the rows. */
+static PyObject *listed(Row *rows, size_t count, int width)
+{
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i < count; i++) {
+        PyObject *row = PyTuple_New(width);
+        for (int j = 0; row && j < width; j++) {
+            PyObject *number = PyLong_FromUnsignedLongLong(rows[i].fields[j]);
+            if (!number || PyTuple_SetItem(row, j, number))
+                Py_CLEAR(row);
+        }
+        if (!row || PyList_Append(found, row))
+            Py_CLEAR(found);
+        Py_XDECREF(row);
+    }
+    PyMem_Free(rows);
+    return found;
+}
+
+/* _fresh() -> [(start, end)]: what was taken since the tree last learned of it. */
+static PyObject *land_fresh(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Land *land = (Land *)op;
+    size_t count = 0;
+    Row *rows = PyMem_Calloc(land->live.count + land->exact.count + 1, sizeof *rows);
+    if (!rows)
+        return PyErr_NoMemory();
+    for (size_t i = 0; i <= land->live.mask; i++)
+        for (Node *at = land->live.buckets[i]; at; at = at->next) {
+            Mirror *mirror = OWNER(Mirror, node, at);
+            if (!mirror->in_tree) {
+                mirror->in_tree = 1;
+                rows[count++] = (Row){{mirror->window.base, mirror->window.base + mirror->window.span}};
+            }
+        }
+    for (Kept *kept = land->oldest; kept; kept = kept->newer)
+        if (!kept->in_tree) {
+            kept->in_tree = 1;
+            rows[count++] = (Row){{kept->base, kept->base + kept->span}};
+        }
+    return listed(rows, count, 2);
+}
+
+/* _gone() -> [start]: what the tree has and is free again. */
+static PyObject *land_gone(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *empty = PyList_New(0);
+    if (!empty)
+        return NULL;
+    PyObject *gone = ((Land *)op)->gone;
+    ((Land *)op)->gone = empty;
+    return gone;
+}
+
+static PyObject *land_reserve(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t span, residue;
+    uintptr_t base;
+    if (wants(nargs, 2, "Land._reserve") || as_u64(args[0], &span) || as_u64(args[1], &residue))
+        return NULL;
+    if (!reserve((Land *)op, span, residue, &base))
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(base);
+}
+
+/* _mirrors() -> [Mirror]: those that live. One that is being collected this moment is none any more. */
+static PyObject *land_mirrors(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Land *land = (Land *)op;
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i <= land->live.mask; i++)
+        for (Node *at = land->live.buckets[i]; found && at; at = at->next) {
+            Mirror *mirror = OWNER(Mirror, node, at);
+            if (Py_REFCNT((PyObject *)mirror) && is_alive(&mirror->window) &&
+                PyList_Append(found, (PyObject *)mirror))
+                Py_CLEAR(found);
+        }
+    return found;
+}
+
+/* _mirror_at(base) -> the mirror whose pages start there, or None. */
+static PyObject *land_mirror_at(PyObject *op, PyObject *address)
+{
+    uint64_t base;
+    if (as_u64(address, &base))
+        return NULL;
+    Node *node = table_find(&((Land *)op)->live, base);
+    Mirror *mirror = node ? OWNER(Mirror, node, node) : NULL;
+    if (!mirror || !Py_REFCNT((PyObject *)mirror) || !is_alive(&mirror->window))
+        Py_RETURN_NONE;
+    Py_INCREF((PyObject *)mirror);
+    return (PyObject *)mirror;
+}
+
+/* _kept() -> [(base, span, serial of the frames, start in them, prot)], the one kept longest first. */
+static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Land *land = (Land *)op;
+    size_t count = 0;
+    Row *rows = PyMem_Calloc(land->exact.count + 1, sizeof *rows);
+    if (!rows)
+        return PyErr_NoMemory();
+    for (Kept *kept = land->oldest; kept; kept = kept->newer)
+        rows[count++] = (Row){{kept->base, kept->span, kept->serial, kept->start, (uint64_t)kept->prot}};
+    return listed(rows, count, 5);
+}
+
+/* _clear_kept() -> bool: unmaps all of them; whether there were any. */
+static PyObject *land_clear_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    return PyBool_FromLong(clear_kept((Land *)op));
+}
+
+static PyObject *land_live(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSize_t(((Land *)op)->live.count);
+}
+
+/* _listen(events): has them told of every mirror from now on; None: nobody any more. */
+static PyObject *land_listen(PyObject *op, PyObject *events)
+{
+    Land *land = (Land *)op;
+    if (!Py_IsNone(events) && !PyObject_TypeCheck(events, events_type)) {
+        PyErr_SetString(PyExc_TypeError, "a land tells Events");
+        return NULL;
+    }
+    PyObject *before = (PyObject *)land->events;
+    land->events = Py_IsNone(events) ? NULL : (Events *)events;
+    Py_XINCREF((PyObject *)land->events);
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef land_methods[] = {
+    {"_prepare", FASTCALL(land_prepare), METH_FASTCALL, NULL},
+    {"_reserve", FASTCALL(land_reserve), METH_FASTCALL, NULL},
+    {"_fresh", land_fresh, METH_NOARGS, NULL},
+    {"_gone", land_gone, METH_NOARGS, NULL},
+    {"_mirrors", land_mirrors, METH_NOARGS, NULL},
+    {"_mirror_at", land_mirror_at, METH_O, NULL},
+    {"_kept", land_kept, METH_NOARGS, NULL},
+    {"_clear_kept", land_clear_kept, METH_NOARGS, NULL},
+    {"_listen", land_listen, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef land_members[] = {
+    {"_cursor", T_ULONGLONG, offsetof(Land, cursor), 0, NULL},
+    {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), 0, NULL},
+    {"_stakes", T_OBJECT, offsetof(Land, stakes), READONLY, NULL},
+    {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
+    {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},
+    {"_hits", T_ULONGLONG, offsetof(Land, hits), READONLY, NULL},
+    {"_misses", T_ULONGLONG, offsetof(Land, misses), READONLY, NULL},
+    {"_evictions", T_ULONGLONG, offsetof(Land, evictions), READONLY, NULL},
+    {"_made", T_ULONGLONG, offsetof(Land, made), READONLY, NULL},
+    {"_made_bytes", T_ULONGLONG, offsetof(Land, made_bytes), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef land_getset[] = {
+    {"live", land_live, NULL, "How many mirrors live.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot land_slots[] = {
+    {Py_tp_doc, "What is mapped where in a range of addresses."},
+    {Py_tp_new, land_new},
+    {Py_tp_dealloc, land_dealloc},
+    {Py_tp_methods, land_methods},
+    {Py_tp_members, land_members},
+    {Py_tp_getset, land_getset},
+    {0, NULL},
+};
+
+static PyType_Spec land_spec = {
+    .name = "realmap._core.Land",
+    .basicsize = sizeof(Land),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = land_slots,
+};

@@ -1,0 +1,444 @@
+/* Mirror: a window in a land, of frames that it holds a reference to. */
+#include "core.h"
+
+static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, int prot)
+{
+    Mirror *self = (Mirror *)new_window((PyTypeObject *)cls, 0, prot, 0);
+    if (self) {
+        Py_INCREF(mapping);
+        Py_INCREF(frames);
+        self->mapping = mapping;
+        self->frames = frames;
+    }
+    return self;
+}
+
+static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree)
+{
+    self->window.base = base;
+    self->window.span = span;
+    self->node.key = base;
+    self->in_tree = (char)in_tree;
+    Py_INCREF((PyObject *)land);
+    self->land = land;
+    table_add(&land->live, &self->node);
+}
+
+static void count_made(Land *land, uint64_t length)
+{
+    land->made++;
+    land->made_bytes += length;
+}
+
+/* Takes it out of its land; its place is given back, or somebody else's from now on. */
+static void leave(Mirror *self, int give_back)
+{
+    Land *land = self->land;
+    if (!land)
+        return;
+    self->land = NULL;
+    table_remove(&land->live, &self->node);
+    if (give_back)
+        give_place_back(land, self->window.base, self->in_tree);
+    Py_DECREF((PyObject *)land);
+}
+
+/* Notes its reference with the frames: {id: ("mirror", address)}. */
+static int hold(Mirror *self, PyObject *holders)
+{
+    PyObject *key = PyLong_FromVoidPtr(self);
+    PyObject *address = PyLong_FromUnsignedLongLong(self->window.base + self->window.lead);
+    PyObject *who = address ? PyTuple_Pack(2, word_mirror, address) : NULL;
+    int failed = !key || !who || PyDict_SetItem(holders, key, who);
+    Py_XDECREF(key);
+    Py_XDECREF(address);
+    Py_XDECREF(who);
+    if (!failed) {
+        Py_INCREF(holders);
+        self->holders = holders;
+    }
+    return failed ? -1 : 0;
+}
+
+/* Gives up its reference, or references; where it was the last one, the frames go. Again: nothing. */
+static int let_go(Mirror *self)
+{
+    PyObject *holders = self->holders;
+    if (!holders) {
+        Py_ssize_t count = self->mappings ? PyTuple_Size(self->frames) : 0;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            PyObject *done = PyObject_CallMethod(PyTuple_GetItem(self->frames, i), "let_go", "O", self);
+            if (!done)
+                return -1;
+            Py_DECREF(done);
+        }
+        return 0;
+    }
+    self->holders = NULL;
+    PyObject *key = PyLong_FromVoidPtr(self);
+    int failed = !key || PyDict_DelItem(holders, key);
+    Py_XDECREF(key);
+    Frames *frames = (Frames *)self->frames;
+    if (!failed && !PyDict_Size(holders) && !PyDict_Size(frames->holders)) {
+        PyObject *done = PyObject_CallMethod(self->frames, "_free", NULL);
+        failed = !done;
+        Py_XDECREF(done);
+    }
+    Py_DECREF(holders);
+    return failed ? -1 : 0;
+}
+
+/* Leaves the window of a mirror that is being dropped to its land. 0: it must be unmapped. */
+static int keep(Mirror *self)
+{
+    Land *land = self->land;
+    Window *window = &self->window;
+    if (!land || !self->serial || window->span > land->budget || zeros_of(window))
+        return 0;
+    if (!((Mapping *)self->mapping)->held)
+        return 0; /* nothing survives the unmapping by its process */
+    uint64_t key = exact_key(self->serial, self->start, window->span, window->prot);
+    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
+        Kept *other = OWNER(Kept, exact, at);
+        if (other->serial == self->serial && other->start == self->start && other->span == window->span)
+            return 0; /* two mirrors of one range: one window is enough */
+    }
+    Kept *kept = PyMem_Calloc(1, sizeof *kept);
+    if (!kept)
+        return 0;
+    kept->exact.key = key;
+    kept->of.key = kept->serial = self->serial;
+    kept->base = window->base;
+    kept->span = window->span;
+    kept->start = self->start;
+    kept->prot = window->prot;
+    kept->in_tree = self->in_tree;
+    kept->older = land->newest;
+    *(land->newest ? &land->newest->newer : &land->oldest) = kept;
+    land->newest = kept;
+    table_add(&land->exact, &kept->exact);
+    table_add(&land->of, &kept->of);
+    land->kept_bytes += kept->span;
+    unguard(window); /* nobody touches it before it is a mirror's again */
+    Py_INCREF((PyObject *)land); /* the GIL may go away in between */
+    leave(self, 0);
+    while (land->kept_bytes > land->budget && land->oldest)
+        evict(land, land->oldest);
+    Py_DECREF((PyObject *)land);
+    return 1;
+}
+
+/* Where it faulted, the call that it was made in has to end in that; it may be the only one to know. */
+static void tell_caller(Mirror *self)
+{
+    uintptr_t at = self->caller ? window_fault_at(&self->window) : 0;
+    if (!at)
+        return;
+    PyObject *told = PyObject_CallMethod(self->caller, "note_fault", "OK", self, (unsigned long long)at);
+    if (!told)
+        PyErr_Clear();
+    Py_XDECREF(told);
+}
+
+/* What the flags of MIRROR and DROP say besides its rights. */
+#define WAS_KEPT 4
+#define FAULTED 8
+
+/* Tells of a mirror that has come, or goes. `user`: where in its process its first byte is; 0 where nobody knows. */
+COLD static void tell_mirror(Events *events, enum kind kind, const Mirror *self, int flags, size_t live, uint64_t user)
+{
+    const Window *window = &self->window;
+    put_event(events, (Event){.kind = (uint16_t)kind, .flags = (uint16_t)(window->prot | flags),
+              .process = (uint32_t)live,
+              .facts = {window->base + window->lead, (uint64_t)window->length, user, self->serial,
+                        self->start + window->lead, PyThread_get_thread_ident()}});
+}
+
+/* Tells of a mirror that has just been made. Asking its mapping for the address may run anything. */
+COLD static void tell_made(Mirror *self, int flags)
+{
+    uint64_t user = 0;
+    Mapping *mapping = (Mapping *)self->mapping;
+    PyObject *address = PyObject_GetAttrString(self->mapping, "address");
+    if (address) {
+        user = PyLong_AsUnsignedLongLongMask(address) + self->start + self->window.lead - mapping->phys_offset;
+        Py_DECREF(address);
+    }
+    if (PyErr_Occurred())
+        PyErr_Clear();
+    if (self->land && self->land->events)
+        tell_mirror(self->land->events, MIRROR, self, flags, self->land->live.count, user);
+}
+
+/* Unmaps it (or has it kept), gives back its place and its references. Again: nothing.
+ * -1 with an exception set and nothing changed: a view lives, or Linux did not unmap it. */
+static int end_mirror(Mirror *self)
+{
+    Window *window = &self->window;
+    if (is_alive(window)) {
+        if (window->exports) {
+            still_viewed("unmap", window->exports);
+            return -1;
+        }
+        window->state = DEAD; /* first: while the GIL is away nobody may take an export */
+        Events *events = self->land ? self->land->events : NULL;
+        size_t live = self->land ? self->land->live.count - 1 : 0;
+        Py_XINCREF((PyObject *)events);
+        int kept = keep(self);
+        if (!kept) {
+            disarm(window);
+            int error = unmap_range(window->base, window->span);
+            if (error) {
+                window->state = ALIVE;
+                arm(window);
+                Py_XDECREF((PyObject *)events);
+                os_error(error);
+                return -1;
+            }
+        }
+        if (events) {
+            tell_mirror(events, DROP, self, (kept ? WAS_KEPT : 0) | (zeros_of(window) ? FAULTED : 0), live, 0);
+            Py_DECREF((PyObject *)events);
+        }
+        unguard(window);
+        tell_caller(self);
+    }
+    window->state = DEAD;
+    leave(self, 1);
+    return let_go(self);
+}
+
+
+/* Mirror._open(land, mapping, offset, length, rights, caller): a mirror of [offset, offset + length) of a mapping,
+ * by a window that was kept, or in the current hole of the land; for a `caller` (else None) only where the mapping's
+ * own rights allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
+ * the others. */
+static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (wants(nargs, 6, "Mirror._open"))
+        return NULL;
+    PyObject *caller = Py_IsNone(args[5]) ? NULL : args[5];
+    int64_t asked = PyLong_Check(args[4]) ? PyLong_AsLongLong(args[4]) : 0;
+    if (asked == -1 && PyErr_Occurred())
+        PyErr_Clear();
+    int rights = asked >= 1 && asked <= 3 ? (int)asked : 0;
+    if (!PyObject_TypeCheck(args[0], land_type) || !PyObject_TypeCheck(args[1], mapping_type)) {
+        PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of a mapping");
+        return NULL;
+    }
+    Land *land = (Land *)args[0];
+    Mapping *mapping = (Mapping *)args[1];
+    uint64_t at;
+    int64_t offset = plain(args[2]), size = plain(args[3]);
+    Frames *frames = plain_range(mapping, offset, size, &at);
+    int allowed = caller && frames ? owner_allows(mapping, rights) : 1;
+    if (allowed < 0)
+        return NULL;
+    if (!frames || !allowed || !rights)
+        Py_RETURN_NONE;
+    uint64_t length = (uint64_t)size, serial = frames->serial;
+    uint64_t start = at - at % page_size, end = at + length + page_size - 1;
+    end -= end % page_size;
+    if (frames->huge) { /* whole huge pages, as far as the mapping goes */
+        uint64_t last = mapping->phys_offset + mapping->length;
+        start -= start % huge_size;
+        start = start < mapping->phys_offset ? mapping->phys_offset : start;
+        end = (end + huge_size - 1) / huge_size * huge_size;
+        end = end > last ? last : end;
+    }
+    size_t span = (size_t)(end - start);
+    uint64_t lead = at - start;
+    int fd = frames->fd, prot = rights;
+    Mirror *self = new_mirror(cls, (PyObject *)mapping, (PyObject *)frames, prot);
+    if (!self)
+        return NULL;
+    Py_XINCREF(caller);
+    self->caller = caller;
+    Kept *kept = land->budget ? find_kept(land, serial, start, span, prot) : NULL;
+    int was_kept = kept != NULL;
+    if (was_kept) {
+        land->hits++;
+        forget_kept(land, kept);
+        enter(land, self, kept->base, kept->span, kept->in_tree);
+        lead += start - kept->start;
+        start = kept->start;
+        PyMem_Free(kept);
+    } else {
+        uintptr_t base;
+        land->misses += land->budget != 0;
+        if (fd < 0 || !reserve(land, span, start, &base)) {
+            Py_DECREF((PyObject *)self);
+            Py_RETURN_NONE;
+        }
+        enter(land, self, base, span, 0);
+    }
+    self->serial = serial;
+    self->start = start;
+    self->window.lead = lead;
+    self->window.length = (Py_ssize_t)length;
+    /* Its place and its reference are taken before it is mapped: the GIL may go away meanwhile, and the frames
+     * must not. */
+    self->window.state = was_kept ? ALIVE : NOT_READY;
+    Window *window = &self->window;
+    window->guarded = guard(window->base, window->span, prot, 0);
+    if (!window->guarded || hold(self, frames->mirrors)) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    }
+    if (!was_kept && map_piece(self->window.base, span, prot, fd, (off_t)start)) {
+        Py_DECREF((PyObject *)self);
+        Py_RETURN_NONE;
+    }
+    self->window.state = ALIVE;
+    arm(&self->window);
+    count_made(land, length);
+    if (land->events)
+        tell_made(self, was_kept ? WAS_KEPT : 0);
+    return (PyObject *)self;
+}
+
+/* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces
+ * at a place that was reserved. `frames` is a tuple; the caller takes the references. OSError: nothing stays. */
+static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t base, start, lead, length;
+    int prot;
+    if (wants(nargs, 9, "Mirror._open_at") || as_u64(args[1], &base) || as_u64(args[5], &start) ||
+        as_u64(args[6], &lead) || as_u64(args[7], &length) || as_int(args[8], &prot))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], land_type) || !PyTuple_Check(args[2]) || !PyTuple_Size(args[2]) ||
+        !PyObject_TypeCheck(PyTuple_GetItem(args[2], 0), mapping_type) || !PyTuple_Check(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of tuples of mappings and frames");
+        return NULL;
+    }
+    Mirror *self = new_mirror(cls, PyTuple_GetItem(args[2], 0), args[3], prot);
+    if (!self)
+        return NULL;
+    Py_INCREF(args[2]);
+    self->mappings = args[2];
+    uintptr_t end = map_pieces(&self->window, base, args[4]);
+    if (!end) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    self->window.state = end > base ? ALIVE : DEAD;
+    enter((Land *)args[0], self, base, end - base, 0);
+    if (end > base && !guard_window(&self->window)) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
+    if (lead > self->window.span || length > self->window.span - lead) {
+        PyErr_SetString(PyExc_ValueError, "what a mirror exports lies inside of what it maps");
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    if (PyTuple_Size(args[2]) == 1 && PyTuple_Size(args[3]) == 1 &&
+        PyObject_TypeCheck(PyTuple_GetItem(args[3], 0), frames_type))
+        self->serial = ((Frames *)PyTuple_GetItem(args[3], 0))->serial;
+    self->start = start;
+    self->window.lead = lead;
+    self->window.length = (Py_ssize_t)length;
+    count_made((Land *)args[0], length);
+    if (self->land->events && is_alive(&self->window))
+        tell_made(self, 0);
+    return (PyObject *)self;
+}
+
+/* _populate(): faults in every page. OSError: one cannot be had. */
+static PyObject *mirror_populate(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Window *self = (Window *)op;
+    if (!is_alive(self)) {
+        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
+        return NULL;
+    }
+    int error = populate_range(self->base, self->span, self->prot);
+    if (error)
+        return os_error(error);
+    Py_RETURN_NONE;
+}
+
+/* _end() -> bool: what `drop` does; whether bytes of it were gone meanwhile. False again once it is dropped.
+ * BufferError: a view lives. OSError: Linux did not unmap it. */
+static PyObject *mirror_end(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    int lived = is_alive((Window *)op);
+    if (end_mirror((Mirror *)op))
+        return NULL;
+    return PyBool_FromLong(lived && window_fault_at((Window *)op));
+}
+
+/* Collection is a drop; no view can live then. What fails here has nobody to be told to. */
+static void mirror_finalize(PyObject *op)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (end_mirror((Mirror *)op))
+        PyErr_Clear();
+    PyErr_Restore(type, value, traceback);
+}
+
+static void mirror_dealloc(PyObject *op)
+{
+    Mirror *self = (Mirror *)op;
+    PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->holders, self->caller};
+    if (self->holders) { /* a base type's own objects are not finalized */
+        self->caller = NULL; /* nobody is told: it cannot be shown to anybody any more */
+        mirror_finalize(op);
+    }
+    if (self->weakrefs)
+        PyObject_ClearWeakRefs(op);
+    refs[3] = self->holders;
+    leave(self, 0); /* where it could not be unmapped before: its place stays taken, or is an obstacle */
+    for (size_t i = 0; i < sizeof refs / sizeof *refs; i++)
+        Py_XDECREF(refs[i]);
+    window_dealloc(op);
+}
+
+static PyObject *mirror_mappings(PyObject *op, void *Py_UNUSED(closure))
+{
+    Mirror *self = (Mirror *)op;
+    if (!self->mappings)
+        return PyTuple_Pack(1, self->mapping);
+    Py_INCREF(self->mappings);
+    return self->mappings;
+}
+
+static PyMethodDef mirror_methods[] = {
+    {"_open", FASTCALL(mirror_open), METH_FASTCALL | METH_CLASS, NULL},
+    {"_open_at", FASTCALL(mirror_open_at), METH_FASTCALL | METH_CLASS, NULL},
+    {"_populate", mirror_populate, METH_NOARGS, NULL},
+    {"_end", mirror_end, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef mirror_members[] = {
+    {"mapping", T_OBJECT_EX, offsetof(Mirror, mapping), READONLY, "The mapping that its first byte belongs to."},
+    {"_frames", T_OBJECT_EX, offsetof(Mirror, frames), READONLY, NULL},
+    {"_start", T_ULONGLONG, offsetof(Mirror, start), READONLY, NULL},
+    {"_caller", T_OBJECT, offsetof(Mirror, caller), 0, NULL},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Mirror, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef mirror_getset[] = {
+    {"mappings", mirror_mappings, NULL, "All mappings that it shows, in order.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot mirror_slots[] = {
+    {Py_tp_doc, "A window in a land, of frames that it holds a reference to."},
+    {Py_tp_dealloc, mirror_dealloc},
+    {Py_tp_finalize, mirror_finalize},
+    {Py_tp_methods, mirror_methods},
+    {Py_tp_members, mirror_members},
+    {Py_tp_getset, mirror_getset},
+    {0, NULL},
+};
+
+static PyType_Spec mirror_spec = {
+    .name = "realmap._core.Mirror",
+    .basicsize = sizeof(Mirror),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = mirror_slots,
+};

@@ -1,0 +1,76 @@
+/* Queue: messages in shared memory, one way. */
+#include "core.h"
+
+/* Two queues, each with one producer and one consumer, in memory that both sides may write:
+ *
+ *      user    ── calls ────▶  kernel        queue 0
+ *      user    ◀── answers ──  kernel        queue 1
+ *
+ *      tail ─▶ the producer's count of messages     asleep ─▶ 1 while the consumer sleeps, or is about to
+ *      head ─▶ the consumer's count                 mailed ─▶ the producer's count of what it sent by the socket
+ *
+ * Each side keeps its own counts where the other cannot reach them; what the other side wrote is
+ * read once, then checked. A peer that scribbles here is found out, and hurts only itself.
+ *
+ * Publishing and the sleep flag: the producer stores tail and then looks at asleep, the consumer
+ * stores asleep and then looks at tail. Both need a sequentially consistent fence in between, or
+ * each can miss the other's store (on x86 too), and a wake-up is lost.
+ *
+ * Order: what was sent by the socket (the consumer slept, the ring was full) is counted in mailed before the next
+ * tail, so whoever sees that tail reads the socket first. */
+
+
+/* 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. (No Python in here, nor in
+ * queue_peek and queue_done: tools/hostile/ring_threads.c runs them in bare threads.) */
+static int queue_push(Ring *self, const char *data, size_t length)
+{
+    uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
+    if (length > RING_SLOT - sizeof(uint32_t) || used >= RING_SLOTS)
+        return 0;
+    unsigned char *slot = self->out->slots[self->out_tail % RING_SLOTS];
+    uint32_t size = (uint32_t)length;
+    memcpy(slot, &size, sizeof size);
+    memcpy(slot + sizeof size, data, size);
+    self->out_tail++;
+    atomic_store_explicit(&self->out->tail, self->out_tail, memory_order_release);
+    atomic_thread_fence(memory_order_seq_cst);
+    if (!atomic_load_explicit(&self->out->asleep, memory_order_relaxed))
+        return 1;
+    /* Of several that see it asleep, one wakes it. */
+    return atomic_exchange(&self->out->asleep, 0) ? 2 : 1;
+}
+
+
+/* Whether the other side sleeps: it must be woken by the socket in any case, so a message had better go there. */
+static int peer_sleeps(Ring *self)
+{
+    atomic_store_explicit(&self->out->cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
+    return atomic_load_explicit(&self->out->asleep, memory_order_relaxed) != 0;
+}
+
+
+static int ring_ready(const Ring *self)
+{
+    return atomic_load_explicit(&self->in->tail, memory_order_acquire) != self->in_head;
+}
+
+/* The next message, and how many there are; -1 where the other side's indices lie. */
+static int64_t queue_peek(const Ring *self, const char **data, uint32_t *size)
+{
+    uint32_t there = atomic_load_explicit(&self->in->tail, memory_order_acquire) - self->in_head;
+    *size = 0;
+    if (!there)
+        return 0;
+    const unsigned char *slot = self->in->slots[self->in_head % RING_SLOTS];
+    /* Copied, then checked: the other side may be changing it this moment. */
+    memcpy(size, (const void *)slot, sizeof *size);
+    *data = (const char *)slot + sizeof *size;
+    return there > RING_SLOTS || *size > RING_SLOT - sizeof *size ? -1 : (int64_t)there;
+}
+
+/* The message was copied: its slot is free. */
+static void queue_done(Ring *self)
+{
+    self->in_head++;
+    atomic_store_explicit(&self->in->head, self->in_head, memory_order_release);
+}

@@ -1,0 +1,61 @@
+/* The places of a land: how the next one is taken, and given back. */
+#include "core.h"
+
+static Land *all_lands;
+
+
+/* A stake is a page without rights at the top of the 512 GiB that one entry of the top page table covers. With a
+ * mapping above it, Linux gives up no page tables when a mirror goes, and does not flush the TLB for it: measured,
+ * that is half the cost of mapping and unmapping an untouched page. Where it cannot be had, it is only slower. */
+static void stake(Land *land, uint64_t at)
+{
+    uint64_t slot = (uint64_t)1 << 39;
+    land->staked = page_size == 4096 ? (at / slot + 1) * slot : UINT64_MAX;
+    uintptr_t address = (uintptr_t)(land->staked - page_size);
+    /* In a small land, or right below it, every page counts. */
+    if (land->staked > land->end || address - at < (uint64_t)1 << 30)
+        return;
+    if (map_piece(address, page_size, PROT_NONE, -1, 0))
+        return;
+    PyObject *number = PyLong_FromUnsignedLongLong(address);
+    if (!number || PyList_Append(land->stakes, number)) {
+        PyErr_Clear();
+        munmap((void *)address, page_size);
+    } else if (land->hole_end > address) {
+        land->hole_end = address;
+    }
+    Py_XDECREF(number);
+}
+
+static void pull_stakes(Land *land)
+{
+    for (Py_ssize_t i = 0; land->stakes && land->epoch == fork_epoch && i < PyList_Size(land->stakes); i++)
+        munmap((void *)(uintptr_t)PyLong_AsUnsignedLongLong(PyList_GetItem(land->stakes, i)), page_size);
+    Py_CLEAR(land->stakes);
+}
+
+/* A place in the current hole, with a free page behind it; 0 where it has none. */
+static int reserve(Land *land, size_t span, uint64_t residue, uintptr_t *base)
+{
+    uint64_t at = land->cursor;
+    if (span >= huge_size)
+        at += (residue - at) & (huge_size - 1);
+    if (at >= land->staked && at < land->hole_end)
+        stake(land, at);
+    if (at > land->hole_end || span > land->hole_end - at)
+        return 0;
+    land->cursor = at + span + page_size;
+    *base = (uintptr_t)at;
+    return 1;
+}
+
+/* A place is free again. Without memory for the note, the tree has it as taken for ever. */
+static void give_place_back(Land *land, uintptr_t base, int in_tree)
+{
+    if (!in_tree || !land->gone)
+        return;
+    PyObject *address = PyLong_FromUnsignedLongLong(base);
+    if (!address || PyList_Append(land->gone, address))
+        PyErr_Clear();
+    Py_XDECREF(address);
+}

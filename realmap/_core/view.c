@@ -1,0 +1,199 @@
+/* View: a part of one window, or of several that lie side by side; exporting it exports every window it covers. */
+#include "core.h"
+
+/* View._over(windows, start, length, writable): windows lie side by side and cover the range; a
+ * view is writable where it was asked for and every window is. */
+static PyObject *view_over(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t start, length;
+    int writable;
+    if (wants(nargs, 4, "View.over") || as_u64(args[1], &start) || as_u64(args[2], &length) ||
+        as_int(args[3], &writable))
+        return NULL;
+    if (!PyTuple_Check(args[0]) || !PyTuple_Size(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "a view lies over a tuple of windows");
+        return NULL;
+    }
+    uintptr_t covered = 0;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(args[0]); i++) {
+        PyObject *item = PyTuple_GetItem(args[0], i);
+        if (!PyObject_TypeCheck(item, window_type)) {
+            PyErr_SetString(PyExc_TypeError, "a view lies over a tuple of windows");
+            return NULL;
+        }
+        Window *window = (Window *)item;
+        uintptr_t begin = window->base + window->lead;
+        if (i == 0 ? start < begin : begin != covered) {
+            PyErr_SetString(PyExc_ValueError, "the windows do not cover the view without a gap");
+            return NULL;
+        }
+        covered = begin + (size_t)window->length;
+        writable = writable && (window->prot & PROT_WRITE);
+    }
+    if (start > covered || length > covered - start) {
+        PyErr_SetString(PyExc_ValueError, "the view is longer than its windows");
+        return NULL;
+    }
+    allocfunc alloc = (allocfunc)PyType_GetSlot((PyTypeObject *)cls, Py_tp_alloc);
+    View *self = (View *)alloc((PyTypeObject *)cls, 0);
+    if (!self)
+        return NULL;
+    Py_INCREF(args[0]);
+    self->windows = args[0];
+    self->start = start;
+    self->length = (Py_ssize_t)length;
+    self->writable = writable;
+    return (PyObject *)self;
+}
+
+static int view_is_alive(View *self)
+{
+    if (self->dropped)
+        return 0;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(self->windows); i++)
+        if (!is_alive((Window *)PyTuple_GetItem(self->windows, i)))
+            return 0;
+    return 1;
+}
+
+static uintptr_t view_fault_at(View *self)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_Size(self->windows); i++) {
+        Window *window = (Window *)PyTuple_GetItem(self->windows, i);
+        uintptr_t end = window->base + window->lead + (size_t)window->length, stop = self->start + (size_t)self->length;
+        uintptr_t start = window->base > self->start ? window->base : self->start;
+        uintptr_t at = start < end && start < stop ? fault_in(window, start, (stop < end ? stop : end) - start) : 0;
+        if (at)
+            return at;
+    }
+    return 0;
+}
+
+static void count_exports(View *self, Py_ssize_t by)
+{
+    self->exports += by;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(self->windows); i++)
+        ((Window *)PyTuple_GetItem(self->windows, i))->exports += by;
+}
+
+static int view_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
+{
+    View *self = (View *)op;
+    buffer->obj = NULL;
+    if (!view_is_alive(self)) {
+        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
+        return -1;
+    }
+    if (view_fault_at(self)) {
+        raise_fault(op, view_fault_at(self));
+        return -1;
+    }
+    stand_guard();
+    if (PyBuffer_FillInfo(buffer, op, (void *)self->start, self->length, !self->writable, flags))
+        return -1;
+    count_exports(self, 1);
+    return 0;
+}
+
+static void view_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer))
+{
+    count_exports((View *)op, -1);
+}
+
+/* _drop() -> bool: False if it was dropped already; BufferError while exports live. */
+static PyObject *view_drop(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    View *self = (View *)op;
+    if (self->dropped)
+        Py_RETURN_FALSE;
+    if (self->exports)
+        return still_viewed("drop", self->exports);
+    self->dropped = 1;
+    Py_RETURN_TRUE;
+}
+
+/* Windows are reached from here, so that a cycle through one can be collected. They are not cleared:
+ * an export in the same cycle counts itself off on them; the cycle is broken elsewhere. */
+static int view_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(((View *)op)->windows);
+    return 0;
+}
+
+static void view_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    PyObject *windows = ((View *)op)->windows;
+    ((View *)op)->windows = NULL;
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_XDECREF(windows);
+    Py_DECREF(type);
+}
+
+static Py_ssize_t view_length(PyObject *op) { return ((View *)op)->length; }
+
+static PyObject *view_address(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(((View *)op)->start);
+}
+
+static PyObject *view_exports(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSsize_t(((View *)op)->exports);
+}
+
+static PyObject *view_alive(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(view_is_alive((View *)op));
+}
+
+static PyObject *view_fault(PyObject *op, void *Py_UNUSED(closure))
+{
+    uintptr_t at = view_fault_at((View *)op);
+    if (!at)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(at);
+}
+
+static PyMethodDef view_methods[] = {
+    {"_memory_fault", window_memory_fault, METH_O, NULL},
+    {"_over", FASTCALL(view_over), METH_FASTCALL | METH_CLASS, NULL},
+    {"_drop", view_drop, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef view_members[] = {
+    {"_windows", T_OBJECT_EX, offsetof(View, windows), READONLY, NULL},
+    {"writable", T_INT, offsetof(View, writable), READONLY, "Whether its bytes may be written."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef view_getset[] = {
+    {"address", view_address, NULL, "Where its bytes start, in this address space.", NULL},
+    {"exports", view_exports, NULL, "How many views of it live.", NULL},
+    {"alive", view_alive, NULL, "Whether what it shows is mapped.", NULL},
+    {"fault", view_fault, NULL, "Where its bytes are gone from, since somebody truncated their segment; else None.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot view_slots[] = {
+    {Py_tp_doc, "A part of one window, or of several side by side."},
+    {Py_tp_dealloc, view_dealloc},
+    {Py_tp_traverse, view_traverse},
+    {Py_tp_methods, view_methods},
+    {Py_tp_members, view_members},
+    {Py_tp_getset, view_getset},
+    {Py_sq_length, view_length},
+    {Py_bf_getbuffer, view_getbuffer},
+    {Py_bf_releasebuffer, view_releasebuffer},
+    {0, NULL},
+};
+
+static PyType_Spec view_spec = {
+    .name = "realmap._core.View",
+    .basicsize = sizeof(View),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = view_slots,
+};
