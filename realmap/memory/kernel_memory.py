@@ -71,7 +71,7 @@ class KernelMemory(Land):
 
     @property
     def stakes(self) -> list[int]:
-        """Where single pages without rights stand that keep Linux from giving up page tables above them (_core/space.c)."""
+        """Single pages without rights that keep Linux from giving up page tables above them (_core/space.c)."""
         return list(self._stakes)
 
     # ---- space ------------------------------------------------------------------------------
