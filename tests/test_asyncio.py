@@ -28,7 +28,7 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 def pending(me: Process) -> int:
     """Requests whose answers have not come."""
-    return len(me.client._pending)
+    return me.client.endpoint.pending
 
 
 def test_calls(me: Process) -> None:

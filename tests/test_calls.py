@@ -358,7 +358,7 @@ def test_an_interrupt_while_mapping_leaves_nothing(me: Process, kernel: KernelHa
         for turn in range(16):
             mapped = False
             with pytest.raises(Interrupt):
-                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.003 * turn)
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.001 * turn)
                 me.map(32 << 20).unmap()
                 mapped = True
                 time.sleep(BOUND)

@@ -19,8 +19,8 @@ from conftest import BOUND, PAGE, land_maps, wait_until
 import realmap
 from realmap import AccessDenied, InvalidHandle, KernelDied, KernelHandle, Process, VersionMismatch
 from realmap.host import procfs
-from realmap.user.client import Client
 from realmap.wire import channel, messages
+from realmap.wire.client import Client
 
 # ---- who is let in ------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import posix_ipc
 import pytest
-from conftest import PAGE, left_names, wait_until
+from conftest import PAGE, left_names
 
 import realmap
 from realmap.host import files, liveness, procfs, runtime, segment
@@ -164,7 +165,7 @@ def test_a_kernel_without_memory_for_a_ring_does_without(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "memfd_create", failing(os.memfd_create, errno.ENFILE))
     with realmap.Kernel(syscalls=[echo]) as kernel, realmap.connect(kernel.path) as me:
         assert me.call("echo", 1) == 1
-        assert me.client._ring is None
+        assert not me.client.endpoint.has_ring
 
 
 CALLS = ["socket.socket", "os.open", "os.eventfd", "select.epoll", "socket.socketpair", "os.chmod", "register"]
@@ -200,45 +201,18 @@ def test_a_kernel_that_cannot_go_on_says_so_and_leaves_nothing(monkeypatch: pyte
     assert not os.path.exists(kernel.path)
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN])
-@pytest.mark.parametrize("call", ["__init__", "connect", "setsockopt", "recvmsg"])
-def test_connecting_fails_with_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
-    """Or, where the answer has not come yet after all, not at all. connect(2) makes no descriptor."""
-    if (call, number) == ("connect", errno.EMFILE):
-        return
-    with realmap.Kernel(syscalls=[echo], spin=0) as kernel:
-        before = open_descriptors()
-        monkeypatch.setattr(socket.socket, call, failing(getattr(socket.socket, call), number))
-        if (call, number) == ("recvmsg", errno.EAGAIN):
-            realmap.connect(kernel.path).close()
-        else:
-            with pytest.raises(realmap.PhysicalMemoryExhaustion):
-                realmap.connect(kernel.path)
-        monkeypatch.undo()
-        wait_until(lambda: not len(kernel.processes))
-        wait_until(lambda: open_descriptors() == before)
-
-
-@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
-def test_a_request_that_cannot_be_sent_is_refused_and_the_next_one_goes(
-    monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    with realmap.Kernel(syscalls=[echo], spin=0) as kernel, realmap.connect(kernel.path) as me:
-        me.client._sock = Odd(me.client._sock, send=failing(me.client._sock.send, number))
-        with pytest.raises(realmap.PhysicalMemoryExhaustion):
-            me.call("echo", 1)
-        assert me.client._pending == {}
+def test_collected_buffers_are_told_of_later_where_the_socket_is_full() -> None:
+    with realmap.boot(syscalls=[echo], spin=0) as kernel, realmap.connect(kernel.path) as me:
+        buffers = [me.map(PAGE) for _ in range(600)]
+        os.kill(kernel.pid, signal.SIGSTOP)
+        try:
+            buffers.clear()
+            with pytest.raises(realmap.SyscallTimeout):
+                me.call("echo", 1, timeout=0)
+        finally:
+            os.kill(kernel.pid, signal.SIGCONT)
         assert me.call("echo", 2) == 2
-
-
-def test_a_collected_buffer_is_told_of_later_where_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    with realmap.Kernel(syscalls=[echo], spin=0) as kernel, realmap.connect(kernel.path) as me:
-        buffer = me.map(PAGE)
-        monkeypatch.setattr(channel, "send_one", failing(channel.send_one, errno.ENOBUFS))
-        del buffer
-        monkeypatch.undo()
-        assert me.call("echo", 1) == 1
-        assert kernel.frames.segments == 0
+        assert (kernel.stats()["mappings"], kernel.stats()["segments"]) == (0, 0)
 
 
 def test_bytes_that_cannot_be_copied_are_a_fault_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

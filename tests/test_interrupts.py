@@ -13,7 +13,6 @@ from conftest import BOUND, scaled, wait_until
 
 import realmap
 from realmap import KernelHandle, Process
-from realmap._core import Turn
 
 CARRIERS = ("ring", "socket")
 #: How often a call is interrupted in each test, from 20 µs after its begin on.
@@ -102,29 +101,6 @@ def test_signals_at_any_moment(
     last.start()
     last.join(BOUND)
     assert result == [[2]], "this thread kept its turn"
-    wait_until(lambda: me.call("echo", 3) == [3] and not me.client._pending, "the answers to what was given up")
+    wait_until(lambda: me.call("echo", 3) == [3] and not me.client.endpoint.pending, "the answers to what was given up")
     buffer.unmap()
     wait_until(lambda: not kernel.stats()["mappings"], "the end of what calls held")
-
-
-def test_a_turn() -> None:
-    turn = Turn()
-    assert (turn.level(), turn.take(), turn.level(), turn.take(), turn.level()) == (0, True, 1, True, 2)
-    seen: list[object] = []
-    thread = threading.Thread(target=lambda: seen.extend([turn.take(), turn.level(), turn.restore(0), turn.level()]))
-    thread.start()
-    thread.join()
-    assert seen == [False, 0, None, 0], "another thread can neither take it nor give it back"
-    turn.restore(1)
-    turn.restore(1)
-    turn.restore(5)
-    assert turn.level() == 1
-    turn.restore(0)
-    assert turn.level() == 0
-    thread = threading.Thread(target=lambda: seen.append(turn.take()))
-    thread.start()
-    thread.join()
-    assert seen[-1] is True
-    for nonsense, error in ((-1, ValueError), ("1", TypeError)):
-        with pytest.raises(error):
-            turn.restore(nonsense)  # type: ignore[arg-type]

@@ -21,16 +21,20 @@
 #include <structmember.h>
 
 #include <errno.h>
+#include <linux/futex.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -92,6 +96,8 @@ typedef struct {
     Guarded *guarded; /* while it is mapped */
     uintptr_t zeros;  /* where its zero pages began, once it is not; 0: there were none */
     long thread;      /* and who ran into them */
+    PyObject *told;   /* a weak reference to the endpoint that is told of its end, in these bytes; NULL: nobody is */
+    PyObject *farewell;
     unsigned long epoch;
     int prot;
     char inherited;
@@ -240,23 +246,32 @@ typedef struct {
     _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
 } Queue;
 
+/* Two queues, one each way, as one side sees them. */
 typedef struct {
-    PyObject_HEAD
-    Queue *queues;
     Queue *in;
     Queue *out;
     uint32_t in_head;
     uint32_t out_tail;
     uint32_t in_mailed; /* as far as the socket was read */
-    unsigned long epoch;
-} Ring;
+} Duplex;
 
+/* How long to look for the next message: spin.c. Nanoseconds. */
+typedef struct {
+    int64_t most;
+    int64_t now;
+    int64_t busy_until; /* 0: nobody else wants the CPU */
+    int64_t seen_busy;
+    int64_t pause;
+    int several;
+} Budget;
 
 typedef struct {
     PyObject_HEAD
-    unsigned long owner;
-    Py_ssize_t level;
-} Turn;
+    Queue *queues; /* NULL once it is closed */
+    Duplex duplex;
+    unsigned long epoch;
+} Ring;
+
 
 
 static PyTypeObject *window_type;
@@ -276,6 +291,93 @@ static PyTypeObject *ring_type;
 static int64_t nanoseconds(void);
 
 
-static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+/* ---- connections ---------------------------------------------------------------------------- */
+
+#define MAX_DESCRIPTORS 64  /* that one message brings: wire/messages.py */
+#define CHUNK_BYTES 65536   /* that one datagram carries: wire/channel.py */
+
+/* A socket, known by what it is: post.c. */
+typedef struct {
+    int fd;
+    dev_t device;
+    ino_t inode;
+} Post;
+
+struct Endpoint;
+
+/* What has become of a request. */
+enum outcome { ON_ITS_WAY, ANSWERED, TIMED_OUT, ENDED, FAILED };
+
+/* A request on its way, and then its answer: answer.c. */
+typedef struct Answer {
+    PyObject_HEAD
+    Node node; /* of its endpoint's table, while it is on its way */
+    struct Endpoint *endpoint;
+    PyObject *holds; /* kept until the kernel has answered */
+    PyObject *late;  /* what is said to the kernel where nobody took the answer: a function of its bytes */
+    PyObject *bell;  /* what wakes the loop it is awaited in; NULL: a thread waits */
+    PyObject *data;  /* the answer's bytes */
+    struct Answer *next, **at; /* among those that wait; NULL: it does not */
+    struct Answer *after;      /* among those that are over */
+    int *fds;        /* that came along; this object's */
+    int count;
+    _Atomic uint32_t word; /* of the thread that is parked for it */
+    int error;       /* an errno, where it FAILED */
+    char outcome;
+    char pending;    /* in the table */
+    char sent;
+    char carried;    /* its descriptors have come, by the socket */
+    char abandoned;  /* nobody waits any more */
+    char taken;      /* what it brought is somebody's */
+} Answer;
+
+/* A message that waits to be sent. */
+typedef struct Letter {
+    struct Letter *next;
+    PyObject *message;
+    size_t at;      /* so many bytes of it went */
+    Answer *answer; /* NULL: none is wanted */
+} Letter;
+
+/* An answer that nobody took: what is said to the kernel then. */
+typedef struct Late {
+    struct Late *next;
+    PyObject *function;
+    PyObject *data;
+    int busy;
+} Late;
+
+/* Why a connection is of no use any more; above these, an errno. */
+enum end { OPEN, CLOSED, DIED, SAID_BYE, NONSENSE, STOLEN, LOST_IN_CHILD, ERRNO };
+
+typedef struct Endpoint {
+    PyObject_HEAD
+    Post post;
+    Ring *ring;
+    Budget budget;
+    Table table;     /* requests on their way, by number */
+    Letter *letters; /* in the order in which they are sent */
+    Letter **last;
+    Answer *waiting; /* who waits for an answer and does not read; first come, first served */
+    Answer *over;    /* answered, or ended; let go once the turn is given back */
+    Late *late;
+    PyObject *bell;  /* of the loop that is to read from now on; called once the turn is given back */
+    PyObject *bye;
+    char *datagram;
+    char *message;   /* a long one, as far as it has come */
+    size_t size, room;
+    unsigned long reader; /* the thread whose turn it is; 0: nobody's */
+    unsigned long epoch;
+    PyObject *weakrefs;
+    int busy;        /* threads that use the socket without the GIL */
+    int end;
+    int stalled;     /* Linux had no memory to send: not at once again */
+} Endpoint;
+
+static PyTypeObject *answer_type;
+static PyTypeObject *endpoint_type;
+static void endpoint_notice(PyObject *endpoint, PyObject *message);
+static int settle(Endpoint *self, PyObject *own);
+static void endpoint_leave_late(Endpoint *self, PyObject *function, PyObject *data);
 
 #endif

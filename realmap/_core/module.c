@@ -27,6 +27,10 @@
 #include "arguments.c"
 #include "pages.c"
 #include "guard.c"
+#include "queue.c"
+#include "spin.c"
+#include "post.c"
+#include "answer.c"
 #include "window.c"
 #include "view.c"
 #include "events.c"
@@ -36,11 +40,29 @@
 #include "land.c"
 #include "frames.c"
 #include "mirror.c"
-#include "queue.c"
 #include "ring.c"
-#include "spin.c"
+#include "mail.c"
 #include "turn.c"
+#include "endpoint.c"
 
+
+static int add_constants(PyObject *module)
+{
+#define CONSTANT(name) {#name, name}
+    static const struct {
+        const char *name;
+        long value;
+    } constants[] = {
+        CONSTANT(ON_ITS_WAY), CONSTANT(ANSWERED), CONSTANT(TIMED_OUT), CONSTANT(ENDED),
+        CONSTANT(FAILED),     CONSTANT(OPEN),     CONSTANT(CLOSED),    CONSTANT(DIED),
+        CONSTANT(SAID_BYE),   CONSTANT(NONSENSE), CONSTANT(STOLEN),    CONSTANT(LOST_IN_CHILD),
+        CONSTANT(ERRNO),      CONSTANT(OVERLOADED), CONSTANT(SAME_CPU),
+    };
+    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value))
+            return -1;
+    return 0;
+}
 
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
@@ -48,9 +70,9 @@ static PyMethodDef host_methods[] = {
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"unkeep", host_unkeep, METH_O, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
-    {"spin", FASTCALL(host_spin), METH_FASTCALL, NULL},
-    {"fall_asleep", host_fall_asleep, METH_O, NULL},
-    {"wake_up", host_wake_up, METH_O, NULL},
+    {"spin", FASTCALL(core_spin), METH_FASTCALL, NULL},
+    {"fall_asleep", core_fall_asleep, METH_O, NULL},
+    {"wake_up", core_wake_up, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -82,12 +104,19 @@ PyMODINIT_FUNC PyInit__core(void)
     }
     PyObject *mirror_type = window_type ? PyType_FromSpecWithBases(&mirror_spec, (PyObject *)window_type) : NULL;
     PyObject *view_type = PyType_FromSpec(&view_spec);
-    PyObject *turn_type = PyType_FromSpec(&turn_spec);
-    if (!turn_type || PyModule_AddType(module, (PyTypeObject *)turn_type)) {
+    answer_type = (PyTypeObject *)PyType_FromSpec(&answer_spec);
+    endpoint_type = (PyTypeObject *)PyType_FromSpec(&endpoint_spec);
+    if (!answer_type || !endpoint_type || PyModule_AddType(module, answer_type) ||
+        PyModule_AddType(module, endpoint_type)) {
         Py_DECREF(module);
         return NULL;
     }
-    Py_DECREF(turn_type);
+    PyObject *budget_type = PyType_FromSpec(&spin_budget_spec);
+    if (!budget_type || PyModule_AddType(module, (PyTypeObject *)budget_type)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    Py_DECREF(budget_type);
     frames_type = (PyTypeObject *)PyType_FromSpec(&frames_spec);
     mapping_type = (PyTypeObject *)PyType_FromSpec(&mapping_spec);
     if (!frames_type || !mapping_type || PyModule_AddType(module, frames_type) || PyModule_AddType(module, mapping_type)) {
@@ -97,7 +126,7 @@ PyMODINIT_FUNC PyInit__core(void)
     if (!window_type || !view_type || !ring_type || !land_type || !mirror_type ||
         PyModule_AddType(module, land_type) || PyModule_AddType(module, (PyTypeObject *)mirror_type) || PyModule_AddType(module, window_type) ||
         PyModule_AddType(module, (PyTypeObject *)view_type) || PyModule_AddType(module, ring_type) ||
-        PyModule_AddIntConstant(module, "RING_BYTES", 2 * sizeof(Queue)) ||
+        add_constants(module) || PyModule_AddIntConstant(module, "RING_BYTES", 2 * sizeof(Queue)) ||
         PyModule_AddIntConstant(module, "RING_MESSAGE", RING_SLOT - sizeof(uint32_t))) {
         Py_DECREF(module);
         return NULL;

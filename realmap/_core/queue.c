@@ -1,7 +1,6 @@
-/* Queue: messages in shared memory, one way. */
-#include "core.h"
-
-/* Two queues, each with one producer and one consumer, in memory that both sides may write:
+/* Queue: messages in shared memory, one way. No Python in here: tools/hostile/ring_threads.c runs it in bare threads.
+ *
+ * Two queues, each with one producer and one consumer, in memory that both sides may write:
  *
  *      user    ── calls ────▶  kernel        queue 0
  *      user    ◀── answers ──  kernel        queue 1
@@ -18,11 +17,10 @@
  *
  * Order: what was sent by the socket (the consumer slept, the ring was full) is counted in mailed before the next
  * tail, so whoever sees that tail reads the socket first. */
+#include "core.h"
 
-
-/* 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. (No Python in here, nor in
- * queue_peek and queue_done: tools/hostile/ring_threads.c runs them in bare threads.) */
-static int queue_push(Ring *self, const char *data, size_t length)
+/* 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. */
+static int queue_push(Duplex *self, const char *data, size_t length)
 {
     uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
     if (length > RING_SLOT - sizeof(uint32_t) || used >= RING_SLOTS)
@@ -40,22 +38,20 @@ static int queue_push(Ring *self, const char *data, size_t length)
     return atomic_exchange(&self->out->asleep, 0) ? 2 : 1;
 }
 
-
 /* Whether the other side sleeps: it must be woken by the socket in any case, so a message had better go there. */
-static int peer_sleeps(Ring *self)
+static int peer_sleeps(Duplex *self)
 {
     atomic_store_explicit(&self->out->cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
     return atomic_load_explicit(&self->out->asleep, memory_order_relaxed) != 0;
 }
 
-
-static int ring_ready(const Ring *self)
+static int queue_ready(const Duplex *self)
 {
     return atomic_load_explicit(&self->in->tail, memory_order_acquire) != self->in_head;
 }
 
 /* The next message, and how many there are; -1 where the other side's indices lie. */
-static int64_t queue_peek(const Ring *self, const char **data, uint32_t *size)
+static int64_t queue_peek(const Duplex *self, const char **data, uint32_t *size)
 {
     uint32_t there = atomic_load_explicit(&self->in->tail, memory_order_acquire) - self->in_head;
     *size = 0;
@@ -69,8 +65,40 @@ static int64_t queue_peek(const Ring *self, const char **data, uint32_t *size)
 }
 
 /* The message was copied: its slot is free. */
-static void queue_done(Ring *self)
+static void queue_done(Duplex *self)
 {
     self->in_head++;
     atomic_store_explicit(&self->in->head, self->in_head, memory_order_release);
+}
+
+/* How many bytes it would take now: 0 where it is full. */
+static size_t queue_room(const Duplex *self)
+{
+    uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
+    return used < RING_SLOTS ? RING_SLOT - sizeof(uint32_t) : 0;
+}
+
+/* Something was sent by the socket, before whatever goes by the queue from now on: tail, stored later, releases it. */
+static void queue_mailed(Duplex *self) { atomic_fetch_add_explicit(&self->out->mailed, 1, memory_order_relaxed); }
+
+static void queue_say(Duplex *self, uint32_t asleep)
+{
+    atomic_store_explicit(&self->in->asleep, asleep, memory_order_relaxed);
+}
+
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Wakes who sleeps, through its socket. Where that cannot be sent there is unread mail, which wakes as well, or nobody
+ * any more. */
+static void ring_bell(int socket)
+{
+    int tries = BELL_TRIES; /* Linux may have no memory this moment */
+    while (send(socket, (const char[]){BELL}, 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && tries-- &&
+           (errno == ENOBUFS || errno == ENOMEM || errno == EINTR))
+        sched_yield();
 }

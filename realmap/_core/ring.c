@@ -1,43 +1,47 @@
 /* Ring: two queues, one each way, and a socket to wake who sleeps. */
 #include "core.h"
 
-static int64_t nanoseconds(void)
+static PyObject *new_ring(PyTypeObject *type)
 {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    return alloc(type, 0);
 }
 
-/* Ring._open(fd, is_kernel): maps the memory behind `fd`, which is sealed and of RING_BYTES. */
+/* Maps the memory behind `fd`, which is sealed and of RING_BYTES; 0, or an errno: EINVAL where it is too small. */
+static int map_ring(Ring *self, int fd, int is_kernel)
+{
+    struct stat status;
+    if (fstat(fd, &status))
+        return errno;
+    if (status.st_size < (off_t)(2 * sizeof(Queue)))
+        return EINVAL;
+    void *got = mmap(NULL, 2 * sizeof(Queue), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (got == MAP_FAILED)
+        return errno;
+    madvise(got, 2 * sizeof(Queue), MADV_DONTFORK); /* a ring has one user; a child is another */
+    self->queues = got;
+    self->duplex.in = &self->queues[is_kernel ? 0 : 1];
+    self->duplex.out = &self->queues[is_kernel ? 1 : 0];
+    atomic_store_explicit(&self->duplex.out->cpu, UINT32_MAX, memory_order_relaxed); /* nowhere yet */
+    self->epoch = fork_epoch;
+    return 0;
+}
+
+/* Ring._open(fd, is_kernel): an end of the ring in the memory behind a descriptor. */
 static PyObject *ring_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     int fd, is_kernel;
     if (wants(nargs, 2, "Ring._open") || as_int(args[0], &fd) || as_int(args[1], &is_kernel))
         return NULL;
-    struct stat status;
-    if (fstat(fd, &status))
-        return os_error(errno);
-    if (status.st_size < (off_t)(2 * sizeof(Queue))) {
-        PyErr_SetString(PyExc_ValueError, "too small for a ring");
-        return NULL;
-    }
-    allocfunc alloc = (allocfunc)PyType_GetSlot((PyTypeObject *)cls, Py_tp_alloc);
-    Ring *self = (Ring *)alloc((PyTypeObject *)cls, 0);
-    if (!self)
-        return NULL;
-    void *got = mmap(NULL, 2 * sizeof(Queue), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (got == MAP_FAILED) {
-        int error = errno;
-        Py_DECREF(self);
+    PyObject *self = new_ring((PyTypeObject *)cls);
+    int error = self ? map_ring((Ring *)self, fd, is_kernel) : 0;
+    if (!error)
+        return self;
+    Py_DECREF(self);
+    if (error != EINVAL)
         return os_error(error);
-    }
-    madvise(got, 2 * sizeof(Queue), MADV_DONTFORK); /* a ring has one user; a child is another */
-    self->queues = got;
-    self->in = &self->queues[is_kernel ? 0 : 1];
-    self->out = &self->queues[is_kernel ? 1 : 0];
-    atomic_store_explicit(&self->out->cpu, UINT32_MAX, memory_order_relaxed); /* nowhere yet */
-    self->epoch = fork_epoch;
-    return (PyObject *)self;
+    PyErr_SetString(PyExc_ValueError, "too small for a ring");
+    return NULL;
 }
 
 static int ring_is_here(Ring *self)
@@ -49,61 +53,48 @@ static int ring_is_here(Ring *self)
 }
 
 
-/* _push(bytes) -> 0, 1 or 2, as above. */
+static Duplex *duplex_of(PyObject *op) { return &((Ring *)op)->duplex; }
+
+/* _push(bytes) -> 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. */
 static PyObject *ring_push(PyObject *op, PyObject *message)
 {
     char *data;
     Py_ssize_t length;
     if (!ring_is_here((Ring *)op) || PyBytes_AsStringAndSize(message, &data, &length))
         return NULL;
-    return PyLong_FromLong(queue_push((Ring *)op, data, (size_t)length));
+    return PyLong_FromLong(queue_push(duplex_of(op), data, (size_t)length));
 }
 
-/* Pushes, and wakes the other side by a bell through its socket where it sleeps; in one go: no interrupt may come in
- * between. -1 with an exception set; 0: it does not fit. */
-static int push_and_wake(PyObject *op, PyObject *message, int socket)
-{
-    PyObject *pushed = ring_push(op, message);
-    if (!pushed)
-        return -1;
-    int done = (int)PyLong_AsLong(pushed);
-    Py_DECREF(pushed);
-    if (done == 2) { /* where that cannot be sent there is unread mail, which wakes as well, or nobody any more */
-        int tries = BELL_TRIES;
-        while (send(socket, (const char[]){BELL}, 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && tries-- &&
-               (errno == ENOBUFS || errno == ENOMEM || errno == EINTR)) /* or Linux has no memory this moment */
-            sched_yield();
-    }
-    return done ? 1 : 0;
-}
-
-
-/* _send(bytes, socket) -> bool: pushes, and wakes. False: it does not fit. */
+/* _send(bytes, socket) -> bool: pushes, and wakes the other side by a bell through its socket where it sleeps. False:
+ * it does not fit. */
 static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     int socket;
-    if (wants(nargs, 2, "Ring._send") || as_int(args[1], &socket) || !ring_is_here((Ring *)op))
+    char *data;
+    Py_ssize_t length;
+    if (wants(nargs, 2, "Ring._send") || as_int(args[1], &socket) || !ring_is_here((Ring *)op) ||
+        PyBytes_AsStringAndSize(args[0], &data, &length))
         return NULL;
-    int done = push_and_wake(op, args[0], socket);
-    return done < 0 ? NULL : PyBool_FromLong(done);
+    int pushed = queue_push(duplex_of(op), data, (size_t)length);
+    if (pushed == 2)
+        ring_bell(socket);
+    return PyBool_FromLong(pushed);
 }
 
 /* _offer(bytes, socket) -> bool: as _send, but False also where the other side sleeps. */
 static PyObject *ring_offer(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (nargs == 2 && ring_is_here((Ring *)op) && peer_sleeps((Ring *)op))
+    if (nargs == 2 && ring_is_here((Ring *)op) && peer_sleeps(duplex_of(op)))
         Py_RETURN_FALSE;
     return PyErr_Occurred() ? NULL : ring_send(op, args, nargs);
 }
 
-
 /* _mailed(): something was sent by the socket, before whatever goes by the ring from now on. */
 static PyObject *ring_mailed(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Ring *self = (Ring *)op;
-    if (!ring_is_here(self))
+    if (!ring_is_here((Ring *)op))
         return NULL;
-    atomic_fetch_add_explicit(&self->out->mailed, 1, memory_order_relaxed); /* tail, stored later, releases it */
+    queue_mailed(duplex_of(op));
     Py_RETURN_NONE;
 }
 
@@ -111,10 +102,10 @@ static PyObject *ring_mailed(PyObject *op, PyObject *Py_UNUSED(ignored))
  * for what was sent there). ValueError: the other side's indices lie. */
 static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Ring *self = (Ring *)op;
+    Duplex *self = duplex_of(op);
     const char *data;
     uint32_t size;
-    if (!ring_is_here(self))
+    if (!ring_is_here((Ring *)op))
         return NULL;
     int64_t there = queue_peek(self, &data, &size);
     if (!there)
@@ -137,14 +128,11 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
 /* _takes(length): whether _offer would take a message of so many bytes now; _push will, once this was true. */
 static PyObject *ring_takes(PyObject *op, PyObject *length)
 {
-    Ring *self = (Ring *)op;
     uint64_t size;
-    if (!ring_is_here(self) || as_u64(length, &size))
+    if (!ring_is_here((Ring *)op) || as_u64(length, &size))
         return NULL;
-    uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
-    return PyBool_FromLong(size <= RING_SLOT - sizeof(uint32_t) && used < RING_SLOTS && !peer_sleeps(self));
+    return PyBool_FromLong(size <= queue_room(duplex_of(op)) && !peer_sleeps(duplex_of(op)));
 }
-
 
 static PyObject *ring_close(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
@@ -170,7 +158,6 @@ static PyMethodDef ring_methods[] = {
     {"_offer", FASTCALL(ring_offer), METH_FASTCALL, NULL},
     {"_takes", ring_takes, METH_O, NULL},
     {"_mailed", ring_mailed, METH_NOARGS, NULL},
-    {"_exchange", FASTCALL(ring_exchange), METH_FASTCALL, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -188,4 +175,163 @@ static PyType_Spec ring_spec = {
     .basicsize = sizeof(Ring),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = ring_slots,
+};
+
+/* ---- several rings at once, and how long to look -------------------------------------------- */
+
+/* The ends of the rings of a list, into `pairs`; how many, or -1. */
+static Py_ssize_t all_rings(PyObject *list, Duplex ***pairs)
+{
+    Py_ssize_t count = PyList_Check(list) ? PyList_Size(list) : -1;
+    if (count < 0) {
+        PyErr_SetString(PyExc_TypeError, "rings come in a list");
+        return -1;
+    }
+    *pairs = PyMem_Malloc(sizeof(Duplex *) * (size_t)(count ? count : 1));
+    if (!*pairs) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PyList_GetItem(list, i);
+        if (!PyObject_TypeCheck(item, ring_type) || !ring_is_here((Ring *)item)) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_TypeError, "rings come in a list");
+            PyMem_Free(*pairs);
+            return -1;
+        }
+        (*pairs)[i] = duplex_of(item);
+    }
+    return count;
+}
+
+/* spin(rings, start, ns) -> the index of a ring that has a message, looked for from `start` on; -1 where none
+ * has within `ns` nanoseconds, which are spent without the GIL; -2 where others want this CPU, -3 where who was heard
+ * last wants it. Only who closes the rings may call it: none may go meanwhile. */
+static PyObject *core_spin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t start, budget;
+    Duplex **pairs;
+    if (wants(nargs, 3, "spin") || as_u64(args[1], &start) || as_u64(args[2], &budget))
+        return NULL;
+    Py_ssize_t count = all_rings(args[0], &pairs);
+    if (count < 0)
+        return NULL;
+    Py_ssize_t from = count ? (Py_ssize_t)(start % (uint64_t)count) : 0;
+    Py_ssize_t found = find_ready(pairs, count, from);
+    if (found < 0 && budget && count) {
+        PyObject *held = PyList_GetSlice(args[0], 0, count);
+        if (!held) {
+            PyMem_Free(pairs);
+            return NULL;
+        }
+        Py_BEGIN_ALLOW_THREADS
+        found = spin_for(pairs, count, from, budget > INT64_MAX / 2 ? INT64_MAX / 2 : (int64_t)budget);
+        Py_END_ALLOW_THREADS
+        Py_DECREF(held);
+    }
+    PyMem_Free(pairs);
+    return PyLong_FromSsize_t(found);
+}
+
+/* fall_asleep(rings) -> bool: says to every producer that it has to wake us. False: a message is there already, and
+ * nobody has been told. */
+static PyObject *core_fall_asleep(PyObject *Py_UNUSED(module), PyObject *list)
+{
+    Duplex **pairs;
+    Py_ssize_t count = all_rings(list, &pairs);
+    if (count < 0)
+        return NULL;
+    int asleep = fall_asleep(pairs, count);
+    PyMem_Free(pairs);
+    return PyBool_FromLong(asleep);
+}
+
+/* wake_up(rings): nobody needs to wake us any more. */
+static PyObject *core_wake_up(PyObject *Py_UNUSED(module), PyObject *list)
+{
+    Duplex **pairs;
+    Py_ssize_t count = all_rings(list, &pairs);
+    if (count < 0)
+        return NULL;
+    for (Py_ssize_t i = 0; i < count; i++)
+        queue_say(pairs[i], 0);
+    PyMem_Free(pairs);
+    Py_RETURN_NONE;
+}
+
+typedef struct {
+    PyObject_HEAD
+    Budget budget;
+} SpinBudget;
+
+static Budget *budget_of(PyObject *op) { return &((SpinBudget *)op)->budget; }
+
+static void plain_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+/* SpinBudget(most, cpus): nanoseconds, and how many CPUs there are: with one, who is waited for could not run. */
+static PyObject *spin_budget_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(keywords))
+{
+    uint64_t most;
+    int cpus;
+    if (wants(PyTuple_Size(args), 2, "SpinBudget") || as_u64(PyTuple_GetItem(args, 0), &most) ||
+        as_int(PyTuple_GetItem(args, 1), &cpus))
+        return NULL;
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    PyObject *self = alloc(type, 0);
+    if (self)
+        budget_set(budget_of(self), (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus > 1);
+    return self;
+}
+
+static PyObject *spin_budget_now(PyObject *op, PyObject *clock)
+{
+    uint64_t now;
+    return as_u64(clock, &now) ? NULL : PyLong_FromLongLong(budget_now(budget_of(op), (int64_t)now));
+}
+
+static PyObject *spin_budget_spun(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t now;
+    int found;
+    if (wants(nargs, 2, "SpinBudget.spun") || as_int(args[0], &found) || as_u64(args[1], &now))
+        return NULL;
+    budget_spun(budget_of(op), found, (int64_t)now);
+    Py_RETURN_NONE;
+}
+
+static PyObject *spin_budget_slept(PyObject *op, PyObject *length)
+{
+    uint64_t slept;
+    if (as_u64(length, &slept))
+        return NULL;
+    budget_slept(budget_of(op), (int64_t)slept);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef spin_budget_methods[] = {
+    {"now", spin_budget_now, METH_O, "now(clock): how long to look this time."},
+    {"spun", FASTCALL(spin_budget_spun), METH_FASTCALL, "spun(found, clock): what looking for all of it came to."},
+    {"slept", spin_budget_slept, METH_O, "slept(length): the next message came after a sleep of this length."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot spin_budget_slots[] = {
+    {Py_tp_doc, "How long to look for the next message before sleeping, in nanoseconds."},
+    {Py_tp_new, spin_budget_new},
+    {Py_tp_dealloc, plain_dealloc},
+    {Py_tp_methods, spin_budget_methods},
+    {0, NULL},
+};
+
+static PyType_Spec spin_budget_spec = {
+    .name = "realmap._core.SpinBudget",
+    .basicsize = sizeof(SpinBudget),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = spin_budget_slots,
 };

@@ -195,6 +195,43 @@ static PyObject *still_viewed(const char *what, Py_ssize_t exports)
                         what, exports, exports == 1 ? "" : "s", exports == 1 ? "s" : "");
 }
 
+/* Nobody has to be told of its end: somebody was, or is about to be. */
+static void window_forget(Window *self)
+{
+    Py_CLEAR(self->farewell);
+    Py_CLEAR(self->told);
+}
+
+/* It has been unmapped, by whomever: who keeps books of it is told. */
+static void window_tell(Window *self)
+{
+    PyObject *type, *value, *traceback;
+    if (!self->farewell)
+        return;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *endpoint = PyObject_CallNoArgs(self->told); /* a weak reference */
+    if (endpoint && PyObject_TypeCheck(endpoint, endpoint_type))
+        endpoint_notice(endpoint, self->farewell);
+    Py_XDECREF(endpoint);
+    PyErr_Restore(type, value, traceback);
+    window_forget(self);
+}
+
+/* Unmaps a live window without exports: 0, or an errno with nothing changed. */
+static int close_window(Window *self)
+{
+    self->state = DEAD; /* first: while the GIL is away nobody may take an export */
+    disarm(self);
+    int error = unmap_range(self->base, self->span);
+    if (error) {
+        self->state = ALIVE;
+        arm(self);
+        return error;
+    }
+    unguard(self);
+    return 0;
+}
+
 /* _unmap() -> bool: False if it was dead already; BufferError while exports live. */
 static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
@@ -205,16 +242,37 @@ static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
     }
     if (self->exports)
         return still_viewed("unmap", self->exports);
-    self->state = DEAD; /* first: while the GIL is away nobody may take an export */
-    disarm(self);
-    int error = unmap_range(self->base, self->span);
-    if (error) {
-        self->state = ALIVE;
-        arm(self);
+    int error = close_window(self);
+    if (error)
         return os_error(error);
-    }
-    unguard(self);
+    window_tell(self);
     Py_RETURN_TRUE;
+}
+
+/* _tell(endpoint, farewell, answer): when it is unmapped, whoever does that, the endpoint sends these bytes; it is what
+ * `answer` (or None) has brought. _tell(None, None, None): nobody is told. */
+static PyObject *window_set_farewell(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Window *self = (Window *)op;
+    if (wants(nargs, 3, "Window._tell"))
+        return NULL;
+    int none = Py_IsNone(args[0]);
+    if (!none && (!PyObject_TypeCheck(args[0], endpoint_type) || !PyBytes_Check(args[1]) ||
+                  !(Py_IsNone(args[2]) || PyObject_TypeCheck(args[2], answer_type)))) {
+        PyErr_SetString(PyExc_TypeError, "a window tells an Endpoint, in bytes");
+        return NULL;
+    }
+    PyObject *told = none ? NULL : PyWeakref_NewRef(args[0], NULL);
+    if (!none && !told)
+        return NULL;
+    window_forget(self);
+    if (!none) {
+        self->told = told;
+        self->farewell = Py_NewRef(args[1]);
+        if (!Py_IsNone(args[2]))
+            as_answer(args[2])->taken = 1;
+    }
+    Py_RETURN_NONE;
 }
 
 static void window_dealloc(PyObject *op)
@@ -225,6 +283,7 @@ static void window_dealloc(PyObject *op)
     if (is_alive(self))
         munmap((void *)self->base, self->span);
     unguard(self);
+    window_tell(self);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }
@@ -322,6 +381,7 @@ static PyMethodDef window_methods[] = {
     {"_map_pieces", FASTCALL(window_map_pieces), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
+    {"_tell", FASTCALL(window_set_farewell), METH_FASTCALL, NULL},
     {"_memory_fault", window_memory_fault, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -6,6 +6,7 @@ realmap asks of /proc goes through psutil.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Container
@@ -112,8 +113,14 @@ def who_maps(files: Container[tuple[int, int]], low: int, high: int, known: Cont
 
 
 def obstacle(address: int, length: int) -> tuple[int, int]:
-    """The hull (start, end) of what this process has mapped in [address, address + length); (0, 0) if nothing is."""
-    inside = maps("self", address, address + length)
+    """The hull (start, end) of what this process has mapped in [address, address + length); (0, 0) if nothing is, or
+    no descriptor is left to look with."""
+    try:
+        inside = maps("self", address, address + length)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        inside = []
     return (inside[0].start, inside[-1].end) if inside else (0, 0)
 
 

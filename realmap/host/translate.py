@@ -6,6 +6,8 @@ import errno
 import mmap
 import os
 import resource
+from collections.abc import Callable
+from typing import TypeVar
 
 import psutil
 
@@ -17,9 +19,22 @@ from realmap.errors import (
     VirtualMemoryExhaustion,
 )
 
+T = TypeVar("T")
+
 SHM = "/dev/shm"
 #: Linux has no memory for the call itself (a socket's buffer, a table): nothing was done, and it may go well later.
 SHORT_OF_MEMORY = (errno.ENOMEM, errno.ENOBUFS)
+
+
+def attempt(call: Callable[..., T], *args: object) -> T | OSError:
+    """What a function of C returns, or what Linux said. An OSError that a signal handler raised meanwhile (that has
+    frames of its own) is nothing of ours, and raised on."""
+    try:
+        return call(*args)
+    except OSError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise
+        return error
 
 
 def shm_mount() -> tuple[str, str]:

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
-from realmap._core import Ring, fall_asleep, spin, wake_up
+from realmap._core import Ring, SpinBudget, fall_asleep, spin, wake_up
 from realmap.errors import (
     KernelDied,
     KernelError,
@@ -48,7 +48,7 @@ from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
 from realmap.wire import messages
-from realmap.wire.ring import OVERLOADED, SAME_CPU, SPIN, SpinBudget, checked_spin
+from realmap.wire.ring import SPIN, checked_spin
 
 Handler = Callable[[int], None]
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
@@ -286,10 +286,10 @@ class Kernel:
 
     def _turns(self) -> None:
         """Takes calls from the rings while there are any, and looks at the descriptors now and then."""
-        rings, budget = self.clients.rings, SpinBudget(self.spin)
+        rings, budget = self.clients.rings, SpinBudget(int(self.spin * 1000), os.cpu_count() or 1)
         turn = looked = asleep = 0
         paid = False  # whether spinning has, since the last look
-        patience = budget.nanoseconds()
+        patience = budget.now(time.monotonic_ns())
         while not self._stopping:
             if not rings:
                 self._attend(self._epoll.poll())
@@ -309,17 +309,15 @@ class Kernel:
                     looked = now
                     self._attend(self._epoll.poll(0))
                     if paid:
-                        budget.won()
+                        budget.spun(found, now)
                         paid = False
-                    patience = budget.nanoseconds()
+                    patience = budget.now(now)
             else:
-                if found == OVERLOADED:
-                    budget.overloaded()
-                elif patience and found != SAME_CPU:
-                    budget.lost()
+                if patience:
+                    budget.spun(found, now)
                 asleep = looked = now
                 self._sleep(rings)
-                patience = budget.nanoseconds()
+                patience = budget.now(time.monotonic_ns())
 
     def _sleep(self, rings: list[Ring]) -> None:
         if fall_asleep(rings):

@@ -152,14 +152,11 @@ class KernelMemory(Land):
                     self._note(address, span)
 
     def _note(self, address: int, span: int) -> None:
-        try:
-            start, end = procfs.obstacle(address, span)
-        except OSError:  # no descriptor to look with
-            start, end = 0, 0
+        start, end = procfs.obstacle(address, span)
         self._learn()
         if start < end and self._space.tree.overlap(start, end) is None:
             self._space.note_obstacle(start, end)
-        else:  # gone by now, or it is a mirror that another thread has just mapped
+        else:  # gone by now, not to be seen, or it is a mirror that another thread has just mapped
             self._space.note_obstacle(address, address + span)
         self._hole_end = self._cursor  # the hole is not what it was: search anew
 

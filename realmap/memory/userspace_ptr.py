@@ -23,6 +23,11 @@ def register_window(window: Window) -> None:
     _user_windows[window._base] = window
 
 
+def user_windows() -> list[Window]:
+    """All of them that live. Safe in a signal handler, and while others come and go."""
+    return [window for ref in _user_windows.valuerefs() if (window := ref()) is not None]
+
+
 def fault_in(mapping: Mapping, offset: int, length: int) -> MemoryFault | None:
     """The fault in a range of a mapping of this very process, in bytes; None: it has none, or is unmapped."""
     window = _user_windows.get(mapping.address)

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from realmap.observe.audit import AuditReport, audit
 from realmap.observe.snapshot import Snapshot
-from realmap.user.client import Client
 from realmap.wire import messages
+from realmap.wire.client import Client
 
 
 class Control:
@@ -36,7 +36,9 @@ class Control:
 
     def _ask(self, what: str, number: int = 0, *, late: Callable[[Any], object] | None = None) -> Any:
         ask = messages.Ask(self._client.next_id(), what, number)
-        return self._client.request(ask, timeout=self._timeout, name=what, late=late)[0]
+        value, answer = self._client.request(ask, timeout=self._timeout, name=what, late=late)
+        answer.take()
+        return value
 
     def stats(self) -> dict[str, int]:
         """Totals by name; bytes are bytes. KernelDied: it has ended."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
-from realmap._core import View, Window
-from realmap.errors import InvalidAddress, InvalidSize, KernelDied, ProcessKilled
+from realmap._core import ANSWERED, View, Window
+from realmap.errors import InvalidAddress, InvalidSize
 from realmap.host import translate
 from realmap.memory.byte_access import ByteAccess
 from realmap.pages import usize
@@ -19,45 +20,32 @@ if TYPE_CHECKING:
 
 
 class UserWindow(Window):
-    """The whole mapping that a buffer and its slices are parts of. Collected: it is unmapped, and the kernel told."""
+    """The whole mapping that a buffer and its slices are parts of. When it is unmapped the kernel is told, in the same
+    call of the C core, whoever does that: `unmap`, the end of its process, the collector."""
 
-    __slots__ = ("__weakref__", "huge", "process", "rights", "told")
+    __slots__ = ("__weakref__", "huge", "process", "rights")
 
     process: Process
     rights: MappingAccessRights
     #: Bytes of its frames that huge pages back.
     huge: int
-    #: Whether the kernel knows that it is unmapped.
-    told: bool
 
     def unmap(self) -> None:
-        """Unmaps it, then tells the kernel. BufferError: a view lives. Where the kernel is gone, that is all."""
-        try:
-            fresh = self._unmap()
-        except OSError as error:
-            raise translate.window_error(error, self._base, self._span, self._prot) from None
-        if self.process.is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
-            return
-        if not self.told:
-            client = self.process.client
-            try:
-                client.request(messages.Unmap(client.next_id(), self._base, self._span))
-            except (KernelDied, ProcessKilled):
-                pass  # with the kernel, its books have gone
-            except InvalidAddress:
-                if fresh:
-                    raise  # else it was told before, and an interrupt came before that was noted
-            self.told = True  # not before: where an interrupt comes in between, its collection tells
+        """Unmaps it, and waits until the kernel has given back its frames. BufferError: a view lives.
 
-    def __del__(self) -> None:
-        # In a forked child the mapping is the child's own copy; the parent's books are not its business.
-        try:
-            with contextlib.suppress(OSError):  # the core tries once more when the object goes
-                self._unmap()
-            if not self.told and not self.process.is_lost:
-                self.process.client.notice(messages.Unmap(0, self._base, self._span))
-        except Exception:  # half made, or at interpreter exit: nobody is left to be told
-            pass
+        Where the kernel is gone, that is all.
+        """
+        process = self.process
+        if process.is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
+            self._unmap()
+            return
+        client = process.client
+        number = client.next_id()
+        answer = client.endpoint.unmap(self, number, process.farewell(self._base, self._span, number))
+        if isinstance(answer, int):
+            raise translate.window_error(OSError(answer, os.strerror(answer)), self._base, self._span, self._prot)
+        if answer is not None and answer.outcome == ANSWERED:
+            client.value(answer)
 
 
 class Buffer(View, ByteAccess):

@@ -17,13 +17,14 @@ from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMe
 from realmap.host.segment import checked_name
 from realmap.memory.frames import whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
+from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, u_rw
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer
-from realmap.user.client import Client
 from realmap.user.handle import Handle
 from realmap.user.windows import map_window
-from realmap.wire import channel, messages
+from realmap.wire import messages
+from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
 
 #: What is said of it.
@@ -40,7 +41,7 @@ def living() -> list[Process]:
 def _tell_of_fork() -> None:
     """In the parent, before it forks: what it has may be somebody else's, too, from then on. Not after: it may die."""
     for process in living():
-        if not process._client.is_lost and process._windows:
+        if not process._client.lost_in_child and process._windows():
             process._client.notice(messages.Forked(0))
 
 
@@ -68,7 +69,6 @@ class Process:
         #: What must live as long as this does: the handle of a kernel that it was made by.
         self.keeper: object = None
         self._client = self._connect(path, timeout)
-        self._windows: weakref.WeakSet[UserWindow] = weakref.WeakSet()
         self._lock = RLock()
         _living.add(self)
 
@@ -79,7 +79,7 @@ class Process:
     def client(self) -> Client:
         """The connection. In a forked child: one of its own, made now."""
         client = self._client
-        if client._lost_in_child:  # for every call: so without another property
+        if client.lost_in_child:  # for every call: so without another property
             self._become_another()
             return self._client
         return client
@@ -87,7 +87,7 @@ class Process:
     @property
     def is_lost(self) -> bool:
         """Whether this is a forked child that has not used it yet."""
-        return self._client.is_lost
+        return self._client.lost_in_child
 
     @property
     def has_ended(self) -> bool:
@@ -97,7 +97,7 @@ class Process:
     @property
     def pid(self) -> int:
         """This process's pid."""
-        return os.getpid() if self._client.is_lost else self._client.pid
+        return os.getpid() if self._client.lost_in_child else self._client.pid
 
     @property
     def path(self) -> str:
@@ -108,17 +108,20 @@ class Process:
         """In a forked child: connects, and takes over what was inherited. Errors as `connect`."""
         with self._lock:
             before = self._client
-            if not before.is_lost:  # another thread was quicker
+            if not before.lost_in_child:  # another thread was quicker
                 return
             if before.has_ended:  # closed before the fork
                 before.check()
             client = self._connect(before.path)
-            windows = [window for window in self._windows if window.alive]
+            windows = self._windows()
             places = [(window._base, window._span) for window in windows]
             adopted, _ = client.request(messages.Adopt(client.next_id(), before.secret, places))
-            for window, known in zip(windows, adopted, strict=True):
+            for window, (address, span), known in zip(windows, places, adopted, strict=True):
                 # What the parent had unmapped by now is memory still, but none that the kernel knows.
-                window.told = not known
+                if known:
+                    window._tell(client.endpoint, self.farewell(address, span), None)
+                else:
+                    window._tell(None, None, None)
             self._client = client
 
     def lose(self) -> None:
@@ -172,14 +175,9 @@ class Process:
             bool(commit),
             bool(huge),
         )
-        answer: list[Any] = []
-        window: UserWindow | None = None
-        try:
-            value, descriptors = client.request(request, name="map", late=self._unmap_late, into=answer)
-            span, piece = value[1], step or value[1]
-            window = map_window(self, value, lambda index: (0, min(piece, span - index * piece)), descriptors, allowed)
-        finally:
-            self._give_back(answer, window)
+        place, answer = client.request(request, name="map", late=self._unmap_late)
+        span, piece = place[1], step or place[1]
+        window = map_window(self, place, lambda index: (0, min(piece, span - index * piece)), answer, allowed)
         return Buffer.part(window, window._base, size)
 
     def share(
@@ -233,19 +231,18 @@ class Process:
             (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
             name,
         )
-        answer: list[Any] = []
-        handle: Handle | None = None
+        token, answer = self.client.request(request, name="share", late=self._revoke_late)
         try:
-            token, _ = self.client.request(request, name="share", late=self._revoke_late, into=answer)
             handle = Handle(self.path, token, len(buffer), allowed)
-        finally:
-            if answer and handle is None:
-                self._revoke_late(answer[0])
+            answer.take()
+        except BaseException:  # a signal handler's: nobody will ever have it
+            self.client.notice(messages.Revoke(0, token))
+            raise
         return handle
 
-    def _revoke_late(self, token: Any) -> None:
-        """A handle that nobody waited for."""
-        self.client.notice(messages.Revoke(0, token))
+    def _revoke_late(self, token: Any) -> bytes:
+        """Of a handle that nobody waited for."""
+        return self._client.encode(messages.Revoke(0, token))
 
     def attach(
         self,
@@ -283,20 +280,9 @@ class Process:
     ) -> Buffer:
         allowed = None if rights is None else int(rights_of(rights))
         request = messages.Attach(self.client.next_id(), token, offset, length, allowed)
-        answer: list[Any] = []
-        window: UserWindow | None = None
-        try:
-            value, descriptors = self.client.request(
-                request, timeout=timeout, name="attach", late=self._unmap_late, into=answer
-            )
-            *_, lead, size, given, pieces = value
-            place = value[:4]
-            try:
-                window = map_window(self, place, lambda index: tuple(pieces[index]), descriptors, rights_of(given))
-            finally:
-                value[:4] = place
-        finally:
-            self._give_back(answer, window)
+        value, answer = self.client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
+        *_, lead, size, given, pieces = value
+        window = map_window(self, value[:4], lambda index: tuple(pieces[index]), answer, rights_of(given))
         return Buffer.part(window, window._base + lead, size)
 
     def revoke(self, handle: Handle | str) -> None:
@@ -307,21 +293,18 @@ class Process:
         token = (Handle.parse(handle) if isinstance(handle, str) else handle).token
         self.client.request(messages.Revoke(self.client.next_id(), token))
 
-    def _give_back(self, answer: list[Any], window: UserWindow | None) -> None:
-        """Closes the descriptors that an answer brought, and gives up its mapping where it came to nothing."""
-        if answer:
-            channel.close_all(answer[1])
-            if window is None:
-                self._unmap_late(answer[0])
+    def _unmap_late(self, place: Any) -> bytes:
+        """Of a mapping that nobody waited for."""
+        return self.farewell(place[0], place[1])
 
-    def _unmap_late(self, value: Any) -> None:
-        """An answer to `map` that nobody waited for: the kernel takes the mapping back."""
-        self.client.notice(messages.Unmap(0, value[0], value[1]))
+    def farewell(self, address: int, span: int, number: int = 0) -> bytes:
+        """What the kernel is told of a window that is unmapped. `number`: of a request for its answer."""
+        return self._client.encode(messages.Unmap(number, address, span))
 
-    def keep_window(self, window: UserWindow) -> None:
-        """It is unmapped when this closes, and taken over by forked children."""
-        with self._lock:
-            self._windows.add(window)
+    def _windows(self) -> list[UserWindow]:
+        """What it has mapped."""
+        found = [window for window in user_windows() if isinstance(window, UserWindow)]
+        return [window for window in found if window.process is self and window.alive]
 
     def query(self, address: SupportsIndex) -> MemoryInfo:
         """What is at `address` of this process: the mapping, or the hole (type UNMAPPED), that it lies in.
@@ -361,12 +344,12 @@ class Process:
         A task that is cancelled, or whose `timeout` is over, gives its call up, as there. RuntimeError: no event loop
         runs. LimitReached: more calls at a time than the kernel lets a process have. Else as `call`.
         """
-        from realmap.user.flow import Flow  # asyncio takes a while to import, and most programs do without
+        from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
 
         client = self.client
         request = self._call(name, args, timeout)
         try:
-            return await Flow.of(client).request(request, timeout=timeout, name=name, holds=args)
+            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=args)
         except OverflowError:
             raise TypeError(BEYOND) from None
 
@@ -384,14 +367,10 @@ class Process:
 
         A buffer of which a view still lives stays mapped until that view is gone; its bytes stay valid.
         """
-        try:
-            with self._lock:
-                windows = list(self._windows)
-            for window in windows:
-                with suppress(BufferError, OSError):
-                    window._unmap()
-        finally:
-            self._client.close()
+        self._client.close()  # first: with it, everything is given back at once
+        for window in self._windows():
+            with suppress(BufferError, OSError):
+                window._unmap()
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,9 @@
-"""Mapping what the kernel answered: descriptors of segments, at the address that it chose, as one window."""
+"""Mapping what the kernel answered: descriptors of segments, at the address that it chose, as one window.
+
+answer ──▶ Answer owns the descriptors, and the duty to give the mapping back
+  map them ──▶ UserWindow
+    tell ──▶ the window has the duty: when it is unmapped, whoever does that, the kernel is told
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,15 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from realmap.errors import KernelError, VirtualMemoryExhaustion
+from realmap._core import Answer
+from realmap.errors import VirtualMemoryExhaustion
 from realmap.host import procfs, translate
+from realmap.host.translate import attempt
 from realmap.memory.frames import Piece
 from realmap.memory.userspace_ptr import register_window
 from realmap.rights import MappingAccessRights, prot_of
 from realmap.user.buffer import UserWindow
-from realmap.wire import channel, messages
+from realmap.wire import messages
 
 if TYPE_CHECKING:
     from realmap.user.process import Process
@@ -25,43 +32,45 @@ PLACES = 100
 
 
 def map_window(
-    process: Process, value: list[int], piece_at: PieceAt, descriptors: list[int], rights: MappingAccessRights
+    process: Process, place: list[int], piece_at: PieceAt, answer: Answer, rights: MappingAccessRights
 ) -> UserWindow:
-    """Maps the segments at the address in `value`, [address, length, segments, bytes in huge pages], or where the
-    kernel moves them if that is taken (it is noted there); all or nothing.
+    """Maps the segments that came with `answer` at `place`, [address, length, segments, bytes in huge pages], or where
+    the kernel moves them if that is taken; all or nothing.
 
-    VirtualMemoryExhaustion: no such place. Else as Linux says, in our words. The descriptors stay the caller's.
+    VirtualMemoryExhaustion: no such place. Else as Linux says, in our words.
     """
+    address, span, count, in_huge = place
     prot = prot_of(rights)
-    client = process.client
-    for _ in range(PLACES):
-        address, span, count, in_huge = value
-        try:
-            window = _map_segments(process, address, span, count, piece_at, descriptors, prot)
-        except OSError as error:
-            if error.errno != errno.EEXIST or isinstance(error, KernelError):
-                raise translate.window_error(error, address, span, prot) from None
-            try:
-                start, end = procfs.obstacle(address, span)
-            except OSError:  # no descriptor to look with: its own place is avoided
-                start, end = 0, 0
-            value[0] = client.request(messages.Move(client.next_id(), address, start, end))[0]
-        else:
-            window.process = process
-            window.rights = rights
-            window.huge = in_huge
-            window.told = False
-            process.keep_window(window)
-            register_window(window)
-            return window
-    raise VirtualMemoryExhaustion(value[1], why=f"at {PLACES} places in UserLand something else is mapped")
+    client, duty = process.client, answer
+    try:
+        for _ in range(PLACES):
+            window = _map_segments(process, address, span, count, piece_at, answer.descriptors, prot)
+            if not isinstance(window, OSError):
+                window.process = process
+                window.rights = rights
+                window.huge = in_huge
+                register_window(window)
+                window._tell(client.endpoint, process.farewell(address, span), duty)  # has it from here on
+                return window
+            if window.errno != errno.EEXIST:
+                raise translate.window_error(window, address, span, prot)
+            start, end = procfs.obstacle(address, span)
+            move = messages.Move(client.next_id(), address, start, end)
+            address, moved = client.request(move, late=lambda to: process.farewell(to, span))
+            duty.take()
+            duty = moved
+        raise VirtualMemoryExhaustion(span, why=f"at {PLACES} places in UserLand something else is mapped")
+    except BaseException:
+        duty.refuse()
+        raise
 
 
 def _map_segments(
     process: Process, address: int, span: int, count: int, piece_at: PieceAt, descriptors: list[int], prot: int
-) -> UserWindow:
+) -> UserWindow | OSError:
+    """The window, or what mmap(2) said."""
     if not count:  # private memory: no frames to share
-        return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
+        return attempt(UserWindow._map, address, span, prot, -1, 0, 0, span, 1)
 
     def pieces(first: int, fds: list[int]) -> Iterator[Piece]:
         for number, fd in enumerate(fds, first):
@@ -70,19 +79,18 @@ def _map_segments(
     expected = min(count, messages.MAX_DESCRIPTORS)
     _require_all(descriptors, expected, span)
     if count == 1:
-        return UserWindow._map(address, span, prot, descriptors[0], piece_at(0)[0], 0, span, 1)
+        return attempt(UserWindow._map, address, span, prot, descriptors[0], piece_at(0)[0], 0, span, 1)
     first = sum(piece_at(number)[1] for number in range(expected))
-    window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
+    window = attempt(UserWindow._map_pieces, address, prot, list(pieces(0, descriptors)), 0, first, 1)
     mapped = len(descriptors)
     client = process.client
-    while mapped < count:
-        _, more = client.request(messages.More(client.next_id(), address, mapped))
-        try:
-            _require_all(more, min(count - mapped, messages.MAX_DESCRIPTORS), span)
-            window._extend(pieces(mapped, more))
-            mapped += len(more)
-        finally:
-            channel.close_all(more)
+    while mapped < count and not isinstance(window, OSError):
+        _, answer = client.request(messages.More(client.next_id(), address, mapped))
+        more = answer.descriptors
+        _require_all(more, min(count - mapped, messages.MAX_DESCRIPTORS), span)
+        if error := attempt(window._extend, list(pieces(mapped, more))):
+            return error
+        mapped += len(more)
     return window
 
 

@@ -2,12 +2,11 @@
 
 One datagram carries a flag byte and up to 64 KiB; longer messages go in several:
 
-    WHOLE                      FIRST · MIDDLE · … · LAST
-    any thread, at any time    one thread at a time (the sender's lock)
+    WHOLE    or    FIRST · MIDDLE · … · LAST
 
 BELL is a datagram of its own, and says nothing: it wakes who sleeps while something is in the ring.
-A WHOLE message may come between the parts of another. A FIRST without the LAST of the one before
-means that its sender was interrupted there: the former is forgotten.
+A WHOLE message may come between the parts of another. A FIRST without the LAST of the one before means that its sender
+gave up there: the former is forgotten. What a user sends and receives is the C core's (`_core/mail.c`).
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from realmap.errors import InvalidSize
-from realmap.wire.messages import MAX_DESCRIPTORS, MAX_MESSAGE
+from realmap.wire.messages import MAX_MESSAGE
 
 WHOLE, FIRST, MIDDLE, LAST, RING = range(5)
 #: Look into the ring.
@@ -28,13 +27,7 @@ BELL = bytes([RING])
 CHUNK = 64 << 10
 #: Room for one datagram and one byte more, by which a longer one is noticed.
 DATAGRAM = CHUNK + 2
-ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
-# As plain integers: combining two members of an enum costs as much as sending.
-NOSIGNAL = int(socket.MSG_NOSIGNAL)
-AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-#: For receiving: descriptors that come are not inherited; and the same without waiting.
-CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
-CLOEXEC_AT_ONCE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+NOSIGNAL = int(socket.MSG_NOSIGNAL)  # as a plain integer: a member of an enum costs as much as sending
 
 
 class NotAMessage(Exception):
@@ -56,23 +49,14 @@ def datagrams(message: bytes) -> list[bytes]:
 class Assembler:
     """Puts messages together from the datagrams of one peer."""
 
-    __slots__ = ("_last", "_parts", "_size")
+    __slots__ = ("_parts", "_size")
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
-        self._last: tuple[bytes | None, bytes | None] = (None, None)
 
     def feed(self, datagram: bytes) -> bytes | None:
-        """The message that this datagram completes, or None. NotAMessage: it belongs to none.
-
-        The same object once more, after an interrupt, has the same answer.
-        """
-        if datagram is not self._last[0]:
-            self._last = (datagram, self._feed(datagram))
-        return self._last[1]
-
-    def _feed(self, datagram: bytes) -> bytes | None:
+        """The message that this datagram completes, or None. NotAMessage: it belongs to none."""
         if datagram == BELL:
             return None
         if not 1 < len(datagram) < DATAGRAM:
@@ -94,29 +78,13 @@ class Assembler:
         return message
 
 
-def send_one(sock: socket.socket, datagram: bytes, descriptors: Sequence[int] = (), flags: int = NOSIGNAL) -> None:
-    """Sends one datagram, whole or not at all. OSError as sendmsg(2). `flags`: NOSIGNAL, or AT_ONCE."""
+def send_one(sock: socket.socket, datagram: bytes, descriptors: Sequence[int] = ()) -> None:
+    """Sends one datagram, whole or not at all. OSError as sendmsg(2)."""
     if descriptors:
         rights = array.array("i", descriptors)
-        sock.sendmsg([datagram], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], flags)
+        sock.sendmsg([datagram], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], NOSIGNAL)
     else:
-        sock.send(datagram, flags)
-
-
-def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
-    """The descriptors that came with a datagram; the receiver's to close."""
-    found = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            found.frombytes(data[: len(data) - len(data) % found.itemsize])
-    return list(found)
-
-
-class Descriptors(list[int]):
-    """Descriptors that are closed with the list, where nobody has before: an interrupt may keep their owner from it."""
-
-    def __del__(self) -> None:
-        close_all(self)
+        sock.send(datagram, NOSIGNAL)
 
 
 def close_all(descriptors: list[int]) -> None:

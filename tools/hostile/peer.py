@@ -10,7 +10,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from mutations import hello, own_memory, signed
@@ -29,6 +29,20 @@ _WORD = struct.Struct("=I")
 _greeting = msgspec.msgpack.Decoder(messages.Welcome | messages.Refused)
 _reply = msgspec.msgpack.Decoder(messages.Reply)
 _pid, _start = os.getpid(), procfs.start_time(os.getpid())
+
+
+AT_ONCE = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+AT_ONCE_CLOEXEC = AT_ONCE | socket.MSG_CMSG_CLOEXEC
+ANCILLARY = socket.CMSG_SPACE(messages.MAX_DESCRIPTORS * 4)
+
+
+def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a datagram; the receiver's to close."""
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return list(found)
 
 
 class Wrong(Exception):
@@ -115,9 +129,9 @@ class Peer:
         while not self.over:
             try:
                 if rights:
-                    self.sock.sendmsg([datagram], rights, channel.AT_ONCE)
+                    self.sock.sendmsg([datagram], rights, AT_ONCE)
                 else:
-                    self.sock.send(datagram, channel.AT_ONCE)
+                    self.sock.send(datagram, AT_ONCE)
                 return
             except BlockingIOError:
                 end = end or time.monotonic() + BOUND
@@ -139,13 +153,15 @@ class Peer:
         """Reads and checks all that is there."""
         while not self.over:
             try:
-                data, ancillary, _, _ = self.sock.recvmsg(channel.DATAGRAM, channel.ANCILLARY, channel.CLOEXEC_AT_ONCE)
+                data, ancillary, _, _ = self.sock.recvmsg(
+                    channel.DATAGRAM, ANCILLARY, AT_ONCE | socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 break
             except ConnectionError:  # it had not read all that was sent when it ended the connection
                 self._tally.unread += 1
                 data, ancillary = b"", []
-            descriptors = channel.descriptors_in(ancillary) if ancillary else []
+            descriptors = descriptors_in(ancillary)
             try:
                 if not data:
                     self.over = True

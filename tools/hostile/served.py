@@ -22,8 +22,8 @@ from realmap.kernel import Kernel
 from realmap.memory import KERNEL_LAND, USER_LAND
 from realmap.observe import AuditReport, audit
 from realmap.observe.snapshot import Snapshot
-from realmap.user.client import Client
 from realmap.wire import messages
+from realmap.wire.client import Client
 
 #: A bound on everything: what takes longer hangs. Seconds.
 BOUND = 20.0

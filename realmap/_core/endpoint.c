@@ -1,0 +1,403 @@
+/* Endpoint: a user's connection to its kernel. It owns the socket, the ring, whose turn it is to read, and what comes.
+ *
+ *      request():  send ──▶ lead: take the turn, read for all ──▶ answered: give the turn back, wake the next one
+ *                     └───▶ stand by: another thread reads     ──▶ answered, or woken to lead
+ *
+ * There is no thread of its own. A thread waits without the GIL, against a deadline that signals do not extend; a loop
+ * watches the socket, and reads by itself. Errors are values (Answer.outcome): an exception is a signal handler's own.
+ * Whatever an answer has brought is that Answer's, until somebody takes it. */
+#include "core.h"
+
+static inline Endpoint *as_endpoint(PyObject *op) { return (Endpoint *)op; }
+
+/* ---- requests ----------------------------------------------------------------------------------- */
+
+/* A request that is sent, or about to be. NULL with an exception set: no memory. */
+static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObject *holds, PyObject *late, PyObject *bell)
+{
+    uint64_t key;
+    if (as_u64(number, &key))
+        return NULL;
+    if (!PyBytes_Check(message) || table_find(&self->table, key)) {
+        PyErr_SetString(PyExc_ValueError, "a request is bytes, with a number of its own");
+        return NULL;
+    }
+    Answer *answer = new_answer(self, key, holds, late, bell);
+    if (!answer)
+        return NULL;
+    if (self->end || self->epoch != fork_epoch) {
+        answer->outcome = ENDED;
+        return answer;
+    }
+    Py_INCREF((PyObject *)answer); /* the table's */
+    table_add(&self->table, &answer->node);
+    answer->pending = 1;
+    if (bell)
+        line_up(self, answer);
+    if (post_message(self, message, answer)) {
+        answer->error = ENOMEM;
+        finish(self, answer, FAILED);
+    }
+    return answer;
+}
+
+/* What is left of a request: its answer as it is, or NULL where a handler has raised. */
+static PyObject *leave_with(Endpoint *self, Answer *answer, int failed)
+{
+    PyObject *type = NULL, *value = NULL, *traceback = NULL;
+    if (failed || answer->outcome == TIMED_OUT)
+        abandon(self, answer);
+    if (failed)
+        PyErr_Fetch(&type, &value, &traceback);
+    wake_next(self, NULL); /* who was woken to lead may be leaving here */
+    if (settle(self, NULL)) {
+        if (failed)
+            PyErr_Clear();
+        failed = 1;
+    }
+    if (!failed)
+        return (PyObject *)answer;
+    Py_DECREF((PyObject *)answer);
+    if (type)
+        PyErr_Restore(type, value, traceback);
+    return NULL;
+}
+
+/* Seconds from now as a time of the monotonic clock; None: never. -1 with an exception set: no number. */
+static int64_t deadline_of(PyObject *timeout)
+{
+    double seconds = Py_IsNone(timeout) ? 1e9 : PyFloat_AsDouble(timeout);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return -1;
+    return nanoseconds() + (int64_t)((seconds < 1e9 ? seconds > 0 ? seconds : 0 : 1e9) * 1e9);
+}
+
+/* request(number, message, timeout, holds, late) -> Answer, over in some way. `timeout` in seconds, or None; `holds` is
+ * kept until the kernel has answered; `late`, or None: what makes the message that is sent where nobody took the
+ * answer, out of its bytes. An exception is a signal handler's own. */
+static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    if (wants(nargs, 5, "Endpoint.request"))
+        return NULL;
+    int64_t until = deadline_of(args[2]);
+    Answer *answer = until < 0 ? NULL : start(self, args[0], args[1], args[3], args[4], NULL);
+    return answer ? leave_with(self, answer, wait_for(self, answer, until)) : NULL;
+}
+
+/* unmap(window, number, message) -> Answer; None: it was unmapped before; an errno: Linux did not. Unmaps it and tells
+ * the kernel, in one step: whatever comes in between, the kernel is told once. BufferError: a view lives. */
+static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    if (wants(nargs, 3, "Endpoint.unmap"))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], window_type)) {
+        PyErr_SetString(PyExc_TypeError, "what is unmapped is a Window");
+        return NULL;
+    }
+    Window *window = (Window *)args[0];
+    if (!is_alive(window))
+        Py_RETURN_NONE;
+    if (window->exports)
+        return still_viewed("unmap", window->exports);
+    int told = window->farewell != NULL, error = close_window(window);
+    if (error)
+        return PyLong_FromLong(error);
+    window_forget(window);
+    if (!told) /* nobody knows of it */
+        Py_RETURN_NONE;
+    Answer *answer = start(self, args[1], args[2], NULL, Py_None, NULL);
+    if (!answer || answer->outcome == FAILED) /* no memory to send it now: some other time */
+        endpoint_notice(op, args[2]);
+    return answer ? leave_with(self, answer, wait_for(self, answer, INT64_MAX)) : NULL;
+}
+
+/* start(number, message, holds, bell) -> Answer, on its way. `bell()` is called, from any thread, when it is over or
+ * when somebody has to read from now on; `read` reads, `give_up` gives up. */
+static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (wants(nargs, 4, "Endpoint.start"))
+        return NULL;
+    return (PyObject *)start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3]);
+}
+
+/* give_up(answer): nobody waits for it any more. */
+static PyObject *endpoint_give_up(PyObject *op, PyObject *answer)
+{
+    Endpoint *self = as_endpoint(op);
+    if (!PyObject_TypeCheck(answer, answer_type) || as_answer(answer)->endpoint != self) {
+        PyErr_SetString(PyExc_TypeError, "what is given up is an Answer of this endpoint");
+        return NULL;
+    }
+    abandon(self, as_answer(answer));
+    wake_next(self, NULL);
+    if (settle(self, NULL))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* read(bell) -> 0: another thread reads, and wakes who waits; 1: the socket is to be watched for what comes; 2: and for
+ * room. Hands on all that is there, and waits for nothing: for the loop of that bell. */
+static PyObject *endpoint_read(PyObject *op, PyObject *bell)
+{
+    Endpoint *self = as_endpoint(op);
+    int watch = 1;
+    if (self->reader)
+        return PyLong_FromLong(0);
+    self->reader = PyThread_get_thread_ident();
+    do {
+        if (self->ring)
+            queue_say(&self->ring->duplex, 0);
+        while (take_from_ring(self) | receive_one(self))
+            ;
+        Duplex *pair = self->ring ? &self->ring->duplex : NULL;
+        if (self->end || !self->waiting || !pair || fall_asleep(&pair, 1))
+            break;
+    } while (1);
+    flush(self);
+    if (self->letters)
+        watch = 2;
+    give_turn_back(self, bell);
+    return settle(self, bell) ? NULL : PyLong_FromLong(watch);
+}
+
+static void endpoint_notice(PyObject *op, PyObject *message)
+{
+    Endpoint *self = as_endpoint(op);
+    if (!self->end && self->epoch == fork_epoch)
+        post_message(self, message, NULL);
+}
+
+/* notice(message): sends what wants no answer; later if it cannot be sent now. Never waits. */
+static PyObject *endpoint_send_notice(PyObject *op, PyObject *message)
+{
+    if (!PyBytes_Check(message)) {
+        PyErr_SetString(PyExc_TypeError, "a notice is bytes");
+        return NULL;
+    }
+    endpoint_notice(op, message);
+    Py_RETURN_NONE;
+}
+
+/* ---- the beginning and the end ---------------------------------------------------------------- */
+
+/* _connect(path, timeout) -> Endpoint, or an errno: ETIMEDOUT where nobody was let in within so many seconds. */
+static PyObject *endpoint_connect(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    char *path;
+    Py_ssize_t length;
+    if (wants(nargs, 2, "Endpoint._connect") || PyBytes_AsStringAndSize(args[0], &path, &length))
+        return NULL;
+    int64_t until = deadline_of(args[1]);
+    allocfunc alloc = (allocfunc)PyType_GetSlot((PyTypeObject *)cls, Py_tp_alloc);
+    PyObject *op = until < 0 ? NULL : alloc((PyTypeObject *)cls, 0);
+    if (!op)
+        return NULL;
+    Endpoint *self = as_endpoint(op);
+    table_reset(&self->table);
+    self->last = &self->letters;
+    self->epoch = fork_epoch;
+    int error = post_open(&self->post);
+    while (!error) {
+        int64_t wait = until - nanoseconds();
+        Post post = self->post;
+        if (wait > SLICE)
+            wait = SLICE;
+        Py_BEGIN_ALLOW_THREADS
+        error = post_connect(&post, path, (size_t)length, wait > 0 ? wait : 0);
+        Py_END_ALLOW_THREADS
+        if (error != EAGAIN && error != EINTR)
+            break;
+        if (PyErr_CheckSignals()) {
+            Py_DECREF(op);
+            return NULL;
+        }
+        error = self->epoch != fork_epoch ? ECHILD : nanoseconds() >= until ? ETIMEDOUT : 0;
+    }
+    if (!error)
+        return op;
+    Py_DECREF(op);
+    return PyLong_FromLong(error);
+}
+
+/* join(fd, spin) -> 0, or an errno: a ring behind a descriptor, beside the socket; how long to look into it, in
+ * nanoseconds. */
+static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    uint64_t most;
+    int fd;
+    if (wants(nargs, 2, "Endpoint.join") || as_int(args[0], &fd) || as_u64(args[1], &most))
+        return NULL;
+    Ring *ring = self->ring ? NULL : (Ring *)new_ring(ring_type);
+    int error = ring ? map_ring(ring, fd, 0) : self->ring ? EEXIST : ENOMEM;
+    if (error) {
+        PyErr_Clear();
+        Py_XDECREF((PyObject *)ring);
+        return PyLong_FromLong(error);
+    }
+    self->ring = ring;
+    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), sysconf(_SC_NPROCESSORS_ONLN) > 1);
+    return PyLong_FromLong(0);
+}
+
+static void close_endpoint(Endpoint *self)
+{
+    end_connection(self, CLOSED);
+    if (self->epoch == fork_epoch && post_is_ours(&self->post))
+        shutdown(self->post.fd, SHUT_RDWR); /* who waits for it wakes; in a child it would be the parent's, too */
+    if (!self->busy || self->epoch != fork_epoch)
+        post_close(&self->post);
+}
+
+/* close(): it is over; everybody who waits is told. Again: nothing. */
+static PyObject *endpoint_close(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Endpoint *self = as_endpoint(op);
+    close_endpoint(self);
+    if (settle(self, NULL))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* lose(): in a forked child, whose it is not: the descriptor is closed. */
+static PyObject *endpoint_lose(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    if (as_endpoint(op)->epoch != fork_epoch)
+        post_close(&as_endpoint(op)->post);
+    Py_RETURN_NONE;
+}
+
+/* reject(): what the kernel said was no message of ours. */
+static PyObject *endpoint_reject(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    end_connection(as_endpoint(op), NONSENSE);
+    if (settle(as_endpoint(op), NULL))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *endpoint_fileno(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromLong(as_endpoint(op)->post.fd);
+}
+
+static PyObject *endpoint_end(PyObject *op, void *Py_UNUSED(closure))
+{
+    Endpoint *self = as_endpoint(op);
+    return PyLong_FromLong(self->end ? self->end : self->epoch == fork_epoch ? OPEN : LOST_IN_CHILD);
+}
+
+static PyObject *endpoint_bye(PyObject *op, void *Py_UNUSED(closure))
+{
+    PyObject *bye = as_endpoint(op)->bye;
+    return Py_NewRef(bye ? bye : Py_None);
+}
+
+static PyObject *endpoint_pending(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSize_t(as_endpoint(op)->table.count);
+}
+
+static PyObject *endpoint_has_ring(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(as_endpoint(op)->ring != NULL);
+}
+
+static int endpoint_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Endpoint *self = as_endpoint(op);
+    Py_VISIT(Py_TYPE(op));
+    for (size_t i = 0; self->table.buckets && i <= self->table.mask; i++)
+        for (Node *at = self->table.buckets[i]; at; at = at->next)
+            Py_VISIT((PyObject *)OWNER(Answer, node, at));
+    for (Answer *at = self->over; at; at = at->after)
+        Py_VISIT((PyObject *)at);
+    for (Late *at = self->late; at; at = at->next)
+        Py_VISIT(at->function);
+    Py_VISIT(self->bell);
+    return 0;
+}
+
+static int endpoint_clear(PyObject *op)
+{
+    Endpoint *self = as_endpoint(op);
+    close_endpoint(self);
+    for (Answer *at; (at = self->over);) {
+        self->over = at->after;
+        Py_DECREF((PyObject *)at);
+    }
+    for (Late *at; (at = self->late);) {
+        self->late = at->next;
+        Py_DECREF(at->function);
+        Py_DECREF(at->data);
+        free(at);
+    }
+    Py_CLEAR(self->bell);
+    return 0;
+}
+
+static void endpoint_dealloc(PyObject *op)
+{
+    Endpoint *self = as_endpoint(op);
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    if (self->weakrefs)
+        PyObject_ClearWeakRefs(op);
+    endpoint_clear(op);
+    Py_XDECREF((PyObject *)self->ring);
+    Py_XDECREF(self->bye);
+    table_reset(&self->table);
+    free(self->datagram);
+    free(self->message);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static PyMethodDef endpoint_methods[] = {
+    {"_connect", FASTCALL(endpoint_connect), METH_FASTCALL | METH_CLASS, NULL},
+    {"join", FASTCALL(endpoint_join), METH_FASTCALL, "join(fd, spin): a ring beside the socket."},
+    {"request", FASTCALL(endpoint_request), METH_FASTCALL, "request(number, message, timeout, holds, late) -> Answer"},
+    {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
+    {"start", FASTCALL(endpoint_start), METH_FASTCALL, "start(number, message, holds, bell) -> Answer"},
+    {"give_up", endpoint_give_up, METH_O, "give_up(answer): nobody waits for it any more."},
+    {"read", endpoint_read, METH_O, "read(bell): hands on what is there; 0: another reads; 1, 2: what to watch for."},
+    {"notice", endpoint_send_notice, METH_O, "notice(message): sends what wants no answer, and never waits."},
+    {"reject", endpoint_reject, METH_NOARGS, "What the kernel said was no message of ours."},
+    {"lose", endpoint_lose, METH_NOARGS, "In a forked child: the descriptor is closed."},
+    {"close", endpoint_close, METH_NOARGS, "It is over. Again: nothing."},
+    {"fileno", endpoint_fileno, METH_NOARGS, "The socket's descriptor; -1 once it is closed."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef endpoint_members[] = {
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Endpoint, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef endpoint_getset[] = {
+    {"end", endpoint_end, NULL, "OPEN, or why it is of no use any more.", NULL},
+    {"bye", endpoint_bye, NULL, "The kernel's last message, or None.", NULL},
+    {"pending", endpoint_pending, NULL, "How many requests have not been answered.", NULL},
+    {"has_ring", endpoint_has_ring, NULL, "Whether there is a ring beside the socket.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot endpoint_slots[] = {
+    {Py_tp_doc, "A user's connection to its kernel."},
+    {Py_tp_dealloc, endpoint_dealloc},
+    {Py_tp_traverse, endpoint_traverse},
+    {Py_tp_clear, endpoint_clear},
+    {Py_tp_methods, endpoint_methods},
+    {Py_tp_members, endpoint_members},
+    {Py_tp_getset, endpoint_getset},
+    {0, NULL},
+};
+
+static PyType_Spec endpoint_spec = {
+    .name = "realmap._core.Endpoint",
+    .basicsize = sizeof(Endpoint),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = endpoint_slots,
+};
