@@ -21,6 +21,7 @@
 #include <structmember.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
@@ -303,6 +304,14 @@ typedef struct {
     ino_t inode;
 } Post;
 
+/* How an event loop is told that it has to look: bell.c. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *look;
+    PyObject *soon;
+    Post post; /* what the loop watches: the connection's socket, by a descriptor of its own */
+} Bell;
+
 struct Endpoint;
 
 /* What has become of a request. */
@@ -374,6 +383,7 @@ typedef struct Endpoint {
     int stalled;     /* Linux had no memory to send: not at once again */
 } Endpoint;
 
+static PyTypeObject *bell_type;
 static PyTypeObject *answer_type;
 static PyTypeObject *endpoint_type;
 static void endpoint_notice(PyObject *endpoint, PyObject *message);

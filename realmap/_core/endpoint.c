@@ -113,12 +113,16 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
     return answer ? leave_with(self, answer, wait_for(self, answer, INT64_MAX)) : NULL;
 }
 
-/* start(number, message, holds, bell) -> Answer, on its way. `bell()` is called, from any thread, when it is over or
- * when somebody has to read from now on; `read` reads, `give_up` gives up. */
+/* start(number, message, holds, bell) -> Answer, on its way. The bell is rung, from any thread, when it is over or when
+ * somebody has to read from now on; `read` reads, `give_up` gives up. */
 static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     if (wants(nargs, 4, "Endpoint.start"))
         return NULL;
+    if (!PyObject_TypeCheck(args[3], bell_type)) {
+        PyErr_SetString(PyExc_TypeError, "a loop is told by a Bell");
+        return NULL;
+    }
     return (PyObject *)start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3]);
 }
 

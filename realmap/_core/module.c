@@ -30,6 +30,7 @@
 #include "queue.c"
 #include "spin.c"
 #include "post.c"
+#include "bell.c"
 #include "answer.c"
 #include "window.c"
 #include "view.c"
@@ -104,9 +105,11 @@ PyMODINIT_FUNC PyInit__core(void)
     }
     PyObject *mirror_type = window_type ? PyType_FromSpecWithBases(&mirror_spec, (PyObject *)window_type) : NULL;
     PyObject *view_type = PyType_FromSpec(&view_spec);
+    bell_type = (PyTypeObject *)PyType_FromSpec(&bell_spec);
     answer_type = (PyTypeObject *)PyType_FromSpec(&answer_spec);
     endpoint_type = (PyTypeObject *)PyType_FromSpec(&endpoint_spec);
-    if (!answer_type || !endpoint_type || PyModule_AddType(module, answer_type) ||
+    if (!bell_type || !answer_type || !endpoint_type || PyModule_AddType(module, bell_type) ||
+        PyModule_AddType(module, answer_type) ||
         PyModule_AddType(module, endpoint_type)) {
         Py_DECREF(module);
         return NULL;

@@ -9,8 +9,13 @@
  * itself. */
 static void wake_next(Endpoint *self, PyObject *own)
 {
-    Answer *next = NULL;
-    for (Answer *at = self->reader ? NULL : self->waiting; at; at = at->next) {
+    Answer *next = NULL, *after;
+    for (Answer *at = self->reader ? NULL : self->waiting; at; at = after) {
+        after = at->next;
+        if (Py_REFCNT((PyObject *)at) == 1) { /* the table's: a handler has kept its task from ever waiting */
+            abandon(self, at);
+            continue;
+        }
         if (!at->bell && atomic_load_explicit(&at->word, memory_order_relaxed))
             return; /* it has been woken already */
         if (!next || (next->bell && (!at->bell || at->bell == own)))
@@ -28,29 +33,6 @@ static void give_turn_back(Endpoint *self, PyObject *own)
     wake_next(self, own);
 }
 
-/* Wakes a loop, whatever comes in between: a loop that is not woken waits for ever. Where a handler raises meanwhile, that
- * is raised afterwards. */
-static int ring_loop(PyObject *bell)
-{
-    PyObject *type = NULL, *value = NULL, *traceback = NULL;
-    for (int tries = 0; tries < 100; tries++) {
-        PyObject *done = PyObject_CallObject(bell, NULL);
-        Py_XDECREF(done);
-        if (done || PyErr_ExceptionMatches(PyExc_RuntimeError)) { /* it is closed: nobody waits there any more */
-            PyErr_Clear();
-            break;
-        }
-        if (type)
-            PyErr_Clear();
-        else
-            PyErr_Fetch(&type, &value, &traceback);
-    }
-    if (!type)
-        return 0;
-    PyErr_Restore(type, value, traceback);
-    return -1;
-}
-
 /* Runs what had to wait until the turn was given back: objects that go, loops that are woken, what is said to the
  * kernel of answers that nobody took. -1 with an exception set: a signal handler's; the rest is done next time. */
 static int settle(Endpoint *self, PyObject *own)
@@ -58,7 +40,7 @@ static int settle(Endpoint *self, PyObject *own)
     Answer *answer;
     while ((answer = self->over)) {
         self->over = answer->after;
-        int failed = answer->bell && answer->bell != own ? ring_loop(answer->bell) : 0;
+        int failed = answer->bell && answer->bell != own ? ring(answer->bell) : 0;
         Py_DECREF((PyObject *)answer);
         if (failed)
             return -1;
@@ -66,7 +48,7 @@ static int settle(Endpoint *self, PyObject *own)
     if (self->bell) {
         PyObject *bell = self->bell;
         self->bell = NULL;
-        int failed = ring_loop(bell);
+        int failed = ring(bell);
         Py_DECREF(bell);
         if (failed)
             return -1;

@@ -10,12 +10,10 @@ socket, which the loop sees.
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING, Any
 
-from realmap._core import ON_ITS_WAY, Answer
+from realmap._core import ON_ITS_WAY, Answer, Bell
 from realmap.errors import SyscallTimeout
-from realmap.host import files
 
 if TYPE_CHECKING:
     from realmap.wire.client.client import Client
@@ -27,12 +25,10 @@ class Waiter:
     def __init__(self, client: Client, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
         self._loop = loop
-        #: What whoever reads calls, from any thread: an answer is there, or somebody has to read from now on.
-        #: RuntimeError: the loop is closed; nobody waits there any more.
-        self._bell = self._look_soon
+        #: What whoever reads rings, from any thread: an answer is there, or somebody has to read from now on.
+        self._bell = Bell(self._look, loop.call_soon_threadsafe)
         self._waiting: dict[asyncio.Future[None], Answer] = {}
         self._looking = False
-        self._watched = -1
         self._watching = 0
 
     @classmethod
@@ -52,35 +48,30 @@ class Waiter:
         client = self._client
         data = client.encode(message)
         client.check()
-        answer = client.endpoint.start(message.id, data, holds, self._bell)
-        scope = asyncio.timeout(timeout)
-        try:
-            async with scope:
-                await self._over(answer)
-        except TimeoutError:
-            if not scope.expired():  # a signal handler's own
-                raise
-            raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s") from None
-        finally:
-            if answer.outcome == ON_ITS_WAY:
-                client.endpoint.give_up(answer)
-        return client.value(answer)
-
-    async def _over(self, answer: Answer) -> None:
         future = self._loop.create_future()
-        self._waiting[future] = answer
+        answer = self._waiting[future] = client.endpoint.start(message.id, data, holds, self._bell)
+        # Cancelled by C: a signal handler that raises in there would be the timer's end.
+        timer = None if timeout is None else self._loop.call_later(timeout, future.cancel)
         try:
             self._look()
             await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
         finally:
             self._waiting.pop(future, None)
+            if timer is not None:
+                timer.cancel()
             if not self._waiting:
                 self._watch(0)
+            if given_up := answer.outcome == ON_ITS_WAY:
+                client.endpoint.give_up(answer)
+        if given_up:
+            raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s")
+        return client.value(answer)
 
     # ---- looking ------------------------------------------------------------------------------
-
-    def _look_soon(self) -> None:
-        self._loop.call_soon_threadsafe(self._look)
 
     def _look(self) -> None:
         """Reads what is there, wakes whose answer has come, and has the loop tell of more."""
@@ -101,37 +92,32 @@ class Waiter:
         """Whether anybody waits still."""
         for future, answer in list(self._waiting.items()):
             if answer.outcome != ON_ITS_WAY:
-                self._waiting.pop(future, None)
                 if not future.done():
                     future.set_result(None)
+                self._waiting.pop(future, None)
         return bool(self._waiting)
 
     def _watch(self, what: int) -> None:
-        """0: nothing; 1: the socket for what comes; 2: and for room to send."""
-        if what == self._watching or (what and self._client.endpoint.fileno() < 0):
+        """0: nothing; 1: the socket for what comes; 2: and for room to send. Noted when done: a handler may come."""
+        if what == self._watching:
             return
-        if what and self._watched < 0:
-            # Of its own: that of a connection which is closed meanwhile may be another's a moment later.
-            self._watched = os.dup(self._client.endpoint.fileno())
-        if self._watching == 2:
-            self._loop.remove_writer(self._watched)
-        if what and not self._watching:
-            self._loop.add_reader(self._watched, self._look)
+        fd = self._bell.watch(self._client.endpoint) if what else self._bell.fileno()
+        if fd < 0:
+            return
+        if what:
+            self._loop.add_reader(fd, self._bell)
         if what == 2:
-            self._loop.add_writer(self._watched, self._look)
-        self._watching = what
+            self._loop.add_writer(fd, self._bell)
+        elif self._watching == 2:
+            self._loop.remove_writer(fd)
         if not what:
-            self._loop.remove_reader(self._watched)
-            self._close()
-
-    def _close(self) -> None:
-        if self._watched >= 0:
-            files.close(self._watched)
-            self._watched = -1
+            self._loop.remove_reader(fd)
+            self._bell.close()
+        self._watching = what
 
     def _abandon(self) -> None:
         """Its loop was closed while tasks waited there."""
-        self._close()
+        self._bell.close()
         for answer in self._waiting.values():
             self._client.endpoint.give_up(answer)
         self._waiting.clear()

@@ -1,0 +1,135 @@
+/* Bell: how an event loop is told, from any thread, that an answer is there, or that it has to read from now on.
+ *
+ * The loop calls it, and it calls `look`. Where a signal handler raises in there the loop only notes that, and goes on;
+ * so the bell has itself called once more, and nobody is forgotten. */
+#include "core.h"
+
+static inline Bell *as_bell(PyObject *op) { return (Bell *)op; }
+
+/* Has the loop call it soon, whatever comes in between. Where a handler raises meanwhile, that is raised afterwards: -1. */
+static int ring(PyObject *op)
+{
+    PyObject *type = NULL, *value = NULL, *traceback = NULL;
+    for (int tries = 0; tries < 100; tries++) {
+        PyObject *done = PyObject_CallFunctionObjArgs(as_bell(op)->soon, op, NULL);
+        Py_XDECREF(done);
+        if (done || PyErr_ExceptionMatches(PyExc_RuntimeError)) { /* it is closed: nobody waits there any more */
+            PyErr_Clear();
+            break;
+        }
+        if (type)
+            PyErr_Clear();
+        else
+            PyErr_Fetch(&type, &value, &traceback);
+    }
+    if (!type)
+        return 0;
+    PyErr_Restore(type, value, traceback);
+    return -1;
+}
+
+/* Bell(look, soon): `look()` is what the loop does then; `soon(bell)` has it call the bell, from any thread. */
+static PyObject *bell_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(keywords))
+{
+    if (wants(PyTuple_Size(args), 2, "Bell"))
+        return NULL;
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    PyObject *op = alloc(type, 0);
+    if (op) {
+        as_bell(op)->look = Py_NewRef(PyTuple_GetItem(args, 0));
+        as_bell(op)->soon = Py_NewRef(PyTuple_GetItem(args, 1));
+        as_bell(op)->post.fd = -1;
+    }
+    return op;
+}
+
+static PyObject *bell_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
+{
+    PyObject *type, *value, *traceback, *done = PyObject_CallNoArgs(as_bell(op)->look);
+    if (done)
+        return done;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (ring(op))
+        PyErr_Clear();
+    PyErr_Restore(type, value, traceback);
+    return NULL;
+}
+
+/* watch(endpoint) -> a descriptor of its socket for the loop to watch; -1 where there is none any more. One of the bell's
+ * own: that of a connection which is closed meanwhile may be another's a moment later. */
+static PyObject *bell_watch(PyObject *op, PyObject *endpoint)
+{
+    Bell *self = as_bell(op);
+    if (!PyObject_TypeCheck(endpoint, endpoint_type)) {
+        PyErr_SetString(PyExc_TypeError, "a bell watches an Endpoint");
+        return NULL;
+    }
+    const Post *post = &((Endpoint *)endpoint)->post;
+    if (!post_is_ours(&self->post) && post_is_ours(post)) {
+        self->post = *post;
+        self->post.fd = fcntl(post->fd, F_DUPFD_CLOEXEC, 0);
+    }
+    return PyLong_FromLong(self->post.fd);
+}
+
+/* close(): that descriptor. Again: nothing. */
+static PyObject *bell_close(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    post_close(&as_bell(op)->post);
+    Py_RETURN_NONE;
+}
+
+static PyObject *bell_fileno(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromLong(as_bell(op)->post.fd);
+}
+
+static int bell_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(as_bell(op)->look);
+    Py_VISIT(as_bell(op)->soon);
+    return 0;
+}
+
+static int bell_clear(PyObject *op)
+{
+    Py_CLEAR(as_bell(op)->look);
+    Py_CLEAR(as_bell(op)->soon);
+    return 0;
+}
+
+static void bell_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    bell_clear(op);
+    post_close(&as_bell(op)->post);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static PyMethodDef bell_methods[] = {
+    {"watch", bell_watch, METH_O, "watch(endpoint): a descriptor of its socket for the loop to watch, or -1."},
+    {"fileno", bell_fileno, METH_NOARGS, "That descriptor, or -1."},
+    {"close", bell_close, METH_NOARGS, "Closes it."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot bell_slots[] = {
+    {Py_tp_doc, "How an event loop is told, from any thread, that it has to look."},
+    {Py_tp_new, bell_new},
+    {Py_tp_call, bell_call},
+    {Py_tp_methods, bell_methods},
+    {Py_tp_traverse, bell_traverse},
+    {Py_tp_clear, bell_clear},
+    {Py_tp_dealloc, bell_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec bell_spec = {
+    .name = "realmap._core.Bell",
+    .basicsize = sizeof(Bell),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = bell_slots,
+};

@@ -1,0 +1,236 @@
+"""A signal handler at every point of every operation: it raises, or does one of those operations itself.
+
+What must hold after each: the operation was done or ended by the handler's own exception; other threads and tasks got
+their answers; descriptors and books are what they were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import points
+import pytest
+from conftest import BOUND, PAGE, SCALE, wait_until
+
+import realmap
+from realmap import KernelHandle, Process
+
+CARRIERS = ("ring", "socket")
+
+
+class Stop(BaseException):
+    """As Ctrl-C, but nobody else's."""
+
+
+RAISED = [TimeoutError, OSError, ValueError, KeyboardInterrupt, Stop]
+
+
+@dataclass
+class Stage:
+    """What an operation works with."""
+
+    kernel: KernelHandle
+    me: Process
+    buffer: realmap.Buffer
+    handle: realmap.Handle
+    #: What it has made.
+    out: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Operation:
+    """`prepare` makes what `act` needs; `right` says whether what it put into `out` is."""
+
+    act: Callable[[Stage, Any], object]
+    right: Callable[[Stage], object]
+    prepare: Callable[[Stage], Any] = lambda stage: None
+
+
+def _acall(stage: Stage, _: Any) -> None:
+    stage.out.append(asyncio.run(stage.me.acall("echo", 7)))
+
+
+OPERATIONS = {
+    "call": Operation(lambda s, _: s.out.append(s.me.call("echo", 1)), lambda s: s.out == [[1]]),
+    "call with a timeout": Operation(
+        lambda s, _: s.out.append(s.me.call("echo", 2, timeout=BOUND)), lambda s: s.out == [[2]]
+    ),
+    "long call": Operation(
+        lambda s, _: s.out.append(s.me.call("echo", "x" * 100_000)), lambda s: s.out == [["x" * 100_000]]
+    ),
+    "slow call": Operation(lambda s, _: s.out.append(s.me.call("sleep", 0.0002)), lambda s: s.out == [0.0002]),
+    "acall": Operation(_acall, lambda s: s.out == [[7]]),
+    "map": Operation(lambda s, _: s.out.append(s.me.map(PAGE)), lambda s: len(s.out[0]) == PAGE),
+    "map fragments": Operation(
+        lambda s, _: s.out.append(s.me.map(3 * PAGE, fragment=PAGE)), lambda s: s.out[0][2 * PAGE] == 0
+    ),
+    "unmap": Operation(lambda s, buffer: buffer.unmap(), lambda s: True, lambda s: s.me.map(PAGE)),
+    "share": Operation(lambda s, _: s.out.append(s.me.share(s.buffer)), lambda s: s.me.revoke(s.out.pop()) is None),
+    "attach": Operation(lambda s, _: s.out.append(s.me.attach(s.handle)), lambda s: s.out[0][:3] == b"abc"),
+    "query": Operation(
+        lambda s, _: s.out.append(s.me.query(s.buffer.address)), lambda s: s.out[0].address == s.buffer.address
+    ),
+    "close": Operation(lambda s, other: other.close(), lambda s: True, lambda s: s.kernel.connect()),
+}
+#: Nobody runs a loop in a handler; one that closes what is in use has a test of its own.
+NESTED = [name for name in OPERATIONS if name not in ("acall", "close")]
+#: Asyncio's own code is not made for handlers that raise in it: it may lose a callback, and the task with it.
+WITHIN = {"acall": "/realmap/wire/client/waiter.py"}
+
+
+@pytest.fixture
+def stage(kernel: KernelHandle, me: Process) -> Iterator[Stage]:
+    buffer = me.map(PAGE)
+    buffer[:3] = b"abc"
+    handle = me.share(buffer)
+    before = signal.getsignal(points.SIGNAL)
+    yield Stage(kernel, me, buffer, handle)
+    signal.signal(points.SIGNAL, before)
+    me.revoke(handle)
+
+
+def books(stage: Stage) -> tuple[int, ...]:
+    """What must be as it was."""
+    stats = stage.kernel.stats()
+    return (*(stats[name] for name in ("mappings", "handles", "segments", "mirrors", "processes", "running")),)
+
+
+def descriptors() -> list[str]:
+    """Of this process, by what they are."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(each for each in found if not each.startswith("/proc/"))
+
+
+class Trial:
+    """One kind of handler in one operation, at one point after the other."""
+
+    def __init__(
+        self, stage: Stage, name: str, handler: Callable[[], object], raises: type[BaseException] | None
+    ) -> None:
+        self.stage = stage
+        self.operation = OPERATIONS[name]
+        self.within = WITHIN.get(name, "/realmap/")
+        self.raises = raises
+        self.handled = 0
+
+        def on_signal(_: int, frame: FrameType | None) -> None:
+            self.handled += 1
+            if name not in WITHIN or (frame is not None and "/realmap/" in frame.f_code.co_filename):
+                handler()
+
+        signal.signal(points.SIGNAL, on_signal)
+        stage.kernel.stats()
+        gc.collect()
+        self.books, self.descriptors = books(stage), descriptors()
+
+    def run(self, point: Any) -> bool:
+        """At this point; whether it was there."""
+        stage, before = self.stage, self.handled
+        prepared = self.operation.prepare(stage)
+        ended_by = None
+        try:
+            with point as reached:
+                try:
+                    self.operation.act(stage, prepared)
+                except BaseException as error:
+                    ended_by = type(error)
+        except BaseException as error:  # at its very end
+            ended_by = type(error)
+        if ended_by is None:
+            assert self.operation.right(stage)
+        else:
+            assert ended_by is self.raises and self.handled > before
+        while stage.out:
+            if isinstance(stage.out[0], realmap.Handle):  # made, and then the handler came
+                stage.me.revoke(stage.out[0])
+            del stage.out[0]
+        if hasattr(prepared, "close"):
+            prepared.close()
+        del prepared
+        self.settle()
+        return bool(reached.reached)
+
+    def settle(self) -> None:
+        """What was given up has been answered, and the books are as before."""
+
+        def settled() -> bool:
+            self.stage.me.call("nop", timeout=BOUND)
+            return not self.stage.me.client.endpoint.pending and books(self.stage) == self.books
+
+        if not settled():
+            gc.collect()
+            wait_until(settled, "the books as before")
+
+    def all_points(self, every: int, offset: int) -> int:
+        """How many points were tried: each of the opcodes, or each so-manieth."""
+        tried = 0
+        for number in itertools.count(1 + offset, every):
+            if not self.run(points.at(number, self.within)):
+                break
+            tried += 1
+        assert descriptors() == self.descriptors
+        assert tried and self.handled >= tried * 9 // 10
+        return tried
+
+
+def raiser(kind: type[BaseException]) -> Callable[[], None]:
+    def handler() -> None:
+        raise kind
+
+    return handler
+
+
+def nester(stage: Stage, name: str) -> Callable[[], None]:
+    """Does that operation, by itself."""
+    operation = OPERATIONS[name]
+
+    def handler() -> None:
+        inner = Stage(stage.kernel, stage.me, stage.buffer, stage.handle)
+        operation.act(inner, operation.prepare(inner))
+        assert operation.right(inner)
+
+    return handler
+
+
+#: In the default run, each so-manieth point; which ones differs from one pair to the next.
+SPARSE = 23
+HANDLERS = [*(kind.__name__ for kind in RAISED), *NESTED]
+
+
+def trial(stage: Stage, outer: str, inner: str) -> Trial:
+    kinds = {kind.__name__: kind for kind in RAISED}
+    if inner in kinds:
+        return Trial(stage, outer, raiser(kinds[inner]), kinds[inner])
+    return Trial(stage, outer, nester(stage, inner), None)
+
+
+def try_points(stage: Stage, every: int) -> int:
+    tried = 0
+    for number, (outer, inner) in enumerate(itertools.product(OPERATIONS, HANDLERS)):
+        try:
+            tried += trial(stage, outer, inner).all_points(every, number % every)
+        except BaseException as error:
+            error.add_note(f"in {outer!r}, a handler that does {inner!r}")
+            raise
+    return tried
+
+
+def test_a_handler_at_points_all_over(stage: Stage) -> None:
+    assert try_points(stage, SPARSE) > 1000
+
+
+@pytest.mark.slow
+def test_a_handler_at_every_point(stage: Stage) -> None:
+    print(try_points(stage, max(1, round(1 / SCALE / 2))), "points tried")
