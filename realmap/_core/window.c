@@ -45,13 +45,22 @@ static Window *new_window(PyTypeObject *type, uintptr_t base, int prot, int inhe
 }
 
 
+/* A mirror is a window, too, but it is opened in a land. */
+static int is_no_mirror(PyObject *cls)
+{
+    if (!PyType_IsSubtype(as_type(cls), mirror_type))
+        return 1;
+    PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, by _open");
+    return 0;
+}
+
 /* Window._map(address, span, prot, fd, offset, lead, length, inherited): the common case, one
  * piece of one file, in one call. */
 static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t address, span, offset, lead, length;
     int prot, fd, inherited;
-    if (wants(nargs, 8, "Window.map") || as_u64(args[0], &address) || as_u64(args[1], &span) ||
+    if (!is_no_mirror(cls) || wants(nargs, 8, "Window.map") || as_u64(args[0], &address) || as_u64(args[1], &span) ||
         as_int(args[2], &prot) || as_int(args[3], &fd) || as_u64(args[4], &offset) ||
         as_u64(args[5], &lead) || as_u64(args[6], &length) || as_int(args[7], &inherited) ||
         check_range(address, span))
@@ -132,7 +141,7 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
 {
     uint64_t address, lead, length;
     int prot, inherited;
-    if (wants(nargs, 6, "Window.map_pieces") || as_u64(args[0], &address) ||
+    if (!is_no_mirror(cls) || wants(nargs, 6, "Window.map_pieces") || as_u64(args[0], &address) ||
         as_int(args[1], &prot) || as_u64(args[3], &lead) || as_u64(args[4], &length) ||
         as_int(args[5], &inherited))
         return NULL;
