@@ -1,7 +1,7 @@
 """Calls everything that the C core offers with odd arguments, at random: a program of its own, as it looks for crashes.
 
-`odd_arguments.py SEED COUNT LOG` ends with 0 after COUNT steps, none of which raised SystemError. The step that is being
-taken is in the file LOG.
+`odd_arguments.py SEED COUNT LOG` ends with 0 after COUNT steps, none of which raised SystemError. The step that is
+being taken is in the file LOG.
 """
 
 from __future__ import annotations

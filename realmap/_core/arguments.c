@@ -29,6 +29,16 @@ static int wants(Py_ssize_t got, Py_ssize_t wanted, const char *what)
     return -1;
 }
 
+/* Whether `items` is a tuple of objects of that type, at least one. */
+static int is_tuple_of(PyObject *items, PyTypeObject *type)
+{
+    Py_ssize_t count = PyTuple_Check(items) ? PyTuple_Size(items) : 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (!PyObject_TypeCheck(PyTuple_GetItem(items, i), type))
+            return 0;
+    return count > 0;
+}
+
 /* Raises an exception that Python made; takes it over. NULL: one is raised already. */
 static void raise_made(PyObject *error)
 {

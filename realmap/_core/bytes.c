@@ -7,21 +7,24 @@ COLD static void raise_fault(PyObject *op, uintptr_t address)
     raise_made(PyObject_CallMethod(op, "_memory_fault", "K", (unsigned long long)address));
 }
 
-/* To ask Linux who has SIGBUS costs as much as reading ten bytes, and within so short a time no Python code puts
- * another handler there. */
-#define MOMENT 500 /* nanoseconds */
+/* To ask Linux who has SIGBUS costs as much as reading ten bytes, and in a loop over bytes it is not asked for each: no
+ * Python code puts another handler there between two accesses that are so close. (A thread without the GIL might.) */
+#define CLOSE 200  /* nanoseconds */
+#define LONGEST 2000
 
 /* Has the guard on top, on this thread, for the bytes that are touched next. */
 static void keep_guard(void)
 {
     static unsigned long thread;
-    static int64_t until;
+    static int64_t before, stood;
     int64_t now = nanoseconds();
-    if (now < until && thread == PyThread_get_thread_ident())
+    int in_a_row = now - before < CLOSE && now - stood < LONGEST && thread == PyThread_get_thread_ident();
+    before = now;
+    if (in_a_row)
         return;
     stand_guard();
     thread = PyThread_get_thread_ident();
-    until = now + MOMENT;
+    before = stood = nanoseconds();
 }
 
 /* Whether they can be touched now. Python code may have run since they were lent, and have forked: then they are the
@@ -48,19 +51,28 @@ static void move(void *to, const void *from, Py_ssize_t count)
     }
 }
 
+COLD static void raise_no_index(PyObject *key)
+{
+    PyObject *name = PyType_GetName(Py_TYPE(key));
+    if (name)
+        PyErr_Format(PyExc_TypeError, "indices of bytes must be integers or slices, not %U", name);
+    Py_XDECREF(name);
+}
+
 /* An index from 0 on; -1 with an exception set. */
 static Py_ssize_t index_of(PyObject *key, Py_ssize_t length)
 {
-    if (!PyIndex_Check(key)) {
-        PyObject *name = PyType_GetName(Py_TYPE(key));
-        if (name)
-            PyErr_Format(PyExc_TypeError, "indices of bytes must be integers or slices, not %U", name);
-        Py_XDECREF(name);
-        return -1;
+    Py_ssize_t at = PyLong_CheckExact(key) ? PyLong_AsSsize_t(key) : -1; /* the common case, in one call */
+    if (at == -1) {
+        PyErr_Clear();
+        if (!PyIndex_Check(key)) {
+            raise_no_index(key);
+            return -1;
+        }
+        at = PyNumber_AsSsize_t(key, PyExc_IndexError);
+        if (at == -1 && PyErr_Occurred())
+            return -1;
     }
-    Py_ssize_t at = PyNumber_AsSsize_t(key, PyExc_IndexError);
-    if (at == -1 && PyErr_Occurred())
-        return -1;
     if (at < 0)
         at += length;
     if (at < 0 || at >= length) {

@@ -92,12 +92,14 @@ static int frames_end(Frames *self)
 static int frames_let_go(Frames *self, PyObject *among, const void *owner)
 {
     PyObject *key = PyLong_FromVoidPtr((void *)owner);
-    int had = key ? PyDict_Contains(among, key) : -1;
-    int failed = had < 0 || (had && PyDict_DelItem(among, key));
+    int failed = !key || PyDict_DelItem(among, key);
     Py_XDECREF(key);
-    if (failed)
+    if (!failed)
+        return !PyDict_Size(self->holders) && !PyDict_Size(self->mirrors) ? frames_end(self) : 0;
+    if (!PyErr_ExceptionMatches(PyExc_KeyError))
         return -1;
-    return had && !PyDict_Size(self->holders) && !PyDict_Size(self->mirrors) ? frames_end(self) : 0;
+    PyErr_Clear();
+    return 0;
 }
 
 /* hold(holder, *who) */

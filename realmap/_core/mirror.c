@@ -287,16 +287,6 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     return (PyObject *)self;
 }
 
-/* Whether `items` is a tuple of objects of that type, at least one. */
-static int is_tuple_of(PyObject *items, PyTypeObject *type)
-{
-    Py_ssize_t count = PyTuple_Check(items) ? PyTuple_Size(items) : 0;
-    for (Py_ssize_t i = 0; i < count; i++)
-        if (!PyObject_TypeCheck(PyTuple_GetItem(items, i), type))
-            return 0;
-    return count > 0;
-}
-
 /* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces at a place that
  * was reserved, with a reference to each of `frames`, a tuple. OSError: nothing stays. */
 static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)

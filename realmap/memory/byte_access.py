@@ -10,7 +10,7 @@ from realmap.pages import usize
 
 
 class ByteAccess:
-    """`x[i]` is an int, `x[i:j]` is bytes (a copy); assigning a slice of another length is an InvalidSize. (The core's.)
+    """`x[i]` is an int, `x[i:j]` is bytes (a copy); assigning a slice of another length is an InvalidSize.
 
     Each of these raises BufferError once the memory is unmapped, and MemoryFault where bytes of it turn out to be
     gone (somebody truncated the segment). `memoryview(x)` and `numpy.asarray(x)` are views without a copy, and hold
