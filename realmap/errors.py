@@ -222,6 +222,21 @@ def gone(address: int) -> MemoryFault:
     )
 
 
+def read_only(memory: object) -> AccessDenied:
+    """For who writes where only reading is allowed."""
+    return AccessDenied(why=f"{memory!r} is read-only")
+
+
+def other_length(size: int, takes: int) -> InvalidSize:
+    """For who assigns `size` bytes to a slice of another length."""
+    return InvalidSize(size, why=f"a slice of {takes} bytes takes {takes} bytes: memory does not move")
+
+
+def frames_gone() -> InvalidHandle:
+    """For who would hold frames after their end."""
+    return InvalidHandle(None, why="these frames are gone: their last reference was released")
+
+
 class ProcessKilled(KernelError):
     """The user process `pid` is no longer one of the kernel's: it was closed, killed, or sent away."""
 

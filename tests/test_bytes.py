@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,15 +139,133 @@ def test_a_slice_takes_its_own_length_only(make: Make) -> None:
 
 def test_nonsense(make: Make) -> None:
     some = make()
-    for index in ("1", None, 1.5):
+    for index in ("1", None, 1.5, ..., (), (1,), slice("1", None)):
         with pytest.raises(TypeError):
+            some[index]
+        with pytest.raises(TypeError):
+            some[index] = 1
+        with pytest.raises(TypeError):
+            del some[index]
+    for each in (slice(None, None, 0), slice(5, 6, 0)):
+        with pytest.raises(ValueError):
+            some[each]
+    for index in (1 << 70, -1 << 70):
+        with pytest.raises(IndexError):
             some[index]
     for value in ("abc", 5, None):
         with pytest.raises(TypeError):
             some[0:3] = value
-    with pytest.raises((ValueError, TypeError)):
-        some[0] = 256
+    for value in (256, -1, 1 << 70, Asked(lambda: 256)):
+        with pytest.raises(ValueError):
+            some[0] = value
+    for value in ("a", b"a", 1.5, None):
+        with pytest.raises(TypeError):
+            some[0] = value
     assert bytes(some) == CONTENT
+
+
+class Asked:
+    """A number that does something when it is asked for."""
+
+    def __init__(self, answer: Callable[[], int]) -> None:
+        self.answer = answer
+
+    def __index__(self) -> int:
+        return self.answer()
+
+
+def test_iteration(make: Make) -> None:
+    some = make()
+    assert list(some) == list(CONTENT)
+    assert list(reversed(some)) == list(reversed(CONTENT))
+    assert 250 in some and 251 not in some and "a" not in some and b"\x01\x02" not in some
+    first, *_, last = some
+    assert (first, last) == (CONTENT[0], CONTENT[-1])
+
+
+def test_as_a_bytearray(make: Make) -> None:
+    """Any index and any slice, read and written: as a bytearray of the same bytes whose length never changes."""
+    some, model = make(), bytearray(CONTENT)
+    chance = random.Random(SIZE)
+    for _ in range(2000):
+        first, stop = (chance.choice([None, chance.randint(-SIZE - 3, SIZE + 3)]) for _ in range(2))
+        part = slice(first, stop, chance.choice([None, 1, 2, 5, -1, -3, 1 << 70]))
+        assert some[part] == model[part]
+        count = len(model[part])
+        source = memoryview(chance.randbytes(count * 2))
+        some[part] = model[part] = chance.choice([source[:count], source[::2], source[::-2], bytes(source[count:])])
+        index = chance.randrange(-SIZE, SIZE)
+        some[index] = model[index] = chance.randrange(256)
+        assert some[index] == model[index]
+        assert bytes(some) == model
+
+
+def test_bytes_of_its_own_that_overlap(make: Make) -> None:
+    for target, source in [
+        (slice(3, 103), slice(0, 100)), (slice(0, 100), slice(3, 103)), (slice(0, 100), slice(200, 0, -2)),
+        (slice(0, 300, 3), slice(50, 150)), (slice(None), slice(None)), (slice(None), slice(None, None, -1)),
+    ]:  # fmt: skip
+        some, model = make(), bytearray(CONTENT)
+        some[target] = memoryview(some)[source]
+        model[target] = bytes(model)[source]
+        assert bytes(some) == model
+
+
+def test_what_lies_apart_is_taken_byte_by_byte(make: Make) -> None:
+    some = make()
+    some[:2] = np.frombuffer(b"aXbX", "u1")[::2]
+    assert some[:3] == b"ab" + CONTENT[2:3]
+    some[:4] = np.frombuffer(b"abcd", "u1").reshape(2, 2)
+    with pytest.raises(TypeError, match="row"):
+        some[:4] = np.frombuffer(b"aaXXbbXX", "u2")[::2]
+    with pytest.raises(InvalidSize):
+        some[:4] = np.frombuffer(b"aaXX", "u2")[::2]
+    assert some[:5] == b"abcd" + CONTENT[4:5]
+
+
+def test_what_an_index_does_meanwhile(make: Make) -> None:
+    """Python code that runs within an access cannot take the memory away under it."""
+    some = make()
+    end = some.unmap if isinstance(some, realmap.Buffer) else some.drop
+    tried: list[str] = []
+
+    def index() -> int:
+        with pytest.raises(BufferError, match="still live") as refused:
+            end()
+        tried.append(str(refused.value))
+        return 1
+
+    asked = Asked(index)
+    assert (some[asked], some[asked:], some[:asked]) == (1, CONTENT[1:], CONTENT[:1])
+    some[asked] = asked
+    some[asked:3] = b"ab"
+    assert some[:4] == b"\x00ab\x03"
+    assert len(tried) == 6 and some.exports == 0
+    for use in (lambda: some[Asked(lambda: 1 // 0)], lambda: some.__setitem__(0, Asked(lambda: 1 // 0))):
+        with pytest.raises(ZeroDivisionError):
+            use()
+    assert some.exports == 0
+    end()
+
+
+def test_a_fork_within_an_index(make: Make) -> None:
+    """What the child has not inherited it is not shown, nor does it touch it."""
+    some, pid = make(), -1
+
+    def fork() -> int:
+        nonlocal pid
+        pid = os.fork()
+        return 1
+
+    try:
+        found: Any = some[Asked(fork)]
+    except BufferError as error:
+        found = str(error)
+    if not pid:
+        inherited = found == 1 and some.alive
+        os._exit(0 if inherited or (not some.alive and "unmapped" in str(found)) else 1)
+    assert found == 1
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_read_only(make: Make) -> None:
@@ -155,6 +276,9 @@ def test_read_only(make: Make) -> None:
         some[0] = 1
     with pytest.raises(AccessDenied):
         some[0:2] = b"ab"
+    with pytest.raises(AccessDenied):
+        some["nonsense"] = object()
+    assert some.exports == 0
 
 
 def test_end(make: Make) -> None:
@@ -192,3 +316,43 @@ def test_what_it_says_of_itself(make: Make) -> None:
     some = make()
     assert f"{some.address:#x}, {SIZE} bytes" in repr(some)
     assert str(some.rights).endswith("rw")
+
+
+def test_much(local: realmap.Kernel) -> None:
+    """Copies that are made without the GIL."""
+    size = (3 << 20) + 5
+    content = os.urandom(size)
+    with realmap.connect(local.path) as me, me.map(size) as some:
+        some[:] = content
+        assert some[:] == content
+        assert some[::-1] == content[::-1]
+        some[1:] = memoryview(some)[:-1]
+        assert some[:] == content[:1] + content[:-1]
+        stop = threading.Event()
+        refused = []
+
+        def unmap() -> None:
+            while not stop.is_set():
+                try:
+                    some.unmap()
+                except BufferError:
+                    refused.append(1)
+
+        with memoryview(some):  # it stays; the copies' own exports are counted beside it
+            thread = threading.Thread(target=unmap)
+            thread.start()
+            try:
+                for _ in range(20):
+                    assert some[:] == content[:1] + content[:-1]
+            finally:
+                stop.set()
+                thread.join()
+            assert some.exports == 1
+        assert refused
+
+
+def test_rights_that_allow_neither(local: realmap.Kernel) -> None:
+    with realmap.connect(local.path) as me, me.map(PAGE, rights=realmap.memory.MappingAccessRights(12)) as some:
+        for use in (lambda: some[0], lambda: memoryview(some), lambda: some[:]):
+            with pytest.raises(BufferError, match="rights"):
+                use()

@@ -70,6 +70,40 @@ def test_ours_is_ours_whoever_else_has_the_signal(order: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "foreign",
+    [
+        "signal.signal(signal.SIGBUS, signal.SIG_DFL)",
+        "signal.signal(signal.SIGBUS, lambda *_: print('no'))",
+        "faulthandler.enable()",
+    ],
+)
+def test_between_two_bytes(foreign: str) -> None:
+    """Not at each single byte it is asked who has the signal; who takes it in between is noticed all the same."""
+    code = f"""
+    for at in range(4096, 65536, 4096):
+        faulthandler.disable()
+        signal.signal(signal.SIGBUS, signal.SIG_IGN)
+        mirror = CrossProcessMapping.mirror_mapping(mapping, 0, 65536, kernel=land)
+        os.truncate(f"/proc/self/fd/{{mapping.frames.segments[0].fd}}", at)
+        for _ in range(100):
+            mirror[0]
+        {foreign}
+        try:
+            mirror[at]
+        except realmap.MemoryFault:
+            print("fault")
+        try:
+            mirror.drop()
+        except realmap.MemoryFault:
+            pass
+        os.truncate(f"/proc/self/fd/{{mapping.frames.segments[0].fd}}", 65536)
+    """
+    done = _run(textwrap.dedent(SETUP) + textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "fault\n" * 15
+
+
+@pytest.mark.parametrize(
     ("order", "dumped"),
     [
         ("ours(); foreign()", False),

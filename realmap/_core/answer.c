@@ -3,8 +3,6 @@
  * mapping, a handle) and nobody took it, the kernel is told so. */
 #include "core.h"
 
-static inline Answer *as_answer(PyObject *op) { return (Answer *)op; }
-
 static void close_all(int *fds, int count)
 {
     for (int i = 0; i < count; i++)
@@ -14,11 +12,11 @@ static void close_all(int *fds, int count)
 static Answer *new_answer(Endpoint *endpoint, uint64_t number, PyObject *holds, PyObject *late, PyObject *bell)
 {
     allocfunc alloc = (allocfunc)PyType_GetSlot(answer_type, Py_tp_alloc);
-    Answer *self = (Answer *)alloc(answer_type, 0);
+    Answer *self = as_answer(alloc(answer_type, 0));
     if (!self)
         return NULL;
     self->node.key = number;
-    self->endpoint = (Endpoint *)Py_NewRef((PyObject *)endpoint);
+    self->endpoint = as_endpoint(Py_NewRef((PyObject *)endpoint));
     self->holds = Py_XNewRef(holds);
     self->late = Py_IsNone(late) ? NULL : Py_NewRef(late);
     self->bell = Py_XNewRef(bell);

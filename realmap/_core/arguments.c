@@ -1,4 +1,4 @@
-/* Python's numbers as C's, with an exception where they are none. */
+/* Python's numbers as C's, and C's failures as exceptions. */
 #include "core.h"
 
 /* A Python int as an unsigned 64-bit number; -1 with an exception set if it is none. */
@@ -27,4 +27,41 @@ static int wants(Py_ssize_t got, Py_ssize_t wanted, const char *what)
         return 0;
     PyErr_Format(PyExc_TypeError, "%s: %zd arguments, takes %zd", what, got, wanted);
     return -1;
+}
+
+/* Whether `items` is a tuple of objects of that type, at least one. */
+static int is_tuple_of(PyObject *items, PyTypeObject *type)
+{
+    Py_ssize_t count = PyTuple_Check(items) ? PyTuple_Size(items) : 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (!PyObject_TypeCheck(PyTuple_GetItem(items, i), type))
+            return 0;
+    return count > 0;
+}
+
+/* Raises an exception that Python made; takes it over. NULL: one is raised already. */
+static void raise_made(PyObject *error)
+{
+    if (error && PyExceptionInstance_Check(error))
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    else if (error)
+        PyErr_SetString(PyExc_TypeError, "that is no exception");
+    Py_XDECREF(error);
+}
+
+/* What a function of realmap/errors.py makes of `facts`, a tuple that is taken over: errors of ours are Python's. */
+COLD static PyObject *made_error(const char *function, PyObject *facts)
+{
+    PyObject *errors = facts ? PyImport_ImportModule("realmap.errors") : NULL;
+    PyObject *make = errors ? PyObject_GetAttrString(errors, function) : NULL;
+    PyObject *error = make ? PyObject_CallObject(make, facts) : NULL;
+    Py_XDECREF(make);
+    Py_XDECREF(errors);
+    Py_XDECREF(facts);
+    return error;
+}
+
+static void raise_unmapped(void)
+{
+    PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
 }

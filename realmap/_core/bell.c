@@ -4,8 +4,6 @@
  * so the bell has itself called once more, and nobody is forgotten. */
 #include "core.h"
 
-static inline Bell *as_bell(PyObject *op) { return (Bell *)op; }
-
 /* Has the loop call it soon, whatever comes in between. Where a handler raises meanwhile, that is raised afterwards: -1. */
 static int ring(PyObject *op)
 {
@@ -64,7 +62,7 @@ static PyObject *bell_watch(PyObject *op, PyObject *endpoint)
         PyErr_SetString(PyExc_TypeError, "a bell watches an Endpoint");
         return NULL;
     }
-    const Post *post = &((Endpoint *)endpoint)->post;
+    const Post *post = &as_endpoint(endpoint)->post;
     if (!post_is_ours(&self->post) && post_is_ours(post)) {
         self->post = *post;
         self->post.fd = fcntl(post->fd, F_DUPFD_CLOEXEC, 0);

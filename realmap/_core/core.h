@@ -54,14 +54,11 @@
  * thread keep it for a whole switch interval (5 ms); above it, others should not wait for us. */
 #define LONG_RANGE ((size_t)1 << 20)
 
-
 /* Where nobody listens this is never run: it must not stand in the way of what is. */
 #define COLD __attribute__((noinline, cold))
 
-
 /* How a function with METH_FASTCALL is put into a table. */
 #define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
-
 
 enum state { NOT_READY, ALIVE, DEAD };
 
@@ -70,7 +67,6 @@ enum state { NOT_READY, ALIVE, DEAD };
 static unsigned long fork_epoch;
 
 static void count_fork(void) { fork_epoch++; }
-
 
 /* What the guard knows of a window. Written under the GIL, read by a signal handler on any thread. */
 typedef struct {
@@ -85,7 +81,6 @@ typedef struct {
     uint32_t index;
     uint32_t next; /* of those without a window: one more than its index, or 0 */
 } Guarded;
-
 
 typedef struct {
     PyObject_HEAD
@@ -105,17 +100,17 @@ typedef struct {
     char state;
 } Window;
 
-
 typedef struct {
     PyObject_HEAD
-    PyObject *windows; /* a tuple of Window, side by side, in order */
+    PyObject *windows; /* a tuple of Window, side by side, in order: */
+    Window **parts;    /* the same, `count` of them */
+    size_t count;
     uintptr_t start;
     Py_ssize_t length;
     Py_ssize_t exports;
     int writable;
     int dropped;
 } View;
-
 
 #define FACTS 6
 
@@ -138,7 +133,6 @@ typedef struct {
     unsigned long long lost;
     uint64_t told; /* how many of those lost a GAP has told of */
 } Events;
-
 
 typedef struct Node {
     struct Node *next;
@@ -168,10 +162,17 @@ typedef struct Kept {
     char in_tree;
 } Kept;
 
+/* Where lands lie: Linux never hands these addresses out by itself (memory/lands.py). */
+#define LANDS_START ((uint64_t)0x2000 << 32)
+#define LANDS_END ((uint64_t)0x4000 << 32)
+
+#define STAKES 64 /* as many as there are 512 GiB between the two */
+
 typedef struct Land {
     PyObject_HEAD
     unsigned long long cursor;
     unsigned long long hole_end;
+    unsigned long long start;
     unsigned long long end;
     unsigned long long staked; /* up to where stakes have been seen to */
     unsigned long long budget;
@@ -187,8 +188,9 @@ typedef struct Land {
     Kept *oldest;
     Kept *newest;
     PyObject *gone; /* a list of bases that the tree still has */
-    PyObject *stakes; /* a list of addresses, a page each */
     Events *events; /* NULL while nobody listens */
+    size_t stake_count;
+    uintptr_t stakes[STAKES]; /* a page each */
     struct Land *other; /* the next of all lands */
     unsigned long epoch;
 } Land;
@@ -197,40 +199,41 @@ typedef struct {
     Window window;
     Node node;
     Land *land; /* while its place is taken there */
-    PyObject *mapping;
-    PyObject *mappings;
-    PyObject *frames;
-    PyObject *holders; /* the `mirrors` of its one frames, while it holds a reference to them */
-    PyObject *caller; /* the UserBuffer of the call that it was made in */
+    PyObject *mapping; /* a Mapping: what its first byte is of */
+    PyObject *mappings; /* a tuple of all of them; NULL where that is the only one */
+    PyObject *frames; /* Frames, or a tuple of them where there are `mappings` */
+    PyObject *caller; /* the UserBuffer of the call that it was made in, or NULL */
     PyObject *weakrefs;
     uint64_t serial; /* of its frames; 0 where it shows several */
     uint64_t start; /* what its first page shows: an offset in the frames */
+    char holds; /* whether it has references to its frames */
     char in_tree;
 } Mirror;
 
-
 #define OWNER(type, member, pointer) ((type *)(void *)((char *)(pointer) - offsetof(type, member)))
-
 
 typedef struct {
     PyObject_HEAD
     PyObject *holders; /* {id: who}: one entry for each reference, */
     PyObject *mirrors; /* but those of mirrors are here: they come and go, and there may be many of the others */
-    unsigned long long serial;
+    unsigned long long serial; /* 0: not set yet */
     unsigned long long huge; /* bytes that huge pages back */
     int fd;                  /* of the one segment; -1 where there are several, or none any more */
+    char freed;              /* nobody may hold them: their last reference went, or they are not set yet */
 } Frames;
 
 typedef struct {
     PyObject_HEAD
-    PyObject *frames;
-    PyObject *rights;
+    PyObject *frames; /* Frames, or something that a mirror knows nothing of */
+    PyObject *rights; /* as they were given; and as a number: */
+    int allowed;
+    unsigned long long address;
     unsigned long long phys_offset;
     unsigned long long length;
     Py_ssize_t pins;
-    char held;
+    char is_set;
+    char held; /* from when it is set until it is released */
 } Mapping;
-
 
 #define RING_SLOTS 32u
 #define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
@@ -273,24 +276,43 @@ typedef struct {
     unsigned long epoch;
 } Ring;
 
+/* The bytes of an object that lends them, and how its type does: `lend` raises what stands in the way, or else counts
+ * an export, so that they stay mapped whatever Python code an index or a value runs; `give_back` ends that. */
+typedef struct {
+    unsigned char *start;
+    Py_ssize_t length;
+    int writable;
+} Lent;
 
+typedef struct {
+    int (*lend)(PyObject *op, Lent *lent);
+    void (*give_back)(PyObject *op);
+    int (*is_alive)(PyObject *op);
+    uintptr_t (*fault_at)(PyObject *op);
+} Lender;
 
-static PyTypeObject *window_type;
-static PyTypeObject *land_type;
-static PyTypeObject *events_type;
+/* The one way from an object to what it is in C, for who knows its type: the methods of that type, and who has
+ * checked it. */
+#define ACCESSOR(type, name) \
+    static inline type *name(PyObject *op) { return (type *)(void *)op; }
+
+ACCESSOR(Window, as_window)
+ACCESSOR(View, as_view)
+ACCESSOR(Events, as_events)
+ACCESSOR(Land, as_land)
+ACCESSOR(Mirror, as_mirror)
+ACCESSOR(Frames, as_frames)
+ACCESSOR(Mapping, as_mapping)
+ACCESSOR(PyTypeObject, as_type)
+
+/* The types, filled once by module.c. Not in the state of the module: what the guard knows is one table a process, so
+ * there is one core a process, in its main interpreter. Imported again, it has the same types. */
+static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *frames_type, *mapping_type;
+static PyTypeObject *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
+static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
 static size_t page_size;
 
-
-static PyTypeObject *frames_type;
-static PyTypeObject *mapping_type;
-static PyObject *word_mirror; /* "mirror" */
-
-
-static PyTypeObject *ring_type;
-
-
 static int64_t nanoseconds(void);
-
 
 /* ---- connections ---------------------------------------------------------------------------- */
 
@@ -383,9 +405,11 @@ typedef struct Endpoint {
     int stalled;     /* Linux had no memory to send: not at once again */
 } Endpoint;
 
-static PyTypeObject *bell_type;
-static PyTypeObject *answer_type;
-static PyTypeObject *endpoint_type;
+ACCESSOR(Ring, as_ring)
+ACCESSOR(Bell, as_bell)
+ACCESSOR(Answer, as_answer)
+ACCESSOR(Endpoint, as_endpoint)
+
 static void endpoint_notice(PyObject *endpoint, PyObject *message);
 static int settle(Endpoint *self, PyObject *own);
 static void endpoint_leave_late(Endpoint *self, PyObject *function, PyObject *data);

@@ -8,8 +8,6 @@
  * Whatever an answer has brought is that Answer's, until somebody takes it. */
 #include "core.h"
 
-static inline Endpoint *as_endpoint(PyObject *op) { return (Endpoint *)op; }
-
 /* ---- requests ----------------------------------------------------------------------------------- */
 
 /* A request that is sent, or about to be. NULL with an exception set: no memory. */
@@ -92,11 +90,11 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
     Endpoint *self = as_endpoint(op);
     if (wants(nargs, 3, "Endpoint.unmap"))
         return NULL;
-    if (!PyObject_TypeCheck(args[0], window_type)) {
+    if (!PyObject_TypeCheck(args[0], window_type) || PyObject_TypeCheck(args[0], mirror_type)) {
         PyErr_SetString(PyExc_TypeError, "what is unmapped is a Window");
         return NULL;
     }
-    Window *window = (Window *)args[0];
+    Window *window = as_window(args[0]);
     if (!is_alive(window))
         Py_RETURN_NONE;
     if (window->exports)
@@ -234,7 +232,7 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
     int fd;
     if (wants(nargs, 2, "Endpoint.join") || as_int(args[0], &fd) || as_u64(args[1], &most))
         return NULL;
-    Ring *ring = self->ring ? NULL : (Ring *)new_ring(ring_type);
+    Ring *ring = self->ring ? NULL : as_ring(new_ring(ring_type));
     int error = ring ? map_ring(ring, fd, 0) : self->ring ? EEXIST : ENOMEM;
     if (error) {
         PyErr_Clear();

@@ -34,7 +34,7 @@ static PyObject *events_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNU
     if (!capacity || capacity > SIZE_MAX / sizeof(Event))
         return PyErr_NoMemory();
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Events *self = (Events *)alloc(type, 0);
+    Events *self = as_events(alloc(type, 0));
     if (!self)
         return NULL;
     /* Linux gives its pages as they are touched. */
@@ -51,7 +51,7 @@ static PyObject *events_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNU
 
 static void events_dealloc(PyObject *op)
 {
-    Events *self = (Events *)op;
+    Events *self = as_events(op);
     PyTypeObject *type = Py_TYPE(op);
     if (self->ring)
         munmap(self->ring, self->capacity * sizeof(Event));
@@ -74,14 +74,14 @@ static PyObject *events_note(PyObject *op, PyObject *const *args, Py_ssize_t nar
     }
     Event event = {.kind = (uint16_t)numbers[0], .flags = (uint16_t)numbers[1], .process = (uint32_t)numbers[2]};
     memcpy(event.facts, numbers + 3, sizeof event.facts);
-    put_event((Events *)op, event);
+    put_event(as_events(op), event);
     Py_RETURN_NONE;
 }
 
 /* take(most) -> bytes: up to so many records, the oldest first; they are gone from here. */
 static PyObject *events_take(PyObject *op, PyObject *number)
 {
-    Events *self = (Events *)op;
+    Events *self = as_events(op);
     uint64_t most;
     if (as_u64(number, &most))
         return NULL;

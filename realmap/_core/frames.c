@@ -1,59 +1,196 @@
-/* Frames and Mapping: what a mirror has to know of those of memory/. */
+/* Frames: who refers to a list of segments, and what a mirror has to know of them. */
 #include "core.h"
 
-/* What a mirror has to know of frames and mappings. The classes of memory/frames.py and memory/mapping.py
- * build on these; their invariants are theirs. */
+/* The refcount of frames is the number of entries of two dicts, which only this file changes, each time as a whole
+ * under the GIL: so a reference can be given up from a destructor, at any moment. memory/frames.py has the segments;
+ * its `_free` is called when the last reference has gone, once. */
 
+static uint64_t last_serial;
+
+static PyObject *frames_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
+{
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Frames *self = as_frames(alloc(type, 0));
+    if (!self)
+        return NULL;
+    self->fd = -1;
+    self->freed = 1;
+    self->holders = PyDict_New();
+    self->mirrors = PyDict_New();
+    if (!self->holders || !self->mirrors) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
 
 static void frames_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
-    Py_XDECREF(((Frames *)op)->holders);
-    Py_XDECREF(((Frames *)op)->mirrors);
+    Py_XDECREF(as_frames(op)->holders);
+    Py_XDECREF(as_frames(op)->mirrors);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }
 
-static void mapping_dealloc(PyObject *op)
+/* _set(fd, huge): they are there from now on; once. `fd`: of the one segment, or -1. */
+static PyObject *frames_set(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    PyTypeObject *type = Py_TYPE(op);
-    Mapping *self = (Mapping *)op;
-    Py_XDECREF(self->frames);
-    Py_XDECREF(self->rights);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    Frames *self = as_frames(op);
+    int fd;
+    uint64_t huge;
+    if (wants(nargs, 2, "Frames._set") || as_int(args[0], &fd) || as_u64(args[1], &huge))
+        return NULL;
+    if (self->serial) {
+        PyErr_SetString(PyExc_ValueError, "frames are set once");
+        return NULL;
+    }
+    self->serial = ++last_serial;
+    self->huge = huge;
+    self->fd = fd;
+    self->freed = 0;
+    Py_RETURN_NONE;
 }
+
+/* _grew(): they are several segments from now on. */
+static PyObject *frames_grew(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    as_frames(op)->fd = -1;
+    Py_RETURN_NONE;
+}
+
+/* Notes a reference of `owner` in `among`, one of the two dicts. `who` is taken over; NULL: an exception is set. */
+static int frames_hold(Frames *self, PyObject *among, const void *owner, PyObject *who)
+{
+    PyObject *key = who ? PyLong_FromVoidPtr((void *)owner) : NULL;
+    int failed = !key;
+    if (key && self->freed) { /* asked now: to make those two may have collected garbage, and their last holder in it */
+        raise_made(made_error("frames_gone", PyTuple_New(0)));
+        failed = 1;
+    } else if (key) {
+        failed = PyDict_SetItem(among, key, who) != 0;
+    }
+    Py_XDECREF(key);
+    Py_XDECREF(who);
+    return failed ? -1 : 0;
+}
+
+/* Their end: nobody may hold them any more. Again: nothing. */
+static int frames_end(Frames *self)
+{
+    if (self->freed)
+        return 0;
+    self->freed = 1;
+    self->fd = -1;
+    unkeep(self->serial);
+    PyObject *done = PyObject_CallMethod((PyObject *)self, "_free", NULL);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* Gives up the reference of `owner` in `among`; with the last one they end. Where it has none: nothing. */
+static int frames_let_go(Frames *self, PyObject *among, const void *owner)
+{
+    PyObject *key = PyLong_FromVoidPtr((void *)owner);
+    int failed = !key || PyDict_DelItem(among, key);
+    Py_XDECREF(key);
+    if (!failed)
+        return !PyDict_Size(self->holders) && !PyDict_Size(self->mirrors) ? frames_end(self) : 0;
+    if (!PyErr_ExceptionMatches(PyExc_KeyError))
+        return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+/* hold(holder, *who) */
+static PyObject *frames_hold_for(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (!nargs) {
+        PyErr_SetString(PyExc_TypeError, "hold: whom for?");
+        return NULL;
+    }
+    PyObject *who = PyTuple_New(nargs - 1);
+    for (Py_ssize_t i = 1; who && i < nargs; i++)
+        if (PyTuple_SetItem(who, i - 1, Py_NewRef(args[i])))
+            Py_CLEAR(who);
+    if (frames_hold(as_frames(op), as_frames(op)->holders, args[0], who))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *frames_let_go_of(PyObject *op, PyObject *holder)
+{
+    if (frames_let_go(as_frames(op), as_frames(op)->holders, holder))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *frames_who_holds(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *found = PyDict_Values(as_frames(op)->holders);
+    PyObject *mirrors = found ? PyDict_Values(as_frames(op)->mirrors) : NULL;
+    if (!mirrors || PyList_SetSlice(found, PyList_Size(found), PyList_Size(found), mirrors))
+        Py_CLEAR(found);
+    Py_XDECREF(mirrors);
+    return found;
+}
+
+static PyObject *frames_unkeep(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    unkeep(as_frames(op)->serial);
+    Py_RETURN_NONE;
+}
+
+static PyObject *frames_end_them(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    if (frames_end(as_frames(op)))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *frames_refcount(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSsize_t(PyDict_Size(as_frames(op)->holders) + PyDict_Size(as_frames(op)->mirrors));
+}
+
+static PyObject *frames_freed(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(as_frames(op)->freed);
+}
+
+static PyMethodDef frames_methods[] = {
+    {"_set", FASTCALL(frames_set), METH_FASTCALL, NULL},
+    {"_grew", frames_grew, METH_NOARGS, NULL},
+    {"_end", frames_end_them, METH_NOARGS, NULL},
+    {"hold", FASTCALL(frames_hold_for), METH_FASTCALL,
+     "hold(holder, *who): takes a reference for `holder`, described by `who`. InvalidHandle: the frames are gone."},
+    {"let_go", frames_let_go_of, METH_O,
+     "let_go(holder): gives up its reference; the last one closes the segments. A second time: nothing."},
+    {"who_holds", frames_who_holds, METH_NOARGS, "Everyone who holds a reference, as it was noted."},
+    {"unkeep", frames_unkeep, METH_NOARGS, "Has windows of these frames that are kept unmapped."},
+    {NULL, NULL, 0, NULL},
+};
 
 static PyMemberDef frames_members[] = {
-    {"_holders", T_OBJECT_EX, offsetof(Frames, holders), 0, NULL},
-    {"_mirrors", T_OBJECT_EX, offsetof(Frames, mirrors), 0, NULL},
-    {"serial", T_ULONGLONG, offsetof(Frames, serial), 0, "A number of its own, in this process."},
-    {"huge", T_ULONGLONG, offsetof(Frames, huge), 0, "How many bytes of it huge pages back."},
-    {"_fd", T_INT, offsetof(Frames, fd), 0, NULL},
+    {"serial", T_ULONGLONG, offsetof(Frames, serial), READONLY, "A number of its own, in this process."},
+    {"huge", T_ULONGLONG, offsetof(Frames, huge), READONLY, "How many bytes of it huge pages back."},
+    {"_fd", T_INT, offsetof(Frames, fd), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyMemberDef mapping_members[] = {
-    {"frames", T_OBJECT_EX, offsetof(Mapping, frames), 0, "The frames behind it, or None."},
-    {"rights", T_OBJECT_EX, offsetof(Mapping, rights), 0, "What its process may do there."},
-    {"phys_offset", T_ULONGLONG, offsetof(Mapping, phys_offset), 0, "Where in its frames it starts, in bytes."},
-    {"length", T_ULONGLONG, offsetof(Mapping, length), 0, "Its bytes."},
-    {"_pins", T_PYSSIZET, offsetof(Mapping, pins), 0, NULL},
-    {"_held", T_BOOL, offsetof(Mapping, held), 0, NULL},
-    {NULL, 0, 0, 0, NULL},
+static PyGetSetDef frames_getset[] = {
+    {"refcount", frames_refcount, NULL, "How many mappings, mirrors and handles refer to these frames.", NULL},
+    {"freed", frames_freed, NULL, "Whether the last reference went, and the segments with it.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot frames_slots[] = {
     {Py_tp_doc, "Frames, as a mirror has to know them."},
+    {Py_tp_new, frames_new},
     {Py_tp_dealloc, frames_dealloc},
+    {Py_tp_methods, frames_methods},
     {Py_tp_members, frames_members},
-    {0, NULL},
-};
-
-static PyType_Slot mapping_slots[] = {
-    {Py_tp_doc, "A mapping, as a mirror has to know it."},
-    {Py_tp_dealloc, mapping_dealloc},
-    {Py_tp_members, mapping_members},
+    {Py_tp_getset, frames_getset},
     {0, NULL},
 };
 
@@ -63,91 +200,3 @@ static PyType_Spec frames_spec = {
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
     .slots = frames_slots,
 };
-
-static PyType_Spec mapping_spec = {
-    .name = "realmap._core.Mapping",
-    .basicsize = sizeof(Mapping),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = mapping_slots,
-};
-
-
-/* A plain int from 0 on; -1 where it is another object, or does not fit. Nothing is raised. */
-static int64_t plain(PyObject *number)
-{
-    if (!PyLong_CheckExact(number))
-        return -1;
-    int64_t value = PyLong_AsLongLong(number);
-    if (value == -1 && PyErr_Occurred())
-        PyErr_Clear();
-    return value;
-}
-
-/* The range [offset, offset + length) of a mapping, where it is one of the plain kind: whole and held, of one
- * segment or of several (whose descriptor is -1). Its frames, or NULL; where in them it is, in `at`. */
-static Frames *plain_range(Mapping *mapping, int64_t offset, int64_t length, uint64_t *at)
-{
-    Frames *frames = (Frames *)mapping->frames;
-    if (!frames || !PyObject_TypeCheck((PyObject *)frames, frames_type) || !frames->holders ||
-        !frames->mirrors || !PyDict_Check(frames->holders) || !PyDict_Check(frames->mirrors) || !(mapping->held || mapping->pins) || offset < 0 || length <= 0 ||
-        (uint64_t)offset + (uint64_t)length > mapping->length || mapping->phys_offset > (uint64_t)INT64_MAX / 2 ||
-        mapping->length > (uint64_t)INT64_MAX / 2)
-        return NULL;
-    *at = mapping->phys_offset + (uint64_t)offset;
-    return frames;
-}
-
-/* 1: the mapping's own rights allow all of `rights`; 0: they do not; -1 with an exception set: they are none. */
-static int owner_allows(Mapping *mapping, int rights)
-{
-    long allowed = mapping->rights ? PyLong_AsLong(mapping->rights) : 0;
-    if (allowed == -1 && PyErr_Occurred())
-        return -1;
-    return !(rights & ~allowed);
-}
-
-/* copy_in(mapping, offset, length) -> bytes: a copy, where the mapping's owner may read it and it lies in one
- * segment. None: not this way, or not all of it is there; memory/frames.py knows the others, and why not. */
-static PyObject *host_copy_in(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    if (wants(nargs, 3, "copy_in"))
-        return NULL;
-    if (!PyObject_TypeCheck(args[0], mapping_type)) {
-        PyErr_SetString(PyExc_TypeError, "a copy is made of a mapping");
-        return NULL;
-    }
-    Mapping *mapping = (Mapping *)args[0];
-    uint64_t at;
-    int64_t offset = plain(args[1]), length = plain(args[2]);
-    Frames *frames = plain_range(mapping, offset, length, &at);
-    int allowed = frames ? owner_allows(mapping, PROT_READ) : 0;
-    if (allowed < 0)
-        return NULL;
-    if (!allowed || frames->fd < 0 || length > PY_SSIZE_T_MAX / 2)
-        Py_RETURN_NONE;
-    PyObject *copy = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
-    if (!copy)
-        return NULL;
-    char *bytes = PyBytes_AsString(copy);
-    int fd = frames->fd;
-    ssize_t got;
-    if ((size_t)length >= LONG_RANGE / 16) {
-        mapping->pins++; /* while the GIL is away nobody may close the descriptor */
-        Py_BEGIN_ALLOW_THREADS
-        got = pread(fd, bytes, (size_t)length, (off_t)at);
-        Py_END_ALLOW_THREADS
-        PyObject *unpinned = PyObject_CallMethod((PyObject *)mapping, "unpin", NULL);
-        if (!unpinned) {
-            Py_DECREF(copy);
-            return NULL;
-        }
-        Py_DECREF(unpinned);
-    } else {
-        got = pread(fd, bytes, (size_t)length, (off_t)at);
-    }
-    if (got != length) {
-        Py_DECREF(copy);
-        Py_RETURN_NONE;
-    }
-    return copy;
-}

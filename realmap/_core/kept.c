@@ -69,12 +69,9 @@ static Land *living(Land *at)
     return at;
 }
 
-/* unkeep(serial): unmaps every kept window of these frames, in every land. */
-static PyObject *host_unkeep(PyObject *Py_UNUSED(module), PyObject *number)
+/* Unmaps every kept window of these frames, in every land. */
+static void unkeep(uint64_t serial)
 {
-    uint64_t serial;
-    if (as_u64(number, &serial))
-        return NULL;
     for (Land *land = living(all_lands), *next; land; land = next) {
         Node *at;
         while ((at = table_find(&land->of, serial)))
@@ -82,5 +79,4 @@ static PyObject *host_unkeep(PyObject *Py_UNUSED(module), PyObject *number)
         next = living(land->other);
         Py_DECREF((PyObject *)land);
     }
-    Py_RETURN_NONE;
 }

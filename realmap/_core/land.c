@@ -18,50 +18,83 @@
  * lost whatever was there. */
 static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    Land *land = (Land *)op;
+    Land *land = as_land(op);
     uint64_t start, end, budget;
     if (wants(nargs, 3, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
         as_u64(args[2], &budget))
         return NULL;
-    PyObject *gone = PyList_New(0), *stakes = PyList_New(0);
-    if (!gone || !stakes) {
-        Py_XDECREF(gone);
-        Py_XDECREF(stakes);
+    if (start % page_size || end % page_size || start < LANDS_START || end <= start || end > LANDS_END) {
+        PyErr_SetString(PyExc_ValueError, "a land is whole pages of where lands lie");
         return NULL;
     }
+    PyObject *gone = PyList_New(0);
+    if (!gone)
+        return NULL;
     pull_stakes(land);
-    land->stakes = stakes;
     Py_XDECREF((PyObject *)land->events);
     land->events = NULL;
+    clear_kept(land); /* first: the GIL may go away meanwhile, and what comes then is lost below, too */
     for (size_t i = 0; i <= land->live.mask; i++)
         for (Node *at = land->live.buckets[i]; at; at = at->next) {
             OWNER(Mirror, node, at)->land = NULL;
             Py_DECREF(op); /* the caller has one more */
         }
-    clear_kept(land);
     table_reset(&land->live);
     table_reset(&land->exact);
     table_reset(&land->of);
     land->oldest = land->newest = NULL;
-    land->cursor = start;
+    land->cursor = land->start = start;
     land->hole_end = land->end = end;
     land->staked = 0;
     land->budget = budget;
     land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
     land->epoch = fork_epoch;
-    Py_XDECREF(land->gone);
+    PyObject *before = land->gone;
     land->gone = gone;
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
+/* _lose(): in a forked child what its parent has mapped there goes, whatever it is. */
+static PyObject *land_lose(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Land *land = as_land(op);
+    if (land->epoch == fork_epoch) {
+        PyErr_SetString(PyExc_ValueError, "a land is lost in a forked child only");
+        return NULL;
+    }
+    int error = unmap_range(land->start, land->end - land->start);
+    if (error)
+        return os_error(error);
+    Py_RETURN_NONE;
+}
+
+/* _search(cursor, hole_end): places are taken from there on, up to the end of that hole. */
+static PyObject *land_search(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Land *land = as_land(op);
+    uint64_t cursor, hole_end;
+    if (wants(nargs, 2, "Land._search") || as_u64(args[0], &cursor) || as_u64(args[1], &hole_end))
+        return NULL;
+    uint64_t end = land->end + page_size; /* a place may end where the land does, and a free page follows each */
+    if (cursor % page_size || cursor < land->start || cursor > end || hole_end > end) {
+        PyErr_SetString(PyExc_ValueError, "a search is for whole pages of the land");
+        return NULL;
+    }
+    land->cursor = cursor;
+    land->hole_end = hole_end;
     Py_RETURN_NONE;
 }
 
 static PyObject *land_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
 {
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Land *self = (Land *)alloc(type, 0);
+    Land *self = as_land(alloc(type, 0));
     if (self) {
         table_reset(&self->live);
         table_reset(&self->exact);
         table_reset(&self->of);
+        self->epoch = fork_epoch;
         self->other = all_lands;
         all_lands = self;
     }
@@ -70,7 +103,7 @@ static PyObject *land_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObjec
 
 static void land_dealloc(PyObject *op)
 {
-    Land *land = (Land *)op;
+    Land *land = as_land(op);
     PyTypeObject *type = Py_TYPE(op);
     for (Land **at = &all_lands; *at; at = &(*at)->other)
         if (*at == land) {
@@ -115,7 +148,7 @@ static PyObject *listed(Row *rows, size_t count, int width)
 /* _fresh() -> [(start, end)]: what was taken since the tree last learned of it. */
 static PyObject *land_fresh(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Land *land = (Land *)op;
+    Land *land = as_land(op);
     size_t count = 0;
     Row *rows = PyMem_Calloc(land->live.count + land->exact.count + 1, sizeof *rows);
     if (!rows)
@@ -142,18 +175,19 @@ static PyObject *land_gone(PyObject *op, PyObject *Py_UNUSED(ignored))
     PyObject *empty = PyList_New(0);
     if (!empty)
         return NULL;
-    PyObject *gone = ((Land *)op)->gone;
-    ((Land *)op)->gone = empty;
-    return gone;
+    PyObject *gone = as_land(op)->gone;
+    as_land(op)->gone = empty;
+    return gone ? gone : PyList_New(0);
 }
 
 static PyObject *land_reserve(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t span, residue;
     uintptr_t base;
-    if (wants(nargs, 2, "Land._reserve") || as_u64(args[0], &span) || as_u64(args[1], &residue))
+    if (wants(nargs, 2, "Land._reserve") || as_u64(args[0], &span) || as_u64(args[1], &residue) ||
+        check_range(0, span))
         return NULL;
-    if (!reserve((Land *)op, span, residue, &base))
+    if (!reserve(as_land(op), span, residue, &base))
         Py_RETURN_NONE;
     return PyLong_FromUnsignedLongLong(base);
 }
@@ -161,15 +195,30 @@ static PyObject *land_reserve(PyObject *op, PyObject *const *args, Py_ssize_t na
 /* _mirrors() -> [Mirror]: those that live. One that is being collected this moment is none any more. */
 static PyObject *land_mirrors(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Land *land = (Land *)op;
+    Land *land = as_land(op);
     PyObject *found = PyList_New(0);
     for (size_t i = 0; found && i <= land->live.mask; i++)
-        for (Node *at = land->live.buckets[i]; found && at; at = at->next) {
+        for (Node *at = land->live.buckets[i]; at; at = at->next) {
             Mirror *mirror = OWNER(Mirror, node, at);
             if (Py_REFCNT((PyObject *)mirror) && is_alive(&mirror->window) &&
-                PyList_Append(found, (PyObject *)mirror))
-                Py_CLEAR(found);
+                PyList_Append(found, (PyObject *)mirror)) {
+                Py_DECREF(found); /* with which a mirror may go, and the chain change */
+                return NULL;
+            }
         }
+    return found;
+}
+
+/* _stakes() -> [address]: single pages without rights, where stakes stand. */
+static PyObject *land_stakes(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Land *land = as_land(op);
+    PyObject *found = PyList_New((Py_ssize_t)land->stake_count);
+    for (size_t i = 0; found && i < land->stake_count; i++) {
+        PyObject *address = PyLong_FromUnsignedLongLong(land->stakes[i]);
+        if (!address || PyList_SetItem(found, (Py_ssize_t)i, address))
+            Py_CLEAR(found);
+    }
     return found;
 }
 
@@ -179,7 +228,7 @@ static PyObject *land_mirror_at(PyObject *op, PyObject *address)
     uint64_t base;
     if (as_u64(address, &base))
         return NULL;
-    Node *node = table_find(&((Land *)op)->live, base);
+    Node *node = table_find(&as_land(op)->live, base);
     Mirror *mirror = node ? OWNER(Mirror, node, node) : NULL;
     if (!mirror || !Py_REFCNT((PyObject *)mirror) || !is_alive(&mirror->window))
         Py_RETURN_NONE;
@@ -190,7 +239,7 @@ static PyObject *land_mirror_at(PyObject *op, PyObject *address)
 /* _kept() -> [(base, span, serial of the frames, start in them, prot)], the one kept longest first. */
 static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Land *land = (Land *)op;
+    Land *land = as_land(op);
     size_t count = 0;
     Row *rows = PyMem_Calloc(land->exact.count + 1, sizeof *rows);
     if (!rows)
@@ -203,24 +252,24 @@ static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
 /* _clear_kept() -> bool: unmaps all of them; whether there were any. */
 static PyObject *land_clear_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    return PyBool_FromLong(clear_kept((Land *)op));
+    return PyBool_FromLong(clear_kept(as_land(op)));
 }
 
 static PyObject *land_live(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromSize_t(((Land *)op)->live.count);
+    return PyLong_FromSize_t(as_land(op)->live.count);
 }
 
 /* _listen(events): has them told of every mirror from now on; None: nobody any more. */
 static PyObject *land_listen(PyObject *op, PyObject *events)
 {
-    Land *land = (Land *)op;
+    Land *land = as_land(op);
     if (!Py_IsNone(events) && !PyObject_TypeCheck(events, events_type)) {
         PyErr_SetString(PyExc_TypeError, "a land tells Events");
         return NULL;
     }
     PyObject *before = (PyObject *)land->events;
-    land->events = Py_IsNone(events) ? NULL : (Events *)events;
+    land->events = Py_IsNone(events) ? NULL : as_events(events);
     Py_XINCREF((PyObject *)land->events);
     Py_XDECREF(before);
     Py_RETURN_NONE;
@@ -228,10 +277,13 @@ static PyObject *land_listen(PyObject *op, PyObject *events)
 
 static PyMethodDef land_methods[] = {
     {"_prepare", FASTCALL(land_prepare), METH_FASTCALL, NULL},
+    {"_lose", land_lose, METH_NOARGS, NULL},
+    {"_search", FASTCALL(land_search), METH_FASTCALL, NULL},
     {"_reserve", FASTCALL(land_reserve), METH_FASTCALL, NULL},
     {"_fresh", land_fresh, METH_NOARGS, NULL},
     {"_gone", land_gone, METH_NOARGS, NULL},
     {"_mirrors", land_mirrors, METH_NOARGS, NULL},
+    {"_stakes", land_stakes, METH_NOARGS, NULL},
     {"_mirror_at", land_mirror_at, METH_O, NULL},
     {"_kept", land_kept, METH_NOARGS, NULL},
     {"_clear_kept", land_clear_kept, METH_NOARGS, NULL},
@@ -240,9 +292,8 @@ static PyMethodDef land_methods[] = {
 };
 
 static PyMemberDef land_members[] = {
-    {"_cursor", T_ULONGLONG, offsetof(Land, cursor), 0, NULL},
-    {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), 0, NULL},
-    {"_stakes", T_OBJECT, offsetof(Land, stakes), READONLY, NULL},
+    {"_cursor", T_ULONGLONG, offsetof(Land, cursor), READONLY, NULL},
+    {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), READONLY, NULL},
     {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
     {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},
     {"_hits", T_ULONGLONG, offsetof(Land, hits), READONLY, NULL},

@@ -80,7 +80,7 @@ static void end_connection(Endpoint *self, int end)
 }
 
 /* Whether the socket may be used: it is this connection's, here, and nobody has taken its number. */
-static int is_usable(Endpoint *self)
+static int is_open(Endpoint *self)
 {
     if (!self->end && self->epoch != fork_epoch)
         end_connection(self, LOST_IN_CHILD);
@@ -96,7 +96,7 @@ static int receive_one(Endpoint *self);
 /* Sends what waits, as far as the socket takes it now. */
 static void flush(Endpoint *self)
 {
-    while (self->letters && is_usable(self)) {
+    while (self->letters && is_open(self)) {
         Letter *letter = self->letters;
         Answer *answer = letter->answer;
         char *data = PyBytes_AsString(letter->message);
@@ -142,7 +142,7 @@ static int post_message(Endpoint *self, PyObject *message, Answer *answer)
     size_t size = (size_t)PyBytes_Size(message);
     if (!self->letters && self->ring && size <= queue_room(&self->ring->duplex) &&
         !peer_sleeps(&self->ring->duplex)) {
-        if (queue_push(&self->ring->duplex, PyBytes_AsString(message), size) == 2 && is_usable(self))
+        if (queue_push(&self->ring->duplex, PyBytes_AsString(message), size) == 2 && is_open(self))
             ring_bell(self->post.fd);
         if (answer)
             answer->sent = 1;
@@ -265,7 +265,7 @@ static void assemble(Endpoint *self, enum flag flag, const char *data, size_t si
 static int receive_one(Endpoint *self)
 {
     int fds[MAX_DESCRIPTORS], count;
-    if (!is_usable(self))
+    if (!is_open(self))
         return 0;
     if (!self->datagram && !(self->datagram = malloc(CHUNK_BYTES + 2)))
         return 0; /* it is still there */

@@ -3,7 +3,7 @@
 
 static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, int prot)
 {
-    Mirror *self = (Mirror *)new_window((PyTypeObject *)cls, 0, prot, 0);
+    Mirror *self = as_mirror((PyObject *)new_window(as_type(cls), 0, prot, 0));
     if (self) {
         Py_INCREF(mapping);
         Py_INCREF(frames);
@@ -43,49 +43,48 @@ static void leave(Mirror *self, int give_back)
     Py_DECREF((PyObject *)land);
 }
 
-/* Notes its reference with the frames: {id: ("mirror", address)}. */
-static int hold(Mirror *self, PyObject *holders)
+static PyObject *frames_of(const Mirror *self, Py_ssize_t i)
 {
-    PyObject *key = PyLong_FromVoidPtr(self);
-    PyObject *address = PyLong_FromUnsignedLongLong(self->window.base + self->window.lead);
-    PyObject *who = address ? PyTuple_Pack(2, word_mirror, address) : NULL;
-    int failed = !key || !who || PyDict_SetItem(holders, key, who);
-    Py_XDECREF(key);
-    Py_XDECREF(address);
-    Py_XDECREF(who);
-    if (!failed) {
-        Py_INCREF(holders);
-        self->holders = holders;
-    }
-    return failed ? -1 : 0;
+    return self->mappings ? PyTuple_GetItem(self->frames, i) : self->frames;
 }
 
-/* Gives up its reference, or references; where it was the last one, the frames go. Again: nothing. */
+static Py_ssize_t count_frames(const Mirror *self) { return self->mappings ? PyTuple_Size(self->frames) : 1; }
+
+/* Notes its reference with each of its frames: {id: ("mirror", address)}. -1 with an exception set: with some of them
+ * it may have; `let_go` undoes it. */
+static int hold(Mirror *self)
+{
+    self->holds = 1;
+    for (Py_ssize_t i = 0; i < count_frames(self); i++) {
+        Frames *frames = as_frames(frames_of(self, i));
+        PyObject *address = PyLong_FromUnsignedLongLong(self->window.base + self->window.lead);
+        PyObject *who = address ? PyTuple_Pack(2, word_mirror, address) : NULL;
+        Py_XDECREF(address);
+        if (frames_hold(frames, frames->mirrors, self, who))
+            return -1;
+    }
+    return 0;
+}
+
+/* Gives up its references, all of them; frames whose last one it was go. Again: nothing. What fails first is raised. */
 static int let_go(Mirror *self)
 {
-    PyObject *holders = self->holders;
-    if (!holders) {
-        Py_ssize_t count = self->mappings ? PyTuple_Size(self->frames) : 0;
-        for (Py_ssize_t i = 0; i < count; i++) {
-            PyObject *done = PyObject_CallMethod(PyTuple_GetItem(self->frames, i), "let_go", "O", self);
-            if (!done)
-                return -1;
-            Py_DECREF(done);
-        }
+    PyObject *kind = NULL, *value = NULL, *traceback = NULL;
+    Py_ssize_t count = self->holds ? count_frames(self) : 0;
+    self->holds = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Frames *frames = as_frames(frames_of(self, i));
+        if (!frames_let_go(frames, frames->mirrors, self))
+            continue;
+        if (kind)
+            PyErr_Clear();
+        else
+            PyErr_Fetch(&kind, &value, &traceback);
+    }
+    if (!kind)
         return 0;
-    }
-    self->holders = NULL;
-    PyObject *key = PyLong_FromVoidPtr(self);
-    int failed = !key || PyDict_DelItem(holders, key);
-    Py_XDECREF(key);
-    Frames *frames = (Frames *)self->frames;
-    if (!failed && !PyDict_Size(holders) && !PyDict_Size(frames->holders)) {
-        PyObject *done = PyObject_CallMethod(self->frames, "_free", NULL);
-        failed = !done;
-        Py_XDECREF(done);
-    }
-    Py_DECREF(holders);
-    return failed ? -1 : 0;
+    PyErr_Restore(kind, value, traceback);
+    return -1;
 }
 
 /* Leaves the window of a mirror that is being dropped to its land. 0: it must be unmapped. */
@@ -95,7 +94,7 @@ static int keep(Mirror *self)
     Window *window = &self->window;
     if (!land || !self->serial || window->span > land->budget || zeros_of(window))
         return 0;
-    if (!((Mapping *)self->mapping)->held)
+    if (!as_mapping(self->mapping)->held)
         return 0; /* nothing survives the unmapping by its process */
     uint64_t key = exact_key(self->serial, self->start, window->span, window->prot);
     for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
@@ -134,10 +133,12 @@ static void tell_caller(Mirror *self)
     uintptr_t at = self->caller ? window_fault_at(&self->window) : 0;
     if (!at)
         return;
-    PyObject *told = PyObject_CallMethod(self->caller, "note_fault", "OK", self, (unsigned long long)at);
+    PyObject *caller = Py_NewRef(self->caller); /* it may have itself replaced */
+    PyObject *told = PyObject_CallMethod(caller, "note_fault", "OK", self, (unsigned long long)at);
     if (!told)
         PyErr_Clear();
     Py_XDECREF(told);
+    Py_DECREF(caller);
 }
 
 /* What the flags of MIRROR and DROP say besides its rights. */
@@ -154,20 +155,12 @@ COLD static void tell_mirror(Events *events, enum kind kind, const Mirror *self,
                         self->start + window->lead, PyThread_get_thread_ident()}});
 }
 
-/* Tells of a mirror that has just been made. Asking its mapping for the address may run anything. */
-COLD static void tell_made(Mirror *self, int flags)
+/* Tells of a mirror that has just been made. */
+COLD static void tell_made(const Land *land, const Mirror *self, int flags)
 {
-    uint64_t user = 0;
-    Mapping *mapping = (Mapping *)self->mapping;
-    PyObject *address = PyObject_GetAttrString(self->mapping, "address");
-    if (address) {
-        user = PyLong_AsUnsignedLongLongMask(address) + self->start + self->window.lead - mapping->phys_offset;
-        Py_DECREF(address);
-    }
-    if (PyErr_Occurred())
-        PyErr_Clear();
-    if (self->land && self->land->events)
-        tell_mirror(self->land->events, MIRROR, self, flags, self->land->live.count, user);
+    const Mapping *mapping = as_mapping(self->mapping);
+    uint64_t user = mapping->address + self->start + self->window.lead - mapping->phys_offset;
+    tell_mirror(land->events, MIRROR, self, flags, land->live.count, user);
 }
 
 /* Unmaps it (or has it kept), gives back its place and its references. Again: nothing.
@@ -226,15 +219,12 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
         PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of a mapping");
         return NULL;
     }
-    Land *land = (Land *)args[0];
-    Mapping *mapping = (Mapping *)args[1];
+    Land *land = as_land(args[0]);
+    Mapping *mapping = as_mapping(args[1]);
     uint64_t at;
     int64_t offset = plain(args[2]), size = plain(args[3]);
     Frames *frames = plain_range(mapping, offset, size, &at);
-    int allowed = caller && frames ? owner_allows(mapping, rights) : 1;
-    if (allowed < 0)
-        return NULL;
-    if (!frames || !allowed || !rights)
+    if (!frames || !rights || (caller && !owner_allows(mapping, rights)))
         Py_RETURN_NONE;
     uint64_t length = (uint64_t)size, serial = frames->serial;
     uint64_t start = at - at % page_size, end = at + length + page_size - 1;
@@ -248,7 +238,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     }
     size_t span = (size_t)(end - start);
     uint64_t lead = at - start;
-    int fd = frames->fd, prot = rights;
+    int prot = rights;
     Mirror *self = new_mirror(cls, (PyObject *)mapping, (PyObject *)frames, prot);
     if (!self)
         return NULL;
@@ -266,7 +256,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     } else {
         uintptr_t base;
         land->misses += land->budget != 0;
-        if (fd < 0 || !reserve(land, span, start, &base)) {
+        if (frames->fd < 0 || !reserve(land, span, start, &base)) {
             Py_DECREF((PyObject *)self);
             Py_RETURN_NONE;
         }
@@ -281,11 +271,11 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     self->window.state = was_kept ? ALIVE : NOT_READY;
     Window *window = &self->window;
     window->guarded = guard(window->base, window->span, prot, 0);
-    if (!window->guarded || hold(self, frames->mirrors)) {
+    if (!window->guarded || hold(self)) {
         Py_DECREF((PyObject *)self);
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     }
-    if (!was_kept && map_piece(self->window.base, span, prot, fd, (off_t)start)) {
+    if (!was_kept && map_piece(self->window.base, span, prot, frames->fd, (off_t)start)) {
         Py_DECREF((PyObject *)self);
         Py_RETURN_NONE;
     }
@@ -293,12 +283,12 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     arm(&self->window);
     count_made(land, length);
     if (land->events)
-        tell_made(self, was_kept ? WAS_KEPT : 0);
+        tell_made(land, self, was_kept ? WAS_KEPT : 0);
     return (PyObject *)self;
 }
 
-/* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces
- * at a place that was reserved. `frames` is a tuple; the caller takes the references. OSError: nothing stays. */
+/* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces at a place that
+ * was reserved, with a reference to each of `frames`, a tuple. OSError: nothing stays. */
 static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t base, start, lead, length;
@@ -306,50 +296,54 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     if (wants(nargs, 9, "Mirror._open_at") || as_u64(args[1], &base) || as_u64(args[5], &start) ||
         as_u64(args[6], &lead) || as_u64(args[7], &length) || as_int(args[8], &prot))
         return NULL;
-    if (!PyObject_TypeCheck(args[0], land_type) || !PyTuple_Check(args[2]) || !PyTuple_Size(args[2]) ||
-        !PyObject_TypeCheck(PyTuple_GetItem(args[2], 0), mapping_type) || !PyTuple_Check(args[3])) {
+    if (!PyObject_TypeCheck(args[0], land_type) || !is_tuple_of(args[2], mapping_type) ||
+        !is_tuple_of(args[3], frames_type)) {
         PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of tuples of mappings and frames");
         return NULL;
     }
+    Land *land = as_land(args[0]);
     Mirror *self = new_mirror(cls, PyTuple_GetItem(args[2], 0), args[3], prot);
     if (!self)
         return NULL;
-    Py_INCREF(args[2]);
-    self->mappings = args[2];
-    uintptr_t end = map_pieces(&self->window, base, args[4]);
-    if (!end) {
+    Window *window = &self->window;
+    self->mappings = Py_NewRef(args[2]);
+    uintptr_t end;
+    if (map_pieces(window, base, args[4], &end)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }
-    self->window.state = end > base ? ALIVE : DEAD;
-    enter((Land *)args[0], self, base, end - base, 0);
-    if (end > base && !guard_window(&self->window)) {
+    window->state = end > base ? ALIVE : DEAD;
+    enter(land, self, base, end - base, 0);
+    if (end > base && !guard_window(window)) {
         Py_DECREF((PyObject *)self);
         return PyErr_NoMemory();
     }
-    if (lead > self->window.span || length > self->window.span - lead) {
+    if (lead > window->span || length > window->span - lead) {
         PyErr_SetString(PyExc_ValueError, "what a mirror exports lies inside of what it maps");
         Py_DECREF((PyObject *)self);
         return NULL;
     }
-    if (PyTuple_Size(args[2]) == 1 && PyTuple_Size(args[3]) == 1 &&
-        PyObject_TypeCheck(PyTuple_GetItem(args[3], 0), frames_type))
-        self->serial = ((Frames *)PyTuple_GetItem(args[3], 0))->serial;
     self->start = start;
-    self->window.lead = lead;
-    self->window.length = (Py_ssize_t)length;
-    count_made((Land *)args[0], length);
-    if (self->land->events && is_alive(&self->window))
-        tell_made(self, 0);
+    window->lead = lead;
+    window->length = (Py_ssize_t)length;
+    if (hold(self)) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    if (PyTuple_Size(args[2]) == 1 && PyTuple_Size(args[3]) == 1)
+        self->serial = as_frames(PyTuple_GetItem(args[3], 0))->serial;
+    count_made(land, length);
+    if (land->events && is_alive(window))
+        tell_made(land, self, 0);
     return (PyObject *)self;
 }
 
 /* _populate(): faults in every page. OSError: one cannot be had. */
 static PyObject *mirror_populate(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Window *self = (Window *)op;
+    Window *self = as_window(op);
     if (!is_alive(self)) {
-        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
+        raise_unmapped();
         return NULL;
     }
     int error = populate_range(self->base, self->span, self->prot);
@@ -362,10 +356,10 @@ static PyObject *mirror_populate(PyObject *op, PyObject *Py_UNUSED(ignored))
  * BufferError: a view lives. OSError: Linux did not unmap it. */
 static PyObject *mirror_end(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    int lived = is_alive((Window *)op);
-    if (end_mirror((Mirror *)op))
+    int lived = is_alive(as_window(op));
+    if (end_mirror(as_mirror(op)))
         return NULL;
-    return PyBool_FromLong(lived && window_fault_at((Window *)op));
+    return PyBool_FromLong(lived && window_fault_at(as_window(op)));
 }
 
 /* Collection is a drop; no view can live then. What fails here has nobody to be told to. */
@@ -373,31 +367,39 @@ static void mirror_finalize(PyObject *op)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    if (end_mirror((Mirror *)op))
+    if (end_mirror(as_mirror(op)))
         PyErr_Clear();
     PyErr_Restore(type, value, traceback);
 }
 
 static void mirror_dealloc(PyObject *op)
 {
-    Mirror *self = (Mirror *)op;
-    PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->holders, self->caller};
-    if (self->holders) { /* a base type's own objects are not finalized */
+    Mirror *self = as_mirror(op);
+    PyObject *refs[] = {self->mapping, self->mappings, self->frames, self->caller};
+    if (self->holds) { /* a base type's own objects are not finalized */
         self->caller = NULL; /* nobody is told: it cannot be shown to anybody any more */
         mirror_finalize(op);
     }
     if (self->weakrefs)
         PyObject_ClearWeakRefs(op);
-    refs[3] = self->holders;
     leave(self, 0); /* where it could not be unmapped before: its place stays taken, or is an obstacle */
     for (size_t i = 0; i < sizeof refs / sizeof *refs; i++)
         Py_XDECREF(refs[i]);
     window_dealloc(op);
 }
 
+/* _tell(caller): whose `note_fault` is called where bytes of it are gone when it is dropped; None: nobody's. */
+static PyObject *mirror_tell(PyObject *op, PyObject *caller)
+{
+    PyObject *before = as_mirror(op)->caller;
+    as_mirror(op)->caller = Py_IsNone(caller) ? NULL : Py_NewRef(caller);
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
 static PyObject *mirror_mappings(PyObject *op, void *Py_UNUSED(closure))
 {
-    Mirror *self = (Mirror *)op;
+    Mirror *self = as_mirror(op);
     if (!self->mappings)
         return PyTuple_Pack(1, self->mapping);
     Py_INCREF(self->mappings);
@@ -409,6 +411,7 @@ static PyMethodDef mirror_methods[] = {
     {"_open_at", FASTCALL(mirror_open_at), METH_FASTCALL | METH_CLASS, NULL},
     {"_populate", mirror_populate, METH_NOARGS, NULL},
     {"_end", mirror_end, METH_NOARGS, NULL},
+    {"_tell", mirror_tell, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -416,7 +419,7 @@ static PyMemberDef mirror_members[] = {
     {"mapping", T_OBJECT_EX, offsetof(Mirror, mapping), READONLY, "The mapping that its first byte belongs to."},
     {"_frames", T_OBJECT_EX, offsetof(Mirror, frames), READONLY, NULL},
     {"_start", T_ULONGLONG, offsetof(Mirror, start), READONLY, NULL},
-    {"_caller", T_OBJECT, offsetof(Mirror, caller), 0, NULL},
+    {"_caller", T_OBJECT, offsetof(Mirror, caller), READONLY, NULL},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Mirror, weakrefs), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };

@@ -4,6 +4,7 @@
  *            address that the caller chose. Exports its bytes through the buffer protocol and
  *            counts the exports, so that it is never unmapped under a live view.
  *   Land     what is mapped where in a range of addresses, and the windows kept there for their next use.
+ *   Frames, Mapping   what a mirror has to know of those of memory/, and their counts.
  *   Mirror   a window in a land, of frames that it holds a reference to.
  *   Events   what happened, in a ring of bounded size, for whoever asked to be told.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
@@ -30,6 +31,7 @@
 #include "queue.c"
 #include "spin.c"
 #include "post.c"
+#include "bytes.c"
 #include "bell.c"
 #include "answer.c"
 #include "window.c"
@@ -40,36 +42,16 @@
 #include "kept.c"
 #include "land.c"
 #include "frames.c"
+#include "mapping.c"
 #include "mirror.c"
 #include "ring.c"
 #include "mail.c"
 #include "turn.c"
 #include "endpoint.c"
 
-
-static int add_constants(PyObject *module)
-{
-#define CONSTANT(name) {#name, name}
-    static const struct {
-        const char *name;
-        long value;
-    } constants[] = {
-        CONSTANT(ON_ITS_WAY), CONSTANT(ANSWERED), CONSTANT(TIMED_OUT), CONSTANT(ENDED),
-        CONSTANT(FAILED),     CONSTANT(OPEN),     CONSTANT(CLOSED),    CONSTANT(DIED),
-        CONSTANT(SAID_BYE),   CONSTANT(NONSENSE), CONSTANT(STOLEN),    CONSTANT(LOST_IN_CHILD),
-        CONSTANT(ERRNO),      CONSTANT(OVERLOADED), CONSTANT(SAME_CPU),
-    };
-    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
-        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value))
-            return -1;
-    return 0;
-}
-
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
-    {"unmap_all", FASTCALL(host_unmap_all), METH_FASTCALL, NULL},
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
-    {"unkeep", host_unkeep, METH_O, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"spin", FASTCALL(core_spin), METH_FASTCALL, NULL},
     {"fall_asleep", core_fall_asleep, METH_O, NULL},
@@ -77,69 +59,92 @@ static PyMethodDef host_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static const struct {
+    const char *name;
+    long value;
+} constants[] = {
+#define CONSTANT(name) {#name, name}
+    CONSTANT(ON_ITS_WAY), CONSTANT(ANSWERED),   CONSTANT(TIMED_OUT), CONSTANT(ENDED),  CONSTANT(FAILED),
+    CONSTANT(OPEN),       CONSTANT(CLOSED),     CONSTANT(DIED),      CONSTANT(SAID_BYE), CONSTANT(NONSENSE),
+    CONSTANT(STOLEN),     CONSTANT(LOST_IN_CHILD), CONSTANT(ERRNO),  CONSTANT(OVERLOADED), CONSTANT(SAME_CPU),
+    {"RING_BYTES", 2 * sizeof(Queue)},
+    {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
+};
+
+/* In the order in which they are made: a base before what builds on it. */
+static const struct {
+    PyTypeObject **type;
+    PyType_Spec *spec;
+    PyTypeObject **base;
+} types[] = {
+    {&window_type, &window_spec, NULL},
+    {&view_type, &view_spec, NULL},
+    {&events_type, &events_spec, NULL},
+    {&land_type, &land_spec, NULL},
+    {&mirror_type, &mirror_spec, &window_type},
+    {&frames_type, &frames_spec, NULL},
+    {&mapping_type, &mapping_spec, NULL},
+    {&ring_type, &ring_spec, NULL},
+    {&budget_type, &spin_budget_spec, NULL},
+    {&bell_type, &bell_spec, NULL},
+    {&answer_type, &answer_spec, NULL},
+    {&endpoint_type, &endpoint_spec, NULL},
+};
+
+/* What there is once a process. -1 with an exception set; what was made by then is found the next time. */
+static int set_up(void)
+{
+    static int counts_forks;
+    page_size = (size_t)sysconf(_SC_PAGESIZE);
+    huge_size = page_size * (page_size / sizeof(uint64_t));
+    if (!word_mirror && !(word_mirror = PyUnicode_InternFromString("mirror")))
+        return -1;
+    if (!word_mapping && !(word_mapping = PyUnicode_InternFromString("mapping")))
+        return -1;
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        PyObject *base = types[i].base ? (PyObject *)*types[i].base : NULL;
+        if (!*types[i].type && !(*types[i].type = as_type(PyType_FromSpecWithBases(types[i].spec, base))))
+            return -1;
+    }
+    int error = counts_forks ? 0 : pthread_atfork(NULL, NULL, count_fork);
+    if (error) {
+        os_error(error);
+        return -1;
+    }
+    counts_forks = 1;
+    return 0;
+}
+
+/* Called again when it is imported again: sys.modules had lost it. */
+static int host_exec(PyObject *module)
+{
+    if (PyInterpreterState_GetID(PyInterpreterState_Get())) {
+        PyErr_SetString(PyExc_ImportError, "realmap works in the main interpreter of a process only: there is one "
+                                           "SIGBUS handler and one table of windows a process");
+        return -1;
+    }
+    if (set_up())
+        return -1;
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
+        if (PyModule_AddType(module, *types[i].type))
+            return -1;
+    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value))
+            return -1;
+    return 0;
+}
+
+static PyModuleDef_Slot host_slots[] = {
+    {Py_mod_exec, host_exec},
+    {0, NULL},
+};
+
 static struct PyModuleDef host_module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "realmap._core",
     .m_doc = "Windows at chosen addresses, with counted exports.",
-    .m_size = -1,
     .m_methods = host_methods,
+    .m_slots = host_slots,
 };
 
-PyMODINIT_FUNC PyInit__core(void)
-{
-    page_size = (size_t)sysconf(_SC_PAGESIZE);
-    huge_size = page_size * (page_size / sizeof(uint64_t));
-    word_mirror = PyUnicode_InternFromString("mirror");
-    if (!word_mirror)
-        return NULL;
-    PyObject *module = PyModule_Create(&host_module);
-    if (!module)
-        return NULL;
-    window_type = (PyTypeObject *)PyType_FromSpec(&window_spec);
-    ring_type = (PyTypeObject *)PyType_FromSpec(&ring_spec);
-    land_type = (PyTypeObject *)PyType_FromSpec(&land_spec);
-    events_type = (PyTypeObject *)PyType_FromSpec(&events_spec);
-    if (!events_type || PyModule_AddType(module, events_type)) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    PyObject *mirror_type = window_type ? PyType_FromSpecWithBases(&mirror_spec, (PyObject *)window_type) : NULL;
-    PyObject *view_type = PyType_FromSpec(&view_spec);
-    bell_type = (PyTypeObject *)PyType_FromSpec(&bell_spec);
-    answer_type = (PyTypeObject *)PyType_FromSpec(&answer_spec);
-    endpoint_type = (PyTypeObject *)PyType_FromSpec(&endpoint_spec);
-    if (!bell_type || !answer_type || !endpoint_type || PyModule_AddType(module, bell_type) ||
-        PyModule_AddType(module, answer_type) ||
-        PyModule_AddType(module, endpoint_type)) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    PyObject *budget_type = PyType_FromSpec(&spin_budget_spec);
-    if (!budget_type || PyModule_AddType(module, (PyTypeObject *)budget_type)) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    Py_DECREF(budget_type);
-    frames_type = (PyTypeObject *)PyType_FromSpec(&frames_spec);
-    mapping_type = (PyTypeObject *)PyType_FromSpec(&mapping_spec);
-    if (!frames_type || !mapping_type || PyModule_AddType(module, frames_type) || PyModule_AddType(module, mapping_type)) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    if (!window_type || !view_type || !ring_type || !land_type || !mirror_type ||
-        PyModule_AddType(module, land_type) || PyModule_AddType(module, (PyTypeObject *)mirror_type) || PyModule_AddType(module, window_type) ||
-        PyModule_AddType(module, (PyTypeObject *)view_type) || PyModule_AddType(module, ring_type) ||
-        add_constants(module) || PyModule_AddIntConstant(module, "RING_BYTES", 2 * sizeof(Queue)) ||
-        PyModule_AddIntConstant(module, "RING_MESSAGE", RING_SLOT - sizeof(uint32_t))) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    Py_DECREF(view_type);
-    Py_DECREF(mirror_type);
-    int error = pthread_atfork(NULL, NULL, count_fork);
-    if (error) {
-        Py_DECREF(module);
-        return os_error(error);
-    }
-    return module;
-}
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&host_module); }

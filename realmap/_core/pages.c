@@ -74,19 +74,6 @@ static int check_range(uint64_t address, uint64_t length)
 }
 
 
-/* unmap_all(address, length): what is mapped there goes, whatever it is (a forked child's land). */
-static PyObject *host_unmap_all(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    uint64_t address, length;
-    if (wants(nargs, 2, "unmap_all") || as_u64(args[0], &address) || as_u64(args[1], &length) ||
-        check_range(address, length))
-        return NULL;
-    int error = unmap_range(address, length);
-    if (error)
-        return os_error(error);
-    Py_RETURN_NONE;
-}
-
 /* collapse(fd, length) -> bytes: backs a file whose space is taken with huge pages, as far as Linux has any; how
  * many bytes it did. MADV_COLLAPSE (Linux 6.1) does not ask for shmem_enabled, but it leaves holes alone. */
 static PyObject *host_collapse(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)

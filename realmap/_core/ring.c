@@ -34,7 +34,7 @@ static PyObject *ring_open(PyObject *cls, PyObject *const *args, Py_ssize_t narg
     if (wants(nargs, 2, "Ring._open") || as_int(args[0], &fd) || as_int(args[1], &is_kernel))
         return NULL;
     PyObject *self = new_ring((PyTypeObject *)cls);
-    int error = self ? map_ring((Ring *)self, fd, is_kernel) : 0;
+    int error = self ? map_ring(as_ring(self), fd, is_kernel) : 0;
     if (!error)
         return self;
     Py_DECREF(self);
@@ -53,14 +53,14 @@ static int ring_is_here(Ring *self)
 }
 
 
-static Duplex *duplex_of(PyObject *op) { return &((Ring *)op)->duplex; }
+static Duplex *duplex_of(PyObject *op) { return &as_ring(op)->duplex; }
 
 /* _push(bytes) -> 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. */
 static PyObject *ring_push(PyObject *op, PyObject *message)
 {
     char *data;
     Py_ssize_t length;
-    if (!ring_is_here((Ring *)op) || PyBytes_AsStringAndSize(message, &data, &length))
+    if (!ring_is_here(as_ring(op)) || PyBytes_AsStringAndSize(message, &data, &length))
         return NULL;
     return PyLong_FromLong(queue_push(duplex_of(op), data, (size_t)length));
 }
@@ -72,7 +72,7 @@ static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs
     int socket;
     char *data;
     Py_ssize_t length;
-    if (wants(nargs, 2, "Ring._send") || as_int(args[1], &socket) || !ring_is_here((Ring *)op) ||
+    if (wants(nargs, 2, "Ring._send") || as_int(args[1], &socket) || !ring_is_here(as_ring(op)) ||
         PyBytes_AsStringAndSize(args[0], &data, &length))
         return NULL;
     int pushed = queue_push(duplex_of(op), data, (size_t)length);
@@ -84,7 +84,7 @@ static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs
 /* _offer(bytes, socket) -> bool: as _send, but False also where the other side sleeps. */
 static PyObject *ring_offer(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (nargs == 2 && ring_is_here((Ring *)op) && peer_sleeps(duplex_of(op)))
+    if (nargs == 2 && ring_is_here(as_ring(op)) && peer_sleeps(duplex_of(op)))
         Py_RETURN_FALSE;
     return PyErr_Occurred() ? NULL : ring_send(op, args, nargs);
 }
@@ -92,7 +92,7 @@ static PyObject *ring_offer(PyObject *op, PyObject *const *args, Py_ssize_t narg
 /* _mailed(): something was sent by the socket, before whatever goes by the ring from now on. */
 static PyObject *ring_mailed(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    if (!ring_is_here((Ring *)op))
+    if (!ring_is_here(as_ring(op)))
         return NULL;
     queue_mailed(duplex_of(op));
     Py_RETURN_NONE;
@@ -105,7 +105,7 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
     Duplex *self = duplex_of(op);
     const char *data;
     uint32_t size;
-    if (!ring_is_here((Ring *)op))
+    if (!ring_is_here(as_ring(op)))
         return NULL;
     int64_t there = queue_peek(self, &data, &size);
     if (!there)
@@ -129,14 +129,14 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
 static PyObject *ring_takes(PyObject *op, PyObject *length)
 {
     uint64_t size;
-    if (!ring_is_here((Ring *)op) || as_u64(length, &size))
+    if (!ring_is_here(as_ring(op)) || as_u64(length, &size))
         return NULL;
     return PyBool_FromLong(size <= queue_room(duplex_of(op)) && !peer_sleeps(duplex_of(op)));
 }
 
 static PyObject *ring_close(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Ring *self = (Ring *)op;
+    Ring *self = as_ring(op);
     if (self->queues && self->epoch == fork_epoch)
         munmap(self->queues, 2 * sizeof(Queue));
     self->queues = NULL;
@@ -194,7 +194,7 @@ static Py_ssize_t all_rings(PyObject *list, Duplex ***pairs)
     }
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = PyList_GetItem(list, i);
-        if (!PyObject_TypeCheck(item, ring_type) || !ring_is_here((Ring *)item)) {
+        if (!PyObject_TypeCheck(item, ring_type) || !ring_is_here(as_ring(item))) {
             if (!PyErr_Occurred())
                 PyErr_SetString(PyExc_TypeError, "rings come in a list");
             PyMem_Free(*pairs);

@@ -15,23 +15,18 @@ static void stake(Land *land, uint64_t at)
     /* In a small land, or right below it, every page counts. */
     if (land->staked > land->end || address - at < (uint64_t)1 << 30)
         return;
-    if (map_piece(address, page_size, PROT_NONE, -1, 0))
+    if (land->stake_count == STAKES || map_piece(address, page_size, PROT_NONE, -1, 0))
         return;
-    PyObject *number = PyLong_FromUnsignedLongLong(address);
-    if (!number || PyList_Append(land->stakes, number)) {
-        PyErr_Clear();
-        munmap((void *)address, page_size);
-    } else if (land->hole_end > address) {
+    land->stakes[land->stake_count++] = address;
+    if (land->hole_end > address)
         land->hole_end = address;
-    }
-    Py_XDECREF(number);
 }
 
 static void pull_stakes(Land *land)
 {
-    for (Py_ssize_t i = 0; land->stakes && land->epoch == fork_epoch && i < PyList_Size(land->stakes); i++)
-        munmap((void *)(uintptr_t)PyLong_AsUnsignedLongLong(PyList_GetItem(land->stakes, i)), page_size);
-    Py_CLEAR(land->stakes);
+    for (size_t i = 0; i < land->stake_count && land->epoch == fork_epoch; i++)
+        munmap((void *)land->stakes[i], page_size);
+    land->stake_count = 0;
 }
 
 /* A place in the current hole, with a free page behind it; 0 where it has none. */

@@ -148,7 +148,7 @@ static int lead(Endpoint *self, Answer *answer, int64_t until, int spin)
             break;
         }
         Duplex *pair = self->ring ? &self->ring->duplex : NULL;
-        if (!is_usable(self) || (pair && !fall_asleep(&pair, 1)))
+        if (!is_open(self) || (pair && !fall_asleep(&pair, 1)))
             continue;
         int got = doze(self, until);
         if (!got || self->end)
@@ -188,7 +188,7 @@ static int wait_for(Endpoint *self, Answer *answer, int64_t until)
         }
         if (settle(self, NULL) || (answer->outcome == ON_ITS_WAY && PyErr_CheckSignals()))
             return -1;
-        if (answer->outcome == ON_ITS_WAY && is_usable(self) && nanoseconds() >= until)
+        if (answer->outcome == ON_ITS_WAY && is_open(self) && nanoseconds() >= until)
             answer->outcome = TIMED_OUT;
     }
     return 0;

@@ -21,7 +21,7 @@ static PyObject *view_over(PyObject *cls, PyObject *const *args, Py_ssize_t narg
             PyErr_SetString(PyExc_TypeError, "a view lies over a tuple of windows");
             return NULL;
         }
-        Window *window = (Window *)item;
+        Window *window = as_window(item);
         uintptr_t begin = window->base + window->lead;
         if (i == 0 ? start < begin : begin != covered) {
             PyErr_SetString(PyExc_ValueError, "the windows do not cover the view without a gap");
@@ -34,32 +34,40 @@ static PyObject *view_over(PyObject *cls, PyObject *const *args, Py_ssize_t narg
         PyErr_SetString(PyExc_ValueError, "the view is longer than its windows");
         return NULL;
     }
-    allocfunc alloc = (allocfunc)PyType_GetSlot((PyTypeObject *)cls, Py_tp_alloc);
-    View *self = (View *)alloc((PyTypeObject *)cls, 0);
-    if (!self)
-        return NULL;
-    Py_INCREF(args[0]);
-    self->windows = args[0];
+    allocfunc alloc = (allocfunc)PyType_GetSlot(as_type(cls), Py_tp_alloc);
+    View *self = as_view(alloc(as_type(cls), 0));
+    Window **parts = self ? PyMem_Calloc((size_t)PyTuple_Size(args[0]), sizeof *parts) : NULL;
+    if (!parts) {
+        Py_XDECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
+    self->windows = Py_NewRef(args[0]);
+    self->parts = parts;
+    self->count = (size_t)PyTuple_Size(args[0]);
+    for (size_t i = 0; i < self->count; i++)
+        parts[i] = as_window(PyTuple_GetItem(args[0], (Py_ssize_t)i));
     self->start = start;
     self->length = (Py_ssize_t)length;
     self->writable = writable;
     return (PyObject *)self;
 }
 
-static int view_is_alive(View *self)
+static int view_is_alive(PyObject *op)
 {
+    View *self = as_view(op);
     if (self->dropped)
         return 0;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(self->windows); i++)
-        if (!is_alive((Window *)PyTuple_GetItem(self->windows, i)))
+    for (size_t i = 0; i < self->count; i++)
+        if (!is_alive(self->parts[i]))
             return 0;
     return 1;
 }
 
-static uintptr_t view_fault_at(View *self)
+static uintptr_t view_fault_at(PyObject *op)
 {
-    for (Py_ssize_t i = 0; i < PyTuple_Size(self->windows); i++) {
-        Window *window = (Window *)PyTuple_GetItem(self->windows, i);
+    View *self = as_view(op);
+    for (size_t i = 0; i < self->count; i++) {
+        Window *window = self->parts[i];
         uintptr_t end = window->base + window->lead + (size_t)window->length, stop = self->start + (size_t)self->length;
         uintptr_t start = window->base > self->start ? window->base : self->start;
         uintptr_t at = start < end && start < stop ? fault_in(window, start, (stop < end ? stop : end) - start) : 0;
@@ -72,38 +80,50 @@ static uintptr_t view_fault_at(View *self)
 static void count_exports(View *self, Py_ssize_t by)
 {
     self->exports += by;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(self->windows); i++)
-        ((Window *)PyTuple_GetItem(self->windows, i))->exports += by;
+    for (size_t i = 0; i < self->count; i++)
+        self->parts[i]->exports += by;
 }
 
-static int view_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
+static int view_lend(PyObject *op, Lent *lent)
 {
-    View *self = (View *)op;
-    buffer->obj = NULL;
-    if (!view_is_alive(self)) {
-        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
+    View *self = as_view(op);
+    if (!view_is_alive(op)) {
+        raise_unmapped();
         return -1;
     }
-    if (view_fault_at(self)) {
-        raise_fault(op, view_fault_at(self));
+    uintptr_t fault = view_fault_at(op);
+    if (fault) {
+        raise_fault(op, fault);
         return -1;
     }
-    stand_guard();
-    if (PyBuffer_FillInfo(buffer, op, (void *)self->start, self->length, !self->writable, flags))
-        return -1;
+    for (size_t i = 0; i < self->count; i++)
+        if (!is_usable(self->parts[i]))
+            return -1;
+    *lent = (Lent){(unsigned char *)self->start, self->length, self->writable};
     count_exports(self, 1);
     return 0;
 }
 
-static void view_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer))
+static void view_give_back(PyObject *op) { count_exports(as_view(op), -1); }
+
+static const Lender view_lender = {view_lend, view_give_back, view_is_alive, view_fault_at};
+
+static PyObject *view_item(PyObject *op, Py_ssize_t at) { return get_item(op, at, &view_lender); }
+static PyObject *view_get(PyObject *op, PyObject *key) { return get_bytes(op, key, &view_lender); }
+
+static int view_set(PyObject *op, PyObject *key, PyObject *value) { return set_bytes(op, key, value, &view_lender); }
+
+static int view_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
 {
-    count_exports((View *)op, -1);
+    return export_bytes(op, buffer, flags, &view_lender);
 }
+
+static void view_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer)) { view_give_back(op); }
 
 /* _drop() -> bool: False if it was dropped already; BufferError while exports live. */
 static PyObject *view_drop(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    View *self = (View *)op;
+    View *self = as_view(op);
     if (self->dropped)
         Py_RETURN_FALSE;
     if (self->exports)
@@ -117,7 +137,7 @@ static PyObject *view_drop(PyObject *op, PyObject *Py_UNUSED(ignored))
 static int view_traverse(PyObject *op, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(op));
-    Py_VISIT(((View *)op)->windows);
+    Py_VISIT(as_view(op)->windows);
     return 0;
 }
 
@@ -125,33 +145,34 @@ static void view_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
-    PyObject *windows = ((View *)op)->windows;
-    ((View *)op)->windows = NULL;
+    PyObject *windows = as_view(op)->windows;
+    as_view(op)->windows = NULL;
+    PyMem_Free(as_view(op)->parts);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_XDECREF(windows);
     Py_DECREF(type);
 }
 
-static Py_ssize_t view_length(PyObject *op) { return ((View *)op)->length; }
+static Py_ssize_t view_length(PyObject *op) { return as_view(op)->length; }
 
 static PyObject *view_address(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromUnsignedLongLong(((View *)op)->start);
+    return PyLong_FromUnsignedLongLong(as_view(op)->start);
 }
 
 static PyObject *view_exports(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromSsize_t(((View *)op)->exports);
+    return PyLong_FromSsize_t(as_view(op)->exports);
 }
 
 static PyObject *view_alive(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyBool_FromLong(view_is_alive((View *)op));
+    return PyBool_FromLong(view_is_alive(op));
 }
 
 static PyObject *view_fault(PyObject *op, void *Py_UNUSED(closure))
 {
-    uintptr_t at = view_fault_at((View *)op);
+    uintptr_t at = view_fault_at(op);
     if (!at)
         Py_RETURN_NONE;
     return PyLong_FromUnsignedLongLong(at);
@@ -186,6 +207,9 @@ static PyType_Slot view_slots[] = {
     {Py_tp_members, view_members},
     {Py_tp_getset, view_getset},
     {Py_sq_length, view_length},
+    {Py_sq_item, view_item},
+    {Py_mp_subscript, view_get},
+    {Py_mp_ass_subscript, view_set},
     {Py_bf_getbuffer, view_getbuffer},
     {Py_bf_releasebuffer, view_releasebuffer},
     {0, NULL},

@@ -1,16 +1,6 @@
 /* Window: a range of this address space that maps pieces of files at a chosen address, with counted exports. */
 #include "core.h"
 
-/* Raises the MemoryFault that `op` makes of it: it knows whose byte the one at `address` is. */
-static void raise_fault(PyObject *op, uintptr_t address)
-{
-    PyObject *error = PyObject_CallMethod(op, "_memory_fault", "K", (unsigned long long)address);
-    if (error) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
-}
-
 /* The first byte of [start, start + length) that zero pages stand for; 0 where it is all there. */
 static uintptr_t fault_in(const Window *window, uintptr_t start, size_t length)
 {
@@ -31,10 +21,19 @@ static int is_alive(const Window *self)
     return self->state == ALIVE && (self->inherited || self->epoch == fork_epoch);
 }
 
+/* Whether its bytes may be touched at all; where Linux would kill for it, an exception is set. */
+static int is_usable(const Window *self)
+{
+    if (self->prot & (PROT_READ | PROT_WRITE))
+        return 1;
+    PyErr_SetString(PyExc_BufferError, "its rights allow neither to read nor to write its bytes");
+    return 0;
+}
+
 static Window *new_window(PyTypeObject *type, uintptr_t base, int prot, int inherited)
 {
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Window *self = (Window *)alloc(type, 0);
+    Window *self = as_window(alloc(type, 0));
     if (self) {
         self->base = base;
         self->prot = prot;
@@ -46,13 +45,22 @@ static Window *new_window(PyTypeObject *type, uintptr_t base, int prot, int inhe
 }
 
 
+/* A mirror is a window, too, but it is opened in a land. */
+static int is_no_mirror(PyObject *cls)
+{
+    if (!PyType_IsSubtype(as_type(cls), mirror_type))
+        return 1;
+    PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, by _open");
+    return 0;
+}
+
 /* Window._map(address, span, prot, fd, offset, lead, length, inherited): the common case, one
  * piece of one file, in one call. */
 static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t address, span, offset, lead, length;
     int prot, fd, inherited;
-    if (wants(nargs, 8, "Window.map") || as_u64(args[0], &address) || as_u64(args[1], &span) ||
+    if (!is_no_mirror(cls) || wants(nargs, 8, "Window.map") || as_u64(args[0], &address) || as_u64(args[1], &span) ||
         as_int(args[2], &prot) || as_int(args[3], &fd) || as_u64(args[4], &offset) ||
         as_u64(args[5], &lead) || as_u64(args[6], &length) || as_int(args[7], &inherited) ||
         check_range(address, span))
@@ -61,7 +69,7 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
         PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
         return NULL;
     }
-    Window *self = new_window((PyTypeObject *)cls, address, prot, inherited);
+    Window *self = new_window(as_type(cls), address, prot, inherited);
     if (!self)
         return NULL;
     stand_guard();
@@ -80,13 +88,14 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
 }
 
 
-/* Maps every (fd, offset, length) of `pieces` behind `end`, or nothing. New end, or 0. */
-static uintptr_t map_pieces(Window *self, uintptr_t end, PyObject *pieces)
+/* Maps every (fd, offset, length) of `pieces` from `start` on, or nothing; -1 with an exception set. Where they end is
+ * in `end`. */
+static int map_pieces(Window *self, uintptr_t start, PyObject *pieces, uintptr_t *end)
 {
     PyObject *sequence = PySequence_Tuple(pieces);
     if (!sequence)
-        return 0;
-    uintptr_t at = end;
+        return -1;
+    uintptr_t at = start;
     Py_ssize_t count = PyTuple_Size(sequence);
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *piece = PyTuple_GetItem(sequence, i);
@@ -107,12 +116,13 @@ static uintptr_t map_pieces(Window *self, uintptr_t end, PyObject *pieces)
         at += length;
     }
     Py_DECREF(sequence);
-    return at;
-undo:
-    if (at > end)
-        unmap_range(end, at - end);
-    Py_DECREF(sequence);
+    *end = at;
     return 0;
+undo:
+    if (at > start)
+        unmap_range(start, at - start);
+    Py_DECREF(sequence);
+    return -1;
 }
 
 /* Has a window guarded that is mapped already; 0: no memory for it. */
@@ -131,15 +141,15 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
 {
     uint64_t address, lead, length;
     int prot, inherited;
-    if (wants(nargs, 6, "Window.map_pieces") || as_u64(args[0], &address) ||
+    if (!is_no_mirror(cls) || wants(nargs, 6, "Window.map_pieces") || as_u64(args[0], &address) ||
         as_int(args[1], &prot) || as_u64(args[3], &lead) || as_u64(args[4], &length) ||
         as_int(args[5], &inherited))
         return NULL;
-    Window *self = new_window((PyTypeObject *)cls, address, prot, inherited);
+    Window *self = new_window(as_type(cls), address, prot, inherited);
     if (!self)
         return NULL;
-    uintptr_t end = map_pieces(self, address, args[2]);
-    if (!end) {
+    uintptr_t end;
+    if (map_pieces(self, address, args[2], &end)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -162,13 +172,13 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
 /* _extend(pieces): maps more right behind the end, all or nothing; what is exported grows too. */
 static PyObject *window_extend(PyObject *op, PyObject *pieces)
 {
-    Window *self = (Window *)op;
+    Window *self = as_window(op);
     if (!is_alive(self) || self->exports) {
         PyErr_SetString(PyExc_BufferError, "only a live window without exports can be extended");
         return NULL;
     }
-    uintptr_t end = map_pieces(self, self->base + self->span, pieces);
-    if (!end)
+    uintptr_t end;
+    if (map_pieces(self, self->base + self->span, pieces, &end))
         return NULL;
     int lost = !is_alive(self) || self->exports; /* the GIL may have gone away meanwhile */
     if (lost || zeros_of(self)) { /* what comes behind zero pages would count as such */
@@ -235,7 +245,7 @@ static int close_window(Window *self)
 /* _unmap() -> bool: False if it was dead already; BufferError while exports live. */
 static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    Window *self = (Window *)op;
+    Window *self = as_window(op);
     if (!is_alive(self)) {
         self->state = DEAD;
         Py_RETURN_FALSE;
@@ -277,7 +287,7 @@ static PyObject *window_set_farewell(PyObject *op, PyObject *const *args, Py_ssi
 
 static void window_dealloc(PyObject *op)
 {
-    Window *self = (Window *)op;
+    Window *self = as_window(op);
     PyTypeObject *type = Py_TYPE(op);
     disarm(self);
     if (is_alive(self))
@@ -288,62 +298,77 @@ static void window_dealloc(PyObject *op)
     Py_DECREF(type);
 }
 
-static int window_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
+static int window_lend(PyObject *op, Lent *lent)
 {
-    Window *self = (Window *)op;
-    buffer->obj = NULL;
+    Window *self = as_window(op);
     if (!is_alive(self)) {
-        PyErr_SetString(PyExc_BufferError, "it is unmapped: its bytes are no longer there");
+        raise_unmapped();
         return -1;
     }
-    if (window_fault_at(self)) {
-        raise_fault(op, window_fault_at(self));
+    uintptr_t fault = window_fault_at(self);
+    if (fault) {
+        raise_fault(op, fault);
         return -1;
     }
-    stand_guard();
-    if (PyBuffer_FillInfo(buffer, op, (void *)(self->base + self->lead), self->length,
-                          !(self->prot & PROT_WRITE), flags))
+    if (!is_usable(self))
         return -1;
+    *lent = (Lent){(unsigned char *)(self->base + self->lead), self->length, self->prot & PROT_WRITE};
     self->exports++;
     return 0;
 }
 
-static void window_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer))
+static void window_give_back(PyObject *op) { as_window(op)->exports--; }
+static int window_is_alive(PyObject *op) { return is_alive(as_window(op)); }
+static uintptr_t window_fault_of(PyObject *op) { return window_fault_at(as_window(op)); }
+
+static const Lender window_lender = {window_lend, window_give_back, window_is_alive, window_fault_of};
+
+static PyObject *window_item(PyObject *op, Py_ssize_t at) { return get_item(op, at, &window_lender); }
+static PyObject *window_get(PyObject *op, PyObject *key) { return get_bytes(op, key, &window_lender); }
+
+static int window_set(PyObject *op, PyObject *key, PyObject *value)
 {
-    ((Window *)op)->exports--;
+    return set_bytes(op, key, value, &window_lender);
 }
 
-static Py_ssize_t window_length(PyObject *op) { return ((Window *)op)->length; }
+static int window_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
+{
+    return export_bytes(op, buffer, flags, &window_lender);
+}
+
+static void window_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer)) { window_give_back(op); }
+
+static Py_ssize_t window_length(PyObject *op) { return as_window(op)->length; }
 
 static PyObject *window_address(PyObject *op, void *Py_UNUSED(closure))
 {
-    Window *self = (Window *)op;
+    Window *self = as_window(op);
     return PyLong_FromUnsignedLongLong(self->base + self->lead);
 }
 
 static PyObject *window_base(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromUnsignedLongLong(((Window *)op)->base);
+    return PyLong_FromUnsignedLongLong(as_window(op)->base);
 }
 
 static PyObject *window_span(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromUnsignedLongLong(((Window *)op)->span);
+    return PyLong_FromUnsignedLongLong(as_window(op)->span);
 }
 
 static PyObject *window_exports(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromSsize_t(((Window *)op)->exports);
+    return PyLong_FromSsize_t(as_window(op)->exports);
 }
 
 static PyObject *window_prot(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromLong(((Window *)op)->prot);
+    return PyLong_FromLong(as_window(op)->prot);
 }
 
 static PyObject *window_fault(PyObject *op, void *Py_UNUSED(closure))
 {
-    uintptr_t at = window_fault_at((Window *)op);
+    uintptr_t at = window_fault_at(as_window(op));
     if (!at)
         Py_RETURN_NONE;
     return PyLong_FromUnsignedLongLong(at);
@@ -351,28 +376,25 @@ static PyObject *window_fault(PyObject *op, void *Py_UNUSED(closure))
 
 static PyObject *window_thread(PyObject *op, void *Py_UNUSED(closure))
 {
-    Window *self = (Window *)op;
+    Window *self = as_window(op);
     long thread = self->guarded ? atomic_load_explicit(&self->guarded->thread, memory_order_relaxed) : self->thread;
     return PyLong_FromLong(thread);
 }
 
 static PyObject *window_zeros(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromUnsignedLongLong(zeros_of((Window *)op));
+    return PyLong_FromUnsignedLongLong(zeros_of(as_window(op)));
 }
 
 /* _memory_fault(address): the error for a byte that is gone; what builds on a window knows more. */
 static PyObject *window_memory_fault(PyObject *Py_UNUSED(op), PyObject *address)
 {
-    PyObject *errors = PyImport_ImportModule("realmap.errors");
-    PyObject *error = errors ? PyObject_CallMethod(errors, "gone", "O", address) : NULL;
-    Py_XDECREF(errors);
-    return error;
+    return made_error("gone", PyTuple_Pack(1, address));
 }
 
 static PyObject *window_alive(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyBool_FromLong(is_alive((Window *)op));
+    return PyBool_FromLong(is_alive(as_window(op)));
 }
 
 
@@ -405,6 +427,9 @@ static PyType_Slot window_slots[] = {
     {Py_tp_methods, window_methods},
     {Py_tp_getset, window_getset},
     {Py_sq_length, window_length},
+    {Py_sq_item, window_item},
+    {Py_mp_subscript, window_get},
+    {Py_mp_ass_subscript, window_set},
     {Py_bf_getbuffer, window_getbuffer},
     {Py_bf_releasebuffer, window_releasebuffer},
     {0, NULL},

@@ -37,7 +37,7 @@ def of_call(
             kept = isinstance(caller, UserBuffer) and caller.has_ended and mirror._fault_thread == thread
             # One that was kept from an earlier call, and touched in this one, is told of once.
             if caller in buffers or kept:
-                mirror._caller = None
+                mirror._tell(None)
                 return mirror._memory_fault(mirror.fault)
     for buffer in buffers:
         if buffer.process.is_here:

@@ -165,7 +165,7 @@ class UserBuffer:
         if not parts:
             raise InvalidSize(0, why="a mirror of no bytes")
         made = CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
-        made._caller = self
+        made._tell(self)
         return made
 
     def access(

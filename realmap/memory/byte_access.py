@@ -1,11 +1,11 @@
-"""Indexing as on a bytearray, over whatever exports its bytes: one implementation for Buffer, mirror and pointer."""
+"""What an object that exports its bytes offers beside them: casts and arrays. One for Buffer, mirror and pointer."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import Any, SupportsIndex
 
-from realmap.errors import AccessDenied, InvalidSize
+from realmap.errors import InvalidSize
 from realmap.pages import usize
 
 
@@ -18,12 +18,6 @@ class ByteAccess:
     """
 
     __slots__ = ()
-
-    if TYPE_CHECKING:  # the C bases have them
-
-        @property
-        def fault(self) -> int | None: ...
-        def _memory_fault(self, address: int, /) -> Exception: ...
 
     def __buffer__(self, flags: int, /) -> memoryview:  # the C bases implement it; here for Python 3.12's eyes
         raise NotImplementedError
@@ -72,41 +66,3 @@ class ByteAccess:
     def __dlpack_device__(self) -> tuple[int, int]:
         """Main memory (kDLCPU)."""
         return 1, 0
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> bytes: ...
-    def __getitem__(self, index: int | slice) -> int | bytes:
-        found: int | bytes
-        with memoryview(self) as view:
-            part: int | memoryview = view[index]
-            if isinstance(part, memoryview):
-                with part:
-                    found = part.tobytes()
-            else:
-                found = part
-        if self.fault is not None:
-            raise self._memory_fault(self.fault)
-        return found
-
-    @overload
-    def __setitem__(self, index: int, value: int) -> None: ...
-    @overload
-    def __setitem__(self, index: slice, value: bytes | bytearray | memoryview) -> None: ...
-    def __setitem__(self, index: int | slice, value: int | bytes | bytearray | memoryview) -> None:
-        with memoryview(self) as view:
-            if view.readonly:
-                raise AccessDenied(why=f"{self!r} is read-only")
-            if not isinstance(index, slice):
-                view[index] = value  # type: ignore[assignment]
-            else:
-                with memoryview(value) as data, view[index] as part:  # type: ignore[arg-type]
-                    if data.nbytes != part.nbytes:
-                        raise InvalidSize(
-                            data.nbytes,
-                            why=f"a slice of {part.nbytes} bytes takes {part.nbytes} bytes: memory does not move",
-                        )
-                    part[:] = data if data.format == "B" and data.ndim == 1 else data.cast("B")
-        if self.fault is not None:
-            raise self._memory_fault(self.fault)

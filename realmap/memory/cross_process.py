@@ -166,7 +166,7 @@ class CrossProcessMapping(Mirror, ByteAccess):
     @staticmethod
     def _checked(mapping: Mapping, offset: Any, length: Any) -> tuple[int, int]:
         """The long way of the checks, for integers that are no plain `int` too."""
-        if isinstance(mapping.frames, SharedFrames) and (mapping._held or mapping._pins):
+        if isinstance(mapping.frames, SharedFrames) and mapping._usable:
             size, start = integer(length, "length"), integer(offset, "offset")
             if size > 0 and start >= 0 and start + size <= mapping.length:
                 return start, size
@@ -223,10 +223,7 @@ class CrossProcessMapping(Mirror, ByteAccess):
         frames = tuple(each for each in found.values() if isinstance(each, SharedFrames))
 
         def make(base: int) -> Any:
-            self = cls._open_at(kernel, base, mappings, frames, pieces, start, lead, length, prot)
-            for each in frames:
-                each.hold(self, "mirror", self.address)
-            return self
+            return cls._open_at(kernel, base, mappings, frames, pieces, start, lead, length, prot)
 
         made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot)
         return made

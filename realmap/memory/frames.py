@@ -3,8 +3,8 @@
 A reference is held by each mapping, each mirror and each outstanding handle; nobody else counts.
 At zero the segments are closed, for good. Who holds one can be named (`holders`).
 
-Counting needs no lock: one dict entry per holder, and CPython's dict operations are atomic under
-the GIL. So a reference can be given up from a destructor, at any moment, in any thread.
+Counting needs no lock: the C core does it (_core/frames.c), each time as a whole. So a reference can be given up from a
+destructor, at any moment, in any thread.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from threading import Lock
 from typing import SupportsIndex
 
 from realmap._core import Frames as FramesCore
-from realmap._core import unkeep
-from realmap.errors import InvalidHandle, InvalidSize, MemoryFault, PhysicalMemoryExhaustion
+from realmap.errors import InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
 from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, usize
@@ -63,69 +62,26 @@ class SharedFrames(FramesCore):
     they are collected without ever having been mapped.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_freed",
-        "_on_free",
-        "_starts",
-        "length",
-        "segments",
-    )
-    _serials = itertools.count(1)
+    __slots__ = ("__weakref__", "_on_free", "_starts", "length", "segments")
 
     def __init__(self, segments: list[Segment], on_free: Callable[[int, int], None]) -> None:
-        self.serial = next(self._serials)
         self.segments = segments
+        self._on_free = on_free
         if len(segments) == 1:  # the common case
             (only,) = segments
-            self.length, self._starts, self.huge = only.length, [0], only.huge
-            self._fd = only.fd
+            self.length, self._starts = only.length, [0]
+            self._set(only.fd, only.huge)
         else:
             self.length = sum(segment.length for segment in segments)
             self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
-            self.huge = sum(segment.huge for segment in segments)
-            self._fd = -1
-        self._holders, self._mirrors = {}, {}
-        self._on_free = on_free
-        self._freed = False
-
-    @property
-    def refcount(self) -> int:
-        """How many mappings, mirrors and handles refer to these frames."""
-        return len(self._holders) + len(self._mirrors)
-
-    @property
-    def freed(self) -> bool:
-        """Whether the last reference went, and the segments with it."""
-        return self._freed
+            self._set(-1, sum(segment.huge for segment in segments))
 
     def holders(self) -> list[str]:
-        """Everyone who holds a reference, in words."""
+        """Everyone who holds a reference, in words; `who_holds` is what was noted."""
         return [in_words(who) for who in self.who_holds()]
 
-    def who_holds(self) -> list[tuple[object, ...]]:
-        """The same, as it was noted: `in_words` makes words of each."""
-        return [*self._holders.values(), *self._mirrors.values()] if self._mirrors else list(self._holders.values())
-
-    def hold(self, holder: object, *who: object) -> None:
-        """Takes a reference for `holder`, described by `who`. InvalidHandle: the frames are gone."""
-        if self._freed:
-            raise InvalidHandle(None, why="these frames are gone: their last reference was released")
-        self._holders[id(holder)] = who
-
-    def let_go(self, holder: object) -> None:
-        """Gives up the reference of `holder`; the last one closes the segments. A second time: nothing."""
-        if self._holders.pop(id(holder), None) is not None and not self._holders and not self._mirrors:
-            self._free()
-
-    def unkeep(self) -> None:
-        """Has windows of these frames that are kept unmapped."""
-        unkeep(self.serial)
-
     def _free(self) -> None:
-        self._freed = True
-        self.unkeep()
-        self._fd = -1
+        """Called by the core when the last reference has gone, once."""
         bytes_freed = count = 0
         while self.segments:
             try:
@@ -139,8 +95,7 @@ class SharedFrames(FramesCore):
             self._on_free(bytes_freed, count)
 
     def __del__(self) -> None:
-        if not self._freed:
-            self._free()
+        self._end()  # of those that nobody ever held
 
     def append(self, more: list[Segment]) -> None:
         """Grows by `more` segments (a heap's brk). What is mapped or mirrored of it stays as it is."""
@@ -148,7 +103,7 @@ class SharedFrames(FramesCore):
             self._starts.append(self.length)
             self.segments.append(segment)
             self.length += segment.length
-        self._fd = -1
+        self._grew()
 
     def index_of(self, offset: int) -> int:
         """Which segment the byte at `offset` is in, counted from 0."""
@@ -223,7 +178,7 @@ class SharedFrames(FramesCore):
                 done, at = done + wrote, at + wrote
 
     def __repr__(self) -> str:
-        state = "freed" if self._freed else f"refcount {self.refcount}"
+        state = "freed" if self.freed else f"refcount {self.refcount}"
         return f"<SharedFrames {self.serial}: {self.length} bytes in {len(self.segments)} segments, {state}>"
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple, SupportsIndex, TypeVar
 
-from realmap._core import Land, Mirror, unmap_all
+from realmap._core import Land, Mirror
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
@@ -72,7 +72,7 @@ class KernelMemory(Land):
     @property
     def stakes(self) -> list[int]:
         """Single pages without rights that keep Linux from giving up page tables above them (_core/space.c)."""
-        return list(self._stakes)
+        return self._stakes()
 
     # ---- space ------------------------------------------------------------------------------
 
@@ -109,8 +109,7 @@ class KernelMemory(Land):
                 span,
                 why=f"no hole of {span} bytes in {self.length} bytes of KernelLand ({self.live} mirrors live)",
             )
-        self._hole_end = self._space.hole_end(address)
-        self._cursor = address + span + GUARD
+        self._search(address + span + GUARD, self._space.hole_end(address))
         return address
 
     def _learn(self) -> None:
@@ -119,7 +118,7 @@ class KernelMemory(Land):
             self._space.tree.remove(start)
         for start, end in self._fresh():
             self._space.tree.add(start, end, start)
-        for stake in self._stakes:
+        for stake in self._stakes():
             self._space.note_obstacle(stake, stake + PAGE_SIZE)
 
     # ---- mapping ----------------------------------------------------------------------------
@@ -158,7 +157,7 @@ class KernelMemory(Land):
             self._space.note_obstacle(start, end)
         else:  # gone by now, not to be seen, or it is a mirror that another thread has just mapped
             self._space.note_obstacle(address, address + span)
-        self._hole_end = self._cursor  # the hole is not what it was: search anew
+        self._search(self._cursor, self._cursor)  # the hole is not what it was: search anew
 
     def unmap_no_dealloc(self, address: SupportsIndex, length: SupportsIndex) -> None:
         """Drops the mirror whose pages are [address, address + length). Its frames live on under their refcount.
@@ -217,5 +216,5 @@ class KernelMemory(Land):
 
     def lose(self) -> None:
         """In a forked child: the child has no part in what the kernel had mapped."""
-        unmap_all(self.start, self.length)
+        self._lose()
         self.__init__(self.start, self.length, lazy_unmap=self._budget)  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 from realmap._core import Mapping as MappingCore
 from realmap.errors import InvalidAddress, InvalidSize, MemoryFault, WrongMappingFramesForType
@@ -28,16 +28,14 @@ class Mapping(MappingCore):
     A syscall that works on it pins it: a release meanwhile takes effect when the last pin goes.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "address",
-        "owner",
-        "type",
-    )
+    __slots__ = ("__weakref__", "owner", "type")
 
-    #: The frames behind it, and what its process may do there. (Both, phys_offset and length are the C core's.)
-    frames: Frames
-    rights: MappingAccessRights
+    if TYPE_CHECKING:  # the core knows neither
+
+        @property
+        def frames(self) -> Frames: ...
+        @property
+        def rights(self) -> MappingAccessRights: ...
 
     def __init__(
         self,
@@ -57,14 +55,12 @@ class Mapping(MappingCore):
         offset on. WrongMappingFramesForType: the type takes other frames. InvalidRights, TypeError:
         as `rights_of`. InvalidHandle: the frames are gone.
         """
-        self._held = False
-        self._pins = 0
-        self.address, self.length = page_range(address, length)
-        self.phys_offset = address_of(offset, "offset")
-        if self.phys_offset & PAGE_MASK:
-            raise InvalidAddress(self.phys_offset, why=f"offset is no multiple of the page size ({PAGE_SIZE})")
+        start, size = page_range(address, length)
+        phys_offset = address_of(offset, "offset")
+        if phys_offset & PAGE_MASK:
+            raise InvalidAddress(phys_offset, why=f"offset is no multiple of the page size ({PAGE_SIZE})")
         self.type = type_of(type)
-        self.rights = rights_of(rights)
+        rights = rights_of(rights)
         self.owner = owner
         kind = "Shared" if isinstance(frames, SharedFrames) else "Owned" if isinstance(frames, OwnedFrames) else "no"
         if kind == "no" and frames is not None:
@@ -74,16 +70,13 @@ class Mapping(MappingCore):
                 self.type, kind, why=f"a mapping of type {self.type.name} takes {_frames_for(self.type)} frames"
             )
         if frames is not None:
-            if self.phys_offset > frames.length:
-                raise InvalidAddress(self.phys_offset, why=f"offset lies beyond the frames ({frames.length} bytes)")
-            if self.length > frames.length - self.phys_offset:
+            if phys_offset > frames.length:
+                raise InvalidAddress(phys_offset, why=f"offset lies beyond the frames ({frames.length} bytes)")
+            if size > frames.length - phys_offset:
                 raise InvalidSize(
-                    self.length, why=f"the frames have only {frames.length - self.phys_offset} bytes from the offset on"
+                    size, why=f"the frames have only {frames.length - phys_offset} bytes from the offset on"
                 )
-        self.frames = frames
-        if isinstance(frames, SharedFrames):
-            frames.hold(self, "mapping", self.address, owner)
-        self._held = True
+        self._set(start, frames, phys_offset, size, rights, owner)
 
     @property
     def offset(self) -> int:
@@ -105,30 +98,6 @@ class Mapping(MappingCore):
         """The type, and what follows from it."""
         return self.type.state
 
-    @property
-    def released(self) -> bool:
-        """Whether its reference was given up: it is dead for good then."""
-        return not self._held
-
-    def release(self) -> None:
-        """Gives up its reference to the frames; at the last unpin if a syscall works on it. Again: nothing."""
-        if self._held:
-            self._held = False
-            if not self._pins:
-                self._let_go()
-            elif isinstance(self.frames, SharedFrames):
-                self.frames.unkeep()  # as there: nothing of it survives the unmapping by its process
-
-    def pin(self) -> None:
-        """Keeps the reference over a release, until `unpin`. For the kernel's own thread."""
-        self._pins += 1
-
-    def unpin(self) -> None:
-        """Ends one `pin`."""
-        self._pins -= 1
-        if not self._pins and not self._held:
-            self._let_go()
-
     def truncated_at(self, offset: int, length: int) -> MemoryFault | None:
         """The fault at the first byte of [offset, offset + length) whose segment is too short by now; None: all there.
 
@@ -145,18 +114,6 @@ class Mapping(MappingCore):
             return None
         return MemoryFault(self.address + at - self.phys_offset, why="the segment under it was truncated")
 
-    def _let_go(self) -> None:
-        frames = self.frames
-        if isinstance(frames, SharedFrames):
-            frames.let_go(self)
-            if not frames.freed:
-                frames.unkeep()  # nothing of it survives the unmapping by its process
-
-    def __del__(self) -> None:
-        if getattr(self, "_held", False) or getattr(self, "_pins", 0):
-            self._held = False
-            self._let_go()
-
     def __repr__(self) -> str:
-        state = "" if self._held else ", released"
+        state = ", released" if self.released else ""
         return f"<Mapping [{self.address:#x}, {self.end:#x}) {self.type.name} {self.rights}{state}>"
