@@ -259,6 +259,23 @@ typedef struct {
 } Turn;
 
 
+typedef struct Account {
+    PyObject_HEAD
+    unsigned long long used;
+    unsigned long long segments;
+    unsigned long long limit;
+    unsigned long long segment_limit;
+    struct Account *parent;
+} Account;
+
+typedef struct {
+    PyObject_HEAD
+    Account *account;
+    unsigned long long bytes;
+    unsigned long long segments;
+} Charge;
+
+
 static PyTypeObject *window_type;
 static PyTypeObject *land_type;
 static PyTypeObject *events_type;
@@ -271,6 +288,10 @@ static PyObject *word_mirror; /* "mirror" */
 
 
 static PyTypeObject *ring_type;
+
+
+static PyTypeObject *account_type;
+static PyTypeObject *charge_type;
 
 
 static int64_t nanoseconds(void);

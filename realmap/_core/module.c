@@ -6,6 +6,7 @@
  *   Land     what is mapped where in a range of addresses, and the windows kept there for their next use.
  *   Mirror   a window in a land, of frames that it holds a reference to.
  *   Events   what happened, in a ring of bounded size, for whoever asked to be told.
+ *   Account  what is in use of a budget; Charge: a part of it, in use for as long as that lives.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
  *            woken without losing a wake-up.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
@@ -40,6 +41,7 @@
 #include "ring.c"
 #include "spin.c"
 #include "turn.c"
+#include "account.c"
 
 
 static PyMethodDef host_methods[] = {
@@ -88,6 +90,12 @@ PyMODINIT_FUNC PyInit__core(void)
         return NULL;
     }
     Py_DECREF(turn_type);
+    account_type = (PyTypeObject *)PyType_FromSpec(&account_spec);
+    charge_type = (PyTypeObject *)PyType_FromSpec(&charge_spec);
+    if (!account_type || !charge_type || PyModule_AddType(module, account_type) || PyModule_AddType(module, charge_type)) {
+        Py_DECREF(module);
+        return NULL;
+    }
     frames_type = (PyTypeObject *)PyType_FromSpec(&frames_spec);
     mapping_type = (PyTypeObject *)PyType_FromSpec(&mapping_spec);
     if (!frames_type || !mapping_type || PyModule_AddType(module, frames_type) || PyModule_AddType(module, mapping_type)) {

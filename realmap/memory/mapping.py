@@ -112,12 +112,11 @@ class Mapping(MappingCore):
 
     def release(self) -> None:
         """Gives up its reference to the frames; at the last unpin if a syscall works on it. Again: nothing."""
-        if self._held:
-            self._held = False
-            if not self._pins:
-                self._let_go()
-            elif isinstance(self.frames, SharedFrames):
-                self.frames.unkeep()  # as there: nothing of it survives the unmapping by its process
+        self._held = False
+        if not self._pins:
+            self._let_go()
+        elif isinstance(self.frames, SharedFrames):
+            self.frames.unkeep()  # as there: nothing of it survives the unmapping by its process
 
     def pin(self) -> None:
         """Keeps the reference over a release, until `unpin`. For the kernel's own thread."""
@@ -146,6 +145,7 @@ class Mapping(MappingCore):
         return MemoryFault(self.address + at - self.phys_offset, why="the segment under it was truncated")
 
     def _let_go(self) -> None:
+        """Again: nothing; so whoever was interrupted here may come once more, and its collection does."""
         frames = self.frames
         if isinstance(frames, SharedFrames):
             frames.let_go(self)
@@ -153,7 +153,7 @@ class Mapping(MappingCore):
                 frames.unkeep()  # nothing of it survives the unmapping by its process
 
     def __del__(self) -> None:
-        if getattr(self, "_held", False) or getattr(self, "_pins", 0):
+        if hasattr(self, "frames"):  # else it is half made, and holds nothing
             self._held = False
             self._let_go()
 
