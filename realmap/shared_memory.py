@@ -25,7 +25,6 @@ import os
 import secrets
 import time
 import types
-import weakref
 from collections.abc import Callable, Iterable
 from multiprocessing import shared_memory as standard
 from multiprocessing import util
@@ -34,6 +33,7 @@ from typing import Any, TypeVar
 from realmap import ambient
 from realmap.errors import AccessDenied, InvalidHandle, KernelDied, SyscallTimeout, VersionMismatch
 from realmap.host import runtime
+from realmap.host.signals import Living
 from realmap.rights import u_r
 from realmap.user import names, travel
 from realmap.user.buffer import Buffer
@@ -55,7 +55,7 @@ _silent: dict[str, float] = {}
 T = TypeVar("T")
 
 #: The connections by which this process gave names.
-_makers: weakref.WeakSet[Process] = weakref.WeakSet()
+_makers: Living[Process] = Living()
 
 ambient.plant()
 
@@ -275,7 +275,7 @@ def _ask_another(path: str, ask: Callable[[Process, float | None], T]) -> T:
 
 
 def _leave() -> None:
-    for process in list(_makers):
+    for process in _makers.all():
         if not process.is_lost:
             names.leave(process)
 

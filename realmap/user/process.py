@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from contextlib import suppress
 from functools import partial
 from operator import index
@@ -15,6 +14,7 @@ import msgspec
 
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
+from realmap.host.signals import Living
 from realmap.memory.frames import whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
@@ -29,23 +29,23 @@ from realmap.wire.messages import MemoryInfo
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
 
-_living: weakref.WeakSet[Process] = weakref.WeakSet()
+_living: Living[Process] = Living()
 
 
 def living() -> list[Process]:
     """The connections that this process has made, or inherited, and that have not ended."""
-    return [process for process in list(_living) if not process._client.has_ended]
+    return [process for process in _living.all() if not process._client.has_ended]
 
 
 def _tell_of_fork() -> None:
     """In the parent, before it forks: what it has may be somebody else's, too, from then on. Not after: it may die."""
     for process in living():
-        if not process._client.is_lost and process._windows:
+        if not process._client.is_lost and process._windows.all():
             process._client.notice(messages.Forked(0))
 
 
 def _lose() -> None:
-    for process in list(_living):
+    for process in _living.all():
         process.lose()
 
 
@@ -68,7 +68,7 @@ class Process:
         #: What must live as long as this does: the handle of a kernel that it was made by.
         self.keeper: object = None
         self._client = self._connect(path, timeout)
-        self._windows: weakref.WeakSet[UserWindow] = weakref.WeakSet()
+        self._windows: Living[UserWindow] = Living()
         self._lock = RLock()
         _living.add(self)
 
@@ -113,7 +113,7 @@ class Process:
             if before.has_ended:  # closed before the fork
                 before.check()
             client = self._connect(before.path)
-            windows = [window for window in self._windows if window.alive]
+            windows = [window for window in self._windows.all() if window.alive]
             places = [(window._base, window._span) for window in windows]
             adopted, _ = client.request(messages.Adopt(client.next_id(), before.secret, places))
             for window, known in zip(windows, adopted, strict=True):
@@ -320,8 +320,7 @@ class Process:
 
     def keep_window(self, window: UserWindow) -> None:
         """It is unmapped when this closes, and taken over by forked children."""
-        with self._lock:
-            self._windows.add(window)
+        self._windows.add(window)
 
     def query(self, address: SupportsIndex) -> MemoryInfo:
         """What is at `address` of this process: the mapping, or the hole (type UNMAPPED), that it lies in.
@@ -385,9 +384,7 @@ class Process:
         A buffer of which a view still lives stays mapped until that view is gone; its bytes stay valid.
         """
         try:
-            with self._lock:
-                windows = list(self._windows)
-            for window in windows:
+            for window in self._windows.all():
                 with suppress(BufferError, OSError):
                     window._unmap()
         finally:
