@@ -180,6 +180,7 @@ typedef struct Land {
     Kept *oldest;
     Kept *newest;
     PyObject *gone; /* a list of bases that the tree still has */
+    unsigned long long edition; /* of the news that the tree was last told; from 1 on */
     PyObject *stakes; /* a list of addresses, a page each */
     Events *events; /* NULL while nobody listens */
     struct Land *other; /* the next of all lands */

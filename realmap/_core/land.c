@@ -51,6 +51,7 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     land->epoch = fork_epoch;
     Py_XDECREF(land->gone);
     land->gone = gone;
+    land->edition++;
     Py_RETURN_NONE;
 }
 
@@ -112,23 +113,20 @@ static PyObject *listed(Row *rows, size_t count, int width)
     return found;
 }
 
-/* _news(all) -> ([start], [(start, end)]): what the tree has and is free again, and what was taken since it last learned
- * of it. With `all`, for a new tree: nothing, and all that is taken. */
-static PyObject *land_news(PyObject *op, PyObject *flag)
+/* _news(edition) -> (edition, [start] or None, [(start, end)]): what is free again and what was taken since that edition of
+ * the news. Where it was not the last one, so that a tree made by it cannot be mended: None, and all that is taken. */
+static PyObject *land_news(PyObject *op, PyObject *number)
 {
     Land *land = (Land *)op;
-    int all = PyObject_IsTrue(flag);
-    PyObject *empty = all < 0 ? NULL : PyList_New(0);
-    PyObject *unasked = empty ? PyList_New(0) : NULL;
-    if (!unasked) {
-        Py_XDECREF(empty);
+    uint64_t edition;
+    PyObject *empty = as_u64(number, &edition) ? NULL : PyList_New(0);
+    if (!empty)
         return NULL;
-    }
+    int all = edition != land->edition || !land->gone;
     size_t count = 0;
     Row *rows = PyMem_Calloc(land->live.count + land->exact.count + 1, sizeof *rows);
     if (!rows) {
         Py_DECREF(empty);
-        Py_DECREF(unasked);
         return PyErr_NoMemory();
     }
     for (size_t i = 0; i <= land->live.mask; i++)
@@ -147,15 +145,15 @@ static PyObject *land_news(PyObject *op, PyObject *flag)
     /* Both at the same moment, before any object is made: what goes from here on is news for the next time. */
     PyObject *gone = land->gone;
     land->gone = empty;
-    if (all || !gone) {
+    edition = ++land->edition;
+    if (all) {
         Py_XDECREF(gone);
-        gone = unasked;
-    } else {
-        Py_DECREF(unasked);
+        gone = Py_NewRef(Py_None);
     }
-    PyObject *taken = listed(rows, count, 2);
-    PyObject *news = taken ? PyTuple_Pack(2, gone, taken) : NULL;
+    PyObject *taken = listed(rows, count, 2), *last = PyLong_FromUnsignedLongLong(edition);
+    PyObject *news = taken && last ? PyTuple_Pack(3, last, gone, taken) : NULL;
     Py_XDECREF(taken);
+    Py_XDECREF(last);
     Py_DECREF(gone);
     return news;
 }
@@ -272,6 +270,7 @@ static PyMethodDef land_methods[] = {
 static PyMemberDef land_members[] = {
     {"_cursor", T_ULONGLONG, offsetof(Land, cursor), READONLY, NULL},
     {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), READONLY, NULL},
+    {"_edition", T_ULONGLONG, offsetof(Land, edition), READONLY, NULL},
     {"_stakes", T_OBJECT, offsetof(Land, stakes), READONLY, NULL},
     {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
     {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},

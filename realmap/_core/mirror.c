@@ -60,32 +60,58 @@ static int hold(Mirror *self, PyObject *holders)
     return failed ? -1 : 0;
 }
 
-/* Gives up its reference, or references; where it was the last one, the frames go. Again: nothing. */
+static void take_out(PyObject *holders, PyObject *key)
+{
+    if (!PyDict_GetItemWithError(holders, key) || PyDict_DelItem(holders, key))
+        PyErr_Clear();
+}
+
+static int free_unless_held(Frames *frames)
+{
+    if (PyDict_Size(frames->mirrors) || PyDict_Size(frames->holders))
+        return 0;
+    PyObject *done = PyObject_CallMethod((PyObject *)frames, "_free", NULL);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* One of the frames of a mirror of several; NULL: it is none. */
+static Frames *frames_of(const Mirror *self, Py_ssize_t index)
+{
+    Frames *frames = (Frames *)PyTuple_GetItem(self->frames, index);
+    int are = PyObject_TypeCheck((PyObject *)frames, frames_type) && frames->holders && frames->mirrors &&
+              PyDict_Check(frames->holders) && PyDict_Check(frames->mirrors);
+    return are ? frames : NULL;
+}
+
+/* Gives up its reference, or references; where it was the last one, the frames go. Again: nothing. All references go
+ * before any function of Python's is entered: a signal handler that raises in there would leave them for ever, while
+ * frames whose end is interrupted go when they are collected. */
 static int let_go(Mirror *self)
 {
-    PyObject *holders = self->holders;
-    if (!holders) {
-        Py_ssize_t count = self->mappings ? PyTuple_Size(self->frames) : 0;
+    PyObject *holders = self->holders, *key = PyLong_FromVoidPtr(self);
+    if (!key)
+        return -1;
+    int failed = 0;
+    if (holders) {
+        self->holders = NULL;
+        take_out(holders, key);
+        failed = free_unless_held((Frames *)self->frames);
+        Py_DECREF(holders);
+    } else if (self->mappings) {
+        Py_ssize_t count = PyTuple_Size(self->frames);
         for (Py_ssize_t i = 0; i < count; i++) {
-            PyObject *done = PyObject_CallMethod(PyTuple_GetItem(self->frames, i), "let_go", "O", self);
-            if (!done)
-                return -1;
-            Py_DECREF(done);
+            Frames *frames = frames_of(self, i);
+            if (frames)
+                take_out(frames->holders, key);
         }
-        return 0;
+        for (Py_ssize_t i = 0; i < count && !failed; i++) {
+            Frames *frames = frames_of(self, i);
+            failed = frames ? free_unless_held(frames) : 0;
+        }
     }
-    self->holders = NULL;
-    PyObject *key = PyLong_FromVoidPtr(self);
-    int failed = !key || PyDict_DelItem(holders, key);
-    Py_XDECREF(key);
-    Frames *frames = (Frames *)self->frames;
-    if (!failed && !PyDict_Size(holders) && !PyDict_Size(frames->holders)) {
-        PyObject *done = PyObject_CallMethod(self->frames, "_free", NULL);
-        failed = !done;
-        Py_XDECREF(done);
-    }
-    Py_DECREF(holders);
-    return failed ? -1 : 0;
+    Py_DECREF(key);
+    return failed;
 }
 
 /* Leaves the window of a mirror that is being dropped to its land. 0: it must be unmapped. */

@@ -10,7 +10,8 @@ public method of ours, also the one that it came in the middle of, or raise. So 
 * **What a lock guards is whole wherever a handler can come**, for it may come through the same lock: each change is
   one call of C (`dict.setdefault`, `list.append`, the core's own), or is made on something that nobody else can reach
   until it is whole, and compared before it takes effect (`KernelMemory._ask`). What has to be undone is tied to an
-  object whose end undoes it (`Charge`), so that it makes no difference where an exception comes.
+  object whose end undoes it (`Charge`), so that it makes no difference where an exception comes. An `except OSError`
+  asks whose error it is (`pass_on`; those of `host/translate.py` do).
 * **A destructor takes no lock.** It makes one call of C, or leaves word in a deque for whoever comes next.
 * **Nobody waits for a process, a thread or the network while holding one.** Where two make the same thing at once,
   `dict.setdefault` says who was first, and the other gives his up. The exceptions: who needs the kernel of this process
@@ -23,11 +24,28 @@ are the kernel's thread's alone. tests/test_locks.py calls everything from a han
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+#: By whose functions we ask Linux.
+_ASKED = {"realmap", "psutil", *sys.stdlib_module_names}
+
+
+def pass_on(error: OSError) -> None:
+    """Raises it once more where a signal handler raised it: then it is not Linux's answer to what we asked.
+
+    Python runs handlers within our own calls, so an `except OSError` of ours sees their exceptions as well. What
+    tells them apart: a function of the program is among those that the exception came through.
+    """
+    at = error.__traceback__
+    while at is not None:
+        package = at.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in _ASKED:
+            raise error
+        at = at.tb_next
 
 
 class Flag:

@@ -16,6 +16,7 @@ from realmap.errors import (
     PhysicalMemoryExhaustion,
     VirtualMemoryExhaustion,
 )
+from realmap.host.signals import pass_on
 
 SHM = "/dev/shm"
 #: Linux has no memory for the call itself (a socket's buffer, a table): nothing was done, and it may go well later.
@@ -33,6 +34,7 @@ def shm_mount() -> tuple[str, str]:
 
 def frames_error(error: OSError, size: int) -> KernelError:
     """Why `size` bytes of frames could not be had."""
+    pass_on(error)
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return PhysicalMemoryExhaustion(
@@ -53,6 +55,7 @@ def frames_error(error: OSError, size: int) -> KernelError:
 
 def shortage(error: OSError, doing: str) -> KernelError:
     """Why something else failed: a connection, a wait. `doing` says in words what."""
+    pass_on(error)
     if isinstance(error, KernelError):  # it says so already
         return error
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -67,6 +70,7 @@ def shortage(error: OSError, doing: str) -> KernelError:
 
 def window_error(error: OSError, address: int, size: int, prot: int) -> KernelError:
     """Why `size` bytes could not be mapped at (or unmapped from) `address`."""
+    pass_on(error)
     if isinstance(error, KernelError):  # it says so already
         return error
     if error.errno == errno.EEXIST:

@@ -21,6 +21,7 @@ from realmap._core import Frames as FramesCore
 from realmap.errors import InvalidHandle, InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
+from realmap.host.signals import pass_on
 from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, usize
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
@@ -182,8 +183,8 @@ class SharedFrames(FramesCore):
                 data = os.pread(fd, length, offset)
                 if len(data) == length:
                     return data
-            except OSError:  # tried once more, and told, below
-                pass
+            except OSError as error:  # tried once more, and told, below
+                pass_on(error)
         return self._read_pieces(offset, length, address)
 
     def _read_pieces(self, offset: int, length: int, address: int) -> bytes:
@@ -194,6 +195,7 @@ class SharedFrames(FramesCore):
                 try:
                     data = os.pread(fd, size, at)  # at most 2 GiB a call: Linux cuts longer ones short
                 except OSError as error:
+                    pass_on(error)
                     data, why = b"", f"it cannot be read: {error.strerror}"
                 if not data:
                     raise MemoryFault(address + sum(len(part) for part in parts), why=why)

@@ -21,6 +21,7 @@ from typing import NamedTuple, SupportsIndex, TypeVar
 from realmap._core import Land, Mirror, unmap_all
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
+from realmap.host.signals import pass_on
 from realmap.memory.bookkeeping import Space
 from realmap.memory.kept import KeptWindows
 from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
@@ -62,7 +63,7 @@ class KernelMemory(Land):
         #: Of the tree, and of whoever maps by it. (realmap/host/signals.py has the rule.)
         self._lock = RLock()
         #: The tree, while nobody is at work on it; see `_ask`.
-        self._at_rest: dict[str, Space[int]] = {}
+        self._at_rest: dict[str, tuple[int, Space[int]]] = {}
         self._prepare(self.start, self.land.end, usize(lazy_unmap, "lazy_unmap"))
         forks.lose_in_child(self)
 
@@ -125,15 +126,15 @@ class KernelMemory(Land):
 
         The tree is out of reach while somebody is at work on it. So a signal handler that comes right then, and needs
         it, finds none, and makes one anew of what the core knows (without obstacles: it will run into them); and where
-        an exception ends the work, the next one does. Who finds that another tree has taken the place of his asks that.
+        an exception ends the work, the next one does. Who finds that somebody has had a later edition of the news asks
+        once more.
         """
         with self._lock:
             while True:
-                space = self._at_rest.pop("tree", None)
-                anew = space is None
-                if space is None:
-                    space = Space(self.start, self.land.end, gap=GUARD)
-                gone, taken = self._news(anew)
+                edition, space = self._at_rest.pop("tree", (0, None))
+                edition, gone, taken = self._news(edition)
+                if space is None or gone is None:
+                    space, gone = Space(self.start, self.land.end, gap=GUARD), []
                 for start in gone:
                     space.tree.remove(start)
                 for start, end in sorted(taken):
@@ -141,7 +142,8 @@ class KernelMemory(Land):
                 for stake in self._stakes:
                     space.note_obstacle(stake, stake + PAGE_SIZE)
                 answer = question(space)
-                if self._at_rest.setdefault("tree", space) is space:
+                if self._edition == edition:
+                    self._at_rest["tree"] = edition, space
                     return answer
 
     # ---- mapping ----------------------------------------------------------------------------
@@ -176,7 +178,8 @@ class KernelMemory(Land):
     def _note(self, address: int, span: int) -> None:
         try:
             start, end = procfs.obstacle(address, span)
-        except OSError:  # no descriptor to look with
+        except OSError as error:  # no descriptor to look with
+            pass_on(error)
             start, end = 0, 0
 
         def note(space: Space[int]) -> None:
