@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -243,6 +244,14 @@ class Connected(Pieces):
         self.buffer = self.me.map(2 * PAGE)
         self.handle = self.me.share(self.buffer)
         self.block = SharedMemory(create=True, size=PAGE)
+        self._folder = tempfile.TemporaryDirectory()  # made here: tempfile has plain locks
+        self._numbers = itertools.count()
+        for each in OPERATIONS.values():
+            each.run(self)  # what is made once is made now
+
+    def new_path(self) -> str:
+        """Where nothing is yet."""
+        return os.path.join(self._folder.name, str(next(self._numbers)))
 
     def close(self) -> None:
         """Ends it."""
@@ -251,6 +260,7 @@ class Connected(Pieces):
         self.me.close()
         assert self.kernel.audit(), "the books are wrong"
         self.kernel.shutdown()
+        self._folder.cleanup()
 
 
 @operation(connected=True)
@@ -272,7 +282,7 @@ def audit(world: Any) -> None:
 @operation(connected=True)
 def trace(world: Any) -> None:
     try:
-        with tempfile.NamedTemporaryFile() as file, world.kernel.trace(file.name):
+        with world.kernel.trace(world.new_path()):
             world.me.call("nop")
     except realmap.LimitReached:  # it is what was interrupted
         pass
@@ -311,7 +321,7 @@ def boot_and_shut_down(world: Any) -> None:
 
 @operation(connected=True, long=True)
 def serve_here(world: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder, realmap.Kernel(path=folder + "/kernel", kernel_land=1 << 30) as other:
+    with realmap.Kernel(path=world.new_path(), kernel_land=1 << 30) as other:
         other.post(lambda: None)
         other.stop()
 

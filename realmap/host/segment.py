@@ -56,16 +56,6 @@ def _make(own: str, made: list[posix_ipc.SharedMemory]) -> None:
         raise OSError(error.errno or errno.EMFILE, error.strerror or str(error)) from None
 
 
-def _unlink(own: str) -> None:
-    """Takes away a name of ours. OSError: it stays, until a kernel that starts after our end sweeps it."""
-    try:
-        posix_ipc.unlink_shared_memory("/" + own)
-    except (posix_ipc.Error, OSError) as error:  # what was short for a moment may be there again
-        if isinstance(error, OSError):
-            pass_on(error)
-        os.unlink(f"{SHM}/{own}")
-
-
 def checked_name(name: object) -> str:
     """`name` as the name of a segment, without the leading slash that POSIX writes.
 
@@ -124,8 +114,14 @@ class Segment:
                 if name is not None:
                     self._take_name(own, name)
             finally:
-                if made:
-                    _unlink(own)
+                if made:  # in no function, at whose beginning an exception could come
+                    try:
+                        posix_ipc.unlink_shared_memory("/" + own)
+                    except (posix_ipc.Error, OSError) as error:
+                        if isinstance(error, OSError):
+                            pass_on(error)
+                        # What was short for a moment may be there again. Else a kernel sweeps it after our end.
+                        os.unlink(f"{SHM}/{own}")
             self._take_space(commit or huge, cancelled)
             if huge:
                 self.huge = collapse(self.fd, self.length)
