@@ -163,10 +163,11 @@ class SharedMemory:
                 raise FileNotFoundError(errno.ENOENT, "no shared memory has this name", self._name)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            if self._buf is not None:
-                self._buf.release()
-            self._buf = self._buffer = None  # it is unmapped when it is collected: with the last view of it
+        # First of all: what views of it keep from being released goes all the same, with the last of them.
+        buf, self._buf, self._buffer = self._buf, None, None
+        with contextlib.suppress(BufferError):
+            if buf is not None:
+                buf.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         made: Any = functools.partial(self.__class__, readonly=True) if self._readonly else self.__class__

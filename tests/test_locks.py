@@ -5,13 +5,17 @@ The rule that this holds realmap to is in realmap/host/signals.py; the operation
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,17 +141,30 @@ def test_what_lives_may_change_while_it_is_looked_through() -> None:
     assert living.all() == [kept[0]]
 
 
-def test_an_error_of_ours_is_not_a_handlers() -> None:
-    try:
-        Path("/nowhere/at/all").read_text()
-    except OSError as error:
-        here = error.__traceback__
-        assert here is not None
-        error.__traceback__ = here.tb_next  # as if a function of realmap had asked
-        pass_on(error)
-        error.__traceback__ = here
-        with pytest.raises(FileNotFoundError):
-            pass_on(error)  # it came through this function
+def _raise(*_: object) -> None:
+    raise FileNotFoundError("of the handler")
+
+
+class _Raiser:
+    def __call__(self, *_: object) -> None:
+        _raise()
+
+    def method(self, *_: object) -> None:
+        _raise()
+
+
+@pytest.mark.parametrize("handler", [_raise, functools.partial(_raise, 1), _Raiser(), _Raiser().method])
+def test_an_error_of_ours_is_not_a_handlers(handler: Callable[..., None]) -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    for installed, ours in ((before, True), (handler, False)):
+        signal.signal(signal.SIGALRM, installed)
+        try:
+            handler(signal.SIGALRM, None)
+        except FileNotFoundError as error:
+            with contextlib.nullcontext() if ours else pytest.raises(FileNotFoundError, match="of the handler"):
+                pass_on(error)
+        finally:
+            signal.signal(signal.SIGALRM, before)
 
 
 def test_a_child_that_somebody_else_reaps_has_ended() -> None:

@@ -27,7 +27,6 @@ from realmap.pages import PAGE_SIZE, demand
 #: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, FACTS.md), then others may go on.
 STEP = 16 << 20
 _serial = itertools.count()
-_MAKE = functools.partial(posix_ipc.SharedMemory, flags=posix_ipc.O_CREX, mode=0o600)
 _stamp: tuple[int, str] = (0, "")
 
 
@@ -44,8 +43,9 @@ def _make(own: str, made: list[posix_ipc.SharedMemory]) -> None:
 
     OSError: it cannot be made.
     """
+    make = functools.partial(posix_ipc.SharedMemory, flags=posix_ipc.O_CREX, mode=0o600)
     try:
-        made.extend(map(_MAKE, ("/" + own,)))
+        made.extend(map(make, ("/" + own,)))
     except posix_ipc.PermissionsError:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
     except posix_ipc.Error as error:

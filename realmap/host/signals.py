@@ -24,28 +24,36 @@ are the kernel's thread's alone. tests/test_locks.py calls everything from a han
 from __future__ import annotations
 
 import contextlib
-import sys
+import functools
+import signal
 import weakref
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from types import CodeType
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-#: By whose functions we ask Linux.
-_ASKED = {"realmap", "psutil", *sys.stdlib_module_names}
 
 
 def pass_on(error: OSError) -> None:
     """Raises it once more where a signal handler raised it: then it is not Linux's answer to what we asked.
 
     Python runs handlers within our own calls, so an `except OSError` of ours sees their exceptions as well. What
-    tells them apart: a function of the program is among those that the exception came through.
+    tells them apart: a handler is among the functions that the exception came through.
     """
-    at = error.__traceback__
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    at = error.__traceback__ if handlers else None
     while at is not None:
-        package = at.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in _ASKED:
+        if at.tb_frame.f_code in handlers:
             raise error
         at = at.tb_next
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    if not hasattr(handler, "__code__"):  # a method has its function's
+        handler = type(handler).__call__ if callable(handler) else None
+    return getattr(handler, "__code__", None)
 
 
 class Flag:

@@ -109,6 +109,8 @@ class Trace:
     def lose(self) -> None:
         """In a forked child: the trace is the parent's."""
         self._file.close()
+        self._over = Flag()  # its thread is the parent's as well
+        self._over.set()
 
     def __enter__(self) -> Self:
         return self
