@@ -138,9 +138,13 @@ def find() -> str:
         if tree is not None:
             _join(tree)
             return tree
-        _booted = boot()
-        os.environ[VARIABLE] = _booted.path
-        return _booted.path
+        before, booted = _booted, boot()
+        if _booted is not before and _booted is not None:  # a signal handler needed one meanwhile, and has it
+            booted.shutdown()
+            return _booted.path
+        _booted = booted
+        os.environ[VARIABLE] = booted.path
+        return booted.path
 
 
 def _join(tree: str) -> None:

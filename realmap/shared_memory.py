@@ -25,7 +25,6 @@ import os
 import secrets
 import time
 import types
-import weakref
 from collections.abc import Callable, Iterable
 from multiprocessing import shared_memory as standard
 from multiprocessing import util
@@ -34,6 +33,7 @@ from typing import Any, TypeVar
 from realmap import ambient
 from realmap.errors import AccessDenied, InvalidHandle, KernelDied, SyscallTimeout, VersionMismatch
 from realmap.host import runtime
+from realmap.host.signals import Living
 from realmap.rights import u_r
 from realmap.user import names, travel
 from realmap.user.buffer import Buffer
@@ -55,7 +55,7 @@ _silent: dict[str, float] = {}
 T = TypeVar("T")
 
 #: The connections by which this process gave names.
-_makers: weakref.WeakSet[Process] = weakref.WeakSet()
+_makers: Living[Process] = Living()
 
 ambient.plant()
 
@@ -163,10 +163,11 @@ class SharedMemory:
                 raise FileNotFoundError(errno.ENOENT, "no shared memory has this name", self._name)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            if self._buf is not None:
-                self._buf.release()
-            self._buf = self._buffer = None  # it is unmapped when it is collected: with the last view of it
+        # First of all: what views of it keep from being released goes all the same, with the last of them.
+        buf, self._buf, self._buffer = self._buf, None, None
+        with contextlib.suppress(BufferError):
+            if buf is not None:
+                buf.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         made: Any = functools.partial(self.__class__, readonly=True) if self._readonly else self.__class__
@@ -275,7 +276,7 @@ def _ask_another(path: str, ask: Callable[[Process, float | None], T]) -> T:
 
 
 def _leave() -> None:
-    for process in list(_makers):
+    for process in _makers.all():
         if not process.is_lost:
             names.leave(process)
 

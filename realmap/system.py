@@ -10,15 +10,14 @@ import pickle
 import signal
 import socket
 import sys
-import threading
 import traceback
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Self, SupportsIndex
 
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import files, forks, interpreter, liveness, runtime
 from realmap.host.interpreter import Child
+from realmap.host.signals import Living
 from realmap.host.translate import shortage
 from realmap.kernel import logs
 from realmap.kernel.limits import Limits
@@ -150,9 +149,9 @@ class KernelHandle:
         self._owner = os.getpid()
         #: Of its socket: what `realmap.connect(path)` and `realmap ps --kernel PATH` want to know.
         self.path = path
-        self._spawned: list[Child] = []
-        self._control: Control | None = None
-        self._lock = threading.Lock()
+        self._spawned: set[Child] = set()
+        #: Its connection, once there is one.
+        self._controls: dict[str, Control] = {}
         _handles.add(self)
         forks.lose_in_child(self)
 
@@ -191,19 +190,24 @@ class KernelHandle:
         except OSError as error:
             raise shortage(error, f"cannot start a process for {name!r}") from None
         files.shut(child.report)
-        with self._lock:
-            self._spawned = [other for other in self._spawned if other.exitcode is None] + [child]
+        self._spawned.add(child)
+        for other in list(self._spawned):
+            if other.exitcode is not None:
+                self._spawned.discard(other)
         return SpawnedProcess(child, self)
 
     def _asked(self) -> Control:
         if self._owner != os.getpid():
             raise InvalidHandle(None, why=f"this kernel was booted by process {self._owner}; connect({self.path!r})")
-        with self._lock:
-            if self._child.exitcode is not None:
-                raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
-            if self._control is None:
-                self._control = Control(self.path)
-            return self._control
+        if self._child.exitcode is not None:
+            raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
+        control = self._controls.get("control")
+        if control is None:
+            made = Control(self.path)
+            control = self._controls.setdefault("control", made)
+            if control is not made:  # another thread, or a signal handler, was quicker
+                made.close()
+        return control
 
     def stats(self) -> dict[str, int]:
         """Totals: processes, mappings, mirrors, segments, bytes, calls, running, descriptors, threads.
@@ -236,21 +240,21 @@ class KernelHandle:
         if self._owner != os.getpid():
             return
         _handles.discard(self)
-        for child in self._spawned:
+        for child in list(self._spawned):
             child.close()
-        self._spawned = []
+            self._spawned.discard(child)
         if self._child.exitcode is None:
             with contextlib.suppress(KernelError, OSError):
                 self._child.signal(signal.SIGTERM)
             self._child.wait(timeout)
         self._child.close()
-        if self._control is not None:
-            self._control.close()
+        control = self._controls.pop("control", None)
+        if control is not None:
+            control.close()
 
     def lose(self) -> None:
         """In a forked child: the kernel is the parent's."""
-        self._control = None
-        self._lock = threading.Lock()  # another thread may have held it
+        self._controls = {}
 
     def __enter__(self) -> Self:
         return self
@@ -267,11 +271,11 @@ class KernelHandle:
         return f"<KernelHandle of pid {self.pid}, {state} at {self.path!r}>"
 
 
-_handles: weakref.WeakSet[KernelHandle] = weakref.WeakSet()
+_handles: Living[KernelHandle] = Living()
 
 
 def _shutdown_all() -> None:
-    for handle in list(_handles):
+    for handle in _handles.all():
         with contextlib.suppress(Exception):
             handle.shutdown(GRACE)
 

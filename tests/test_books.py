@@ -184,7 +184,7 @@ def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle)
     buffer = me.map(3 * PAGE)
     assert kernel.audit()
     window = buffer._window
-    window._tell(None, None, None)
+    window._farewell(None, None, None)
     window._unmap()
     report = kernel.audit()
     assert not report

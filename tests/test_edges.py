@@ -17,7 +17,7 @@ import syscalls
 from conftest import BOUND, PAGE, land_maps, wait_until
 
 import realmap
-from realmap import InvalidSize, KernelHandle, Process, SyscallFailed
+from realmap import InvalidSize, KernelHandle, PhysicalMemoryExhaustion, Process, SyscallFailed
 from realmap.host import procfs, runtime
 from realmap.host.segment import Segment
 from realmap.kernel import workers
@@ -61,13 +61,22 @@ def test_what_was_never_sent_is_forgotten(me: Process) -> None:
     wait_until(lambda: me.call("nop") is None and not me.client.endpoint.pending)
 
 
-def test_an_allocator_does_not_grow_with_what_is_given_back() -> None:
-    parent = FrameAllocator()
-    child = FrameAllocator(parent=parent)
-    for _ in range(50):
-        child.allocate(PAGE)
-    gc.collect()
-    assert len(parent._returned) + len(child._returned) < 5
+def test_an_account_is_charged_as_a_whole_or_not_at_all() -> None:
+    parent = FrameAllocator(5 * PAGE)
+    child = FrameAllocator(4 * PAGE, parent=parent, segments=3)
+    other = FrameAllocator(parent=parent)
+    taken = other.allocate(2 * PAGE)
+    for pages, fragment, whose in ((5, None, 4 * PAGE), (4, None, 5 * PAGE), (4, 1, 3)):
+        with pytest.raises(PhysicalMemoryExhaustion, match=f"the limit of {whose} "):
+            child.allocate(pages * PAGE, fragment and fragment * PAGE)
+        assert (child.used, child.segments, parent.used, parent.segments) == (0, 0, 2 * PAGE, 1)
+    mine = child.allocate(3 * PAGE, PAGE)
+    assert (child.used, child.segments, parent.used, parent.segments) == (3 * PAGE, 3, 5 * PAGE, 4)
+    del mine, taken
+    assert (child.used, child.segments, parent.used, parent.segments) == (0, 0, 0, 0)
+    for nonsense in (None, "an allocator"):
+        with pytest.raises((TypeError, ValueError)):
+            child._prepare(0, 0, nonsense)  # type: ignore[arg-type]
 
 
 def test_a_drop_that_was_interrupted_is_made_good(kernel_memory: KernelMemory) -> None:

@@ -259,7 +259,7 @@ def test_a_stake_is_never_in_the_way(make_mapping: Callable[..., Mapping]) -> No
     kernel = KernelMemory(KERNEL_LAND.start, 2 * SLOT)
     stake = KERNEL_LAND.start + SLOT - PAGE
     CrossProcessMapping.mirror_mapping(mapping, 0, 1, kernel=kernel).drop()
-    kernel._search(stake - 39 * PAGE, kernel._hole_end)
+    assert kernel._move(kernel._cursor, stake - 39 * PAGE, kernel._hole_end)
     made = [CrossProcessMapping.mirror_mapping(mapping, 0, 5 * PAGE, kernel=kernel) for _ in range(12)]
     assert kernel.stakes == [stake, stake + SLOT]
     for mirror in made:

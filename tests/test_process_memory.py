@@ -30,7 +30,7 @@ HEAP = MemoryType.HEAP
 
 @pytest.fixture
 def memory() -> Iterator[ProcessMemory]:
-    memory = ProcessMemory(length=64 * PAGE, owner="of a test")
+    memory = ProcessMemory(length=64 * PAGE, allocator=FrameAllocator(64 * PAGE), owner="of a test")
     yield memory
     memory.release_all()
     assert memory.allocator.used == 0
@@ -173,9 +173,10 @@ def test_the_heap_only_grows_and_keeps_its_bytes(memory: ProcessMemory, kernel_m
     memory.guard(start + 8 * PAGE, PAGE)
     with pytest.raises(VirtualMemoryExhaustion, match="in the way"):
         memory.resize_heap(9 * PAGE)
-    memory.allocator.limit = 5 * PAGE
-    with pytest.raises(PhysicalMemoryExhaustion):
+    rest = memory.allocator.allocate(59 * PAGE)
+    with pytest.raises(PhysicalMemoryExhaustion, match=f"limit of {64 * PAGE} bytes"):
         memory.resize_heap(6 * PAGE)
+    del rest
     assert memory.query_memory(start) is heap
     memory.unmap(start, 5 * PAGE).release()
     assert memory.resize_heap(PAGE) == start

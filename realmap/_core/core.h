@@ -188,6 +188,7 @@ typedef struct Land {
     Kept *oldest;
     Kept *newest;
     PyObject *gone; /* a list of bases that the tree still has */
+    unsigned long long edition; /* of the news that the tree was last told; from 1 on */
     Events *events; /* NULL while nobody listens */
     size_t stake_count;
     uintptr_t stakes[STAKES]; /* a page each */
@@ -284,6 +285,22 @@ typedef struct {
     int writable;
 } Lent;
 
+typedef struct Account {
+    PyObject_HEAD
+    unsigned long long used;
+    unsigned long long segments;
+    unsigned long long limit;
+    unsigned long long segment_limit;
+    struct Account *parent;
+} Account;
+
+typedef struct {
+    PyObject_HEAD
+    Account *account;
+    unsigned long long bytes;
+    unsigned long long segments;
+} Charge;
+
 typedef struct {
     int (*lend)(PyObject *op, Lent *lent);
     void (*give_back)(PyObject *op);
@@ -303,12 +320,14 @@ ACCESSOR(Land, as_land)
 ACCESSOR(Mirror, as_mirror)
 ACCESSOR(Frames, as_frames)
 ACCESSOR(Mapping, as_mapping)
+ACCESSOR(Account, as_account)
+ACCESSOR(Charge, as_charge)
 ACCESSOR(PyTypeObject, as_type)
 
 /* The types, filled once by module.c. Not in the state of the module: what the guard knows is one table a process, so
  * there is one core a process, in its main interpreter. Imported again, it has the same types. */
 static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *frames_type, *mapping_type;
-static PyTypeObject *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
+static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
 static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
 static size_t page_size;
 

@@ -10,8 +10,8 @@
  *      oldest … newest ────────────────────▶ Kept     in the order they were kept in
  *
  * Space is taken by moving the cursor through the current hole. The ordered tree of what is where
- * is Python's (memory/bookkeeping.py): it learns of what came (_fresh) and went (_gone) when the
- * hole is used up, which is when it is needed. */
+ * is Python's (memory/bookkeeping.py): it learns of what came and went (_news) when the hole is used
+ * up, which is when it is needed. It may be thrown away at any moment: all that is in it is here, too. */
 
 
 /* Land._prepare(start, end, budget): nothing is there, and nothing kept. Also in a forked child, which has
@@ -52,6 +52,7 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     PyObject *before = land->gone;
     land->gone = gone;
     Py_XDECREF(before);
+    land->edition++;
     Py_RETURN_NONE;
 }
 
@@ -66,23 +67,6 @@ static PyObject *land_lose(PyObject *op, PyObject *Py_UNUSED(ignored))
     int error = unmap_range(land->start, land->end - land->start);
     if (error)
         return os_error(error);
-    Py_RETURN_NONE;
-}
-
-/* _search(cursor, hole_end): places are taken from there on, up to the end of that hole. */
-static PyObject *land_search(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
-{
-    Land *land = as_land(op);
-    uint64_t cursor, hole_end;
-    if (wants(nargs, 2, "Land._search") || as_u64(args[0], &cursor) || as_u64(args[1], &hole_end))
-        return NULL;
-    uint64_t end = land->end + page_size; /* a place may end where the land does, and a free page follows each */
-    if (cursor % page_size || cursor < land->start || cursor > end || hole_end > end) {
-        PyErr_SetString(PyExc_ValueError, "a search is for whole pages of the land");
-        return NULL;
-    }
-    land->cursor = cursor;
-    land->hole_end = hole_end;
     Py_RETURN_NONE;
 }
 
@@ -145,39 +129,66 @@ static PyObject *listed(Row *rows, size_t count, int width)
     return found;
 }
 
-/* _fresh() -> [(start, end)]: what was taken since the tree last learned of it. */
-static PyObject *land_fresh(PyObject *op, PyObject *Py_UNUSED(ignored))
+/* _news(edition) -> (edition, [start] or None, [(start, end)]): what is free again and what was taken since that edition of
+ * the news. Where it was not the last one, so that a tree made by it cannot be mended: None, and all that is taken. */
+static PyObject *land_news(PyObject *op, PyObject *number)
 {
     Land *land = as_land(op);
+    uint64_t edition;
+    PyObject *empty = as_u64(number, &edition) ? NULL : PyList_New(0);
+    if (!empty)
+        return NULL;
+    int all = edition != land->edition || !land->gone;
     size_t count = 0;
     Row *rows = PyMem_Calloc(land->live.count + land->exact.count + 1, sizeof *rows);
-    if (!rows)
+    if (!rows) {
+        Py_DECREF(empty);
         return PyErr_NoMemory();
+    }
     for (size_t i = 0; i <= land->live.mask; i++)
         for (Node *at = land->live.buckets[i]; at; at = at->next) {
             Mirror *mirror = OWNER(Mirror, node, at);
-            if (!mirror->in_tree) {
+            if (all || !mirror->in_tree) {
                 mirror->in_tree = 1;
                 rows[count++] = (Row){{mirror->window.base, mirror->window.base + mirror->window.span}};
             }
         }
     for (Kept *kept = land->oldest; kept; kept = kept->newer)
-        if (!kept->in_tree) {
+        if (all || !kept->in_tree) {
             kept->in_tree = 1;
             rows[count++] = (Row){{kept->base, kept->base + kept->span}};
         }
-    return listed(rows, count, 2);
+    /* Both at the same moment, before any object is made: what goes from here on is news for the next time. */
+    PyObject *gone = land->gone;
+    land->gone = empty;
+    edition = ++land->edition;
+    if (all) {
+        Py_XDECREF(gone);
+        gone = Py_NewRef(Py_None);
+    }
+    PyObject *taken = listed(rows, count, 2), *last = PyLong_FromUnsignedLongLong(edition);
+    PyObject *news = taken && last ? PyTuple_Pack(3, last, gone, taken) : NULL;
+    Py_XDECREF(taken);
+    Py_XDECREF(last);
+    Py_DECREF(gone);
+    return news;
 }
 
-/* _gone() -> [start]: what the tree has and is free again. */
-static PyObject *land_gone(PyObject *op, PyObject *Py_UNUSED(ignored))
+/* _move(seen, cursor, end) -> bool: the hole is [cursor, end) from now on; False, and nothing has changed, where the cursor
+ * is not where it was `seen`: somebody has taken space meanwhile. */
+static PyObject *land_move(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    PyObject *empty = PyList_New(0);
-    if (!empty)
+    Land *land = as_land(op);
+    uint64_t seen, cursor, end;
+    if (wants(nargs, 3, "Land._move") || as_u64(args[0], &seen) || as_u64(args[1], &cursor) || as_u64(args[2], &end))
         return NULL;
-    PyObject *gone = as_land(op)->gone;
-    as_land(op)->gone = empty;
-    return gone ? gone : PyList_New(0);
+    if (land->cursor != seen)
+        Py_RETURN_FALSE;
+    if (end > land->end)
+        end = land->end;
+    land->cursor = cursor;
+    land->hole_end = end;
+    Py_RETURN_TRUE;
 }
 
 static PyObject *land_reserve(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
@@ -278,10 +289,9 @@ static PyObject *land_listen(PyObject *op, PyObject *events)
 static PyMethodDef land_methods[] = {
     {"_prepare", FASTCALL(land_prepare), METH_FASTCALL, NULL},
     {"_lose", land_lose, METH_NOARGS, NULL},
-    {"_search", FASTCALL(land_search), METH_FASTCALL, NULL},
     {"_reserve", FASTCALL(land_reserve), METH_FASTCALL, NULL},
-    {"_fresh", land_fresh, METH_NOARGS, NULL},
-    {"_gone", land_gone, METH_NOARGS, NULL},
+    {"_news", land_news, METH_O, NULL},
+    {"_move", FASTCALL(land_move), METH_FASTCALL, NULL},
     {"_mirrors", land_mirrors, METH_NOARGS, NULL},
     {"_stakes", land_stakes, METH_NOARGS, NULL},
     {"_mirror_at", land_mirror_at, METH_O, NULL},
@@ -294,6 +304,7 @@ static PyMethodDef land_methods[] = {
 static PyMemberDef land_members[] = {
     {"_cursor", T_ULONGLONG, offsetof(Land, cursor), READONLY, NULL},
     {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), READONLY, NULL},
+    {"_edition", T_ULONGLONG, offsetof(Land, edition), READONLY, NULL},
     {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
     {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},
     {"_hits", T_ULONGLONG, offsetof(Land, hits), READONLY, NULL},

@@ -7,6 +7,7 @@
  *   Frames, Mapping   what a mirror has to know of those of memory/, and their counts.
  *   Mirror   a window in a land, of frames that it holds a reference to.
  *   Events   what happened, in a ring of bounded size, for whoever asked to be told.
+ *   Account  what is in use of a budget; Charge: a part of it, in use for as long as that lives.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
  *            woken without losing a wake-up.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
@@ -48,6 +49,7 @@
 #include "mail.c"
 #include "turn.c"
 #include "endpoint.c"
+#include "account.c"
 
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
@@ -84,6 +86,8 @@ static const struct {
     {&mirror_type, &mirror_spec, &window_type},
     {&frames_type, &frames_spec, NULL},
     {&mapping_type, &mapping_spec, NULL},
+    {&account_type, &account_spec, NULL},
+    {&charge_type, &charge_spec, NULL},
     {&ring_type, &ring_spec, NULL},
     {&budget_type, &spin_budget_spec, NULL},
     {&bell_type, &bell_spec, NULL},

@@ -259,12 +259,12 @@ static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_RETURN_TRUE;
 }
 
-/* _tell(endpoint, farewell, answer): when it is unmapped, whoever does that, the endpoint sends these bytes; it is what
- * `answer` (or None) has brought. _tell(None, None, None): nobody is told. */
+/* _farewell(endpoint, bytes, answer): when it is unmapped, whoever does that, the endpoint sends these bytes; it is
+ * what `answer` (or None) has brought. _farewell(None, None, None): nobody is told. */
 static PyObject *window_set_farewell(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Window *self = (Window *)op;
-    if (wants(nargs, 3, "Window._tell"))
+    if (wants(nargs, 3, "Window._farewell"))
         return NULL;
     int none = Py_IsNone(args[0]);
     if (!none && (!PyObject_TypeCheck(args[0], endpoint_type) || !PyBytes_Check(args[1]) ||
@@ -403,7 +403,7 @@ static PyMethodDef window_methods[] = {
     {"_map_pieces", FASTCALL(window_map_pieces), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
-    {"_tell", FASTCALL(window_set_farewell), METH_FASTCALL, NULL},
+    {"_farewell", FASTCALL(window_set_farewell), METH_FASTCALL, NULL},
     {"_memory_fault", window_memory_fault, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import weakref
 from typing import Protocol
+
+from realmap.host.signals import Living
 
 
 class LostInChild(Protocol):
@@ -18,7 +19,7 @@ class LostInChild(Protocol):
         """Called in the child, right after the fork."""
 
 
-_things: weakref.WeakSet[LostInChild] = weakref.WeakSet()
+_things: Living[LostInChild] = Living()
 
 
 def lose_in_child(thing: LostInChild) -> None:
@@ -27,7 +28,7 @@ def lose_in_child(thing: LostInChild) -> None:
 
 
 def _after_fork() -> None:
-    for thing in list(_things):
+    for thing in _things.all():
         with contextlib.suppress(Exception):  # one that is half made must not keep the others from it
             thing.lose()
 

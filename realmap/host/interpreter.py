@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import marshal
+import math
 import os
 import pickle
 import select
@@ -108,6 +109,7 @@ class Child:
                 files.close(booter)
         self.pid = self._process.pid
         self._owner = os.getpid()
+        self._exitcode: int | None = None
         try:
             self.report.sendall(path + struct.pack("=Q", len(payload)) + payload)
         except OSError:  # it died, or will never hear all of it, and ends: whoever waits for its report sees that
@@ -141,19 +143,38 @@ class Child:
     @property
     def exitcode(self) -> int | None:
         """None while it runs; then its exit status, or minus the signal that ended it."""
-        return self._process.poll() if self._owner == os.getpid() else None
+        # Not by `Popen.poll`, nor its `wait`: they have a plain lock, which a signal handler finds taken. Looked at
+        # before it is reaped: so nothing is lost where an exception comes in between.
+        if self._exitcode is None and self._owner == os.getpid():
+            try:
+                ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None:
+                    return None
+                self._exitcode = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+                os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has reaped it: another thread, or who waits for any child
+                self._exitcode = self._exitcode or 0
+            self._process.returncode = self._exitcode
+        return self._exitcode
 
     def wait(self, timeout: float | None) -> int | None:
         """Waits at most `timeout` seconds (None: for ever) and reaps it; its exit code, or None if it still runs."""
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        pause = 0.0005
+        while self.exitcode is None and self._owner == os.getpid() and (left := end - time.monotonic()) > 0:
+            if timeout is None:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            else:  # as `Popen.wait` does; a pidfd would be one more descriptor, at an end that must not want any
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, 0.05)
+        return self.exitcode
 
     def signal(self, number: int) -> None:
         """Sends a signal, unless it was reaped already (its pid may be another's by now)."""
-        if self._owner == os.getpid():
-            self._process.send_signal(number)
+        if self._owner == os.getpid() and self.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Sends SIGKILL."""
@@ -168,9 +189,8 @@ class Child:
         """Closes the report and, if the process still runs, kills it; reaps it in any case."""
         files.shut(self.report)
         if self._owner == os.getpid():
-            if self._process.poll() is None:
-                self._process.kill()
-            self._process.wait()
+            self.kill()
+            self.wait(None)
 
 
 def _flags() -> list[str]:

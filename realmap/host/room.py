@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from realmap.host.signals import pass_on
 from realmap.host.translate import SHM
 
 #: Small segments are not worth the 0.1 ms of a look each: this much is taken between two looks at the most.
@@ -75,5 +76,8 @@ def _room(limit: Path, use: Path, stat: Path, total: str) -> int | None:
         # Page cache of files counts as use, but Linux gives it up before it says no. (That of tmpfs is not in these.)
         cache = sum(int(fields.get(f"{total}{name}_file", 0)) for name in ("active", "inactive"))
         return int(most) - used + cache
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as error:
+        pass_on(error)
         return None

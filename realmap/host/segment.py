@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import posix_ipc
 
 from realmap._core import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
-from realmap.host import files, room, runtime
+from realmap.host import room, runtime
+from realmap.host.signals import pass_on
 from realmap.host.translate import SHM, frames_error
 from realmap.pages import PAGE_SIZE, demand
 
@@ -36,12 +38,22 @@ def _own_name() -> str:
     return f"{runtime.SEGMENT_PREFIX}{_stamp[1]}.{next(_serial)}"
 
 
-def _unlink(own: str) -> None:
-    """Takes away a name of ours. OSError: it stays, until a kernel that starts after our end sweeps it."""
+def _make(own: str, made: list[posix_ipc.SharedMemory]) -> None:
+    """Makes a segment without any space, and notes it in `made`: in one call of C, so that no signal comes in between.
+
+    OSError: it cannot be made.
+    """
+    make = functools.partial(posix_ipc.SharedMemory, flags=posix_ipc.O_CREX, mode=0o600)
     try:
-        posix_ipc.unlink_shared_memory("/" + own)
-    except (posix_ipc.Error, OSError):  # what was short for a moment may be there again
-        os.unlink(f"{SHM}/{own}")
+        made.extend(map(make, ("/" + own,)))
+    except posix_ipc.PermissionsError:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+    except posix_ipc.Error as error:
+        raise OSError(errno.ENOENT, str(error)) from None
+    except OSError as error:
+        pass_on(error)
+        # posix_ipc says EMFILE and ENFILE in words only.
+        raise OSError(error.errno or errno.EMFILE, error.strerror or str(error)) from None
 
 
 def checked_name(name: object) -> str:
@@ -92,35 +104,35 @@ class Segment:
         self.fd = -1
         self.huge = 0
         own = _own_name()
-        try:
-            made = posix_ipc.SharedMemory("/" + own, posix_ipc.O_CREX, mode=0o600)
-        except posix_ipc.PermissionsError:
-            raise frames_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), length) from None
-        except posix_ipc.Error as error:
-            raise frames_error(OSError(errno.ENOENT, str(error)), length) from None
-        except OSError as error:
-            # posix_ipc says EMFILE and ENFILE in words only.
-            number = error.errno or errno.EMFILE
-            raise frames_error(OSError(number, error.strerror or str(error)), length) from None
-        self.fd = made.fd
+        made: list[posix_ipc.SharedMemory] = []
         try:
             try:
+                _make(own, made)
+                self.fd = made[0].fd
                 status = os.fstat(self.fd)
                 self.device, self.inode = status.st_dev, status.st_ino
                 if name is not None:
                     self._take_name(own, name)
             finally:
-                _unlink(own)
+                if made:  # in no function, at whose beginning an exception could come
+                    try:
+                        posix_ipc.unlink_shared_memory("/" + own)
+                    except (posix_ipc.Error, OSError) as error:
+                        if isinstance(error, OSError):
+                            pass_on(error)
+                        # What was short for a moment may be there again. Else a kernel sweeps it after our end.
+                        os.unlink(f"{SHM}/{own}")
             self._take_space(commit or huge, cancelled)
             if huge:
                 self.huge = collapse(self.fd, self.length)
             #: What a snapshot tells of it. None of it changes: made once, as there may be very many.
             self.facts = (self.inode, self.device, self.length, self.huge, self.name)
-        except OSError as error:
+        except BaseException as error:
+            if made:
+                self.fd = made[0].fd
             self.close()
-            raise error if isinstance(error, KernelError) else frames_error(error, length) from None
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError) and not isinstance(error, KernelError):
+                raise frames_error(error, length) from None
             raise
 
     def _take_name(self, own: str, name: str) -> None:
@@ -165,21 +177,24 @@ class Segment:
 
         Again: nothing.
         """
+        if self.fd < 0:
+            return
+        if self._maker == os.getpid():  # a forked child has descriptors of its own, but not the name
+            if self.name is not None:
+                with contextlib.suppress(OSError):
+                    if os.stat(f"{SHM}/{self.name}").st_ino == self.inode:  # not a later one of the same name
+                        os.unlink(f"{SHM}/{self.name}")
+            if self._marker is not None:
+                with contextlib.suppress(OSError):
+                    self._marker.unlink(missing_ok=True)
+        # No function of Python's is entered, so nothing comes in between: it is closed once, and not forgotten.
         fd, self.fd = self.fd, -1
-        if fd < 0:
-            return
-        if self.name is None and self._marker is None:
-            files.close(fd)
-            return
-        ours = self._maker == os.getpid()  # a forked child has descriptors of its own, but not the name
-        if self.name is not None and ours:
-            with contextlib.suppress(OSError):
-                if os.stat(f"{SHM}/{self.name}").st_ino == self.inode:  # not a later one of the same name
-                    os.unlink(f"{SHM}/{self.name}")
-        if self._marker is not None and ours:
-            with contextlib.suppress(OSError):
-                self._marker.unlink(missing_ok=True)
-        files.close(fd)
+        try:
+            if fd >= 0:
+                os.close(fd)
+        except OSError as error:
+            if error.errno == errno.EBADF:  # as `files.close`
+                raise
 
     def __del__(self) -> None:
         try:

@@ -6,8 +6,6 @@ import errno
 import mmap
 import os
 import resource
-from collections.abc import Callable
-from typing import TypeVar
 
 import psutil
 
@@ -18,23 +16,11 @@ from realmap.errors import (
     PhysicalMemoryExhaustion,
     VirtualMemoryExhaustion,
 )
-
-T = TypeVar("T")
+from realmap.host.signals import pass_on
 
 SHM = "/dev/shm"
 #: Linux has no memory for the call itself (a socket's buffer, a table): nothing was done, and it may go well later.
 SHORT_OF_MEMORY = (errno.ENOMEM, errno.ENOBUFS)
-
-
-def attempt(call: Callable[..., T], *args: object) -> T | OSError:
-    """What a function of C returns, or what Linux said. An OSError that a signal handler raised meanwhile (that has
-    frames of its own) is nothing of ours, and raised on."""
-    try:
-        return call(*args)
-    except OSError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise
-        return error
 
 
 def shm_mount() -> tuple[str, str]:
@@ -48,6 +34,7 @@ def shm_mount() -> tuple[str, str]:
 
 def frames_error(error: OSError, size: int) -> KernelError:
     """Why `size` bytes of frames could not be had."""
+    pass_on(error)
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return PhysicalMemoryExhaustion(
@@ -68,6 +55,7 @@ def frames_error(error: OSError, size: int) -> KernelError:
 
 def shortage(error: OSError, doing: str) -> KernelError:
     """Why something else failed: a connection, a wait. `doing` says in words what."""
+    pass_on(error)
     if isinstance(error, KernelError):  # it says so already
         return error
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -82,6 +70,7 @@ def shortage(error: OSError, doing: str) -> KernelError:
 
 def window_error(error: OSError, address: int, size: int, prot: int) -> KernelError:
     """Why `size` bytes could not be mapped at (or unmapped from) `address`."""
+    pass_on(error)
     if isinstance(error, KernelError):  # it says so already
         return error
     if error.errno == errno.EEXIST:

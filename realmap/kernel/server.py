@@ -29,6 +29,7 @@ from realmap.errors import (
     PhysicalMemoryExhaustion,
 )
 from realmap.host import files, forks, runtime
+from realmap.host.signals import Flag
 from realmap.host.translate import shortage
 from realmap.kernel import syscalls
 from realmap.kernel.clients import Clients
@@ -111,9 +112,9 @@ class Kernel:
         self._thread: threading.Thread | None = None
         self._lock: runtime.SocketLock | None = None
         self._wake = -1
-        self._wake_lock = threading.RLock()  # re-entrant: a signal handler may call stop within post
+        self._wake_lock = threading.RLock()
         self._stopping = False
-        self._ended = threading.Event()
+        self._ended = Flag()
         #: The thread that serves.
         self.serving = 0
 
@@ -130,7 +131,7 @@ class Kernel:
             self._take_path()
         except OSError as error:
             raise shortage(error, f"cannot serve {self.path!r}") from None
-        self._ended.clear()
+        self._ended = Flag()
         log.info("the kernel serves at %r", self.path)
         try:
             self._watch.start()

@@ -9,6 +9,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from realmap.errors import SyscallTimeout
+from realmap.host.signals import Flag
 from realmap.kernel.logs import log
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Watch:
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._end = threading.Event()
+        self._end = Flag()
         limit = kernel.limits.seconds
         self._tick = TICK if limit is None else min(TICK, max(0.01, limit / 4))
         #: What the kernel's own thread was at, and since when, as far as was seen.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread, get_native_id
+from threading import RLock, Thread, get_native_id
 
 #: How much more modest a worker is than the kernel's own thread, in steps of niceness.
 NICE = 10
@@ -25,7 +25,7 @@ class Workers:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
-        self._lock = Lock()
+        self._lock = RLock()
         self._idle = 0
         self._threads = 0
         self._closed = False
@@ -38,13 +38,20 @@ class Workers:
     def submit(self, job: Job) -> None:
         """Has `job` run soon. RuntimeError: no thread could be started; the job will not run."""
         with self._lock:
-            if self._idle:
+            promised = self._idle > 0
+            if promised:
                 self._idle -= 1
             else:
-                Thread(target=self._work, args=(job,), name="realmap-worker", daemon=True).start()
                 self._threads += 1
-                return
-        self._queue.put(job)
+        if promised:
+            self._queue.put(job)
+            return
+        try:
+            Thread(target=self._work, args=(job,), name="realmap-worker", daemon=True).start()
+        except BaseException:
+            with self._lock:
+                self._threads -= 1
+            raise
 
     def _work(self, job: Job | None) -> None:
         # Who waits for the kernel's own thread is served first. On Linux niceness is a thread's own.

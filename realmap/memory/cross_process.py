@@ -27,6 +27,7 @@ from realmap.errors import (
     gone,
 )
 from realmap.host import translate
+from realmap.host.signals import pass_on
 from realmap.memory.byte_access import ByteAccess
 from realmap.memory.frames import Piece, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
@@ -233,6 +234,7 @@ class CrossProcessMapping(Mirror, ByteAccess):
         try:
             self._populate()
         except OSError as error:
+            pass_on(error)
             if error.errno == errno.EINVAL:  # Linux before 5.14 cannot: it is then as without
                 return
             short = self._short()

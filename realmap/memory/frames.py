@@ -4,7 +4,8 @@ A reference is held by each mapping, each mirror and each outstanding handle; no
 At zero the segments are closed, for good. Who holds one can be named (`holders`).
 
 Counting needs no lock: the C core does it (_core/frames.c), each time as a whole. So a reference can be given up from a
-destructor, at any moment, in any thread.
+destructor, at any moment, in any thread. What is in use of a limit is counted there as well (`Account`): a charge lives
+exactly as long as what it was made for.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from __future__ import annotations
 import itertools
 import os
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable
-from threading import Lock
 from typing import SupportsIndex
 
+from realmap._core import Account, Charge
 from realmap._core import Frames as FramesCore
 from realmap.errors import InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
-from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, usize
+from realmap.host.signals import pass_on
+from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, usize
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
@@ -62,11 +63,10 @@ class SharedFrames(FramesCore):
     they are collected without ever having been mapped.
     """
 
-    __slots__ = ("__weakref__", "_on_free", "_starts", "length", "segments")
+    __slots__ = ("__weakref__", "_charges", "_starts", "length", "segments")
 
-    def __init__(self, segments: list[Segment], on_free: Callable[[int, int], None]) -> None:
+    def __init__(self, segments: list[Segment], charge: Charge) -> None:
         self.segments = segments
-        self._on_free = on_free
         if len(segments) == 1:  # the common case
             (only,) = segments
             self.length, self._starts = only.length, [0]
@@ -75,6 +75,7 @@ class SharedFrames(FramesCore):
             self.length = sum(segment.length for segment in segments)
             self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
             self._set(-1, sum(segment.huge for segment in segments))
+        self._charges = [charge]
 
     def holders(self) -> list[str]:
         """Everyone who holds a reference, in words; `who_holds` is what was noted."""
@@ -82,23 +83,20 @@ class SharedFrames(FramesCore):
 
     def _free(self) -> None:
         """Called by the core when the last reference has gone, once."""
-        bytes_freed = count = 0
         while self.segments:
             try:
                 segment = self.segments.pop()
             except IndexError:  # another thread took the last one
                 break
-            bytes_freed += segment.length
-            count += 1
             segment.close()
-        if count:
-            self._on_free(bytes_freed, count)
+        self._charges.clear()
 
     def __del__(self) -> None:
         self._end()  # of those that nobody ever held
 
-    def append(self, more: list[Segment]) -> None:
+    def append(self, more: list[Segment], charge: Charge) -> None:
         """Grows by `more` segments (a heap's brk). What is mapped or mirrored of it stays as it is."""
+        self._charges.append(charge)
         for segment in more:
             self._starts.append(self.length)
             self.segments.append(segment)
@@ -141,8 +139,8 @@ class SharedFrames(FramesCore):
                 data = os.pread(fd, length, offset)
                 if len(data) == length:
                     return data
-            except OSError:  # tried once more, and told, below
-                pass
+            except OSError as error:  # tried once more, and told, below
+                pass_on(error)
         return self._read_pieces(offset, length, address)
 
     def _read_pieces(self, offset: int, length: int, address: int) -> bytes:
@@ -153,6 +151,7 @@ class SharedFrames(FramesCore):
                 try:
                     data = os.pread(fd, size, at)  # at most 2 GiB a call: Linux cuts longer ones short
                 except OSError as error:
+                    pass_on(error)
                     data, why = b"", f"it cannot be read: {error.strerror}"
                 if not data:
                     raise MemoryFault(address + sum(len(part) for part in parts), why=why)
@@ -182,7 +181,7 @@ class SharedFrames(FramesCore):
         return f"<SharedFrames {self.serial}: {self.length} bytes in {len(self.segments)} segments, {state}>"
 
 
-class FrameAllocator:
+class FrameAllocator(Account):
     """Makes frames, and keeps count of what is in use against a limit.
 
     `limit` in bytes, None for as much as the machine has; `parent` is charged as well (a process's
@@ -208,61 +207,29 @@ class FrameAllocator:
         segments: SupportsIndex | None = None,
     ) -> None:
         """InvalidSize: a negative limit. TypeError: no integer."""
-        self.limit = None if limit is None else usize(limit, "limit")
-        self.segment_limit = None if segments is None else usize(segments, "segments")
-        self._parent = parent
-        self._lock = Lock()
-        self._used = self._segments = 0
-        # Frames are freed from destructors, which may run while this very thread holds the lock:
-        # they only leave word here, and whoever asks next takes it off.
-        self._returned: deque[tuple[int, int]] = deque()
+        self._limit = None if limit is None else usize(limit, "limit")
+        self._segment_limit = USIZE_MAX if segments is None else usize(segments, "segments")
+        self._prepare(USIZE_MAX if self._limit is None else self._limit, self._segment_limit, parent)
 
     @property
-    def used(self) -> int:
-        """Bytes of frames that live."""
-        with self._lock:
-            return self._settle()
+    def limit(self) -> int | None:
+        """Bytes of frames that there may be; None: as many as the machine has."""
+        return self._limit
 
     @property
-    def segments(self) -> int:
-        """Segments that live: one descriptor each."""
-        with self._lock:
-            self._settle()
-            return self._segments
+    def segment_limit(self) -> int:
+        """Segments that there may be; 2**64 - 1: as many as there are descriptors."""
+        return self._segment_limit
 
-    def _settle(self) -> int:
-        while self._returned:
-            size, count = self._returned.popleft()
-            self._used -= size
-            self._segments -= count
-        return self._used
-
-    def _charge(self, length: int, count: int) -> None:
-        with self._lock:
-            used = self._settle()
-            if self.limit is not None and used + length > self.limit:
-                raise PhysicalMemoryExhaustion(
-                    length, why=f"the limit of {self.limit} bytes does not allow {length} more ({self._used} in use)"
-                )
-            if self.segment_limit is not None and self._segments + count > self.segment_limit:
-                raise PhysicalMemoryExhaustion(
-                    length,
-                    why=f"the limit of {self.segment_limit} segments, which take one of the kernel's descriptors each, "
-                    f"does not allow {count} more ({self._segments} in use); use larger ones",
-                )
-            self._used += length
-            self._segments += count
-        if self._parent is not None:
-            try:
-                self._parent._charge(length, count)
-            except BaseException:
-                self._returned.append((length, count))
-                raise
-
-    def _give_back(self, length: int, count: int) -> None:
-        self._returned.append((length, count))
-        if self._parent is not None:
-            self._parent._give_back(length, count)
+    def _refusal(self, length: int, count: int) -> PhysicalMemoryExhaustion:
+        if self._limit is not None and self.used + length > self._limit:
+            why = f"the limit of {self._limit} bytes does not allow {length} more ({self.used} in use)"
+        else:
+            why = (
+                f"the limit of {self._segment_limit} segments, which take one of the kernel's descriptors each, "
+                f"does not allow {count} more ({self.segments} in use); use larger ones"
+            )
+        return PhysicalMemoryExhaustion(length, why=why)
 
     def allocate(
         self,
@@ -306,7 +273,7 @@ class FrameAllocator:
         cancelled: Callable[[], bool] | None = None,
     ) -> SharedFrames:
         """As `allocate`, for who has checked already: `step` bytes a segment."""
-        return SharedFrames(self.make_segments(size, step, name, commit, huge, cancelled), self._give_back)
+        return SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
 
     def make_segments(
         self,
@@ -316,10 +283,12 @@ class FrameAllocator:
         commit: bool = True,
         huge: bool = False,
         cancelled: Callable[[], bool] | None = None,
-    ) -> list[Segment]:
-        """Segments of `step` bytes, `size` bytes in all, charged; all of them or none. Errors as `allocate`."""
+    ) -> tuple[list[Segment], Charge]:
+        """Segments of `step` bytes, `size` bytes in all, and the charge for them. All or none; errors as `allocate`."""
         count = -(-size // step)
-        self._charge(size, count)
+        charge = self._charge(size, count)
+        if not isinstance(charge, Charge):  # whose limit it is
+            raise charge._refusal(size, count)
         made: list[Segment] = []
         try:
             for start in range(0, size, step):
@@ -328,6 +297,5 @@ class FrameAllocator:
         except BaseException:
             for segment in made:
                 segment.close()
-            self._give_back(size, count)
             raise
-        return made
+        return made, charge

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import NamedTuple, SupportsIndex, TypeVar
 
 from realmap._core import Land, Mirror
@@ -27,6 +27,7 @@ from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
 from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, demand, usize
 
 M = TypeVar("M", bound=Mirror)
+R = TypeVar("R")
 
 
 class AddressState(NamedTuple):
@@ -58,9 +59,10 @@ class KernelMemory(Land):
         self.start, self.length = self.land.start, self.land.length
         #: What was copied to and from users without mapping: times, bytes.
         self.copies_in = self.bytes_in = self.copies_out = self.bytes_out = 0
-        #: Of the tree, and of whoever maps by it.
-        self._lock = Lock()
-        self._space: Space[int] = Space(self.start, self.land.end, gap=GUARD)
+        #: Of the tree, and of whoever maps by it. (realmap/host/signals.py has the rule.)
+        self._lock = RLock()
+        #: The tree, while nobody is at work on it; see `_ask`.
+        self._at_rest: dict[str, tuple[int, Space[int]]] = {}
         self._prepare(self.start, self.land.end, usize(lazy_unmap, "lazy_unmap"))
         forks.lose_in_child(self)
 
@@ -88,7 +90,7 @@ class KernelMemory(Land):
             try:
                 return self._find(size, 0)
             except VirtualMemoryExhaustion:
-                if not self._space.drop_obstacles():
+                if not self._ask(Space.drop_obstacles):
                     raise
                 return self._find(size, 0)
 
@@ -97,29 +99,51 @@ class KernelMemory(Land):
 
         VirtualMemoryExhaustion: nothing fits (obstacles that were noted are passed over). Under the lock.
         """
-        address = self._reserve(span, residue)
-        if address is not None:
-            return address
-        self._learn()
-        self._space.cursor = self._cursor
         modulus = HUGE_SIZE if span >= HUGE_SIZE else 1
-        address = self._space.find(span, residue & (modulus - 1), modulus)
-        if address is None:
-            raise VirtualMemoryExhaustion(
-                span,
-                why=f"no hole of {span} bytes in {self.length} bytes of KernelLand ({self.live} mirrors live)",
-            )
-        self._search(address + span + GUARD, self._space.hole_end(address))
-        return address
+        while True:
+            address = self._reserve(span, residue)
+            if address is not None:
+                return address
+            seen = self._cursor
 
-    def _learn(self) -> None:
-        """Brings the tree up to date."""
-        for start in self._gone():
-            self._space.tree.remove(start)
-        for start, end in self._fresh():
-            self._space.tree.add(start, end, start)
-        for stake in self._stakes():
-            self._space.note_obstacle(stake, stake + PAGE_SIZE)
+            def search(space: Space[int], seen: int = seen) -> tuple[int, int] | None:
+                space.cursor = seen
+                found = space.find(span, residue & (modulus - 1), modulus)
+                return None if found is None else (found, space.hole_end(found))
+
+            hole = self._ask(search)
+            if hole is None:
+                raise VirtualMemoryExhaustion(
+                    span,
+                    why=f"no hole of {span} bytes in {self.length} bytes of KernelLand ({self.live} mirrors live)",
+                )
+            if self._move(seen, hole[0] + span + GUARD, hole[1]):  # else a signal handler has taken space meanwhile
+                return hole[0]
+
+    def _ask(self, question: Callable[[Space[int]], R]) -> R:
+        """What `question` says of the tree, once that is up to date.
+
+        The tree is out of reach while somebody is at work on it. So a signal handler that comes right then, and needs
+        it, finds none, and makes one anew of what the core knows (without obstacles: it will run into them); and where
+        an exception ends the work, the next one does. Who finds that somebody has had a later edition of the news asks
+        once more.
+        """
+        with self._lock:
+            while True:
+                edition, space = self._at_rest.pop("tree", (0, None))
+                edition, gone, taken = self._news(edition)
+                if space is None or gone is None:
+                    space, gone = Space(self.start, self.land.end, gap=GUARD), []
+                for start in gone:
+                    space.tree.remove(start)
+                for start, end in sorted(taken):
+                    space.tree.add(start, end, start)
+                for stake in self._stakes():
+                    space.note_obstacle(stake, stake + PAGE_SIZE)
+                answer = question(space)
+                if self._edition == edition:
+                    self._at_rest["tree"] = edition, space
+                    return answer
 
     # ---- mapping ----------------------------------------------------------------------------
 
@@ -137,7 +161,7 @@ class KernelMemory(Land):
                 except VirtualMemoryExhaustion:
                     if self._clear_kept():
                         continue
-                    if not (once_more and self._space.drop_obstacles()):
+                    if not (once_more and self._ask(Space.drop_obstacles)):
                         raise
                     once_more = False
                     continue
@@ -152,12 +176,16 @@ class KernelMemory(Land):
 
     def _note(self, address: int, span: int) -> None:
         start, end = procfs.obstacle(address, span)
-        self._learn()
-        if start < end and self._space.tree.overlap(start, end) is None:
-            self._space.note_obstacle(start, end)
-        else:  # gone by now, not to be seen, or it is a mirror that another thread has just mapped
-            self._space.note_obstacle(address, address + span)
-        self._search(self._cursor, self._cursor)  # the hole is not what it was: search anew
+
+        def note(space: Space[int]) -> None:
+            if start < end and space.tree.overlap(start, end) is None:
+                space.note_obstacle(start, end)
+            else:  # gone by now, not to be seen, or a mirror that another thread or a signal handler has just mapped
+                space.note_obstacle(address, address + span)
+
+        self._ask(note)
+        at = self._cursor
+        self._move(at, at, at)  # the hole is not what it was: search anew
 
     def unmap_no_dealloc(self, address: SupportsIndex, length: SupportsIndex) -> None:
         """Drops the mirror whose pages are [address, address + length). Its frames live on under their refcount.
@@ -184,16 +212,18 @@ class KernelMemory(Land):
     def mapping_state(self, address: SupportsIndex) -> AddressState:
         """What is at `address`. Panics outside of KernelLand."""
         at, _ = self._inside(address, 1)
-        with self._lock:
-            self._learn()
-            start = self._space.tree.at(at)
+
+        def look(space: Space[int]) -> tuple[int, int, bool]:
+            start = space.tree.at(at)
             if start is None:
-                return AddressState(*self._space.tree.hole(at), None)
-            after = self._space.tree.following(at + 1)
-        mirror = self._mirror_at(start)
-        # Without a mirror it is a kept window, or mapped this very moment.
-        end = start + mirror._span if mirror is not None else after[0] if after else self.land.end
-        return AddressState(start, end, mirror)
+                return *space.tree.hole(at), False
+            after = space.tree.following(at + 1)
+            return start, after[0] if after else self.land.end, True
+
+        start, end, taken = self._ask(look)
+        mirror = self._mirror_at(start) if taken else None
+        # Without a mirror it is a hole, a kept window, or mapped this very moment.
+        return AddressState(start, end if mirror is None else start + mirror._span, mirror)
 
     def mirrors(self) -> list[Mirror]:
         """Every live mirror, in order of address."""

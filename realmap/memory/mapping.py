@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 from realmap._core import Mapping as MappingCore
 from realmap.errors import InvalidAddress, InvalidSize, MemoryFault, WrongMappingFramesForType
+from realmap.host.signals import pass_on
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.pages import PAGE_MASK, PAGE_SIZE, USIZE_MAX, address_of, page_range
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, rights_of, type_of
@@ -108,7 +109,9 @@ class Mapping(MappingCore):
             return None
         try:
             at = frames.truncated_at(self.phys_offset + offset, length)
-        except (OSError, IndexError):  # another thread gave up the last reference: nobody can look any more
+        except (OSError, IndexError) as error:  # another thread gave up the last reference: nobody can look any more
+            if isinstance(error, OSError):
+                pass_on(error)
             return None
         if at is None:
             return None

@@ -211,7 +211,7 @@ class ProcessMemory:
         else:
             assert isinstance(old.frames, SharedFrames)
             frames = old.frames
-            frames.append(self.allocator.make_segments(new - before, new - before))
+            frames.append(*self.allocator.make_segments(new - before, new - before))
             self._remove(old)
         # The longer mapping takes its reference before the shorter one gives its own up.
         self._heap = self._enter(self.heap_start, frames, 0, new, MemoryType.HEAP, u_rw)

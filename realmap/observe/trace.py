@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from realmap.errors import InvalidHandle, KernelError, SyscallTimeout
 from realmap.host import forks
+from realmap.host.signals import Flag
 from realmap.kernel.events import CAPACITY
 from realmap.observe.control import Control
 from realmap.observe.timeline import Timeline
@@ -69,7 +70,7 @@ class Trace:
         self.died: KernelError | None = None
         self._failed: OSError | None = None
         self._seconds: float | None = None
-        self._stop = threading.Event()
+        self._stop, self._over = Flag(), Flag()
         self._control = Control(kernel, timeout=PATIENCE)
         with contextlib.ExitStack() as undo:
             undo.callback(self._control.close)  # with it goes whatever was begun
@@ -92,7 +93,7 @@ class Trace:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will come: it was closed, or something ended it."""
-        return not self._thread.is_alive()
+        return self._over.is_set()
 
     def close(self) -> None:
         """Ends it: what has happened until now is in the file then. Again: nothing.
@@ -100,7 +101,7 @@ class Trace:
         OSError: the file could not be written to its end.
         """
         self._stop.set()
-        self._thread.join()
+        self._over.wait()  # not `join`, in which a handler that closes it as well would wait for itself
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
@@ -108,6 +109,8 @@ class Trace:
     def lose(self) -> None:
         """In a forked child: the trace is the parent's."""
         self._file.close()
+        self._over = Flag()  # its thread is the parent's as well
+        self._over.set()
 
     def __enter__(self) -> Self:
         return self
@@ -119,6 +122,12 @@ class Trace:
     # ---- on its thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        finally:
+            self._over.set()
+
+    def _follow(self) -> None:
         if self._nice:  # on Linux niceness is a thread's own
             with contextlib.suppress(OSError):
                 nice = os.getpriority(os.PRIO_PROCESS, 0) + self._nice

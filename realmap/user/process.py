@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from contextlib import suppress
 from functools import partial
 from operator import index
@@ -15,6 +14,7 @@ import msgspec
 
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
+from realmap.host.signals import Living
 from realmap.memory.frames import whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
 from realmap.memory.userspace_ptr import user_windows
@@ -30,12 +30,12 @@ from realmap.wire.messages import MemoryInfo
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
 
-_living: weakref.WeakSet[Process] = weakref.WeakSet()
+_living: Living[Process] = Living()
 
 
 def living() -> list[Process]:
     """The connections that this process has made, or inherited, and that have not ended."""
-    return [process for process in list(_living) if not process._client.has_ended]
+    return [process for process in _living.all() if not process._client.has_ended]
 
 
 def _tell_of_fork() -> None:
@@ -46,7 +46,7 @@ def _tell_of_fork() -> None:
 
 
 def _lose() -> None:
-    for process in list(_living):
+    for process in _living.all():
         process.lose()
 
 
@@ -119,9 +119,9 @@ class Process:
             for window, (address, span), known in zip(windows, places, adopted, strict=True):
                 # What the parent had unmapped by now is memory still, but none that the kernel knows.
                 if known:
-                    window._tell(client.endpoint, self.farewell(address, span), None)
+                    window._farewell(client.endpoint, self.farewell(address, span), None)
                 else:
-                    window._tell(None, None, None)
+                    window._farewell(None, None, None)
             self._client = client
 
     def lose(self) -> None:

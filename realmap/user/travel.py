@@ -45,7 +45,10 @@ def own_process_of(path: str) -> Process:
     with _lock:
         process = made(path)
         if process is None:
-            process = _made[path] = Process(path)
+            new = Process(path)
+            process = _made.setdefault(path, new)
+            if process is not new:  # a signal handler was quicker
+                new.close()
         return process
 
 
@@ -53,7 +56,7 @@ def made(path: str) -> Process | None:
     """That connection, if there is one."""
     process = _made.get(path)
     if process is not None and process.has_ended:
-        del _made[path]
+        _made.pop(path, None)
         return None
     return process
 

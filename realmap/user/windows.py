@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from realmap._core import Answer
 from realmap.errors import VirtualMemoryExhaustion
 from realmap.host import procfs, translate
-from realmap.host.translate import attempt
 from realmap.memory.frames import Piece
 from realmap.memory.userspace_ptr import register_window
 from realmap.rights import MappingAccessRights, prot_of
@@ -44,16 +43,19 @@ def map_window(
     client, duty = process.client, answer
     try:
         for _ in range(PLACES):
-            window = _map_segments(process, address, span, count, piece_at, answer.descriptors, prot)
-            if not isinstance(window, OSError):
+            try:
+                window = _map_segments(process, address, span, count, piece_at, answer.descriptors, prot)
+            except OSError as error:
+                known = translate.window_error(error, address, span, prot)  # raises on what is a signal handler's
+                if error.errno != errno.EEXIST:
+                    raise known from None
+            else:
                 window.process = process
                 window.rights = rights
                 window.huge = in_huge
                 register_window(window)
-                window._tell(client.endpoint, process.farewell(address, span), duty)  # has it from here on
+                window._farewell(client.endpoint, process.farewell(address, span), duty)  # has it from here on
                 return window
-            if window.errno != errno.EEXIST:
-                raise translate.window_error(window, address, span, prot)
             start, end = procfs.obstacle(address, span)
             move = messages.Move(client.next_id(), address, start, end)
             address, moved = client.request(move, late=lambda to: process.farewell(to, span))
@@ -67,10 +69,10 @@ def map_window(
 
 def _map_segments(
     process: Process, address: int, span: int, count: int, piece_at: PieceAt, descriptors: list[int], prot: int
-) -> UserWindow | OSError:
-    """The window, or what mmap(2) said."""
+) -> UserWindow:
+    """OSError: as mmap(2)."""
     if not count:  # private memory: no frames to share
-        return attempt(UserWindow._map, address, span, prot, -1, 0, 0, span, 1)
+        return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
 
     def pieces(first: int, fds: list[int]) -> Iterator[Piece]:
         for number, fd in enumerate(fds, first):
@@ -79,17 +81,16 @@ def _map_segments(
     expected = min(count, messages.MAX_DESCRIPTORS)
     _require_all(descriptors, expected, span)
     if count == 1:
-        return attempt(UserWindow._map, address, span, prot, descriptors[0], piece_at(0)[0], 0, span, 1)
+        return UserWindow._map(address, span, prot, descriptors[0], piece_at(0)[0], 0, span, 1)
     first = sum(piece_at(number)[1] for number in range(expected))
-    window = attempt(UserWindow._map_pieces, address, prot, list(pieces(0, descriptors)), 0, first, 1)
+    window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
     mapped = len(descriptors)
     client = process.client
-    while mapped < count and not isinstance(window, OSError):
+    while mapped < count:
         _, answer = client.request(messages.More(client.next_id(), address, mapped))
         more = answer.descriptors
         _require_all(more, min(count - mapped, messages.MAX_DESCRIPTORS), span)
-        if error := attempt(window._extend, list(pieces(mapped, more))):
-            return error
+        window._extend(pieces(mapped, more))
         mapped += len(more)
     return window
 

@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from textual.message import Message
 
 from realmap.cli.top.app import Fresh, Top
+from realmap.host.signals import Flag
 from realmap.lab import demo as lab
 
 INTERVAL = 0.25
@@ -26,7 +27,7 @@ class Over(Message):
 class DemoTop(Top):
     """Says when it has shown something, and ends with the demo."""
 
-    def __init__(self, path: str, watching: threading.Event) -> None:
+    def __init__(self, path: str, watching: Flag) -> None:
         super().__init__(path, INTERVAL, "demo")
         self._watching = watching
 
@@ -46,8 +47,8 @@ class Demo:
         self._planned, self._trace, self._pace = planned, trace, pace
         self._total = sum(len(file.checks) for file in planned)
         self._done = 0
-        self._left = threading.Event()
-        self.watching = threading.Event()
+        self._left = Flag()
+        self.watching = Flag()
         #: Its kernel's path; None where there will be none.
         self.path: SimpleQueue[str | None] = SimpleQueue()
         self.app: DemoTop | None = None

@@ -73,7 +73,7 @@ class Feed:
         self._interval = max(FLOOR, interval)
         self._deliver = deliver
         self._control: Control | None = None
-        self._wake = threading.Condition()
+        self._wake = threading.Condition(threading.RLock())
         self._stopped = self._paused = self._waiting = self._now = False
         self._thread = threading.Thread(target=self._run, name="realmap top", daemon=True)
 
