@@ -1,11 +1,14 @@
 /* What the files of the C core share: the types, and what each of them knows of the others.
  *
  * The core is one translation unit: module.c includes the others in the order in which they build on each other.
+ * Some need no Python (guard.c, table.c): with REALMAP_NO_PYTHON a plain C program can include these by themselves,
+ * and the drivers of tools/races do.
  */
 #ifndef REALMAP_CORE_H
 #define REALMAP_CORE_H
 
 #define _GNU_SOURCE
+#ifndef REALMAP_NO_PYTHON
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -19,6 +22,7 @@
 #define Py_RETURN_FALSE return Py_NewRef(Py_False)
 
 #include <structmember.h>
+#endif
 
 #include <errno.h>
 #include <pthread.h>
@@ -26,6 +30,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -53,12 +58,7 @@
 /* Where nobody listens this is never run: it must not stand in the way of what is. */
 #define COLD __attribute__((noinline, cold))
 
-
-/* How a function with METH_FASTCALL is put into a table. */
-#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
-
-
-enum state { NOT_READY, ALIVE, DEAD };
+static size_t page_size;
 
 /* Counts the forks this process descends from: a window that a fork does not inherit knows by
  * it that it was lost, and must not unmap what may now be somebody else's at its address. */
@@ -67,11 +67,11 @@ static unsigned long fork_epoch;
 static void count_fork(void) { fork_epoch++; }
 
 
-/* What the guard knows of a window. Written under the GIL, read by a signal handler on any thread. */
+/* What the guard knows of a window. Written by whoever has the GIL, read by a signal handler on any thread. */
 typedef struct {
     _Atomic uintptr_t base;
-    _Atomic uintptr_t end;   /* 0: no window */
-    _Atomic uintptr_t zeros; /* from here to the end are zero pages; `end` where there are none */
+    _Atomic uintptr_t end;   /* 0: not armed */
+    _Atomic uintptr_t zeros; /* from here to the end are zero pages; NO_ZEROS where there are none */
     _Atomic unsigned long epoch;
     _Atomic long thread; /* that ran into it last */
     _Atomic int sparse;  /* not all of them are there: page by page, where Linux gave no more at once */
@@ -81,6 +81,32 @@ typedef struct {
     uint32_t next; /* of those without a window: one more than its index, or 0 */
 } Guarded;
 
+#define NO_ZEROS UINTPTR_MAX
+
+
+typedef struct Node {
+    struct Node *next;
+    struct Node **at; /* what points to it: so that it can be taken out of a long chain */
+    uint64_t key;
+} Node;
+
+#define FEW 64
+
+typedef struct {
+    Node **buckets;
+    size_t mask;
+    size_t count;
+    Node *few[FEW];
+} Table;
+
+
+#ifndef REALMAP_NO_PYTHON
+
+/* How a function with METH_FASTCALL is put into a table. */
+#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
+
+
+enum state { NOT_READY, ALIVE, DEAD };
 
 typedef struct {
     PyObject_HEAD
@@ -132,21 +158,6 @@ typedef struct {
     uint64_t told; /* how many of those lost a GAP has told of */
 } Events;
 
-
-typedef struct Node {
-    struct Node *next;
-    struct Node **at; /* what points to it: so that it can be taken out of a long chain */
-    uint64_t key;
-} Node;
-
-#define FEW 64
-
-typedef struct {
-    Node **buckets;
-    size_t mask;
-    size_t count;
-    Node *few[FEW];
-} Table;
 
 typedef struct Kept {
     Node exact;
@@ -262,7 +273,6 @@ typedef struct {
 static PyTypeObject *window_type;
 static PyTypeObject *land_type;
 static PyTypeObject *events_type;
-static size_t page_size;
 
 
 static PyTypeObject *frames_type;
@@ -278,4 +288,5 @@ static int64_t nanoseconds(void);
 
 static PyObject *ring_exchange(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 
+#endif /* REALMAP_NO_PYTHON */
 #endif

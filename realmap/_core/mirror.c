@@ -280,7 +280,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
      * must not. */
     self->window.state = was_kept ? ALIVE : NOT_READY;
     Window *window = &self->window;
-    window->guarded = guard(window->base, window->span, prot, 0);
+    window->guarded = guard_take(window->base, prot, 0);
     if (!window->guarded || hold(self, frames->mirrors)) {
         Py_DECREF((PyObject *)self);
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
