@@ -168,6 +168,7 @@ typedef struct Kept {
     size_t span;
     uint64_t serial;
     uint64_t start;
+    uint64_t maps;
     int prot;
     char in_tree;
 } Kept;
@@ -180,6 +181,8 @@ typedef struct Land {
     unsigned long long staked; /* up to where stakes have been seen to */
     unsigned long long budget;
     unsigned long long kept_bytes;
+    unsigned long long maps; /* that live mirrors and kept windows take, zeros that came into them not counted, */
+    unsigned long long most; /* and may take: below Linux's limit, for what else needs one */
     unsigned long long hits;
     unsigned long long misses;
     unsigned long long evictions;
@@ -209,6 +212,7 @@ typedef struct {
     PyObject *weakrefs;
     uint64_t serial; /* of its frames; 0 where it shows several */
     uint64_t start; /* what its first page shows: an offset in the frames */
+    uint64_t maps; /* one for each piece of it */
     char in_tree;
 } Mirror;
 

@@ -14,14 +14,14 @@
  * hole is used up, which is when it is needed. */
 
 
-/* Land._prepare(start, end, budget): nothing is there, and nothing kept. Also in a forked child, which has
- * lost whatever was there. */
+/* Land._prepare(start, end, budget, most): nothing is there, and nothing kept; at most so many maps will be. Also in a
+ * forked child, which has lost whatever was there. */
 static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Land *land = (Land *)op;
-    uint64_t start, end, budget;
-    if (wants(nargs, 3, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
-        as_u64(args[2], &budget))
+    uint64_t start, end, budget, most;
+    if (wants(nargs, 4, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
+        as_u64(args[2], &budget) || as_u64(args[3], &most))
         return NULL;
     PyObject *gone = PyList_New(0), *stakes = PyList_New(0);
     if (!gone || !stakes) {
@@ -47,7 +47,8 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     land->hole_end = land->end = end;
     land->staked = 0;
     land->budget = budget;
-    land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
+    land->most = most;
+    land->maps = land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
     land->epoch = fork_epoch;
     Py_XDECREF(land->gone);
     land->gone = gone;
@@ -200,6 +201,15 @@ static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
     return listed(rows, count, 5);
 }
 
+/* _make_room(maps) -> bool: whether so many maps more may be taken; kept windows go for them, as far as need be. */
+static PyObject *land_make_room(PyObject *op, PyObject *maps)
+{
+    uint64_t wanted;
+    if (as_u64(maps, &wanted))
+        return NULL;
+    return PyBool_FromLong(make_room((Land *)op, wanted));
+}
+
 /* _clear_kept() -> bool: unmaps all of them; whether there were any. */
 static PyObject *land_clear_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
@@ -234,6 +244,7 @@ static PyMethodDef land_methods[] = {
     {"_mirrors", land_mirrors, METH_NOARGS, NULL},
     {"_mirror_at", land_mirror_at, METH_O, NULL},
     {"_kept", land_kept, METH_NOARGS, NULL},
+    {"_make_room", land_make_room, METH_O, NULL},
     {"_clear_kept", land_clear_kept, METH_NOARGS, NULL},
     {"_listen", land_listen, METH_O, NULL},
     {NULL, NULL, 0, NULL},
@@ -245,6 +256,8 @@ static PyMemberDef land_members[] = {
     {"_stakes", T_OBJECT, offsetof(Land, stakes), READONLY, NULL},
     {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
     {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},
+    {"_maps", T_ULONGLONG, offsetof(Land, maps), READONLY, NULL},
+    {"_most", T_ULONGLONG, offsetof(Land, most), READONLY, NULL},
     {"_hits", T_ULONGLONG, offsetof(Land, hits), READONLY, NULL},
     {"_misses", T_ULONGLONG, offsetof(Land, misses), READONLY, NULL},
     {"_evictions", T_ULONGLONG, offsetof(Land, evictions), READONLY, NULL},

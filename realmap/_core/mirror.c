@@ -13,14 +13,16 @@ static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, in
     return self;
 }
 
-static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree)
+static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree, uint64_t maps)
 {
     self->window.base = base;
     self->window.span = span;
     self->node.key = base;
     self->in_tree = (char)in_tree;
+    self->maps = maps;
     Py_INCREF((PyObject *)land);
     self->land = land;
+    land->maps += maps;
     table_add(&land->live, &self->node);
 }
 
@@ -37,6 +39,7 @@ static void leave(Mirror *self, int give_back)
     if (!land)
         return;
     self->land = NULL;
+    land->maps -= self->maps;
     table_remove(&land->live, &self->node);
     if (give_back)
         give_place_back(land, self->window.base, self->in_tree);
@@ -113,12 +116,14 @@ static int keep(Mirror *self)
     kept->start = self->start;
     kept->prot = window->prot;
     kept->in_tree = self->in_tree;
+    kept->maps = self->maps;
     kept->older = land->newest;
     *(land->newest ? &land->newest->newer : &land->oldest) = kept;
     land->newest = kept;
     table_add(&land->exact, &kept->exact);
     table_add(&land->of, &kept->of);
     land->kept_bytes += kept->span;
+    land->maps += kept->maps;
     unguard(window); /* nobody touches it before it is a mirror's again */
     Py_INCREF((PyObject *)land); /* the GIL may go away in between */
     leave(self, 0);
@@ -259,7 +264,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     if (was_kept) {
         land->hits++;
         forget_kept(land, kept);
-        enter(land, self, kept->base, kept->span, kept->in_tree);
+        enter(land, self, kept->base, kept->span, kept->in_tree, kept->maps);
         lead += start - kept->start;
         start = kept->start;
         PyMem_Free(kept);
@@ -270,7 +275,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
             Py_DECREF((PyObject *)self);
             Py_RETURN_NONE;
         }
-        enter(land, self, base, span, 0);
+        enter(land, self, base, span, 0, 1);
     }
     self->serial = serial;
     self->start = start;
@@ -285,7 +290,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
         Py_DECREF((PyObject *)self);
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     }
-    if (!was_kept && map_piece(self->window.base, span, prot, fd, (off_t)start)) {
+    if (!was_kept && (!make_room(land, 0) || map_piece(self->window.base, span, prot, fd, (off_t)start))) {
         Py_DECREF((PyObject *)self);
         Py_RETURN_NONE;
     }
@@ -311,6 +316,9 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of tuples of mappings and frames");
         return NULL;
     }
+    Py_ssize_t maps = PyObject_Size(args[4]);
+    if (maps < 0)
+        return NULL;
     Mirror *self = new_mirror(cls, PyTuple_GetItem(args[2], 0), args[3], prot);
     if (!self)
         return NULL;
@@ -322,7 +330,7 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
         return NULL;
     }
     self->window.state = end > base ? ALIVE : DEAD;
-    enter((Land *)args[0], self, base, end - base, 0);
+    enter((Land *)args[0], self, base, end - base, 0, (uint64_t)maps);
     if (end > base && !guard_window(&self->window)) {
         Py_DECREF((PyObject *)self);
         return PyErr_NoMemory();

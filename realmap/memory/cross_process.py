@@ -228,7 +228,7 @@ class CrossProcessMapping(Mirror, ByteAccess):
                 each.hold(self, "mirror", self.address)
             return self
 
-        made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot)
+        made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot, len(pieces))
         return made
 
     def _prefault(self) -> None:
