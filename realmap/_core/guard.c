@@ -74,6 +74,7 @@ static void guard_disarm(Guarded *entry)
 /* The first byte from which on zero pages are mapped, 0 where there are none. */
 static uintptr_t guard_zeros(const Guarded *entry)
 {
+    atomic_thread_fence(memory_order_acquire); /* who has read them asks afterwards */
     uintptr_t zeros = atomic_load_explicit(&entry->zeros, memory_order_acquire);
     return zeros == NO_ZEROS ? 0 : zeros;
 }
@@ -120,24 +121,21 @@ static int heal(uintptr_t address)
         if (!inherited && epoch != fork_epoch)
             continue; /* a parent's: what is mapped here is another one */
         int sparse = atomic_load_explicit(&entry->sparse, memory_order_acquire);
+        /* Told of before it can be read: who sees the zeros sees where they begin, and the count. */
+        while (page < zeros && !atomic_compare_exchange_weak(&entry->zeros, &zeros, page))
+            ;
         if (page >= zeros && !sparse)
-            return 1; /* another thread was quicker */
-        /* Told of before it can be read: who sees the zeros sees the count. */
+            return 1; /* another thread was quicker, or is about to be */
         atomic_store_explicit(&entry->thread, syscall(SYS_gettid), memory_order_relaxed);
         atomic_fetch_add(&faults, 1);
-        uintptr_t from = page;
-        if (page >= zeros || !put_zeros(page, zeros < end ? zeros : end, prot)) {
-            /* Under strict accounting there may be room for one page where there is none for all. */
-            if (put_zeros(page, page + page_size, prot))
-                atomic_store(&entry->sparse, 1);
-            else if (give_way(base, end, prot))
-                from = base;
-            else
-                return 0;
-        }
-        while (from < zeros && !atomic_compare_exchange_weak(&entry->zeros, &zeros, from))
-            ;
-        return 1;
+        if (page < zeros && put_zeros(page, zeros < end ? zeros : end, prot))
+            return 1;
+        /* Under strict accounting there may be room for one page where there is none for all. */
+        atomic_store(&entry->sparse, 1);
+        if (put_zeros(page, page + page_size, prot))
+            return 1;
+        atomic_store(&entry->zeros, base);
+        return give_way(base, end, prot);
     }
     return 0;
 }
