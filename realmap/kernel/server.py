@@ -207,9 +207,9 @@ class Kernel:
 
     @contextlib.contextmanager
     def _open_to_signals(self) -> Iterator[None]:
-        """On the main thread, whatever it had inherited, no signal is blocked meanwhile, and one that comes right before
-        the kernel sleeps wakes it all the same. Another thread leaves signals to the program, but for SIGBUS: it is
-        the guard's, here and in the threads that are started from here.
+        """On the main thread, whatever it had inherited, no signal is blocked meanwhile, and one that comes right
+        before the kernel sleeps wakes it all the same. Another thread leaves signals to the program, but for SIGBUS,
+        which is the guard's, here and in the threads that are started from here.
         """
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGBUS})
         if threading.current_thread() is not threading.main_thread():

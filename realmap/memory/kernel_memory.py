@@ -140,8 +140,8 @@ class KernelMemory(Land):
                 if not self._make_room(maps):
                     raise VirtualMemoryExhaustion(
                         span,
-                        why=f"mirrors take {self._maps} maps of the {self._most} that KernelLand may have, and this one "
-                        f"wants {maps}: drop some first, or raise Linux's limit (sysctl vm.max_map_count)",
+                        why=f"mirrors take {self._maps} maps of the {self._most} that KernelLand may have, and this "
+                        f"one wants {maps}: drop some first, or raise Linux's limit (sysctl vm.max_map_count)",
                     )
                 try:
                     address = self._find(span, residue)
