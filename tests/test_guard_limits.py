@@ -1,4 +1,4 @@
-"""The guard where Linux has no more maps, or the signal is blocked; and the bound that keeps a kernel from the first."""
+"""The guard where Linux has no more maps, or the signal is blocked; and the bound on the maps of a land."""
 
 from __future__ import annotations
 
