@@ -130,12 +130,13 @@ def test_what_is_set_once_is_checked(frames: FrameAllocator, land: KernelMemory)
         with pytest.raises(TypeError):
             _core.Mapping()._set(0, None, 0, PAGE, rights, "")  # type: ignore[arg-type]
     end = land.land.end
-    for cursor, hole_end in [(0, end), (land.start + 1, end), (end + 2 * PAGE, end), (land.start, end + 2 * PAGE)]:
+    for cursor in (0, land.start + 1, end + 2 * PAGE):
         with pytest.raises(ValueError):
-            land._search(cursor, hole_end)
+            land._move(land._cursor, cursor, end)
+    assert not land._move(land._cursor + PAGE, land.start, end), "somebody has taken space meanwhile"
     for start, stop in [(0, PAGE), (USER_LAND.start + 1, end), (end, end), (land.start, 1 << 63)]:
         with pytest.raises(ValueError):
-            land._prepare(start, stop, 0)
+            land._prepare(start, stop, 0, 1000)
     with pytest.raises(ValueError, match="forked child"):
         land._lose()
     assert (shared.refcount, land.live) == (1, 0)

@@ -1,11 +1,14 @@
 /* What the files of the C core share: the types, and what each of them knows of the others.
  *
  * The core is one translation unit: module.c includes the others in the order in which they build on each other.
+ * Some need no Python (guard.c, table.c, queue.c, spin.c, post.c): with REALMAP_NO_PYTHON a plain C program can include these by themselves,
+ * and the drivers of tools/races do.
  */
 #ifndef REALMAP_CORE_H
 #define REALMAP_CORE_H
 
 #define _GNU_SOURCE
+#ifndef REALMAP_NO_PYTHON
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -19,6 +22,7 @@
 #define Py_RETURN_FALSE return Py_NewRef(Py_False)
 
 #include <structmember.h>
+#endif
 
 #include <errno.h>
 #include <fcntl.h>
@@ -28,6 +32,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -57,10 +62,7 @@
 /* Where nobody listens this is never run: it must not stand in the way of what is. */
 #define COLD __attribute__((noinline, cold))
 
-/* How a function with METH_FASTCALL is put into a table. */
-#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
-
-enum state { NOT_READY, ALIVE, DEAD };
+static size_t page_size;
 
 /* Counts the forks this process descends from: a window that a fork does not inherit knows by
  * it that it was lost, and must not unmap what may now be somebody else's at its address. */
@@ -68,11 +70,11 @@ static unsigned long fork_epoch;
 
 static void count_fork(void) { fork_epoch++; }
 
-/* What the guard knows of a window. Written under the GIL, read by a signal handler on any thread. */
+/* What the guard knows of a window. Written by whoever has the GIL, read by a signal handler on any thread. */
 typedef struct {
     _Atomic uintptr_t base;
-    _Atomic uintptr_t end;   /* 0: no window */
-    _Atomic uintptr_t zeros; /* from here to the end are zero pages; `end` where there are none */
+    _Atomic uintptr_t end;   /* 0: not armed */
+    _Atomic uintptr_t zeros; /* from here to the end are zero pages; NO_ZEROS where there are none */
     _Atomic unsigned long epoch;
     _Atomic long thread; /* that ran into it last */
     _Atomic int sparse;  /* not all of them are there: page by page, where Linux gave no more at once */
@@ -81,6 +83,76 @@ typedef struct {
     uint32_t index;
     uint32_t next; /* of those without a window: one more than its index, or 0 */
 } Guarded;
+
+#define NO_ZEROS UINTPTR_MAX
+
+typedef struct Node {
+    struct Node *next;
+    struct Node **at; /* what points to it: so that it can be taken out of a long chain */
+    uint64_t key;
+} Node;
+
+#define FEW 64
+
+typedef struct {
+    Node **buckets;
+    size_t mask;
+    size_t count;
+    Node *few[FEW];
+} Table;
+
+#define RING_SLOTS 32u
+#define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
+#define LINE 64
+#define BELL 4 /* wire/channel.py */
+#define BELL_TRIES 100
+
+typedef struct {
+    _Alignas(LINE) _Atomic uint32_t tail;
+    _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
+    _Atomic uint32_t mailed;
+    _Alignas(LINE) _Atomic uint32_t head;
+    _Alignas(LINE) _Atomic uint32_t asleep;
+    _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
+} Queue;
+
+/* Two queues, one each way, as one side sees them. */
+typedef struct {
+    Queue *in;
+    Queue *out;
+    uint32_t in_head;
+    uint32_t out_tail;
+    uint32_t in_mailed; /* as far as the socket was read */
+} Duplex;
+
+/* How long to look for the next message: spin.c. Nanoseconds. */
+typedef struct {
+    int64_t most;
+    int64_t now;
+    int64_t busy_until; /* 0: nobody else wants the CPU */
+    int64_t seen_busy;
+    int64_t pause;
+    int several;
+} Budget;
+
+#define MAX_DESCRIPTORS 64  /* that one message brings: wire/messages.py */
+#define CHUNK_BYTES 65536   /* that one datagram carries: wire/channel.py */
+
+/* A socket, known by what it is: post.c. */
+typedef struct {
+    int fd;
+    dev_t device;
+    ino_t inode;
+} Post;
+
+static int64_t nanoseconds(void);
+
+#ifndef REALMAP_NO_PYTHON
+
+/* How a function with METH_FASTCALL is put into a table. */
+#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
+
+enum state { NOT_READY, ALIVE, DEAD };
 
 typedef struct {
     PyObject_HEAD
@@ -134,21 +206,6 @@ typedef struct {
     uint64_t told; /* how many of those lost a GAP has told of */
 } Events;
 
-typedef struct Node {
-    struct Node *next;
-    struct Node **at; /* what points to it: so that it can be taken out of a long chain */
-    uint64_t key;
-} Node;
-
-#define FEW 64
-
-typedef struct {
-    Node **buckets;
-    size_t mask;
-    size_t count;
-    Node *few[FEW];
-} Table;
-
 typedef struct Kept {
     Node exact;
     Node of;
@@ -158,6 +215,7 @@ typedef struct Kept {
     size_t span;
     uint64_t serial;
     uint64_t start;
+    uint64_t maps;
     int prot;
     char in_tree;
 } Kept;
@@ -177,6 +235,8 @@ typedef struct Land {
     unsigned long long staked; /* up to where stakes have been seen to */
     unsigned long long budget;
     unsigned long long kept_bytes;
+    unsigned long long maps; /* that live mirrors and kept windows take, zeros that came into them not counted, */
+    unsigned long long most; /* and may take: below Linux's limit, for what else needs one */
     unsigned long long hits;
     unsigned long long misses;
     unsigned long long evictions;
@@ -208,6 +268,7 @@ typedef struct {
     uint64_t serial; /* of its frames; 0 where it shows several */
     uint64_t start; /* what its first page shows: an offset in the frames */
     char holds; /* whether it has references to its frames */
+    uint64_t maps; /* one for each piece of it */
     char in_tree;
 } Mirror;
 
@@ -235,40 +296,6 @@ typedef struct {
     char is_set;
     char held; /* from when it is set until it is released */
 } Mapping;
-
-#define RING_SLOTS 32u
-#define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
-#define LINE 64
-#define BELL 4 /* wire/channel.py */
-#define BELL_TRIES 100
-
-typedef struct {
-    _Alignas(LINE) _Atomic uint32_t tail;
-    _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
-    _Atomic uint32_t mailed;
-    _Alignas(LINE) _Atomic uint32_t head;
-    _Alignas(LINE) _Atomic uint32_t asleep;
-    _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
-} Queue;
-
-/* Two queues, one each way, as one side sees them. */
-typedef struct {
-    Queue *in;
-    Queue *out;
-    uint32_t in_head;
-    uint32_t out_tail;
-    uint32_t in_mailed; /* as far as the socket was read */
-} Duplex;
-
-/* How long to look for the next message: spin.c. Nanoseconds. */
-typedef struct {
-    int64_t most;
-    int64_t now;
-    int64_t busy_until; /* 0: nobody else wants the CPU */
-    int64_t seen_busy;
-    int64_t pause;
-    int several;
-} Budget;
 
 typedef struct {
     PyObject_HEAD
@@ -329,21 +356,8 @@ ACCESSOR(PyTypeObject, as_type)
 static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *frames_type, *mapping_type;
 static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
 static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
-static size_t page_size;
-
-static int64_t nanoseconds(void);
 
 /* ---- connections ---------------------------------------------------------------------------- */
-
-#define MAX_DESCRIPTORS 64  /* that one message brings: wire/messages.py */
-#define CHUNK_BYTES 65536   /* that one datagram carries: wire/channel.py */
-
-/* A socket, known by what it is: post.c. */
-typedef struct {
-    int fd;
-    dev_t device;
-    ino_t inode;
-} Post;
 
 /* How an event loop is told that it has to look: bell.c. */
 typedef struct {
@@ -433,4 +447,5 @@ static void endpoint_notice(PyObject *endpoint, PyObject *message);
 static int settle(Endpoint *self, PyObject *own);
 static void endpoint_leave_late(Endpoint *self, PyObject *function, PyObject *data);
 
+#endif /* REALMAP_NO_PYTHON */
 #endif

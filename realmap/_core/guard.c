@@ -1,4 +1,4 @@
-/* The guard: a handler of SIGBUS that puts zero pages in place of what was truncated. */
+/* The guard: a handler of SIGBUS that puts zero pages in place of what was truncated. No Python. */
 #include "core.h"
 
 /* A segment may be truncated by whoever can open it, at any moment, and touching what is gone raises SIGBUS. The
@@ -6,9 +6,13 @@
  * notes it, and returns: who touched it goes on, and is told afterwards. Any other SIGBUS goes to whoever had the
  * signal before.
  *
- * It runs on any thread, at any moment, with or without the GIL: it reads the table below, which never moves nor
- * shrinks, and makes system calls; no locks, no memory, no Python. A window that is being touched is not unmapped
- * meanwhile (its exports are counted), so its entry stands still; the others may change while they are looked at. */
+ *      guard_take ─▶ guard_arm ⇄ guard_disarm ─▶ guard_release
+ *                    mapped       before it is unmapped
+ *
+ * These and stand_guard are for one thread at a time: in the core, for whoever has the GIL. The handler runs on any
+ * thread, at any moment: it reads the table below, which never moves nor shrinks, and makes system calls; no locks, no
+ * memory. A window that is being touched is not unmapped meanwhile (its exports are counted), so its entry stands
+ * still; the others may change while they are looked at. */
 
 #define CHUNK 1024u
 #define CHUNKS 16384u /* of 1024: more windows than Linux allows mappings by default, by two orders */
@@ -23,23 +27,8 @@ static Guarded *guarded_at(uint32_t index)
     return &atomic_load_explicit(&chunks[index / CHUNK], memory_order_acquire)[index % CHUNK];
 }
 
-/* From here on the guard knows the window: it is mapped. */
-static void arm(const Window *self)
-{
-    atomic_store_explicit(&self->guarded->end, self->base + self->span, memory_order_release);
-}
-
-/* From here on it does not: what is mapped there next is another's. */
-static void disarm(const Window *self)
-{
-    if (self->guarded) {
-        atomic_store_explicit(&self->guarded->end, 0, memory_order_relaxed);
-        atomic_thread_fence(memory_order_seq_cst); /* whoever reads what is stored later reads this, too */
-    }
-}
-
 /* An entry for a window that is about to be mapped, and to be armed then; NULL: no memory for it. */
-static Guarded *guard(uintptr_t base, size_t span, int prot, int inherited)
+static Guarded *guard_take(uintptr_t base, int prot, int inherited)
 {
     Guarded *entry;
     if (free_guarded) {
@@ -50,7 +39,7 @@ static Guarded *guard(uintptr_t base, size_t span, int prot, int inherited)
         if (index == CHUNK * CHUNKS)
             return NULL;
         if (index % CHUNK == 0) {
-            Guarded *chunk = PyMem_Calloc(CHUNK, sizeof *chunk);
+            Guarded *chunk = calloc(CHUNK, sizeof *chunk);
             if (!chunk)
                 return NULL;
             atomic_store_explicit(&chunks[index / CHUNK], chunk, memory_order_release);
@@ -65,36 +54,51 @@ static Guarded *guard(uintptr_t base, size_t span, int prot, int inherited)
     atomic_store_explicit(&entry->thread, 0, memory_order_relaxed);
     atomic_store_explicit(&entry->epoch, fork_epoch, memory_order_relaxed);
     atomic_store_explicit(&entry->base, base, memory_order_relaxed);
-    atomic_store_explicit(&entry->zeros, base + span, memory_order_relaxed);
+    atomic_store_explicit(&entry->zeros, NO_ZEROS, memory_order_relaxed);
     return entry;
 }
 
-/* The first byte from which on zero pages are mapped, 0 where there are none. */
-static uintptr_t zeros_of(const Window *self)
+/* From here on the guard knows the window: it is mapped, up to `end`. */
+static void guard_arm(Guarded *entry, uintptr_t end)
 {
-    if (!self->guarded)
-        return self->zeros;
-    uintptr_t zeros = atomic_load_explicit(&self->guarded->zeros, memory_order_acquire);
-    return zeros < self->base + self->span ? zeros : 0;
+    atomic_store_explicit(&entry->end, end, memory_order_release);
 }
 
-static void unguard(Window *self)
+/* From here on it does not: what is mapped there next is another's. */
+static void guard_disarm(Guarded *entry)
 {
-    Guarded *entry = self->guarded;
-    if (!entry)
-        return;
-    self->zeros = zeros_of(self);
-    self->thread = atomic_load_explicit(&entry->thread, memory_order_relaxed);
-    disarm(self);
-    self->guarded = NULL;
+    atomic_store_explicit(&entry->end, 0, memory_order_relaxed);
+    atomic_thread_fence(memory_order_seq_cst); /* whoever reads what is stored later reads this, too */
+}
+
+/* The first byte from which on zero pages are mapped, 0 where there are none. */
+static uintptr_t guard_zeros(const Guarded *entry)
+{
+    atomic_thread_fence(memory_order_acquire); /* who has read them asks afterwards */
+    uintptr_t zeros = atomic_load_explicit(&entry->zeros, memory_order_acquire);
+    return zeros == NO_ZEROS ? 0 : zeros;
+}
+
+/* The window has gone: the entry is another's. */
+static void guard_release(Guarded *entry)
+{
+    guard_disarm(entry);
     entry->next = free_guarded;
     free_guarded = entry->index + 1;
 }
 
-static int put_zeros(uintptr_t at, size_t length, int prot)
+static int put_zeros(uintptr_t at, uintptr_t end, int prot)
 {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
-    return mmap((void *)at, length, prot, flags, -1, 0) != MAP_FAILED;
+    return mmap((void *)at, end - at, prot, flags, -1, 0) != MAP_FAILED;
+}
+
+/* Zero pages over a whole window splits no mapping, so it needs none where Linux allows no more. Beyond the limit (the
+ * last mmap that goes well takes a process one beyond it) Linux maps nothing at all, over nothing: then the window goes
+ * first. Whoever touches it in that moment dies, as all would without it. */
+static int give_way(uintptr_t base, uintptr_t end, int prot)
+{
+    return put_zeros(base, end, prot) || (!munmap((void *)base, end - base) && put_zeros(base, end, prot));
 }
 
 /* Zero pages from `address` to the end of its window. 0: it is in no window of ours, or Linux gave none. */
@@ -117,42 +121,49 @@ static int heal(uintptr_t address)
         if (!inherited && epoch != fork_epoch)
             continue; /* a parent's: what is mapped here is another one */
         int sparse = atomic_load_explicit(&entry->sparse, memory_order_acquire);
-        if (page >= zeros && !sparse)
-            return 1; /* another thread was quicker */
-        /* Told of before it can be read: who sees the zeros sees the count. */
-        atomic_store_explicit(&entry->thread, syscall(SYS_gettid), memory_order_relaxed);
-        atomic_fetch_add(&faults, 1);
-        int all = page < zeros && put_zeros(page, zeros - page, prot);
-        if (!all) {
-            /* Under strict accounting there may be room for one page where there is none for all. */
-            if (!put_zeros(page, page_size, prot))
-                return 0;
-            atomic_store(&entry->sparse, 1);
-        }
+        /* Told of before it can be read: who sees the zeros sees where they begin, and the count. */
         while (page < zeros && !atomic_compare_exchange_weak(&entry->zeros, &zeros, page))
             ;
-        return 1;
+        if (page >= zeros && !sparse)
+            return 1; /* another thread was quicker, or is about to be */
+        atomic_store_explicit(&entry->thread, syscall(SYS_gettid), memory_order_relaxed);
+        atomic_fetch_add(&faults, 1);
+        if (page < zeros && put_zeros(page, zeros < end ? zeros : end, prot))
+            return 1;
+        /* Under strict accounting there may be room for one page where there is none for all. */
+        atomic_store(&entry->sparse, 1);
+        if (put_zeros(page, page + page_size, prot))
+            return 1;
+        atomic_store(&entry->zeros, base);
+        return give_way(base, end, prot);
     }
     return 0;
 }
 
-/* Who had the signal, the last one on top. Only grows or shrinks under the GIL. */
+/* Who had the signal, the last one on top; each with how it is called in one word, so that a thread that is passing a
+ * signal on never reads a half of one and a half of another (no address in a process has its topmost bit set). */
 #define DEPTH 8
-static struct sigaction under[DEPTH];
+static _Atomic uintptr_t under[DEPTH];
 static _Atomic int under_count;
+
+static uintptr_t packed(const struct sigaction *action)
+{
+    uintptr_t handler = (uintptr_t)action->sa_handler;
+    return handler << 1 | (action->sa_flags & SA_SIGINFO ? 1 : 0);
+}
 
 /* What is being passed on by a thread: a handler that returns without having helped is called again by the same
  * access, for ever; and one that raises the signal once more comes back to us. */
 typedef struct {
     _Atomic long thread;
-    uintptr_t address;
-    int tries;
-    int level;
+    _Atomic uintptr_t address;
+    _Atomic int tries;
+    _Atomic int level;
 } Passing;
 
 #define PASSINGS 64
 #define PATIENCE 64
-static Passing passings[PASSINGS];
+static Passing passings[PASSINGS]; /* two threads that share one may lose count, and no more */
 
 static void pass_on(int number, siginfo_t *info, void *context)
 {
@@ -168,16 +179,15 @@ static void pass_on(int number, siginfo_t *info, void *context)
         passing->level = 0;
     }
     int at = atomic_load(&under_count) - 1 - passing->level - passing->tries / PATIENCE;
-    struct sigaction *next = at >= 0 ? &under[at] : NULL;
-    if (next && next->sa_flags & SA_SIGINFO) {
+    uintptr_t next = at >= 0 ? atomic_load(&under[at]) : (uintptr_t)SIG_DFL, handler = next >> 1;
+    if (handler != (uintptr_t)SIG_DFL && handler != (uintptr_t)SIG_IGN) {
         passing->level++;
-        next->sa_sigaction(number, info, context);
+        if (next & 1)
+            ((void (*)(int, siginfo_t *, void *))handler)(number, info, context);
+        else
+            ((void (*)(int))handler)(number);
         passing->level = 0;
-    } else if (next && next->sa_handler != SIG_DFL && next->sa_handler != SIG_IGN) {
-        passing->level++;
-        next->sa_handler(number);
-        passing->level = 0;
-    } else if (fault || !next || next->sa_handler == SIG_DFL) {
+    } else if (fault || handler == (uintptr_t)SIG_DFL) {
         struct sigaction end = {.sa_handler = SIG_DFL};
         sigaction(SIGBUS, &end, NULL);
         if (!fault) /* else the same access comes again */
@@ -193,35 +203,26 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
     errno = error;
 }
 
-static int same_handler(const struct sigaction *one, const struct sigaction *other)
-{
-    return (one->sa_flags & SA_SIGINFO) == (other->sa_flags & SA_SIGINFO) &&
-           (one->sa_flags & SA_SIGINFO ? one->sa_sigaction == other->sa_sigaction
-                                       : one->sa_handler == other->sa_handler);
-}
-
-/* Puts the guard on top of whoever has the signal now. Asked where memory is about to be used: faulthandler, or
- * signal.signal, may have come over it since. */
+/* Puts the guard on top of whoever has the signal now, and lets it through to this thread: blocked, a fault is death,
+ * handler or not. Asked where memory is about to be used: faulthandler, signal.signal or a program that waits for all
+ * signals by sigwait may have changed either since. */
 static void stand_guard(void)
 {
     struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER}, now;
+    sigset_t bus;
+    sigemptyset(&bus);
+    sigaddset(&bus, SIGBUS);
+    pthread_sigmask(SIG_UNBLOCK, &bus, NULL);
     sigemptyset(&ours.sa_mask);
-    if (sigaction(SIGBUS, NULL, &now) || same_handler(&now, &ours))
+    if (sigaction(SIGBUS, NULL, &now) || packed(&now) == packed(&ours))
         return;
     int count = atomic_load(&under_count);
     for (int i = 0; i < count; i++) /* who was there before and is again: those above it have gone */
-        if (same_handler(&under[i], &now))
+        if (under[i] == packed(&now))
             count = i;
     if (count == DEPTH)
         count--;
-    under[count] = now;
+    under[count] = packed(&now);
     atomic_store(&under_count, count + 1);
     sigaction(SIGBUS, &ours, NULL);
-}
-
-
-/* faults() -> how often zero pages had to take the place of what was truncated, in this process. */
-static PyObject *host_faults(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
-{
-    return PyLong_FromUnsignedLongLong(atomic_load_explicit(&faults, memory_order_acquire));
 }

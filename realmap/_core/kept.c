@@ -14,6 +14,7 @@ static void forget_kept(Land *land, Kept *kept)
     *(kept->older ? &kept->older->newer : &land->oldest) = kept->newer;
     *(kept->newer ? &kept->newer->older : &land->newest) = kept->older;
     land->kept_bytes -= kept->span;
+    land->maps -= kept->maps;
 }
 
 static void evict(Land *land, Kept *kept)
@@ -28,6 +29,14 @@ static void evict(Land *land, Kept *kept)
         unmap_range(kept->base, kept->span);
     give_place_back(land, kept->base, kept->in_tree);
     PyMem_Free(kept);
+}
+
+/* Whether so many maps more may be taken, now that windows kept for longest have gone where they had to. */
+static int make_room(Land *land, uint64_t maps)
+{
+    while (land->oldest && land->maps + maps > land->most) /* the GIL may go away in between */
+        evict(land, land->oldest);
+    return land->maps + maps <= land->most;
 }
 
 /* A larger window is looked for among so many of the same frames, the ones kept last. */

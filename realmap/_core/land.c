@@ -14,14 +14,14 @@
  * up, which is when it is needed. It may be thrown away at any moment: all that is in it is here, too. */
 
 
-/* Land._prepare(start, end, budget): nothing is there, and nothing kept. Also in a forked child, which has
- * lost whatever was there. */
+/* Land._prepare(start, end, budget, most): nothing is there, and nothing kept; at most so many maps will be. Also in a
+ * forked child, which has lost whatever was there. */
 static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Land *land = as_land(op);
-    uint64_t start, end, budget;
-    if (wants(nargs, 3, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
-        as_u64(args[2], &budget))
+    uint64_t start, end, budget, most;
+    if (wants(nargs, 4, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
+        as_u64(args[2], &budget) || as_u64(args[3], &most))
         return NULL;
     if (start % page_size || end % page_size || start < LANDS_START || end <= start || end > LANDS_END) {
         PyErr_SetString(PyExc_ValueError, "a land is whole pages of where lands lie");
@@ -47,7 +47,8 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     land->hole_end = land->end = end;
     land->staked = 0;
     land->budget = budget;
-    land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
+    land->most = most;
+    land->maps = land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
     land->epoch = fork_epoch;
     PyObject *before = land->gone;
     land->gone = gone;
@@ -182,6 +183,10 @@ static PyObject *land_move(PyObject *op, PyObject *const *args, Py_ssize_t nargs
     uint64_t seen, cursor, end;
     if (wants(nargs, 3, "Land._move") || as_u64(args[0], &seen) || as_u64(args[1], &cursor) || as_u64(args[2], &end))
         return NULL;
+    if (cursor % page_size || cursor < land->start || cursor > land->end + page_size) {
+        PyErr_SetString(PyExc_ValueError, "a search goes on in whole pages of the land");
+        return NULL;
+    }
     if (land->cursor != seen)
         Py_RETURN_FALSE;
     if (end > land->end)
@@ -260,6 +265,15 @@ static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
     return listed(rows, count, 5);
 }
 
+/* _make_room(maps) -> bool: whether so many maps more may be taken; kept windows go for them, as far as need be. */
+static PyObject *land_make_room(PyObject *op, PyObject *maps)
+{
+    uint64_t wanted;
+    if (as_u64(maps, &wanted))
+        return NULL;
+    return PyBool_FromLong(make_room((Land *)op, wanted));
+}
+
 /* _clear_kept() -> bool: unmaps all of them; whether there were any. */
 static PyObject *land_clear_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
@@ -296,6 +310,7 @@ static PyMethodDef land_methods[] = {
     {"_stakes", land_stakes, METH_NOARGS, NULL},
     {"_mirror_at", land_mirror_at, METH_O, NULL},
     {"_kept", land_kept, METH_NOARGS, NULL},
+    {"_make_room", land_make_room, METH_O, NULL},
     {"_clear_kept", land_clear_kept, METH_NOARGS, NULL},
     {"_listen", land_listen, METH_O, NULL},
     {NULL, NULL, 0, NULL},
@@ -307,6 +322,8 @@ static PyMemberDef land_members[] = {
     {"_edition", T_ULONGLONG, offsetof(Land, edition), READONLY, NULL},
     {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
     {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},
+    {"_maps", T_ULONGLONG, offsetof(Land, maps), READONLY, NULL},
+    {"_most", T_ULONGLONG, offsetof(Land, most), READONLY, NULL},
     {"_hits", T_ULONGLONG, offsetof(Land, hits), READONLY, NULL},
     {"_misses", T_ULONGLONG, offsetof(Land, misses), READONLY, NULL},
     {"_evictions", T_ULONGLONG, offsetof(Land, evictions), READONLY, NULL},

@@ -13,14 +13,16 @@ static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, in
     return self;
 }
 
-static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree)
+static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree, uint64_t maps)
 {
     self->window.base = base;
     self->window.span = span;
     self->node.key = base;
     self->in_tree = (char)in_tree;
+    self->maps = maps;
     Py_INCREF((PyObject *)land);
     self->land = land;
+    land->maps += maps;
     table_add(&land->live, &self->node);
 }
 
@@ -37,6 +39,7 @@ static void leave(Mirror *self, int give_back)
     if (!land)
         return;
     self->land = NULL;
+    land->maps -= self->maps;
     table_remove(&land->live, &self->node);
     if (give_back)
         give_place_back(land, self->window.base, self->in_tree);
@@ -112,12 +115,14 @@ static int keep(Mirror *self)
     kept->start = self->start;
     kept->prot = window->prot;
     kept->in_tree = self->in_tree;
+    kept->maps = self->maps;
     kept->older = land->newest;
     *(land->newest ? &land->newest->newer : &land->oldest) = kept;
     land->newest = kept;
     table_add(&land->exact, &kept->exact);
     table_add(&land->of, &kept->of);
     land->kept_bytes += kept->span;
+    land->maps += kept->maps;
     unguard(window); /* nobody touches it before it is a mirror's again */
     Py_INCREF((PyObject *)land); /* the GIL may go away in between */
     leave(self, 0);
@@ -249,7 +254,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     if (was_kept) {
         land->hits++;
         forget_kept(land, kept);
-        enter(land, self, kept->base, kept->span, kept->in_tree);
+        enter(land, self, kept->base, kept->span, kept->in_tree, kept->maps);
         lead += start - kept->start;
         start = kept->start;
         PyMem_Free(kept);
@@ -260,7 +265,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
             Py_DECREF((PyObject *)self);
             Py_RETURN_NONE;
         }
-        enter(land, self, base, span, 0);
+        enter(land, self, base, span, 0, 1);
     }
     self->serial = serial;
     self->start = start;
@@ -270,12 +275,12 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
      * must not. */
     self->window.state = was_kept ? ALIVE : NOT_READY;
     Window *window = &self->window;
-    window->guarded = guard(window->base, window->span, prot, 0);
+    window->guarded = guard_take(window->base, prot, 0);
     if (!window->guarded || hold(self)) {
         Py_DECREF((PyObject *)self);
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     }
-    if (!was_kept && map_piece(self->window.base, span, prot, frames->fd, (off_t)start)) {
+    if (!was_kept && (!make_room(land, 0) || map_piece(self->window.base, span, prot, frames->fd, (off_t)start))) {
         Py_DECREF((PyObject *)self);
         Py_RETURN_NONE;
     }
@@ -302,6 +307,9 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
         return NULL;
     }
     Land *land = as_land(args[0]);
+    Py_ssize_t maps = PyObject_Size(args[4]);
+    if (maps < 0)
+        return NULL;
     Mirror *self = new_mirror(cls, PyTuple_GetItem(args[2], 0), args[3], prot);
     if (!self)
         return NULL;
@@ -313,7 +321,7 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
         return NULL;
     }
     window->state = end > base ? ALIVE : DEAD;
-    enter(land, self, base, end - base, 0);
+    enter(land, self, base, end - base, 0, (uint64_t)maps);
     if (end > base && !guard_window(window)) {
         Py_DECREF((PyObject *)self);
         return PyErr_NoMemory();

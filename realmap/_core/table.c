@@ -1,4 +1,4 @@
-/* Table: a hash table of nodes that are parts of what they find. */
+/* Table: a hash table of nodes that are parts of what they find. No Python. */
 #include "core.h"
 
 static size_t bucket_of(const Table *table, uint64_t key)
@@ -12,7 +12,7 @@ static size_t bucket_of(const Table *table, uint64_t key)
 static void table_reset(Table *table)
 {
     if (table->buckets != table->few)
-        PyMem_Free(table->buckets);
+        free(table->buckets);
     memset(table, 0, sizeof *table);
     table->buckets = table->few;
     table->mask = FEW - 1;
@@ -31,7 +31,7 @@ static void table_put(Table *table, Node *node)
 static void table_add(Table *table, Node *node)
 {
     size_t size = table->mask + 1;
-    Node **wider = table->count < size ? NULL : PyMem_Calloc(2 * size, sizeof(Node *));
+    Node **wider = table->count < size ? NULL : calloc(2 * size, sizeof(Node *));
     if (wider) { /* without memory for it the chains only get longer */
         Node **old = table->buckets;
         table->buckets = wider;
@@ -42,7 +42,7 @@ static void table_add(Table *table, Node *node)
                 table_put(table, at);
             }
         if (old != table->few)
-            PyMem_Free(old);
+            free(old);
     }
     table_put(table, node);
     table->count++;

@@ -1,6 +1,38 @@
 /* Window: a range of this address space that maps pieces of files at a chosen address, with counted exports. */
 #include "core.h"
 
+/* faults() -> how often zero pages had to take the place of what was truncated, in this process. */
+static PyObject *host_faults(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromUnsignedLongLong(atomic_load_explicit(&faults, memory_order_acquire));
+}
+
+static void arm(const Window *self) { guard_arm(self->guarded, self->base + self->span); }
+
+static void disarm(const Window *self)
+{
+    if (self->guarded)
+        guard_disarm(self->guarded);
+}
+
+/* The first byte from which on zero pages are mapped, or were; 0 where there are none. */
+static uintptr_t zeros_of(const Window *self)
+{
+    return self->guarded ? guard_zeros(self->guarded) : self->zeros;
+}
+
+/* The guard has done with it; what it knew stays known. */
+static void unguard(Window *self)
+{
+    Guarded *entry = self->guarded;
+    if (!entry)
+        return;
+    self->zeros = guard_zeros(entry);
+    self->thread = atomic_load_explicit(&entry->thread, memory_order_relaxed);
+    self->guarded = NULL;
+    guard_release(entry);
+}
+
 /* The first byte of [start, start + length) that zero pages stand for; 0 where it is all there. */
 static uintptr_t fault_in(const Window *window, uintptr_t start, size_t length)
 {
@@ -73,7 +105,7 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
     if (!self)
         return NULL;
     stand_guard();
-    self->guarded = guard(address, span, prot, inherited);
+    self->guarded = guard_take(address, prot, inherited);
     int error = self->guarded ? map_piece(address, span, prot, fd, (off_t)offset) : ENOMEM;
     if (error) {
         Py_DECREF(self);
@@ -129,7 +161,7 @@ undo:
 static int guard_window(Window *self)
 {
     stand_guard();
-    self->guarded = guard(self->base, self->span, self->prot, self->inherited);
+    self->guarded = guard_take(self->base, self->prot, self->inherited);
     if (self->guarded)
         arm(self);
     return self->guarded != NULL;
@@ -191,7 +223,6 @@ static PyObject *window_extend(PyObject *op, PyObject *pieces)
     }
     self->length += (Py_ssize_t)(end - self->base - self->span);
     self->span = end - self->base;
-    atomic_store_explicit(&self->guarded->zeros, end, memory_order_release);
     arm(self);
     Py_RETURN_NONE;
 }

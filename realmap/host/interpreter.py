@@ -2,7 +2,9 @@
 
 Not a fork and not multiprocessing: no copies of the booter's threads, locks and descriptors, and
 no `if __name__ == "__main__"` guard. The new process gets the booter's sys.path and working
-directory, functions by cloudpickle, and a pidfd of the booter that was opened before it starts.
+directory, functions by cloudpickle, and a pidfd of the booter that was opened before it starts. No signal is blocked
+there, whatever the booter's thread blocks: a program that waits for its signals by sigwait blocks them all, and a
+process that inherits that ignores SIGTERM, and dies of a SIGBUS that it would handle.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from realmap.host import files, liveness
 # Only builtin modules are imported before sys.path is the booter's: a file in the working
 # directory that is named like one of the standard library must not be picked up.
 _BOOTSTRAP = (
-    "import sys, marshal, posix\n"
+    "import sys, marshal, posix, _signal\n"
+    "_signal.pthread_sigmask(_signal.SIG_SETMASK, ())\n"
     "fd = int(sys.argv[1]); size = int(sys.argv[2]); data = b''\n"
     "while len(data) < size:\n"
     "    more = posix.read(fd, size - len(data))\n"

@@ -58,6 +58,15 @@ def _map_of(line: str) -> Map:
     return Map(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), place)
 
 
+def map_limit() -> int:
+    """How many maps Linux allows a process (vm.max_map_count); its default where that is not shown."""
+    try:
+        with open("/proc/sys/vm/max_map_count") as file:
+            return int(file.read())
+    except OSError:
+        return 65_530
+
+
 class Resident(NamedTuple):
     """A map with its bytes in memory, and how many of these others map, too (as /proc/PID/smaps counts them)."""
 

@@ -164,7 +164,8 @@ class Kernel:
             undo.pop_all()
 
     def serve(self, *, ready: Callable[[], None] | None = None, booter: int = -1) -> None:
-        """Serves on this thread until `stop`; `ready` is called once clients can connect.
+        """Serves on this thread until `stop`; `ready` is called once clients can connect. On the main thread no signal
+        is blocked meanwhile; a program that waits for them by sigwait wants `start`.
 
         `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
         too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
@@ -178,7 +179,7 @@ class Kernel:
             with self._in_our_words():
                 if booter >= 0:
                     self.watch(booter, lambda _: self.stop(wait=False))
-                undo.enter_context(self._woken_by_signals())
+                undo.enter_context(self._open_to_signals())
             if ready is not None:
                 ready()  # its errors are its caller's
             with self._in_our_words():
@@ -206,8 +207,12 @@ class Kernel:
         return self
 
     @contextlib.contextmanager
-    def _woken_by_signals(self) -> Iterator[None]:
-        """A signal that comes right before the kernel sleeps wakes it all the same."""
+    def _open_to_signals(self) -> Iterator[None]:
+        """On the main thread, whatever it had inherited, no signal is blocked meanwhile, and one that comes right
+        before the kernel sleeps wakes it all the same. Another thread leaves signals to the program, but for SIGBUS,
+        which is the guard's, here and in the threads that are started from here.
+        """
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGBUS})
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -220,6 +225,8 @@ class Kernel:
             self.watch(reader.fileno(), lambda _: _drain(reader))
             before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
             undo.callback(signal.set_wakeup_fd, before)
+            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             yield
 
     def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
@@ -281,7 +288,8 @@ class Kernel:
     def _loop(self) -> None:
         self.serving = threading.get_ident()
         try:
-            self._turns()
+            with self._open_to_signals():
+                self._turns()
         finally:
             self._close()
 

@@ -226,7 +226,7 @@ class CrossProcessMapping(Mirror, ByteAccess):
         def make(base: int) -> Any:
             return cls._open_at(kernel, base, mappings, frames, pieces, start, lead, length, prot)
 
-        made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot)
+        made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot, len(pieces))
         return made
 
     def _prefault(self) -> None:

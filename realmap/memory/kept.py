@@ -3,7 +3,7 @@
     mirror dropped ──▶ kept ──▶ the same range wanted again: the mirror's, without a system call
                         ├─ the budget is exceeded: the one that was kept longest goes
                         ├─ its mapping is released, or its frames go: it goes with them
-                        └─ no space, or no more mappings: all of them go
+                        └─ no space: all of them go; too many maps: the ones kept longest
 
 A kept window is no reference: it never keeps frames alive. It serves one mirror at a time (it is
 taken out while one uses it), and is found by frames, range and rights; a larger one serves a

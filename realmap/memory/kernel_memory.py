@@ -7,8 +7,9 @@ a cursor, and the ordered tree here learns of it when that hole is used up, whic
     Mirror._open ──▶ mirror, in the current hole, or by a kept window
         └─ neither: `place` ──▶ the tree finds another hole
                       ├─ EEXIST: an obstacle is noted, and another place tried
-                      └─ nothing fits: kept windows go, obstacles are forgotten and tried once more,
-                         then VirtualMemoryExhaustion
+                      ├─ nothing fits: kept windows go, obstacles are forgotten and tried once more,
+                      │  then VirtualMemoryExhaustion
+                      └─ too many maps: kept windows go, then VirtualMemoryExhaustion
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class KernelMemory(Land):
         self._lock = RLock()
         #: The tree, while nobody is at work on it; see `_ask`.
         self._at_rest: dict[str, tuple[int, Space[int]]] = {}
-        self._prepare(self.start, self.land.end, usize(lazy_unmap, "lazy_unmap"))
+        # A sixteenth of what Linux allows is left for all else: zeros in place of what was truncated, heaps, threads.
+        limit = procfs.map_limit()
+        self._prepare(self.start, self.land.end, usize(lazy_unmap, "lazy_unmap"), limit - limit // 16)
         forks.lose_in_child(self)
 
     @property
@@ -147,15 +150,22 @@ class KernelMemory(Land):
 
     # ---- mapping ----------------------------------------------------------------------------
 
-    def place(self, make: Callable[[int], M], span: int, residue: int, prot: int) -> M:
-        """Maps `span` bytes by `make(address)` where there is space: the long way, after the short one failed.
+    def place(self, make: Callable[[int], M], span: int, residue: int, prot: int, maps: int) -> M:
+        """Maps `span` bytes by `make(address)`, in so many maps, where there is space: the long way, after the short
+        one failed.
 
-        VirtualMemoryExhaustion: no space, or Linux's limit of mappings; AccessDenied: the frames do
+        VirtualMemoryExhaustion: no space, or too near to Linux's limit of mappings; AccessDenied: the frames do
         not allow `prot`. Nothing stays mapped or reserved then.
         """
         once_more = True
         while True:
             with self._lock:  # until it is mapped: nobody else may find that place
+                if not self._make_room(maps):
+                    raise VirtualMemoryExhaustion(
+                        span,
+                        why=f"mirrors take {self._maps} maps of the {self._most} that KernelLand may have, and this "
+                        f"one wants {maps}: drop some first, or raise Linux's limit (sysctl vm.max_map_count)",
+                    )
                 try:
                     address = self._find(span, residue)
                 except VirtualMemoryExhaustion:

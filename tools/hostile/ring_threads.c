@@ -4,19 +4,16 @@
  *
  * Each side sleeps (a read from a pipe) where it finds nothing, and is woken as in the core: what is lost shows as
  * an alarm. Usage: ring_threads [MESSAGES]. Exit status 0: all of them came back, in order and whole. */
-#define _GNU_SOURCE
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#undef PyMODINIT_FUNC /* nothing of the module is called, so nothing of it is linked, nor Python */
-#define PyMODINIT_FUNC static __attribute__((unused)) PyObject *
-#include "../../realmap/_core/module.c"
+#define REALMAP_NO_PYTHON
+#include "../../realmap/_core/queue.c"
+#include "../../realmap/_core/spin.c"
 
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 typedef struct {
-    Ring ring;
+    Duplex ring;
     int bell[2]; /* what wakes this side */
     int *other;  /* what wakes the other one */
 } Side;
@@ -53,7 +50,7 @@ static uint32_t take(Side *side, unsigned char *message)
 {
     const char *data;
     uint32_t size;
-    Ring *ring = &side->ring;
+    Duplex *ring = &side->ring;
     for (int spins = 0;; spins++) {
         int64_t there = queue_peek(ring, &data, &size);
         if (there < 0)
@@ -64,16 +61,16 @@ static uint32_t take(Side *side, unsigned char *message)
             pause_cpu();
             continue;
         }
-        say_asleep(ring, 1);
+        queue_say(ring, 1);
         atomic_thread_fence(memory_order_seq_cst);
-        if (!ring_ready(ring)) {
+        if (!queue_ready(ring)) {
             struct pollfd bell = {.fd = side->bell[0], .events = POLLIN};
             poll(&bell, 1, -1);
             char rung[64];
             if (read(side->bell[0], rung, sizeof rung) < 1)
                 abort();
         }
-        say_asleep(ring, 0);
+        queue_say(ring, 0);
         spins = 0;
     }
     memcpy(message, data, size);
