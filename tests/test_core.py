@@ -181,11 +181,12 @@ def test_frames_that_go_while_they_are_mirrored(frames: FrameAllocator, land: Ke
     shared = frames.allocate(PAGE)
     mapping = Mapping(USER_LAND.start, shared, 0, PAGE, MemoryType.HEAP, u_rw)
 
-    def pieces() -> Any:
-        mapping.release()
-        yield shared_fd, 0, PAGE
+    class Pieces(list[Any]):
+        def __iter__(self) -> Any:
+            mapping.release()
+            return super().__iter__()
 
-    shared_fd = shared._fd
+    pieces = Pieces([(shared._fd, 0, PAGE)])
     with pytest.raises((realmap.InvalidHandle, OSError)):
-        _core.Mirror._open_at(land, land.start, (mapping,), (shared,), pieces(), 0, 0, PAGE, 3)
+        _core.Mirror._open_at(land, land.start, (mapping,), (shared,), pieces, 0, 0, PAGE, 3)
     assert (shared.freed, land.live, frames.used) == (True, 0, 0)

@@ -367,10 +367,15 @@ class Process:
 
         A buffer of which a view still lives stays mapped until that view is gone; its bytes stay valid.
         """
-        self._client.close()  # first: with it, everything is given back at once
-        for window in self._windows():
-            with suppress(BufferError, OSError):
-                window._unmap()
+        try:
+            # First: whoever has something mapped when its connection ends is taken for a forked child that wants it.
+            # Without a word: a child may come for it, and for all else the kernel gives it back.
+            for window in self._windows():
+                window._farewell(None, None, None)
+                with suppress(BufferError, OSError):
+                    window._unmap()
+        finally:
+            self._client.close()
 
     def __enter__(self) -> Self:
         return self
