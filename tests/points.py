@@ -59,25 +59,27 @@ def at(number: int, within: str = "/realmap/") -> Iterator[Point]:
 
 
 @contextlib.contextmanager
-def while_asleep(call: str, after: int = 0) -> Iterator[Point]:
-    """The signal comes once the main thread has been seen in this system call, `after` so many looks in between."""
-    point, ending = Point(), threading.Event()
+def while_asleep(call: str) -> Iterator[Point]:
+    """The signal comes once the main thread has been seen in this system call, the same one, for some milliseconds."""
+    point, began, ending = Point(), threading.Event(), threading.Event()
     main = threading.main_thread()
 
     def watch() -> None:
         path, end = Path(f"/proc/self/task/{main.native_id}/syscall"), time.monotonic() + BOUND
-        left = after
-        while not ending.is_set() and time.monotonic() < end:
-            if path.read_text().split()[0] == call:
-                left -= 1
-                if left < 0:
-                    point.reached = True
-                    assert main.ident is not None
-                    signal.pthread_kill(main.ident, SIGNAL)
-                    return
+        began.wait(BOUND)
+        seen, times = "", 0
+        while not ending.wait(0.001) and time.monotonic() < end:
+            now = path.read_text()
+            seen, times = now, times + 1 if now == seen else 0
+            if now.split()[0] == call and times > 5:  # who waits for the interpreter's lock does not for that long
+                point.reached = True
+                assert main.ident is not None
+                signal.pthread_kill(main.ident, SIGNAL)
+                return
 
     thread = threading.Thread(target=watch)
     thread.start()
+    began.set()
     try:
         yield point
     finally:

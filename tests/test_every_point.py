@@ -11,8 +11,9 @@ import gc
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -44,6 +45,8 @@ class Stage:
     handle: realmap.Handle
     #: What it has made.
     out: list[Any] = field(default_factory=list)
+    #: How many others have a request on its way at any time.
+    company: int = 0
 
 
 @dataclass
@@ -87,6 +90,10 @@ NESTED = [name for name in OPERATIONS if name not in ("acall", "close")]
 WITHIN = {"acall": "/realmap/wire/client/waiter.py"}
 
 
+#: Where the handler's frame is while it waits in the core, by how: alone, or while another thread reads.
+ASLEEP = {"reads": points.PPOLL, "stands by": points.FUTEX}
+
+
 @pytest.fixture
 def stage(kernel: KernelHandle, me: Process) -> Iterator[Stage]:
     buffer = me.map(PAGE)
@@ -101,7 +108,7 @@ def stage(kernel: KernelHandle, me: Process) -> Iterator[Stage]:
 def books(stage: Stage) -> tuple[int, ...]:
     """What must be as it was."""
     stats = stage.kernel.stats()
-    return (*(stats[name] for name in ("mappings", "handles", "segments", "mirrors", "processes", "running")),)
+    return (*(stats[name] for name in ("mappings", "handles", "segments", "mirrors", "processes")),)
 
 
 def descriptors() -> list[str]:
@@ -167,7 +174,7 @@ class Trial:
 
         def settled() -> bool:
             self.stage.me.call("nop", timeout=BOUND)
-            return not self.stage.me.client.endpoint.pending and books(self.stage) == self.books
+            return self.stage.me.client.endpoint.pending <= self.stage.company and books(self.stage) == self.books
 
         if not settled():
             gc.collect()
@@ -228,10 +235,106 @@ def try_points(stage: Stage, every: int) -> int:
     return tried
 
 
-def test_a_handler_at_points_all_over(stage: Stage) -> None:
-    assert try_points(stage, SPARSE) > 1000
+@contextmanager
+def company(stage: Stage) -> Iterator[None]:
+    """Two threads and two tasks call all the while, by the same connection; each got all its answers."""
+    ending, counts = threading.Event(), [0] * 4
+
+    def call(index: int) -> None:
+        while not ending.is_set():
+            assert stage.me.call("echo", index, timeout=BOUND) == [index]
+            counts[index] += 1
+
+    async def acall(index: int) -> None:
+        while not ending.is_set():
+            assert await stage.me.acall("echo", index, timeout=BOUND) == [index]
+            counts[index] += 1
+
+    async def both() -> None:
+        await asyncio.gather(acall(2), acall(3))
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in (0, 1)]
+    threads.append(threading.Thread(target=lambda: asyncio.run(both())))
+    for thread in threads:
+        thread.start()
+    stage.company = len(counts)
+    wait_until(lambda: all(counts), "the first answers")
+    try:
+        yield
+    finally:
+        before = list(counts)
+        wait_until(lambda: all(now > then for now, then in zip(counts, before, strict=True)), "everybody's next answer")
+        ending.set()
+        for thread in threads:
+            thread.join(BOUND)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", ["alone", "in company"])
+def test_a_handler_at_points_all_over(stage: Stage, kind: str) -> None:
+    with company(stage) if kind == "in company" else nullcontext():
+        assert try_points(stage, SPARSE) > 1000
 
 
 @pytest.mark.slow
-def test_a_handler_at_every_point(stage: Stage) -> None:
-    print(try_points(stage, max(1, round(1 / SCALE / 2))), "points tried")
+@pytest.mark.parametrize("kind", ["alone", "in company"])
+def test_a_handler_at_every_point(stage: Stage, kind: str) -> None:
+    every = max(1, round(1 / SCALE / 2))
+    with company(stage) if kind == "in company" else nullcontext():
+        print(try_points(stage, every), "points tried", kind)
+
+
+# ---- in the middle of a wait ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ASLEEP)
+@pytest.mark.parametrize("inner", HANDLERS)
+def test_a_handler_while_it_waits(stage: Stage, how: str, inner: str) -> None:
+    """The main thread is seen in its system call; the handler runs there, and the wait goes on or ends."""
+    me = stage.me
+    other = threading.Thread(target=me.call, args=("wait",))
+    if how == "stands by":
+        other.start()
+        wait_until(lambda: me.client.endpoint.pending == 1, "the other's request")
+    kinds = {kind.__name__: kind for kind in RAISED}
+    handler = raiser(kinds[inner]) if inner in kinds else nester(stage, inner)
+    signal.signal(points.SIGNAL, lambda *_: handler())
+    ended: list[BaseException] = []
+    with points.while_asleep(ASLEEP[how]) as point:
+        try:
+            assert me.call("sleep", 0.2) == 0.2
+        except BaseException as error:
+            ended.append(error)
+    assert point.reached
+    assert [type(error) for error in ended] == ([kinds[inner]] if inner in kinds else [])
+    ended.clear()
+    if how == "stands by":
+        me.call("go")
+        other.join(BOUND)
+        assert not other.is_alive(), "the other thread was forgotten"
+    wait_until(lambda: me.call("nop") is None and not me.client.endpoint.pending, "all answers")
+
+
+@pytest.mark.parametrize("outer", [name for name in OPERATIONS if name != "acall"])
+def test_a_handler_that_closes_what_is_in_use(kernel: KernelHandle, outer: str) -> None:
+    """The operation is done, or says that its Process was closed; nothing of it is left."""
+    before = signal.getsignal(points.SIGNAL)
+    for number in itertools.count(1, SPARSE):
+        with kernel.connect() as me, kernel.connect() as owner:
+            shared = owner.map(PAGE)
+            stage = Stage(kernel, me, me.map(PAGE), owner.share(shared))
+            prepared = OPERATIONS[outer].prepare(stage)
+            signal.signal(points.SIGNAL, lambda *_, me=me: me.close())
+            try:
+                with points.at(number) as point:
+                    with suppress(realmap.ProcessKilled, BufferError, realmap.InvalidAddress):
+                        OPERATIONS[outer].act(stage, prepared)
+            finally:
+                signal.signal(points.SIGNAL, before)
+            stage.out.clear()
+            if hasattr(prepared, "close"):
+                prepared.close()
+        if not point.reached:
+            break
+    gc.collect()
+    wait_until(lambda: not kernel.stats()["processes"] and not kernel.stats()["mappings"], "the end of all of it")
