@@ -15,22 +15,38 @@ from realmap.memory.mapping import Mapping
 from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w
 
 #: What user processes have mapped in the UserLand of this process, by the address of the first page.
-_user_windows: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDictionary()
+#: Not a WeakValueDictionary: that runs Python code when a window goes, and loses what a signal handler raises there.
+_user_windows: dict[int, weakref.ref[Window]] = {}
+
+#: So many may be noted before those that have gone are taken out.
+ROOM = 64
+_room = ROOM
 
 
 def register_window(window: Window) -> None:
     """Makes a window of this process's UserLand known, so that a kernel in this process can reach it directly."""
-    _user_windows[window._base] = window
+    global _room
+    _user_windows[window._base] = weakref.ref(window)
+    if len(_user_windows) > _room:
+        for base, ref in list(_user_windows.items()):
+            if ref() is None and (taken := _user_windows.pop(base, ref)) is not ref:
+                _user_windows.setdefault(base, taken)  # another thread's, of this moment
+        _room = 2 * len(_user_windows) + ROOM
 
 
 def user_windows() -> list[Window]:
     """All of them that live. Safe in a signal handler, and while others come and go."""
-    return [window for ref in _user_windows.valuerefs() if (window := ref()) is not None]
+    return [window for ref in list(_user_windows.values()) if (window := ref()) is not None]
+
+
+def _window_at(address: int) -> Window | None:
+    ref = _user_windows.get(address)
+    return ref() if ref is not None else None
 
 
 def fault_in(mapping: Mapping, offset: int, length: int) -> MemoryFault | None:
     """The fault in a range of a mapping of this very process, in bytes; None: it has none, or is unmapped."""
-    window = _user_windows.get(mapping.address)
+    window = _window_at(mapping.address)
     at = window.fault if window is not None and window.alive else None
     if at is None or at >= mapping.address + offset + length:
         return None
@@ -62,7 +78,7 @@ class UserspacePtr(View, ByteAccess):
         windows = []
         books = tuple(mappings)
         for mapping in books:
-            window = _user_windows.get(mapping.address)
+            window = _window_at(mapping.address)
             if window is None or not window.alive or window._span != mapping.length:
                 raise InvalidAddress(mapping.address, why="this process has nothing mapped there")
             windows.append(window)
