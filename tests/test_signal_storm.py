@@ -62,6 +62,8 @@ class Storm:
         assert self.me.call("echo", text) == [text]
 
     def give_up(self) -> None:
+        if self.me.client.endpoint.pending > 200:  # what is given up goes on in the kernel, a few at a time
+            return
         timeout = self.rng.choice([0.0, 0.003, 0.01])
         began = time.monotonic()
         handled = self.done["handled"]

@@ -52,6 +52,9 @@ static void answer_drop_late(Answer *self)
     Py_XDECREF(late);
 }
 
+/* The collector asks before it clears anything: what is left with the endpoint must be whole. */
+static void answer_finalize(PyObject *op) { answer_drop_late(as_answer(op)); }
+
 static int answer_traverse(PyObject *op, visitproc visit, void *arg)
 {
     Answer *self = as_answer(op);
@@ -145,6 +148,7 @@ static PyGetSetDef answer_getset[] = {
 static PyType_Slot answer_slots[] = {
     {Py_tp_doc, "A request on its way, and then what came of it."},
     {Py_tp_dealloc, answer_dealloc},
+    {Py_tp_finalize, answer_finalize},
     {Py_tp_traverse, answer_traverse},
     {Py_tp_clear, answer_clear},
     {Py_tp_methods, answer_methods},

@@ -4,26 +4,32 @@
  * so the bell has itself called once more, and nobody is forgotten. */
 #include "core.h"
 
-/* Has the loop call it soon, whatever comes in between. Where a handler raises meanwhile, that is raised afterwards: -1. */
-static int ring(PyObject *op)
+/* Has the loop call the bell soon, whatever comes in between; 0 where it is closed, and nobody waits there any more. What a
+ * signal handler raised meanwhile is left in place, for whoever asks PyErr_Occurred(). */
+static int ring_the_loop(PyObject *op)
 {
-    PyObject *type = NULL, *value = NULL, *traceback = NULL;
-    for (int tries = 0; tries < 100; tries++) {
-        PyObject *done = PyObject_CallFunctionObjArgs(as_bell(op)->soon, op, NULL);
-        Py_XDECREF(done);
-        if (done || PyErr_ExceptionMatches(PyExc_RuntimeError)) { /* it is closed: nobody waits there any more */
-            PyErr_Clear();
+    PyObject *type = NULL, *value = NULL, *traceback = NULL, *done = NULL;
+    int closed = 0;
+    for (int tries = 0; tries < 100 && !done && closed < 2; tries++) {
+        done = PyObject_CallFunctionObjArgs(as_bell(op)->soon, op, NULL);
+        if (done)
             break;
-        }
+        closed = PyErr_ExceptionMatches(PyExc_RuntimeError) ? closed + 1 : 0; /* twice: it is the loop that says so */
         if (type)
             PyErr_Clear();
         else
             PyErr_Fetch(&type, &value, &traceback);
     }
-    if (!type)
+    Py_XDECREF(done);
+    if (!done && closed) {
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(traceback);
         return 0;
-    PyErr_Restore(type, value, traceback);
-    return -1;
+    }
+    if (type)
+        PyErr_Restore(type, value, traceback);
+    return 1;
 }
 
 /* Bell(look, soon): `look()` is what the loop does then; `soon(bell)` has it call the bell, from any thread. */
@@ -47,8 +53,8 @@ static PyObject *bell_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py
     if (done)
         return done;
     PyErr_Fetch(&type, &value, &traceback);
-    if (ring(op))
-        PyErr_Clear();
+    ring_the_loop(op);
+    PyErr_Clear();
     PyErr_Restore(type, value, traceback);
     return NULL;
 }

@@ -137,6 +137,7 @@ typedef struct {
 
 #define MAX_DESCRIPTORS 64  /* that one message brings: wire/messages.py */
 #define CHUNK_BYTES 65536   /* that one datagram carries: wire/channel.py */
+#define MESSAGE_BYTES (16 << 20) /* that a message has at most: wire/messages.py */
 
 /* A socket, known by what it is: post.c. */
 typedef struct {
@@ -409,6 +410,7 @@ typedef struct Late {
     PyObject *function;
     PyObject *data;
     int busy;
+    int tries;
 } Late;
 
 /* Why a connection is of no use any more; above these, an errno. */
@@ -435,6 +437,7 @@ typedef struct Endpoint {
     PyObject *weakrefs;
     int busy;        /* threads that use the socket without the GIL */
     int end;
+    int closed;      /* by this side: who uses the socket last closes it */
     int stalled;     /* Linux had no memory to send: not at once again */
 } Endpoint;
 

@@ -65,8 +65,12 @@ static PyObject *leave_with(Endpoint *self, Answer *answer, int failed)
 static int64_t deadline_of(PyObject *timeout)
 {
     double seconds = Py_IsNone(timeout) ? 1e9 : PyFloat_AsDouble(timeout);
-    if (seconds == -1.0 && PyErr_Occurred())
-        return -1;
+    if (seconds == -1.0 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return -1;
+        PyErr_Clear();
+        seconds = 1e9;
+    }
     return nanoseconds() + (int64_t)((seconds < 1e9 ? seconds > 0 ? seconds : 0 : 1e9) * 1e9);
 }
 
@@ -90,6 +94,10 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
     Endpoint *self = as_endpoint(op);
     if (wants(nargs, 3, "Endpoint.unmap"))
         return NULL;
+    if (!PyBytes_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "a request is bytes");
+        return NULL;
+    }
     if (!PyObject_TypeCheck(args[0], window_type) || PyObject_TypeCheck(args[0], mirror_type)) {
         PyErr_SetString(PyExc_TypeError, "what is unmapped is a Window");
         return NULL;
@@ -108,7 +116,15 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
     Answer *answer = start(self, args[1], args[2], NULL, Py_None, NULL);
     if (!answer || answer->outcome == FAILED) /* no memory to send it now: some other time */
         endpoint_notice(op, args[2]);
-    return answer ? leave_with(self, answer, wait_for(self, answer, INT64_MAX)) : NULL;
+    if (!answer)
+        return NULL;
+    int failed = wait_for(self, answer, INT64_MAX);
+    for (Letter *at = failed ? self->letters : NULL; at; at = at->next)
+        if (at->answer == answer) { /* nobody waits for the answer, but the kernel is told */
+            at->answer = NULL;
+            answer->sent = 1;
+        }
+    return leave_with(self, answer, failed);
 }
 
 /* start(number, message, holds, bell) -> Answer, on its way. The bell is rung, from any thread, when it is over or when
@@ -121,7 +137,11 @@ static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t 
         PyErr_SetString(PyExc_TypeError, "a loop is told by a Bell");
         return NULL;
     }
-    return (PyObject *)start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3]);
+    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3]);
+    if (!answer || !settle(as_endpoint(op), args[3])) /* it may have found out that all is over */
+        return (PyObject *)answer;
+    Py_DECREF((PyObject *)answer);
+    return NULL;
 }
 
 /* give_up(answer): nobody waits for it any more. */
@@ -139,27 +159,26 @@ static PyObject *endpoint_give_up(PyObject *op, PyObject *answer)
     Py_RETURN_NONE;
 }
 
-/* read(bell) -> 0: another thread reads, and wakes who waits; 1: the socket is to be watched for what comes; 2: and for
- * room. Hands on all that is there, and waits for nothing: for the loop of that bell. */
+/* read(bell) -> what the loop of that bell is to watch the socket for: 0: nothing, another thread reads, and wakes who
+ * waits; 1: what comes; 2: and room to send; 3: what comes, and it is to look again soon: Linux had no memory to send.
+ * Hands on all that is there, and waits for nothing. */
 static PyObject *endpoint_read(PyObject *op, PyObject *bell)
 {
     Endpoint *self = as_endpoint(op);
-    int watch = 1;
-    if (self->reader)
+    int empty = !is_open(self);
+    if (self->reader && !empty)
         return PyLong_FromLong(0);
     self->reader = PyThread_get_thread_ident();
-    do {
-        if (self->ring)
-            queue_say(&self->ring->duplex, 0);
+    while (!empty) {
+        Duplex *pair = self->ring ? &self->ring->duplex : NULL;
+        if (pair)
+            queue_say(pair, 0);
         while (take_from_ring(self) | receive_one(self))
             ;
-        Duplex *pair = self->ring ? &self->ring->duplex : NULL;
-        if (self->end || !self->waiting || !pair || fall_asleep(&pair, 1))
-            break;
-    } while (1);
+        empty = self->end || !self->waiting || !pair || fall_asleep(&pair, 1);
+    }
     flush(self);
-    if (self->letters)
-        watch = 2;
+    int watch = !self->letters ? 1 : self->stalled ? 3 : 2;
     give_turn_back(self, bell);
     return settle(self, bell) ? NULL : PyLong_FromLong(watch);
 }
@@ -246,6 +265,7 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
 
 static void close_endpoint(Endpoint *self)
 {
+    self->closed = 1;
     end_connection(self, CLOSED);
     if (self->epoch == fork_epoch && post_is_ours(&self->post))
         shutdown(self->post.fd, SHUT_RDWR); /* who waits for it wakes; in a child it would be the parent's, too */

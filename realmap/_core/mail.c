@@ -6,7 +6,7 @@
  *
  * Letters are sent in order, and a long one as a whole before the next: the parts of two never mix, whoever comes in
  * between. Nothing here runs Python code: what would (an object that goes, a loop that is woken) is left in `over` and
- * `bell`, for `settle` (endpoint.c), when the turn has been given back. */
+ * `bell`, for `settle` (turn.c), when the turn has been given back. */
 #include "core.h"
 
 /* How long a thread waits in one system call, in nanoseconds: a signal that comes right before the call is seen then. */
@@ -92,6 +92,7 @@ static int is_open(Endpoint *self)
 /* ---- sending -------------------------------------------------------------------------------- */
 
 static int receive_one(Endpoint *self);
+static int take_from_ring(Endpoint *self);
 
 /* Sends what waits, as far as the socket takes it now. */
 static void flush(Endpoint *self)
@@ -128,6 +129,7 @@ static void flush(Endpoint *self)
             while (receive_one(self))
                 ;
             end_connection(self, DIED);
+            return;
         } else {
             if (error != EAGAIN && !self->stalled)
                 end_connection(self, ERRNO + error);
@@ -140,6 +142,8 @@ static void flush(Endpoint *self)
 static int post_message(Endpoint *self, PyObject *message, Answer *answer)
 {
     size_t size = (size_t)PyBytes_Size(message);
+    if (self->end || self->epoch != fork_epoch)
+        return 0; /* nobody is there to be told */
     if (!self->letters && self->ring && size <= queue_room(&self->ring->duplex) &&
         !peer_sleeps(&self->ring->duplex)) {
         if (queue_push(&self->ring->duplex, PyBytes_AsString(message), size) == 2 && is_open(self))
@@ -189,7 +193,7 @@ static uint64_t number_of(const unsigned char *data, size_t size)
 /* The descriptors of an answer were sent by the socket before it came by the ring: they are there. */
 static void await_carrier(Endpoint *self, Answer *answer)
 {
-    int64_t until = nanoseconds() + 20 * (int64_t)SLICE;
+    int64_t until = nanoseconds() + 2 * (int64_t)SLICE;
     while (!answer->carried && !self->end)
         if (!receive_one(self) && !post_wait(&self->post, POLLIN, until) && nanoseconds() >= until)
             end_connection(self, NONSENSE);
@@ -238,6 +242,11 @@ static void assemble(Endpoint *self, enum flag flag, const char *data, size_t si
 {
     if (flag == FIRST)
         self->size = 0; /* what came before was of a sender who was interrupted there */
+    if (!size || self->size + size > MESSAGE_BYTES) {
+        close_all((int *)fds, count);
+        end_connection(self, NONSENSE);
+        return;
+    }
     if (self->size + size > self->room) {
         size_t room = 2 * (self->size + size);
         char *wider = realloc(self->message, room);
@@ -272,7 +281,10 @@ static int receive_one(Endpoint *self)
     ssize_t got = post_receive(&self->post, self->datagram, CHUNK_BYTES + 2, fds, &count);
     if (got == -EAGAIN || got == -ENOMEM || got == -ENOBUFS)
         return 0;
+    if (got == -ECONNRESET) /* said once, and before what the other side had sent */
+        return 1;
     if (got <= 0) {
+        take_from_ring(self); /* its last words */
         end_connection(self, DIED);
         return 0;
     }

@@ -33,53 +33,83 @@ static void give_turn_back(Endpoint *self, PyObject *own)
     wake_next(self, own);
 }
 
-/* Runs what had to wait until the turn was given back: objects that go, loops that are woken, what is said to the
- * kernel of answers that nobody took. -1 with an exception set: a signal handler's; the rest is done next time. */
+/* Tells a loop. Where it is closed, whoever waited there has given up, and somebody else is to read. */
+static void tell_loop(Endpoint *self, PyObject *bell, PyObject *own)
+{
+    if (bell == own || ring_the_loop(bell))
+        return;
+    for (Answer *at = self->waiting, *after; at; at = after) {
+        after = at->next;
+        if (at->bell == bell)
+            abandon(self, at);
+    }
+    wake_next(self, own);
+}
+
+/* Has the kernel told of an answer that nobody took; 0 where a signal handler raised, and it is to be tried again. */
+static int say_late(Endpoint *self, Late *late)
+{
+    late->busy = 1;
+    PyObject *message = PyObject_CallFunctionObjArgs(late->function, late->data, NULL);
+    late->busy = 0;
+    if (!message && ++late->tries < 3)
+        return 0;
+    Late **at = &self->late; /* not the first one any more, perhaps */
+    while (*at != late)
+        at = &(*at)->next;
+    *at = late->next;
+    if (message && PyBytes_Check(message))
+        post_message(self, message, NULL);
+    Py_DECREF(late->function);
+    Py_DECREF(late->data);
+    free(late);
+    Py_XDECREF(message);
+    return message != NULL;
+}
+
+/* Puts the first exception aside: the rest has to be done all the same. */
+static void put_aside(PyObject *first[3])
+{
+    if (!PyErr_Occurred())
+        return;
+    if (first[0])
+        PyErr_Clear();
+    else
+        PyErr_Fetch(&first[0], &first[1], &first[2]);
+}
+
+/* Runs what had to wait until the turn was given back: objects that go, loops that are told, what is said to the
+ * kernel of answers that nobody took. -1 with an exception set: a signal handler's. */
 static int settle(Endpoint *self, PyObject *own)
 {
-    Answer *answer;
-    while ((answer = self->over)) {
-        self->over = answer->after;
-        int failed = answer->bell && answer->bell != own ? ring(answer->bell) : 0;
-        Py_DECREF((PyObject *)answer);
-        if (failed)
-            return -1;
+    PyObject *first[3] = {NULL};
+    while (self->over || self->bell) {
+        Answer *answer = self->over;
+        PyObject *bell = answer ? Py_XNewRef(answer->bell) : self->bell;
+        if (answer)
+            self->over = answer->after;
+        else
+            self->bell = NULL;
+        Py_XDECREF((PyObject *)answer);
+        if (bell)
+            tell_loop(self, bell, own);
+        put_aside(first);
+        Py_XDECREF(bell);
     }
-    if (self->bell) {
-        PyObject *bell = self->bell;
-        self->bell = NULL;
-        int failed = ring(bell);
-        Py_DECREF(bell);
-        if (failed)
-            return -1;
-    }
-    for (Late *late = self->late; late && !self->end; late = self->late) {
-        if (late->busy)
-            break; /* a handler within this very call of it */
-        late->busy = 1;
-        PyObject *message = PyObject_CallFunctionObjArgs(late->function, late->data, NULL);
-        late->busy = 0;
-        if (!message)
-            return -1;
-        Late **at = &self->late; /* not the first one any more, perhaps */
-        while (*at != late)
-            at = &(*at)->next;
-        *at = late->next;
-        if (PyBytes_Check(message))
-            post_message(self, message, NULL);
-        Py_DECREF(late->function);
-        Py_DECREF(late->data);
-        free(late);
-        Py_DECREF(message);
-    }
-    return 0;
+    while (self->late && !self->late->busy && !self->end && say_late(self, self->late))
+        ;
+    put_aside(first);
+    if (!first[0])
+        return 0;
+    PyErr_Restore(first[0], first[1], first[2]);
+    return -1;
 }
 
 static void endpoint_leave_late(Endpoint *self, PyObject *function, PyObject *data)
 {
     Late *late = self->end ? NULL : malloc(sizeof *late);
     if (late) {
-        *late = (Late){self->late, Py_NewRef(function), Py_NewRef(data), 0};
+        *late = (Late){.next = self->late, .function = Py_NewRef(function), .data = Py_NewRef(data)};
         self->late = late;
     }
 }
@@ -92,28 +122,26 @@ static int is_main_thread(void) { return syscall(SYS_gettid) == getpid(); }
 /* Looks for a message while that is worth it, and until `until`; whether one is there. */
 static int look(Endpoint *self, int64_t until)
 {
-    Ring *ring = self->ring;
-    int64_t clock = nanoseconds(), patience = budget_now(&self->budget, clock);
+    int64_t clock = nanoseconds(), patience = self->ring ? budget_now(&self->budget, clock) : 0;
     if (patience > until - clock)
         patience = until - clock;
     if (patience <= 0)
         return 0;
-    Duplex *pair = &ring->duplex;
+    Duplex *pair = &self->ring->duplex; /* which stays as long as this connection does */
     ptrdiff_t found;
-    Py_INCREF((PyObject *)ring); /* whoever closes the connection meanwhile leaves us our ring */
     Py_BEGIN_ALLOW_THREADS
     found = spin_for(&pair, 1, 0, patience);
     Py_END_ALLOW_THREADS
     budget_spun(&self->budget, found, nanoseconds());
-    Py_DECREF((PyObject *)ring);
     return found >= 0;
 }
 
-/* Sleeps until the socket has something, or takes something, or `until`; 0: a signal, or the time, ended it. */
+/* Sleeps until the socket has something, or takes something, or `until`, for a slice at most: then others may have left
+ * letters, or ended the connection. 0: a signal, or the time, ended it. */
 static int doze(Endpoint *self, int64_t until)
 {
     int64_t before = nanoseconds();
-    if ((self->stalled || is_main_thread()) && before + SLICE < until)
+    if (before + SLICE < until)
         until = before + SLICE;
     short events = self->letters && !self->stalled ? POLLIN | POLLOUT : POLLIN, got;
     Post post = self->post;
@@ -126,65 +154,91 @@ static int doze(Endpoint *self, int64_t until)
         queue_say(&self->ring->duplex, 0);
         budget_slept(&self->budget, nanoseconds() - before);
     }
-    if (self->end == CLOSED && !self->busy)
+    if (self->closed && !self->busy)
         post_close(&self->post);
     return got;
 }
 
-/* Takes the turn and reads for all, until its own answer is there, a signal comes, or `until`. `spin`: looks for a moment
- * before it sleeps. Whether it comes back before it sleeps, so that signals are asked for. */
-static int lead(Endpoint *self, Answer *answer, int64_t until, int spin)
+/* Takes the turn and reads for all, until its own answer is there, a signal comes, or `until`. `ask`: looks for a moment
+ * before it sleeps, and comes back then, so that signals are asked for before. Whether it did. */
+static int lead(Endpoint *self, Answer *answer, int64_t until, int ask)
 {
-    int before_sleep = 0;
+    int asked = 0;
     self->reader = PyThread_get_thread_ident();
     while (answer->outcome == ON_ITS_WAY && !self->end) {
         if (take_from_ring(self))
             continue;
-        if (spin && self->ring) {
-            spin = look(self, until);
-            if (spin || !is_main_thread())
+        if (ask) {
+            ask = look(self, until);
+            if (ask || !is_main_thread())
                 continue;
-            before_sleep = 1;
+            asked = 1;
             break;
         }
         Duplex *pair = self->ring ? &self->ring->duplex : NULL;
         if (!is_open(self) || (pair && !fall_asleep(&pair, 1)))
             continue;
         int got = doze(self, until);
-        if (!got || self->end)
+        flush(self);
+        if (self->end || !got || ((got & ~POLLOUT) && !receive_one(self)))
             break;
-        if (got & POLLOUT)
-            flush(self);
-        if (got & ~POLLOUT)
-            receive_one(self);
     }
     give_turn_back(self, NULL);
-    return before_sleep;
+    return asked;
 }
 
-/* Waits while another thread reads, until it is answered, or woken to lead; or a signal comes, or `until`. */
-static void stand_by(Endpoint *self, Answer *answer, int64_t until)
+/* Waits while another thread reads, until it is answered, or woken to lead; or a signal comes, or `until`. While its
+ * message has not gone it waits for room to send: who reads may sleep. Whether it was woken. */
+static int stand_by(Endpoint *self, Answer *answer, int64_t until)
 {
+    if (nanoseconds() + SLICE < until)
+        until = nanoseconds() + SLICE;
     atomic_store_explicit(&answer->word, 0, memory_order_relaxed);
     line_up(self, answer);
-    Py_BEGIN_ALLOW_THREADS
-    park(&answer->word, until);
-    Py_END_ALLOW_THREADS
+    if (self->letters && !answer->sent && !self->stalled) {
+        Post post = self->post;
+        self->busy++;
+        Py_BEGIN_ALLOW_THREADS
+        post_wait(&post, POLLOUT, until);
+        Py_END_ALLOW_THREADS
+        self->busy--;
+        if (self->closed && !self->busy)
+            post_close(&self->post);
+        flush(self);
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        park(&answer->word, until);
+        Py_END_ALLOW_THREADS
+    }
     step_out(answer);
+    return (int)atomic_load_explicit(&answer->word, memory_order_relaxed);
+}
+
+/* Whether the interpreter ends: its other threads never come back. */
+static int is_ending(void)
+{
+    PyObject *ask = PySys_GetObject("is_finalizing"), *answer = ask ? PyObject_CallNoArgs(ask) : NULL;
+    int ending = answer && PyObject_IsTrue(answer) == 1;
+    Py_XDECREF(answer);
+    PyErr_Clear();
+    return ending;
 }
 
 /* Until it is over. -1 with an exception set: a signal handler's. */
 static int wait_for(Endpoint *self, Answer *answer, int64_t until)
 {
-    int spin = 1;
+    int ask = 1;
     while (answer->outcome == ON_ITS_WAY) {
-        int64_t slice = until;
         if (self->reader) {
-            if (nanoseconds() + SLICE < until && is_main_thread())
-                slice = nanoseconds() + SLICE;
-            stand_by(self, answer, slice);
+            ask = 1;
+            if (stand_by(self, answer, until)) {
+                if (!self->reader && answer->outcome == ON_ITS_WAY)
+                    continue; /* it leads, before any Python code runs: nobody else was woken */
+            } else if (self->reader && is_main_thread() && is_ending()) {
+                self->reader = 0;
+            }
         } else {
-            spin = !lead(self, answer, until, spin);
+            ask = !lead(self, answer, until, ask);
         }
         if (settle(self, NULL) || (answer->outcome == ON_ITS_WAY && PyErr_CheckSignals()))
             return -1;

@@ -297,5 +297,6 @@ class FrameAllocator(Account):
         except BaseException:
             for segment in made:
                 segment.close()
+            del charge  # now, not when whoever is told has done with the traceback
             raise
         return made, charge

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
 from functools import partial
 from operator import index
 from threading import RLock
@@ -14,7 +13,7 @@ import msgspec
 
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
-from realmap.host.signals import Living
+from realmap.host.signals import Living, pass_on
 from realmap.memory.frames import whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
 from realmap.memory.userspace_ptr import user_windows
@@ -372,8 +371,12 @@ class Process:
             # Without a word: a child may come for it, and for all else the kernel gives it back.
             for window in self._windows():
                 window._farewell(None, None, None)
-                with suppress(BufferError, OSError):
+                try:
                     window._unmap()
+                except BufferError:  # a view lives
+                    pass
+                except OSError as error:
+                    pass_on(error)
         finally:
             self._client.close()
 

@@ -9,6 +9,7 @@ along is held until then, and what the answer brings is given back.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable
@@ -76,16 +77,17 @@ class Client:
         self.pid = os.getpid()
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(messages.Reply)
+        self._bye = msgspec.msgpack.Decoder(messages.Bye)
         self._ids = itertools.count(1)
         #: Those who wait for answers in event loops.
         self.waiters: dict[AbstractEventLoop, Waiter] = {}
         self.lost_in_child = False
         self.endpoint: Endpoint = handshake.open_endpoint(path, timeout)
+        forks.lose_in_child(self)
         welcome = handshake.introduce(self.endpoint, path, control, self._encoder, timeout)
         self.number, self.kernel_pid = welcome.process, welcome.kernel
         #: What its forked children show to the kernel.
         self.secret = welcome.secret
-        forks.lose_in_child(self)
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -159,9 +161,9 @@ class Client:
         """Why the connection is of no use any more."""
         end = self.endpoint.end
         if end == SAID_BYE:
-            with_words = self._decoder.decode(self.endpoint.bye or b"")
-            assert isinstance(with_words, messages.Bye)
-            return messages.exception_of(with_words.error)
+            with contextlib.suppress(msgspec.MsgspecError):
+                return messages.exception_of(self._bye.decode(self.endpoint.bye or b"").error)
+            end = NONSENSE
         if end == CLOSED:
             return ProcessKilled(self.pid, why="this Process was closed")
         if end == STOLEN:
@@ -185,3 +187,5 @@ class Client:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""
         self.lost_in_child = True
         self.endpoint.lose()
+        for waiter in list(self.waiters.values()):
+            waiter.lose()

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from realmap.wire.client.client import Client
 
 
+#: When it is tried again where Linux had no memory or no descriptor, in seconds.
+SOON = 0.05
+#: A timeout of more seconds than these is as long as none.
+LONGEST = 1e9
+
+
 class Waiter:
     """The requests of one connection whose answers are awaited in one loop. Used in that loop only."""
 
@@ -49,15 +55,17 @@ class Waiter:
         data = client.encode(message)
         client.check()
         future = self._loop.create_future()
+        task, timer = asyncio.current_task(), None
+        cancelled = task.cancelling() if task is not None else 0
         answer = self._waiting[future] = client.endpoint.start(message.id, data, holds, self._bell)
-        # Cancelled by C: a signal handler that raises in there would be the timer's end.
-        timer = None if timeout is None else self._loop.call_later(timeout, future.cancel)
         try:
+            if timeout is not None:
+                # Cancelled by C: a signal handler that raises in there would be the timer's end.
+                timer = self._loop.call_later(min(timeout, LONGEST), future.cancel)
             self._look()
             await future
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if task is None or task.cancelling() > cancelled:
                 raise
         finally:
             self._waiting.pop(future, None)
@@ -79,12 +87,12 @@ class Waiter:
             return
         self._looking = True
         try:
-            watch = 0
-            if self._wake_those_answered():
-                watch = self._client.endpoint.read(self._bell)
-                if not self._wake_those_answered():
-                    watch = 0
-            self._watch(watch)
+            watch = self._client.endpoint.read(self._bell)
+            if not self._wake_those_answered():
+                watch = 0
+            self._watch(1 if watch == 3 else watch)
+            if watch == 3:
+                self._loop.call_later(SOON, self._bell)
         finally:
             self._looking = False
 
@@ -103,6 +111,8 @@ class Waiter:
             return
         fd = self._bell.watch(self._client.endpoint) if what else self._bell.fileno()
         if fd < 0:
+            if what:  # no descriptor is left: there may be one again
+                self._loop.call_later(SOON, self._bell)
             return
         if what:
             self._loop.add_reader(fd, self._bell)
@@ -114,6 +124,10 @@ class Waiter:
             self._loop.remove_reader(fd)
             self._bell.close()
         self._watching = what
+
+    def lose(self) -> None:
+        """In a forked child: the parent's socket is not held open."""
+        self._bell.close()
 
     def _abandon(self) -> None:
         """Its loop was closed while tasks waited there."""
