@@ -10,6 +10,8 @@
  *   Account  what is in use of a budget; Charge: a part of it, in use for as long as that lives.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
  *            woken without losing a wake-up.
+ *   Endpoint a user's connection to its kernel: socket, ring, whose turn it is to read; Answer: a request on its way,
+ *            and then what it brought; Bell: how an event loop is told.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
  *            an export of every window it covers.
  *   guard    a handler of SIGBUS: where a segment under a window was truncated, zero pages take the place
@@ -21,7 +23,7 @@
  *       |---- lead ----|=========== what is exported ==========|------ rest -----|
  *       '----------------------- whole pages, mapped ----------------------------'
  *
- * Everything here runs with the GIL held, except munmap and mmap of long ranges. errno becomes
+ * Everything here runs with the GIL held, except long copies, mmap and munmap of long ranges, and waiting. errno becomes
  * an OSError here and an error of ours in realmap/host/, nowhere else.
  */
 #include "core.h"
@@ -35,6 +37,7 @@
 #include "bytes.c"
 #include "bell.c"
 #include "answer.c"
+#include "farewell.c"
 #include "window.c"
 #include "view.c"
 #include "events.c"

@@ -236,28 +236,6 @@ static PyObject *still_viewed(const char *what, Py_ssize_t exports)
                         what, exports, exports == 1 ? "" : "s", exports == 1 ? "s" : "");
 }
 
-/* Nobody has to be told of its end: somebody was, or is about to be. */
-static void window_forget(Window *self)
-{
-    Py_CLEAR(self->farewell);
-    Py_CLEAR(self->told);
-}
-
-/* It has been unmapped, by whomever: who keeps books of it is told. */
-static void window_tell(Window *self)
-{
-    PyObject *type, *value, *traceback;
-    if (!self->farewell)
-        return;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyObject *endpoint = PyObject_CallNoArgs(self->told); /* a weak reference */
-    if (endpoint && PyObject_TypeCheck(endpoint, endpoint_type))
-        endpoint_notice(endpoint, self->farewell);
-    Py_XDECREF(endpoint);
-    PyErr_Restore(type, value, traceback);
-    window_forget(self);
-}
-
 /* Unmaps a live window without exports: 0, or an errno with nothing changed. */
 static int close_window(Window *self)
 {
@@ -288,32 +266,6 @@ static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
         return os_error(error);
     window_tell(self);
     Py_RETURN_TRUE;
-}
-
-/* _farewell(endpoint, bytes, answer): when it is unmapped, whoever does that, the endpoint sends these bytes; it is
- * what `answer` (or None) has brought. _farewell(None, None, None): nobody is told. */
-static PyObject *window_set_farewell(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
-{
-    Window *self = (Window *)op;
-    if (wants(nargs, 3, "Window._farewell"))
-        return NULL;
-    int none = Py_IsNone(args[0]);
-    if (!none && (!PyObject_TypeCheck(args[0], endpoint_type) || !PyBytes_Check(args[1]) ||
-                  !(Py_IsNone(args[2]) || PyObject_TypeCheck(args[2], answer_type)))) {
-        PyErr_SetString(PyExc_TypeError, "a window tells an Endpoint, in bytes");
-        return NULL;
-    }
-    PyObject *told = none ? NULL : PyWeakref_NewRef(args[0], NULL);
-    if (!none && !told)
-        return NULL;
-    window_forget(self);
-    if (!none) {
-        self->told = told;
-        self->farewell = Py_NewRef(args[1]);
-        if (!Py_IsNone(args[2]))
-            as_answer(args[2])->taken = 1;
-    }
-    Py_RETURN_NONE;
 }
 
 static void window_dealloc(PyObject *op)
