@@ -182,6 +182,13 @@ class Client:
     def close(self) -> None:
         """Ends the connection. Again: nothing."""
         self.endpoint.close()
+        self.forget_closed_loops()
+
+    def forget_closed_loops(self) -> None:
+        """Nobody waits in those any more."""
+        for loop in [each for each in list(self.waiters) if each.is_closed()]:
+            if (left := self.waiters.pop(loop, None)) is not None:
+                left.abandon()
 
     def lose(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""

@@ -43,9 +43,7 @@ class Waiter:
         loop = asyncio.get_running_loop()
         waiter = client.waiters.get(loop)
         if waiter is None:
-            for other in [each for each in list(client.waiters) if each.is_closed()]:
-                if (left := client.waiters.pop(other, None)) is not None:
-                    left._abandon()
+            client.forget_closed_loops()
             waiter = client.waiters[loop] = cls(client, loop)
         return waiter
 
@@ -129,7 +127,7 @@ class Waiter:
         """In a forked child: the parent's socket is not held open."""
         self._bell.close()
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Its loop was closed while tasks waited there."""
         self._bell.close()
         for answer in self._waiting.values():
