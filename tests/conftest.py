@@ -28,6 +28,8 @@ SCALE = float(os.environ.get("REALMAP_SCALE", "1"))
 #: A bound on every wait, in seconds: far above what a loaded machine takes.
 BOUND = 60.0
 PAGE = realmap.PAGE_SIZE
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
 
 
 def scaled(count: int) -> int:

@@ -1,4 +1,4 @@
-"""The C floor and the peers: programs of a checkout's `tools/`, each a process that takes requests by the line.
+"""The C floor and the peers: programs of a checkout's `tools/bench/`, each a process that takes requests by the line.
 
 ── OP ARG … ──▶  ◀── ok NANOSECONDS  |  no REASON ──      the end of its stdin ends it
 """
@@ -19,7 +19,7 @@ from realmap.host import forks
 from realmap.lab.bench.measure import Absent, Batch
 
 #: Where a checkout keeps them; an installed wheel has none.
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
+TOOLS = Path(__file__).resolve().parents[3] / "tools" / "bench"
 FLAGS = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE"]
 #: How long one of them may take to end, in seconds.
 PATIENCE = 5.0
@@ -115,7 +115,7 @@ class Programs:
         return self._running["floor"]
 
     def peer(self, name: str) -> Program:
-        """The peer of that name (`tools/peers/peer_NAME.py`)."""
+        """The peer of that name (`tools/bench/peers/peer_NAME.py`)."""
         if name not in self._running:
             script = TOOLS / "peers" / f"peer_{name}.py"
             if script.exists():

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from conftest import BOUND, scaled
+from conftest import BOUND, ROOT, scaled
 
-TOOL = Path(__file__).parent.parent / "tools" / "races"
+TOOL = ROOT / "tools" / "races"
 DRIVERS = {"ring_threads": 1_000_000, "post_threads": 100_000, "guard_threads": 200_000, "table_model": 20_000_000}
 
 

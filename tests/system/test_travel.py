@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import syscalls
 import travellers
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, SUPPORT, wait_until
 
 import realmap
 from realmap import InvalidAddress, InvalidHandle, KernelHandle, Process
@@ -105,7 +105,7 @@ def travels(kernel: KernelHandle, tmp_path: Path, method: str, way: str, ending:
     folder = tempfile.mkdtemp(prefix="rm")  # multiprocessing leaves its own there when it is killed; a short path
     sender = subprocess.Popen(
         [sys.executable, travellers.__file__, method, way, kernel.path, control.path],
-        cwd=Path(__file__).parent,
+        cwd=SUPPORT,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BOUND, PAGE, scaled
+from conftest import BOUND, PAGE, SUPPORT, scaled
 
 import realmap
 from realmap import _core
 from realmap.memory import USER_LAND, CrossProcessMapping, FrameAllocator, KernelMemory, Mapping
 from realmap.rights import MemoryType, u_rw
 
-ODD = Path(__file__).with_name("odd_arguments.py")
+ODD = SUPPORT / "odd_arguments.py"
 
 
 def _odd_arguments(seed: int, count: int, log: Path) -> None:

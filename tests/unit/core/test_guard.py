@@ -9,11 +9,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BOUND, PAGE, scaled, wait_until
+from conftest import BOUND, PAGE, ROOT, scaled, wait_until
 
 import realmap
 from realmap import KernelHandle, MemoryFault, Process, _core
@@ -386,7 +385,7 @@ def test_a_named_segment_truncated_by_anybody(me: Process) -> None:
 
 
 def _faults(count: int, *kinds: str) -> None:
-    script = Path(__file__).parent.parent / "tools" / "hostile" / "faults.py"
+    script = ROOT / "tests" / "hostile" / "faults.py"
     arguments = [sys.executable, str(script), *kinds, "--count", str(count), "--seed", "1"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=20 * BOUND)
     assert done.returncode == 0, done.stdout + done.stderr

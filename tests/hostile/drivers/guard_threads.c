@@ -8,7 +8,7 @@
  * nobody dies, what is there is read as it was written, and who reads zeros finds them told of. At last, in a process
  * with no map left, a window gives way. Usage: guard_threads [ROUNDS]: of each user. Exit status 0: all of it held. */
 #define REALMAP_NO_PYTHON
-#include "../../realmap/_core/guard.c"
+#include "../../../realmap/_core/guard.c"
 
 #include <stdio.h>
 #include <sys/wait.h>

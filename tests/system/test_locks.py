@@ -16,10 +16,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from conftest import BOUND, scaled
+from conftest import BOUND, SUPPORT, scaled
 from interrupted import HANGS, OPERATIONS, RAISED
 
 from realmap.host.interpreter import Child
@@ -39,7 +38,7 @@ def run(pairs: list[Pair], times: int) -> dict[Pair, str]:
     left = list(pairs)
     while left:
         child = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("interrupted.py")), "7", str(times)],
+            [sys.executable, str(SUPPORT / "interrupted.py"), "7", str(times)],
             input=json.dumps(left),
             capture_output=True,
             text=True,

@@ -16,16 +16,13 @@ from pathlib import Path
 
 import pytest
 import syscalls
-from conftest import BOUND, PAGE
+from conftest import BOUND, PAGE, ROOT
 
 from realmap import KernelHandle, boot
 from realmap.errors import InvalidSize
 from realmap.lab import demo
 from realmap.observe.control import Control
 
-ROOT = Path(__file__).parents[1]
-
-ROOT = Path(__file__).parent.parent
 #: What an example is given where its own size only makes it long: MiB and rounds.
 SMALLER = {"big_array": ["8", "1"]}
 

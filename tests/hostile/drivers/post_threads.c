@@ -5,8 +5,8 @@
  *
  * Usage: post_threads [NUMBERS]. Exit status 0: all of them came, and in time. */
 #define REALMAP_NO_PYTHON
-#include "../../realmap/_core/queue.c"
-#include "../../realmap/_core/post.c"
+#include "../../../realmap/_core/queue.c"
+#include "../../../realmap/_core/post.c"
 
 #include <stdio.h>
 

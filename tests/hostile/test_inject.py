@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import SCALE, scaled
 
-INJECT = Path(__file__).parent.parent / "tools" / "hostile" / "inject.py"
+INJECT = Path(__file__).with_name("inject") / "inject.py"
 #: Its exit status where strace is missing, or may not trace.
 NOT_HERE = 2
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import syscalls
-from conftest import BOUND, land_maps, wait_until
+from conftest import BOUND, ROOT, land_maps, wait_until
 
 import realmap
 from realmap import KernelDied, KernelHandle, Process
@@ -72,7 +72,7 @@ def test_functions_of_a_script_need_no_main_guard(tmp_path: Path) -> None:
 
 
 def test_the_program_of_the_design_runs(tmp_path: Path) -> None:
-    text = (Path(__file__).parent.parent / "tools" / "examples" / "digest.py").read_text()
+    text = (ROOT / "tools" / "examples" / "digest.py").read_text()
     assert "the kernel says: 2cf24dba5fb0a30e" in run(tmp_path, text)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import scaled
 
-TOOL = Path(__file__).parents[1] / "tools" / "hostile" / "fuzz.py"
+TOOL = Path(__file__).with_name("fuzz") / "fuzz.py"
 FULL = 1_000_000
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import syscalls
-from conftest import BOUND, PAGE
+from conftest import BOUND, PAGE, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -258,7 +258,7 @@ def test_the_command_on_a_running_kernel(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_pictures_of_the_readme_can_be_made(tmp_path: Path) -> None:
     """From real runs; and those that lie there load nothing from elsewhere."""
-    images = Path(__file__).parent.parent / "tools" / "images"
+    images = ROOT / "tools" / "images"
     done = subprocess.run(
         [sys.executable, "-W", "error", str(images / "make.py"), "demo", "top", "lands"],
         capture_output=True, text=True, timeout=BOUND, env={**os.environ, "REALMAP_PICTURES": str(tmp_path)},

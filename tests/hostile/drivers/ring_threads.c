@@ -5,8 +5,8 @@
  * Each side sleeps (a read from a pipe) where it finds nothing, and is woken as in the core: what is lost shows as
  * an alarm. Usage: ring_threads [MESSAGES]. Exit status 0: all of them came back, in order and whole. */
 #define REALMAP_NO_PYTHON
-#include "../../realmap/_core/queue.c"
-#include "../../realmap/_core/spin.c"
+#include "../../../realmap/_core/queue.c"
+#include "../../../realmap/_core/spin.c"
 
 #include <poll.h>
 #include <stdio.h>

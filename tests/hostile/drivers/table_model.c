@@ -4,14 +4,14 @@
  * The model counts how many nodes have each key. Memory for a wider table is refused now and then. Usage:
  * table_model [OPERATIONS]. Exit status 0: the table always said what the model says. */
 #define REALMAP_NO_PYTHON
-#include "../../realmap/_core/core.h"
+#include "../../../realmap/_core/core.h"
 
 #include <stdio.h>
 
 static int scarce; /* no memory this moment */
 static void *calloc_or_not(size_t count, size_t size) { return scarce ? NULL : calloc(count, size); }
 #define calloc calloc_or_not
-#include "../../realmap/_core/table.c"
+#include "../../../realmap/_core/table.c"
 #undef calloc
 
 #define NODES 4096u

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import syscalls
-from conftest import BOUND, PAGE, SCALE, land_maps, left_names, scaled, wait_until
+from conftest import BOUND, PAGE, SCALE, SUPPORT, land_maps, left_names, scaled, wait_until
 
 import realmap
 from realmap import KernelDied, KernelHandle, Process
@@ -103,7 +103,7 @@ def test_the_kernel_killed_in_the_middle_of_a_call() -> None:
 
 PROGRAM = """
     import os, random, signal, sys, realmap
-    sys.path.insert(0, {tests!r})
+    sys.path.insert(0, {support!r})
     import syscalls
 
     def user(me, seed):
@@ -150,7 +150,7 @@ def killed_at_random(rng: random.Random, victim: str, tmp_path: Path) -> None:
     """One round: a kernel with two busy users; one of them, or all, killed at a random moment."""
     free = os.statvfs("/dev/shm").f_bavail
     script = tmp_path / "program.py"
-    script.write_text(textwrap.dedent(PROGRAM.format(tests=str(Path(__file__).parent), seed=rng.randrange(1 << 30))))
+    script.write_text(textwrap.dedent(PROGRAM.format(support=str(SUPPORT), seed=rng.randrange(1 << 30))))
     child = subprocess.Popen(
         [sys.executable, str(script)],
         stdin=subprocess.PIPE,

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BOUND, PAGE
+from conftest import BOUND, PAGE, ROOT, SUPPORT
 
 import realmap
 from realmap import ambient
 
-HERE = Path(__file__).parent
+CLIENT = SUPPORT / "typed_client.py"
 MODULES = [
     "realmap.rights",
     "realmap.memory.frames",
@@ -72,7 +72,7 @@ def test_help_can_be_asked_for() -> None:
 
 def test_types_from_a_clients_side() -> None:
     pytest.importorskip("mypy", reason="mypy is part of the lint extra; CI has it")
-    checked(sys.executable, env={**os.environ, "MYPYPATH": str(HERE.parent)})
+    checked(sys.executable, env={**os.environ, "MYPYPATH": str(ROOT)})
 
 
 def checked(python: str, **options: Any) -> None:
@@ -80,11 +80,11 @@ def checked(python: str, **options: Any) -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--python-executable", python]
     command.append("--follow-imports=silent")  # what is wrong inside is told elsewhere
     done = subprocess.run(
-        [*command, str(HERE / "typed_client.py")],
+        [*command, str(CLIENT)],
         capture_output=True,
         text=True,
         timeout=4 * BOUND,
-        cwd=HERE,
+        cwd=SUPPORT,
         **options,
     )
     assert done.returncode == 0, done.stdout
@@ -93,12 +93,11 @@ def checked(python: str, **options: Any) -> None:
 @pytest.mark.slow
 def test_the_source_distribution_installs_with_a_compiler(tmp_path: Path) -> None:
     """In an environment of its own: it works there, its types are seen, and there is one wheel for 3.11 and up."""
-    root = HERE.parent
     made = tmp_path / "source"
     ignore = shutil.ignore_patterns(
         ".git", ".venv*", "*.so", "*.egg-info", "build", "dist", ".mypy_cache", "__pycache__"
     )
-    shutil.copytree(root, made, ignore=ignore)
+    shutil.copytree(ROOT, made, ignore=ignore)
     run = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=10 * BOUND)
     text = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     venv = tmp_path / "venv"
@@ -111,13 +110,12 @@ def test_the_source_distribution_installs_with_a_compiler(tmp_path: Path) -> Non
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp311-abi3-linux_" in wheel.name
     run([*pip, "install", str(wheel)])
-    done = run([python, str(HERE / "typed_client.py")], cwd=tmp_path, env=clean())
+    done = run([python, str(CLIENT)], cwd=tmp_path, env=clean())
     assert done.stderr == ""
     if importlib.util.find_spec("mypy"):
         checked(python)
 
 
 def test_what_was_checked_runs() -> None:
-    program = HERE / "typed_client.py"
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=BOUND, env=clean())
+    done = subprocess.run([sys.executable, str(CLIENT)], capture_output=True, text=True, timeout=BOUND, env=clean())
     assert (done.returncode, done.stderr) == (0, "")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, ROOT, wait_until
 from test_top import loaded
 
 import realmap
@@ -171,7 +171,7 @@ def test_textual_is_imported_only_where_it_is_needed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tool", ["top_fluid", "snapshot_pause"])
 def test_what_measures_it_runs(tool: str) -> None:
-    file = Path(__file__).parents[1] / "tools" / f"{tool}.py"
+    file = ROOT / "tools" / f"{tool}.py"
     done = subprocess.run([sys.executable, str(file), "20", "2", "2"], capture_output=True, text=True, timeout=BOUND)
     assert (done.returncode, done.stderr) == (0, "")
     assert "20 mappings of  2 processes" in done.stdout.replace("of 2", "of  2")
