@@ -27,6 +27,7 @@ def _odd_arguments(seed: int, count: int, log: Path) -> None:
     assert int(done.stdout) > count // 4, "most steps are refused: too few get anywhere"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("seed", range(6))
 def test_odd_arguments(seed: int, tmp_path: Path) -> None:
     """No argument of any method crashes the process, nor has C return without an exception (SystemError)."""
@@ -43,6 +44,7 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=BOUND)
 
 
+@pytest.mark.process
 def test_it_is_imported_again() -> None:
     """By a reload, or where sys.modules has lost it: the types stay the same, and what was made by them works on."""
     done = _run("""
@@ -65,6 +67,7 @@ def test_it_is_imported_again() -> None:
     assert (done.stdout, done.stderr) == ("7 b'\\x07'\n", "")
 
 
+@pytest.mark.process
 def test_another_interpreter_of_the_process_cannot_have_it() -> None:
     done = _run("""
         try:

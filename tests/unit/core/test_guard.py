@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
-from conftest import BOUND, PAGE, ROOT, scaled, wait_until
+from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import KernelHandle, MemoryFault, Process, _core
@@ -379,26 +377,3 @@ def test_a_named_segment_truncated_by_anybody(me: Process) -> None:
             me.call("sha256", buffer)
         with pytest.raises(MemoryFault):
             buffer[0] = 1
-
-
-# ---- many times ---------------------------------------------------------------------------
-
-
-def _faults(count: int, *kinds: str) -> None:
-    script = ROOT / "tests" / "hostile" / "faults.py"
-    arguments = [sys.executable, str(script), *kinds, "--count", str(count), "--seed", "1"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=20 * BOUND)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ok: the kernel lives" in done.stdout
-
-
-def test_taken_away_some_times() -> None:
-    _faults(50, "truncate", "regrow", "punch")
-
-
-@pytest.mark.slow
-def test_taken_away_thousands_of_times() -> None:
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        _faults(scaled(10_000), "truncate", "regrow", "punch")
-        pytest.skip("a full /dev/shm needs a mount namespace of its own (unshare)")
-    _faults(scaled(10_000))

@@ -61,6 +61,7 @@ def _run(code: str) -> str:
 # ---- at Linux's limit of maps -------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.skipif(LIMIT > 100_000, reason=f"vm.max_map_count is {LIMIT}: too many to reach here")
 @pytest.mark.parametrize(("fewer", "first"), [(0, 5), (2, 2 * PAGE)])
 def test_where_no_map_is_left_the_whole_window_gives_way(fewer: int, first: int) -> None:
@@ -216,6 +217,7 @@ def test_a_kernel_that_a_client_fills_with_kept_windows() -> None:
 # ---- where the signal is blocked ----------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["here", "in a thread", "once more"])
 def test_a_thread_that_blocks_all_signals(where: str) -> None:
     """As a program does that waits for them by sigwait. All but this one stay blocked."""
@@ -246,6 +248,7 @@ def test_a_thread_that_blocks_all_signals(where: str) -> None:
     assert out == told * (2 if where == "once more" else 1)
 
 
+@pytest.mark.process
 def test_a_users_own_buffer_where_it_is_blocked() -> None:
     name = f"realmap-test-{os.getpid()}-blocked"
     out = _run(

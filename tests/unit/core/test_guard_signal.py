@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import BOUND
 
+pytestmark = pytest.mark.process
+
 SETUP = """
     import ctypes, faulthandler, mmap, os, signal, sys, tempfile
     import realmap

@@ -201,6 +201,7 @@ def test_a_kernel_that_cannot_go_on_says_so_and_leaves_nothing(monkeypatch: pyte
     assert not os.path.exists(kernel.path)
 
 
+@pytest.mark.process
 def test_collected_buffers_are_told_of_later_where_the_socket_is_full() -> None:
     with realmap.boot(syscalls=[echo], spin=0) as kernel, realmap.connect(kernel.path) as me:
         buffers = [me.map(PAGE) for _ in range(600)]
@@ -254,6 +255,7 @@ def test_a_collected_buffer_that_could_not_be_unmapped_at_first_is_told_of(monke
         assert kernel.frames.segments == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("call", ["pidfd_open", "recv"])
 def test_booting_fails_with_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     module = os if call == "pidfd_open" else socket.socket
@@ -275,6 +277,7 @@ def test_a_socket_that_cannot_be_unlinked_is_swept_later(monkeypatch: pytest.Mon
     assert not os.path.exists(path + ".lock")
 
 
+@pytest.mark.process
 def test_a_kernel_that_is_not_told_what_to_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "sendall", failing(socket.socket.sendall, errno.ENOBUFS))
     with pytest.raises(realmap.KernelDied, match="before it served"):

@@ -211,6 +211,7 @@ def test_a_handler_that_does_not_return_is_told_of(
         thread.join(BOUND)
 
 
+@pytest.mark.process
 def test_a_kernel_whose_handler_never_returns_ends_all_the_same() -> None:
     with realmap.boot(syscalls=[syscalls.spin]) as kernel:
         me = kernel.connect()
@@ -259,6 +260,7 @@ def test_limits_of_another_kind() -> None:
     assert "calls=7" in repr(Limits(calls=7))
 
 
+@pytest.mark.process
 def test_they_travel_to_a_booted_kernel() -> None:
     with realmap.boot(limits=Limits(mappings=1)) as kernel, kernel.connect() as me:
         me_first = me.map(PAGE)

@@ -154,6 +154,7 @@ def test_what_cannot_be_huge(me: realmap.Process, kernel: realmap.KernelHandle) 
     assert kernel.stats()["bytes"] == 0
 
 
+@pytest.mark.process
 def test_the_limits_count_whole_huge_pages() -> None:
     with realmap.boot(process_limit=HUGE_SIZE) as kernel, kernel.connect() as me:
         with me.map(1, huge=True):

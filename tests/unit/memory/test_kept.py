@@ -211,6 +211,7 @@ def test_many_threads_share_what_is_kept(make_mapping: Make, lazy: KernelMemory)
     assert counts(lazy).windows <= 4
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("value", "error"), [(-1, InvalidSize), (1 << 64, InvalidSize), ("1", TypeError), (1.5, TypeError)]
 )
@@ -220,6 +221,7 @@ def test_budgets_that_are_none(value: object, error: type[Exception]) -> None:
             make(lazy_unmap=value)  # type: ignore[operator]
 
 
+@pytest.mark.process
 def test_a_kernel_that_keeps(tmp_path: object) -> None:
     with realmap.boot(syscalls=syscalls.ALL, lazy_unmap=1 << 20) as kernel, kernel.connect() as me:
         buffer = me.map(3 * PAGE)

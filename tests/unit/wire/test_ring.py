@@ -340,6 +340,7 @@ def test_an_idle_kernel_sleeps(kernel: KernelHandle) -> None:
     wait_until(lambda: kernel.stats()["processes"] == 0)
 
 
+@pytest.mark.process
 def test_many_clients_at_once() -> None:
     failures: list[BaseException] = []
     with realmap.boot(syscalls=syscalls.ALL) as kernel:
