@@ -1,4 +1,21 @@
-"""The contract of `CrossProcessMapping`, line by line of SEED.md (the number is in the test's name)."""
+"""The contract of `CrossProcessMapping`, line by line (the number is in the test's name).
+
+`mirror_mapping(mapping, offset, length)`:
+
+ 1  only shared frames can be mirrored, anything else is InvalidMemState; the mirror shares ownership of the frames
+ 2  `offset` is in bytes, and adds to the offset that the mapping itself has in its frames
+ 3  `length` is in bytes, and may be less than what is left of the mapping
+ 4  length 0 is InvalidSize, whatever the offset
+ 5  an end beyond the mapping is InvalidSize: the mapping's end, not that of its frames
+ 6  an end beyond 64 bits, or a negative number, is InvalidSize; what is no integer is TypeError
+ 7  phys_offset + offset beyond 64 bits is a KernelPanic: a caller's bug. The order of the checks is 1, 4, 6, 7, 5
+ 8  whole pages are mapped, from the page that `offset` lies in; no space for them is VirtualMemoryExhaustion
+ 9  `address` and len() of the mirror are to the byte, never rounded
+10  the kernel's rights on it are k_rw; a caller may ask for less
+11  dropping it unmaps it, and does not free the frames: their refcount does
+12  it may outlive its mapping, and the process that owns that
+13  by address, it goes on through mappings that follow without a gap: test_process_memory.py
+"""
 
 from __future__ import annotations
 
