@@ -170,12 +170,13 @@ def _processes(bench: Bench) -> None:
                 time.sleep(window)
                 calls = kernel.stats()["calls"] - before
                 rates[size].append(max(1, calls) / (time.monotonic() - start))
-    times = {f"a call, {size} processes calling": [1e9 / rate for rate in found] for size, found in rates.items()}
+    names = {size: f"a call, {size} process{'es' if size > 1 else ''} calling" for size in sizes}
+    times = {names[size]: [1e9 / rate for rate in found] for size, found in rates.items()}
 
     def ratio(name: str, floor: str) -> Spread:
         return spread([mine / theirs for mine, theirs in zip(times[name], times[floor], strict=True)])
 
-    two = "a call, 2 processes calling"
+    two = names[2]
     for name, found in times.items():
         took = spread(found)
         unsteady = took.p90 - took.p10 > STEADY * took.median
