@@ -58,8 +58,10 @@ def land_maps() -> list[procfs.Map]:
 
 
 def left_names() -> list[str]:
-    """Names of ours in /dev/shm."""
-    return [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
+    """Names in /dev/shm of this process, or of somebody dead: those of the living may be another run's."""
+    found = [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
+    stamps = {name: name.removeprefix(runtime.SEGMENT_PREFIX) for name in found}
+    return [name for name, stamp in stamps.items() if runtime.is_mine(stamp) or not runtime.maker_lives(stamp)]
 
 
 def children() -> set[int]:
