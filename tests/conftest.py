@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 import time
@@ -23,11 +24,15 @@ from realmap.memory import KERNEL_LAND, USER_LAND, FrameAllocator, KernelMemory,
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-#: Long tests do this share of their full counts (DESIGN: CI a twentieth; full counts once).
+#: Long tests do this share of their full counts (CI a twentieth; full counts once).
 SCALE = float(os.environ.get("REALMAP_SCALE", "1"))
 #: A bound on every wait, in seconds: far above what a loaded machine takes.
 BOUND = 60.0
 PAGE = realmap.PAGE_SIZE
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+#: Every test of these starts a kernel, a user, or a program of ours.
+ROOMS_OF_PROCESSES = [ROOT / "tests" / room for room in ("system", "commands", "hostile")]
 
 
 def scaled(count: int) -> int:
@@ -53,8 +58,10 @@ def land_maps() -> list[procfs.Map]:
 
 
 def left_names() -> list[str]:
-    """Names of ours in /dev/shm."""
-    return [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
+    """Names in /dev/shm of this process, or of somebody dead: those of the living may be another run's."""
+    found = [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
+    stamps = {name: name.removeprefix(runtime.SEGMENT_PREFIX) for name in found}
+    return [name for name, stamp in stamps.items() if runtime.is_mine(stamp) or not runtime.maker_lives(stamp)]
 
 
 def children() -> set[int]:
@@ -136,6 +143,17 @@ def make_mapping(frames: FrameAllocator) -> Iterator[Callable[..., Mapping]]:
         mapping.release()
     assert frames.used == 0
     assert frames.segments == 0
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks by room and fixture what starts a process of ours. The long tests run only where -m names them."""
+    for item in items:
+        if any(item.path.is_relative_to(room) for room in ROOMS_OF_PROCESSES) or "kernel" in item.fixturenames:
+            item.add_marker("process")
+    if not re.search(r"\bslow\b", config.option.markexpr):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

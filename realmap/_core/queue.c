@@ -1,4 +1,4 @@
-/* Queue: messages in shared memory, one way. No Python in here: tools/hostile/ring_threads.c runs it in bare threads.
+/* Queue: messages in shared memory, one way. No Python in here: tests/hostile/drivers/ring_threads.c runs it by itself.
  *
  * Two queues, each with one producer and one consumer, in memory that both sides may write:
  *

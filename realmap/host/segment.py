@@ -24,7 +24,7 @@ from realmap.host.signals import pass_on
 from realmap.host.translate import SHM, frames_error
 from realmap.pages import PAGE_SIZE, demand
 
-#: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, FACTS.md), then others may go on.
+#: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, tools/bench/README.md), then others may go on.
 STEP = 16 << 20
 _serial = itertools.count()
 _stamp: tuple[int, str] = (0, "")

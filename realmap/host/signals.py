@@ -18,7 +18,7 @@ public method of ours, also the one that it came in the middle of, or raise. So 
   tree waits for the thread that is just booting it (`ambient`), or connecting to it (`user/travel`).
 
 Books that say "not safe for threads by itself" (`ProcessMemory`, `Bookkeeping`) are not safe for handlers either: they
-are the kernel's thread's alone. tests/test_locks.py calls everything from a handler in the middle of everything.
+are the kernel's thread's alone. tests/system/test_locks.py calls everything from a handler in the middle of everything.
 """
 
 from __future__ import annotations

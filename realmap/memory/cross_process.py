@@ -53,7 +53,7 @@ def mirror_prot(rights: MappingAccessRights) -> int:
 
 
 def refuse(mapping: Mapping, offset: Any, length: Any) -> InvalidSize | InvalidMemState:
-    """Why [offset, offset + length) of `mapping` cannot be mirrored, in the order of SEED.md's lines 1, 4, 6, 7, 5."""
+    """The first thing wrong with [offset, offset + length) of `mapping`: its frames, no bytes, 64 bits, its end."""
     if not mapping.type.is_counted:
         return InvalidMemState(mapping.address, mapping.type, why=f"{mapping.type.name} memory has no shared frames")
     if mapping.released:

@@ -12,7 +12,7 @@
     0x7fff_ffff_f000  └──────────────────────────────┘
 
 Linux searches from the top, and in [0x2000_0000_0000, 0x4000_0000_0000) it landed 0 times in
-80 000 rounds (FACTS.md). Nothing relies on that: every map is made with MAP_FIXED_NOREPLACE.
+80 000 rounds (tools/bench/README.md). Nothing relies on that: every map is made with MAP_FIXED_NOREPLACE.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from realmap.host import files
 #: The longest message that a ring takes, in bytes; longer ones take the socket.
 LONGEST = RING_MESSAGE
 #: How long a side looks for the next message before it sleeps, in microseconds. A wake-up across CPUs
-#: costs about 45 on a virtual machine (FACTS.md): looking for about twice that long cannot cost much more.
+#: costs about 45 on a virtual machine (tools/bench/README.md): looking for about twice that long cannot cost much more.
 SPIN = 100
 
 

@@ -1,11 +1,10 @@
 """The bench: what reaching memory, calling and making cost on this machine, beside a C floor and the peers.
 
-programs   the C floor and the peers, as processes that take requests
+programs   what only a checkout has (tools/bench): the C floor and the peers, as processes, and the project's limits
 measure    rounds of many contenders, interleaved; medians, spreads, ratios
 machine    what the figures depend on
 handlers   what runs in the kernel process
 access call make handover scale    what is measured
-reach      the limits that the project holds itself to
 report     what comes out
 """
 

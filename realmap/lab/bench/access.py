@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from realmap.errors import PhysicalMemoryExhaustion
-from realmap.lab.bench.measure import Contender, Race
+from realmap.lab.bench.measure import Contender
 from realmap.lab.bench.run import KEPT, Bench
 from realmap.observe import words
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_up
@@ -66,7 +66,6 @@ def measure(bench: Bench) -> None:
             ours = [way for way in WAYS if way.name in race and way.name != "copy of the words"]
             if work not in ("none", PAGES) and ours:
                 winners.setdefault(work, []).append((size, min(ours, key=lambda way: race.time(way.name).median).words))
-            _reach(bench, race, size, work)
         for _, buffer in (memory.plain, memory.kept, *([memory.huge] if memory.huge else [])):
             buffer.unmap()
     if winners:
@@ -131,17 +130,6 @@ def _contenders(bench: Bench, memory: Memory, size: int, work: str) -> list[Cont
     add(readv, Contender(readv.name, bench.peer("vm_readv").batch("access", size, after=(work,)), "C readv"))
     add(pipe, Contender(pipe.name, bench.peer("pipe").batch("access", size, after=(work,)), "C pipe"))
     return found
-
-
-def _reach(bench: Bench, race: Race, size: int, work: str) -> None:
-    if work == "none" and size == 4 << 10:
-        bench.reach("mirror() + drop, 4 KiB, untouched / C mmap + munmap", 1.6, race, "mirror", "C map plain")
-        bench.reach("the same on a kept window / C mmap + munmap", 0.5, race, "mirror kept", "C map plain")
-        bench.reach("copy_in 4 KiB / C pread", 3, race, "copy", "C pread")
-    elif work == "none" and size == 1 << 20:
-        bench.reach("copy_in 1 MiB / C pread", 1.1, race, "copy", "C pread")
-    elif work == PAGES:
-        bench.reach("mirror of 16 MiB, every page written: huge / small pages", 0.1, race, "mirror huge", "mirror")
 
 
 def sentence(winners: dict[str, list[tuple[int, str]]]) -> str:

@@ -72,12 +72,5 @@ def measure(bench: Bench) -> None:
             Contender("bare SEQPACKET", packets.batch("call", after=(flag,)), "C socket"),
         ]
         with pinned([spinning, blocking], pin):
-            race = bench.race("call", contenders, None, "pinned" if pin else "not pinned")
-        if not pin:
-            bench.reach("call, spinning / Pipe with pickle", 0.25, race, "call", "Pipe with pickle")
-            bench.reach("call, spinning / iceoryx2, spinning", 0.5, race, "call", "iceoryx2")
-            bench.reach(
-                "call with 64 bytes by copy_in / Pipe", 0.5, race, "call, 64 bytes by copy_in", "Pipe, 64 bytes"
-            )
-            bench.reach("call, spin=0 / bare SEQPACKET", 1.6, race, "call, spin=0", "bare SEQPACKET")
+            bench.race("call", contenders, None, "pinned" if pin else "not pinned")
     buffer.unmap()

@@ -37,15 +37,4 @@ def measure(bench: Bench) -> None:
         if huge.huge < LENGTH:
             bench.missing("mirror huge, unmapped each time", f"Linux gave {huge.huge} of {LENGTH} bytes in huge pages")
             contenders = [each for each in contenders if not each.name.startswith("mirror huge")]
-        race = bench.race("handover", contenders, LENGTH, "read")
-    bench.reach("handover 64 MiB, kept / the same sum in the caller's own memory", 1.05, race, "mirror kept", own)
-    bench.reach(
-        "handover 64 MiB, unmapped each time: huge / the same sum", 1.3, race, "mirror huge, unmapped each time", own
-    )
-    bench.reach(
-        "handover 64 MiB, unmapped each time: small pages / posix_ipc attached each time",
-        1.05,
-        race,
-        "mirror, unmapped each time",
-        "posix_ipc, attached each time",
-    )
+        bench.race("handover", contenders, LENGTH, "read")

@@ -113,7 +113,10 @@ class Race:
         return spread(self._samples[name])
 
     def ratio(self, name: str, floor: str) -> Spread:
-        """How much longer `name` takes than `floor`, which ran right before and right after it in turn."""
+        """How much longer `name` takes than `floor`, which ran right before and right after it in turn.
+
+        KeyError: one of them was left out.
+        """
         ours, theirs = self._samples[name], self._samples[floor]
         order = [contender.name for contender in self.contenders]
         first = 0 if order.index(floor) < order.index(name) else -1

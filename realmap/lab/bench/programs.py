@@ -1,6 +1,9 @@
-"""The C floor and the peers: programs of a checkout's `tools/`, each a process that takes requests by the line.
+"""The C floor and the peers: programs of a checkout's `tools/bench/`, each a process that takes requests by the line.
 
 ── OP ARG … ──▶  ◀── ok NANOSECONDS  |  no REASON ──      the end of its stdin ends it
+
+An installed package has none, and no limits that it is held to: what it measures is realmap's own, and nothing is said
+of the others.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
+import msgspec
+
 from realmap.host import forks
 from realmap.lab.bench.measure import Absent, Batch
+from realmap.lab.bench.report import Limit
 
-#: Where a checkout keeps them; an installed wheel has none.
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
+#: Where a checkout keeps them.
+TOOLS = Path(__file__).resolve().parents[3] / "tools" / "bench"
 FLAGS = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE"]
 #: How long one of them may take to end, in seconds.
 PATIENCE = 5.0
@@ -31,7 +37,7 @@ class Program:
     """A running floor or peer. Where it cannot be had, every request to it is `Absent`."""
 
     def __init__(self, name: str, command: list[str] | None, why: str = "") -> None:
-        """`command` None: it is not to be had, because of `why`."""
+        """`command` None: it is not to be had, because of `why`; without a `why`, it was never meant to be here."""
         self.name = name
         self._why = why
         self._process: subprocess.Popen[str] | None = None
@@ -91,6 +97,15 @@ class Program:
                 os.close(process.stdin.fileno())
 
 
+def limits() -> list[Limit]:
+    """What the project holds itself to."""
+    try:
+        text = (TOOLS / "limits.toml").read_text()
+    except FileNotFoundError:
+        return []
+    return msgspec.toml.decode(text, type=dict[str, list[Limit]])["limits"]
+
+
 class Programs:
     """The floor and every peer, started on first use. A context manager, which ends them."""
 
@@ -115,20 +130,17 @@ class Programs:
         return self._running["floor"]
 
     def peer(self, name: str) -> Program:
-        """The peer of that name (`tools/peers/peer_NAME.py`)."""
+        """The peer of that name (`tools/bench/peers/peer_NAME.py`)."""
         if name not in self._running:
             script = TOOLS / "peers" / f"peer_{name}.py"
-            if script.exists():
-                self._running[name] = Program(name, [sys.executable, "-B", str(script)])
-            else:
-                self._running[name] = Program(name, None, f"{script} is not there: the peers come with a checkout")
+            self._running[name] = Program(name, [sys.executable, "-B", str(script)] if script.exists() else None)
         return self._running[name]
 
     def _build(self) -> Program:
         sources = sorted(map(str, (TOOLS / "floor").glob("*.c")))
         compiler = shutil.which(os.environ.get("CC", "cc"))
         if not sources:
-            return Program("floor", None, f"{TOOLS / 'floor'} is not there: the C floor comes with a checkout")
+            return Program("floor", None)
         if compiler is None:
             return Program("floor", None, "no C compiler (cc)")
         self._folder = tempfile.mkdtemp(prefix="realmap-bench-")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-FORM = 1
+FORM = 2
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -34,24 +34,33 @@ class Figure(msgspec.Struct, frozen=True):
     unsteady: bool
 
 
+class Limit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the project holds itself to: in the race of `group`, `size`, `work`, `name` takes `limit` times `floor`."""
+
+    what: str
+    group: str
+    name: str
+    floor: str
+    limit: float
+    size: int | None = None
+    work: str | None = None
+
+
 class Reached(msgspec.Struct, frozen=True):
-    """A limit that the project holds itself to: `what`, the ratio measured, and whether that is met.
+    """How such a limit was held: `what`, the ratio measured, and whether that is met.
 
     `ratio` is None where it could not be measured; `why` then says so.
     """
 
     what: str
     limit: float
-    at_least: bool
     ratio: Spread | None
     why: str = ""
 
     @property
     def met(self) -> bool | None:
         """Whether it is; None where it was not measured."""
-        if self.ratio is None:
-            return None
-        return self.ratio.median >= self.limit if self.at_least else self.ratio.median <= self.limit
+        return None if self.ratio is None else self.ratio.median <= self.limit
 
 
 class Missing(msgspec.Struct, frozen=True):

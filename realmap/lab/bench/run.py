@@ -11,8 +11,8 @@ from typing import Any, Self
 from realmap.errors import KernelError
 from realmap.lab.bench import machine
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race
-from realmap.lab.bench.programs import Program, Programs
-from realmap.lab.bench.report import FORM, Missing, Reached, Report
+from realmap.lab.bench.programs import Program, Programs, limits
+from realmap.lab.bench.report import FORM, Missing, Reached, Report, Spread
 from realmap.system import KernelHandle, boot
 from realmap.user.process import Process
 from realmap.wire.messages import VERSION
@@ -33,6 +33,7 @@ class Bench:
         self.say = say
         self.report = Report(FORM, VERSION, list(groups), quick, machine.facts())
         self._programs = Programs()
+        self._limits = limits()
         self._kernels: dict[tuple[int, float | None], tuple[KernelHandle, Process]] = {}
         self._stack = contextlib.ExitStack()
 
@@ -71,21 +72,24 @@ class Bench:
         self.report.figures += race.figures(group, size, work)
         for missing in race.missing:
             self.missing(missing.what, missing.why)
+        self.hold(group, size, work, race.ratio)
         return race
 
     def missing(self, what: str, why: str) -> None:
-        """Notes once that something was left out."""
+        """Notes once that something was left out; where there is no `why`, nobody expected it."""
         found = Missing(what, why)
-        if found not in self.report.missing:
+        if why and found not in self.report.missing:
             self.report.missing.append(found)
 
-    def reach(self, what: str, limit: float, race: Race, name: str, floor: str) -> None:
-        """Holds a ratio against a limit of the project."""
-        for each in (name, floor):
-            if each not in race:
-                self.report.reach.append(Reached(what, limit, False, None, f"{each} was left out"))
-                return
-        self.report.reach.append(Reached(what, limit, False, race.ratio(name, floor)))
+    def hold(self, group: str, size: int | None, work: str | None, ratio: Callable[[str, str], Spread]) -> None:
+        """Holds what a race found against the limits of the project; `ratio` raises KeyError for who was not in it."""
+        for limit in self._limits:
+            if (limit.group, limit.size, limit.work) == (group, size, work):
+                try:
+                    reached = Reached(limit.what, limit.limit, ratio(limit.name, limit.floor))
+                except KeyError as absent:
+                    reached = Reached(limit.what, limit.limit, None, f"{absent.args[0]} was left out")
+                self.report.reach.append(reached)
 
 
 def run(groups: Sequence[str] = (), *, quick: bool = False, say: Callable[[str], None] = lambda what: None) -> Report:
