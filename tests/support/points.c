@@ -20,6 +20,9 @@ static int trace(PyObject *Py_UNUSED(self), PyFrameObject *frame, int what, PyOb
         Py_DECREF(code);
         if (PyErr_Occurred())
             return -1;
+        /* From 3.13 on a frame without a trace function of its own has no such events, though it is not called. */
+        if (inside && PyObject_SetAttrString((PyObject *)frame, "f_trace", Py_True))
+            return -1;
         return PyObject_SetAttrString((PyObject *)frame, "f_trace_opcodes", inside ? Py_True : Py_False);
     }
     if (what == PyTrace_OPCODE && ++count == target) {
@@ -36,7 +39,13 @@ PyObject *begin(long at, int signal, const char *part)
     number = signal;
     count = hit = 0;
     strncpy(within, part, sizeof within - 1);
+    /* 3.12 asks at the beginning whether any frame wants them. */
+    PyObject *here = (PyObject *)PyEval_GetFrame();
+    if (PyObject_SetAttrString(here, "f_trace_opcodes", Py_True))
+        return NULL;
     PyEval_SetTrace(trace, NULL);
+    if (PyObject_SetAttrString(here, "f_trace_opcodes", Py_False))
+        return NULL;
     Py_RETURN_NONE;
 }
 

@@ -10,6 +10,7 @@ socket, which the loop sees.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from realmap._core import ON_ITS_WAY, Answer, Bell
@@ -124,8 +125,10 @@ class Waiter:
         self._watching = what
 
     def lose(self) -> None:
-        """In a forked child: the parent's socket is not held open."""
+        """In a forked child: the parent's socket is not held open; who waits is told, should the loop go on there."""
         self._bell.close()
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._loop.call_soon(self._bell)
 
     def abandon(self) -> None:
         """Its loop was closed while tasks waited there."""
