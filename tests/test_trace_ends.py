@@ -74,7 +74,7 @@ def test_a_kernel_that_is_shut_down_tells_all_of_it(file: Path) -> None:
 
 
 def test_a_kernel_that_ends_does_not_wait_for_ever_for_who_traces_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("realmap.kernel.server.LAST", 0.3)
+    monkeypatch.setattr("realmap.kernel.kernel.LAST", 0.3)
     with realmap.Kernel() as kernel, Control(kernel.path) as control:
         control._ask("trace-start", 100)
         kernel.stop()

@@ -1,22 +1,22 @@
 """The kernel process.
 
-    server        Kernel: the loop that everything below hangs on; its own thread, epoll
+    kernel        Kernel: the loop that everything below hangs on; its own thread, epoll
     clients       everybody who is connected: listening, reading, dropping
-    reception     who is let in
+    admission     who is let in
     dispatch      what answers a request: a service or a handler
     connection    one client's socket: what it said so far, what it has not read yet
-    process_table who is connected, and what each holds
+    processes     who is connected, and what each holds
     syscalls      the @syscall decorator, Call, and how a handler is run
     user_buffer   UserBuffer: a handler's buffer argument
     services      map, unmap, query and the like: what the kernel does itself
     handles       what is shared between processes, and until when
-    estates       what a process that had forked left to its children
-    books         stats, and the books as plain data
+    inheritance   what a process that had forked left to its children
+    dump          stats, and the books as plain data
     events        what is told of while somebody listens
-    tracing       the telling
+    tracer        the telling
     faults        whether a call touched bytes that were gone
     workers       threads for handlers that take long, and each process's share of them
-    watch         tells of handlers that do not return
+    watchdog      tells of handlers that do not return
     limits        what each process may have at a time
 
 Only the kernel's thread touches the books. A worker thread sees a call's buffers (pinned before
@@ -24,9 +24,9 @@ it starts) and KernelMemory (made for that), and leaves word when it is done.
 """
 
 from realmap.kernel import syscalls
+from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
-from realmap.kernel.process_table import UserProcess
-from realmap.kernel.server import Kernel
+from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Call, syscall
 from realmap.kernel.user_buffer import UserBuffer
 

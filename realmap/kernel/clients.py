@@ -14,15 +14,15 @@ from realmap._core import Ring
 from realmap.errors import ProcessKilled
 from realmap.host import files
 from realmap.kernel import syscalls
+from realmap.kernel.admission import Admission
 from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.logs import log
-from realmap.kernel.reception import Reception
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire import channel, messages
 from realmap.wire.messages import Forked
 
 if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
 
 
 #: So many datagrams of one client are read in a row, at most: more do not wait in a socket.
@@ -32,7 +32,7 @@ IN_A_ROW = 512
 class Clients:
     """Everybody who is connected. Only on the kernel's thread."""
 
-    def __init__(self, kernel: Kernel, reception: Reception) -> None:
+    def __init__(self, kernel: Kernel, reception: Admission) -> None:
         self._kernel = kernel
         self._reception = reception
         self._decoding: list[UserBuffer] = []

@@ -19,7 +19,7 @@ from realmap.wire.messages import Carrier
 from realmap.wire.ring import RingEnd
 
 if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
+    from realmap.kernel.processes import UserProcess
 
 #: A client with this much unread (bytes) is not listened to until it has read some: its own backlog bounds it.
 BACKLOG = 1 << 20

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from realmap.errors import AccessDenied, KernelError, LimitReached, UnknownSyscall
-from realmap.kernel import books, services, syscalls
+from realmap.kernel import dump, services, syscalls
 from realmap.kernel.connection import Connection
-from realmap.kernel.process_table import UserProcess
+from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Call, Syscall
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire import channel, messages
 
 if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
 
 
 class Dispatch:
@@ -104,9 +104,9 @@ class Dispatch:
     def _ask(self, connection: Connection, request: messages.Ask) -> Any:
         what, tracing = request.what, self._kernel.tracing
         if what == "stats":
-            return books.stats(self._kernel)
+            return dump.stats(self._kernel)
         if what == "books":
-            return books.books(self._kernel)
+            return dump.books(self._kernel)
         if what == "shutdown":
             self._kernel.stop(wait=False)
             return None

@@ -27,7 +27,7 @@ from realmap.wire import messages
 from realmap.wire.messages import NAMED
 
 if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
+    from realmap.kernel.processes import UserProcess
 
 #: Seconds; more is no limit: leave it out.
 FOR_EVER = 1e9

@@ -26,8 +26,8 @@ from realmap.wire import messages
 from realmap.wire.messages import MAX_DESCRIPTORS, MemoryInfo
 
 if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
+    from realmap.kernel.processes import UserProcess
 
 #: Frames of more bytes, or of more segments, are taken on a worker thread: nobody else waits for them.
 LONG_BYTES = 4 << 20

@@ -19,8 +19,8 @@ from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire.messages import Done, Failed, error_of
 
 if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
+    from realmap.kernel.processes import UserProcess
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__realmap_syscall__"

@@ -15,7 +15,7 @@ from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of, rights_of
 
 if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
+    from realmap.kernel.processes import UserProcess
 
 
 #: Faults of mirrors that were kept beyond their call: by thread, with the count of faults when it was noted.

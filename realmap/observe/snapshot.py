@@ -1,7 +1,7 @@
 """A kernel's books at one moment, typed. Addresses, offsets and lengths in bytes.
 
 The same in Python (`kernel.snapshot()`), as JSON, and for every view. What the kernel sends is in rows
-(kernel/books.py): the fields of these structures in their order.
+(kernel/dump.py): the fields of these structures in their order.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from realmap.wire.messages import PROTOCOL, VERSION
 from realmap.wire.ring import RingEnd
 
 if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
 
 
-class Reception:
+class Admission:
     """Greets connections for a kernel. Only on the kernel's thread."""
 
     def __init__(self, kernel: Kernel) -> None:

@@ -21,8 +21,8 @@ from realmap.memory.mapping import Mapping
 from realmap.pages import USIZE_MAX
 
 if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
+    from realmap.kernel.processes import UserProcess
     from realmap.wire import messages
 
 
@@ -34,7 +34,7 @@ class Estate:
         self.heirs: dict[int, int] = {}
 
 
-class Estates:
+class Inheritance:
     """The estates of a kernel. Only on the kernel's thread, but for the search for heirs."""
 
     def __init__(self, kernel: Kernel) -> None:

@@ -32,18 +32,18 @@ from realmap.host import files, forks, runtime
 from realmap.host.signals import Flag
 from realmap.host.translate import shortage
 from realmap.kernel import syscalls
+from realmap.kernel.admission import Admission
 from realmap.kernel.clients import Clients
 from realmap.kernel.connection import Connection
 from realmap.kernel.dispatch import Dispatch
-from realmap.kernel.estates import Estates
 from realmap.kernel.handles import Handles
+from realmap.kernel.inheritance import Inheritance
 from realmap.kernel.limits import Limits
 from realmap.kernel.logs import log
-from realmap.kernel.process_table import ProcessTable
-from realmap.kernel.reception import Reception
+from realmap.kernel.processes import ProcessTable
 from realmap.kernel.syscalls import registry
-from realmap.kernel.tracing import Tracing
-from realmap.kernel.watch import Watch
+from realmap.kernel.tracer import Tracer
+from realmap.kernel.watchdog import Watchdog
 from realmap.kernel.workers import Workers
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
@@ -96,17 +96,17 @@ class Kernel:
         self.frames = FrameAllocator(memory_limit)
         #: Bytes of frames for each process; None: as many as there are.
         self.process_limit = FrameAllocator(process_limit).limit
-        self.clients = Clients(self, Reception(self))
+        self.clients = Clients(self, Admission(self))
         self.memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self.spin = checked_spin(spin)
         self.processes = ProcessTable()
         self.handles = Handles()
-        self.estates = Estates(self)
+        self.estates = Inheritance(self)
         self.workers = Workers()
         self.dispatch = Dispatch(self)
-        self.tracing = Tracing(self)
-        self._watch = Watch(self)
+        self.tracing = Tracer(self)
+        self._watch = Watchdog(self)
         self._posted: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Handler] = {}
         self._thread: threading.Thread | None = None

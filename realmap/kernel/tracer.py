@@ -23,7 +23,7 @@ from realmap.kernel import syscalls
 from realmap.kernel.connection import Connection
 from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.events import ALREADY, BLOCKING, DIED, FAILED, LEAST, MOST, OUT, REAPED, SERVICE, Kind
-from realmap.kernel.process_table import UserProcess
+from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Call, Syscall
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.cross_process import CrossProcessMapping
@@ -32,7 +32,7 @@ from realmap.memory.mapping import Mapping
 from realmap.wire import messages
 
 if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
 
 #: So many names of requests are told apart; nobody but a hostile client has more.
 NAMES = 1000
@@ -48,7 +48,7 @@ def _nobody(*_: int) -> None:
     """Nobody listens any more."""
 
 
-class Tracing:
+class Tracer:
     """What a kernel tells, and to whom. Only on the kernel's thread, but for `note`."""
 
     def __init__(self, kernel: Kernel) -> None:
@@ -293,7 +293,7 @@ class TracedBuffer(UserBuffer):
 
     __slots__ = ("tracing",)
 
-    tracing: Tracing
+    tracing: Tracer
 
     def copy_in(self, length: SupportsIndex | None = None, offset: SupportsIndex = 0) -> bytes:
         """As `UserBuffer`, and tells of it."""

@@ -14,8 +14,8 @@ from realmap.kernel.logs import log
 
 if TYPE_CHECKING:
     from realmap.kernel.dispatch import Running
-    from realmap.kernel.process_table import UserProcess
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
+    from realmap.kernel.processes import UserProcess
 
 #: How long a handler is at work before it is told of. Seconds.
 REPORT = 10.0
@@ -24,7 +24,7 @@ SILENCE = 10.0
 TICK = 1.0
 
 
-class Watch:
+class Watchdog:
     """A thread that looks once a second; it does nothing while no call is running."""
 
     def __init__(self, kernel: Kernel) -> None:

@@ -25,7 +25,7 @@ from realmap.memory.kept import KeptCounts
 from realmap.memory.mapping import Mapping
 
 if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
+    from realmap.kernel.kernel import Kernel
 
 #: Of the form of `books`; observe/snapshot.py reads it.
 FORM = 5
