@@ -22,7 +22,7 @@ from realmap.host.translate import shortage
 from realmap.kernel import logs
 from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
-from realmap.kernel.syscalls import registry
+from realmap.kernel.registry import registry
 from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.announce import announce
 from realmap.observe.audit import AuditReport

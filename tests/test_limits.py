@@ -240,7 +240,7 @@ def test_who_says_nothing_is_closed(limited: Callable[..., Kernel], monkeypatch:
         silent.settimeout(BOUND)
         assert silent.recv(10) == b""
         assert me.call("nop") is None
-        assert not kernel.needs_watching
+        assert not kernel.watchdog.is_needed
 
 
 @pytest.mark.parametrize("wrong", [{"calls": 0}, {"seconds": 0}, {"seconds": float("nan")}, {"seconds": -1.0}])

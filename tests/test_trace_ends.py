@@ -16,7 +16,6 @@ from trace_format import TraceFile
 import realmap
 from realmap import Kernel, KernelHandle, Process
 from realmap.errors import KernelDied
-from realmap.kernel.dispatch import Dispatch
 from realmap.observe import Control, Trace
 
 
@@ -118,6 +117,6 @@ def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pyte
         assert isinstance(trace.died, realmap.SyscallTimeout)
         end.set()
         thread.join()
-        wait_until(lambda: here.tracing.listener is None)
-        assert type(here.dispatch) is Dispatch
+        wait_until(lambda: here.tracer.listener is None)
+        assert here.books.observer is None
     assert len(TraceFile(file).named("nop", "X")) == 2

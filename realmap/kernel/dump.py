@@ -1,4 +1,4 @@
-"""The kernel's books as plain data: a few totals (`stats`), and everything (`books`). Taken on the kernel's thread.
+"""The books as plain data: a few totals (`stats`), and everything (`dump`).
 
 Nobody is served meanwhile, so what can be done elsewhere is left to the reader (observe/snapshot.py): what there may
 be thousands of is told in rows, the fields of the structures there in their order, with numbers for words.
@@ -10,75 +10,86 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
 
+from realmap.kernel.books import Books
 from realmap.kernel.handles import FOR_EVER, Shared
-from realmap.kernel.limits import half_of_the_descriptors
-from realmap.kernel.syscalls import encode
+from realmap.kernel.syscalls import Running, encode
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts
 from realmap.memory.mapping import Mapping
 
-if TYPE_CHECKING:
-    from realmap.kernel.kernel import Kernel
-
-#: Of the form of `books`; observe/snapshot.py reads it.
+#: Of the form of `dump`; observe/snapshot.py reads it.
 FORM = 5
 Row = tuple[Any, ...]
 
 
-def stats(kernel: Kernel) -> dict[str, int]:
+class Around(NamedTuple):
+    """What is told along with the books, and is not in them."""
+
+    path: str
+    #: Whether the process is the kernel's: it serves on the main thread.
+    alone: bool
+    #: Connections that ask and look, without being a process: a descriptor each.
+    controls: int
+    threads: int
+    #: Calls of blocking handlers that have not ended.
+    running: Collection[Running]
+    #: (device, inode) of what waits in a socket, on its way to a process.
+    outbox: list[tuple[int, int]]
+
+
+def stats(books: Books, around: Around) -> dict[str, int]:
     """Totals. What there is: processes, mappings, live mirrors, segments and their bytes, descriptors, threads.
 
     What was done so far: calls (and how many of them failed), mirrors made and copies, each with bytes.
     """
-    memory, syscalls = kernel.memory, kernel.syscalls.values()
+    memory, syscalls = books.memory, books.syscalls.values()
     kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     return {
-        "processes": len(kernel.processes),
-        "handles": len(kernel.handles),
-        "estates": len(kernel.estates),
-        "mappings": sum(len(process.memory) for process in kernel.processes),
+        "processes": len(books.processes),
+        "handles": len(books.handles),
+        "estates": len(books.inheritance),
+        "mappings": sum(len(process.memory) for process in books.processes),
         "mirrors": memory.live,
         "kept_windows": kept.windows,
         "kept_bytes": kept.bytes,
         "kept_hits": kept.hits,
         "kept_misses": kept.misses,
         "kept_evictions": kept.evictions,
-        "segments": kernel.frames.segments,
-        "bytes": kernel.frames.used,
+        "segments": books.frames.segments,
+        "bytes": books.frames.used,
         "calls": sum(syscall.calls for syscall in syscalls),
         "failed": sum(syscall.failed for syscall in syscalls),
-        "running": sum(process.calls for process in kernel.processes),
-        "taking": sum(process.frames_share.running for process in kernel.processes),
+        "running": sum(process.calls for process in books.processes),
+        "taking": sum(process.coming > 0 for process in books.processes),
         "mirrored": memory._made,
         "mirrored_bytes": memory._made_bytes,
         "copied_in": memory.copies_in,
         "copied_in_bytes": memory.bytes_in,
         "copied_out": memory.copies_out,
         "copied_out_bytes": memory.bytes_out,
-        # Who asks and looks, without being a process: a descriptor each.
-        "controls": sum(connection.control for connection in kernel.clients.all()),
+        "controls": around.controls,
         "descriptors": _descriptors(),
-        "threads": kernel.workers.threads,
+        "threads": around.threads,
     }
 
 
-def limits(kernel: Kernel) -> dict[str, float | None]:
+def limits(books: Books) -> dict[str, float | None]:
     """What is allowed, as `Limits` and `boot` name it; bytes and numbers, None for no limit."""
-    found = kernel.limits
+    found = books.limits
     return {
         **{name: getattr(found, name) for name in found.__slots__},
-        "segments": half_of_the_descriptors() if found.segments is None else found.segments,
-        "memory_limit": kernel.frames.limit,
-        "process_limit": kernel.process_limit,
-        "kernel_land": kernel.memory.length,
-        "lazy_unmap": kernel.memory._budget,
+        "segments": found.segments_or_default,
+        "memory_limit": books.frames.limit,
+        "process_limit": books.process_limit,
+        "kernel_land": books.memory.length,
+        "lazy_unmap": books.memory._budget,
     }
 
 
@@ -103,16 +114,16 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def books(kernel: Kernel) -> msgspec.Raw:
+def dump(books: Books, around: Around) -> msgspec.Raw:
     """Every process, mapping, segment (with its holders) and mirror, at one moment, as it is sent.
 
     Addresses and lengths in bytes.
     """
     with _without_collections():
-        return msgspec.Raw(encode(_books(kernel)))
+        return msgspec.Raw(encode(_dump(books, around)))
 
 
-def _books(kernel: Kernel) -> dict[str, Any]:
+def _dump(books: Books, around: Around) -> dict[str, Any]:
     frames: dict[int, SharedFrames] = {}
 
     def entry(mapping: Mapping) -> Row:
@@ -133,44 +144,44 @@ def _books(kernel: Kernel) -> dict[str, Any]:
             process.memory.allocator.limit,
             list(map(entry, process.memory)),
         )
-        for process in kernel.processes
+        for process in books.processes
     ]
     # Unmapped by its process while a call works on it: in no process's memory any more, but it holds on.
     pinned = {
         mapping: entry(mapping)[-1]
-        for running in kernel.dispatch.running
+        for running in around.running
         for buffer in running.buffers
         for mapping, _, _ in buffer.parts()
         if mapping.released and isinstance(mapping.frames, SharedFrames)
     }
-    estates = [serial for mapping in kernel.estates.mappings() if (serial := entry(mapping)[-1]) is not None]
+    inherited = [serial for mapping in books.inheritance.mappings() if (serial := entry(mapping)[-1]) is not None]
     mirrors = [
-        _mirror_row(mirror, frames) for mirror in kernel.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
+        _mirror_row(mirror, frames) for mirror in books.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
     ]
-    handles = [_handle_row(shared) for shared in _entered(kernel.handles, frames)]
+    handles = [_handle_row(shared) for shared in _entered(books.handles, frames)]
     return {
         "form": FORM,
         "pid": os.getpid(),
-        "path": kernel.path,
-        "alone": kernel.is_alone,
+        "path": around.path,
+        "alone": around.alone,
         "time": time.time(),
-        "kernel_land": [kernel.memory.start, kernel.memory.length],
-        "stakes": kernel.memory.stakes,
-        "limits": limits(kernel),
-        "stats": stats(kernel),
-        "calls": [(each.name, each.blocking, each.calls, each.failed) for each in kernel.syscalls.values()],
+        "kernel_land": [books.memory.start, books.memory.length],
+        "stakes": books.memory.stakes,
+        "limits": limits(books),
+        "stats": stats(books, around),
+        "calls": [(each.name, each.blocking, each.calls, each.failed) for each in books.syscalls.values()],
         "running": [
             (each.process.number, each.name, None if each.began is None else time.monotonic() - each.began)
-            for each in kernel.dispatch.running
+            for each in around.running
         ],
         "processes": processes,
-        "pinned": [*pinned.values(), *estates],
-        "outbox": [inode for connection in kernel.clients.all() for inode in connection.waiting_inodes()],
+        "pinned": [*pinned.values(), *inherited],
+        "outbox": around.outbox,
         "handles": handles,
         "mirrors": mirrors,
         "kept": [
             (window.base, window.span, window.prot, (window.serial, window.start, window.span))
-            for window in (kernel.memory.kept.windows() if kernel.memory.kept else [])
+            for window in (books.memory.kept.windows() if books.memory.kept else [])
             if window.serial in frames
         ],
         "frames": list(map(_frames_row, frames.values())),

@@ -1,8 +1,6 @@
-"""Telling of everything that happens, for one listener; and at no cost while there is none.
+"""Telling of everything that happens, for one listener: the observer of the books while there is one.
 
-Where nobody listens, nothing asks whether somebody does: while somebody does, a `TracedDispatch` stands in for the
-kernel's `Dispatch`, and its buffers are `TracedBuffer`s. Only what is rare asks (a mapping, a death), and the C
-core, once for a mirror and once for its drop.
+The records of mirrors are the C core's, which asks once for a mirror and once for its drop.
 """
 
 from __future__ import annotations
@@ -10,29 +8,24 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any
 
 import msgspec
 
 from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidHandle, InvalidSize, LimitReached, PhysicalMemoryExhaustion
-from realmap.host import liveness
-from realmap.kernel import syscalls
+from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
-from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.events import ALREADY, BLOCKING, DIED, FAILED, LEAST, MOST, OUT, REAPED, SERVICE, Kind
+from realmap.kernel.observer import Range
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.syscalls import Call, Syscall
-from realmap.kernel.user_buffer import UserBuffer
+from realmap.kernel.syscalls import Running
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.wire import messages
-
-if TYPE_CHECKING:
-    from realmap.kernel.kernel import Kernel
 
 #: So many names of requests are told apart; nobody but a hostile client has more.
 NAMES = 1000
@@ -49,27 +42,29 @@ def _nobody(*_: int) -> None:
 
 
 class Tracer:
-    """What a kernel tells, and to whom. Only on the kernel's thread, but for `note`."""
+    """What a kernel tells, and to whom. Only on the kernel's thread, but for `began`, `ended` and `copied`."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, books: Books) -> None:
+        self._books = books
         #: None while nobody listens.
         self.events: Events | None = None
         #: Whoever does, or has not taken the last of it yet; and what it has to take.
         self.listener: Connection | None = None
         self._waiting: Events | None = None
-        #: note(kind, flags, process, *facts). From any thread.
-        self.note: Callable[..., None] = _nobody
+        #: emit(kind, flags, process, *facts). From any thread.
+        self._emit: Callable[..., None] = _nobody
         self._names: dict[str, int] = {}
         self._told_names = 0
+        #: By the name of a call: the number of the name, and its flags.
+        self._known: dict[str, tuple[int, int]] = {}
         #: By number of the process: how many bytes it has mapped; what it had when it ended: (mappings, bytes).
         self._bytes: dict[int, int] = {}
         self._had: dict[int, tuple[int, int]] = {}
 
     # ---- the listener -----------------------------------------------------------------------
 
-    def start(self, connection: Connection, capacity: int) -> dict[str, Any]:
-        """Tells this connection from now on; up to `capacity` records wait for it.
+    def start(self, connection: Connection, capacity: int, running: Iterable[Running]) -> dict[str, Any]:
+        """Tells this connection from now on; up to `capacity` records wait for it. `running`: calls at work already.
 
         AccessDenied: it is no control connection. LimitReached: somebody listens already. InvalidSize: the
         capacity is out of bounds. PhysicalMemoryExhaustion: no memory for it.
@@ -84,21 +79,13 @@ class Tracer:
             events = Events(capacity)
         except MemoryError:
             raise PhysicalMemoryExhaustion(why=f"no memory for {capacity} events") from None
-        kernel = self._kernel
         self.events = self._waiting = events
-        self.listener, self.note = connection, events.note
+        self.listener, self._emit = connection, events.note
         began = time.monotonic_ns()
-        self._tell_what_is_there()
-        kernel.memory._listen(events)
-        kernel.clients.make_buffer = self._make_buffer
-        kernel.dispatch = TracedDispatch(kernel, kernel.dispatch, events)
-        return {
-            "began": began,
-            "time": time.time(),
-            "pid": os.getpid(),
-            "path": kernel.path,
-            "thread": kernel.serving,
-        }
+        self._tell_what_is_there(running)
+        self._books.memory._listen(events)
+        self._books.observer = self
+        return {"began": began, "time": time.time(), "pid": os.getpid()}
 
     def read(self, connection: Connection) -> list[Any]:
         """The records that wait, oldest first, a batch of them; how many were lost so far; names new since the last.
@@ -119,14 +106,11 @@ class Tracer:
         """Nothing more is told to this connection; it can still take what waits. Where it does not listen: nothing."""
         if connection is not self.listener or self.events is None:
             return
-        kernel = self._kernel
-        if isinstance(kernel.dispatch, TracedDispatch):
-            kernel.dispatch = kernel.dispatch.instead_of
-        kernel.clients.make_buffer = UserBuffer
-        kernel.memory._listen(None)
-        for process in [*kernel.processes, *kernel.estates.processes()]:
+        self._books.observer = None
+        self._books.memory._listen(None)
+        for process in [*self._books.processes, *self._books.inheritance]:
             process.memory.told = None
-        self.events, self.note = None, _nobody
+        self.events, self._emit = None, _nobody
 
     def lose(self, connection: Connection) -> None:
         """This connection has ended, or has taken all. Where it did not listen: nothing."""
@@ -134,32 +118,29 @@ class Tracer:
             return
         self.stop(connection)
         self.listener = self._waiting = None
-        for kept in (self._names, self._bytes, self._had):
+        for kept in (self._names, self._known, self._bytes, self._had):
             kept.clear()
         self._told_names = 0
 
-    def _tell_what_is_there(self) -> None:
-        kernel = self._kernel
-        for process in kernel.processes:
-            self.connected(process, ALREADY)
-        for process in kernel.estates.processes():
-            self.connected(process, ALREADY)
-            self.note(Kind.DEATH, ALREADY | DIED, process.number, process.pid)
+    def _tell_what_is_there(self, running: Iterable[Running]) -> None:
+        for process in self._books.processes:
+            self._connected(process, ALREADY)
+        for process in self._books.inheritance:
+            self._connected(process, ALREADY)
+            self._emit(Kind.DEATH, ALREADY | DIED, process.number, process.pid)
             self._had[process.number] = self._has(process)
-        for running in kernel.dispatch.running:
-            name = self.name(running.name)
-            self.note(Kind.CALL, ALREADY | BLOCKING, running.process.number, name, running.id)
-        mirrors = [each for each in kernel.memory.mirrors() if isinstance(each, CrossProcessMapping)]
+        for each in running:
+            name = self._name(each.name)
+            self._emit(Kind.CALL, ALREADY | BLOCKING, each.process.number, name, each.id)
+        mirrors = [each for each in self._books.memory.mirrors() if isinstance(each, CrossProcessMapping)]
         for live, mirror in enumerate(mirrors, 1):
             lead = mirror.address - mirror._base
             user = mirror.mapping.address + mirror._start + lead - mirror.mapping.phys_offset
             serial = getattr(mirror.mapping.frames, "serial", 0) if len(mirror.mappings) == 1 else 0
             flags = ALREADY | mirror._prot
-            self.note(Kind.MIRROR, flags, live, mirror.address, len(mirror), user, serial, mirror._start + lead)
+            self._emit(Kind.MIRROR, flags, live, mirror.address, len(mirror), user, serial, mirror._start + lead)
 
-    # ---- what happens -----------------------------------------------------------------------
-
-    def name(self, text: str) -> int:
+    def _name(self, text: str) -> int:
         """The number of a name, as far as it is not absurdly long."""
         text = text[:LONGEST]
         number = self._names.get(text)
@@ -169,9 +150,23 @@ class Tracer:
             number = self._names.setdefault(text, len(self._names))
         return number
 
-    def connected(self, process: UserProcess, flags: int = 0) -> None:
+    def _of_call(self, name: str) -> tuple[int, int]:
+        known = self._known.get(name)
+        if known is None:
+            syscall = self._books.syscalls.get(name)
+            if syscall is None:  # no end of names may be made up
+                return self._name(name), 0
+            known = self._known[name] = (self._name(name), BLOCKING if syscall.blocking else 0)
+        return known
+
+    # ---- what happens: an `Observer` --------------------------------------------------------
+
+    def connected(self, process: UserProcess) -> None:
         """It was taken in: what it maps is told from now on."""
-        self.note(Kind.CONNECT, flags, process.number, process.pid, process.uid)
+        self._connected(process, 0)
+
+    def _connected(self, process: UserProcess, flags: int) -> None:
+        self._emit(Kind.CONNECT, flags, process.number, process.pid, process.uid)
         self._bytes[process.number] = 0
         for mapping in process.memory:
             self._mapping(process, mapping, True, flags)
@@ -182,7 +177,7 @@ class Tracer:
         mapped = self._bytes[number] = self._bytes.get(number, 0) + (mapping.length if comes else -mapping.length)
         frames = mapping.frames
         kind = len(process.memory) << 32 | mapping.type << 8 | mapping.rights
-        self.note(
+        self._emit(
             Kind.MAP if comes else Kind.UNMAP,
             flags if process.alive or comes else REAPED,
             number,
@@ -197,10 +192,9 @@ class Tracer:
     def _has(self, process: UserProcess) -> tuple[int, int]:
         return len(process.memory), self._bytes.get(process.number, 0)
 
-    def ended(self, process: UserProcess) -> None:
+    def disconnected(self, process: UserProcess, died: bool) -> None:
         """Its connection has ended; what it has is given back after this."""
-        died = liveness.is_ending(process.pidfd, process.pid)
-        self.note(Kind.DEATH, DIED if died else 0, process.number, process.pid)
+        self._emit(Kind.DEATH, DIED if died else 0, process.number, process.pid)
         self._had[process.number] = self._has(process)
 
     def reaped(self, process: UserProcess) -> None:
@@ -211,73 +205,53 @@ class Tracer:
         else:
             self._bytes.pop(process.number, None)
             process.memory.told = None
-        self.note(Kind.REAP, 0, process.number, process.pid, had[0] - left[0], had[1] - left[1])
+        self._emit(Kind.REAP, 0, process.number, process.pid, had[0] - left[0], had[1] - left[1])
 
-    def _make_buffer(self, address: int, length: int) -> UserBuffer:
-        buffer = TracedBuffer(address, length)
-        buffer.tracing = self
-        return buffer
-
-
-class TracedDispatch(Dispatch):
-    """Stands in for a kernel's `Dispatch` while somebody listens."""
-
-    def __init__(self, kernel: Kernel, instead_of: Dispatch, events: Events) -> None:
-        super().__init__(kernel, instead_of.running)
-        self.instead_of = instead_of
-        self._tracing = kernel.tracing
-        self._note = events.note
-        #: By the name of a call: the number of the name, and its flags.
-        self._known: dict[str, tuple[int, int]] = {}
-
-    def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
-        """As `Dispatch`, and tells of it."""
-        process = connection.process
-        if process is not None and request.__class__ is messages.Call:
-            assert isinstance(request, messages.Call)
-            name, flags = self._known.get(request.name) or self._learn(request.name)
-            if buffers:
-                first = buffers[0]
-                self._note(CALL, flags, process.number, name, request.id, len(buffers), first.address, len(first))
-            else:
-                self._note(CALL, flags, process.number, name, request.id)
-            Dispatch.handle(self, connection, request, buffers)
-        elif connection is self._tracing.listener:
-            Dispatch.handle(self, connection, request, buffers)
+    def called(
+        self, client: object, process: UserProcess | None, request: messages.Request, buffers: Sequence[Range]
+    ) -> None:
+        """A request has arrived."""
+        if process is None or not isinstance(request, messages.Call):
+            if client is not self.listener:
+                self._emit(CALL, SERVICE, process.number if process else 0, self._service(request), request.id)
+            return
+        name, flags = self._of_call(request.name)
+        if buffers:
+            first = buffers[0]
+            self._emit(CALL, flags, process.number, name, request.id, len(buffers), first.address, len(first))
         else:
-            number = process.number if process is not None else 0
-            what = request.what if isinstance(request, messages.Ask) else type(request).__name__.lower()
-            name = self._tracing.name(what)
-            self._note(CALL, SERVICE, number, name, request.id)
-            Dispatch.handle(self, connection, request, buffers)
-            self._note(DONE, 0, number, name, request.id)
+            self._emit(CALL, flags, process.number, name, request.id)
 
-    def _learn(self, name: str) -> tuple[int, int]:
-        syscall = self._kernel.syscalls.get(name)
-        if syscall is None:  # no end of names may be made up
-            return self._tracing.name(name), 0
-        known = self._known[name] = (self._tracing.name(name), BLOCKING if syscall.blocking else 0)
-        return known
+    def done(self, client: object, process: UserProcess | None, request: messages.Request) -> None:
+        """Of a call this says nothing: from its arrival to its answer, the kernel's thread does nothing else."""
+        if client is not self.listener and (process is None or not isinstance(request, messages.Call)):
+            self._emit(DONE, 0, process.number if process else 0, self._service(request), request.id)
 
-    def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """As `Dispatch`, and tells of it."""
-        Dispatch.send(self, connection, id, message, descriptors)
-        process = connection.process
+    def _service(self, request: messages.Request) -> int:
+        what = request.what if isinstance(request, messages.Ask) else type(request).__name__.lower()
+        return self._name(what)
+
+    def answered(self, client: object, process: UserProcess | None, id: int, message: bytes) -> None:
+        """A request was answered; 0 is none that wants an answer."""
         if process is not None:
             if id:
-                self._note(ANSWER, 0, process.number, 0, id, _error(message), len(message))
-        elif connection is not self._tracing.listener:
-            self._note(ANSWER, 0, 0, 0, id, _error(message), len(message))
+                self._emit(ANSWER, 0, process.number, 0, id, _error(message), len(message))
+        elif client is not self.listener:
+            self._emit(ANSWER, 0, 0, 0, id, _error(message), len(message))
 
-    def _run(self, syscall: Syscall, call: Call, id: int, args: list[Any], buffers: Sequence[UserBuffer]) -> bytes:
-        if not syscall.blocking:  # from its arrival to its answer, the kernel's thread does nothing else
-            return syscalls.run(syscall, call, id, args, buffers)
-        number, thread = call.process.number, threading.get_ident()
-        name, _ = self._known.get(syscall.name) or self._learn(syscall.name)
-        self._note(BEGIN, 0, number, name, id, 0, 0, 0, thread)
-        answer = syscalls.run(syscall, call, id, args, buffers)
-        self._note(END, 0, number, name, id, _error(answer), 0, 0, thread)
-        return answer
+    def began(self, process: UserProcess, name: str, id: int) -> None:
+        """A blocking handler begins, on this thread."""
+        self._emit(BEGIN, 0, process.number, self._of_call(name)[0], id, 0, 0, 0, threading.get_ident())
+
+    def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
+        """It has ended."""
+        number = self._of_call(name)[0]
+        self._emit(END, 0, process.number, number, id, _error(answer), 0, 0, threading.get_ident())
+
+    def copied(self, process: UserProcess, address: int, length: int, began: int, out: bool, failed: bool) -> None:
+        """A handler has copied."""
+        flags = (OUT if out else 0) | (FAILED if failed else 0)
+        self._emit(COPY, flags, process.number, address, length, began, 0, 0, threading.get_ident())
 
 
 _failed = msgspec.msgpack.Decoder(messages.Failed)
@@ -286,35 +260,3 @@ _failed = msgspec.msgpack.Decoder(messages.Failed)
 def _error(answer: bytes) -> int:
     """The code of the error that an answer is; 0: it is none."""
     return 0 if answer[1] == messages.DONE else _failed.decode(answer).error.code
-
-
-class TracedBuffer(UserBuffer):
-    """A `UserBuffer` that tells of its copies."""
-
-    __slots__ = ("tracing",)
-
-    tracing: Tracer
-
-    def copy_in(self, length: SupportsIndex | None = None, offset: SupportsIndex = 0) -> bytes:
-        """As `UserBuffer`, and tells of it."""
-        began, flags, copied = time.monotonic_ns(), FAILED, 0
-        try:
-            data = super().copy_in(length, offset)
-            flags, copied = 0, len(data)
-            return data
-        finally:
-            self._tell(began, flags, offset, copied)
-
-    def copy_out(self, data: bytes | bytearray | memoryview, offset: SupportsIndex = 0) -> None:
-        """As `UserBuffer`, and tells of it."""
-        began, flags, copied = time.monotonic_ns(), OUT | FAILED, 0
-        try:
-            super().copy_out(data, offset)
-            flags, copied = OUT, memoryview(data).nbytes
-        finally:
-            self._tell(began, flags, offset, copied)
-
-    def _tell(self, began: int, flags: int, offset: SupportsIndex, copied: int) -> None:
-        if not self.has_ended:
-            at = self.address if flags & FAILED else self.address + offset.__index__()
-            self.tracing.note(COPY, flags, self.process.number, at, copied, began, 0, 0, threading.get_ident())

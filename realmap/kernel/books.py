@@ -1,0 +1,66 @@
+"""`Books`: what the kernel knows. No sockets, no threads, no clock: whoever has the loop changes and reads them."""
+
+from __future__ import annotations
+
+from typing import SupportsIndex
+
+from realmap.errors import LimitReached
+from realmap.kernel.handles import Handles
+from realmap.kernel.inheritance import Inheritance
+from realmap.kernel.limits import Limits
+from realmap.kernel.observer import Observer
+from realmap.kernel.processes import ProcessTable, UserProcess
+from realmap.kernel.registry import Syscall
+from realmap.memory.frames import FrameAllocator, SharedFrames
+from realmap.memory.kernel_memory import KernelMemory
+
+
+class Books:
+    """Who is there, what each has, and what it may have."""
+
+    def __init__(
+        self,
+        syscalls: dict[str, Syscall],
+        limits: Limits,
+        memory: KernelMemory,
+        memory_limit: SupportsIndex | None = None,
+        process_limit: SupportsIndex | None = None,
+    ) -> None:
+        """`memory_limit`, `process_limit`: bytes of frames, in all and for each process. InvalidSize: below 0."""
+        self.syscalls = syscalls
+        self.limits = limits
+        #: KernelLand, and every mirror in it.
+        self.memory = memory
+        self.frames = FrameAllocator(memory_limit)
+        #: Bytes of frames for each process; None: as many as there are.
+        self.process_limit = FrameAllocator(process_limit).limit
+        self.processes = ProcessTable()
+        self.handles = Handles()
+        self.inheritance = Inheritance()
+        #: Told of what happens; None while nobody looks.
+        self.observer: Observer | None = None
+
+    def admit(self, pid: int, uid: int) -> UserProcess:
+        """Takes a process in. LimitReached: there are as many as there may be."""
+        limit = self.limits.processes
+        if len(self.processes) >= limit:
+            raise LimitReached("processes", limit, why=f"the kernel serves {limit} processes already, its limit")
+        frames = FrameAllocator(self.process_limit, parent=self.frames, segments=self.limits.segments_or_default)
+        return self.processes.add(pid, uid, frames)
+
+    def adopt(self, process: UserProcess, secret: str, places: list[tuple[int, int]]) -> list[bool]:
+        """Enters what a forked child inherited from the process of this secret; which of the places there were."""
+        return self.inheritance.adopt(process, secret, places, self.processes, self.limits.mappings)
+
+    def reap(self, process: UserProcess, now: float) -> bool:
+        """Gives back what the process held. Mirrors in use, and pinned buffers, stay valid.
+
+        Whether its memory stays for now: it had forked, and its children may come for that. `now`: as `Handles`.
+        """
+        self.handles.reap(process, now)
+        self.processes.remove(process)
+        if process.forked and any(isinstance(mapping.frames, SharedFrames) for mapping in process.memory):
+            self.inheritance.add(process)
+            return True
+        process.memory.release_all()
+        return False
