@@ -3,7 +3,7 @@
     time (monotonic, ns) | kind | flags | process (its number) | six facts, named below
 
 They wait in a ring of bounded size (`_core.Events`) until the listener takes them; what does not fit is counted,
-and a GAP stands in its place. The records of mirrors are the C core's (`enum kind`), the others `tracing`'s.
+and a GAP stands in its place. The records of mirrors are the C core's (`enum kind`), the others `tracer`'s.
 Addresses and lengths in bytes; a thread is Python's number of it (`threading.get_ident`).
 """
 
