@@ -196,22 +196,22 @@ class UserBuffer:
         has ended.
         """
         parts, observer = self._parts, self._observer
-        if observer is not None:
-            began, copied = time.monotonic_ns(), -1
-            try:
-                copy = self._copy_in(length, offset)
-                copied = len(copy)
-                return copy
-            finally:
-                self._tell(observer, began, offset, copied, out=False)
-        if length is None and not offset and parts is not None and len(parts) == 1:
+        if observer is None and length is None and not offset and parts is not None and len(parts) == 1:
             kernel = self._kernel
-            found = copy_in(*parts[0])
-            if found is not None:
+            copy = copy_in(*parts[0])
+            if copy is not None:
                 kernel.copies_in += 1
                 kernel.bytes_in += self._length
-                return found
-        return self._copy_in(length, offset)
+                return copy
+        if observer is None:
+            return self._copy_in(length, offset)
+        began, copied = time.monotonic_ns(), -1
+        try:
+            copy = self._copy_in(length, offset)
+            copied = len(copy)
+            return copy
+        finally:
+            self._tell(observer, began, offset, copied, out=False)
 
     def _copy_in(self, length: SupportsIndex | None, offset: SupportsIndex) -> bytes:
         parts, kernel = self._range(offset, length, k_r), self._kernel
