@@ -17,9 +17,9 @@ import realmap
 from realmap import Kernel, KernelHandle, Process
 from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidMemState, InvalidSize, LimitReached, UnknownSyscall
-from realmap.kernel.events import RECORD
 from realmap.observe import Control, Trace
 from realmap.wire import messages
+from realmap.wire.records import RECORD
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ inheritance   what a process that had forked left to its children
 registry      the @syscall decorator, and the handlers by name
 limits        what each process may have at a time
 observer      what is told of while somebody looks
-events, logs  the form of that; and what a kernel has to say besides
+logs          what a kernel has to say besides
 
 Only whoever has the loop changes or reads the books. A worker thread sees a call's buffers (pinned before
 it starts) and KernelMemory (made for that), and leaves word when it is done.

@@ -1,7 +1,7 @@
 """The books as plain data: a few totals (`stats`), and everything (`dump`).
 
 Nobody is served meanwhile, so what can be done elsewhere is left to the reader (observe/snapshot.py): what there may
-be thousands of is told in rows, the fields of the structures there in their order, with numbers for words.
+be thousands of is told in rows, the fields of the structures of wire/records.py in their order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts
 from realmap.memory.mapping import Mapping
+from realmap.wire.records import FORM
 
-#: Of the form of `dump`; observe/snapshot.py reads it.
-FORM = 5
 Row = tuple[Any, ...]
 
 

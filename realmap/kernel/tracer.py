@@ -18,7 +18,6 @@ from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidHandle, InvalidSize, LimitReached, PhysicalMemoryExhaustion
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
-from realmap.kernel.events import ALREADY, BLOCKING, DIED, FAILED, LEAST, MOST, OUT, REAPED, SERVICE, Kind
 from realmap.kernel.observer import Range
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Running
@@ -26,6 +25,7 @@ from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.wire import messages
+from realmap.wire.records import ALREADY, BLOCKING, DIED, FAILED, LEAST, MOST, OUT, REAPED, SERVICE, Kind
 
 #: So many names of requests are told apart; nobody but a hostile client has more.
 NAMES = 1000
