@@ -67,10 +67,6 @@ class Clients:
         """Everybody."""
         return list(self._by_fd.values())
 
-    def find(self, fd: int) -> Connection | None:
-        """Whose socket has this number."""
-        return self._by_fd.get(fd)
-
     @property
     def has_strangers(self) -> bool:
         """Whether somebody has not said who it is."""
