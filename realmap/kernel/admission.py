@@ -6,7 +6,7 @@ import os
 
 import msgspec
 
-from realmap.errors import AccessDenied, KernelError, VersionMismatch
+from realmap.errors import AccessDenied, VersionMismatch
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
 from realmap.kernel.books import Books
@@ -35,8 +35,6 @@ class Admission:
             raise VersionMismatch(ours, theirs, why="kernel and user are of different versions of realmap")
         try:
             peer = liveness.peer(connection.sock, hello.pid, hello.start)
-        except KernelError:
-            raise
         except OSError as error:  # dead by now, or no descriptor left for it
             raise shortage(error, "the kernel cannot take this process in") from None
         try:

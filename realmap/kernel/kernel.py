@@ -125,8 +125,6 @@ class Kernel:
             except BaseException:
                 self.loop.close()
                 raise
-        except KernelError:
-            raise
         except OSError as error:
             raise shortage(error, f"cannot serve {self.path!r}") from None
         self._ended = Flag()
