@@ -20,9 +20,9 @@ from realmap.host.interpreter import Child
 from realmap.host.signals import Living
 from realmap.host.translate import shortage
 from realmap.kernel import logs
+from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
-from realmap.kernel.server import Kernel
-from realmap.kernel.syscalls import registry
+from realmap.kernel.registry import registry
 from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.announce import announce
 from realmap.observe.audit import AuditReport

@@ -3,7 +3,7 @@
 
 /* What happened, each in a record of 64 bytes, until somebody takes it. No objects are made of them here: one made in
  * a destructor could collect garbage, and run anything. What does not fit is counted as lost, and the first record
- * that fits again says so before itself (GAP). kernel/events.py names the kinds, and what the facts of each are. */
+ * that fits again says so before itself (GAP). wire/records.py names the kinds, and what the facts of each are. */
 
 
 static void put_event(Events *self, Event event)

@@ -11,7 +11,7 @@ import click
 
 from realmap.host import runtime
 from realmap.kernel import Kernel, logs
-from realmap.kernel.syscalls import marked
+from realmap.kernel.registry import marked
 
 
 def handlers_of(name: str) -> list[Any]:

@@ -9,9 +9,10 @@ import click
 from realmap.cli.output import require_writable, show_json
 from realmap.cli.target import control, kernel_option
 from realmap.observe import words
-from realmap.observe.snapshot import ProcessInfo, Snapshot
+from realmap.observe.snapshot import Snapshot
 from realmap.observe.svg import svg
 from realmap.observe.tables import programs
+from realmap.wire.records import ProcessInfo
 
 
 @click.command()

@@ -19,9 +19,9 @@ from realmap.cli.output import Seconds, require_writable
 from realmap.cli.target import find, kernel_option, named
 from realmap.errors import KernelError
 from realmap.host.runtime import sockets
-from realmap.kernel.events import CAPACITY
 from realmap.observe.announce import Announced
 from realmap.observe.trace import Trace
+from realmap.wire.records import CAPACITY
 
 #: The kernel and its users come first: what waits meanwhile has its room there.
 NICE = 10

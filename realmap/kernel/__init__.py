@@ -1,36 +1,41 @@
-"""The kernel process.
+"""The kernel process, in floors: imports only ever go down.
 
-    server        Kernel: the loop that everything below hangs on; its own thread, epoll
-    clients       everybody who is connected: listening, reading, dropping
-    reception     who is let in
-    dispatch      what answers a request: a service or a handler
-    connection    one client's socket: what it said so far, what it has not read yet
-    process_table who is connected, and what each holds
-    syscalls      the @syscall decorator, Call, and how a handler is run
-    user_buffer   UserBuffer: a handler's buffer argument
-    services      map, unmap, query and the like: what the kernel does itself
-    handles       what is shared between processes, and until when
-    estates       what a process that had forked left to its children
-    books         stats, and the books as plain data
-    events        what is told of while somebody listens
-    tracing       the telling
-    faults        whether a call touched bytes that were gone
-    workers       threads for handlers that take long, and each process's share of them
-    watch         tells of handlers that do not return
-    limits        what each process may have at a time
+kernel        Kernel: puts the parts together; nobody here imports it
 
-Only the kernel's thread touches the books. A worker thread sees a call's buffers (pinned before
+loop          waits, and calls what it was handed: it knows nobody
+listener      the path, and the socket there
+admission     who is let in
+connection    one client's socket: what it said so far, what it has not read yet
+clients       everybody who is connected: listening, reading, dropping
+dispatch      what answers a request: a service or a handler
+heirs         who may still come for what a dead process left
+tracer        tells one listener of everything that happens
+watchdog      tells of handlers that do not return
+workers       threads for handlers that take long, and each process's share of them
+
+services      map, unmap, query and the like: a table of functions (books, process, request)
+syscalls      Call, and how a handler is run
+user_buffer   UserBuffer: a handler's buffer argument
+faults        whether a call touched bytes that were gone
+dump          stats, and the books as plain data
+
+books         Books: what the kernel knows. No sockets, no threads, no clock
+processes     who is connected, and what each holds
+handles       what is shared between processes, and until when
+inheritance   what a process that had forked left to its children
+registry      the @syscall decorator, and the handlers by name
+limits        what each process may have at a time
+observer      what is told of while somebody looks
+logs          what a kernel has to say besides
+
+Only whoever has the loop changes or reads the books. A worker thread sees a call's buffers (pinned before
 it starts) and KernelMemory (made for that), and leaves word when it is done.
 """
 
-from realmap.kernel import syscalls
+from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
-from realmap.kernel.process_table import UserProcess
-from realmap.kernel.server import Kernel
-from realmap.kernel.syscalls import Call, syscall
+from realmap.kernel.registry import syscall
+from realmap.kernel.syscalls import Call
 from realmap.kernel.user_buffer import UserBuffer
 
 __all__ = ["Call", "Kernel", "Limits", "UserBuffer", "syscall"]
-
-# The annotations of Call: help() asks for them, and they are known only now.
-vars(syscalls).update(Kernel=Kernel, UserProcess=UserProcess)

@@ -1,210 +1,66 @@
-"""The kernel's books as plain data: a few totals (`stats`), and everything (`books`). Taken on the kernel's thread.
-
-Nobody is served meanwhile, so what can be done elsewhere is left to the reader (observe/snapshot.py): what there may
-be thousands of is told in rows, the fields of the structures there in their order, with numbers for words.
-"""
+"""`Books`: what the kernel knows. No sockets, no threads, no clock: whoever has the loop changes and reads them."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
-import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import SupportsIndex
 
-import msgspec
-import psutil
-
-from realmap.kernel.handles import FOR_EVER, Shared
-from realmap.kernel.limits import half_of_the_descriptors
-from realmap.kernel.syscalls import encode
-from realmap.memory.cross_process import CrossProcessMapping
-from realmap.memory.frames import SharedFrames
-from realmap.memory.kept import KeptCounts
-from realmap.memory.mapping import Mapping
-
-if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
-
-#: Of the form of `books`; observe/snapshot.py reads it.
-FORM = 5
-Row = tuple[Any, ...]
+from realmap.errors import LimitReached
+from realmap.kernel.handles import Handles
+from realmap.kernel.inheritance import Inheritance
+from realmap.kernel.limits import Limits
+from realmap.kernel.observer import Observer
+from realmap.kernel.processes import ProcessTable, UserProcess
+from realmap.kernel.registry import Syscall
+from realmap.memory.frames import FrameAllocator, SharedFrames
+from realmap.memory.kernel_memory import KernelMemory
 
 
-def stats(kernel: Kernel) -> dict[str, int]:
-    """Totals. What there is: processes, mappings, live mirrors, segments and their bytes, descriptors, threads.
+class Books:
+    """Who is there, what each has, and what it may have."""
 
-    What was done so far: calls (and how many of them failed), mirrors made and copies, each with bytes.
-    """
-    memory, syscalls = kernel.memory, kernel.syscalls.values()
-    kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
-    return {
-        "processes": len(kernel.processes),
-        "handles": len(kernel.handles),
-        "estates": len(kernel.estates),
-        "mappings": sum(len(process.memory) for process in kernel.processes),
-        "mirrors": memory.live,
-        "kept_windows": kept.windows,
-        "kept_bytes": kept.bytes,
-        "kept_hits": kept.hits,
-        "kept_misses": kept.misses,
-        "kept_evictions": kept.evictions,
-        "segments": kernel.frames.segments,
-        "bytes": kernel.frames.used,
-        "calls": sum(syscall.calls for syscall in syscalls),
-        "failed": sum(syscall.failed for syscall in syscalls),
-        "running": sum(process.calls for process in kernel.processes),
-        "taking": sum(process.frames_share.running for process in kernel.processes),
-        "mirrored": memory._made,
-        "mirrored_bytes": memory._made_bytes,
-        "copied_in": memory.copies_in,
-        "copied_in_bytes": memory.bytes_in,
-        "copied_out": memory.copies_out,
-        "copied_out_bytes": memory.bytes_out,
-        # Who asks and looks, without being a process: a descriptor each.
-        "controls": sum(connection.control for connection in kernel.clients.all()),
-        "descriptors": _descriptors(),
-        "threads": kernel.workers.threads,
-    }
+    def __init__(
+        self,
+        syscalls: dict[str, Syscall],
+        limits: Limits,
+        memory: KernelMemory,
+        memory_limit: SupportsIndex | None = None,
+        process_limit: SupportsIndex | None = None,
+    ) -> None:
+        """`memory_limit`, `process_limit`: bytes of frames, in all and for each process. InvalidSize: below 0."""
+        self.syscalls = syscalls
+        self.limits = limits
+        #: KernelLand, and every mirror in it.
+        self.memory = memory
+        self.frames = FrameAllocator(memory_limit)
+        #: Bytes of frames for each process; None: as many as there are.
+        self.process_limit = FrameAllocator(process_limit).limit
+        self.processes = ProcessTable()
+        self.handles = Handles()
+        self.inheritance = Inheritance()
+        #: Told of what happens; None while nobody looks.
+        self.observer: Observer | None = None
 
+    def admit(self, pid: int, uid: int) -> UserProcess:
+        """Takes a process in. LimitReached: there are as many as there may be."""
+        limit = self.limits.processes
+        if len(self.processes) >= limit:
+            raise LimitReached("processes", limit, why=f"the kernel serves {limit} processes already, its limit")
+        frames = FrameAllocator(self.process_limit, parent=self.frames, segments=self.limits.segments_or_default)
+        return self.processes.add(pid, uid, frames)
 
-def limits(kernel: Kernel) -> dict[str, float | None]:
-    """What is allowed, as `Limits` and `boot` name it; bytes and numbers, None for no limit."""
-    found = kernel.limits
-    return {
-        **{name: getattr(found, name) for name in found.__slots__},
-        "segments": half_of_the_descriptors() if found.segments is None else found.segments,
-        "memory_limit": kernel.frames.limit,
-        "process_limit": kernel.process_limit,
-        "kernel_land": kernel.memory.length,
-        "lazy_unmap": kernel.memory._budget,
-    }
+    def adopt(self, process: UserProcess, secret: str, places: list[tuple[int, int]]) -> list[bool]:
+        """Enters what a forked child inherited from the process of this secret; which of the places there were."""
+        return self.inheritance.adopt(process, secret, places, self.processes, self.limits.mappings)
 
+    def reap(self, process: UserProcess, now: float) -> bool:
+        """Gives back what the process held. Mirrors in use, and pinned buffers, stay valid.
 
-def _descriptors() -> int:
-    """How many descriptors this process has open; -1 where not even one is left to look."""
-    try:
-        # Since Linux 6.2 that is its size; before, it is 0, and they are counted.
-        return os.stat("/proc/self/fd").st_size or int(psutil.Process().num_fds())
-    except OSError:
-        return -1
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """So many new objects would have the collector look through everything, several times, while nobody is served."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
-
-
-def books(kernel: Kernel) -> msgspec.Raw:
-    """Every process, mapping, segment (with its holders) and mirror, at one moment, as it is sent.
-
-    Addresses and lengths in bytes.
-    """
-    with _without_collections():
-        return msgspec.Raw(encode(_books(kernel)))
-
-
-def _books(kernel: Kernel) -> dict[str, Any]:
-    frames: dict[int, SharedFrames] = {}
-
-    def entry(mapping: Mapping) -> Row:
-        found = mapping.frames
-        serial = None
-        if type(found) is SharedFrames:
-            serial = found.serial
-            frames[serial] = found
-        return mapping.address, mapping.length, mapping.type, mapping.rights, mapping.phys_offset, serial
-
-    processes = [
-        (
-            process.number,
-            process.pid,
-            process.uid,
-            process.calls,
-            process.memory.allocator.used,
-            process.memory.allocator.limit,
-            list(map(entry, process.memory)),
-        )
-        for process in kernel.processes
-    ]
-    # Unmapped by its process while a call works on it: in no process's memory any more, but it holds on.
-    pinned = {
-        mapping: entry(mapping)[-1]
-        for running in kernel.dispatch.running
-        for buffer in running.buffers
-        for mapping, _, _ in buffer.parts()
-        if mapping.released and isinstance(mapping.frames, SharedFrames)
-    }
-    estates = [serial for mapping in kernel.estates.mappings() if (serial := entry(mapping)[-1]) is not None]
-    mirrors = [
-        _mirror_row(mirror, frames) for mirror in kernel.memory.mirrors() if isinstance(mirror, CrossProcessMapping)
-    ]
-    handles = [_handle_row(shared) for shared in _entered(kernel.handles, frames)]
-    return {
-        "form": FORM,
-        "pid": os.getpid(),
-        "path": kernel.path,
-        "alone": kernel.is_alone,
-        "time": time.time(),
-        "kernel_land": [kernel.memory.start, kernel.memory.length],
-        "stakes": kernel.memory.stakes,
-        "limits": limits(kernel),
-        "stats": stats(kernel),
-        "calls": [(each.name, each.blocking, each.calls, each.failed) for each in kernel.syscalls.values()],
-        "running": [
-            (each.process.number, each.name, None if each.began is None else time.monotonic() - each.began)
-            for each in kernel.dispatch.running
-        ],
-        "processes": processes,
-        "pinned": [*pinned.values(), *estates],
-        "outbox": [inode for connection in kernel.clients.all() for inode in connection.waiting_inodes()],
-        "handles": handles,
-        "mirrors": mirrors,
-        "kept": [
-            (window.base, window.span, window.prot, (window.serial, window.start, window.span))
-            for window in (kernel.memory.kept.windows() if kernel.memory.kept else [])
-            if window.serial in frames
-        ],
-        "frames": list(map(_frames_row, frames.values())),
-    }
-
-
-def _frames_row(frames: SharedFrames) -> Row:
-    holders = frames.who_holds()
-    return frames.serial, frames.length, len(holders), holders, [segment.facts for segment in frames.segments]
-
-
-def _handle_row(shared: Shared) -> Row:
-    maker = shared.maker.number if shared.maker is not None else None
-    seconds = None if shared.until is None else shared.until - time.monotonic()
-    keep = min(shared.keep, FOR_EVER)
-    rights = int(shared.rights)
-    return shared.label, shared.frames.serial, shared.start, shared.length, rights, maker, keep, shared.uses, seconds
-
-
-def _entered(handles: Iterable[Shared], frames: dict[int, SharedFrames]) -> Iterator[Shared]:
-    """The handles; their frames are added to `frames`."""
-    for shared in handles:
-        frames[shared.frames.serial] = shared.frames
-        yield shared
-
-
-def _mirror_row(mirror: CrossProcessMapping, frames: dict[int, SharedFrames]) -> Row:
-    """A mirror with the parts of frames that its pages show, in order; the frames are added to `frames`."""
-    # A kept window may be larger than what was asked for: what counts is what its pages show.
-    left, offset, parts = mirror._span, mirror.offset - (mirror.address - mirror._base), []
-    for mapping in mirror.mappings:
-        assert isinstance(mapping.frames, SharedFrames)
-        frames[mapping.frames.serial] = mapping.frames
-        size = left if len(mirror.mappings) == 1 else min(left, mapping.length - offset)
-        parts.append((mapping.frames.serial, mapping.phys_offset + offset, size))
-        left, offset = left - size, 0
-    return mirror.address, len(mirror), mirror._base, mirror._span, mirror._zeros, int(mirror.rights), parts
+        Whether its memory stays for now: it had forked, and its children may come for that. `now`: as `Handles`.
+        """
+        self.handles.reap(process, now)
+        self.processes.remove(process)
+        if process.forked and any(isinstance(mapping.frames, SharedFrames) for mapping in process.memory):
+            self.inheritance.add(process)
+            return True
+        process.memory.release_all()
+        return False

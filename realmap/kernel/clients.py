@@ -5,26 +5,29 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import msgspec
 
 from realmap._core import Ring
-from realmap.errors import ProcessKilled
-from realmap.host import files
+from realmap.errors import KernelError, ProcessKilled
+from realmap.host import files, liveness
+from realmap.host.translate import shortage
 from realmap.kernel import syscalls
+from realmap.kernel.admission import Admission
+from realmap.kernel.books import Books
 from realmap.kernel.connection import BACKLOG, Connection
+from realmap.kernel.heirs import Heirs
 from realmap.kernel.logs import log
-from realmap.kernel.reception import Reception
+from realmap.kernel.loop import Loop
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire import channel, messages
-from realmap.wire.messages import Forked
+from realmap.wire.messages import PROTOCOL, VERSION, Forked
+from realmap.wire.ring import RingEnd
 
-if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
-
-
+Handle: TypeAlias = Callable[[Connection, messages.Request, Sequence[UserBuffer]], None]
 #: So many datagrams of one client are read in a row, at most: more do not wait in a socket.
 IN_A_ROW = 512
 
@@ -32,12 +35,26 @@ IN_A_ROW = 512
 class Clients:
     """Everybody who is connected. Only on the kernel's thread."""
 
-    def __init__(self, kernel: Kernel, reception: Reception) -> None:
-        self._kernel = kernel
-        self._reception = reception
+    def __init__(
+        self,
+        books: Books,
+        loop: Loop,
+        admission: Admission,
+        heirs: Heirs,
+        *,
+        spin: float,
+        gone: Callable[[Connection], None],
+    ) -> None:
+        """`spin`: microseconds that a client spins for an answer; 0: no rings. `gone`: told of each that is dropped."""
+        self._books = books
+        self._loop = loop
+        self._admission = admission
+        self._heirs = heirs
+        self._spin = spin
+        self._gone = gone
+        #: What is done with a request, and the buffers among its arguments.
+        self.handle: Handle
         self._decoding: list[UserBuffer] = []
-        #: What a buffer among the arguments becomes; `tracing` has another.
-        self.make_buffer: Callable[[int, int], UserBuffer] = UserBuffer
         self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
         self._by_fd: dict[int, Connection] = {}
         #: Those that have not said who they are.
@@ -50,10 +67,6 @@ class Clients:
         """Everybody."""
         return list(self._by_fd.values())
 
-    def find(self, fd: int) -> Connection | None:
-        """Whose socket has this number."""
-        return self._by_fd.get(fd)
-
     @property
     def has_strangers(self) -> bool:
         """Whether somebody has not said who it is."""
@@ -63,7 +76,7 @@ class Clients:
         """Somebody has connected; who cannot be listened to is turned away."""
         try:
             connection = Connection(sock)
-            self._kernel.watch(sock.fileno(), self._on_socket)
+            self._loop.watch(sock.fileno(), self._on_socket)
         except OSError as error:  # nobody would ever hear of it
             log.warning("a client was turned away: %s", error.strerror)
             files.shut(sock)
@@ -73,15 +86,18 @@ class Clients:
 
     def _on_socket(self, fd: int) -> None:
         connection = self._by_fd[fd]
-        if connection.backlog:
-            try:
-                connection.flush()
-            except OSError:
-                self.drop(connection)
-                return
-        if connection.backlog <= BACKLOG:
-            self._read(connection, connection.receive)
-        self.rearm(connection)
+        try:
+            if connection.backlog:
+                try:
+                    connection.flush()
+                except OSError:
+                    self.drop(connection)
+                    return
+            if connection.backlog <= BACKLOG:
+                self._read(connection, connection.receive)
+            self.rearm(connection)
+        except Exception:
+            self._fail(connection)
 
     def rearm(self, connection: Connection) -> None:
         """Listens to a client while its backlog is small, and for it to read while there is one."""
@@ -92,7 +108,7 @@ class Clients:
         events = reading | (select.EPOLLOUT if connection.backlog else 0)
         if events != connection.events:
             try:
-                self._kernel.rewatch(connection.sock.fileno(), events)
+                self._loop.rewatch(connection.sock.fileno(), events)
             except OSError as error:  # nobody would ever hear of it again
                 log.warning("a client is dropped: %s", error.strerror, extra=_facts(connection))
                 self.drop(connection)
@@ -123,9 +139,13 @@ class Clients:
                 self.rearm(connection)
                 if not connection.closed:
                     self._read(connection, ring._pop)
-        except Exception:  # a bug of ours ends one client at worst, never the kernel
-            log.exception("the kernel failed at something", extra=_facts(connection))
-            self.drop(connection)
+        except Exception:
+            self._fail(connection)
+
+    def _fail(self, connection: Connection) -> None:
+        """A bug of ours ends one client at worst, never the kernel."""
+        log.exception("the kernel failed at something", extra=_facts(connection))
+        self.drop(connection)
 
     def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> bytes | None:
         """Does what the next message asks for. None: there is none. Empty: none yet, read the socket on."""
@@ -136,7 +156,7 @@ class Clients:
             if not data:
                 return data
             if connection.process is None and not connection.control:
-                self._reception.greet(connection, data)
+                self._greet(connection, data)
                 self._strangers.discard(connection)
                 return data
             buffers = self._decoding
@@ -149,11 +169,53 @@ class Clients:
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self.expel(connection, f"it sent what is no message: {error}")
             return None
-        self._kernel.dispatch.handle(connection, request, buffers or ())  # an empty one goes on being filled
+        self.handle(connection, request, buffers or ())  # an empty one goes on being filled
         return data
 
+    def _greet(self, connection: Connection, data: bytes) -> None:
+        """Takes in who says Hello, or refuses in words. MsgspecError: it says something else."""
+        try:
+            welcome = self._admission.admit(connection, data)
+            if connection.process is not None:
+                try:
+                    self._loop.watch(connection.pidfd, lambda pidfd: self._on_death(connection, pidfd))
+                except OSError as error:
+                    raise shortage(error, "the kernel cannot take this process in") from None
+                log.info("%r has connected", connection.process, extra=connection.process.facts)
+        except KernelError as error:
+            with contextlib.suppress(OSError):
+                connection.send(syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error))))
+            self.drop(connection)
+            return
+        self._welcome(connection, welcome)
+
+    def _welcome(self, connection: Connection, welcome: messages.Welcome) -> None:
+        """Says so; to a process with a ring, where there is spinning, and a descriptor for it."""
+        ring = None
+        rights: list[int] = []
+        if connection.process is not None and self._spin:
+            with contextlib.suppress(OSError):  # without one everything takes the socket
+                ring, descriptor = RingEnd.create()
+                welcome.spin = self._spin
+                rights.append(descriptor)
+        try:
+            connection.send(syscalls.encode(welcome), rights)
+        except OSError:
+            self.drop(connection)
+            return
+        finally:
+            channel.close_all(rights)
+        connection.ring = ring
+        self.listen_to_ring(connection, True)
+        self.rearm(connection)
+
+    def _on_death(self, connection: Connection, pidfd: int) -> None:
+        # Asked again: the event may be of an earlier process whose pidfd had this number.
+        if liveness.is_dead(pidfd):
+            self.drop(connection)
+
     def _buffer(self, code: int, data: memoryview) -> UserBuffer:
-        buffer = self.make_buffer(*messages.buffer_of(code, data))
+        buffer = UserBuffer(*messages.buffer_of(code, data))
         self._decoding.append(buffer)
         return buffer
 
@@ -191,26 +253,25 @@ class Clients:
         """The client is gone: its socket is closed, and what its process held is given back. Again: nothing."""
         if connection.closed:
             return
+        process, observer = connection.process, self._books.observer
         fd = connection.sock.fileno()
-        self._kernel.unwatch(fd)
+        self._loop.unwatch(fd)
         self.listen_to_ring(connection, False)
         self._hear_of_forks(connection)
         del self._by_fd[fd]
         self._strangers.discard(connection)
+        if process is not None:
+            log.info("%r has ended, or closed its connection", process, extra=process.facts)
+            if observer is not None:
+                observer.disconnected(process, liveness.is_ending(connection.pidfd, process.pid))
+            self._loop.unwatch(connection.pidfd)
         connection.close()
-        tracing = self._kernel.tracing
-        tracing.lose(connection)
-        if connection.process is not None:
-            log.info("%r has ended, or closed its connection", connection.process, extra=connection.process.facts)
-            if tracing.events is not None:
-                tracing.ended(connection.process)
-            self._kernel.unwatch(connection.process.pidfd)
-            self._kernel.handles.reap(connection.process)
-            self._kernel.processes.reap(connection.process)
-            if connection.process.forked:
-                self._kernel.estates.open(connection.process)
-            if tracing.events is not None:
-                tracing.reaped(connection.process)
+        self._gone(connection)
+        if process is not None:
+            if self._books.reap(process, time.monotonic()):
+                self._heirs.search(process)
+            if observer is not None:
+                observer.reaped(process)
 
 
 def _facts(connection: Connection) -> dict[str, int]:

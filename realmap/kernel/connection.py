@@ -9,17 +9,15 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY
+from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import encode
+from realmap.kernel.workers import Share, Workers
 from realmap.wire import channel
 from realmap.wire.messages import Carrier
 from realmap.wire.ring import RingEnd
-
-if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
 
 #: A client with this much unread (bytes) is not listened to until it has read some: its own backlog bounds it.
 BACKLOG = 1 << 20
@@ -28,12 +26,30 @@ BACKLOG = 1 << 20
 class Connection:
     """A non-blocking socket with what is still to be sent. Only for the kernel's thread."""
 
-    __slots__ = ("_assembler", "_outbox", "backlog", "closed", "control", "events", "process", "ring", "since", "sock")
+    __slots__ = (
+        "_assembler",
+        "_outbox",
+        "backlog",
+        "calls",
+        "closed",
+        "control",
+        "events",
+        "maps",
+        "pidfd",
+        "process",
+        "ring",
+        "since",
+        "sock",
+    )
+    #: What runs of a process on worker threads: its calls, and the taking of large frames, one after the other.
+    calls: Share
+    maps: Share
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.process: UserProcess | None = None
+        self.pidfd = -1
         self.control = False
         self.ring: RingEnd | None = None
         self.closed = False
@@ -44,6 +60,11 @@ class Connection:
         self.events = select.EPOLLIN
         self._assembler = channel.Assembler()
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
+
+    def enter(self, process: UserProcess, pidfd: int, workers: Workers, running: int) -> None:
+        """It is this process's; its pidfd is ours from now on. `running`: its share of the workers."""
+        self.process, self.pidfd = process, pidfd
+        self.calls, self.maps = Share(workers, running), Share(workers, 1)
 
     def receive(self) -> bytes | None:
         """The next message; None where nothing is there, and nothing (b"") where it is not complete yet.
@@ -115,14 +136,25 @@ class Connection:
             channel.close_all(descriptors)
 
     def close(self) -> None:
-        """Closes the socket; what waits is lost. Again: nothing."""
+        """Closes the socket; what waits, to be sent or to run, is lost. Again: nothing."""
         self.closed = True
+        if self.pidfd >= 0:
+            self.calls.cancel()
+            self.maps.cancel()
+            files.close(self.pidfd)
+            self.pidfd = -1
         if self.ring is not None:
             self.ring._close()
             self.ring = None
         while self._outbox:
             channel.close_all(self._outbox.popleft()[1])
         files.shut(self.sock)
+
+    def after_fork_in_child(self) -> None:
+        """It is the parent's alone."""
+        files.shut(self.sock)
+        if self.pidfd >= 0:
+            files.close(self.pidfd)
 
 
 def _weight(datagram: bytes, descriptors: Sequence[int]) -> int:

@@ -3,79 +3,68 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 from realmap.errors import AccessDenied, KernelError, LimitReached, UnknownSyscall
-from realmap.kernel import books, services, syscalls
+from realmap.kernel import syscalls
+from realmap.kernel.books import Books
+from realmap.kernel.clients import Clients
 from realmap.kernel.connection import Connection
-from realmap.kernel.process_table import UserProcess
-from realmap.kernel.syscalls import Call, Syscall
+from realmap.kernel.processes import UserProcess
+from realmap.kernel.registry import Syscall
+from realmap.kernel.services import SERVICES, Answer, Later
+from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
+from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
 
-if TYPE_CHECKING:
-    from realmap.kernel.server import Kernel
+#: A service about the kernel itself, for whoever asks, with a number: what it answers.
+Ask: TypeAlias = Callable[[Connection, int], Any]
 
 
 class Dispatch:
-    """Answers requests for a kernel. Only on the kernel's thread."""
+    """Answers requests. Only on the loop; `current` is read from beside."""
 
-    def __init__(self, kernel: Kernel, running: set[Running] | None = None) -> None:
-        """`running`: those of whom it takes the place of."""
+    def __init__(self, books: Books, clients: Clients, asks: Mapping[str, Ask], kernel: RunningKernel) -> None:
+        """`asks`: the services about the kernel itself, by name. `kernel`: handed to handlers."""
+        self._books = books
+        self._clients = clients
+        self._asks = asks
         self._kernel = kernel
         #: The call whose handler is at work on the kernel's thread.
         self.current: Call | None = None
         #: Those at work on worker threads, or waiting for one.
-        self.running: set[Running] = set() if running is None else running
-
-    #: How a handler is run; `tracing` has another.
-    _run = staticmethod(syscalls.run)
+        self.running: set[Running] = set()
 
     def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
         """One request of one client, and the buffers among its arguments. Whatever happens to it is its answer."""
-        process = connection.process
+        process, observer = connection.process, self._books.observer
+        if observer is not None:
+            observer.called(connection, process, request, buffers)
         try:
             if process is not None and isinstance(request, messages.Call):  # first: it is the common one
                 self._call(connection, process, request, buffers)
             elif isinstance(request, messages.Ask):
-                if request.what == "shutdown" and not connection.control:
-                    raise AccessDenied(why="only a control connection may end the kernel")
                 self._reply(connection, request.id, (self._ask(connection, request), [], []))
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
-            elif isinstance(request, messages.Map):
-                number = request.id
-                services.map_memory(self._kernel, process, request, lambda got: self._reply(connection, number, got))
-            elif isinstance(request, messages.Unmap):
-                self._reply(connection, request.id, services.unmap(self._kernel, process, request))
-            elif isinstance(request, messages.More):
-                self._reply(connection, request.id, services.more(process, request))
-            elif isinstance(request, messages.Move):
-                self._reply(connection, request.id, services.move(process, request))
-            elif isinstance(request, messages.Share):
-                token = self._kernel.handles.share(process, request, self._kernel.limits.handles)
-                self._reply(connection, request.id, (token, [], []))
-            elif isinstance(request, messages.Attach):
-                self._reply(connection, request.id, services.attach(self._kernel, process, request))
-            elif isinstance(request, messages.Revoke):
-                self._kernel.handles.revoke(process, request.token)
-                self._reply(connection, request.id, (None, [], []))
-            elif isinstance(request, messages.Adopt):
-                self._reply(connection, request.id, (self._kernel.estates.adopt(process, request), [], []))
-            elif isinstance(request, messages.Forked):
-                process.forked = True
-            elif isinstance(request, messages.Leave):
-                self._kernel.handles.leave(process)
-                self._reply(connection, request.id, (None, [], []))
-            elif isinstance(request, messages.Query):
-                self._reply(connection, request.id, services.query(process, request))
+            else:
+                got = SERVICES[type(request)](self._books, process, request)
+                if isinstance(got, Later):
+                    self._answer_later(connection, process, request.id, got)
+                elif got is not None:
+                    self._reply(connection, request.id, got)
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way
-            if isinstance(request, messages.Call) and request.name in self._kernel.syscalls:
-                self._kernel.syscalls[request.name].failed += 1  # before its handler began
+            if isinstance(request, messages.Call) and request.name in self._books.syscalls:
+                self._books.syscalls[request.name].failed += 1  # before its handler began
             self._reply(connection, request.id, error)
+        if observer is not None:
+            observer.done(connection, process, request)
 
-    def _reply(self, connection: Connection, id: int, got: services.Answer | BaseException) -> None:
+    def _reply(self, connection: Connection, id: int, got: Answer | BaseException) -> None:
         if isinstance(got, BaseException):
             self.send(connection, id, syscalls.failed(id, got, "kernel"))
             return
@@ -87,57 +76,77 @@ class Dispatch:
 
     def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
         """Sends the answer to request `id`, whatever becomes of its client."""
-        if connection.closed or not id:  # request 0 wants no answer
-            return
-        if not descriptors and connection.send_short(message):
-            return
+        if not connection.closed and id and (descriptors or not connection.send_short(message)):  # 0 wants no answer
+            self._send(connection, id, message, descriptors)
+        observer = self._books.observer
+        if observer is not None:
+            observer.answered(connection, connection.process, id, message)
+
+    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int]) -> None:
         try:
             try:
                 connection.send(message, descriptors, id)
             except KernelError as error:  # longer than a message may be
                 connection.send(syscalls.failed(id, error))
         except OSError as error:  # it is gone, or there are no descriptors for copies
-            self._kernel.clients.expel(connection, f"its answers cannot be sent: {error.strerror}")
+            self._clients.expel(connection, f"its answers cannot be sent: {error.strerror}")
             return
-        self._kernel.clients.rearm(connection)
+        self._clients.rearm(connection)
 
     def _ask(self, connection: Connection, request: messages.Ask) -> Any:
-        what, tracing = request.what, self._kernel.tracing
-        if what == "stats":
-            return books.stats(self._kernel)
-        if what == "books":
-            return books.books(self._kernel)
-        if what == "shutdown":
-            self._kernel.stop(wait=False)
-            return None
-        if what == "trace-read":
-            return tracing.read(connection)
-        if what == "trace-start":
-            return tracing.start(connection, request.number)
-        if what == "trace-stop":
-            return tracing.stop(connection)
-        raise UnknownSyscall(what, why="the kernel has no such service")
+        ask = self._asks.get(request.what)
+        if ask is None:
+            raise UnknownSyscall(request.what, why="the kernel has no such service")
+        return ask(connection, request.number)
+
+    def _answer_later(self, connection: Connection, process: UserProcess, id: int, later: Later) -> None:
+        def work() -> None:
+            try:
+                finish(later.work())
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # what was taken is given back before anybody hears of it
+                self._kernel.post(partial(end, error))
+
+        def finish(frames: SharedFrames) -> None:
+            self._kernel.post(lambda: end(frames))
+
+        def end(got: SharedFrames | BaseException) -> None:
+            process.coming -= 1
+            connection.maps.ended()
+            try:
+                answer = later.end(got) if isinstance(got, SharedFrames) else got
+            except Exception as error:
+                self._reply(connection, id, error)
+            else:
+                self._reply(connection, id, answer)
+
+        def failed(error: BaseException) -> None:
+            process.coming -= 1
+            self._reply(connection, id, later.failed(error))
+
+        process.coming += 1
+        connection.maps.submit(work, failed)
 
     def _call(
         self, connection: Connection, process: UserProcess, request: messages.Call, buffers: Sequence[UserBuffer]
     ) -> None:
-        kernel = self._kernel
-        syscall = kernel.syscalls.get(request.name)
+        books = self._books
+        syscall = books.syscalls.get(request.name)
         if syscall is None:
-            known = ", ".join(sorted(kernel.syscalls)) or "none"
+            known = ", ".join(sorted(books.syscalls)) or "none"
             raise UnknownSyscall(
                 request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
             )
         syscall.calls += 1
         for buffer in buffers:
-            buffer.resolve(process, kernel.memory)
-        call = Call(process, syscall.name, kernel)
+            buffer.resolve(process, books.memory, books.observer)
+        call = Call(process, syscall.name, self._kernel)
         if syscall.blocking:
             self._call_on_worker(connection, process, syscall, call, request, buffers)
             return
         process.calls += 1
         self.current = call
-        answer = self._run(syscall, call, request.id, request.args, buffers)
+        answer = syscalls.run(syscall, call, request.id, request.args, buffers)
         self.current = None
         process.calls -= 1
         for buffer in buffers:
@@ -153,14 +162,14 @@ class Dispatch:
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> None:
-        limit = self._kernel.limits.calls
+        limit = self._books.limits.calls
         if process.calls >= limit:
             why = f"process {process.pid} has {limit} calls that have not ended, the kernel's limit; wait for some"
             raise LimitReached("calls", limit, why=why)
         for buffer in buffers:
             buffer.pin()
         process.calls += 1
-        running = Running(self._kernel, connection, process, request.id, syscall.name, buffers)
+        running = Running(process, syscall.name, request.id, buffers, partial(self.send, connection, request.id))
         self.running.add(running)
 
         def ended(answer: bytes | BaseException) -> None:
@@ -172,46 +181,16 @@ class Dispatch:
 
         def end(answer: bytes) -> None:
             ended(answer)
-            process.share.ended()
+            connection.calls.ended()
 
         def work() -> None:
             running.began = time.monotonic()
-            answer = self._kernel.dispatch._run(syscall, call, request.id, request.args, buffers)
+            observer = self._books.observer
+            if observer is not None:
+                observer.began(process, syscall.name, request.id)
+            answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+            if observer is not None:
+                observer.ended(process, syscall.name, request.id, answer)
             self._kernel.post(lambda: end(answer))
 
-        process.share.submit(work, ended)
-
-
-class Running:
-    """A call at work on a worker thread, or waiting for one. It is answered once."""
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        connection: Connection,
-        process: UserProcess,
-        id: int,
-        name: str,
-        buffers: Sequence[UserBuffer],
-    ) -> None:
-        #: What it works on, pinned.
-        self.buffers = buffers
-        self._kernel = kernel
-        self._connection = connection
-        #: Of the request.
-        self.id = id
-        self.process = process
-        self.name = name
-        #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn.
-        self.began: float | None = None
-        #: Whether it was told of in the log.
-        self.told = False
-        self.answered = False
-
-    def answer(self, answer: bytes | BaseException) -> None:
-        """Sends its answer, or the error that takes its place. Again: nothing."""
-        if not self.answered:
-            self.answered = True
-            if isinstance(answer, BaseException):
-                answer = syscalls.failed(self.id, answer, self.name)
-            self._kernel.dispatch.send(self._connection, self.id, answer)
+        connection.calls.submit(work, ended)

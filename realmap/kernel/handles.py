@@ -14,20 +14,16 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize, LimitReached
+from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_down, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, prot_of, rights_of
 from realmap.wire import messages
 from realmap.wire.messages import NAMED
-
-if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
 
 #: Seconds; more is no limit: leave it out.
 FOR_EVER = 1e9
@@ -82,7 +78,7 @@ class Shared:
 
 
 class Handles:
-    """The handles of a kernel. Only on the kernel's thread."""
+    """The handles of a kernel. `now`: seconds of the monotonic clock, as whoever asks reads it."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Shared] = {}
@@ -102,7 +98,7 @@ class Handles:
         """Whether any of them ends by itself."""
         return any(shared.until is not None for shared in self._by_name.values())
 
-    def share(self, process: UserProcess, request: messages.Share, limit: int) -> str:
+    def share(self, process: UserProcess, request: messages.Share, limit: int, now: float) -> str:
         """Makes a handle for a range of a process's own memory; its token.
 
         InvalidAddress, InvalidSize: it is not in one mapping of the process. InvalidMemState: private memory.
@@ -133,7 +129,7 @@ class Handles:
             raise InvalidSize(0, why=f"a handle is good for some time: above 0 and below {FOR_EVER:g} seconds")
         if not request.keep >= 0:
             raise InvalidSize(0, why="a handle outlives its maker by no less than 0 seconds")
-        until = None if request.seconds is None else time.monotonic() + request.seconds
+        until = None if request.seconds is None else now + request.seconds
         name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
         shared = self._by_name[name] = Shared(
             name,
@@ -150,10 +146,10 @@ class Handles:
         self._of.setdefault(shared.frames.serial, set()).add(shared)
         return name
 
-    def find(self, name: str) -> Shared:
+    def find(self, name: str, now: float) -> Shared:
         """The one that a token names. InvalidHandle: there is none, or no more, and why."""
         shared = self._by_name.get(name)
-        if shared is not None and shared.until is not None and shared.until <= time.monotonic():
+        if shared is not None and shared.until is not None and shared.until <= now:
             self._end(shared, "it has expired")
             shared = None
         if shared is None and name.startswith(NAMED):
@@ -163,7 +159,9 @@ class Handles:
             raise InvalidHandle(name[:8] + "…", why=why)
         return shared
 
-    def attach(self, process: UserProcess, request: messages.Attach) -> tuple[Mapping, int, int, Callable[[], None]]:
+    def attach(
+        self, process: UserProcess, request: messages.Attach, now: float
+    ) -> tuple[Mapping, int, int, Callable[[], None]]:
         """Enters a mapping of its frames for a process: the pages of [offset, offset + length).
 
         The mapping, where in it the first byte is, how many there are, and what counts this as a use.
@@ -171,7 +169,7 @@ class Handles:
         InvalidHandle: as `find`. InvalidSize: no bytes, or beyond what is shared. AccessDenied: more rights than
         the handle gives. VirtualMemoryExhaustion: no space in UserLand.
         """
-        shared = self.find(request.token)
+        shared = self.find(request.token, now)
         length = shared.length - request.offset if request.length is None else request.length
         if request.offset < 0 or length <= 0 or request.offset + length > shared.length:
             why = f"offset {request.offset} + length {length} is no part of the {shared.length} bytes that are shared"
@@ -195,17 +193,16 @@ class Handles:
             if not shared.uses:
                 self._end(shared, "it is spent: it was attached as often as it may be")
 
-    def revoke(self, process: UserProcess, name: str) -> None:
+    def revoke(self, process: UserProcess, name: str, now: float) -> None:
         """Ends one. What is attached stays. InvalidHandle: as `find`. AccessDenied: another process made it."""
-        shared = self.find(name)
+        shared = self.find(name, now)
         if shared.maker is not process and not shared.keep and not shared.is_named:
             assert shared.maker is not None
             raise AccessDenied(why=f"process {shared.maker.number} made this handle, and may revoke it")
         self._end(shared, "it was revoked")
 
-    def reap(self, process: UserProcess) -> None:
+    def reap(self, process: UserProcess, now: float) -> None:
         """The process has ended: its handles go, at once or after the time that they were made to outlive it."""
-        now = time.monotonic()
         for shared in list(self._by_name.values()):
             if shared.maker is not process and process not in shared.holders:
                 continue
@@ -219,16 +216,15 @@ class Handles:
             elif shared.keep < FOR_EVER:
                 shared.until = min(now + shared.keep, shared.until or now + shared.keep)
 
-    def unmapped(self, process: UserProcess, frames: object) -> None:
+    def unmapped(self, process: UserProcess, frames: object, now: float) -> None:
         """The process has unmapped a part of these frames. Once it has none, what it made for a time lasts as long."""
         if not isinstance(frames, SharedFrames) or frames.serial not in self._of:
             return
         if any(mapping.frames is frames for mapping in process.memory):
             return
-        end = time.monotonic()
         for shared in self._of[frames.serial]:
             if shared.maker is process and 0 < shared.keep < FOR_EVER:
-                shared.until = min(end + shared.keep, shared.until or end + shared.keep)
+                shared.until = min(now + shared.keep, shared.until or now + shared.keep)
 
     def leave(self, process: UserProcess) -> None:
         """The process is about to end in good order: what it gave a name stays."""
@@ -236,9 +232,8 @@ class Handles:
             if shared.maker is process and shared.is_named:
                 shared.keep = math.inf
 
-    def expire(self) -> None:
+    def expire(self, now: float) -> None:
         """Those whose time is over go."""
-        now = time.monotonic()
         for shared in [each for each in self._by_name.values() if each.until is not None and each.until <= now]:
             self._end(shared, "it has expired")
 

@@ -46,13 +46,13 @@ class Limits:
             raise ValueError(f"seconds must be above 0, or None for no limit: {seconds!r}")
         self.seconds = seconds
 
+    @property
+    def segments_or_default(self) -> int:
+        """`segments`; by default half of how many descriptors this process may open."""
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 if self.segments is None else self.segments
+
     def __repr__(self) -> str:
         return f"Limits({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
-
-
-def half_of_the_descriptors() -> int:
-    """Half of how many descriptors this process may open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def _some(number: SupportsIndex, what: str) -> int:

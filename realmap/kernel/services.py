@@ -1,33 +1,33 @@
-"""What the kernel does itself for a process: map, unmap, query, and the like. Only on the kernel's thread."""
+"""What the kernel does itself for a process: map, unmap, query, and the like.
+
+One function for each type of message (`SERVICES`): of the books, the process and the request it makes the answer.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from realmap.errors import (
     AccessDenied,
     InvalidAddress,
     InvalidMemState,
     InvalidSize,
-    KernelError,
     LimitReached,
     PhysicalMemoryExhaustion,
     ProcessKilled,
     VirtualMemoryExhaustion,
 )
 from realmap.host import files
+from realmap.kernel.books import Books
+from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, USIZE_MAX, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, prot_of, rights_of, type_of, u_rw
 from realmap.wire import messages
 from realmap.wire.messages import MAX_DESCRIPTORS, MemoryInfo
-
-if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
-    from realmap.kernel.server import Kernel
 
 #: Frames of more bytes, or of more segments, are taken on a worker thread: nobody else waits for them.
 LONG_BYTES = 4 << 20
@@ -39,10 +39,23 @@ SMALL = 64 << 10
 Answer = tuple[Any, list[int], list[int]]
 
 
-def map_memory(
-    kernel: Kernel, process: UserProcess, request: messages.Map, answer: Callable[[Answer | BaseException], None]
-) -> None:
-    """Makes frames and a mapping of them; `answer` is called with [address, length, segments, huge], now or later.
+class Later(NamedTuple):
+    """An answer that takes long to make: nobody else waits for it."""
+
+    #: Anywhere but where the books are.
+    work: Callable[[], SharedFrames]
+    #: There, with what that returned.
+    end: Callable[[SharedFrames], Answer]
+    #: Bytes of frames that are to come.
+    size: int
+
+    def failed(self, error: BaseException) -> PhysicalMemoryExhaustion:
+        """The error where there is no thread to do it on."""
+        return PhysicalMemoryExhaustion(self.size, why=f"no thread to take so much memory on: {error}")
+
+
+def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Answer | Later:
+    """Makes frames and a mapping of them: [address, length, segments, huge].
 
     KernelError: as `Process.map` documents. Nothing is taken then.
     """
@@ -51,7 +64,7 @@ def map_memory(
         raise InvalidMemState(0, kind, why=f"{kind.name} is no memory that a process can map")
     if not allows(rights, MappingAccessRights.USER_ACCESSIBLE) or not prot_of(rights):
         raise AccessDenied(rights, u_rw, why="a process maps memory for itself: u_r, u_w, u_rw or u_rx")
-    _require_room(kernel, process, request.length)
+    _require_room(books, process, request.length)
     unit = HUGE_SIZE if request.huge else PAGE_SIZE
     if request.length <= 0 or align_up(request.length, unit) > USIZE_MAX:
         raise InvalidSize(request.length, why="a mapping has at least one byte, and whole pages below 2**64")
@@ -59,12 +72,10 @@ def map_memory(
     if not kind.is_counted:
         if request.fragment is not None or request.name is not None or request.huge:
             raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name, no huge frames")
-        answer(_enter(process, OwnedFrames(size), size, kind, rights))
-        return
+        return _enter(process, OwnedFrames(size), size, kind, rights)
     allocator = process.memory.allocator
     if request.fragment is None and request.name is None and request.commit and size <= SMALL:
-        answer(_enter(process, allocator.take(size, size), size, kind, rights))
-        return
+        return _enter(process, allocator.take(size, size), size, kind, rights)
 
     def allocate() -> SharedFrames:
         return allocator.allocate(
@@ -76,38 +87,14 @@ def map_memory(
             cancelled=lambda: not process.alive,
         )
 
-    if size <= LONG_BYTES and not request.huge and size // (request.fragment or size) <= LONG_COUNT:
-        answer(_enter(process, allocate(), size, kind, rights))
-        return
-
-    def later() -> None:
-        try:
-            finish(allocate())
-        except BaseException as error:
-            kernel.post(partial(end, error))
-
-    def finish(frames: SharedFrames) -> None:
-        kernel.post(lambda: end(_finish(process, frames, size, kind, rights)))
-
-    def end(got: Answer | BaseException) -> None:
-        process.frames_share.ended()
-        answer(got)
-
-    def failed(error: BaseException) -> None:
-        answer(PhysicalMemoryExhaustion(size, why=f"no thread to take so much memory on: {error}"))
-
-    process.frames_share.submit(later, failed)
-
-
-def _finish(
-    process: UserProcess, frames: SharedFrames, size: int, kind: MemoryType, rights: Any
-) -> Answer | BaseException:
-    if not process.alive:
-        return ProcessKilled(process.pid, why="the process has ended")  # nobody reads it; the frames go
-    try:
+    def enter(frames: SharedFrames) -> Answer:
+        if not process.alive:  # nobody reads it; the frames go
+            raise ProcessKilled(process.pid, why="the process has ended")
         return _enter(process, frames, size, kind, rights)
-    except KernelError as error:
-        return error
+
+    if size <= LONG_BYTES and not request.huge and size // (request.fragment or size) <= LONG_COUNT:
+        return enter(allocate())
+    return Later(allocate, enter, size)
 
 
 def _enter(
@@ -146,10 +133,10 @@ def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:
     return opened, opened
 
 
-def attach(kernel: Kernel, process: UserProcess, request: messages.Attach) -> Answer:
+def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answer:
     """A mapping of what a handle stands for. Errors as `Handles.attach`; nothing is taken then, and no use of it."""
-    _require_room(kernel, process, request.length or 0)
-    mapping, lead, length, spend = kernel.handles.attach(process, request)
+    _require_room(books, process, request.length or 0)
+    mapping, lead, length, spend = books.handles.attach(process, request, time.monotonic())
     frames = mapping.frames
     assert isinstance(frames, SharedFrames)
     pieces = [[offset, size] for _, offset, size in frames.pieces(mapping.phys_offset, mapping.length)]
@@ -166,16 +153,16 @@ def attach(kernel: Kernel, process: UserProcess, request: messages.Attach) -> An
     )
 
 
-def _require_room(kernel: Kernel, process: UserProcess, length: int) -> None:
-    limit, coming = kernel.limits.mappings, process.frames_share.pending
-    if coming >= kernel.limits.calls:
+def _require_room(books: Books, process: UserProcess, length: int) -> None:
+    limit, coming = books.limits.mappings, process.coming
+    if coming >= books.limits.calls:
         why = f"process {process.pid} waits for {coming} mappings already, the kernel's limit"
-        raise LimitReached("calls", kernel.limits.calls, why=why)
+        raise LimitReached("calls", books.limits.calls, why=why)
     if len(process.memory) + coming >= limit:
         raise VirtualMemoryExhaustion(length, why=f"the process has {limit} mappings, the kernel's limit; unmap some")
 
 
-def more(process: UserProcess, request: messages.More) -> Answer:
+def more(books: Books, process: UserProcess, request: messages.More) -> Answer:
     """The next descriptors of a mapping in many segments."""
     mapping = process.memory.mapping_at(request.address)
     if mapping is None or mapping.address != request.address:
@@ -186,7 +173,7 @@ def more(process: UserProcess, request: messages.More) -> Answer:
     return None, first, closing
 
 
-def move(process: UserProcess, request: messages.Move) -> Answer:
+def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
     """Gives a mapping another address: its own process has something else there."""
     mapping = process.memory.mapping_at(request.address)
     if mapping is None or mapping.address != request.address:
@@ -195,18 +182,61 @@ def move(process: UserProcess, request: messages.Move) -> Answer:
     return moved.address, [], []
 
 
-def unmap(kernel: Kernel, process: UserProcess, request: messages.Unmap) -> Answer:
+def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer:
     """Takes a mapping out of the books. Its frames go when the last reference does."""
     mapping = process.memory.unmap(request.address, request.length)
     frames = mapping.frames
     mapping.release()
-    kernel.handles.unmapped(process, frames)
+    books.handles.unmapped(process, frames, time.monotonic())
     return None, [], []
 
 
-def query(process: UserProcess, request: messages.Query) -> Answer:
+def query(books: Books, process: UserProcess, request: messages.Query) -> Answer:
     """What is at an address of the process."""
     mapping = process.memory.query_memory(request.address)
     refcount = mapping.frames.refcount if isinstance(mapping.frames, SharedFrames) else 0
     info = MemoryInfo(mapping.address, mapping.length, mapping.type, int(mapping.rights), mapping.phys_offset, refcount)
     return info, [], []
+
+
+def share(books: Books, process: UserProcess, request: messages.Share) -> Answer:
+    """A handle for memory of the process: its token."""
+    return books.handles.share(process, request, books.limits.handles, time.monotonic()), [], []
+
+
+def revoke(books: Books, process: UserProcess, request: messages.Revoke) -> Answer:
+    """Ends a handle."""
+    books.handles.revoke(process, request.token, time.monotonic())
+    return None, [], []
+
+
+def leave(books: Books, process: UserProcess, request: messages.Leave) -> Answer:
+    """The process is about to end in good order."""
+    books.handles.leave(process)
+    return None, [], []
+
+
+def adopt(books: Books, process: UserProcess, request: messages.Adopt) -> Answer:
+    """The process is a forked child, and enters what it inherited."""
+    return books.adopt(process, request.secret, request.places), [], []
+
+
+def forked(books: Books, process: UserProcess, request: messages.Forked) -> None:
+    """The process has forked. There is no answer."""
+    process.forked = True
+
+
+#: The service for each type of message.
+SERVICES: dict[type, Callable[[Books, UserProcess, Any], Answer | Later | None]] = {
+    messages.Map: map_memory,
+    messages.Unmap: unmap,
+    messages.More: more,
+    messages.Move: move,
+    messages.Query: query,
+    messages.Share: share,
+    messages.Attach: attach,
+    messages.Revoke: revoke,
+    messages.Adopt: adopt,
+    messages.Forked: forked,
+    messages.Leave: leave,
+}

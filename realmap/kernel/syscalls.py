@@ -1,41 +1,41 @@
-"""Syscalls: plain functions, registered by name, and how one is run for a caller."""
+"""How a handler is run for a caller, and what it is told of that: `Call`."""
 
 from __future__ import annotations
 
 import errno
-import inspect
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
 from realmap._core import faults as host_faults
 from realmap.errors import KernelError, MemoryFault
 from realmap.kernel import faults
+from realmap.kernel.handles import Handles
 from realmap.kernel.logs import log
+from realmap.kernel.processes import ProcessTable, UserProcess
+from realmap.kernel.registry import Syscall
 from realmap.kernel.user_buffer import UserBuffer
+from realmap.memory.frames import FrameAllocator
+from realmap.memory.kernel_memory import KernelMemory
 from realmap.wire.messages import Done, Failed, error_of
 
-if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
-    from realmap.kernel.server import Kernel
 
-F = TypeVar("F", bound=Callable[..., Any])
-_MARK = "__realmap_syscall__"
+class RunningKernel(Protocol):
+    """What a handler sees of the `Kernel` that runs it."""
 
+    path: str
+    memory: KernelMemory
+    frames: FrameAllocator
+    processes: ProcessTable
+    handles: Handles
 
-@dataclass(eq=False, slots=True)
-class Syscall:
-    """A handler under its name; `blocking` ones run on a worker thread. And how often it was called so far."""
+    def post(self, job: Callable[[], None]) -> None:
+        """Has `job` run on the kernel's thread, soon. From any thread."""
 
-    name: str
-    function: Callable[..., Any]
-    blocking: bool
-    calls: int = 0
-    #: Calls that ended in an error.
-    failed: int = 0
+    def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
+        """Ends it. From any thread."""
 
 
 class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one for every call
@@ -46,64 +46,33 @@ class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one f
 
     process: UserProcess
     name: str
-    kernel: Kernel
+    kernel: RunningKernel
 
 
-@overload
-def syscall(function: F, /) -> F: ...
-@overload
-def syscall(*, name: str | None = None, blocking: bool = False) -> Callable[[F], F]: ...
-def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool = False) -> Any:
-    """Makes a function a syscall: `@syscall`, or `@syscall(name=None, blocking=False)`.
+class Running:
+    """A call at work on a worker thread, or waiting for one. It is answered once."""
 
-    It is called as `function(call, *args)`: `call` is a `Call`, buffers among the arguments arrive as
-    `UserBuffer`, other arguments as the plain values they were (tuples as lists). What it returns
-    goes back to the caller. A `KernelError` it raises reaches the caller as itself, anything else as
-    `SyscallFailed` with the traceback. Handlers run one after the other on the kernel's thread; one
-    that takes long is declared `blocking=True` and runs on a thread of its own.
+    def __init__(
+        self, process: UserProcess, name: str, id: int, buffers: Sequence[UserBuffer], send: Callable[[bytes], None]
+    ) -> None:
+        self.process = process
+        self.name = name
+        #: Of the request.
+        self.id = id
+        #: What it works on, pinned.
+        self.buffers = buffers
+        self._send = send
+        #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn.
+        self.began: float | None = None
+        #: Whether it was told of in the log.
+        self.told = False
+        self.answered = False
 
-    TypeError: it is not applied to a function that returns (but to an `async` one, say), or the name is no str.
-    """
-
-    def mark(target: F) -> F:
-        if not callable(target):
-            raise TypeError(f"@syscall goes on a function, not on {target!r}")
-        if inspect.iscoroutinefunction(target) or inspect.isgeneratorfunction(target):
-            raise TypeError(
-                f"a handler returns its answer: {target!r} is async or yields; blocking=True takes its time"
-            )
-        called = name if name is not None else getattr(target, "__name__", None)
-        if not isinstance(called, str) or not called:
-            raise TypeError(f"the name of a syscall is a str, not {called!r}")
-        setattr(target, _MARK, (called, blocking))
-        return target
-
-    return mark if function is None else mark(function)
-
-
-def registry(functions: Iterable[Callable[..., Any]]) -> dict[str, Syscall]:
-    """The syscalls by name; a function that is not marked goes by its own name.
-
-    TypeError: something is not callable or has no name. ValueError: two have the same name.
-    """
-    found: dict[str, Syscall] = {}
-    for function in functions:
-        if not hasattr(function, _MARK):
-            if not callable(function) or not hasattr(function, "__name__"):
-                raise TypeError(f"a syscall is a function with a name, not {function!r}")
-            name, blocking = function.__name__, False
-        else:
-            name, blocking = getattr(function, _MARK)
-        if name in found:
-            raise ValueError(f"two syscalls are named {name!r}; give one another name with @syscall(name=...)")
-        found[name] = Syscall(name, function, blocking)
-    return found
-
-
-def marked(values: Iterable[Any]) -> list[Callable[..., Any]]:
-    """Those of `values` that `@syscall` was put on, each once."""
-    found = {id(value): value for value in values if callable(value) and hasattr(value, _MARK)}
-    return list(found.values())
+    def answer(self, answer: bytes | BaseException) -> None:
+        """Sends its answer, or the error that takes its place. Again: nothing."""
+        if not self.answered:
+            self.answered = True
+            self._send(failed(self.id, answer, self.name) if isinstance(answer, BaseException) else answer)
 
 
 def _unsendable(value: Any) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsIndex
+import time
+from typing import SupportsIndex
 
 from realmap._core import copy_in, faults
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
+from realmap.kernel.observer import Observer
+from realmap.kernel.processes import UserProcess
 from realmap.memory.cross_process import CrossProcessMapping, Part
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
@@ -13,10 +16,6 @@ from realmap.memory.mapping import Mapping
 from realmap.memory.userspace_ptr import UserspacePtr
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of, rights_of
-
-if TYPE_CHECKING:
-    from realmap.kernel.process_table import UserProcess
-
 
 #: Faults of mirrors that were kept beyond their call: by thread, with the count of faults when it was noted.
 late_faults: dict[int, tuple[int, MemoryFault]] = {}
@@ -32,7 +31,7 @@ class UserBuffer:
     * `copy_in()`, `copy_out()`: a copy, without mapping; never faults
     """
 
-    __slots__ = ("_kernel", "_length", "_parts", "address", "fault", "process")
+    __slots__ = ("_kernel", "_length", "_observer", "_parts", "address", "fault", "process")
 
     process: UserProcess
     #: What a mirror of it ran into that was dropped since.
@@ -44,12 +43,17 @@ class UserBuffer:
         self.address = address
         self._length = length
         self._parts = None
+        self._observer: Observer | None = None
         self.fault = None
 
-    def resolve(self, process: UserProcess, kernel: KernelMemory) -> None:
-        """Finds the mappings it lies in. InvalidAddress: nothing there, or a hole. InvalidSize: no bytes."""
+    def resolve(self, process: UserProcess, kernel: KernelMemory, observer: Observer | None) -> None:
+        """Finds the mappings it lies in. InvalidAddress: nothing there, or a hole. InvalidSize: no bytes.
+
+        `observer`: told of its copies.
+        """
         self.process = process
         self._kernel = kernel
+        self._observer = observer
         memory, length = process.memory, self._length
         mapping = memory.mapping_at(self.address)
         if mapping is not None and 0 < length <= mapping.length - (offset := self.address - mapping.address):
@@ -191,14 +195,25 @@ class UserBuffer:
         that is not shared. MemoryFault: somebody truncated a segment of it. InvalidAddress: its call
         has ended.
         """
-        parts = self._parts
-        if length is None and not offset and parts is not None and len(parts) == 1:
+        parts, observer = self._parts, self._observer
+        if observer is None and length is None and not offset and parts is not None and len(parts) == 1:
             kernel = self._kernel
             copy = copy_in(*parts[0])
             if copy is not None:
                 kernel.copies_in += 1
                 kernel.bytes_in += self._length
                 return copy
+        if observer is None:
+            return self._copy_in(length, offset)
+        began, copied = time.monotonic_ns(), -1
+        try:
+            copy = self._copy_in(length, offset)
+            copied = len(copy)
+            return copy
+        finally:
+            self._tell(observer, began, offset, copied, out=False)
+
+    def _copy_in(self, length: SupportsIndex | None, offset: SupportsIndex) -> bytes:
         parts, kernel = self._range(offset, length, k_r), self._kernel
         copy = b"".join(
             _frames_of(mapping).read(mapping.phys_offset + at, size, mapping.address + at)
@@ -210,6 +225,17 @@ class UserBuffer:
 
     def copy_out(self, data: bytes | bytearray | memoryview, offset: SupportsIndex = 0) -> None:
         """Copies `data` into it from byte `offset` on, without mapping. Errors as `copy_in`, of writing."""
+        observer = self._observer
+        if observer is None:
+            self._copy_out(data, offset)
+            return
+        began, copied = time.monotonic_ns(), -1
+        try:
+            copied = self._copy_out(data, offset)
+        finally:
+            self._tell(observer, began, offset, copied, out=True)
+
+    def _copy_out(self, data: bytes | bytearray | memoryview, offset: SupportsIndex) -> int:
         with memoryview(data) as view, view.cast("B") as flat:
             parts, kernel = self._range(offset, len(flat), k_w), self._kernel
             for mapping, _, _ in parts:
@@ -220,6 +246,13 @@ class UserBuffer:
                 done += size
         kernel.copies_out += 1
         kernel.bytes_out += done
+        return done
+
+    def _tell(self, observer: Observer, began: int, offset: SupportsIndex, copied: int, out: bool) -> None:
+        """Of a copy of so many bytes; below 0: it failed."""
+        if not self.has_ended:
+            at = self.address if copied < 0 else self.address + offset.__index__()
+            observer.copied(self.process, at, max(0, copied), began, out, copied < 0)
 
     def __repr__(self) -> str:
         return f"<UserBuffer {self.address:#x}, {self._length} bytes>"

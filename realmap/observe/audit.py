@@ -12,8 +12,9 @@ import msgspec
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
 from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
-from realmap.observe.snapshot import FramesInfo, MappingInfo, PartInfo, Snapshot
+from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
+from realmap.wire.records import FramesInfo, MappingInfo, PartInfo
 
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]

@@ -12,9 +12,10 @@ from realmap.host import procfs
 from realmap.host.procfs import Resident
 from realmap.memory.lands import KERNEL_LAND, USER_LAND
 from realmap.observe.audit import Range, mapping_ranges, merged, window_ranges
-from realmap.observe.snapshot import FramesInfo, PartInfo, Snapshot
+from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights
+from realmap.wire.records import FramesInfo, PartInfo
 
 AGREES = "agrees"
 #: It differed, and was made or changed between two looks: the books and Linux are not read at one moment.

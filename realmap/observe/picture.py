@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from realmap.observe.snapshot import MirrorInfo, PartInfo, ProcessInfo, Snapshot
+from realmap.observe.snapshot import Snapshot
 from realmap.observe.words import pages
+from realmap.wire.records import MirrorInfo, PartInfo, ProcessInfo
 
 #: Kinds of block on KernelLand, beside the memory types of UserLand.
 MIRROR, KEPT = "MIRROR", "KEPT"

@@ -1,7 +1,7 @@
 """A kernel's books at one moment, typed. Addresses, offsets and lengths in bytes.
 
 The same in Python (`kernel.snapshot()`), as JSON, and for every view. What the kernel sends is in rows
-(kernel/books.py): the fields of these structures in their order.
+(wire/records.py).
 """
 
 from __future__ import annotations
@@ -14,155 +14,25 @@ import msgspec
 from realmap.errors import VersionMismatch
 from realmap.memory.frames import in_words
 from realmap.rights import MemoryType
+from realmap.wire.records import (
+    FORM,
+    CallInfo,
+    FramesInfo,
+    HandleInfo,
+    KeptInfo,
+    LimitsInfo,
+    MappingInfo,
+    MirrorInfo,
+    PartInfo,
+    ProcessInfo,
+    RunningInfo,
+    SegmentInfo,
+)
 
 T = TypeVar("T")
-FORM = 5
 #: What comes from the kernel as it is in the snapshot.
 _PLAIN = ("form", "pid", "path", "alone", "time", "stakes", "stats", "pinned")
 _TYPES = {int(kind): kind.name for kind in MemoryType}
-
-
-class SegmentInfo(msgspec.Struct, frozen=True):
-    """One POSIX segment: `device` and `inode` are what /proc/PID/maps shows of it."""
-
-    inode: int
-    device: int
-    length: int
-    #: Bytes that huge pages back.
-    huge: int
-    name: str | None
-
-
-class FramesInfo(msgspec.Struct, frozen=True):
-    """Frames: their segments in order, the refcount, and every holder of a reference by name."""
-
-    serial: int
-    length: int
-    refcount: int
-    holders: list[str]
-    segments: list[SegmentInfo]
-
-    def pieces(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-        """Where [offset, offset + length) of the frames lies: (inode, offset in it, length) each."""
-        found = []
-        start = 0
-        for segment in self.segments:
-            low, high = max(offset, start), min(offset + length, start + segment.length)
-            if low < high:
-                found.append((segment.inode, low - start, high - low))
-            start += segment.length
-        return found
-
-
-class MappingInfo(msgspec.Struct, frozen=True):
-    """A mapping of a process; `frames` is the serial of its shared frames, None where it has none."""
-
-    address: int
-    length: int
-    type: str
-    rights: int
-    phys_offset: int
-    frames: int | None
-
-
-class ProcessInfo(msgspec.Struct, frozen=True):
-    """A user process, its calls that are running, and its mappings in order of address.
-
-    `bytes`: of the frames that it made and that live, whoever holds them; `limit`: how many it may have, None for
-    any number.
-    """
-
-    number: int
-    pid: int
-    uid: int
-    calls: int
-    bytes: int
-    limit: int | None
-    mappings: list[MappingInfo]
-
-
-class PartInfo(msgspec.Struct, frozen=True):
-    """A range of frames."""
-
-    frames: int
-    offset: int
-    length: int
-
-
-class MirrorInfo(msgspec.Struct, frozen=True):
-    """A live mirror.
-
-    What it shows (`address`, `length`), the whole pages that are mapped (`base`, `span`), and of what. `zeros`: from
-    there on zero pages are mapped, since a segment was truncated under it; 0 where there are none.
-    """
-
-    address: int
-    length: int
-    base: int
-    span: int
-    zeros: int
-    rights: int
-    parts: list[PartInfo]
-
-
-class KeptInfo(msgspec.Struct, frozen=True):
-    """A window that is kept mapped for its next use: whole pages at `base`, and the frames they show. No reference."""
-
-    base: int
-    span: int
-    rights: int
-    part: PartInfo
-
-
-class HandleInfo(msgspec.Struct, frozen=True):
-    """A handle: the beginning of its token (not all of it: that would let one attach), and what it stands for.
-
-    `maker`: the number of the process whose end is its end, `keep` seconds later; None: it has ended. `uses`,
-    `seconds`: how much is left.
-    """
-
-    name: str
-    frames: int
-    start: int
-    length: int
-    rights: int
-    maker: int | None
-    keep: float
-    uses: int | None
-    seconds: float | None
-
-
-class LimitsInfo(msgspec.Struct, frozen=True):
-    """What the kernel allows, as `Limits` and `boot` name it: numbers, seconds and bytes; None is no limit."""
-
-    processes: int
-    mappings: int
-    segments: int
-    calls: int
-    handles: int
-    running: int
-    seconds: float | None
-    memory_limit: int | None
-    process_limit: int | None
-    kernel_land: int
-    lazy_unmap: int
-
-
-class CallInfo(msgspec.Struct, frozen=True):
-    """A syscall: how often it was called so far, and how many of these calls ended in an error."""
-
-    name: str
-    blocking: bool
-    count: int
-    failed: int
-
-
-class RunningInfo(msgspec.Struct, frozen=True):
-    """A call of a process (its number) that a worker thread is at; `seconds` since it began, None while it waits."""
-
-    process: int
-    syscall: str
-    seconds: float | None
 
 
 class Snapshot(msgspec.Struct, frozen=True):

@@ -8,7 +8,8 @@ from collections import Counter
 import msgspec
 import psutil
 
-from realmap.observe.snapshot import FramesInfo, SegmentInfo, Snapshot
+from realmap.observe.snapshot import Snapshot
+from realmap.wire.records import FramesInfo, SegmentInfo
 
 GONE = "gone"
 

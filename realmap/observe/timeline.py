@@ -21,7 +21,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from realmap.errors import BY_CODE
-from realmap.kernel.events import (
+from realmap.observe.tables import GONE, program
+from realmap.observe.trace_format import TraceWriter
+from realmap.rights import MemoryType, rights_of
+from realmap.wire.records import (
     ALREADY,
     BLOCKING,
     DIED,
@@ -35,9 +38,6 @@ from realmap.kernel.events import (
     Event,
     Kind,
 )
-from realmap.observe.tables import GONE, program
-from realmap.observe.trace_format import TraceWriter
-from realmap.rights import MemoryType, rights_of
 
 #: Tracks of the kernel's process: its thread is 1, workers follow; from here on KernelLand's.
 KERNEL_LAND = 1_000_000

@@ -17,9 +17,9 @@ from typing import Any, Self
 from realmap.errors import InvalidHandle, KernelError, SyscallTimeout
 from realmap.host import forks
 from realmap.host.signals import Flag
-from realmap.kernel.events import CAPACITY
 from realmap.observe.control import Control
 from realmap.observe.timeline import Timeline
+from realmap.wire.records import CAPACITY
 
 __all__ = ["CAPACITY", "Trace"]
 

@@ -23,17 +23,9 @@ import realmap
 from realmap.memory import KERNEL_LAND, USER_LAND
 from realmap.observe import words
 from realmap.observe.picture import KEPT, MIRROR, Numbers, draw, room, weight
-from realmap.observe.snapshot import (
-    FORM,
-    KeptInfo,
-    LimitsInfo,
-    MappingInfo,
-    MirrorInfo,
-    PartInfo,
-    ProcessInfo,
-    Snapshot,
-)
+from realmap.observe.snapshot import FORM, Snapshot
 from realmap.observe.svg import svg
+from realmap.wire.records import KeptInfo, LimitsInfo, MappingInfo, MirrorInfo, PartInfo, ProcessInfo
 
 STATS = {"mappings": 0, "segments": 0, "bytes": 0, "calls": 0, "running": 0, "kept_windows": 0, "mirrors": 0}
 

@@ -114,7 +114,7 @@ def test_a_handler_that_raises_fails_its_call_and_nothing_else(me: Process, kind
         me.call("explode", kind, "a reason")
     assert (caught.value.name, caught.value.type, caught.value.text) == ("explode", kind, "a reason")
     assert "raise kinds[kind](text)" in caught.value.traceback
-    assert "server.py" not in caught.value.traceback
+    assert "dispatch.py" not in caught.value.traceback
     assert me.call("nop") is None
 
 

@@ -212,13 +212,14 @@ def test_a_bug_of_ours_ends_nobody_but_its_caller(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from realmap.kernel import services
+    from realmap.wire import messages
 
     with realmap.Kernel() as kernel, realmap.connect(kernel.path) as me, realmap.connect(kernel.path) as other:
 
         def broken(*_: object) -> None:
             raise AttributeError("a bug")
 
-        monkeypatch.setattr(services, "query", broken)
+        monkeypatch.setitem(services.SERVICES, messages.Query, broken)
         with pytest.raises(SyscallFailed, match="a bug"):
             me.query(0x2000_0000_0000)
         with caplog.at_level(logging.ERROR, "realmap"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import realmap
 from realmap import AccessDenied, Handle, InvalidHandle, InvalidSize, KernelHandle, Limits, Process
-from realmap.kernel import watch
+from realmap.kernel import watchdog
 
 CARRIERS = ("ring", "socket")
 
@@ -163,7 +163,7 @@ def test_what_ends_a_handle(kernel: KernelHandle, me: Process, buffer: realmap.B
 
 
 def test_time_ends_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "TICK", 0.02)
+    monkeypatch.setattr(watchdog, "TICK", 0.02)
     with realmap.Kernel() as kernel, realmap.connect(kernel.path) as me:
         buffer = me.map(PAGE)
         handle = me.share(buffer, seconds=0.05)

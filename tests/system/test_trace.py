@@ -17,11 +17,9 @@ import realmap
 from realmap import Kernel, KernelHandle, Process
 from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidMemState, InvalidSize, LimitReached, UnknownSyscall
-from realmap.kernel.dispatch import Dispatch
-from realmap.kernel.events import RECORD
-from realmap.kernel.user_buffer import UserBuffer
 from realmap.observe import Control, Trace
 from realmap.wire import messages
+from realmap.wire.records import RECORD
 
 
 @pytest.fixture
@@ -304,14 +302,14 @@ def here() -> Iterator[Kernel]:
 def test_off_it_is_as_it_never_was(here: Kernel, file: Path) -> None:
     def parts() -> list[object]:
         told = [process.memory.told for process in here.processes]
-        return [type(here.dispatch), here.clients.make_buffer, here.tracing.events, here.tracing.listener, *told]
+        return [here.books.observer, here.tracer.events, here.tracer.listener, *told]
 
     with Process(here.path) as me:
         data = me.map(PAGE)
-        off = [Dispatch, UserBuffer, None, None, None]
+        off = [None] * 4
         assert parts() == off
         with Trace(here.path, file) as trace:
-            assert all(part not in (Dispatch, UserBuffer, None) for part in parts())
+            assert None not in parts()
             me.call("sha256", data)
         assert parts() == off
         assert trace.is_over

@@ -16,7 +16,6 @@ from trace_format import TraceFile
 import realmap
 from realmap import Kernel, KernelHandle, Process
 from realmap.errors import KernelDied
-from realmap.kernel.dispatch import Dispatch
 from realmap.observe import Control, Trace
 
 
@@ -74,7 +73,7 @@ def test_a_kernel_that_is_shut_down_tells_all_of_it(file: Path) -> None:
 
 
 def test_a_kernel_that_ends_does_not_wait_for_ever_for_who_traces_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("realmap.kernel.server.LAST", 0.3)
+    monkeypatch.setattr("realmap.kernel.kernel.LAST", 0.3)
     with realmap.Kernel() as kernel, Control(kernel.path) as control:
         control._ask("trace-start", 100)
         kernel.stop()
@@ -118,6 +117,6 @@ def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pyte
         assert isinstance(trace.died, realmap.SyscallTimeout)
         end.set()
         thread.join()
-        wait_until(lambda: here.tracing.listener is None)
-        assert type(here.dispatch) is Dispatch
+        wait_until(lambda: here.tracer.listener is None)
+        assert here.books.observer is None
     assert len(TraceFile(file).named("nop", "X")) == 2

@@ -215,9 +215,9 @@ def test_without_its_kernel() -> None:
 
 
 def test_a_pickle_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, short_transit: None) -> None:
-    from realmap.kernel import watch
+    from realmap.kernel import watchdog
 
-    monkeypatch.setattr(watch, "TICK", 0.05)
+    monkeypatch.setattr(watchdog, "TICK", 0.05)
     with realmap.Kernel() as kernel:
         with realmap.connect(kernel.path) as me:
             data = pickle.dumps(me.map(PAGE))
@@ -232,9 +232,9 @@ def test_a_pickle_that_nobody_reads_goes_some_time_after_its_buffer(
     monkeypatch: pytest.MonkeyPatch, short_transit: None
 ) -> None:
     """Also where its maker lives on: whoever should have read it was killed."""
-    from realmap.kernel import watch
+    from realmap.kernel import watchdog
 
-    monkeypatch.setattr(watch, "TICK", 0.05)
+    monkeypatch.setattr(watchdog, "TICK", 0.05)
     with realmap.Kernel() as kernel, realmap.connect(kernel.path) as me:
         buffer = me.map(PAGE)
         part = buffer.slice(5, 10)

@@ -16,7 +16,7 @@ from realmap.cli.top import paint
 from realmap.cli.top.rows import Column, Rows
 from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals, waited
 from realmap.observe import words
-from realmap.observe.snapshot import FramesInfo
+from realmap.wire.records import FramesInfo
 
 if TYPE_CHECKING:
     from realmap.cli.top.app import Top

@@ -12,9 +12,10 @@ import msgspec
 from realmap.cli.top.feed import Seen
 from realmap.observe import words
 from realmap.observe.picture import Lane, Numbers, Picture, draw, fitting_unit
-from realmap.observe.snapshot import FramesInfo, MappingInfo, ProcessInfo, RunningInfo, Snapshot
+from realmap.observe.snapshot import Snapshot
 from realmap.observe.tables import program
 from realmap.rights import MappingAccessRights
+from realmap.wire.records import FramesInfo, MappingInfo, ProcessInfo, RunningInfo
 
 #: Cells that a page takes where there is room.
 WIDEST = 3.0

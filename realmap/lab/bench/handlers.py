@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy
 
-from realmap.kernel.syscalls import Call, syscall
-from realmap.kernel.user_buffer import UserBuffer
+from realmap.kernel import Call, UserBuffer, syscall
 from realmap.pages import PAGE_SIZE
 from realmap.rights import k_r
 

@@ -10,7 +10,7 @@ import pstats
 
 from realmap.errors import InvalidHandle
 from realmap.kernel import Call, UserBuffer, syscall
-from realmap.kernel.syscalls import marked
+from realmap.kernel.registry import marked
 from realmap.memory import CrossProcessMapping, SharedFrames
 from realmap.rights import k_r
 

@@ -145,14 +145,14 @@ def test_an_answer_that_cannot_be_sent_at_all_ends_the_connection(monkeypatch: p
 def test_a_client_that_cannot_be_watched_is_turned_away(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     """Its socket, or its process: neither ends the kernel, nor leaves the client waiting."""
     with realmap.Kernel(syscalls=[echo], spin=0) as kernel:
-        epoll, turns = kernel._epoll, [False] * nth + [True]
+        epoll, turns = kernel.loop._epoll, [False] * nth + [True]
 
         def register(fd: int, events: int) -> None:
             if turns and turns.pop(0):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             epoll.register(fd, events)
 
-        monkeypatch.setattr(kernel, "_epoll", Odd(epoll, register=register))
+        monkeypatch.setattr(kernel.loop, "_epoll", Odd(epoll, register=register))
         with pytest.raises(realmap.KernelError):
             realmap.connect(kernel.path)
         assert turns == []
@@ -175,7 +175,7 @@ CALLS = ["socket.socket", "os.open", "os.eventfd", "select.epoll", "socket.socke
 def test_a_kernel_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     kernel = realmap.Kernel()
     if call == "register":
-        monkeypatch.setattr(kernel, "watch", failing(kernel.watch, errno.ENOSPC))
+        monkeypatch.setattr(kernel.loop, "watch", failing(kernel.loop.watch, errno.ENOSPC))
     else:
         module, _, name = call.partition(".")
         module_ = {"socket": socket, "os": os, "select": select}[module]
@@ -196,7 +196,7 @@ def test_a_kernel_that_cannot_go_on_says_so_and_leaves_nothing(monkeypatch: pyte
     kernel = realmap.Kernel()
     before = open_descriptors()
     with pytest.raises(realmap.KernelError, match="cannot go on: Bad file descriptor"):
-        kernel.serve(ready=lambda: monkeypatch.setattr(kernel, "_epoll", Odd(kernel._epoll, poll=wait)))
+        kernel.serve(ready=lambda: monkeypatch.setattr(kernel.loop, "_epoll", Odd(kernel.loop._epoll, poll=wait)))
     assert open_descriptors() == before
     assert not os.path.exists(kernel.path)
 

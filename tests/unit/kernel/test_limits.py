@@ -18,7 +18,7 @@ from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import Kernel, LimitReached, Limits, PhysicalMemoryExhaustion, SyscallTimeout, VirtualMemoryExhaustion
-from realmap.kernel import watch
+from realmap.kernel import watchdog
 
 
 @pytest.fixture
@@ -194,8 +194,8 @@ def test_seconds(limited: Callable[..., Kernel]) -> None:
 def test_a_handler_that_does_not_return_is_told_of(
     limited: Callable[..., Kernel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watch, "REPORT", 0.2)
-    monkeypatch.setattr(watch, "TICK", 0.05)
+    monkeypatch.setattr(watchdog, "REPORT", 0.2)
+    monkeypatch.setattr(watchdog, "TICK", 0.05)
     kernel = limited()
     with realmap.connect(kernel.path) as me, me.map(PAGE) as buffer, caplog.at_level(logging.WARNING, "realmap"):
         me.call("spin", 0.6)
@@ -233,15 +233,15 @@ def test_a_kernel_whose_handler_never_returns_ends_all_the_same() -> None:
 
 
 def test_who_says_nothing_is_closed(limited: Callable[..., Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "SILENCE", 0.1)
-    monkeypatch.setattr(watch, "TICK", 0.05)
+    monkeypatch.setattr(watchdog, "SILENCE", 0.1)
+    monkeypatch.setattr(watchdog, "TICK", 0.05)
     kernel = limited()
     with realmap.connect(kernel.path) as me, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
         silent.connect(kernel.path)
         silent.settimeout(BOUND)
         assert silent.recv(10) == b""
         assert me.call("nop") is None
-        assert not kernel.needs_watching
+        assert not kernel.watchdog.is_needed
 
 
 @pytest.mark.parametrize("wrong", [{"calls": 0}, {"seconds": 0}, {"seconds": float("nan")}, {"seconds": -1.0}])

@@ -6,16 +6,16 @@ import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING
 
 from realmap.errors import SyscallTimeout
 from realmap.host.signals import Flag
+from realmap.kernel.books import Books
+from realmap.kernel.clients import Clients
+from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.logs import log
-
-if TYPE_CHECKING:
-    from realmap.kernel.dispatch import Running
-    from realmap.kernel.process_table import UserProcess
-    from realmap.kernel.server import Kernel
+from realmap.kernel.loop import Loop
+from realmap.kernel.processes import UserProcess
+from realmap.kernel.syscalls import Running
 
 #: How long a handler is at work before it is told of. Seconds.
 REPORT = 10.0
@@ -24,13 +24,16 @@ SILENCE = 10.0
 TICK = 1.0
 
 
-class Watch:
+class Watchdog:
     """A thread that looks once a second; it does nothing while no call is running."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, books: Books, loop: Loop, clients: Clients, dispatch: Dispatch) -> None:
+        self._books = books
+        self._loop = loop
+        self._clients = clients
+        self._dispatch = dispatch
         self._end = Flag()
-        limit = kernel.limits.seconds
+        limit = books.limits.seconds
         self._tick = TICK if limit is None else min(TICK, max(0.01, limit / 4))
         #: What the kernel's own thread was at, and since when, as far as was seen.
         self._seen: tuple[object, float] = (None, 0.0)
@@ -52,17 +55,22 @@ class Watch:
     def _look(self) -> None:
         while not self._end.wait(self._tick):
             self._look_at_loop()
-            if self._kernel.needs_watching:
-                self._kernel.post(self._on_tick)
+            if self.is_needed:
+                self._loop.post(self._on_tick)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a blocking handler is at work, a handle has its time, or somebody has not said who it is."""
+        return bool(self._dispatch.running or self._clients.has_strangers or self._books.handles.timed)
 
     def _look_at_loop(self) -> None:
         """From beside: a handler that does not return on the kernel's thread holds up everybody."""
-        now, current = time.monotonic(), self._kernel.dispatch.current
+        now, current = time.monotonic(), self._dispatch.current
         if current is not self._seen[0]:
             self._seen = (current, now)
         elif current is not None and now - self._seen[1] >= REPORT and current is not self._told:
             self._told = current
-            frame = sys._current_frames().get(self._kernel.serving)
+            frame = sys._current_frames().get(self._loop.thread)
             where = "".join(traceback.format_stack(frame)[-3:]) if frame is not None else ""
             log.warning(
                 "the syscall %r of %r has kept the kernel's thread for %.0f s, and nobody else is served meanwhile; "
@@ -76,9 +84,9 @@ class Watch:
 
     def _on_tick(self) -> None:
         """On the kernel's thread."""
-        now, limit = time.monotonic(), self._kernel.limits.seconds
+        now, limit = time.monotonic(), self._books.limits.seconds
         slow: dict[tuple[str, UserProcess], list[float]] = {}
-        for running in list(self._kernel.dispatch.running):
+        for running in list(self._dispatch.running):
             if running.began is None:  # it waits for its turn
                 continue
             age = now - running.began
@@ -91,8 +99,8 @@ class Watch:
             count = f"{len(ages)} calls of the syscall" if len(ages) > 1 else "the syscall"
             extra = process.facts | {"syscall": name}
             log.warning("%s %r of %r: at work for %.0f s", count, name, process, max(ages), extra=extra)
-        self._kernel.clients.drop_silent(now - SILENCE)
-        self._kernel.handles.expire()
+        self._clients.drop_silent(now - SILENCE)
+        self._books.handles.expire(now)
 
     def _give_up(self, running: Running, limit: float) -> None:
         why = f"the handler of {running.name!r} was still at work after {limit} s, the kernel's limit"

@@ -6,16 +6,9 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from realmap.host import files
-from realmap.host.liveness import Peer
-from realmap.kernel.workers import Share, Workers
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.process_memory import ProcessMemory
-
-if TYPE_CHECKING:
-    from realmap.kernel.connection import Connection
 
 
 class UserProcess:
@@ -25,22 +18,19 @@ class UserProcess:
     Linux says of it, `memory` its `ProcessMemory`.
     """
 
-    def __init__(
-        self, number: int, peer: Peer, connection: Connection, frames: FrameAllocator, workers: Workers, running: int
-    ) -> None:
+    def __init__(self, number: int, pid: int, uid: int, frames: FrameAllocator) -> None:
         self.number = number
-        self.pid, self.uid, self.pidfd = peer
-        self.connection = connection
-        self.memory = ProcessMemory(allocator=frames, owner=f"of process {number} (pid {self.pid})")
+        self.pid = pid
+        self.uid = uid
+        self.memory = ProcessMemory(allocator=frames, owner=f"of process {number} (pid {pid})")
         self.alive = True
         #: What its forked children show; and whether it has any.
         self.secret = secrets.token_hex(16)
         self.forked = False
         #: Calls whose handlers have not ended yet.
         self.calls = 0
-        #: What of it runs on worker threads: its calls, and the taking of large frames, one after the other.
-        self.share = Share(workers, running)
-        self.frames_share = Share(workers, 1)
+        #: Mappings whose frames are still to be taken, one after the other.
+        self.coming = 0
 
     @property
     def facts(self) -> dict[str, int]:
@@ -69,24 +59,13 @@ class ProcessTable:
     def __iter__(self) -> Iterator[UserProcess]:
         return iter(list(self._processes.values()))
 
-    def add(
-        self, peer: Peer, connection: Connection, frames: FrameAllocator, workers: Workers, running: int
-    ) -> UserProcess:
-        """Takes a process in; its pidfd is the table's from now on. `running`: its share of the workers."""
-        process = UserProcess(next(self._numbers), peer, connection, frames, workers, running)
+    def add(self, pid: int, uid: int, frames: FrameAllocator) -> UserProcess:
+        """Takes a process in."""
+        process = UserProcess(next(self._numbers), pid, uid, frames)
         self._processes[process.number] = process
         return process
 
-    def reap(self, process: UserProcess) -> None:
-        """Gives back everything that the process held. Mirrors in use, and pinned buffers, stay valid.
-
-        Again: nothing.
-        """
-        if self._processes.pop(process.number, None) is None:
-            return
+    def remove(self, process: UserProcess) -> None:
+        """Takes it out; what it holds is still to be given back (`Books.reap`)."""
+        del self._processes[process.number]
         process.alive = False
-        process.share.cancel()
-        process.frames_share.cancel()
-        if not process.forked:  # else its children may come for what it had
-            process.memory.release_all()
-        files.close(process.pidfd)

@@ -1,0 +1,48 @@
+"""What an observer is told of. `Books.observer` is None while nobody looks, and asked where a thing happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from realmap.kernel.processes import UserProcess
+from realmap.wire.messages import Request
+
+
+class Range(Protocol):
+    """A buffer among the arguments of a call."""
+
+    address: int
+
+    def __len__(self) -> int: ...
+
+
+class Observer(Protocol):
+    """One method for each event. `client`: whose request it is, a process or not, to tell one from another."""
+
+    def connected(self, process: UserProcess) -> None:
+        """It was taken in."""
+
+    def disconnected(self, process: UserProcess, died: bool) -> None:
+        """Its connection has ended (`died`: because it has); what it has is given back after this."""
+
+    def reaped(self, process: UserProcess) -> None:
+        """What it had was given back; all of it, but where its forked children may still come for it."""
+
+    def called(self, client: object, process: UserProcess | None, request: Request, buffers: Sequence[Range]) -> None:
+        """A request has arrived."""
+
+    def done(self, client: object, process: UserProcess | None, request: Request) -> None:
+        """The kernel's thread is done with it; it may be answered later."""
+
+    def answered(self, client: object, process: UserProcess | None, id: int, message: bytes) -> None:
+        """Request `id` was answered."""
+
+    def began(self, process: UserProcess, name: str, id: int) -> None:
+        """A blocking handler begins. On the thread that runs it."""
+
+    def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
+        """It has ended. On its thread."""
+
+    def copied(self, process: UserProcess, address: int, length: int, began: int, out: bool, failed: bool) -> None:
+        """A handler's copy of so many bytes has ended, which `began` then (monotonic, ns). On the handler's thread."""

@@ -1,0 +1,80 @@
+"""The registry: plain functions under their names, and how often each was called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MARK = "__realmap_syscall__"
+
+
+@dataclass(eq=False, slots=True)
+class Syscall:
+    """A handler under its name; `blocking` ones run on a worker thread. And how often it was called so far."""
+
+    name: str
+    function: Callable[..., Any]
+    blocking: bool
+    calls: int = 0
+    #: Calls that ended in an error.
+    failed: int = 0
+
+
+@overload
+def syscall(function: F, /) -> F: ...
+@overload
+def syscall(*, name: str | None = None, blocking: bool = False) -> Callable[[F], F]: ...
+def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool = False) -> Any:
+    """Makes a function a syscall: `@syscall`, or `@syscall(name=None, blocking=False)`.
+
+    It is called as `function(call, *args)`: `call` is a `Call`, buffers among the arguments arrive as
+    `UserBuffer`, other arguments as the plain values they were (tuples as lists). What it returns
+    goes back to the caller. A `KernelError` it raises reaches the caller as itself, anything else as
+    `SyscallFailed` with the traceback. Handlers run one after the other on the kernel's thread; one
+    that takes long is declared `blocking=True` and runs on a thread of its own.
+
+    TypeError: it is not applied to a function that returns (but to an `async` one, say), or the name is no str.
+    """
+
+    def mark(target: F) -> F:
+        if not callable(target):
+            raise TypeError(f"@syscall goes on a function, not on {target!r}")
+        if inspect.iscoroutinefunction(target) or inspect.isgeneratorfunction(target):
+            raise TypeError(
+                f"a handler returns its answer: {target!r} is async or yields; blocking=True takes its time"
+            )
+        called = name if name is not None else getattr(target, "__name__", None)
+        if not isinstance(called, str) or not called:
+            raise TypeError(f"the name of a syscall is a str, not {called!r}")
+        setattr(target, _MARK, (called, blocking))
+        return target
+
+    return mark if function is None else mark(function)
+
+
+def registry(functions: Iterable[Callable[..., Any]]) -> dict[str, Syscall]:
+    """The syscalls by name; a function that is not marked goes by its own name.
+
+    TypeError: something is not callable or has no name. ValueError: two have the same name.
+    """
+    found: dict[str, Syscall] = {}
+    for function in functions:
+        if not hasattr(function, _MARK):
+            if not callable(function) or not hasattr(function, "__name__"):
+                raise TypeError(f"a syscall is a function with a name, not {function!r}")
+            name, blocking = function.__name__, False
+        else:
+            name, blocking = getattr(function, _MARK)
+        if name in found:
+            raise ValueError(f"two syscalls are named {name!r}; give one another name with @syscall(name=...)")
+        found[name] = Syscall(name, function, blocking)
+    return found
+
+
+def marked(values: Iterable[Any]) -> list[Callable[..., Any]]:
+    """Those of `values` that `@syscall` was put on, each once."""
+    found = {id(value): value for value in values if callable(value) and hasattr(value, _MARK)}
+    return list(found.values())

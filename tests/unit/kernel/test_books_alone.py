@@ -1,0 +1,133 @@
+"""The books by themselves: no kernel runs, nobody is connected, and time is what the test says it is."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from realmap.errors import AccessDenied, InvalidHandle, LimitReached, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
+from realmap.kernel import books as books_
+from realmap.kernel import handles, inheritance, limits, observer, processes, registry
+from realmap.kernel.books import Books
+from realmap.kernel.limits import Limits
+from realmap.kernel.processes import UserProcess
+from realmap.kernel.services import SERVICES, Later
+from realmap.memory.kernel_memory import KernelMemory
+from realmap.pages import PAGE_SIZE as PAGE
+from realmap.rights import MemoryType, u_r, u_rw
+from realmap.wire import messages
+
+FLOOR = [books_, handles, inheritance, limits, observer, processes, registry]
+
+
+@pytest.mark.parametrize("module", FLOOR, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_no_sockets_no_threads_no_clock(module: ModuleType) -> None:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    assert found
+    assert not found & {"select", "socket", "threading", "time"}
+
+
+@pytest.fixture
+def books() -> Iterator[Books]:
+    made = Books(
+        {},
+        Limits(processes=2, mappings=3, handles=2),
+        KernelMemory(length=16 * PAGE),
+        memory_limit=8 * PAGE,
+        process_limit=4 * PAGE,
+    )
+    yield made
+    for process in made.processes:
+        made.reap(process, 0.0)
+    made.handles.clear()
+    for dead in made.inheritance:
+        made.inheritance.end(dead)
+    assert (made.frames.segments, made.frames.used) == (0, 0)
+
+
+def ask(books: Books, process: UserProcess, request: messages.Request) -> Any:
+    """The value of the answer of the service for it."""
+    answer = SERVICES[type(request)](books, process, request)
+    assert answer is not None and not isinstance(answer, Later)
+    return answer[0]
+
+
+def mapped(books: Books, process: UserProcess, length: int = PAGE) -> int:
+    """The address of a new mapping."""
+    request = messages.Map(1, length, int(MemoryType.HEAP), int(u_rw), None, None, True)
+    address: int = ask(books, process, request)[0]
+    return address
+
+
+def test_every_request_but_calls_and_asks_has_a_service() -> None:
+    assert set(SERVICES) == set(messages.Request.__args__) - {messages.Call, messages.Ask}
+
+
+def test_what_each_may_have(books: Books) -> None:
+    one = books.admit(1, 0)
+    books.admit(2, 0)
+    with pytest.raises(LimitReached, match="2 processes"):
+        books.admit(3, 0)
+    with pytest.raises(PhysicalMemoryExhaustion):
+        mapped(books, one, 5 * PAGE)
+    for _ in range(3):
+        mapped(books, one)
+    with pytest.raises(VirtualMemoryExhaustion, match="3 mappings"):
+        mapped(books, one)
+    assert not books.reap(one, 0.0)
+    assert not one.alive
+    assert (books.frames.used, len(books.processes)) == (0, 1)
+
+
+def test_a_handle_ends_when_the_time_that_is_given_says_so(books: Books) -> None:
+    one, two = books.admit(1, 0), books.admit(2, 0)
+    request = messages.Share(1, mapped(books, one), PAGE, int(u_r), None, 5.0, 0.0)
+    token = books.handles.share(one, request, 2, 100.0)
+    assert books.handles.find(token, 104.9).maker is one
+    with pytest.raises(AccessDenied, match="process 1 made"):
+        books.handles.revoke(two, token, 104.9)
+    books.handles.expire(104.9)
+    assert len(books.handles) == 1
+    books.handles.expire(105.0)
+    with pytest.raises(InvalidHandle, match="expired"):
+        books.handles.find(token, 105.0)
+
+
+def test_what_is_shared_lives_as_long_as_anybody_has_it(books: Books) -> None:
+    one, two = books.admit(1, 0), books.admit(2, 0)
+    address = mapped(books, one)
+    token = ask(books, one, messages.Share(1, address, PAGE, int(u_rw), None, None, 0.0))
+    there = ask(books, two, messages.Attach(1, token, 0, None, None))[0]
+    assert ask(books, two, messages.Query(1, there)).refcount == 3
+    books.reap(one, 0.0)
+    assert ask(books, two, messages.Query(1, there)).refcount == 1
+    assert (len(books.handles), books.frames.used) == (0, PAGE)
+    ask(books, two, messages.Unmap(1, there, PAGE))
+    assert books.frames.used == 0
+
+
+def test_a_forked_child_comes_for_what_it_inherited(books: Books) -> None:
+    told: list[tuple[UserProcess, int]] = []
+    books.inheritance.came = lambda dead, pid: told.append((dead, pid))
+    parent = books.admit(1, 0)
+    address = mapped(books, parent)
+    assert SERVICES[messages.Forked](books, parent, messages.Forked(0)) is None
+    assert books.reap(parent, 0.0)
+    assert books.frames.used == PAGE
+    child, places = books.admit(2, 0), [(address, PAGE), (address + PAGE, PAGE)]
+    assert ask(books, child, messages.Adopt(1, "another secret", places)) == [False, False]
+    assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [True, False]
+    assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [False, False]  # said twice
+    assert told == [(parent, 2)] * 2
+    books.inheritance.end(parent)
+    assert ask(books, child, messages.Query(1, address)).refcount == 1
