@@ -162,13 +162,14 @@ class Segment:
             # Not ftruncate: on a full /dev/shm this says ENOSPC here, instead of SIGBUS at first touch.
             os.posix_fallocate(self.fd, start, min(STEP, self.length - start))
 
-    def open_read_only(self) -> int:
-        """A new descriptor that cannot be mapped writable; the caller's to close.
+    def open_anew(self, *, writable: bool) -> int:
+        """A descriptor with an open file description of its own; the caller's to close. One that is not `writable`
+        cannot be mapped so either.
 
         PhysicalMemoryExhaustion: none left.
         """
         try:
-            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(f"/proc/self/fd/{self.fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
             raise frames_error(error, 0) from None
 

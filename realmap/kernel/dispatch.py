@@ -48,7 +48,7 @@ class Dispatch:
             if process is not None and isinstance(request, messages.Call):  # first: it is the common one
                 self._call(connection, process, request, buffers)
             elif isinstance(request, messages.Ask):
-                self._reply(connection, request.id, (self._ask(connection, request), [], []))
+                self._reply(connection, request.id, (self._ask(connection, request), []))
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
             else:
@@ -68,11 +68,11 @@ class Dispatch:
         if isinstance(got, BaseException):
             self.send(connection, id, syscalls.failed(id, got, "kernel"))
             return
-        value, descriptors, closing = got
+        value, descriptors = got
         try:
             self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
         finally:
-            channel.close_all(closing)
+            channel.close_all(descriptors)
 
     def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
         """Sends the answer to request `id`, whatever becomes of its client."""

@@ -35,8 +35,8 @@ LONG_COUNT = 64
 #: Frames of up to so many bytes take the short way.
 SMALL = 64 << 10
 
-#: An answer: its value, the descriptors to send with it, and those of them to close afterwards.
-Answer = tuple[Any, list[int], list[int]]
+#: An answer: its value, and the descriptors to send with it, which are closed afterwards.
+Answer = tuple[Any, list[int]]
 
 
 class Later(NamedTuple):
@@ -105,32 +105,33 @@ def _enter(
     mapping = memory.enter_anywhere(frames, size, kind, rights, HUGE_SIZE if huge else 1)
     address = mapping.address
     try:
-        first, closing = _descriptors(mapping, 0)
+        descriptors = _descriptors(mapping, 0)
     except BaseException:
         memory.unmap(address, size).release()
         raise
     count = len(frames.segments) if isinstance(frames, SharedFrames) else 0
-    return [address, size, count, huge], first, closing
+    return [address, size, count, huge], descriptors
 
 
-def _descriptors(mapping: Mapping, first: int) -> tuple[list[int], list[int]]:
-    """Descriptors of its segments from its `first` on, a batch; read-only ones where the user may not write."""
+def _descriptors(mapping: Mapping, first: int) -> list[int]:
+    """Descriptors of its segments from its `first` on, a batch; read-only ones where the user may not write.
+
+    Each is opened anew: of a description that the kernel uses itself, a user that sets O_APPEND on it changes where the
+    kernel writes, for everybody.
+    """
     if not isinstance(mapping.frames, SharedFrames):
-        return [], []
+        return []
     begin = mapping.frames.index_of(mapping.phys_offset) + first
     end = mapping.frames.index_of(mapping.phys_offset + mapping.length - 1) + 1
-    segments = mapping.frames.segments[begin : min(end, begin + MAX_DESCRIPTORS)]
-    if allows(mapping.rights, k_w):
-        return [segment.fd for segment in segments], []
     opened: list[int] = []
     try:
-        for segment in segments:
-            opened.append(segment.open_read_only())
+        for segment in mapping.frames.segments[begin : min(end, begin + MAX_DESCRIPTORS)]:
+            opened.append(segment.open_anew(writable=allows(mapping.rights, k_w)))
     except BaseException:
         for descriptor in opened:
             files.close(descriptor)
         raise
-    return opened, opened
+    return opened
 
 
 def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answer:
@@ -141,15 +142,14 @@ def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answ
     assert isinstance(frames, SharedFrames)
     pieces = [[offset, size] for _, offset, size in frames.pieces(mapping.phys_offset, mapping.length)]
     try:
-        first, closing = _descriptors(mapping, 0)
+        descriptors = _descriptors(mapping, 0)
     except BaseException:
         process.memory.unmap(mapping.address, mapping.length).release()
         raise
     spend()
     return (
         [mapping.address, mapping.length, len(pieces), frames.huge, lead, length, int(mapping.rights), pieces],
-        first,
-        closing,
+        descriptors,
     )
 
 
@@ -169,8 +169,7 @@ def more(books: Books, process: UserProcess, request: messages.More) -> Answer:
         raise InvalidAddress(request.address, why="no mapping starts there")
     if not 0 <= request.first <= USIZE_MAX:
         raise InvalidSize(request.first, why="no such segment")
-    first, closing = _descriptors(mapping, request.first)
-    return None, first, closing
+    return None, _descriptors(mapping, request.first)
 
 
 def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
@@ -179,7 +178,7 @@ def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
     if mapping is None or mapping.address != request.address:
         raise InvalidAddress(request.address, why="no mapping starts there")
     moved = process.memory.move(mapping, (max(0, request.start), max(0, request.end)))
-    return moved.address, [], []
+    return moved.address, []
 
 
 def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer:
@@ -188,7 +187,7 @@ def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer
     frames = mapping.frames
     mapping.release()
     books.handles.unmapped(process, frames, time.monotonic())
-    return None, [], []
+    return None, []
 
 
 def query(books: Books, process: UserProcess, request: messages.Query) -> Answer:
@@ -196,29 +195,29 @@ def query(books: Books, process: UserProcess, request: messages.Query) -> Answer
     mapping = process.memory.query_memory(request.address)
     refcount = mapping.frames.refcount if isinstance(mapping.frames, SharedFrames) else 0
     info = MemoryInfo(mapping.address, mapping.length, mapping.type, int(mapping.rights), mapping.phys_offset, refcount)
-    return info, [], []
+    return info, []
 
 
 def share(books: Books, process: UserProcess, request: messages.Share) -> Answer:
     """A handle for memory of the process: its token."""
-    return books.handles.share(process, request, books.limits.handles, time.monotonic()), [], []
+    return books.handles.share(process, request, books.limits.handles, time.monotonic()), []
 
 
 def revoke(books: Books, process: UserProcess, request: messages.Revoke) -> Answer:
     """Ends a handle."""
     books.handles.revoke(process, request.token, time.monotonic())
-    return None, [], []
+    return None, []
 
 
 def leave(books: Books, process: UserProcess, request: messages.Leave) -> Answer:
     """The process is about to end in good order."""
     books.handles.leave(process)
-    return None, [], []
+    return None, []
 
 
 def adopt(books: Books, process: UserProcess, request: messages.Adopt) -> Answer:
     """The process is a forked child, and enters what it inherited."""
-    return books.adopt(process, request.secret, request.places), [], []
+    return books.adopt(process, request.secret, request.places), []
 
 
 def forked(books: Books, process: UserProcess, request: messages.Forked) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import realmap
 from realmap import AccessDenied, Handle, InvalidHandle, InvalidSize, KernelHandle, Limits, Process
 from realmap.kernel import watchdog
+from realmap.wire import messages
 
 CARRIERS = ("ring", "socket")
 
@@ -314,3 +316,18 @@ def test_a_crowd(kernel: KernelHandle, me: Process, buffer: realmap.Buffer) -> N
     assert [child.join(60) for child in crowd] == [0, -9, 0, -9]
     assert buffer[:4] == bytes([200, 201, 202, 203])
     wait_until(lambda: buffer.refcount == 2)
+
+
+def test_what_a_peer_does_to_its_descriptor_changes_nobody_elses(
+    me: Process, other: Process, buffer: realmap.Buffer
+) -> None:
+    """O_APPEND on a shared open file description would have the kernel write elsewhere, for everybody."""
+    request = messages.Attach(other.client.next_id(), me.share(buffer).token, 0, None, None)
+    place, answer = other.client.request(request)
+    fd = answer.descriptors[0]
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+    size = os.fstat(fd).st_size
+    me.call("poke", buffer, b"here", 3)
+    assert buffer[3:7] == b"here"
+    assert os.fstat(fd).st_size == size
+    other.client.request(messages.Unmap(other.client.next_id(), place[0], place[1]))

@@ -113,7 +113,7 @@ def test_a_cancelled_one_leaves_nothing() -> None:
 
 def test_a_read_only_descriptor_cannot_be_mapped_writable() -> None:
     made = Segment(PAGE)
-    fd = made.open_read_only()
+    fd = made.open_anew(writable=False)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.pwrite(fd, b"x", 0)
     os.close(fd)
