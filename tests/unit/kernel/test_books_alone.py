@@ -20,7 +20,7 @@ from realmap.kernel.services import SERVICES, Later
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.pages import PAGE_SIZE as PAGE
 from realmap.rights import MemoryType, u_r, u_rw
-from realmap.wire import messages
+from realmap.wire import channel, messages
 
 FLOOR = [books_, handles, inheritance, limits, observer, processes, registry]
 
@@ -59,7 +59,9 @@ def ask(books: Books, process: UserProcess, request: messages.Request) -> Any:
     """The value of the answer of the service for it."""
     answer = SERVICES[type(request)](books, process, request)
     assert answer is not None and not isinstance(answer, Later)
-    return answer[0]
+    value, descriptors = answer
+    channel.close_all(descriptors)
+    return value
 
 
 def mapped(books: Books, process: UserProcess, length: int = PAGE) -> int:
