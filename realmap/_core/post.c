@@ -12,8 +12,12 @@
 static int post_is_ours(const Post *self)
 {
     struct stat status;
-    return self->fd >= 0 && !fstat(self->fd, &status) && status.st_dev == self->device &&
-           status.st_ino == self->inode;
+    if (self->fd < 0)
+        return 0;
+    int failed = fstat(self->fd, &status);
+    if (failed && errno != EBADF) /* Linux had no memory that moment: that says nothing of the descriptor */
+        failed = fstat(self->fd, &status);
+    return !failed && status.st_dev == self->device && status.st_ino == self->inode;
 }
 
 /* A socket of its own; 0, or an errno. */

@@ -273,8 +273,8 @@ static void window_dealloc(PyObject *op)
     Window *self = as_window(op);
     PyTypeObject *type = Py_TYPE(op);
     disarm(self);
-    if (is_alive(self))
-        munmap((void *)self->base, self->span);
+    if (is_alive(self) && munmap((void *)self->base, self->span))
+        munmap((void *)self->base, self->span); /* Linux may have had no memory that moment */
     unguard(self);
     window_tell(self);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);

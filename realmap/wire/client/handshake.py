@@ -59,7 +59,11 @@ def introduce(
     left for the ring, or Linux has no memory. Else its refusal. SyscallTimeout: no answer within `timeout` seconds.
     """
     pid = os.getpid()
-    hello = messages.Hello(PROTOCOL, VERSION, pid, procfs.start_time(pid), control)
+    try:
+        start = procfs.start_time(pid)
+    except OSError as error:
+        raise shortage(error, f"cannot connect to {path!r}") from None
+    hello = messages.Hello(PROTOCOL, VERSION, pid, start, control)
     answer = endpoint.request(0, encoder.encode(hello), timeout, None, None)
     if answer.outcome == TIMED_OUT:
         why = f"the kernel at {path!r} does not answer: a handler keeps its thread, or it is stopped"
