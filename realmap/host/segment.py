@@ -148,6 +148,8 @@ class Segment:
 
     def _take_space(self, commit: bool, cancelled: Callable[[], bool] | None) -> None:
         if not commit:
+            if self.length >> 63:  # more than Linux can say of a file
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.ftruncate(self.fd, self.length)
             return
         room.require(self.length)

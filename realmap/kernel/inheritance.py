@@ -59,6 +59,7 @@ class Inheritance:
         if not donors or not secret:
             return [False] * len(places)
         donor = donors[0]
+        most -= process.coming
         found = [len(process.memory) < most and _adopt(process, donor, *place) for place in places]
         if donor in self._dead:
             self.came(donor, process.pid)
@@ -72,7 +73,7 @@ def _adopt(process: UserProcess, donor: UserProcess, address: int, length: int) 
     if mapping is None or (mapping.address, mapping.length) != (address, length):
         return False
     memory = process.memory
-    if memory.mapping_at(address) is not None:  # said twice
+    if not memory.is_vacant(address, length):  # said twice, or the child has mapped something there since
         return False
     if isinstance(mapping.frames, SharedFrames):
         memory.map_partial_shared_mapping(

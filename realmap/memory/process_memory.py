@@ -235,6 +235,10 @@ class ProcessMemory:
             raise VirtualMemoryExhaustion(size, why=f"no hole of {size} bytes in UserLand ({len(self)} mappings)")
         return found
 
+    def is_vacant(self, start: int, length: int) -> bool:
+        """Whether no mapping has a byte of [start, start + length)."""
+        return self._space.tree.overlap(start, start + length) is None
+
     def mapping_at(self, address: int) -> Mapping | None:
         """The mapping that `address` falls in, or None."""
         return self._space.tree.at(address)

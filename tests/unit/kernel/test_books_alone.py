@@ -133,3 +133,21 @@ def test_a_forked_child_comes_for_what_it_inherited(books: Books) -> None:
     assert told == [(parent, 2)] * 2
     books.inheritance.end(parent)
     assert ask(books, child, messages.Query(1, address)).refcount == 1
+
+
+def test_what_a_child_has_mapped_since_is_not_covered_by_what_it_inherits(books: Books) -> None:
+    parent, child = books.admit(1, 0), books.admit(2, 0)
+    own = mapped(books, parent)
+    wide = mapped(books, parent, 2 * PAGE)
+    for _ in range(3):
+        there = mapped(books, child)
+    assert own < wide < there < wide + 2 * PAGE  # in its second half
+    ask(books, child, messages.Unmap(1, own, PAGE))
+    assert ask(books, child, messages.Adopt(1, parent.secret, [(own, PAGE), (wide, 2 * PAGE)])) == [True, False]
+
+
+def test_what_is_inherited_counts_beside_what_is_on_its_way(books: Books) -> None:
+    parent, child = books.admit(1, 0), books.admit(2, 0)
+    places = [(mapped(books, parent), PAGE), (mapped(books, parent), PAGE)]
+    child.coming = books.limits.mappings - 1
+    assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [True, False]

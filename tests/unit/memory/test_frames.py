@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import threading
 
 import pytest
@@ -132,11 +133,23 @@ def test_limits_are_to_the_byte_and_nested() -> None:
 
 def test_a_failure_half_way_gives_everything_back() -> None:
     allocator = FrameAllocator()
-    free = os.statvfs("/dev/shm").f_bavail
-    with pytest.raises(PhysicalMemoryExhaustion):
-        allocator.allocate(1 << 45, 1 << 44)
-    assert (allocator.used, allocator.segments) == (0, 0)
-    assert os.statvfs("/dev/shm").f_bavail == free
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, hard))
+    try:
+        with pytest.raises(PhysicalMemoryExhaustion, match="no descriptors"):
+            allocator.allocate(5 * PAGE, PAGE)
+        assert (allocator.used, allocator.segments) == (0, 0)
+        assert allocator.allocate(3 * PAGE, PAGE).length == 3 * PAGE  # no descriptor was kept
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_than_a_file_can_have(frames: FrameAllocator) -> None:
+    for commit in (True, False):
+        with pytest.raises(PhysicalMemoryExhaustion, match="/dev/shm"):
+            frames.allocate(1 << 63, commit=commit)
 
 
 def test_references_from_many_threads(frames: FrameAllocator) -> None:
