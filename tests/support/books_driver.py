@@ -344,7 +344,7 @@ class Driver(Beside):
             make = self.rng.choice((buffer.mirror, buffer.access))
             self.what = f"a mirror, {rights}, of {buffer!r}"
             wrong = self.model.mirror_error(parts, rights, self.books.memory)
-            lazy = self.books.memory.kept is not None
+            lazy = self.books.memory._budget > 0
             with self.right(*((wrong, None) if lazy and wrong is VirtualMemoryExhaustion else (wrong,))):
                 made: Any = make(rights)
             assert (len(made), made.rights) == (len(buffer), rights)
