@@ -25,15 +25,6 @@ def names() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
 
 
-@pytest.fixture(autouse=True)
-def nothing_of_the_standard_module_remains(nothing_remains: None) -> object:
-    """What the standard module leaves where it fails is ours to remove."""
-    before = names()
-    yield
-    for name in names() - before:
-        os.unlink(f"/dev/shm/{name}")
-
-
 # ---- CPython's own --------------------------------------------------------------------------------
 
 
@@ -97,22 +88,25 @@ def test_an_unrelated_readers_exit_does_not_destroy_it(module: str) -> None:
 
 @pytest.mark.parametrize("module", BOTH)
 def test_sigkill_of_everything_leaves_nothing(module: str) -> None:
-    before = names(), set(os.listdir("/dev/shm")), runtime.sockets()
+    before = runtime.sockets()
     process = start(
         "block = SharedMemory(create=True, size=1 << 20)\nprint(block.name, flush=True)\ntime.sleep(100)", module
     )
     name = hear(process)
-    kernels = [path for path in runtime.sockets() if path not in before[2]]
+    kernels = [path for path in runtime.sockets() if path not in before]
     group = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _session(int(pid)) == process.pid]
+    marks = tuple(f"{runtime.SEGMENT_PREFIX}{runtime.stamp(pid)}." for pid in group)
     for pid in group:
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=BOUND)
     if module == "multiprocessing":
-        assert names() - before[0] == {name}  # for ever
+        assert name in names()  # for ever
+        os.unlink(f"/dev/shm/{name}")
     else:
         assert len(kernels) == 1 and len(group) == 2
-        wait_until(lambda: set(os.listdir("/dev/shm")) <= before[1])
-        assert runtime.sockets() == before[2]
+        wait_until(lambda: not any(left.startswith(marks) for left in os.listdir("/dev/shm")))
+        assert name not in names()
+        assert runtime.sockets() == before
         runtime.sweep()
 
 
