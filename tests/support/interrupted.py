@@ -426,15 +426,22 @@ class Handler:
         if self.within:
             self.times += 1
         if self._inner in RAISED:
-            # Asyncio's own code is not made for it: a callback, and the task with it, may be lost there.
+            # Asyncio's own code is not made for it: a callback, and the task with it, may be lost there; and where a
+            # loop is made or closed, its descriptors (socket.socketpair has one of them in nobody's hands).
             ours = frame is not None and "/realmap/" in frame.f_code.co_filename
-            if self.within and (ours or asyncio._get_running_loop() is None):
+            if self.within and (ours or not (asyncio._get_running_loop() or _is_within_asyncio(frame))):
                 raise RAISED[self._inner]("of the handler")
             return
         try:
             OPERATIONS[self._inner].run(self._world)
         except Exception:
             self.errors.append(traceback.format_exc())
+
+
+def _is_within_asyncio(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith(os.path.dirname(asyncio.__file__)):
+        frame = frame.f_back
+    return frame is not None
 
 
 def interrupt(world: Any, outer: str, inner: str, times: int, rng: random.Random) -> tuple[int, list[str]]:
