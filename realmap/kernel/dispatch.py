@@ -20,7 +20,7 @@ from realmap.kernel.loop import Lost
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.registry import Syscall
 from realmap.kernel.services import SERVICES, Answer, Later
-from realmap.kernel.standby import Relay
+from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
@@ -30,9 +30,8 @@ from realmap.wire import channel, messages
 Ask: TypeAlias = Callable[[Connection, int], Any]
 
 
-#: A call whose handler is at work on the thread that has the loop, and when that began: a plain tuple, for it is made
-#: for every call.
-Away: TypeAlias = tuple[Connection, Call, Syscall, messages.Call, Sequence[UserBuffer], float]
+#: A call whose handler is at work on the thread that has the loop: a plain tuple, for every call makes one.
+Away: TypeAlias = tuple[Connection, Call, Syscall, messages.Call, Sequence[UserBuffer]]
 
 
 class Dispatch:
@@ -162,7 +161,7 @@ class Dispatch:
                 request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
             )
         syscall.calls += 1
-        if self.given_up:
+        if self.given_up.of_pid:
             self.given_up.check(process, syscall)
         for buffer in buffers:
             buffer.resolve(process, books.memory, books.observer)
@@ -170,12 +169,12 @@ class Dispatch:
         if syscall.blocking:
             self._call_on_worker(connection, syscall, call, request, buffers)
             return
-        began = time.monotonic()
-        call.deadline = self._deadline(began)
+        if self._books.limits.seconds is not None:
+            call.deadline = self._deadline(time.monotonic())
         process.calls += 1
         relay = self._relay
         serial = relay.serial = relay.serial + 1
-        relay.away[serial] = (connection, call, syscall, request, buffers, began)
+        relay.away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
@@ -201,15 +200,16 @@ class Dispatch:
         seconds = self._books.limits.seconds
         return None if seconds is None else began + seconds
 
-    def take_over(self, serial: int, away: Away, thread: int) -> None:
+    def take_over(self, taken: Taken[Away], thread: int) -> None:
         """The handler of a call has lost the loop: it goes on, on that thread, as those of workers do. On the new
-        thread, before anything else."""
-        connection, call, syscall, request, buffers, began = away
+        thread, before anything else.
+        """
+        connection, call, syscall, request, buffers = taken.work
         # What the handler itself has unmapped cannot be kept.
         buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
         running = self._run_beside(connection, call, syscall, request, buffers)
-        running.began, running.thread = began, thread
-        self._late[serial] = running
+        running.began, running.thread = taken.since, thread
+        self._late[taken.serial] = running
         syscall.late += 1
         self.given_up.add(running)
         log.info("the syscall %r of %r has lost the loop", syscall.name, call.process, extra=running.facts)

@@ -19,18 +19,15 @@ class GivenUp:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._of_pid: Counter[int] = Counter()
+        self.of_pid: Counter[int] = Counter()
         self._of_uid: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        return self._of_pid.total()
-
-    def __bool__(self) -> bool:
-        return bool(self._of_pid)
+        return self.of_pid.total()
 
     def check(self, process: UserProcess, syscall: Syscall) -> None:
         """LimitReached: the process may not call this now."""
-        if self._of_pid[process.pid] >= self._limit:
+        if self.of_pid[process.pid] >= self._limit:
             raise LimitReached("given_up", self._limit, why=f"process {process.pid} has {self._why}")
         if syscall.given_up and self._of_uid[process.uid] >= self._limit:
             why = f"processes of uid {process.uid} that have ended have {self._why}, {syscall.name!r} among them"
@@ -45,7 +42,7 @@ class GivenUp:
         if not running.given_up:
             running.given_up = True
             running.syscall.given_up += 1
-            self._of_pid[running.process.pid] += 1
+            self.of_pid[running.process.pid] += 1
 
     def add_orphan(self, running: Running) -> None:
         """The same, because its client is gone."""
@@ -58,7 +55,7 @@ class GivenUp:
         """Its handler has come back."""
         if running.given_up:
             running.syscall.given_up -= 1
-            _take(self._of_pid, running.process.pid)
+            _take(self.of_pid, running.process.pid)
         if running.orphan:
             _take(self._of_uid, running.process.uid)
 

@@ -44,7 +44,7 @@ from realmap.kernel.listener import Listener
 from realmap.kernel.logs import log
 from realmap.kernel.loop import Loop, Lost
 from realmap.kernel.registry import registry
-from realmap.kernel.standby import Relay
+from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import encode
 from realmap.kernel.tracer import Tracer
 from realmap.kernel.watchdog import Watchdog
@@ -198,14 +198,14 @@ class Kernel:
                 raise PhysicalMemoryExhaustion(why=f"no thread for the kernel at {self.path!r}: {error}") from None
             raise
 
-    def _run(self, taken: tuple[int, Away] | None) -> None:
+    def _run(self, taken: Taken[Away] | None) -> None:
         """On the thread that has the loop: runs it to its end. Lost: another one has it now."""
         before, self.loop.thread = self.loop.thread, threading.get_ident()
         # The guard's; all others are the program's affair.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGBUS})
         try:
             if taken is not None:
-                self.dispatch.take_over(*taken, before)
+                self.dispatch.take_over(taken, before)
             self._have_standby()
             self.clients.resume()
             self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)

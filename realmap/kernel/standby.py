@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -30,13 +31,20 @@ LOOKS = 3
 QUIET = 20
 
 
+@dataclass
+class Taken(Generic[W]):
+    """What a thread was away at that has just lost the loop, and since when (monotonic, to `LOOK` seconds)."""
+
+    serial: int
+    work: W
+    since: float
+
+
 class Relay(Generic[W]):
     """The threads of a loop."""
 
-    def __init__(self, run: Callable[[tuple[int, W] | None], None]) -> None:
-        """`run(taken)` runs the loop to its end, or raises Lost. `taken`: whose handler has just lost it, with what
-        its thread had entered; None: nobody's.
-        """
+    def __init__(self, run: Callable[[Taken[W] | None], None]) -> None:
+        """`run(taken)` runs the loop to its end, or raises Lost. `taken`: from whom it was taken; None: nobody."""
         self._run = run
         #: What the thread that has the loop is away at: at most one, by serial.
         self.away: dict[int, W] = {}
@@ -110,17 +118,21 @@ class Relay(Generic[W]):
                     return
             has_loop, taken = False, None
 
-    def _wait_for_loss(self) -> tuple[int, W] | None:
+    def _wait_for_loss(self) -> Taken[W] | None:
         """Stands by; the call whose loop this thread has then. None: nobody needs it any more."""
         seen = looks = quiet = 0
+        since = 0.0
         while not self._ended:
             serial = self.serial
             if serial in self.away:
-                looks, quiet = looks + 1 if serial == seen else 1, 0
+                quiet = 0
+                looks = looks + 1 if serial == seen else 1
+                if looks == 1:
+                    since = time.monotonic()
                 work = self.away.pop(serial, None) if looks >= LOOKS else None
                 if work is not None:
                     self._standby = None
-                    return serial, work
+                    return Taken(serial, work, since)
             else:
                 looks, quiet = 0, quiet + 1 if serial == seen else 0
             seen = serial

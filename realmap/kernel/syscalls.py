@@ -48,8 +48,8 @@ class RunningKernel(Protocol):
 class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one for every call
     """Who is calling: the first argument of every handler.
 
-    `process` is the caller (`.pid`, `.memory`), `name` the syscall, `kernel` the `Kernel` that runs it. `deadline`: until
-    when the caller waits, or the kernel's own limit (`Limits.seconds`) lets it; seconds of time.monotonic(), or None.
+    `process` is the caller (`.pid`, `.memory`), `name` the syscall, `kernel` the `Kernel` that runs it. `deadline`:
+    until when the caller waits, or the kernel (`Limits.seconds`) lets it; seconds of time.monotonic(), or None.
     """
 
     process: UserProcess
