@@ -71,7 +71,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
     signals.on(lambda: kernel.stop(wait=False), signal.SIGTERM)
     interpreter.end_with(booter, GRACE)
     interpreter.call_itself(KERNEL)
-    interpreter.share_python()
+    interpreter.take_short_turns()
     try:
         kernel.serve(ready=ready, booter=booter)
     except KernelError as error:
@@ -238,8 +238,8 @@ class KernelHandle:
     def shutdown(self, timeout: float = 10.0) -> None:
         """Ends the kernel, and the user processes that were spawned through this handle. Again: nothing.
 
-        Users that connected keep their memory; their calls raise KernelDied. A kernel whose handler
-        does not return within `timeout` seconds is killed.
+        Users that connected keep their memory; their calls raise KernelDied. One that does not
+        end within `timeout` seconds is killed.
         """
         if self._owner != os.getpid():
             return

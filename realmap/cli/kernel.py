@@ -54,6 +54,6 @@ def kernel(
     handlers = [handler for name in modules for handler in handlers_of(name)]
     serving = Kernel(path=path, memory_limit=memory_limit, process_limit=process_limit, syscalls=handlers)
     signals.on(lambda: serving.stop(wait=False), signal.SIGINT, signal.SIGTERM)
-    interpreter.share_python()
+    interpreter.take_short_turns()
     serving.serve(ready=lambda: click.echo(f"realmap: ready at {serving.path}"))
     interpreter.end_within(LINGER)

@@ -214,8 +214,8 @@ def end_with(booter: int, grace: float) -> None:
     threading.Thread(target=wait, name="realmap-booter", daemon=True).start()
 
 
-def share_python() -> None:
-    """A handler that spins in Python gives the others their turn after 0.5 ms, not 5: for the process of a kernel."""
+def take_short_turns() -> None:
+    """A handler that spins in Python gives others their turn after 0.5 ms, not 5: for the process of a kernel."""
     sys.setswitchinterval(0.0005)
 
 
@@ -224,12 +224,12 @@ def end_within(seconds: float) -> None:
 
     def end() -> None:
         time.sleep(seconds)
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(0)
 
     threading.Thread(target=end, name="realmap-end", daemon=True).start()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 def _main(fd: int, booter: int) -> None:

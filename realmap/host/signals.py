@@ -104,15 +104,16 @@ class Attention:
 
     @contextlib.contextmanager
     def paid(self) -> Iterator[Callable[[], None]]:
-        """No signal is blocked meanwhile, whatever the program had inherited. What it gives waits for the next one, or
-        for `call`.
+        """No signal is blocked meanwhile, whatever the program had inherited; the guard's SIGBUS is not afterwards
+        either. What it gives waits for the next one, or for `call`.
         """
         fd = self._writer.fileno()
         with contextlib.ExitStack() as undo:
             undo.callback(files.shut, self._writer)
             undo.callback(files.shut, self._reader)
             undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(fd, warn_on_full_buffer=False))
-            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - {signal.SIGBUS}
+            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             poll = select.poll()
             poll.register(self._reader, select.POLLIN)

@@ -29,6 +29,8 @@ LOOK = 0.01
 LOOKS = 3
 #: After so many looks without a call the standby sleeps until there is one.
 QUIET = 20
+#: What its thread is called.
+STANDBY = "realmap-standby"
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Relay(Generic[W]):
 
     def stand_by(self) -> bool:
         """Sees to it that a thread stands by. False: none could be started."""
-        thread = threading.Thread(target=self._work, args=(False,), name="realmap-standby", daemon=True)
+        thread = threading.Thread(target=self._work, args=(False,), name=STANDBY, daemon=True)
         if self._take_post(thread):
             try:
                 thread.start()
@@ -106,8 +108,7 @@ class Relay(Generic[W]):
         pid, me = os.getpid(), threading.current_thread()
         taken = None
         while has_loop or (taken := self._wait_for_loss()) is not None:
-            self._owner = me
-            me.name = "realmap-kernel"
+            self._owner, me.name = me, "realmap-kernel"
             try:
                 self._run(taken)
                 return
@@ -116,7 +117,7 @@ class Relay(Generic[W]):
                     os._exit(0)
                 if not self._take_post(me):
                     return
-            has_loop, taken = False, None
+            has_loop, taken, me.name = False, None, STANDBY
 
     def _wait_for_loss(self) -> Taken[W] | None:
         """Stands by; the call whose loop this thread has then. None: nobody needs it any more."""

@@ -1,4 +1,4 @@
-"""Handlers that do not come back: they lose the kernel's loop, everybody else is served, and their answer comes late."""
+"""Handlers that do not come back: they lose the kernel's loop, everybody else is served, their answer comes late."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
