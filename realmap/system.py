@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self, SupportsIndex
 
 from realmap.errors import InvalidHandle, KernelDied, KernelError
-from realmap.host import files, forks, interpreter, liveness, runtime
+from realmap.host import files, forks, interpreter, liveness, runtime, signals
 from realmap.host.interpreter import Child
 from realmap.host.signals import Living
 from realmap.host.translate import shortage
@@ -38,6 +38,8 @@ KERNEL = "realmap-kernel"
 START_TIMEOUT = 60.0
 #: How long a handler may go on after the kernel was asked, or its booter was seen, to end. Seconds.
 GRACE = 5.0
+#: How long threads that a handler left may keep the process of a kernel that has ended. Seconds.
+LINGER = 1.0
 
 
 # ---- in the new processes -----------------------------------------------------------------
@@ -66,14 +68,16 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
         _say(report, kernel.path)
         files.shut(report)
 
-    signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
+    signals.on(lambda: kernel.stop(wait=False), signal.SIGTERM)
     interpreter.end_with(booter, GRACE)
     interpreter.call_itself(KERNEL)
+    interpreter.take_short_turns()
     try:
         kernel.serve(ready=ready, booter=booter)
     except KernelError as error:
         _say(report, error)
         files.shut(report)
+    interpreter.end_within(LINGER)
 
 
 def _tree_main(report: socket.socket, booter: int, options: dict[str, Any], root: tuple[int, int]) -> None:
@@ -234,8 +238,8 @@ class KernelHandle:
     def shutdown(self, timeout: float = 10.0) -> None:
         """Ends the kernel, and the user processes that were spawned through this handle. Again: nothing.
 
-        Users that connected keep their memory; their calls raise KernelDied. A kernel whose handler
-        does not return within `timeout` seconds is killed.
+        Users that connected keep their memory; their calls raise KernelDied. One that does not
+        end within `timeout` seconds is killed.
         """
         if self._owner != os.getpid():
             return

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from realmap.host import runtime
+from realmap.host import interpreter, runtime, signals
 from realmap.kernel import Kernel, logs
 from realmap.kernel.registry import marked
+from realmap.system import LINGER
 
 
 def handlers_of(name: str) -> list[Any]:
@@ -52,6 +53,7 @@ def kernel(
     runtime.raise_descriptor_limit()
     handlers = [handler for name in modules for handler in handlers_of(name)]
     serving = Kernel(path=path, memory_limit=memory_limit, process_limit=process_limit, syscalls=handlers)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: serving.stop(wait=False))
+    signals.on(lambda: serving.stop(wait=False), signal.SIGINT, signal.SIGTERM)
+    interpreter.take_short_turns()
     serving.serve(ready=lambda: click.echo(f"realmap: ready at {serving.path}"))
+    interpreter.end_within(LINGER)

@@ -25,11 +25,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import select
 import signal
+import socket
 import weakref
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from types import CodeType
 from typing import Any, Generic, TypeVar
+
+from realmap.host import files
 
 T = TypeVar("T")
 
@@ -83,6 +89,63 @@ class Flag:
                 if self._is_set:
                     self._bell.put(None)  # for the next who waits
         return self._is_set
+
+
+class Attention:
+    """The main thread waits, and whatever signal comes, its handler runs at once: Python runs handlers there alone, but
+    Linux may hand the signal to any other thread. Made and used on the main thread, but for `call`.
+    """
+
+    def __init__(self) -> None:
+        """OSError: no descriptors for it."""
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    @contextlib.contextmanager
+    def paid(self) -> Iterator[Callable[[], None]]:
+        """No signal is blocked meanwhile, whatever the program had inherited; the guard's SIGBUS is not afterwards
+        either. What it gives waits for the next one, or for `call`.
+        """
+        fd = self._writer.fileno()
+        with contextlib.ExitStack() as undo:
+            undo.callback(files.shut, self._writer)
+            undo.callback(files.shut, self._reader)
+            undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(fd, warn_on_full_buffer=False))
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - {signal.SIGBUS}
+            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            poll = select.poll()
+            poll.register(self._reader, select.POLLIN)
+
+            def wait() -> None:
+                poll.poll()
+                with contextlib.suppress(BlockingIOError):
+                    self._reader.recv(4096)
+
+            yield wait
+
+    def after_fork_in_child(self) -> None:
+        """It is the parent's alone."""
+        signal.set_wakeup_fd(-1)
+        files.shut(self._reader)
+        files.shut(self._writer)
+
+    def call(self) -> None:
+        """Ends a wait. From any thread; where nobody waits any more: nothing."""
+        with contextlib.suppress(OSError):  # where it is full, it is readable
+            self._writer.send(b"\0")
+
+
+def on(job: Callable[[], object], *numbers: int) -> None:
+    """Has `job` run at these signals, in this process; a fork has again what there was before. On the main thread."""
+    before = {number: signal.signal(number, lambda *_: job()) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=restore)
 
 
 class Living(Generic[T]):

@@ -3,6 +3,7 @@
 kernel        Kernel: puts the parts together; nobody here imports it
 
 loop          waits, and calls what it was handed: it knows nobody
+standby       the threads of the loop: who takes it from a handler that does not come back
 listener      the path, and the socket there
 admission     who is let in
 connection    one client's socket: what it said so far, what it has not read yet
@@ -14,6 +15,7 @@ watchdog      tells of handlers that do not return
 workers       threads for handlers that take long, and each process's share of them
 
 services      map, unmap, query and the like: a table of functions (books, process, request)
+given_up      handlers that nobody waits for any more, bounded
 syscalls      Call, and how a handler is run
 user_buffer   UserBuffer: a handler's buffer argument
 faults        whether a call touched bytes that were gone
@@ -28,8 +30,8 @@ limits        what each process may have at a time
 observer      what is told of while somebody looks
 logs          what a kernel has to say besides
 
-Only whoever has the loop changes or reads the books. A worker thread sees a call's buffers (pinned before
-it starts) and KernelMemory (made for that), and leaves word when it is done.
+Only whoever has the loop changes or reads the books. A worker thread, or one that has lost the loop, sees a call's
+buffers (pinned before anybody else has the loop) and KernelMemory (made for that), and leaves word when it is done.
 """
 
 from realmap.kernel.kernel import Kernel

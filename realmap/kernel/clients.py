@@ -59,6 +59,8 @@ class Clients:
         self._by_fd: dict[int, Connection] = {}
         #: Those that have not said who they are.
         self._strangers: set[Connection] = set()
+        #: Whose socket is being read to its end, before its ring.
+        self._draining: Connection | None = None
         #: Those that have a ring and are listened to, and their rings, in the same order.
         self._ringed: list[Connection] = []
         self.rings: list[Ring] = []
@@ -133,14 +135,28 @@ class Clients:
         assert ring is not None
         try:
             if self._read(connection, ring._pop) == b"":  # what came by the socket comes first
-                for _ in range(IN_A_ROW):
-                    if self._read(connection, connection.receive) is None:
-                        break
-                self.rearm(connection)
+                self._drain(connection)
                 if not connection.closed:
                     self._read(connection, ring._pop)
         except Exception:
             self._fail(connection)
+
+    def _drain(self, connection: Connection) -> None:
+        self._draining = connection
+        for _ in range(IN_A_ROW):
+            if self._read(connection, connection.receive) is None:
+                break
+        self._draining = None
+        self.rearm(connection)
+
+    def resume(self) -> None:
+        """On a thread that has just taken the loop: ends what the one before it was in the middle of."""
+        connection = self._draining
+        if connection is not None:
+            try:
+                self._drain(connection)
+            except Exception:
+                self._fail(connection)
 
     def _fail(self, connection: Connection) -> None:
         """A bug of ours ends one client at worst, never the kernel."""

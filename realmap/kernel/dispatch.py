@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from realmap.errors import AccessDenied, KernelError, LimitReached, UnknownSyscall
 from realmap.kernel import syscalls
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
 from realmap.kernel.connection import Connection
+from realmap.kernel.given_up import GivenUp
+from realmap.kernel.logs import log
+from realmap.kernel.loop import Lost
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.registry import Syscall
 from realmap.kernel.services import SERVICES, Answer, Later
+from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
@@ -25,19 +30,36 @@ from realmap.wire import channel, messages
 Ask: TypeAlias = Callable[[Connection, int], Any]
 
 
-class Dispatch:
-    """Answers requests. Only on the loop; `current` is read from beside."""
+#: A call whose handler is at work on the thread that has the loop: a plain tuple, for every call makes one.
+Away: TypeAlias = tuple[Connection, Call, Syscall, messages.Call, Sequence[UserBuffer]]
 
-    def __init__(self, books: Books, clients: Clients, asks: Mapping[str, Ask], kernel: RunningKernel) -> None:
-        """`asks`: the services about the kernel itself, by name. `kernel`: handed to handlers."""
+
+class Dispatch:
+    """Answers requests. Only on the loop."""
+
+    def __init__(
+        self,
+        books: Books,
+        clients: Clients,
+        asks: Mapping[str, Ask],
+        kernel: RunningKernel,
+        relay: Relay[Away],
+    ) -> None:
+        """`asks`: the services about the kernel itself, by name. `kernel`: handed to handlers. `relay`: it may take the
+        loop from a handler.
+        """
         self._books = books
         self._clients = clients
         self._asks = asks
         self._kernel = kernel
-        #: The call whose handler is at work on the kernel's thread.
-        self.current: Call | None = None
-        #: Those at work on worker threads, or waiting for one.
+        self._relay = relay
+        #: Called where there may be something to watch from now on.
+        self.busy: Callable[[], None]
+        #: Those at work on worker threads, or waiting for one, and those that lost the loop.
         self.running: set[Running] = set()
+        #: The latter, by serial.
+        self._late: dict[int, Running] = {}
+        self.given_up = GivenUp(books.limits.given_up)
 
     def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
         """One request of one client, and the buffers among its arguments. Whatever happens to it is its answer."""
@@ -57,6 +79,7 @@ class Dispatch:
                     self._answer_later(connection, process, request.id, got)
                 elif got is not None:
                     self._reply(connection, request.id, got)
+                self.busy()
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way
             if isinstance(request, messages.Call) and request.name in self._books.syscalls:
                 self._books.syscalls[request.name].failed += 1  # before its handler began
@@ -138,59 +161,123 @@ class Dispatch:
                 request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
             )
         syscall.calls += 1
+        if self.given_up.of_pid:
+            self.given_up.check(process, syscall)
         for buffer in buffers:
             buffer.resolve(process, books.memory, books.observer)
         call = Call(process, syscall.name, self._kernel)
         if syscall.blocking:
-            self._call_on_worker(connection, process, syscall, call, request, buffers)
+            self._call_on_worker(connection, syscall, call, request, buffers)
             return
+        if self._books.limits.seconds is not None:
+            call.deadline = self._deadline(time.monotonic())
         process.calls += 1
-        self.current = call
+        relay = self._relay
+        serial = relay.serial = relay.serial + 1
+        relay.away[serial] = (connection, call, syscall, request, buffers)
+        if relay.parked:
+            relay.wake()
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
-        self.current = None
+        if relay.away.pop(serial, None) is None:
+            self._come_late(serial, process, request, answer)
         process.calls -= 1
+        if answer[1] != messages.DONE:
+            syscall.failed += 1
         for buffer in buffers:
             buffer.end(pinned=False)
         self.send(connection, request.id, answer)
 
+    def _come_late(self, serial: int, process: UserProcess, request: messages.Call, answer: bytes) -> NoReturn:
+        """On a thread that has lost the loop."""
+        observer = self._books.observer
+        if observer is not None:
+            observer.ended(process, request.name, request.id, answer)
+        self._kernel.post(lambda: self._end(self._late.pop(serial), answer))
+        raise Lost
+
+    def _deadline(self, began: float) -> float | None:
+        """Until when a handler that begins now may take."""
+        seconds = self._books.limits.seconds
+        return None if seconds is None else began + seconds
+
+    def take_over(self, taken: Taken[Away], thread: int) -> None:
+        """The handler of a call has lost the loop: it goes on, on that thread, as those of workers do. On the new
+        thread, before anything else.
+        """
+        connection, call, syscall, request, buffers = taken.work
+        # What the handler itself has unmapped cannot be kept.
+        buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
+        running = self._run_beside(connection, call, syscall, request, buffers)
+        running.began, running.thread = taken.since, thread
+        self._late[taken.serial] = running
+        syscall.late += 1
+        self.given_up.add(running)
+        log.info("the syscall %r of %r has lost the loop", syscall.name, call.process, extra=running.facts)
+        if self._books.observer is not None:
+            self._books.observer.began(call.process, syscall.name, request.id, thread)
+
+    def lose(self, connection: Connection) -> None:
+        """A client is gone: nobody waits for its handlers that are at work."""
+        for running in self.running:
+            if running.client is connection and running.began is not None:
+                self.given_up.add_orphan(running)
+
+    def _run_beside(
+        self,
+        connection: Connection,
+        call: Call,
+        syscall: Syscall,
+        request: messages.Call,
+        buffers: Sequence[UserBuffer],
+    ) -> Running:
+        for buffer in buffers:
+            buffer.pin()
+        send = partial(self.send, connection, request.id)
+        running = Running(connection, call, syscall, request.id, buffers, send)
+        self.running.add(running)
+        self.busy()
+        return running
+
+    def _end(self, running: Running, answer: bytes | BaseException) -> None:
+        """Its handler has returned, or never will begin."""
+        running.process.calls -= 1
+        self.running.discard(running)
+        self.given_up.discard(running)
+        if syscalls.has_failed(answer):
+            running.syscall.failed += 1
+        for buffer in running.buffers:
+            buffer.end(pinned=True)
+        running.answer(answer)
+
     def _call_on_worker(
         self,
         connection: Connection,
-        process: UserProcess,
         syscall: Syscall,
         call: Call,
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> None:
-        limit = self._books.limits.calls
+        process, limit = call.process, self._books.limits.calls
         if process.calls >= limit:
             why = f"process {process.pid} has {limit} calls that have not ended, the kernel's limit; wait for some"
             raise LimitReached("calls", limit, why=why)
-        for buffer in buffers:
-            buffer.pin()
         process.calls += 1
-        running = Running(process, syscall.name, request.id, buffers, partial(self.send, connection, request.id))
-        self.running.add(running)
-
-        def ended(answer: bytes | BaseException) -> None:
-            process.calls -= 1
-            self.running.discard(running)
-            for buffer in buffers:
-                buffer.end(pinned=True)
-            running.answer(answer)
+        running = self._run_beside(connection, call, syscall, request, buffers)
 
         def end(answer: bytes) -> None:
-            ended(answer)
+            self._end(running, answer)
             connection.calls.ended()
 
         def work() -> None:
+            running.thread = threading.get_ident()
             running.began = time.monotonic()
+            call.deadline = self._deadline(running.began)
             observer = self._books.observer
             if observer is not None:
-                observer.began(process, syscall.name, request.id)
+                observer.began(process, syscall.name, request.id, running.thread)
             answer = syscalls.run(syscall, call, request.id, request.args, buffers)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
             self._kernel.post(lambda: end(answer))
 
-        connection.calls.submit(work, ended)
+        connection.calls.submit(work, partial(self._end, running))

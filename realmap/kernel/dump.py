@@ -32,13 +32,14 @@ class Around(NamedTuple):
     """What is told along with the books, and is not in them."""
 
     path: str
-    #: Whether the process is the kernel's: it serves on the main thread.
+    #: Whether the process is the kernel's: its main thread serves.
     alone: bool
     #: Connections that ask and look, without being a process: a descriptor each.
     controls: int
     threads: int
-    #: Calls of blocking handlers that have not ended.
+    #: Calls of blocking handlers that have not ended, and of others that lost the loop.
     running: Collection[Running]
+    given_up: int
     #: (device, inode) of what waits in a socket, on its way to a process.
     outbox: list[tuple[int, int]]
 
@@ -46,7 +47,10 @@ class Around(NamedTuple):
 def stats(books: Books, around: Around) -> dict[str, int]:
     """Totals. What there is: processes, mappings, live mirrors, segments and their bytes, descriptors, threads.
 
-    What was done so far: calls (and how many of them failed), mirrors made and copies, each with bytes.
+    `given_up`: handlers at work that nobody waits for, or that lost the loop (`GivenUp`).
+
+    What was done so far: calls (how many of them failed, and how many were `late`, having lost the loop), mirrors made
+    and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
     kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
@@ -65,7 +69,9 @@ def stats(books: Books, around: Around) -> dict[str, int]:
         "bytes": books.frames.used,
         "calls": sum(syscall.calls for syscall in syscalls),
         "failed": sum(syscall.failed for syscall in syscalls),
+        "late": sum(syscall.late for syscall in syscalls),
         "running": sum(process.calls for process in books.processes),
+        "given_up": around.given_up,
         "taking": sum(process.coming > 0 for process in books.processes),
         "mirrored": memory._made,
         "mirrored_bytes": memory._made_bytes,
@@ -124,6 +130,7 @@ def dump(books: Books, around: Around) -> msgspec.Raw:
 
 def _dump(books: Books, around: Around) -> dict[str, Any]:
     frames: dict[int, SharedFrames] = {}
+    now = time.monotonic()
 
     def entry(mapping: Mapping) -> Row:
         found = mapping.frames
@@ -170,7 +177,7 @@ def _dump(books: Books, around: Around) -> dict[str, Any]:
         "stats": stats(books, around),
         "calls": [(each.name, each.blocking, each.calls, each.failed) for each in books.syscalls.values()],
         "running": [
-            (each.process.number, each.name, None if each.began is None else time.monotonic() - each.began)
+            (each.process.number, each.name, None if each.began is None else now - each.began, each.given_up)
             for each in around.running
         ],
         "processes": processes,

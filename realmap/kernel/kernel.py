@@ -1,5 +1,7 @@
 """`Kernel`: puts the parts together. One thread has its loop; everything that changes the books happens on it.
 
+That is never the program's own thread: it waits in `serve`, where it is free for signals.
+
 loop ─┬─ listener            a client connects
       ├─ a client's socket   one message per turn each: nobody is starved by a talker
       │  and its ring        the same, without a system call while both sides are awake
@@ -12,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Self, SupportsIndex
 
 import msgspec
@@ -26,20 +30,21 @@ from realmap.errors import (
     PhysicalMemoryExhaustion,
 )
 from realmap.host import files, forks, runtime
-from realmap.host.signals import Flag
+from realmap.host.signals import Attention, Flag
 from realmap.host.translate import shortage
 from realmap.kernel import dump
 from realmap.kernel.admission import Admission
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
 from realmap.kernel.connection import Connection
-from realmap.kernel.dispatch import Dispatch
+from realmap.kernel.dispatch import Away, Dispatch
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.limits import Limits
 from realmap.kernel.listener import Listener
 from realmap.kernel.logs import log
-from realmap.kernel.loop import Loop
+from realmap.kernel.loop import Loop, Lost
 from realmap.kernel.registry import registry
+from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import encode
 from realmap.kernel.tracer import Tracer
 from realmap.kernel.watchdog import Watchdog
@@ -51,10 +56,12 @@ from realmap.wire.ring import SPIN, checked_spin
 
 #: How long a kernel that ends waits for who traces it to take the last that it was told, in seconds.
 LAST = 2.0
+#: Where no thread was to be had to stand by, another try is made so much later, in seconds.
+AGAIN = 1.0
 
 
 class Kernel:
-    """A kernel in this process: `serve()` on this thread, or `start()` and `stop()` on one of its own.
+    """A kernel in this process: `serve()` until it is stopped, or `start()` and `stop()` beside the program.
 
     `boot()` runs one in a process of its own; here, a user that connects from the same process is
     case 1 (`UserBuffer.access` reaches its buffers directly). A context manager: `start` and `stop`.
@@ -100,13 +107,19 @@ class Kernel:
         self.tracer = Tracer(self.books)
         self._heirs = Heirs(self.books, self.loop, self.workers)
         admission = Admission(self.books, self.workers)
-        self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self.tracer.lose)
-        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self)
+        self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self._lose_client)
+        self.relay: Relay[Away] = Relay(self._run)
+        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self, self.relay)
         self.clients.handle = self.dispatch.handle
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
+        self.dispatch.busy = self.watchdog.wake
         self._listener: Listener | None = None
-        self._thread: threading.Thread | None = None
+        #: Whether the process is the kernel's: its main thread serves. Then it is told of the end by `_attention`.
+        self._is_alone = False
+        self._attention: Attention | None = None
         self._ended = Flag()
+        #: What ended it, other than `stop`.
+        self._error: Exception | None = None
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -121,7 +134,7 @@ class Kernel:
         try:
             self.loop.open()
             try:
-                self._listener = Listener(self.path, self.loop, self.clients.enter)
+                self._listener = Listener(self.path, self.loop, self._enter)
             except BaseException:
                 self.loop.close()
                 raise
@@ -129,81 +142,99 @@ class Kernel:
             raise shortage(error, f"cannot serve {self.path!r}") from None
         self._ended = Flag()
         log.info("the kernel serves at %r", self.path)
-        try:
-            self.watchdog.start()
-        except RuntimeError as error:
-            self._close()
-            raise PhysicalMemoryExhaustion(why=f"no thread for the kernel at {self.path!r}: {error}") from None
         forks.lose_in_child(self)
 
     def serve(self, *, ready: Callable[[], None] | None = None, booter: int = -1) -> None:
-        """Serves on this thread until `stop`; `ready` is called once clients can connect. On the main thread no signal
-        is blocked meanwhile; a program that waits for them by sigwait wants `start`.
+        """Serves until `stop`, on threads of its own; this one waits. `ready` is called once clients can connect. On
+        the main thread no signal is blocked meanwhile, and every handler of a signal runs at once; a program that waits
+        for signals by sigwait wants `start`.
 
         `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
         too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
-        descriptors or no memory for it. KernelError: Linux does not allow it, or fails a call without which no
-        kernel goes on.
+        descriptors, no memory or no thread for it. KernelError: Linux does not allow it, or fails a call without which
+        no kernel goes on.
         """
         self._open()
-        self.loop.thread = threading.get_ident()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._close)
-            with self._in_our_words():
-                if booter >= 0:
-                    self.loop.watch(booter, lambda _: self.stop(wait=False))
-                undo.enter_context(self.loop.open_to_signals())
+        try:
+            if booter >= 0:
+                self.loop.watch(booter, lambda _: self.stop(wait=False))
+            if threading.current_thread() is threading.main_thread():
+                self._attention, self._is_alone = Attention(), True
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError):
+                raise shortage(error, f"the kernel at {self.path!r} cannot go on") from None
+            raise
+        if self._attention is None:
+            self._serve(ready, self._ended.wait)
+        else:
+            with self._attention.paid() as wait:
+                self._serve(ready, wait)
+
+    def _serve(self, ready: Callable[[], None] | None, wait: Callable[[], object]) -> None:
+        try:
+            self._start()
             if ready is not None:
                 ready()  # its errors are its caller's
-            with self._in_our_words():
-                self._turns()
-
-    @contextlib.contextmanager
-    def _in_our_words(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise shortage(error, f"the kernel at {self.path!r} cannot go on") from None
+            while not self._ended.is_set():
+                wait()
+        finally:
+            self.stop()
+        if self._error is not None:
+            raise self._error
 
     def start(self) -> Self:
-        """Serves on a thread of its own, and returns once clients can connect. Errors as `serve`."""
+        """Serves on threads of its own, and returns once clients can connect. Errors as `serve`."""
         self._open()
-        self._thread = threading.Thread(target=self._serve_on_thread, name="realmap-kernel", daemon=True)
+        self._start()
+        return self
+
+    def _start(self) -> None:
         try:
-            self._thread.start()
+            self.relay.start()
         except BaseException as error:
-            self._thread = None
             self._close()
             if isinstance(error, RuntimeError):
                 raise PhysicalMemoryExhaustion(why=f"no thread for the kernel at {self.path!r}: {error}") from None
             raise
-        return self
 
-    def _serve_on_thread(self) -> None:
-        self.loop.thread = threading.get_ident()
+    def _run(self, taken: Taken[Away] | None) -> None:
+        """On the thread that has the loop: runs it to its end. Lost: another one has it now."""
+        before, self.loop.thread = self.loop.thread, threading.get_ident()
+        # The guard's; all others are the program's affair.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGBUS})
         try:
-            with self.loop.open_to_signals():
-                self._turns()
-        finally:
-            self._close()
+            if taken is not None:
+                self.dispatch.take_over(taken, before)
+            self._have_standby()
+            self.clients.resume()
+            self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)
+        except Lost:
+            raise
+        except Exception as error:
+            self._error = error
+            if isinstance(error, OSError):
+                self._error = shortage(error, f"the kernel at {self.path!r} cannot go on")
+            log.error("the kernel ends: %s", error, exc_info=error)
+        self._close()
 
-    def _turns(self) -> None:
-        self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)
+    def _have_standby(self) -> None:
+        if not self.relay.stand_by():
+            self.loop.after(AGAIN, self._have_standby)
 
     def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
         """Ends the loop: every client is told, every mapping given back, the path given free.
 
-        From any thread; again: nothing.
+        From any thread; again: nothing. A handler that is at work goes on; nobody waits for it.
 
-        Waits at most `timeout` seconds for it, from another thread than its own. TimeoutError: a
-        handler did not return in that time.
+        Waits at most `timeout` seconds for the end, on another thread than the loop's own. TimeoutError: it has not
+        come by then.
         """
         self.loop.end()
         if wait and self._listener is not None and self.loop.thread != threading.get_ident():
             if not self._ended.wait(timeout):
-                raise TimeoutError(f"the kernel's thread did not end within {timeout} s: a handler is still at work")
-            if self._thread is not None:
-                self._thread.join(timeout)
+                raise TimeoutError(f"the kernel at {self.path!r} did not end within {timeout} s")
+            self.relay.join(timeout)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -215,25 +246,49 @@ class Kernel:
         """Has `job` run on the kernel's thread, soon; here and now where that has ended. From any thread."""
         self.loop.post(job)
 
+    @property
+    def ending(self) -> bool:
+        """Whether it ends, or has."""
+        return self.loop.ending
+
+    def _enter(self, sock: socket.socket) -> None:
+        self.clients.enter(sock)
+        self.watchdog.wake()
+
+    def _lose_client(self, connection: Connection) -> None:
+        self.tracer.lose(connection)
+        self.dispatch.lose(connection)
+        self.watchdog.wake()  # it may have left handles that last for a time
+
     def _close(self) -> None:
         log.info("the kernel at %r ends", self.path)
         assert self._listener is not None
-        self.watchdog.stop()
+        with contextlib.ExitStack() as rest:  # from below; a handler may have closed what is ours: the others go on
+            rest.callback(self._tell_of_end)
+            rest.callback(self._listener.release)
+            rest.callback(self.loop.close)
+            rest.callback(self.workers.close)
+            rest.callback(self._heirs.clear)
+            rest.callback(self.handles.clear)
+            rest.callback(self._drop_all)
+            rest.callback(self._listener.close)
+            rest.callback(self.relay.end)
+
+    def _tell_of_end(self) -> None:
+        self._ended.set()
+        if self._attention is not None:
+            self._attention.call()
+
+    def _drop_all(self) -> None:
         bye = encode(messages.Bye(messages.error_of(KernelDied(self.path, why="the kernel was shut down"))))
-        self._listener.close()
         # Who traces is told of all others' end, and may take that.
         for connection in sorted(self.clients.all(), key=lambda each: each is self.tracer.listener):
             if connection is self.tracer.listener:
                 self._last_words(connection)
             with contextlib.suppress(Exception):
                 connection.send(bye)
-            self.clients.drop(connection)
-        self.handles.clear()
-        self._heirs.clear()
-        self.workers.close()
-        self.loop.close()
-        self._listener.release()
-        self._ended.set()
+            with contextlib.suppress(Exception):
+                self.clients.drop(connection)
 
     def _last_words(self, listener: Connection) -> None:
         """Waits until who traces has taken what it was told, but not for ever."""
@@ -256,6 +311,10 @@ class Kernel:
             connection.after_fork_in_child()
         self._listener.after_fork_in_child()
         self.loop.after_fork_in_child()
+        self.relay.after_fork_in_child()
+        if self._attention is not None:
+            self._attention.after_fork_in_child()
+        self._ended.set()
 
     # ---- what can be asked of it ------------------------------------------------------------
 
@@ -286,9 +345,10 @@ class Kernel:
         connections = self.clients.all()
         return dump.Around(
             path=self.path,
-            alone=self._thread is None,  # it serves on the main thread
+            alone=self._is_alone,
             controls=sum(connection.control for connection in connections),
             threads=self.workers.threads,
             running=self.dispatch.running,
+            given_up=len(self.dispatch.given_up),
             outbox=[inode for connection in connections for inode in connection.waiting_inodes()],
         )

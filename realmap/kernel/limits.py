@@ -16,14 +16,15 @@ class Limits:
     (VirtualMemoryExhaustion), `segments` (one descriptor of the kernel each; by default half of what it may
     open; PhysicalMemoryExhaustion), `calls` that have not ended (LimitReached), of which `running` run on
     worker threads at a time (by default twice as many as there are CPUs, 4 at least; the others wait their
-    turn). `seconds`: how long a blocking handler may take, before its caller gets a SyscallTimeout in its
-    place (None: for ever; the handler itself goes on). Bytes of frames are `memory_limit` and
-    `process_limit` of `boot`; bytes of a message are bounded at 16 MiB.
+    turn). `seconds`: how long a handler may take, before its caller gets a SyscallTimeout in its place (None: for
+    ever; the handler itself goes on). `given_up`: handlers at work that nobody waits for any more, or that have lost
+    the loop; of each pid, and of the ended processes of a uid together (LimitReached). Bytes of frames are
+    `memory_limit` and `process_limit` of `boot`; bytes of a message are bounded at 16 MiB.
 
     InvalidSize: a negative number. ValueError: none at all, or no time. TypeError: no integer.
     """
 
-    __slots__ = ("calls", "handles", "mappings", "processes", "running", "seconds", "segments")
+    __slots__ = ("calls", "given_up", "handles", "mappings", "processes", "running", "seconds", "segments")
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Limits:
         handles: SupportsIndex = 65_536,
         running: SupportsIndex | None = None,
         seconds: float | None = None,
+        given_up: SupportsIndex = 64,
     ) -> None:
         self.processes = _some(processes, "processes")
         self.mappings = _some(mappings, "mappings")
@@ -42,6 +44,7 @@ class Limits:
         self.calls = _some(calls, "calls")
         self.handles = _some(handles, "handles")
         self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
+        self.given_up = _some(given_up, "given_up")
         if seconds is not None and not seconds > 0:
             raise ValueError(f"seconds must be above 0, or None for no limit: {seconds!r}")
         self.seconds = seconds

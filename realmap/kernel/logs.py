@@ -1,4 +1,6 @@
-"""What a kernel has to say besides its answers, through the standard `logging`: the logger "realmap", quiet by default.
+"""What a kernel has to say besides its answers, through the standard `logging`: the logger "realmap".
+
+Where the program configures no logging, warnings go to stderr, as `logging` has it.
 
 Records about a user process carry `user` (its number in the books) and `user_pid`, those about a call `syscall`.
 """
@@ -13,7 +15,6 @@ LEVELS = ("debug", "info", "warning", "error")
 VARIABLE = "REALMAP_LOG"
 
 log = logging.getLogger("realmap")
-log.addHandler(logging.NullHandler())
 
 
 def to_stderr(level: str) -> None:

@@ -1,21 +1,25 @@
 """`Loop`: waits, and calls what it was handed. It knows nobody.
 
 epoll ─┬─ descriptors        each with a function of its own (`watch`)
-       └─ an eventfd         another thread left word (`post`), or it is to end
+       ├─ an eventfd         another thread left word (`post`), or it is to end
+       └─ its timeout        a job whose time has come (`after`)
 rings ─── the next message   without a system call while both sides are awake (`run`)
+
+One thread has the loop at a time. Where it does not come back from what it calls, another one runs it on: all that
+there is to know stands in the `Loop`, nothing in `run`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import os
 import select
-import signal
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from realmap._core import Ring, SpinBudget, fall_asleep, spin, wake_up
 from realmap.host import files
@@ -26,18 +30,26 @@ Handler = Callable[[int], None]
 LOOK = 200_000
 
 
+class Lost(BaseException):
+    """Raised by a thread that has the loop no longer, up to where it began: on its way out it touches nothing."""
+
+
 class Loop:
-    """One thread runs it. What is watched is called on that thread; `post` and `end` are for any."""
+    """One thread at a time runs it. What is watched is called on that thread; `post` and `end` are for any."""
 
     def __init__(self) -> None:
         self._posted: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Handler] = {}
+        #: When, in seconds of the monotonic clock, and what; a number tells those of the same time apart.
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
         self._wake = -1
         self._wake_lock = threading.RLock()
         #: Whether it is to end, or has.
         self.ending = False
         #: The thread that runs it.
         self.thread = 0
+        self._is_forked = False
 
     @property
     def is_open(self) -> bool:
@@ -67,7 +79,8 @@ class Loop:
 
     def after_fork_in_child(self) -> None:
         """It is the parent's alone."""
-        self.ending = True
+        self.ending = self._is_forked = True
+        self._wake_lock = threading.RLock()  # whoever had it is not here
         files.shut(self._epoll)
         files.close(self._wake)
         self._wake = -1
@@ -78,13 +91,22 @@ class Loop:
         self._ring_bell()
 
     def post(self, job: Callable[[], None]) -> None:
-        """Has `job` run on its thread, soon; here and now where it is not open. From any thread."""
+        """Has `job` run on its thread, soon; here and now where it is not open. From any thread.
+
+        Lost: this is a forked child. What a handler returns there is nobody's answer.
+        """
         with self._wake_lock:
             if self._wake >= 0:
                 self._posted.append(job)
                 self._ring_bell()
                 return
+        if self._is_forked:
+            raise Lost
         job()
+
+    def after(self, seconds: float, job: Callable[[], None]) -> None:
+        """Has `job` run once, so many seconds from now. Only on its thread, or before it runs."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), job))
 
     def _ring_bell(self) -> None:
         with self._wake_lock, contextlib.suppress(OSError):  # where its counter is full, it has rung already
@@ -111,29 +133,6 @@ class Loop:
             with contextlib.suppress(OSError):  # whoever is being dropped is dropped to the end
                 self._epoll.unregister(fd)
 
-    @contextlib.contextmanager
-    def open_to_signals(self) -> Iterator[None]:
-        """On the main thread, whatever it had inherited, no signal is blocked meanwhile, and one that comes right
-        before it sleeps wakes it all the same. Another thread leaves signals to the program, but for SIGBUS,
-        which is the guard's, here and in the threads that are started from here.
-        """
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGBUS})
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        reader, writer = socket.socketpair()
-        with contextlib.ExitStack() as undo:
-            undo.callback(files.shut, reader)
-            undo.callback(files.shut, writer)
-            reader.setblocking(False)
-            writer.setblocking(False)
-            self.watch(reader.fileno(), lambda _: _drain(reader))
-            before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-            undo.callback(signal.set_wakeup_fd, before)
-            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            yield
-
     def run(self, rings: list[Ring], take: Callable[[int], None], patience_in_us: float) -> None:
         """Until `end`: `take(index)` where a ring has a message, and looks at the descriptors now and then.
 
@@ -146,7 +145,7 @@ class Loop:
         patience = budget.now(time.monotonic_ns())
         while not self.ending:
             if not rings:
-                self._attend(self._epoll.poll())
+                self._attend(self._epoll.poll(self._timeout()))
                 continue
             # From the one behind the last one on: nobody is starved by a talker.
             found = spin(rings, turn, patience)
@@ -176,10 +175,14 @@ class Loop:
     def _sleep(self, rings: list[Ring]) -> None:
         if fall_asleep(rings):
             try:
-                events = self._epoll.poll()
+                events = self._epoll.poll(self._timeout())
             finally:
                 wake_up(rings)
             self._attend(events)
+
+    def _timeout(self) -> float | None:
+        """Seconds until the next job's time; None: there is none."""
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
 
     def attend(self, timeout: float) -> None:
         """Looks at the descriptors alone, for at most so many seconds. OSError: as `run`."""
@@ -189,11 +192,10 @@ class Loop:
         for fd, _ in events:
             # Looked up anew: an earlier event of this turn may have closed it.
             handler = self._handlers.get(fd)
-            try:
-                if handler is not None:
-                    handler(fd)
-            except Exception:  # a bug of ours ends nothing
-                log.exception("the kernel failed at something")
+            if handler is not None:
+                _run(handler, fd)
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            _run(heapq.heappop(self._timers)[-1])
 
     def _on_wake(self, _: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -202,12 +204,11 @@ class Loop:
 
     def _run_posted(self) -> None:
         for _ in range(len(self._posted)):
-            try:
-                self._posted.popleft()()
-            except Exception:
-                log.exception("the kernel failed at something")
+            _run(self._posted.popleft())
 
 
-def _drain(sock: socket.socket) -> None:
-    with contextlib.suppress(BlockingIOError):
-        sock.recv(4096)
+def _run(job: Callable[..., None], *args: int) -> None:
+    try:
+        job(*args)
+    except Exception:  # a bug of ours ends nothing
+        log.exception("the kernel failed at something")

@@ -38,11 +38,11 @@ class Observer(Protocol):
     def answered(self, client: object, process: UserProcess | None, id: int, message: bytes) -> None:
         """Request `id` was answered."""
 
-    def began(self, process: UserProcess, name: str, id: int) -> None:
-        """A blocking handler begins. On the thread that runs it."""
+    def began(self, process: UserProcess, name: str, id: int, thread: int) -> None:
+        """A blocking handler begins, or another one has lost the loop; and the thread that runs it."""
 
     def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
-        """It has ended. On its thread."""
+        """That has ended. On its thread."""
 
     def copied(self, process: UserProcess, address: int, length: int, began: int, out: bool, failed: bool) -> None:
         """A handler's copy of so many bytes has ended, which `began` then (monotonic, ns). On the handler's thread."""

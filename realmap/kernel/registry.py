@@ -21,6 +21,10 @@ class Syscall:
     calls: int = 0
     #: Calls that ended in an error.
     failed: int = 0
+    #: Calls of a handler that is not `blocking`, and lost the loop.
+    late: int = 0
+    #: How many are `GivenUp` now.
+    given_up: int = 0
 
 
 @overload
@@ -33,8 +37,10 @@ def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool 
     It is called as `function(call, *args)`: `call` is a `Call`, buffers among the arguments arrive as
     `UserBuffer`, other arguments as the plain values they were (tuples as lists). What it returns
     goes back to the caller. A `KernelError` it raises reaches the caller as itself, anything else as
-    `SyscallFailed` with the traceback. Handlers run one after the other on the kernel's thread; one
-    that takes long is declared `blocking=True` and runs on a thread of its own.
+    `SyscallFailed` with the traceback. Handlers run one after the other on the thread that has the kernel's loop;
+    one that takes longer than 20 ms loses it, others are served meanwhile, and its caller gets the answer all the
+    same. One that is known to take long is declared `blocking=True`, and runs on a thread of its own from the start.
+    Either way nobody is served while a C function of it keeps the GIL.
 
     TypeError: it is not applied to a function that returns (but to an `async` one, say), or the name is no str.
     """

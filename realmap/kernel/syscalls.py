@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
@@ -19,7 +20,9 @@ from realmap.kernel.registry import Syscall
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
-from realmap.wire.messages import Done, Failed, error_of
+from realmap.wire.messages import DONE, Done, Failed, error_of
+
+Send: TypeAlias = Callable[[bytes], None]
 
 
 class RunningKernel(Protocol):
@@ -31,6 +34,10 @@ class RunningKernel(Protocol):
     processes: ProcessTable
     handles: Handles
 
+    @property
+    def ending(self) -> bool:
+        """Whether it ends, or has."""
+
     def post(self, job: Callable[[], None]) -> None:
         """Has `job` run on the kernel's thread, soon. From any thread."""
 
@@ -41,32 +48,56 @@ class RunningKernel(Protocol):
 class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one for every call
     """Who is calling: the first argument of every handler.
 
-    `process` is the caller (`.pid`, `.memory`), `name` the syscall, `kernel` the `Kernel` that runs it.
+    `process` is the caller (`.pid`, `.memory`), `name` the syscall, `kernel` the `Kernel` that runs it. `deadline`:
+    until when the caller waits, or the kernel (`Limits.seconds`) lets it; seconds of time.monotonic(), or None.
     """
 
     process: UserProcess
     name: str
     kernel: RunningKernel
+    deadline: float | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer: the caller has died or closed its connection, the deadline has passed,
+        or the kernel ends. For handlers that can stop early."""
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return late or not self.process.alive or self.kernel.ending
 
 
 class Running:
-    """A call at work on a worker thread, or waiting for one. It is answered once."""
+    """A call that is not at work on the thread that has the loop: on a worker thread, waiting for one, or on a thread
+    that it made lose the loop. It is answered once.
+    """
 
     def __init__(
-        self, process: UserProcess, name: str, id: int, buffers: Sequence[UserBuffer], send: Callable[[bytes], None]
+        self, client: object, call: Call, syscall: Syscall, id: int, buffers: Sequence[UserBuffer], send: Send
     ) -> None:
-        self.process = process
-        self.name = name
+        #: Whose request it is.
+        self.client = client
+        self.call = call
+        self.process = call.process
+        self.syscall = syscall
+        self.name = syscall.name
         #: Of the request.
         self.id = id
         #: What it works on, pinned.
         self.buffers = buffers
         self._send = send
-        #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn.
+        #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn. And where.
         self.began: float | None = None
+        self.thread = 0
         #: Whether it was told of in the log.
         self.told = False
         self.answered = False
+        #: Whether it is among those that are `GivenUp`, and of a client that is gone.
+        self.given_up = False
+        self.orphan = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record of `logging` about it carries."""
+        return self.process.facts | {"syscall": self.name}
 
     def answer(self, answer: bytes | BaseException) -> None:
         """Sends its answer, or the error that takes its place. Again: nothing."""
@@ -97,19 +128,24 @@ def run(syscall: Syscall, call: Call, id: int, args: list[Any], buffers: Sequenc
         if host_faults() != before:
             fault = _fault(call, buffers, None, before)
             if fault is not None:
-                syscall.failed += 1
                 return failed(id, fault)
         return answer
     except BaseException as error:  # SystemExit too: a handler ends its call and nothing else
-        syscall.failed += 1
-        if host_faults() != before or (isinstance(error, OSError) and error.errno == errno.EFAULT):
-            fault = _fault(call, buffers, error, before)
-            if fault is not None:
-                return failed(id, fault)
-        if isinstance(error, KernelError):
-            return failed(id, error)
-        text = "".join(traceback.format_exception(type(error), error, _without_us(error)))
-        return failed(id, error, syscall.name, text)
+        try:
+            return _failed(syscall.name, call, id, buffers, error, before)
+        except BaseException as odd:  # no memory for its words, say: the thread must go on
+            return failed(id, odd)
+
+
+def _failed(name: str, call: Call, id: int, buffers: Sequence[UserBuffer], error: BaseException, before: int) -> bytes:
+    if host_faults() != before or (isinstance(error, OSError) and error.errno == errno.EFAULT):
+        fault = _fault(call, buffers, error, before)
+        if fault is not None:
+            return failed(id, fault)
+    if isinstance(error, KernelError):
+        return failed(id, error)
+    text = "".join(traceback.format_exception(type(error), error, _without_us(error)))
+    return failed(id, error, name, text)
 
 
 def _fault(call: Call, buffers: Sequence[UserBuffer], error: BaseException | None, before: int) -> MemoryFault | None:
@@ -129,6 +165,11 @@ def _without_us(error: BaseException) -> Any:
 def failed(id: int, error: BaseException, name: str = "", text: str = "") -> bytes:
     """An error as the answer to request `id`."""
     return _encoder.encode(Failed(id, error_of(error, name, text)))
+
+
+def has_failed(answer: bytes | BaseException) -> bool:
+    """Whether an answer is an error."""
+    return isinstance(answer, BaseException) or answer[1] != DONE
 
 
 def done(id: int, value: Any, descriptors: int) -> bytes:

@@ -239,9 +239,10 @@ class Tracer:
         elif client is not self.listener:
             self._emit(ANSWER, 0, 0, 0, id, _error(message), len(message))
 
-    def began(self, process: UserProcess, name: str, id: int) -> None:
-        """A blocking handler begins, on this thread."""
-        self._emit(BEGIN, 0, process.number, self._of_call(name)[0], id, 0, 0, 0, threading.get_ident())
+    def began(self, process: UserProcess, name: str, id: int, thread: int) -> None:
+        """A blocking handler begins on a thread, or one has lost the loop to this one."""
+        loop = threading.get_ident()
+        self._emit(BEGIN, 0, process.number, self._of_call(name)[0], id, 0 if loop == thread else loop, 0, 0, thread)
 
     def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
         """It has ended."""

@@ -13,6 +13,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import RLock, Thread, get_native_id
 
+from realmap.kernel.loop import Lost
+
 #: How much more modest a worker is than the kernel's own thread, in steps of niceness.
 NICE = 10
 Job = Callable[[], None]
@@ -57,8 +59,13 @@ class Workers:
         # Who waits for the kernel's own thread is served first. On Linux niceness is a thread's own.
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+        pid = os.getpid()
         while job is not None:
-            job()
+            try:
+                job()
+            except Lost:
+                assert os.getpid() != pid
+                os._exit(0)  # a handler forked, and returned in the child too: that is no kernel
             del job  # an idle thread must not keep what the last job referred to
             with self._lock:
                 if self._closed:

@@ -186,7 +186,7 @@ class Timeline:
     def _thread(self, thread: int) -> int:
         track = self._threads.get(thread)
         if track is None:
-            track = self._threads[thread] = len(self._threads) + 1
+            track = self._threads[thread] = max(self._threads.values()) + 1
             self._file.name_track(self._kernel, track, f"worker {track - 1}")
         return track
 
@@ -280,11 +280,22 @@ class Timeline:
         return about
 
     def _begin(self, event: Event) -> None:
+        call = self._calls.get((event.process, event.b))
+        if event.c:
+            self._lose(event, call)
         self._workers[event.f] = event
         self._at_work[event.f] = event.process
-        call = self._calls.get((event.process, event.b))
         if call is not None:
             call.thread, call.began = self._thread(event.f), event.time
+
+    def _lose(self, event: Event, call: Call | None) -> None:
+        """A handler has lost the loop to another thread: its own is a worker's from now on."""
+        self._at_work.pop(self._main, None)
+        self._threads[event.c] = self._threads.pop(self._main)
+        self._main = event.c
+        if call is not None:
+            self._span_of_kernel(call, event.time, self._about(call))
+            call.arrival = call.arrival._replace(flags=call.arrival.flags | BLOCKING)
 
     def _end(self, event: Event) -> None:
         begin = self._workers.pop(event.f, None)

@@ -44,7 +44,8 @@ class Kind(enum.IntEnum):
     ANSWER = 5
     #: The kernel's thread is done with a service (it may be answered later): name, id.
     DONE = 6
-    #: A blocking handler begins on a worker: name, id, 0, 0, 0, thread.
+    #: A blocking handler begins on a worker, or another one has lost the loop: name, id, the thread that has the loop
+    #: from now on (0: the same), 0, 0, thread.
     BEGIN = 7
     #: It has ended: name, id, error code, 0, 0, thread.
     END = 8
@@ -231,8 +232,12 @@ class CallInfo(msgspec.Struct, frozen=True):
 
 
 class RunningInfo(msgspec.Struct, frozen=True):
-    """A call of a process (its number) that a worker thread is at; `seconds` since it began, None while it waits."""
+    """A call of a process (its number) whose handler has a thread of its own, or waits for one.
+
+    `seconds` since it began, None while it waits. `given_up`: nobody waits for it any more, or it lost the loop.
+    """
 
     process: int
     syscall: str
     seconds: float | None
+    given_up: bool = False

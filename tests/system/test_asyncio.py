@@ -297,7 +297,7 @@ def test_connecting(kernel: KernelHandle) -> None:
     async def work() -> None:
         async with realmap.aconnect(kernel.path) as me:
             buffer = me.map(100)
-            assert await me.acall("who") == [os.getpid(), "who", kernel.pid, "MainThread"]
+            assert await me.acall("who") == [os.getpid(), "who", kernel.pid, "realmap-kernel"]
         with pytest.raises(realmap.ProcessKilled):
             await me.acall("nop")
         assert not buffer.alive

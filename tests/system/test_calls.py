@@ -93,7 +93,7 @@ def test_long_messages_both_ways(me: Process) -> None:
 
 
 def test_who_calls(me: Process, kernel: KernelHandle) -> None:
-    assert me.call("who") == [os.getpid(), "who", kernel.pid, "MainThread"]
+    assert me.call("who") == [os.getpid(), "who", kernel.pid, "realmap-kernel"]
 
 
 def test_an_unknown_syscall_names_the_known_ones(me: Process) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import syscalls
-from conftest import wait_until
+from conftest import BOUND, wait_until
 from trace_format import TraceFile
 
 import realmap
@@ -83,40 +83,56 @@ def test_a_kernel_that_ends_does_not_wait_for_ever_for_who_traces_it(monkeypatch
 
 def test_a_kernel_that_is_busy_is_waited_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that come after the tracer has given them up bring their events all the same."""
-
-    def sleep_here(call: realmap.Call) -> None:
-        time.sleep(0.7)
-
     monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.1)
-    with Kernel(syscalls=[sleep_here, syscalls.nop]) as here, Process(here.path) as me:
+    with Kernel(syscalls=[syscalls.nop]) as here, Process(here.path) as me:
         with Trace(here.path, file) as trace:
-            me.call("sleep_here")
+            here.post(lambda: time.sleep(0.7))  # no handler: its loop itself
             me.call("nop")
-    found = TraceFile(file)
-    (slept,) = [span for span in found.named("sleep_here", "X") if span["tid"] == 1]
-    assert slept["dur"] >= 700_000
-    assert trace.events == 5  # CONNECT, and two for each call
+    assert len(TraceFile(file).named("nop", "X")) == 2
+    assert trace.events == 3  # CONNECT, and two for the call
     assert trace.lost == 0
 
 
 def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    end = threading.Event()
-
-    def stick(call: realmap.Call) -> None:
-        end.wait(60)
-
+    at_work, end = threading.Event(), threading.Event()
     monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.05)
     monkeypatch.setattr("realmap.observe.trace.GRACE", 0.2)
-    with Kernel(syscalls=[stick, syscalls.nop]) as here, Process(here.path) as me:
+    with Kernel(syscalls=[syscalls.nop]) as here, Process(here.path) as me:
         with Trace(here.path, file) as trace:
             me.call("nop")
             wait_until(lambda: trace.events >= 3)
-            thread = threading.Thread(target=me.call, args=("stick",))
-            thread.start()
-            wait_until(lambda: here.dispatch.current is not None)
+            here.post(lambda: at_work.set() or end.wait(BOUND))  # type: ignore[func-returns-value]
+            at_work.wait(BOUND)
         assert isinstance(trace.died, realmap.SyscallTimeout)
         end.set()
-        thread.join()
         wait_until(lambda: here.tracer.listener is None)
         assert here.books.observer is None
     assert len(TraceFile(file).named("nop", "X")) == 2
+
+
+def test_a_handler_that_loses_the_loop_is_a_workers_from_then_on(file: Path) -> None:
+    gate = threading.Event()
+
+    def stick(call: realmap.Call, data: realmap.UserBuffer) -> None:
+        gate.wait(BOUND)
+        data.copy_in()
+
+    with Kernel(syscalls=[stick, syscalls.nop]) as here, Process(here.path) as me, me.map(3333) as buffer:
+        with Trace(here.path, file) as trace:
+            thread = threading.Thread(target=me.call, args=("stick", buffer))
+            thread.start()
+            wait_until(lambda: here.dispatch.running)
+            me.call("nop")
+            gate.set()
+            thread.join(BOUND)
+            wait_until(lambda: not here.dispatch.running)
+            me.call("nop")
+        assert trace.lost == 0
+    found = TraceFile(file)
+    call, before, after = sorted(found.named("stick", "X"), key=lambda span: (span["pid"] == os.getpid(), span["tid"]))
+    assert [before["tid"], after["tid"]] == [1, 2]
+    assert before["ts"] == call["ts"]
+    assert before["ts"] + before["dur"] == pytest.approx(after["ts"])
+    assert [span["tid"] for span in found.named("nop", "X") if span["pid"] == os.getpid()] == [1, 1]
+    (copy,) = found.named("copy_in", "X")
+    assert copy["tid"] == 2
