@@ -1,6 +1,21 @@
 /* Bytes: indexing as on a bytearray, over whatever lends its bytes: windows, mirrors, views. */
 #include "core.h"
 
+/* The bytes of an object that lends them, and how its type does: `lend` raises what stands in the way, or else counts
+ * an export, so that they stay mapped whatever Python code an index or a value runs; `give_back` ends that. */
+typedef struct {
+    unsigned char *start;
+    Py_ssize_t length;
+    int writable;
+} Lent;
+
+typedef struct {
+    int (*lend)(PyObject *op, Lent *lent);
+    void (*give_back)(PyObject *op);
+    int (*is_alive)(PyObject *op);
+    uintptr_t (*fault_at)(PyObject *op);
+} Lender;
+
 /* Raises the MemoryFault that `op` makes of it: it knows whose byte the one at `address` is. */
 COLD static void raise_fault(PyObject *op, uintptr_t address)
 {
