@@ -21,7 +21,6 @@ from realmap.kernel.handles import FOR_EVER, Shared
 from realmap.kernel.syscalls import Running, encode
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
-from realmap.memory.kept import KeptCounts
 from realmap.memory.mapping import Mapping
 from realmap.wire.records import FORM
 
@@ -49,7 +48,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     What was done so far: calls (and how many of them failed), mirrors made and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
-    kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
+    kept = memory.kept.counts()
     return {
         "processes": len(books.processes),
         "handles": len(books.handles),
@@ -180,7 +179,7 @@ def _dump(books: Books, around: Around) -> dict[str, Any]:
         "mirrors": mirrors,
         "kept": [
             (window.base, window.span, window.prot, (window.serial, window.start, window.span))
-            for window in (books.memory.kept.windows() if books.memory.kept else [])
+            for window in books.memory.kept.windows()
             if window.serial in frames
         ],
         "frames": list(map(_frames_row, frames.values())),

@@ -261,18 +261,6 @@ class FrameAllocator(Account):
             name = checked_name(name)
             if step < size:
                 raise InvalidSize(step, why="a named mapping is one segment: leave out fragment, or name")
-        return self.take(size, step, name, commit, huge, cancelled)
-
-    def take(
-        self,
-        size: int,
-        step: int,
-        name: str | None = None,
-        commit: bool = True,
-        huge: bool = False,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> SharedFrames:
-        """As `allocate`, for who has checked already: `step` bytes a segment."""
         return SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
 
     def make_segments(

@@ -28,13 +28,11 @@ mirror_mapping = CrossProcessMapping.mirror_mapping
 def lazy() -> Iterator[KernelMemory]:
     kernel = KernelMemory(lazy_unmap=8 * PAGE)
     yield kernel
-    assert kernel.kept is not None
     kernel.kept.clear()
     assert kernel.live == 0
 
 
 def counts(kernel: KernelMemory) -> KeptCounts:
-    assert kernel.kept is not None
     return kernel.kept.counts()
 
 
@@ -94,7 +92,6 @@ def test_the_budget_and_its_order(make_mapping: Make, lazy: KernelMemory) -> Non
     mirror_mapping(mapping, 0, 1, kernel=lazy).drop()  # used: now the youngest
     mirror_mapping(mapping, 20 * PAGE, 2 * PAGE, kernel=lazy).drop()
     assert counts(lazy) == KeptCounts(1, 9, 2, 7, 8 * PAGE)
-    assert lazy.kept is not None
     assert [window.start // PAGE for window in lazy.kept.windows()] == [6, 8, 10, 12, 14, 0, 20]
     mirror_mapping(mapping, 0, 9 * PAGE, kernel=lazy).drop()
     assert counts(lazy).bytes == 8 * PAGE, "larger than the budget: not kept, and nothing goes for it"
@@ -180,7 +177,6 @@ def test_bytes_are_those_of_a_bytearray_whatever_is_kept(seed: int, budget: int)
         live.append(mirror)
         while len(live) > rng.randrange(4):
             live.pop(rng.randrange(len(live))).drop()
-        assert kernel.kept is not None
         assert kernel.kept.counts().bytes <= budget * PAGE
         assert sum(window.span for window in kernel.kept.windows()) == kernel.kept.counts().bytes
     for mapping in mappings:
