@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from realmap.errors import KernelError
-from realmap.lab.bench import machine
+from realmap.lab.bench import machine, programs
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race
-from realmap.lab.bench.programs import Program, Programs, limits
+from realmap.lab.bench.programs import Program
 from realmap.lab.bench.report import FORM, Missing, Reached, Report, Spread
 from realmap.system import KernelHandle, boot
 from realmap.user.process import Process
@@ -32,26 +33,27 @@ class Bench:
         self.plan = QUICK if quick else FULL
         self.say = say
         self.report = Report(FORM, VERSION, list(groups), quick, machine.facts())
-        self._programs = Programs()
-        self._limits = limits()
+        self._peers: dict[str, Program] = {}
+        self._limits = programs.limits()
         self._kernels: dict[tuple[int, float | None], tuple[KernelHandle, Process]] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self._programs)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    @property
+    @functools.cached_property
     def floor(self) -> Program:
-        """The C floor."""
-        return self._programs.floor
+        """The C floor, built at its first use."""
+        return self._stack.enter_context(contextlib.closing(programs.floor()))
 
     def peer(self, name: str) -> Program:
-        """A peer by its name."""
-        return self._programs.peer(name)
+        """A peer by its name, started at its first use."""
+        if name not in self._peers:
+            self._peers[name] = self._stack.enter_context(contextlib.closing(programs.peer(name)))
+        return self._peers[name]
 
     def kernel(self, *, lazy_unmap: int = 0, spin: float | None = None) -> tuple[KernelHandle, Process]:
         """A kernel with the bench's handlers, and this process as its user; the same one each time."""
