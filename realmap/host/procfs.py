@@ -28,7 +28,6 @@ class Map(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Bytes from start to end."""
         return self.end - self.start
 
 

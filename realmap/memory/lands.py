@@ -37,7 +37,6 @@ class Land(NamedTuple):
         return self.start + self.length
 
     def holds(self, address: int, length: int = 1) -> bool:
-        """Whether [address, address + length) lies inside."""
         return self.start <= address and address + length <= self.end
 
     def part(self, start: SupportsIndex, length: SupportsIndex) -> Land:

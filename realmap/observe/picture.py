@@ -294,7 +294,6 @@ LIT = ("#ffc83d", "#ff7eb6", "#6fdc8c", "#5cc8ff", "#ff9f55", "#c5a3ff", "#e8ef6
 
 
 def colour(kind: str) -> str:
-    """Of a block."""
     return COLOURS.get(kind, OTHER)
 
 

@@ -56,7 +56,6 @@ class Lanes:
         self._on_first = on_first
 
     def take(self) -> int:
-        """The lowest free one."""
         if self._free:
             return heapq.heappop(self._free)
         self._count += 1
@@ -64,7 +63,6 @@ class Lanes:
         return self._count - 1
 
     def give(self, lane: int) -> None:
-        """It is free again."""
         heapq.heappush(self._free, lane)
 
 

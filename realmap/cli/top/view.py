@@ -125,7 +125,6 @@ class View:
         ]
 
     def kinds(self) -> list[str]:
-        """Of all blocks."""
         lanes = [self.picture.kernel, *self.picture.users]
         return sorted({block.kind for lane in lanes for block in lane.blocks})
 

@@ -115,7 +115,6 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """Whether everything held."""
         return not self.failures
 
 
