@@ -19,7 +19,7 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -54,9 +54,11 @@ class Check(msgspec.Struct):
     user_address: int = 0
     kernel_address: int = 0
     segments: int = 0
-    refcounts: tuple[int, int, int] = (0, 0, 0)
+    #: Of its frames, before, during and after its mirror.
+    refcounts: Sequence[int] = (0, 0, 0)
     digest: str = ""
     expected: str = ""
+    #: The page frame numbers behind its first and last byte, as its user has them, and the kernel.
     frames: list[tuple[int | None, int | None]] = []
 
     @property
@@ -138,7 +140,6 @@ def demo_digest(call: Call, number: int, data: UserBuffer, pace: float) -> None:
     with data.mirror(k_r) as mirror:
         seen = {
             "check": number,
-            "pid": call.process.pid,
             "user_address": data.address,
             "kernel_address": mirror.address,
             "segments": len(frames.pieces(mirror.mapping.phys_offset + mirror.offset, len(mirror))),
@@ -341,12 +342,9 @@ def _collect(
         if "held" in event:
             held.append(event)
             continue
-        check = checks[event["check"]]
-        for name in ("user_address", "kernel_address", "segments", "digest"):
-            setattr(check, name, event[name])
-        before, during, after = event["refcounts"]
-        check.refcounts = (before, during, after)
-        check.frames = [(user, kernel) for user, kernel in event["frames"]]
+        check = checks[event.pop("check")]
+        for name, value in event.items():
+            setattr(check, name, value)
         left -= 1
         yield check
 
