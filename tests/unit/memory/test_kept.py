@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import syscalls
-from conftest import PAGE, land_maps, wait_until
+from conftest import PAGE, in_threads, land_maps, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -188,22 +187,13 @@ def test_bytes_are_those_of_a_bytearray_whatever_is_kept(seed: int, budget: int)
 
 def test_many_threads_share_what_is_kept(make_mapping: Make, lazy: KernelMemory) -> None:
     mapping = make_mapping(4 * PAGE)
-    failures: list[BaseException] = []
 
     def work(seed: int) -> None:
-        try:
-            for turn in range(400):
-                with mirror_mapping(mapping, (turn + seed) % 4 * PAGE, 1, kernel=lazy) as mirror:
-                    mirror[0]
-        except BaseException as error:
-            failures.append(error)
+        for turn in range(400):
+            with mirror_mapping(mapping, (turn + seed) % 4 * PAGE, 1, kernel=lazy) as mirror:
+                mirror[0]
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(4, work)
     assert counts(lazy).windows <= 4
 
 
