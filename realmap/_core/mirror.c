@@ -301,27 +301,13 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     if (!self)
         return NULL;
     Window *window = &self->window;
+    window->base = base;
     self->mappings = Py_NewRef(args[2]);
-    uintptr_t end;
-    if (map_pieces(window, base, args[4], &end)) {
-        Py_DECREF((PyObject *)self);
-        return NULL;
-    }
-    window->state = end > base ? ALIVE : DEAD;
-    enter(land, self, base, end - base, 0, (uint64_t)maps);
-    if (end > base && !guard_window(window)) {
-        Py_DECREF((PyObject *)self);
-        return PyErr_NoMemory();
-    }
-    if (lead > window->span || length > window->span - lead) {
-        PyErr_SetString(PyExc_ValueError, "what a mirror exports lies inside of what it maps");
-        Py_DECREF((PyObject *)self);
-        return NULL;
-    }
     self->start = start;
-    window->lead = lead;
-    window->length = (Py_ssize_t)length;
-    if (hold(self)) {
+    int failed = map_window(window, args[4]);
+    if (window->state != NOT_READY)
+        enter(land, self, base, window->span, 0, (uint64_t)maps);
+    if (failed || set_exported(window, lead, length) || hold(self)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }

@@ -89,15 +89,6 @@ static void count_exports(View *self, Py_ssize_t by)
 static int view_lend(PyObject *op, Lent *lent)
 {
     View *self = as_view(op);
-    if (!view_is_alive(op)) {
-        raise_unmapped();
-        return -1;
-    }
-    uintptr_t fault = view_fault_at(op);
-    if (fault) {
-        raise_fault(op, fault);
-        return -1;
-    }
     for (size_t i = 0; i < self->count; i++)
         if (!is_usable(self->parts[i]))
             return -1;

@@ -85,6 +85,18 @@ static int is_no_mirror(PyObject *cls)
     return 0;
 }
 
+/* Sets which of its bytes are exported. -1 with an exception set: it has not so many. */
+static int set_exported(Window *self, uint64_t lead, uint64_t length)
+{
+    if (lead > self->span || length > self->span - lead) {
+        PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
+        return -1;
+    }
+    self->lead = lead;
+    self->length = (Py_ssize_t)length;
+    return 0;
+}
+
 /* Window._map(address, span, prot, fd, offset, lead, length, inherited): the common case, one
  * piece of one file, in one call. */
 static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
@@ -96,11 +108,16 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
         as_u64(args[5], &lead) || as_u64(args[6], &length) || as_int(args[7], &inherited) ||
         check_range(address, span))
         return NULL;
-    if (lead > span || length > span - lead || offset > INT64_MAX)
-        return PyErr_Format(PyExc_ValueError, "what a window exports lies inside of what it maps");
+    if (offset > INT64_MAX)
+        return PyErr_Format(PyExc_ValueError, "no file is that long");
     Window *self = new_window(as_type(cls), address, prot, inherited);
     if (!self)
         return NULL;
+    self->span = span;
+    if (set_exported(self, lead, length)) {
+        Py_DECREF(self);
+        return NULL;
+    }
     stand_guard();
     self->guarded = guard_take(address, prot, inherited);
     int error = self->guarded ? map_piece(address, span, prot, fd, (off_t)offset) : ENOMEM;
@@ -108,9 +125,6 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
         Py_DECREF(self);
         return os_error(error);
     }
-    self->span = span;
-    self->lead = lead;
-    self->length = (Py_ssize_t)length;
     self->state = ALIVE;
     arm(self);
     return (PyObject *)self;
@@ -154,14 +168,28 @@ undo:
     return -1;
 }
 
-/* Has a window guarded that is mapped already; 0: no memory for it. */
+/* Has a window guarded that is mapped already. -1 with an exception set: no memory for it. */
 static int guard_window(Window *self)
 {
     stand_guard();
     self->guarded = guard_take(self->base, self->prot, self->inherited);
-    if (self->guarded)
-        arm(self);
-    return self->guarded != NULL;
+    if (!self->guarded) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    arm(self);
+    return 0;
+}
+
+/* Maps a new window, as it is to be from its base on, and has it guarded; -1 with an exception set. */
+static int map_window(Window *self, PyObject *pieces)
+{
+    uintptr_t end;
+    if (map_pieces(self, self->base, pieces, &end))
+        return -1;
+    self->span = end - self->base;
+    self->state = self->span ? ALIVE : DEAD;
+    return self->span ? guard_window(self) : 0;
 }
 
 /* Window._map_pieces(address, prot, pieces, lead, length, inherited): any number of pieces, of
@@ -177,23 +205,10 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
     Window *self = new_window(as_type(cls), address, prot, inherited);
     if (!self)
         return NULL;
-    uintptr_t end;
-    if (map_pieces(self, address, args[2], &end)) {
+    if (map_window(self, args[2]) || set_exported(self, lead, length)) {
         Py_DECREF(self);
         return NULL;
     }
-    self->span = end - address;
-    self->state = self->span ? ALIVE : DEAD;
-    if (self->span && !guard_window(self)) {
-        Py_DECREF(self);
-        return PyErr_NoMemory();
-    }
-    if (lead > self->span || length > self->span - lead) {
-        Py_DECREF(self);
-        return PyErr_Format(PyExc_ValueError, "what a window exports lies inside of what it maps");
-    }
-    self->lead = lead;
-    self->length = (Py_ssize_t)length;
     return (PyObject *)self;
 }
 
@@ -276,15 +291,6 @@ static void window_dealloc(PyObject *op)
 static int window_lend(PyObject *op, Lent *lent)
 {
     Window *self = as_window(op);
-    if (!is_alive(self)) {
-        raise_unmapped();
-        return -1;
-    }
-    uintptr_t fault = window_fault_at(self);
-    if (fault) {
-        raise_fault(op, fault);
-        return -1;
-    }
     if (!is_usable(self))
         return -1;
     *lent = (Lent){(unsigned char *)(self->base + self->lead), self->length, self->prot & PROT_WRITE};
