@@ -280,6 +280,12 @@ def room(block: Block, lights: Iterable[Light]) -> tuple[int, int]:
     return best
 
 
+def kinds(lanes: Iterable[Lane]) -> list[str]:
+    """What their blocks are, in the order of a legend; mirrors are told of by themselves."""
+    found = {block.kind for lane in lanes for block in lane.blocks}
+    return sorted(found - {MIRROR}, key=lambda kind: (kind == KEPT, kind))
+
+
 # ---- colours --------------------------------------------------------------------------------
 
 #: Of blocks: dark enough for white letters, apart from each other by lightness too.

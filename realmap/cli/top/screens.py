@@ -213,7 +213,7 @@ class Main(Live):
         name = next((each for each in (f"KernelLand, {mirrors} lit", "KernelLand", "Kernel") if len(each) < label), "")
         lane = paint.lane(view.picture.kernel, max(1, width - 1 - label))
         self.query_one("#kernel", Head).draw([Segment(f" {name}".ljust(label)), *lane])
-        self.query_one("#legend", Head).draw([Segment(" "), *paint.legend(view.kinds())])
+        self.query_one("#legend", Head).draw([Segment(" "), *paint.legend([view.picture.kernel, *view.picture.users])])
         rows = self.query_one("#processes", Rows)
         rows.show(view.processes)
         if self.query_one(ContentSwitcher).current == "segments":
