@@ -16,6 +16,7 @@ from rich.table import Table
 from realmap.cli.output import Seconds, require_writable
 from realmap.lab import stress as lab
 from realmap.lab.workload import MIXES
+from realmap.observe import words
 
 #: What a mix takes for the options that are not given.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -93,27 +94,21 @@ def _in_small_shm() -> None:
     )
 
 
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
 def render(console: Console, report: lab.Report) -> None:
     """For people: a table of the kinds, then what was injected, how the kernel fared, and what failed."""
+    rows = [
+        (name, kind, [words.duration(1e9 * each) for each in (kind.p50, kind.p99, kind.longest)])
+        for name, kind in report.kinds.items()
+    ]
     if console.is_terminal:
         table = Table("step", "count", "a second", "p50", "p99", "longest")
-        for name, kind in report.kinds.items():
-            table.add_row(
-                name, str(kind.count), f"{kind.per_second:.0f}", *map(_time, (kind.p50, kind.p99, kind.longest))
-            )
+        for name, kind, times in rows:
+            table.add_row(name, str(kind.count), f"{kind.per_second:.0f}", *times)
         console.print(table)
     else:
-        for name, kind in report.kinds.items():
+        for name, kind, (p50, p99, longest) in rows:
             console.print(
-                f"  {name}: {kind.count}, {kind.per_second:.0f} a second, p50 {_time(kind.p50)}, "
-                f"p99 {_time(kind.p99)}, longest {_time(kind.longest)}"
+                f"  {name}: {kind.count}, {kind.per_second:.0f} a second, p50 {p50}, p99 {p99}, longest {longest}"
             )
     injected = ", ".join(f"{count} {name}" for name, count in report.injected.items())
     console.print(f"{report.steps} steps in {report.seconds:.1f} s, {report.bytes_verified} bytes verified; {injected}")
