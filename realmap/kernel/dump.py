@@ -21,6 +21,7 @@ from realmap.kernel.handles import FOR_EVER, Shared
 from realmap.kernel.syscalls import Running, encode
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
+from realmap.memory.kept import KeptCounts
 from realmap.memory.mapping import Mapping
 from realmap.wire.records import FORM
 
@@ -48,7 +49,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     What was done so far: calls (and how many of them failed), mirrors made and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
-    kept = memory.kept.counts()
+    kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     return {
         "processes": len(books.processes),
         "handles": len(books.handles),
@@ -179,7 +180,7 @@ def _dump(books: Books, around: Around) -> dict[str, Any]:
         "mirrors": mirrors,
         "kept": [
             (window.base, window.span, window.prot, (window.serial, window.start, window.span))
-            for window in books.memory.kept.windows()
+            for window in (books.memory.kept.windows() if books.memory.kept else [])
             if window.serial in frames
         ],
         "frames": list(map(_frames_row, frames.values())),

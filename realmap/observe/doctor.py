@@ -202,7 +202,7 @@ def _user() -> Iterator[Check]:
     longest = len(os.fsencode(str(folder))) + len("/4026531836.4194304.99999999.99.sock.lock")
     fits = longest <= runtime.LONGEST_PATH
     advice = "" if fits else "the path is too long for a socket: set XDG_RUNTIME_DIR to a shorter one"
-    yield _judged("sockets", str(folder), advice, BAD)
+    yield Check("sockets", str(folder), OK if fits else BAD, advice)
 
 
 _LOOKS: list[Callable[[], Iterator[Check]]] = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 
 import pytest
-from conftest import PAGE, in_threads, scaled
+from conftest import PAGE, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,13 +144,17 @@ def test_references_from_many_threads(frames: FrameAllocator) -> None:
     keeper = object()
     shared.hold(keeper)
 
-    def work(_: int) -> None:
+    def work() -> None:
         for _ in range(scaled(5000) if scaled(100) < 100 else 5000):
             holder = object()
             shared.hold(holder)
             shared.let_go(holder)
 
-    in_threads(4, work)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert shared.refcount == 1
     shared.let_go(keeper)
     assert shared.freed
