@@ -20,35 +20,13 @@
     └── LimitReached                      17
     KernelPanic                               RuntimeError; no KernelError: the caller broke a precondition
 
-Each error carries its facts as attributes (named in ``fields``), and a wire code that never
-changes its meaning. Errors pickle, and travel from the kernel to a caller as what they are.
+Each error carries its facts as attributes (what its class annotates, named in ``fields``), and a wire code that
+never changes its meaning. Errors pickle, and travel from the kernel to a caller as what they are.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
-
-__all__ = [
-    "AccessDenied",
-    "InvalidAddress",
-    "InvalidHandle",
-    "InvalidMemState",
-    "InvalidRights",
-    "InvalidSize",
-    "KernelDied",
-    "KernelError",
-    "KernelPanic",
-    "LimitReached",
-    "MemoryFault",
-    "PhysicalMemoryExhaustion",
-    "ProcessKilled",
-    "SyscallFailed",
-    "SyscallTimeout",
-    "UnknownSyscall",
-    "VersionMismatch",
-    "VirtualMemoryExhaustion",
-    "WrongMappingFramesForType",
-]
 
 
 def show(name: str, fact: object) -> str:
@@ -61,6 +39,9 @@ class KernelError(Exception):
 
     code: ClassVar[int] = 0
     fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.fields += tuple(cls.__annotations__)
 
     def __init__(self, *facts: Any, why: str = "") -> None:
         if len(facts) > len(self.fields):
@@ -97,7 +78,6 @@ class InvalidAddress(KernelError, ValueError):
     """`address` (bytes) is unaligned, taken, outside of its land, or nothing is mapped there."""
 
     code = 1
-    fields = ("address",)
     address: int
 
 
@@ -105,7 +85,6 @@ class InvalidSize(KernelError, ValueError):
     """`size` (bytes) is zero, negative, unaligned, overflows, or runs past the end of something."""
 
     code = 2
-    fields = ("size",)
     size: int
 
 
@@ -113,7 +92,6 @@ class InvalidMemState(KernelError):
     """The memory at `address` is of a `type` (a `MemoryType`) that does not allow what was asked."""
 
     code = 3
-    fields = ("address", "type")
     address: int
     type: Any
 
@@ -122,7 +100,6 @@ class WrongMappingFramesForType(KernelError):
     """A mapping of this `type` takes other frames: Shared where the type is counted, Owned or none elsewhere."""
 
     code = 4
-    fields = ("type", "frames")
     type: Any
     frames: str
 
@@ -131,7 +108,6 @@ class PhysicalMemoryExhaustion(KernelError, MemoryError):
     """No frames: /dev/shm is full, a limit is reached, or no descriptor is left. `size` is what was asked, in bytes."""
 
     code = 5
-    fields = ("size",)
     size: int
 
 
@@ -139,7 +115,6 @@ class VirtualMemoryExhaustion(KernelError, MemoryError):
     """No addresses: the land has no hole of `size` bytes, or the machine's limit of mappings is reached."""
 
     code = 6
-    fields = ("size",)
     size: int
 
 
@@ -150,7 +125,6 @@ class AccessDenied(KernelError, PermissionError):
     """
 
     code = 7
-    fields = ("asked", "allowed", "address")
     asked: Any
     allowed: Any
     address: int | None
@@ -166,7 +140,6 @@ class InvalidHandle(KernelError):
     """A handle, a name or a path (`handle`) that stands for nothing that can be used here."""
 
     code = 9
-    fields = ("handle",)
     handle: Any
 
     def _said(self, name: str) -> bool:
@@ -177,7 +150,6 @@ class UnknownSyscall(KernelError, LookupError):
     """The kernel has no syscall of this `name`."""
 
     code = 10
-    fields = ("name",)
     name: str
 
 
@@ -185,7 +157,6 @@ class SyscallFailed(KernelError):
     """The handler of `name` raised: `type` and `text` of its exception, and the kernel's `traceback`."""
 
     code = 11
-    fields = ("name", "type", "text", "traceback")
     name: str
     type: str
     text: str
@@ -200,7 +171,6 @@ class SyscallTimeout(KernelError, TimeoutError):
     """No answer to the syscall `name` within `timeout` seconds. Its handler may still be at work."""
 
     code = 12
-    fields = ("name", "timeout")
     name: str
     timeout: float
 
@@ -211,7 +181,6 @@ class MemoryFault(KernelError):
     """
 
     code = 13
-    fields = ("address",)
     address: int
 
 
@@ -241,7 +210,6 @@ class ProcessKilled(KernelError):
     """The user process `pid` is no longer one of the kernel's: it was closed, killed, or sent away."""
 
     code = 14
-    fields = ("pid",)
     pid: int
 
     def _said(self, name: str) -> bool:
@@ -252,7 +220,6 @@ class KernelDied(KernelError, ConnectionError):
     """No kernel answers at `path`: it was killed or shut down, or none was ever started there."""
 
     code = 15
-    fields = ("path",)
     path: str
 
     def _said(self, name: str) -> bool:
@@ -263,7 +230,6 @@ class VersionMismatch(KernelError):
     """The two sides speak different versions of the protocol: `ours` and `theirs`."""
 
     code = 16
-    fields = ("ours", "theirs")
     ours: str
     theirs: str
 
@@ -272,7 +238,6 @@ class LimitReached(KernelError):
     """The kernel allows no more `what` at a time than `limit`; end some first."""
 
     code = 17
-    fields = ("what", "limit")
     what: str
     limit: int
 

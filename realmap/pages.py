@@ -1,7 +1,7 @@
 """Page arithmetic over a 64-bit usize. Nothing here wraps: what does not fit is said.
 
-Ranges are half-open, in bytes. `checked_add` answers None where a 64-bit machine would overflow;
-`usize` and `address_of` turn what a caller passed into a number, or into an error that says why not.
+Ranges are half-open, in bytes. `usize` and `address_of` turn what a caller passed into a number, or into an error that
+says why not.
 """
 
 from __future__ import annotations
@@ -30,17 +30,6 @@ def align_up(number: int, alignment: int = PAGE_SIZE) -> int:
     Python's integers do not wrap; a caller that needs a usize checks the result against USIZE_MAX.
     """
     return (number + alignment - 1) & ~(alignment - 1)
-
-
-def is_aligned(number: int, alignment: int = PAGE_SIZE) -> bool:
-    """Whether `number` is a multiple of `alignment` (a power of two)."""
-    return not number & (alignment - 1)
-
-
-def checked_add(left: int, right: int) -> int | None:
-    """left + right, or None where a 64-bit usize would overflow."""
-    total = left + right
-    return total if total <= USIZE_MAX else None
 
 
 def integer(value: SupportsIndex, what: str) -> int:

@@ -8,21 +8,6 @@ from typing import Any
 
 from realmap.errors import InvalidRights
 
-__all__ = [
-    "MappingAccessRights",
-    "MemoryState",
-    "MemoryType",
-    "k_r",
-    "k_rw",
-    "k_rx",
-    "k_w",
-    "rights_of",
-    "u_r",
-    "u_rw",
-    "u_rx",
-    "u_w",
-]
-
 
 class MappingAccessRights(enum.IntFlag, boundary=enum.KEEP):
     """What may be done with a range of memory, and whether a user process may do it.

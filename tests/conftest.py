@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def wait_until(holds: Callable[[], object], what: str = "it") -> None:
     while not holds():
         assert time.monotonic() < end, f"{what} did not happen within {BOUND} s"
         time.sleep(0.001)
+
+
+def in_threads(count: int, work: Callable[[int], object]) -> None:
+    """Does work(0), work(1), … in threads of their own; raises what one of them has raised."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
 
 
 def land_maps() -> list[procfs.Map]:

@@ -8,6 +8,25 @@
  * or a signal handler could find taken, and no moment at which something is charged that nobody will give back. */
 #include "core.h"
 
+typedef struct Account {
+    PyObject_HEAD
+    unsigned long long used;
+    unsigned long long segments;
+    unsigned long long limit;
+    unsigned long long segment_limit;
+    struct Account *parent;
+} Account;
+
+typedef struct {
+    PyObject_HEAD
+    Account *account;
+    unsigned long long bytes;
+    unsigned long long segments;
+} Charge;
+
+ACCESSOR(Account, as_account)
+ACCESSOR(Charge, as_charge)
+
 /* Account._prepare(bytes, segments, parent): how much there may be of either; an Account to be charged as well, or None. */
 static PyObject *account_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -15,13 +34,10 @@ static PyObject *account_prepare(PyObject *op, PyObject *const *args, Py_ssize_t
     uint64_t bytes, segments;
     if (wants(nargs, 3, "Account._prepare") || as_u64(args[0], &bytes) || as_u64(args[1], &segments))
         return NULL;
-    if (!Py_IsNone(args[2]) && !PyObject_TypeCheck(args[2], account_type)) {
-        PyErr_SetString(PyExc_TypeError, "the parent of an account is an Account, or None");
-        return NULL;
-    }
+    if (!Py_IsNone(args[2]) && !PyObject_TypeCheck(args[2], account_type))
+        return PyErr_Format(PyExc_TypeError, "the parent of an account is an Account, or None");
     if (self->parent || self->used || self->segments) { /* what is charged would be given back elsewhere */
-        PyErr_SetString(PyExc_ValueError, "this account is in use");
-        return NULL;
+        return PyErr_Format(PyExc_ValueError, "this account is in use");
     }
     self->limit = bytes;
     self->segment_limit = segments;
@@ -36,7 +52,7 @@ static PyObject *account_charge(PyObject *op, PyObject *const *args, Py_ssize_t 
     if (wants(nargs, 2, "Account._charge") || as_u64(args[0], &bytes) || as_u64(args[1], &segments))
         return NULL;
     /* Made first: making an object may collect garbage, which gives back, or runs anything. */
-    Charge *charge = (Charge *)((allocfunc)PyType_GetSlot(charge_type, Py_tp_alloc))(charge_type, 0);
+    Charge *charge = as_charge(new_object(charge_type));
     if (!charge)
         return NULL;
     for (Account *at = as_account(op); at; at = at->parent)
@@ -58,22 +74,18 @@ static PyObject *account_charge(PyObject *op, PyObject *const *args, Py_ssize_t 
 static void charge_dealloc(PyObject *op)
 {
     Charge *self = as_charge(op);
-    PyTypeObject *type = Py_TYPE(op);
     for (Account *at = self->account; at; at = at->parent) {
         at->used -= self->bytes;
         at->segments -= self->segments;
     }
     Py_XDECREF((PyObject *)self->account);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 static void account_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
-    Py_XDECREF((PyObject *)(as_account(op))->parent);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    Py_XDECREF((PyObject *)as_account(op)->parent);
+    free_object(op);
 }
 
 static PyMethodDef account_methods[] = {

@@ -11,8 +11,7 @@ static void close_all(int *fds, int count)
 
 static Answer *new_answer(Endpoint *endpoint, uint64_t number, PyObject *holds, PyObject *late, PyObject *bell)
 {
-    allocfunc alloc = (allocfunc)PyType_GetSlot(answer_type, Py_tp_alloc);
-    Answer *self = as_answer(alloc(answer_type, 0));
+    Answer *self = as_answer(new_object(answer_type));
     if (!self)
         return NULL;
     self->node.key = number;
@@ -77,7 +76,6 @@ static int answer_clear(PyObject *op)
 static void answer_dealloc(PyObject *op)
 {
     Answer *self = as_answer(op);
-    PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     close_all(self->fds, self->count);
     free(self->fds);
@@ -85,8 +83,7 @@ static void answer_dealloc(PyObject *op)
     answer_clear(op);
     Py_XDECREF(self->data);
     Py_XDECREF((PyObject *)self->endpoint);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 /* take(): what the answer brought is somebody's from now on. */
@@ -95,19 +92,6 @@ static PyObject *answer_take(PyObject *op, PyObject *Py_UNUSED(ignored))
     as_answer(op)->taken = 1;
     Py_RETURN_NONE;
 }
-
-static PyObject *answer_data(PyObject *op, void *Py_UNUSED(closure))
-{
-    Answer *self = as_answer(op);
-    return Py_NewRef(self->data ? self->data : Py_None);
-}
-
-static PyObject *answer_outcome(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromLong(as_answer(op)->outcome);
-}
-
-static PyObject *answer_error(PyObject *op, void *Py_UNUSED(closure)) { return PyLong_FromLong(as_answer(op)->error); }
 
 static PyObject *answer_descriptors(PyObject *op, void *Py_UNUSED(closure))
 {
@@ -126,9 +110,7 @@ static PyObject *answer_refuse(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Answer *self = as_answer(op);
     answer_drop_late(self);
-    if (settle(self->endpoint, NULL))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(settle(self->endpoint, NULL));
 }
 
 static PyMethodDef answer_methods[] = {
@@ -137,10 +119,14 @@ static PyMethodDef answer_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef answer_members[] = {
+    {"data", T_OBJECT, offsetof(Answer, data), READONLY, "The answer's bytes, or None."},
+    {"outcome", T_BYTE, offsetof(Answer, outcome), READONLY, "ON_ITS_WAY, ANSWERED, TIMED_OUT, ENDED or FAILED."},
+    {"error", T_INT, offsetof(Answer, error), READONLY, "Why it failed: an errno."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyGetSetDef answer_getset[] = {
-    {"data", answer_data, NULL, "The answer's bytes, or None.", NULL},
-    {"outcome", answer_outcome, NULL, "ON_ITS_WAY, ANSWERED, TIMED_OUT, ENDED or FAILED.", NULL},
-    {"error", answer_error, NULL, "Why it failed: an errno.", NULL},
     {"descriptors", answer_descriptors, NULL, "That came along. They are closed with this object.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -152,6 +138,7 @@ static PyType_Slot answer_slots[] = {
     {Py_tp_traverse, answer_traverse},
     {Py_tp_clear, answer_clear},
     {Py_tp_methods, answer_methods},
+    {Py_tp_members, answer_members},
     {Py_tp_getset, answer_getset},
     {0, NULL},
 };

@@ -21,6 +21,49 @@ static int as_int(PyObject *number, int *out)
     return 0;
 }
 
+/* A new object of a type, all of it zero. NULL with an exception set: no memory. */
+static PyObject *new_object(PyTypeObject *type)
+{
+    return ((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+}
+
+/* What a dealloc ends with. */
+static void free_object(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+/* None; or NULL, with the exception that is set. */
+static PyObject *none_unless(int failed) { return failed ? NULL : Py_NewRef(Py_None); }
+
+/* An address as an int; None for 0. */
+static PyObject *address_or_none(uintptr_t address)
+{
+    return address ? PyLong_FromUnsignedLongLong(address) : Py_NewRef(Py_None);
+}
+
+/* Puts an exception aside, the first of several: the rest has to be done all the same. */
+static void put_aside(PyObject *first[3])
+{
+    if (!PyErr_Occurred())
+        return;
+    if (first[0])
+        PyErr_Clear();
+    else
+        PyErr_Fetch(&first[0], &first[1], &first[2]);
+}
+
+/* Raises what was put aside; 0 where nothing was. */
+static int raise_first(PyObject *first[3])
+{
+    if (!first[0])
+        return 0;
+    PyErr_Restore(first[0], first[1], first[2]);
+    return -1;
+}
+
 static int wants(Py_ssize_t got, Py_ssize_t wanted, const char *what)
 {
     if (got == wanted)

@@ -4,6 +4,15 @@
  * so the bell has itself called once more, and nobody is forgotten. */
 #include "core.h"
 
+typedef struct {
+    PyObject_HEAD
+    PyObject *look;
+    PyObject *soon;
+    Post post; /* what the loop watches: the connection's socket, by a descriptor of its own */
+} Bell;
+
+ACCESSOR(Bell, as_bell)
+
 /* Has the loop call the bell soon, whatever comes in between; 0 where it is closed, and nobody waits there any more. What a
  * signal handler raised meanwhile is left in place, for whoever asks PyErr_Occurred(). */
 static int ring_the_loop(PyObject *op)
@@ -37,8 +46,7 @@ static PyObject *bell_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSE
 {
     if (wants(PyTuple_Size(args), 2, "Bell"))
         return NULL;
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    PyObject *op = alloc(type, 0);
+    PyObject *op = new_object(type);
     if (op) {
         as_bell(op)->look = Py_NewRef(PyTuple_GetItem(args, 0));
         as_bell(op)->soon = Py_NewRef(PyTuple_GetItem(args, 1));
@@ -64,10 +72,8 @@ static PyObject *bell_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py
 static PyObject *bell_watch(PyObject *op, PyObject *endpoint)
 {
     Bell *self = as_bell(op);
-    if (!PyObject_TypeCheck(endpoint, endpoint_type)) {
-        PyErr_SetString(PyExc_TypeError, "a bell watches an Endpoint");
-        return NULL;
-    }
+    if (!PyObject_TypeCheck(endpoint, endpoint_type))
+        return PyErr_Format(PyExc_TypeError, "a bell watches an Endpoint");
     const Post *post = &as_endpoint(endpoint)->post;
     if (!post_is_ours(&self->post) && post_is_ours(post)) {
         self->post = *post;
@@ -105,12 +111,10 @@ static int bell_clear(PyObject *op)
 
 static void bell_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     bell_clear(op);
     post_close(&as_bell(op)->post);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 static PyMethodDef bell_methods[] = {

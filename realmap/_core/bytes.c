@@ -1,6 +1,21 @@
 /* Bytes: indexing as on a bytearray, over whatever lends its bytes: windows, mirrors, views. */
 #include "core.h"
 
+/* The bytes of an object that lends them, and how its type does: `lend` raises what its rights forbid, or else counts
+ * an export, so that they stay mapped whatever Python code an index or a value runs; `give_back` ends that. */
+typedef struct {
+    unsigned char *start;
+    Py_ssize_t length;
+    int writable;
+} Lent;
+
+typedef struct {
+    int (*lend)(PyObject *op, Lent *lent);
+    void (*give_back)(PyObject *op);
+    int (*is_alive)(PyObject *op);
+    uintptr_t (*fault_at)(PyObject *op);
+} Lender;
+
 /* Raises the MemoryFault that `op` makes of it: it knows whose byte the one at `address` is. */
 COLD static void raise_fault(PyObject *op, uintptr_t address)
 {
@@ -37,6 +52,20 @@ static int are_there(PyObject *op, const Lender *lender)
     }
     keep_guard();
     return 1;
+}
+
+/* Has them lent. -1 with an exception set: they are unmapped, or some are gone, or nobody may touch them. */
+static int lend(PyObject *op, Lent *lent, const Lender *lender)
+{
+    if (!lender->is_alive(op)) {
+        raise_unmapped();
+        return -1;
+    }
+    uintptr_t fault = lender->fault_at(op);
+    if (!fault)
+        return lender->lend(op, lent);
+    raise_fault(op, fault);
+    return -1;
 }
 
 /* What is long is moved without the GIL: the bytes stay where they are, since they are lent. */
@@ -134,7 +163,7 @@ static PyObject *as_read(PyObject *op, PyObject *found, const Lender *lender)
 static PyObject *get_bytes(PyObject *op, PyObject *key, const Lender *lender)
 {
     Lent lent;
-    if (lender->lend(op, &lent))
+    if (lend(op, &lent, lender))
         return NULL;
     PyObject *found = PySlice_Check(key) ? get_slice(op, key, &lent, lender)
                                          : get_byte(op, index_of(key, lent.length), &lent, lender);
@@ -145,7 +174,7 @@ static PyObject *get_bytes(PyObject *op, PyObject *key, const Lender *lender)
 static PyObject *get_item(PyObject *op, Py_ssize_t at, const Lender *lender)
 {
     Lent lent;
-    if (lender->lend(op, &lent))
+    if (lend(op, &lent, lender))
         return NULL;
     if (at < 0 || at >= lent.length) {
         PyErr_SetString(PyExc_IndexError, "index out of range");
@@ -221,7 +250,7 @@ static int set_bytes(PyObject *op, PyObject *key, PyObject *value, const Lender 
 {
     Lent lent;
     int failed = -1;
-    if (lender->lend(op, &lent))
+    if (lend(op, &lent, lender))
         return -1;
     if (!value)
         PyErr_SetString(PyExc_TypeError, "bytes of memory cannot be deleted");
@@ -242,7 +271,7 @@ static int export_bytes(PyObject *op, Py_buffer *buffer, int flags, const Lender
 {
     Lent lent;
     buffer->obj = NULL;
-    if (lender->lend(op, &lent))
+    if (lend(op, &lent, lender))
         return -1;
     stand_guard();
     if (!PyBuffer_FillInfo(buffer, op, lent.start, lent.length, !lent.writable, flags))

@@ -173,18 +173,6 @@ typedef struct {
     char state;
 } Window;
 
-typedef struct {
-    PyObject_HEAD
-    PyObject *windows; /* a tuple of Window, side by side, in order: */
-    Window **parts;    /* the same, `count` of them */
-    size_t count;
-    uintptr_t start;
-    Py_ssize_t length;
-    Py_ssize_t exports;
-    int writable;
-    int dropped;
-} View;
-
 #define FACTS 6
 
 enum kind { GAP, MIRROR, DROP, EVICT };
@@ -305,51 +293,17 @@ typedef struct {
     unsigned long epoch;
 } Ring;
 
-/* The bytes of an object that lends them, and how its type does: `lend` raises what stands in the way, or else counts
- * an export, so that they stay mapped whatever Python code an index or a value runs; `give_back` ends that. */
-typedef struct {
-    unsigned char *start;
-    Py_ssize_t length;
-    int writable;
-} Lent;
-
-typedef struct Account {
-    PyObject_HEAD
-    unsigned long long used;
-    unsigned long long segments;
-    unsigned long long limit;
-    unsigned long long segment_limit;
-    struct Account *parent;
-} Account;
-
-typedef struct {
-    PyObject_HEAD
-    Account *account;
-    unsigned long long bytes;
-    unsigned long long segments;
-} Charge;
-
-typedef struct {
-    int (*lend)(PyObject *op, Lent *lent);
-    void (*give_back)(PyObject *op);
-    int (*is_alive)(PyObject *op);
-    uintptr_t (*fault_at)(PyObject *op);
-} Lender;
-
 /* The one way from an object to what it is in C, for who knows its type: the methods of that type, and who has
  * checked it. */
 #define ACCESSOR(type, name) \
     static inline type *name(PyObject *op) { return (type *)(void *)op; }
 
 ACCESSOR(Window, as_window)
-ACCESSOR(View, as_view)
 ACCESSOR(Events, as_events)
 ACCESSOR(Land, as_land)
 ACCESSOR(Mirror, as_mirror)
 ACCESSOR(Frames, as_frames)
 ACCESSOR(Mapping, as_mapping)
-ACCESSOR(Account, as_account)
-ACCESSOR(Charge, as_charge)
 ACCESSOR(PyTypeObject, as_type)
 
 /* The types, filled once by module.c. Not in the state of the module: what the guard knows is one table a process, so
@@ -359,14 +313,6 @@ static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell
 static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
 
 /* ---- connections ---------------------------------------------------------------------------- */
-
-/* How an event loop is told that it has to look: bell.c. */
-typedef struct {
-    PyObject_HEAD
-    PyObject *look;
-    PyObject *soon;
-    Post post; /* what the loop watches: the connection's socket, by a descriptor of its own */
-} Bell;
 
 struct Endpoint;
 
@@ -442,7 +388,6 @@ typedef struct Endpoint {
 } Endpoint;
 
 ACCESSOR(Ring, as_ring)
-ACCESSOR(Bell, as_bell)
 ACCESSOR(Answer, as_answer)
 ACCESSOR(Endpoint, as_endpoint)
 

@@ -16,10 +16,8 @@ static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObje
     uint64_t key;
     if (as_u64(number, &key))
         return NULL;
-    if (!PyBytes_Check(message) || table_find(&self->table, key)) {
-        PyErr_SetString(PyExc_ValueError, "a request is bytes, with a number of its own");
-        return NULL;
-    }
+    if (!PyBytes_Check(message) || table_find(&self->table, key))
+        return as_answer(PyErr_Format(PyExc_ValueError, "a request is bytes, with a number of its own"));
     Answer *answer = new_answer(self, key, holds, late, bell);
     if (!answer)
         return NULL;
@@ -94,14 +92,10 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
     Endpoint *self = as_endpoint(op);
     if (wants(nargs, 3, "Endpoint.unmap"))
         return NULL;
-    if (!PyBytes_Check(args[2])) {
-        PyErr_SetString(PyExc_TypeError, "a request is bytes");
-        return NULL;
-    }
-    if (!PyObject_TypeCheck(args[0], window_type) || PyObject_TypeCheck(args[0], mirror_type)) {
-        PyErr_SetString(PyExc_TypeError, "what is unmapped is a Window");
-        return NULL;
-    }
+    if (!PyBytes_Check(args[2]))
+        return PyErr_Format(PyExc_TypeError, "a request is bytes");
+    if (!PyObject_TypeCheck(args[0], window_type) || PyObject_TypeCheck(args[0], mirror_type))
+        return PyErr_Format(PyExc_TypeError, "what is unmapped is a Window");
     Window *window = as_window(args[0]);
     if (!is_alive(window))
         Py_RETURN_NONE;
@@ -133,10 +127,8 @@ static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t 
 {
     if (wants(nargs, 4, "Endpoint.start"))
         return NULL;
-    if (!PyObject_TypeCheck(args[3], bell_type)) {
-        PyErr_SetString(PyExc_TypeError, "a loop is told by a Bell");
-        return NULL;
-    }
+    if (!PyObject_TypeCheck(args[3], bell_type))
+        return PyErr_Format(PyExc_TypeError, "a loop is told by a Bell");
     Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3]);
     if (!answer || !settle(as_endpoint(op), args[3])) /* it may have found out that all is over */
         return (PyObject *)answer;
@@ -148,15 +140,11 @@ static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t 
 static PyObject *endpoint_give_up(PyObject *op, PyObject *answer)
 {
     Endpoint *self = as_endpoint(op);
-    if (!PyObject_TypeCheck(answer, answer_type) || as_answer(answer)->endpoint != self) {
-        PyErr_SetString(PyExc_TypeError, "what is given up is an Answer of this endpoint");
-        return NULL;
-    }
+    if (!PyObject_TypeCheck(answer, answer_type) || as_answer(answer)->endpoint != self)
+        return PyErr_Format(PyExc_TypeError, "what is given up is an Answer of this endpoint");
     abandon(self, as_answer(answer));
     wake_next(self, NULL);
-    if (settle(self, NULL))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(settle(self, NULL));
 }
 
 /* read(bell) -> what the loop of that bell is to watch the socket for: 0: nothing, another thread reads, and wakes who
@@ -193,10 +181,8 @@ static void endpoint_notice(PyObject *op, PyObject *message)
 /* notice(message): sends what wants no answer; later if it cannot be sent now. Never waits. */
 static PyObject *endpoint_send_notice(PyObject *op, PyObject *message)
 {
-    if (!PyBytes_Check(message)) {
-        PyErr_SetString(PyExc_TypeError, "a notice is bytes");
-        return NULL;
-    }
+    if (!PyBytes_Check(message))
+        return PyErr_Format(PyExc_TypeError, "a notice is bytes");
     endpoint_notice(op, message);
     Py_RETURN_NONE;
 }
@@ -211,8 +197,7 @@ static PyObject *endpoint_connect(PyObject *cls, PyObject *const *args, Py_ssize
     if (wants(nargs, 2, "Endpoint._connect") || PyBytes_AsStringAndSize(args[0], &path, &length))
         return NULL;
     int64_t until = deadline_of(args[1]);
-    allocfunc alloc = (allocfunc)PyType_GetSlot((PyTypeObject *)cls, Py_tp_alloc);
-    PyObject *op = until < 0 ? NULL : alloc((PyTypeObject *)cls, 0);
+    PyObject *op = until < 0 ? NULL : new_object((PyTypeObject *)cls);
     if (!op)
         return NULL;
     Endpoint *self = as_endpoint(op);
@@ -251,7 +236,7 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
     int fd;
     if (wants(nargs, 2, "Endpoint.join") || as_int(args[0], &fd) || as_u64(args[1], &most))
         return NULL;
-    Ring *ring = self->ring ? NULL : as_ring(new_ring(ring_type));
+    Ring *ring = self->ring ? NULL : as_ring(new_object(ring_type));
     int error = ring ? map_ring(ring, fd, 0) : self->ring ? EEXIST : ENOMEM;
     if (error) {
         PyErr_Clear();
@@ -278,9 +263,7 @@ static PyObject *endpoint_close(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Endpoint *self = as_endpoint(op);
     close_endpoint(self);
-    if (settle(self, NULL))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(settle(self, NULL));
 }
 
 /* lose(): in a forked child, whose it is not: the descriptor is closed. */
@@ -295,9 +278,7 @@ static PyObject *endpoint_lose(PyObject *op, PyObject *Py_UNUSED(ignored))
 static PyObject *endpoint_reject(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     end_connection(as_endpoint(op), NONSENSE);
-    if (settle(as_endpoint(op), NULL))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(settle(as_endpoint(op), NULL));
 }
 
 static PyObject *endpoint_fileno(PyObject *op, PyObject *Py_UNUSED(ignored))
@@ -309,17 +290,6 @@ static PyObject *endpoint_end(PyObject *op, void *Py_UNUSED(closure))
 {
     Endpoint *self = as_endpoint(op);
     return PyLong_FromLong(self->end ? self->end : self->epoch == fork_epoch ? OPEN : LOST_IN_CHILD);
-}
-
-static PyObject *endpoint_bye(PyObject *op, void *Py_UNUSED(closure))
-{
-    PyObject *bye = as_endpoint(op)->bye;
-    return Py_NewRef(bye ? bye : Py_None);
-}
-
-static PyObject *endpoint_pending(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSize_t(as_endpoint(op)->table.count);
 }
 
 static PyObject *endpoint_has_ring(PyObject *op, void *Py_UNUSED(closure))
@@ -363,7 +333,6 @@ static int endpoint_clear(PyObject *op)
 static void endpoint_dealloc(PyObject *op)
 {
     Endpoint *self = as_endpoint(op);
-    PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     if (self->weakrefs)
         PyObject_ClearWeakRefs(op);
@@ -373,8 +342,7 @@ static void endpoint_dealloc(PyObject *op)
     table_reset(&self->table);
     free(self->datagram);
     free(self->message);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 static PyMethodDef endpoint_methods[] = {
@@ -394,14 +362,14 @@ static PyMethodDef endpoint_methods[] = {
 };
 
 static PyMemberDef endpoint_members[] = {
+    {"bye", T_OBJECT, offsetof(Endpoint, bye), READONLY, "The kernel's last message, or None."},
+    {"pending", T_ULONGLONG, offsetof(Endpoint, table.count), READONLY, "How many requests have not been answered."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Endpoint, weakrefs), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyGetSetDef endpoint_getset[] = {
     {"end", endpoint_end, NULL, "OPEN, or why it is of no use any more.", NULL},
-    {"bye", endpoint_bye, NULL, "The kernel's last message, or None.", NULL},
-    {"pending", endpoint_pending, NULL, "How many requests have not been answered.", NULL},
     {"has_ring", endpoint_has_ring, NULL, "Whether there is a ring beside the socket.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -33,8 +33,7 @@ static PyObject *events_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNU
         return NULL;
     if (!capacity || capacity > SIZE_MAX / sizeof(Event))
         return PyErr_NoMemory();
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Events *self = as_events(alloc(type, 0));
+    Events *self = as_events(new_object(type));
     if (!self)
         return NULL;
     /* Linux gives its pages as they are touched. */
@@ -52,21 +51,17 @@ static PyObject *events_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNU
 static void events_dealloc(PyObject *op)
 {
     Events *self = as_events(op);
-    PyTypeObject *type = Py_TYPE(op);
     if (self->ring)
         munmap(self->ring, self->capacity * sizeof(Event));
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 /* note(kind, flags, process, *facts): up to six facts, of 64 bits each; those left out are 0. */
 static PyObject *events_note(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t numbers[3 + FACTS] = {0};
-    if (nargs < 3 || nargs > 3 + FACTS) {
-        PyErr_Format(PyExc_TypeError, "Events.note: %zd arguments, takes 3 to 9", nargs);
-        return NULL;
-    }
+    if (nargs < 3 || nargs > 3 + FACTS)
+        return PyErr_Format(PyExc_TypeError, "Events.note: %zd arguments, takes 3 to 9", nargs);
     for (Py_ssize_t i = 0; i < nargs; i++) {
         numbers[i] = PyLong_AsUnsignedLongLongMask(args[i]);
         if (numbers[i] == (uint64_t)-1 && PyErr_Occurred())

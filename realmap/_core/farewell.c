@@ -33,10 +33,8 @@ static PyObject *window_set_farewell(PyObject *op, PyObject *const *args, Py_ssi
         return NULL;
     int none = Py_IsNone(args[0]);
     if (!none && (!PyObject_TypeCheck(args[0], endpoint_type) || !PyBytes_Check(args[1]) ||
-                  !(Py_IsNone(args[2]) || PyObject_TypeCheck(args[2], answer_type)))) {
-        PyErr_SetString(PyExc_TypeError, "a window tells an Endpoint, in bytes");
-        return NULL;
-    }
+                  !(Py_IsNone(args[2]) || PyObject_TypeCheck(args[2], answer_type))))
+        return PyErr_Format(PyExc_TypeError, "a window tells an Endpoint, in bytes");
     PyObject *told = none ? NULL : PyWeakref_NewRef(args[0], NULL);
     if (!none && !told)
         return NULL;

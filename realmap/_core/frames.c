@@ -9,8 +9,7 @@ static uint64_t last_serial;
 
 static PyObject *frames_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
 {
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Frames *self = as_frames(alloc(type, 0));
+    Frames *self = as_frames(new_object(type));
     if (!self)
         return NULL;
     self->fd = -1;
@@ -26,11 +25,9 @@ static PyObject *frames_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObj
 
 static void frames_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     Py_XDECREF(as_frames(op)->holders);
     Py_XDECREF(as_frames(op)->mirrors);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 /* _set(fd, huge): they are there from now on; once. `fd`: of the one segment, or -1. */
@@ -41,10 +38,8 @@ static PyObject *frames_set(PyObject *op, PyObject *const *args, Py_ssize_t narg
     uint64_t huge;
     if (wants(nargs, 2, "Frames._set") || as_int(args[0], &fd) || as_u64(args[1], &huge))
         return NULL;
-    if (self->serial) {
-        PyErr_SetString(PyExc_ValueError, "frames are set once");
-        return NULL;
-    }
+    if (self->serial)
+        return PyErr_Format(PyExc_ValueError, "frames are set once");
     self->serial = ++last_serial;
     self->huge = huge;
     self->fd = fd;
@@ -105,24 +100,18 @@ static int frames_let_go(Frames *self, PyObject *among, const void *owner)
 /* hold(holder, *who) */
 static PyObject *frames_hold_for(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (!nargs) {
-        PyErr_SetString(PyExc_TypeError, "hold: whom for?");
-        return NULL;
-    }
+    if (!nargs)
+        return PyErr_Format(PyExc_TypeError, "hold: whom for?");
     PyObject *who = PyTuple_New(nargs - 1);
     for (Py_ssize_t i = 1; who && i < nargs; i++)
         if (PyTuple_SetItem(who, i - 1, Py_NewRef(args[i])))
             Py_CLEAR(who);
-    if (frames_hold(as_frames(op), as_frames(op)->holders, args[0], who))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(frames_hold(as_frames(op), as_frames(op)->holders, args[0], who));
 }
 
 static PyObject *frames_let_go_of(PyObject *op, PyObject *holder)
 {
-    if (frames_let_go(as_frames(op), as_frames(op)->holders, holder))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(frames_let_go(as_frames(op), as_frames(op)->holders, holder));
 }
 
 static PyObject *frames_who_holds(PyObject *op, PyObject *Py_UNUSED(ignored))
@@ -135,27 +124,14 @@ static PyObject *frames_who_holds(PyObject *op, PyObject *Py_UNUSED(ignored))
     return found;
 }
 
-static PyObject *frames_unkeep(PyObject *op, PyObject *Py_UNUSED(ignored))
-{
-    unkeep(as_frames(op)->serial);
-    Py_RETURN_NONE;
-}
-
 static PyObject *frames_end_them(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    if (frames_end(as_frames(op)))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(frames_end(as_frames(op)));
 }
 
 static PyObject *frames_refcount(PyObject *op, void *Py_UNUSED(closure))
 {
     return PyLong_FromSsize_t(PyDict_Size(as_frames(op)->holders) + PyDict_Size(as_frames(op)->mirrors));
-}
-
-static PyObject *frames_freed(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(as_frames(op)->freed);
 }
 
 static PyMethodDef frames_methods[] = {
@@ -167,11 +143,11 @@ static PyMethodDef frames_methods[] = {
     {"let_go", frames_let_go_of, METH_O,
      "let_go(holder): gives up its reference; the last one closes the segments. A second time: nothing."},
     {"who_holds", frames_who_holds, METH_NOARGS, "Everyone who holds a reference, as it was noted."},
-    {"unkeep", frames_unkeep, METH_NOARGS, "Has windows of these frames that are kept unmapped."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef frames_members[] = {
+    {"freed", T_BOOL, offsetof(Frames, freed), READONLY, "Whether the last reference went, and the segments with it."},
     {"serial", T_ULONGLONG, offsetof(Frames, serial), READONLY, "A number of its own, in this process."},
     {"huge", T_ULONGLONG, offsetof(Frames, huge), READONLY, "How many bytes of it huge pages back."},
     {"_fd", T_INT, offsetof(Frames, fd), READONLY, NULL},
@@ -180,7 +156,6 @@ static PyMemberDef frames_members[] = {
 
 static PyGetSetDef frames_getset[] = {
     {"refcount", frames_refcount, NULL, "How many mappings, mirrors and handles refer to these frames.", NULL},
-    {"freed", frames_freed, NULL, "Whether the last reference went, and the segments with it.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

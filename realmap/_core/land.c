@@ -23,10 +23,8 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     if (wants(nargs, 4, "Land._prepare") || as_u64(args[0], &start) || as_u64(args[1], &end) ||
         as_u64(args[2], &budget) || as_u64(args[3], &most))
         return NULL;
-    if (start % page_size || end % page_size || start < LANDS_START || end <= start || end > LANDS_END) {
-        PyErr_SetString(PyExc_ValueError, "a land is whole pages of where lands lie");
-        return NULL;
-    }
+    if (start % page_size || end % page_size || start < LANDS_START || end <= start || end > LANDS_END)
+        return PyErr_Format(PyExc_ValueError, "a land is whole pages of where lands lie");
     PyObject *gone = PyList_New(0);
     if (!gone)
         return NULL;
@@ -61,10 +59,8 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
 static PyObject *land_lose(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Land *land = as_land(op);
-    if (land->epoch == fork_epoch) {
-        PyErr_SetString(PyExc_ValueError, "a land is lost in a forked child only");
-        return NULL;
-    }
+    if (land->epoch == fork_epoch)
+        return PyErr_Format(PyExc_ValueError, "a land is lost in a forked child only");
     int error = unmap_range(land->start, land->end - land->start);
     if (error)
         return os_error(error);
@@ -73,8 +69,7 @@ static PyObject *land_lose(PyObject *op, PyObject *Py_UNUSED(ignored))
 
 static PyObject *land_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
 {
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Land *self = as_land(alloc(type, 0));
+    Land *self = as_land(new_object(type));
     if (self) {
         table_reset(&self->live);
         table_reset(&self->exact);
@@ -89,7 +84,6 @@ static PyObject *land_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObjec
 static void land_dealloc(PyObject *op)
 {
     Land *land = as_land(op);
-    PyTypeObject *type = Py_TYPE(op);
     for (Land **at = &all_lands; *at; at = &(*at)->other)
         if (*at == land) {
             *at = land->other;
@@ -102,8 +96,7 @@ static void land_dealloc(PyObject *op)
     table_reset(&land->of);
     Py_XDECREF(land->gone);
     Py_XDECREF((PyObject *)land->events);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 /* What is copied out of the tables before any object is made of it: making one may collect garbage, and a mirror in it. */
@@ -183,10 +176,8 @@ static PyObject *land_move(PyObject *op, PyObject *const *args, Py_ssize_t nargs
     uint64_t seen, cursor, end;
     if (wants(nargs, 3, "Land._move") || as_u64(args[0], &seen) || as_u64(args[1], &cursor) || as_u64(args[2], &end))
         return NULL;
-    if (cursor % page_size || cursor < land->start || cursor > land->end + page_size) {
-        PyErr_SetString(PyExc_ValueError, "a search goes on in whole pages of the land");
-        return NULL;
-    }
+    if (cursor % page_size || cursor < land->start || cursor > land->end + page_size)
+        return PyErr_Format(PyExc_ValueError, "a search goes on in whole pages of the land");
     if (land->cursor != seen)
         Py_RETURN_FALSE;
     if (end > land->end)
@@ -248,8 +239,7 @@ static PyObject *land_mirror_at(PyObject *op, PyObject *address)
     Mirror *mirror = node ? OWNER(Mirror, node, node) : NULL;
     if (!mirror || !Py_REFCNT((PyObject *)mirror) || !is_alive(&mirror->window))
         Py_RETURN_NONE;
-    Py_INCREF((PyObject *)mirror);
-    return (PyObject *)mirror;
+    return Py_NewRef((PyObject *)mirror);
 }
 
 /* _kept() -> [(base, span, serial of the frames, start in them, prot)], the one kept longest first. */
@@ -280,19 +270,12 @@ static PyObject *land_clear_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
     return PyBool_FromLong(clear_kept(as_land(op)));
 }
 
-static PyObject *land_live(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSize_t(as_land(op)->live.count);
-}
-
 /* _listen(events): has them told of every mirror from now on; None: nobody any more. */
 static PyObject *land_listen(PyObject *op, PyObject *events)
 {
     Land *land = as_land(op);
-    if (!Py_IsNone(events) && !PyObject_TypeCheck(events, events_type)) {
-        PyErr_SetString(PyExc_TypeError, "a land tells Events");
-        return NULL;
-    }
+    if (!Py_IsNone(events) && !PyObject_TypeCheck(events, events_type))
+        return PyErr_Format(PyExc_TypeError, "a land tells Events");
     PyObject *before = (PyObject *)land->events;
     land->events = Py_IsNone(events) ? NULL : as_events(events);
     Py_XINCREF((PyObject *)land->events);
@@ -317,6 +300,7 @@ static PyMethodDef land_methods[] = {
 };
 
 static PyMemberDef land_members[] = {
+    {"live", T_ULONGLONG, offsetof(Land, live.count), READONLY, "How many mirrors live."},
     {"_cursor", T_ULONGLONG, offsetof(Land, cursor), READONLY, NULL},
     {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), READONLY, NULL},
     {"_edition", T_ULONGLONG, offsetof(Land, edition), READONLY, NULL},
@@ -332,18 +316,12 @@ static PyMemberDef land_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyGetSetDef land_getset[] = {
-    {"live", land_live, NULL, "How many mirrors live.", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-
 static PyType_Slot land_slots[] = {
     {Py_tp_doc, "What is mapped where in a range of addresses."},
     {Py_tp_new, land_new},
     {Py_tp_dealloc, land_dealloc},
     {Py_tp_methods, land_methods},
     {Py_tp_members, land_members},
-    {Py_tp_getset, land_getset},
     {0, NULL},
 };
 

@@ -32,7 +32,6 @@ static int mapping_unpin(Mapping *self)
 
 static void mapping_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     Mapping *self = as_mapping(op);
     PyObject *frames = self->frames;
     if (self->held || self->pins) { /* collection is a release; what fails here has nobody to be told to */
@@ -44,8 +43,7 @@ static void mapping_dealloc(PyObject *op)
     }
     Py_XDECREF(frames);
     Py_XDECREF(self->rights);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 /* _set(address, frames, phys_offset, length, rights, owner): what it is, once; it holds its frames from now on.
@@ -58,15 +56,11 @@ static PyObject *mapping_set(PyObject *op, PyObject *const *args, Py_ssize_t nar
     if (wants(nargs, 6, "Mapping._set") || as_u64(args[0], &address) || as_u64(args[2], &phys_offset) ||
         as_u64(args[3], &length))
         return NULL;
-    if (!PyLong_Check(args[4]) || as_int(args[4], &allowed)) {
-        PyErr_SetString(PyExc_TypeError, "rights are an int");
-        return NULL;
-    }
+    if (!PyLong_Check(args[4]) || as_int(args[4], &allowed))
+        return PyErr_Format(PyExc_TypeError, "rights are an int");
     if (self->is_set || address % page_size || phys_offset % page_size || length % page_size || !length ||
-        length - 1 > UINT64_MAX - address || length > UINT64_MAX - phys_offset) {
-        PyErr_SetString(PyExc_ValueError, "a mapping is set once, and to whole pages");
-        return NULL;
-    }
+        length - 1 > UINT64_MAX - address || length > UINT64_MAX - phys_offset)
+        return PyErr_Format(PyExc_ValueError, "a mapping is set once, and to whole pages");
     if (PyObject_TypeCheck(args[1], frames_type)) {
         Frames *frames = as_frames(args[1]);
         if (frames_hold(frames, frames->holders, self, PyTuple_Pack(3, word_mapping, args[0], args[5])))
@@ -98,19 +92,15 @@ static PyObject *mapping_release(PyObject *op, PyObject *Py_UNUSED(ignored))
 static PyObject *mapping_pin(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Mapping *self = as_mapping(op);
-    if (!self->held && !self->pins) {
-        PyErr_SetString(PyExc_RuntimeError, "a mapping that was released cannot be pinned");
-        return NULL;
-    }
+    if (!self->held && !self->pins)
+        return PyErr_Format(PyExc_RuntimeError, "a mapping that was released cannot be pinned");
     self->pins++;
     Py_RETURN_NONE;
 }
 
 static PyObject *mapping_end_pin(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    if (mapping_unpin(as_mapping(op)))
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(mapping_unpin(as_mapping(op)));
 }
 
 static PyObject *mapping_released(PyObject *op, void *Py_UNUSED(closure))
@@ -197,10 +187,8 @@ static PyObject *host_copy_in(PyObject *Py_UNUSED(module), PyObject *const *args
 {
     if (wants(nargs, 3, "copy_in"))
         return NULL;
-    if (!PyObject_TypeCheck(args[0], mapping_type)) {
-        PyErr_SetString(PyExc_TypeError, "a copy is made of a mapping");
-        return NULL;
-    }
+    if (!PyObject_TypeCheck(args[0], mapping_type))
+        return PyErr_Format(PyExc_TypeError, "a copy is made of a mapping");
     Mapping *mapping = as_mapping(args[0]);
     uint64_t at;
     int64_t offset = plain(args[1]), length = plain(args[2]);
@@ -225,7 +213,5 @@ static PyObject *host_copy_in(PyObject *Py_UNUSED(module), PyObject *const *args
     if (!failed && got == length)
         return copy;
     Py_DECREF(copy);
-    if (failed)
-        return NULL;
-    Py_RETURN_NONE;
+    return none_unless(failed);
 }

@@ -5,10 +5,8 @@ static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, in
 {
     Mirror *self = as_mirror((PyObject *)new_window(as_type(cls), 0, prot, 0));
     if (self) {
-        Py_INCREF(mapping);
-        Py_INCREF(frames);
-        self->mapping = mapping;
-        self->frames = frames;
+        self->mapping = Py_NewRef(mapping);
+        self->frames = Py_NewRef(frames);
     }
     return self;
 }
@@ -72,22 +70,15 @@ static int hold(Mirror *self)
 /* Gives up its references, all of them; frames whose last one it was go. Again: nothing. What fails first is raised. */
 static int let_go(Mirror *self)
 {
-    PyObject *kind = NULL, *value = NULL, *traceback = NULL;
+    PyObject *first[3] = {NULL};
     Py_ssize_t count = self->holds ? count_frames(self) : 0;
     self->holds = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         Frames *frames = as_frames(frames_of(self, i));
-        if (!frames_let_go(frames, frames->mirrors, self))
-            continue;
-        if (kind)
-            PyErr_Clear();
-        else
-            PyErr_Fetch(&kind, &value, &traceback);
+        if (frames_let_go(frames, frames->mirrors, self))
+            put_aside(first);
     }
-    if (!kind)
-        return 0;
-    PyErr_Restore(kind, value, traceback);
-    return -1;
+    return raise_first(first);
 }
 
 /* Leaves the window of a mirror that is being dropped to its land. 0: it must be unmapped. */
@@ -220,10 +211,8 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     if (asked == -1 && PyErr_Occurred())
         PyErr_Clear();
     int rights = asked >= 1 && asked <= 3 ? (int)asked : 0;
-    if (!PyObject_TypeCheck(args[0], land_type) || !PyObject_TypeCheck(args[1], mapping_type)) {
-        PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of a mapping");
-        return NULL;
-    }
+    if (!PyObject_TypeCheck(args[0], land_type) || !PyObject_TypeCheck(args[1], mapping_type))
+        return PyErr_Format(PyExc_TypeError, "a mirror is opened in a land, of a mapping");
     Land *land = as_land(args[0]);
     Mapping *mapping = as_mapping(args[1]);
     uint64_t at;
@@ -302,10 +291,8 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
         as_u64(args[6], &lead) || as_u64(args[7], &length) || as_int(args[8], &prot))
         return NULL;
     if (!PyObject_TypeCheck(args[0], land_type) || !is_tuple_of(args[2], mapping_type) ||
-        !is_tuple_of(args[3], frames_type)) {
-        PyErr_SetString(PyExc_TypeError, "a mirror is opened in a land, of tuples of mappings and frames");
-        return NULL;
-    }
+        !is_tuple_of(args[3], frames_type))
+        return PyErr_Format(PyExc_TypeError, "a mirror is opened in a land, of tuples of mappings and frames");
     Land *land = as_land(args[0]);
     Py_ssize_t maps = PyObject_Size(args[4]);
     if (maps < 0)
@@ -314,27 +301,13 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     if (!self)
         return NULL;
     Window *window = &self->window;
+    window->base = base;
     self->mappings = Py_NewRef(args[2]);
-    uintptr_t end;
-    if (map_pieces(window, base, args[4], &end)) {
-        Py_DECREF((PyObject *)self);
-        return NULL;
-    }
-    window->state = end > base ? ALIVE : DEAD;
-    enter(land, self, base, end - base, 0, (uint64_t)maps);
-    if (end > base && !guard_window(window)) {
-        Py_DECREF((PyObject *)self);
-        return PyErr_NoMemory();
-    }
-    if (lead > window->span || length > window->span - lead) {
-        PyErr_SetString(PyExc_ValueError, "what a mirror exports lies inside of what it maps");
-        Py_DECREF((PyObject *)self);
-        return NULL;
-    }
     self->start = start;
-    window->lead = lead;
-    window->length = (Py_ssize_t)length;
-    if (hold(self)) {
+    int failed = map_window(window, args[4]);
+    if (window->state != NOT_READY)
+        enter(land, self, base, window->span, 0, (uint64_t)maps);
+    if (failed || set_exported(window, lead, length) || hold(self)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }
@@ -408,10 +381,7 @@ static PyObject *mirror_tell(PyObject *op, PyObject *caller)
 static PyObject *mirror_mappings(PyObject *op, void *Py_UNUSED(closure))
 {
     Mirror *self = as_mirror(op);
-    if (!self->mappings)
-        return PyTuple_Pack(1, self->mapping);
-    Py_INCREF(self->mappings);
-    return self->mappings;
+    return self->mappings ? Py_NewRef(self->mappings) : PyTuple_Pack(1, self->mapping);
 }
 
 static PyMethodDef mirror_methods[] = {

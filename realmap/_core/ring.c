@@ -1,12 +1,6 @@
 /* Ring: two queues, one each way, and a socket to wake who sleeps. */
 #include "core.h"
 
-static PyObject *new_ring(PyTypeObject *type)
-{
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    return alloc(type, 0);
-}
-
 /* Maps the memory behind `fd`, which is sealed and of RING_BYTES; 0, or an errno: EINVAL where it is too small. */
 static int map_ring(Ring *self, int fd, int is_kernel)
 {
@@ -33,15 +27,14 @@ static PyObject *ring_open(PyObject *cls, PyObject *const *args, Py_ssize_t narg
     int fd, is_kernel;
     if (wants(nargs, 2, "Ring._open") || as_int(args[0], &fd) || as_int(args[1], &is_kernel))
         return NULL;
-    PyObject *self = new_ring((PyTypeObject *)cls);
+    PyObject *self = new_object(as_type(cls));
     int error = self ? map_ring(as_ring(self), fd, is_kernel) : 0;
     if (!error)
         return self;
     Py_DECREF(self);
     if (error != EINVAL)
         return os_error(error);
-    PyErr_SetString(PyExc_ValueError, "too small for a ring");
-    return NULL;
+    return PyErr_Format(PyExc_ValueError, "too small for a ring");
 }
 
 static int ring_is_here(Ring *self)
@@ -89,15 +82,6 @@ static PyObject *ring_offer(PyObject *op, PyObject *const *args, Py_ssize_t narg
     return PyErr_Occurred() ? NULL : ring_send(op, args, nargs);
 }
 
-/* _mailed(): something was sent by the socket, before whatever goes by the ring from now on. */
-static PyObject *ring_mailed(PyObject *op, PyObject *Py_UNUSED(ignored))
-{
-    if (!ring_is_here(as_ring(op)))
-        return NULL;
-    queue_mailed(duplex_of(op));
-    Py_RETURN_NONE;
-}
-
 /* _pop() -> bytes, or None where nothing is there, or b"" where the socket must be read to its end before (said once
  * for what was sent there). ValueError: the other side's indices lie. */
 static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
@@ -115,10 +99,8 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
         self->in_mailed = mailed;
         return PyBytes_FromStringAndSize(NULL, 0);
     }
-    if (there < 0) {
-        PyErr_Format(PyExc_ValueError, "a ring whose indices lie (the next message: %u bytes)", size);
-        return NULL;
-    }
+    if (there < 0)
+        return PyErr_Format(PyExc_ValueError, "a ring whose indices lie (the next message: %u bytes)", size);
     PyObject *message = PyBytes_FromStringAndSize(data, (Py_ssize_t)size);
     if (message)
         queue_done(self);
@@ -145,10 +127,8 @@ static PyObject *ring_close(PyObject *op, PyObject *Py_UNUSED(ignored))
 
 static void ring_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     Py_XDECREF(ring_close(op, NULL));
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 static PyMethodDef ring_methods[] = {
@@ -157,7 +137,6 @@ static PyMethodDef ring_methods[] = {
     {"_send", FASTCALL(ring_send), METH_FASTCALL, NULL},
     {"_offer", FASTCALL(ring_offer), METH_FASTCALL, NULL},
     {"_takes", ring_takes, METH_O, NULL},
-    {"_mailed", ring_mailed, METH_NOARGS, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -234,31 +213,24 @@ static PyObject *core_spin(PyObject *Py_UNUSED(module), PyObject *const *args, P
     return PyLong_FromSsize_t(found);
 }
 
-/* fall_asleep(rings) -> bool: says to every producer that it has to wake us. False: a message is there already, and
- * nobody has been told. */
-static PyObject *core_fall_asleep(PyObject *Py_UNUSED(module), PyObject *list)
+/* What is done with all rings of a list at once, as a bool. */
+static PyObject *with_all(PyObject *list, int (*act)(Duplex **, ptrdiff_t))
 {
     Duplex **pairs;
     Py_ssize_t count = all_rings(list, &pairs);
     if (count < 0)
         return NULL;
-    int asleep = fall_asleep(pairs, count);
+    int done = act(pairs, count);
     PyMem_Free(pairs);
-    return PyBool_FromLong(asleep);
+    return PyBool_FromLong(done);
 }
 
-/* wake_up(rings): nobody needs to wake us any more. */
-static PyObject *core_wake_up(PyObject *Py_UNUSED(module), PyObject *list)
-{
-    Duplex **pairs;
-    Py_ssize_t count = all_rings(list, &pairs);
-    if (count < 0)
-        return NULL;
-    for (Py_ssize_t i = 0; i < count; i++)
-        queue_say(pairs[i], 0);
-    PyMem_Free(pairs);
-    Py_RETURN_NONE;
-}
+/* fall_asleep(rings) -> bool: says to every producer that it has to wake us. False: a message is there already, and
+ * nobody has been told. */
+static PyObject *core_fall_asleep(PyObject *Py_UNUSED(module), PyObject *list) { return with_all(list, fall_asleep); }
+
+/* wake_up(rings) -> True: nobody needs to wake us any more. */
+static PyObject *core_wake_up(PyObject *Py_UNUSED(module), PyObject *list) { return with_all(list, wake_up); }
 
 typedef struct {
     PyObject_HEAD
@@ -266,13 +238,6 @@ typedef struct {
 } SpinBudget;
 
 static Budget *budget_of(PyObject *op) { return &((SpinBudget *)op)->budget; }
-
-static void plain_dealloc(PyObject *op)
-{
-    PyTypeObject *type = Py_TYPE(op);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
-}
 
 /* SpinBudget(most, cpus): nanoseconds, and how many CPUs there are: with one, who is waited for could not run. */
 static PyObject *spin_budget_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(keywords))
@@ -282,8 +247,7 @@ static PyObject *spin_budget_new(PyTypeObject *type, PyObject *args, PyObject *P
     if (wants(PyTuple_Size(args), 2, "SpinBudget") || as_u64(PyTuple_GetItem(args, 0), &most) ||
         as_int(PyTuple_GetItem(args, 1), &cpus))
         return NULL;
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    PyObject *self = alloc(type, 0);
+    PyObject *self = new_object(type);
     if (self)
         budget_set(budget_of(self), (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus > 1);
     return self;
@@ -324,7 +288,7 @@ static PyMethodDef spin_budget_methods[] = {
 static PyType_Slot spin_budget_slots[] = {
     {Py_tp_doc, "How long to look for the next message before sleeping, in nanoseconds."},
     {Py_tp_new, spin_budget_new},
-    {Py_tp_dealloc, plain_dealloc},
+    {Py_tp_dealloc, free_object},
     {Py_tp_methods, spin_budget_methods},
     {0, NULL},
 };

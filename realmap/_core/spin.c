@@ -54,16 +54,21 @@ static ptrdiff_t spin_for(Duplex **pairs, ptrdiff_t count, ptrdiff_t start, int6
     return -1;
 }
 
+/* Nobody needs to wake us any more. */
+static int wake_up(Duplex **pairs, ptrdiff_t count)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        queue_say(pairs[i], 0);
+    return 1;
+}
+
 /* Says to every producer that it has to wake us. 0: a message is there already, and nobody has been told. */
 static int fall_asleep(Duplex **pairs, ptrdiff_t count)
 {
     for (ptrdiff_t i = 0; i < count; i++)
         queue_say(pairs[i], 1);
     atomic_thread_fence(memory_order_seq_cst);
-    int empty = find_ready(pairs, count, 0) < 0;
-    for (ptrdiff_t i = 0; !empty && i < count; i++)
-        queue_say(pairs[i], 0);
-    return empty;
+    return find_ready(pairs, count, 0) < 0 || !wake_up(pairs, count);
 }
 
 /* ---- how long ----------------------------------------------------------------------------- */

@@ -67,17 +67,6 @@ static int say_late(Endpoint *self, Late *late)
     return message != NULL;
 }
 
-/* Puts the first exception aside: the rest has to be done all the same. */
-static void put_aside(PyObject *first[3])
-{
-    if (!PyErr_Occurred())
-        return;
-    if (first[0])
-        PyErr_Clear();
-    else
-        PyErr_Fetch(&first[0], &first[1], &first[2]);
-}
-
 /* Runs what had to wait until the turn was given back: objects that go, loops that are told, what is said to the
  * kernel of answers that nobody took. -1 with an exception set: a signal handler's. */
 static int settle(Endpoint *self, PyObject *own)
@@ -99,10 +88,7 @@ static int settle(Endpoint *self, PyObject *own)
     while (self->late && !self->late->busy && !self->end && say_late(self, self->late))
         ;
     put_aside(first);
-    if (!first[0])
-        return 0;
-    PyErr_Restore(first[0], first[1], first[2]);
-    return -1;
+    return raise_first(first);
 }
 
 static void endpoint_leave_late(Endpoint *self, PyObject *function, PyObject *data)

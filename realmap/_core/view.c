@@ -1,6 +1,20 @@
 /* View: a part of one window, or of several that lie side by side; exporting it exports every window it covers. */
 #include "core.h"
 
+typedef struct {
+    PyObject_HEAD
+    PyObject *windows; /* a tuple of Window, side by side, in order: */
+    Window **parts;    /* the same, `count` of them */
+    size_t count;
+    uintptr_t start;
+    Py_ssize_t length;
+    Py_ssize_t exports;
+    int writable;
+    int dropped;
+} View;
+
+ACCESSOR(View, as_view)
+
 /* View._over(windows, start, length, writable): windows lie side by side and cover the range; a
  * view is writable where it was asked for and every window is. */
 static PyObject *view_over(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
@@ -10,32 +24,20 @@ static PyObject *view_over(PyObject *cls, PyObject *const *args, Py_ssize_t narg
     if (wants(nargs, 4, "View.over") || as_u64(args[1], &start) || as_u64(args[2], &length) ||
         as_int(args[3], &writable))
         return NULL;
-    if (!PyTuple_Check(args[0]) || !PyTuple_Size(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "a view lies over a tuple of windows");
-        return NULL;
-    }
+    if (!is_tuple_of(args[0], window_type))
+        return PyErr_Format(PyExc_TypeError, "a view lies over a tuple of windows");
     uintptr_t covered = 0;
     for (Py_ssize_t i = 0; i < PyTuple_Size(args[0]); i++) {
-        PyObject *item = PyTuple_GetItem(args[0], i);
-        if (!PyObject_TypeCheck(item, window_type)) {
-            PyErr_SetString(PyExc_TypeError, "a view lies over a tuple of windows");
-            return NULL;
-        }
-        Window *window = as_window(item);
+        Window *window = as_window(PyTuple_GetItem(args[0], i));
         uintptr_t begin = window->base + window->lead;
-        if (i == 0 ? start < begin : begin != covered) {
-            PyErr_SetString(PyExc_ValueError, "the windows do not cover the view without a gap");
-            return NULL;
-        }
+        if (i == 0 ? start < begin : begin != covered)
+            return PyErr_Format(PyExc_ValueError, "the windows do not cover the view without a gap");
         covered = begin + (size_t)window->length;
         writable = writable && (window->prot & PROT_WRITE);
     }
-    if (start > covered || length > covered - start) {
-        PyErr_SetString(PyExc_ValueError, "the view is longer than its windows");
-        return NULL;
-    }
-    allocfunc alloc = (allocfunc)PyType_GetSlot(as_type(cls), Py_tp_alloc);
-    View *self = as_view(alloc(as_type(cls), 0));
+    if (start > covered || length > covered - start)
+        return PyErr_Format(PyExc_ValueError, "the view is longer than its windows");
+    View *self = as_view(new_object(as_type(cls)));
     Window **parts = self ? PyMem_Calloc((size_t)PyTuple_Size(args[0]), sizeof *parts) : NULL;
     if (!parts) {
         Py_XDECREF((PyObject *)self);
@@ -87,15 +89,6 @@ static void count_exports(View *self, Py_ssize_t by)
 static int view_lend(PyObject *op, Lent *lent)
 {
     View *self = as_view(op);
-    if (!view_is_alive(op)) {
-        raise_unmapped();
-        return -1;
-    }
-    uintptr_t fault = view_fault_at(op);
-    if (fault) {
-        raise_fault(op, fault);
-        return -1;
-    }
     for (size_t i = 0; i < self->count; i++)
         if (!is_usable(self->parts[i]))
             return -1;
@@ -143,27 +136,14 @@ static int view_traverse(PyObject *op, visitproc visit, void *arg)
 
 static void view_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     PyObject *windows = as_view(op)->windows;
-    as_view(op)->windows = NULL;
     PyMem_Free(as_view(op)->parts);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_XDECREF(windows);
-    Py_DECREF(type);
+    free_object(op);
+    Py_XDECREF(windows); /* last: a window's end may run anything */
 }
 
 static Py_ssize_t view_length(PyObject *op) { return as_view(op)->length; }
-
-static PyObject *view_address(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(as_view(op)->start);
-}
-
-static PyObject *view_exports(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSsize_t(as_view(op)->exports);
-}
 
 static PyObject *view_alive(PyObject *op, void *Py_UNUSED(closure))
 {
@@ -172,10 +152,7 @@ static PyObject *view_alive(PyObject *op, void *Py_UNUSED(closure))
 
 static PyObject *view_fault(PyObject *op, void *Py_UNUSED(closure))
 {
-    uintptr_t at = view_fault_at(op);
-    if (!at)
-        Py_RETURN_NONE;
-    return PyLong_FromUnsignedLongLong(at);
+    return address_or_none(view_fault_at(op));
 }
 
 static PyMethodDef view_methods[] = {
@@ -186,14 +163,14 @@ static PyMethodDef view_methods[] = {
 };
 
 static PyMemberDef view_members[] = {
+    {"address", T_ULONGLONG, offsetof(View, start), READONLY, "Where its bytes start, in this address space."},
+    {"exports", T_PYSSIZET, offsetof(View, exports), READONLY, "How many views of it live."},
     {"_windows", T_OBJECT_EX, offsetof(View, windows), READONLY, NULL},
     {"writable", T_INT, offsetof(View, writable), READONLY, "Whether its bytes may be written."},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyGetSetDef view_getset[] = {
-    {"address", view_address, NULL, "Where its bytes start, in this address space.", NULL},
-    {"exports", view_exports, NULL, "How many views of it live.", NULL},
     {"alive", view_alive, NULL, "Whether what it shows is mapped.", NULL},
     {"fault", view_fault, NULL, "Where its bytes are gone from, since somebody truncated their segment; else None.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -64,8 +64,7 @@ static int is_usable(const Window *self)
 
 static Window *new_window(PyTypeObject *type, uintptr_t base, int prot, int inherited)
 {
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Window *self = as_window(alloc(type, 0));
+    Window *self = as_window(new_object(type));
     if (self) {
         self->base = base;
         self->prot = prot;
@@ -86,6 +85,18 @@ static int is_no_mirror(PyObject *cls)
     return 0;
 }
 
+/* Sets which of its bytes are exported. -1 with an exception set: it has not so many. */
+static int set_exported(Window *self, uint64_t lead, uint64_t length)
+{
+    if (lead > self->span || length > self->span - lead) {
+        PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
+        return -1;
+    }
+    self->lead = lead;
+    self->length = (Py_ssize_t)length;
+    return 0;
+}
+
 /* Window._map(address, span, prot, fd, offset, lead, length, inherited): the common case, one
  * piece of one file, in one call. */
 static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
@@ -97,13 +108,16 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
         as_u64(args[5], &lead) || as_u64(args[6], &length) || as_int(args[7], &inherited) ||
         check_range(address, span))
         return NULL;
-    if (lead > span || length > span - lead || offset > INT64_MAX) {
-        PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
-        return NULL;
-    }
+    if (offset > INT64_MAX)
+        return PyErr_Format(PyExc_ValueError, "no file is that long");
     Window *self = new_window(as_type(cls), address, prot, inherited);
     if (!self)
         return NULL;
+    self->span = span;
+    if (set_exported(self, lead, length)) {
+        Py_DECREF(self);
+        return NULL;
+    }
     stand_guard();
     self->guarded = guard_take(address, prot, inherited);
     int error = self->guarded ? map_piece(address, span, prot, fd, (off_t)offset) : ENOMEM;
@@ -111,9 +125,6 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
         Py_DECREF(self);
         return os_error(error);
     }
-    self->span = span;
-    self->lead = lead;
-    self->length = (Py_ssize_t)length;
     self->state = ALIVE;
     arm(self);
     return (PyObject *)self;
@@ -157,14 +168,28 @@ undo:
     return -1;
 }
 
-/* Has a window guarded that is mapped already; 0: no memory for it. */
+/* Has a window guarded that is mapped already. -1 with an exception set: no memory for it. */
 static int guard_window(Window *self)
 {
     stand_guard();
     self->guarded = guard_take(self->base, self->prot, self->inherited);
-    if (self->guarded)
-        arm(self);
-    return self->guarded != NULL;
+    if (!self->guarded) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    arm(self);
+    return 0;
+}
+
+/* Maps a new window, as it is to be from its base on, and has it guarded; -1 with an exception set. */
+static int map_window(Window *self, PyObject *pieces)
+{
+    uintptr_t end;
+    if (map_pieces(self, self->base, pieces, &end))
+        return -1;
+    self->span = end - self->base;
+    self->state = self->span ? ALIVE : DEAD;
+    return self->span ? guard_window(self) : 0;
 }
 
 /* Window._map_pieces(address, prot, pieces, lead, length, inherited): any number of pieces, of
@@ -180,24 +205,10 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
     Window *self = new_window(as_type(cls), address, prot, inherited);
     if (!self)
         return NULL;
-    uintptr_t end;
-    if (map_pieces(self, address, args[2], &end)) {
+    if (map_window(self, args[2]) || set_exported(self, lead, length)) {
         Py_DECREF(self);
         return NULL;
     }
-    self->span = end - address;
-    self->state = self->span ? ALIVE : DEAD;
-    if (self->span && !guard_window(self)) {
-        Py_DECREF(self);
-        return PyErr_NoMemory();
-    }
-    if (lead > self->span || length > self->span - lead) {
-        Py_DECREF(self);
-        PyErr_SetString(PyExc_ValueError, "what a window exports lies inside of what it maps");
-        return NULL;
-    }
-    self->lead = lead;
-    self->length = (Py_ssize_t)length;
     return (PyObject *)self;
 }
 
@@ -205,10 +216,8 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
 static PyObject *window_extend(PyObject *op, PyObject *pieces)
 {
     Window *self = as_window(op);
-    if (!is_alive(self) || self->exports) {
-        PyErr_SetString(PyExc_BufferError, "only a live window without exports can be extended");
-        return NULL;
-    }
+    if (!is_alive(self) || self->exports)
+        return PyErr_Format(PyExc_BufferError, "only a live window without exports can be extended");
     uintptr_t end;
     if (map_pieces(self, self->base + self->span, pieces, &end))
         return NULL;
@@ -271,28 +280,17 @@ static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
 static void window_dealloc(PyObject *op)
 {
     Window *self = as_window(op);
-    PyTypeObject *type = Py_TYPE(op);
     disarm(self);
     if (is_alive(self) && munmap((void *)self->base, self->span))
         munmap((void *)self->base, self->span); /* Linux may have had no memory that moment */
     unguard(self);
     window_tell(self);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 static int window_lend(PyObject *op, Lent *lent)
 {
     Window *self = as_window(op);
-    if (!is_alive(self)) {
-        raise_unmapped();
-        return -1;
-    }
-    uintptr_t fault = window_fault_at(self);
-    if (fault) {
-        raise_fault(op, fault);
-        return -1;
-    }
     if (!is_usable(self))
         return -1;
     *lent = (Lent){(unsigned char *)(self->base + self->lead), self->length, self->prot & PROT_WRITE};
@@ -329,32 +327,9 @@ static PyObject *window_address(PyObject *op, void *Py_UNUSED(closure))
     return PyLong_FromUnsignedLongLong(self->base + self->lead);
 }
 
-static PyObject *window_base(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(as_window(op)->base);
-}
-
-static PyObject *window_span(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(as_window(op)->span);
-}
-
-static PyObject *window_exports(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSsize_t(as_window(op)->exports);
-}
-
-static PyObject *window_prot(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromLong(as_window(op)->prot);
-}
-
 static PyObject *window_fault(PyObject *op, void *Py_UNUSED(closure))
 {
-    uintptr_t at = window_fault_at(as_window(op));
-    if (!at)
-        Py_RETURN_NONE;
-    return PyLong_FromUnsignedLongLong(at);
+    return address_or_none(window_fault_at(as_window(op)));
 }
 
 static PyObject *window_thread(PyObject *op, void *Py_UNUSED(closure))
@@ -391,15 +366,19 @@ static PyMethodDef window_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef window_members[] = {
+    {"_base", T_ULONGLONG, offsetof(Window, base), READONLY, NULL},
+    {"_span", T_ULONGLONG, offsetof(Window, span), READONLY, NULL},
+    {"_prot", T_INT, offsetof(Window, prot), READONLY, NULL},
+    {"exports", T_PYSSIZET, offsetof(Window, exports), READONLY, "How many views of it live; it cannot be unmapped before 0."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyGetSetDef window_getset[] = {
     {"fault", window_fault, NULL, "Where its bytes are gone from, since somebody truncated their segment; else None.", NULL},
     {"_zeros", window_zeros, NULL, NULL, NULL},
     {"_fault_thread", window_thread, NULL, NULL, NULL},
     {"address", window_address, NULL, "Where the exported bytes start, in this address space.", NULL},
-    {"_base", window_base, NULL, NULL, NULL},
-    {"_span", window_span, NULL, NULL, NULL},
-    {"_prot", window_prot, NULL, NULL, NULL},
-    {"exports", window_exports, NULL, "How many views of it live; it cannot be unmapped before 0.", NULL},
     {"alive", window_alive, NULL, "Whether it is mapped.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -408,6 +387,7 @@ static PyType_Slot window_slots[] = {
     {Py_tp_doc, "A range of this address space, mapped at a chosen address, with counted exports."},
     {Py_tp_dealloc, window_dealloc},
     {Py_tp_methods, window_methods},
+    {Py_tp_members, window_members},
     {Py_tp_getset, window_getset},
     {Py_sq_length, window_length},
     {Py_sq_item, window_item},

@@ -74,20 +74,8 @@ def _require_plot(path: str, names: tuple[str, ...]) -> None:
         raise click.ClickException("--plot needs matplotlib: pip install 'realmap[bench]'") from None
 
 
-def duration(nanoseconds: float) -> str:
-    """Three figures, with a unit: 512 ns, 4.31 µs, 27.0 ms."""
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if nanoseconds >= size:
-            return f"{_three(nanoseconds / size)} {unit}"
-    return f"{nanoseconds:.0f} ns"
-
-
-def _three(number: float) -> str:
-    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
-
-
 def _ratio(ratio: Spread | None) -> str:
-    return "" if ratio is None else f"{_three(ratio.median)} ({_three(ratio.p10)}-{_three(ratio.p90)})"
+    return "" if ratio is None else f"{words.three(ratio.median)} ({words.three(ratio.p10)}-{words.three(ratio.p90)})"
 
 
 def render(console: Console, report: Report) -> None:
@@ -128,8 +116,8 @@ def _cells(figure: Figure) -> list[str]:
     took = figure.time
     return [
         f"{figure.name}{' ~' if figure.unsteady else ''}",
-        duration(took.median),
-        f"{duration(took.p10)} - {duration(took.p90)}",
+        words.duration(took.median),
+        f"{words.duration(took.p10)} - {words.duration(took.p90)}",
         _ratio(figure.ratio),
         f"x {figure.floor}" if figure.ratio is not None else "",
     ]

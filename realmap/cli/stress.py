@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from realmap.cli.output import Seconds, require_writable
 from realmap.lab import stress as lab
 from realmap.lab.workload import MIXES
+from realmap.observe import words
 
 #: What a mix takes for the options that are not given.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -38,7 +40,6 @@ SMALL = "1m"
     "--truncate", type=click.FloatRange(0, 1), metavar="RATE", help="Share of steps at which a segment is truncated."
 )
 @click.option("--full", is_flag=True, help=f"With a /dev/shm of {SMALL}, which runs full (in a mount namespace).")
-@click.option("--profile", is_flag=True, help="Where the kernel's thread spends its time.")
 @click.option("--kernel", metavar="PATH", help="A running kernel's socket, in place of a kernel of its own.")
 @click.option("--json", "json_path", metavar="FILE", help="The report, as JSON.")
 @click.option("--junit", "junit_path", metavar="FILE", help="The report, as JUnit's XML.")
@@ -57,7 +58,7 @@ def stress(mix: str, json_path: str | None, junit_path: str | None, **given: obj
     values = {**DEFAULTS[mix], **{name: value for name, value in given.items() if value is not None}}
     if given["ops"] is not None:
         values["seconds"] = given["seconds"]
-    values.setdefault("seed", lab.new_seed())
+    values.setdefault("seed", secrets.randbits(32))
     options = msgspec.convert({"mix": mix, **values}, lab.Options)
     try:
         lab.check(options)
@@ -93,27 +94,21 @@ def _in_small_shm() -> None:
     )
 
 
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
 def render(console: Console, report: lab.Report) -> None:
     """For people: a table of the kinds, then what was injected, how the kernel fared, and what failed."""
+    rows = [
+        (name, kind, [words.duration(1e9 * each) for each in (kind.p50, kind.p99, kind.longest)])
+        for name, kind in report.kinds.items()
+    ]
     if console.is_terminal:
         table = Table("step", "count", "a second", "p50", "p99", "longest")
-        for name, kind in report.kinds.items():
-            table.add_row(
-                name, str(kind.count), f"{kind.per_second:.0f}", *map(_time, (kind.p50, kind.p99, kind.longest))
-            )
+        for name, kind, times in rows:
+            table.add_row(name, str(kind.count), f"{kind.per_second:.0f}", *times)
         console.print(table)
     else:
-        for name, kind in report.kinds.items():
+        for name, kind, (p50, p99, longest) in rows:
             console.print(
-                f"  {name}: {kind.count}, {kind.per_second:.0f} a second, p50 {_time(kind.p50)}, "
-                f"p99 {_time(kind.p99)}, longest {_time(kind.longest)}"
+                f"  {name}: {kind.count}, {kind.per_second:.0f} a second, p50 {p50}, p99 {p99}, longest {longest}"
             )
     injected = ", ".join(f"{count} {name}" for name, count in report.injected.items())
     console.print(f"{report.steps} steps in {report.seconds:.1f} s, {report.bytes_verified} bytes verified; {injected}")
@@ -123,8 +118,6 @@ def render(console: Console, report: lab.Report) -> None:
             f"{slope.per_second:+.3g} a second (± {slope.error:.2g})"
         )
     console.print(f"audits: {report.audits}")
-    if report.profile:
-        console.print(escape(report.profile))
     for failure in report.failures:
         console.print(f"[bold red]failed[/]: {escape(failure)}")
     if report.ok:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import click
 
@@ -59,7 +59,7 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
     recorder = Recorder(file, events)
     with _signals() as caught:
         try:
-            with recorder:
+            with closing(recorder):
                 if kernel is not None:
                     recorder.begin(kernel)
                 status = _wait(recorder, list(command), kernel, named(path) is None, seconds, caught)
@@ -113,12 +113,6 @@ class Recorder:
         if self._trace is not None:
             self._trace.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def report(self, err: bool) -> None:
         """Says what there is now. ClickException: nothing, or not all of it."""
         found = self._trace
@@ -157,7 +151,7 @@ def _wait(
     """Until the end, whatever it is; the exit status that comes of it."""
     end = None if seconds is None else time.monotonic() + seconds
     with ExitStack() as stack:
-        announced = stack.enter_context(Announced()) if command and any_kernel else None
+        announced = stack.enter_context(closing(Announced())) if command and any_kernel else None
         child = _start(command, kernel, announced.environment if announced else {}) if command else None
         if child is not None:
             stack.callback(_end, child)

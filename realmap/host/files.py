@@ -5,14 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import Protocol
-
-
-class Closable(Protocol):
-    """A socket, an epoll."""
-
-    def close(self) -> None:
-        """Closes it."""
+import select
+import socket
 
 
 def close(fd: int) -> None:
@@ -24,7 +18,7 @@ def close(fd: int) -> None:
             raise
 
 
-def shut(thing: Closable) -> None:
-    """Closes a socket or the like. Again: nothing."""
+def shut(thing: socket.socket | select.epoll) -> None:
+    """Closes it. Again: nothing."""
     with contextlib.suppress(OSError):
         thing.close()

@@ -24,9 +24,7 @@ class Peer(NamedTuple):
 
 def is_dead(pidfd: int) -> bool:
     """Whether the process of `pidfd` has ended (a zombie has)."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return wait_death(pidfd, 0)
 
 
 def wait_death(pidfd: int, timeout: float | None) -> bool:

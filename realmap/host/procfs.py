@@ -28,7 +28,6 @@ class Map(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Bytes from start to end."""
         return self.end - self.start
 
 
@@ -58,13 +57,19 @@ def _map_of(line: str) -> Map:
     return Map(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), place)
 
 
+def setting(path: str) -> str:
+    """What a file of /proc or /sys says; of choices (`always [madvise] never`) the one that holds. "": not shown."""
+    try:
+        with open(path) as file:
+            text = file.read().strip()
+    except OSError:
+        return ""
+    return text.partition("[")[2].partition("]")[0] or text
+
+
 def map_limit() -> int:
     """How many maps Linux allows a process (vm.max_map_count); its default where that is not shown."""
-    try:
-        with open("/proc/sys/vm/max_map_count") as file:
-            return int(file.read())
-    except OSError:
-        return 65_530
+    return int(setting("/proc/sys/vm/max_map_count") or 65_530)
 
 
 class Resident(NamedTuple):

@@ -19,7 +19,7 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -54,9 +54,11 @@ class Check(msgspec.Struct):
     user_address: int = 0
     kernel_address: int = 0
     segments: int = 0
-    refcounts: tuple[int, int, int] = (0, 0, 0)
+    #: Of its frames, before, during and after its mirror.
+    refcounts: Sequence[int] = (0, 0, 0)
     digest: str = ""
     expected: str = ""
+    #: The page frame numbers behind its first and last byte, as its user has them, and the kernel.
     frames: list[tuple[int | None, int | None]] = []
 
     @property
@@ -138,7 +140,6 @@ def demo_digest(call: Call, number: int, data: UserBuffer, pace: float) -> None:
     with data.mirror(k_r) as mirror:
         seen = {
             "check": number,
-            "pid": call.process.pid,
             "user_address": data.address,
             "kernel_address": mirror.address,
             "segments": len(frames.pieces(mirror.mapping.phys_offset + mirror.offset, len(mirror))),
@@ -244,27 +245,16 @@ def plan(paths: Iterable[str]) -> list[FileReport]:
     """
     files = []
     for number, path in enumerate(paths):
-        size = os.path.getsize(path)
-        if not size:
+        if not os.path.getsize(path):
             raise InvalidSize(0, why=f"{path} is empty: there is nothing to map")
-        checks = []
-        with open(path, "rb") as source:
-            for offset, length in ranges_of(size):
-                source.seek(offset)
-                checks.append(Check(number, offset, length, expected=_digest_stream(source, length)))
+        content = memoryview(Path(path).read_bytes())
+        size = len(content)
+        checks = [
+            Check(number, offset, length, expected=_digest(content[offset : offset + length]))
+            for offset, length in ranges_of(size)
+        ]
         files.append(FileReport(str(path), size, FRAGMENT if number % 2 and size > FRAGMENT else None, checks=checks))
     return files
-
-
-def _digest_stream(source: Any, length: int) -> str:
-    found = hashlib.sha256()
-    while length:
-        part = source.read(min(length, 1 << 20))
-        if not part:
-            raise OSError(f"{source.name} became shorter while it was read")
-        found.update(part)
-        length -= len(part)
-    return found.hexdigest()
 
 
 def run(
@@ -341,12 +331,9 @@ def _collect(
         if "held" in event:
             held.append(event)
             continue
-        check = checks[event["check"]]
-        for name in ("user_address", "kernel_address", "segments", "digest"):
-            setattr(check, name, event[name])
-        before, during, after = event["refcounts"]
-        check.refcounts = (before, during, after)
-        check.frames = [(user, kernel) for user, kernel in event["frames"]]
+        check = checks[event.pop("check")]
+        for name, value in event.items():
+            setattr(check, name, value)
         left -= 1
         yield check
 

@@ -64,6 +64,8 @@ CALM = {
     "map": 12, "map_read_only": 2, "write": 16, "check": 14, "digest": 16, "slow_digest": 4, "copied_digest": 10,
     "reverse": 10, "fill": 8, "copy": 6, "keep": 2, "drop": 3, "unmap": 6, "forget": 3,
 }  # fmt: skip
+#: What needs none that is there.
+WITHOUT_BUFFER = ("map", "map_read_only", "fork")
 MIXES = {
     "quick": Mix(CALM | {"fork": 1}),
     "soak": Mix(CALM | {"fork": 1, "map": 8, "unmap": 5}, longest=64 << 10),
@@ -96,23 +98,24 @@ class Model:
 
     def kinds(self, mix: Mix) -> list[str]:
         """The kinds of step that are possible now."""
-        buffers = self.buffers.values()
-        writable = any(content.writable and not content.kept for content in buffers)
-        possible = {
-            "map": len(buffers) < mix.buffers,
-            "map_read_only": len(buffers) < mix.buffers,
-            "fork": True,
-            "write": writable,
-            "reverse": writable,
-            "fill": writable,
-            "copy": writable,
-            "drop": any(content.kept for content in buffers),
-            "keep": bool(buffers) and sum(len(content.kept) for content in buffers) < mix.kept,
-            "unmap": any(not content.kept for content in buffers),
-            "forget": any(not content.kept for content in buffers),
-            "truncate": writable,
-        }
-        return [kind for kind in mix.weights if possible.get(kind, bool(buffers))]
+        impossible: set[str] = set() if len(self.buffers) < mix.buffers else {"map", "map_read_only"}
+        if sum(len(content.kept) for content in self.buffers.values()) >= mix.kept:
+            impossible.add("keep")
+        if not self.fitting("write"):
+            impossible.add("copy")
+        return [
+            kind for kind in mix.weights if kind not in impossible and (kind in WITHOUT_BUFFER or self.fitting(kind))
+        ]
+
+    def fitting(self, kind: str) -> list[int]:
+        """The keys of the buffers that a step of this kind can be done to."""
+        if kind in ("write", "reverse", "fill", "truncate"):
+            return [key for key, content in self.buffers.items() if content.writable and not content.kept]
+        if kind in ("unmap", "forget"):
+            return [key for key, content in self.buffers.items() if not content.kept]
+        if kind == "drop":
+            return [key for key, content in self.buffers.items() if content.kept]
+        return list(self.buffers)
 
     def next_key(self) -> int:
         """A name that nothing has had."""
@@ -161,7 +164,8 @@ def choose(model: Model, draw: Draw, mix: Mix) -> Step:
         return _map(model, draw, mix, kind)
     if kind == "fork":
         return Step(kind, seed=draw.below(1 << 32))
-    key = _buffer(model, draw, kind)
+    keys = model.fitting(kind)
+    key = keys[draw.below(len(keys))]
     content = model.buffers[key]
     if kind in ("check", "unmap", "forget"):
         return Step(kind, key)
@@ -169,7 +173,7 @@ def choose(model: Model, draw: Draw, mix: Mix) -> Step:
         names = sorted(content.kept)
         return Step(kind, key, names[draw.below(len(names))])
     if kind == "copy":
-        others = [each for each, other in model.buffers.items() if other.writable and not other.kept]
+        others = model.fitting("write")
         other = others[draw.below(len(others))]
         longest = min(len(content.data), len(model.buffers[other].data))
         length = 1 + draw.below(longest)
@@ -186,15 +190,3 @@ def _map(model: Model, draw: Draw, mix: Mix, kind: str) -> Step:
     pages = -(-length // PAGE_SIZE)
     fragment = PAGE_SIZE * (1 + draw.below(pages)) if draw.below(3) == 0 else 0
     return Step(kind, model.next_key(), 0, 0, length, max(fragment, -(-pages // 64) * PAGE_SIZE) if fragment else 0)
-
-
-def _buffer(model: Model, draw: Draw, kind: str) -> int:
-    fits: Callable[[Content], bool] = lambda content: True  # noqa: E731
-    if kind in ("write", "reverse", "fill", "truncate"):
-        fits = lambda content: content.writable and not content.kept  # noqa: E731
-    elif kind in ("unmap", "forget"):
-        fits = lambda content: not content.kept  # noqa: E731
-    elif kind == "drop":
-        fits = lambda content: bool(content.kept)  # noqa: E731
-    keys = [key for key, content in model.buffers.items() if fits(content)]
-    return keys[draw.below(len(keys))]

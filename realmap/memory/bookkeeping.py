@@ -138,9 +138,7 @@ class Bookkeeping(Generic[T]):
         `gap` bytes stay free towards each neighbour (none towards the land's edges); the address is
         congruent to `residue` modulo `modulus` (a power of two); with `high`, it ends below that.
         """
-        return self._find(length, max(cursor, self.low), self.high if high is None else high, gap, residue, modulus)
-
-    def _find(self, length: int, cursor: int, high: int, gap: int, residue: int, modulus: int) -> int | None:
+        cursor, high = max(cursor, self.low), self.high if high is None else high
         first = max(0, bisect_right(self._mins, cursor) - 1)
         end = self._leaves[first - 1].ends[-1] if first else self.low
         for index in range(first, len(self._leaves)):

@@ -32,7 +32,7 @@ from realmap.memory.byte_access import ByteAccess
 from realmap.memory.frames import Piece, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.mapping import Mapping
-from realmap.pages import HUGE_SIZE, PAGE_MASK, USIZE_MAX, align_down, align_up, demand, integer
+from realmap.pages import HUGE_SIZE, USIZE_MAX, align_down, align_up, demand, integer
 from realmap.rights import MappingAccessRights, MemoryType, k_rw, rights_of
 
 #: The rights that the kernel may have on a mirror, and their PROT_ bits.
@@ -126,8 +126,9 @@ class CrossProcessMapping(Mirror, ByteAccess):
         memory for a page that was not committed).
         """
         # The good case, with all of these checks; which rule is broken is found out where one is.
-        found = cls._open(kernel, mapping, offset, length, rights, None)
-        self = found if found is not None else cls._mirror(mapping, offset, length, kernel, rights)
+        self = cls._open(kernel, mapping, offset, length, rights, None)
+        if self is None:
+            self = cls._mirror([(mapping, offset, length)], kernel, rights)
         if populate:
             self._prefault()
         return self
@@ -147,22 +148,6 @@ class CrossProcessMapping(Mirror, ByteAccess):
         `caller.note_fault(mirror, address)` is called where bytes of it were gone by the time that it is dropped.
         """
         return cls._open(kernel, mapping, offset, length, rights, caller)
-
-    @classmethod
-    def _mirror(
-        cls, mapping: Mapping, offset: Any, length: Any, kernel: KernelMemory, rights: MappingAccessRights
-    ) -> Self:
-        """The long way: in several segments, or not in the current hole, or not at all."""
-        at, size = cls._checked(mapping, offset, length)
-        prot = mirror_prot(rights)
-        frames = mapping.frames
-        assert isinstance(frames, SharedFrames)
-        at += mapping.phys_offset
-        start, end = align_down(at), align_up(at + size)
-        if frames.huge:  # whole huge pages, as far as the mapping goes
-            start = max(align_down(start, HUGE_SIZE), mapping.phys_offset)
-            end = min(align_up(end, HUGE_SIZE), mapping.phys_offset + mapping.length)
-        return cls._place((mapping,), frames.pieces(start, end - start), start, at - start, size, kernel, prot)
 
     @staticmethod
     def _checked(mapping: Mapping, offset: Any, length: Any) -> tuple[int, int]:
@@ -188,44 +173,38 @@ class CrossProcessMapping(Mirror, ByteAccess):
         """
         if len(parts) == 1:
             return cls.mirror_mapping(*parts[0], kernel=kernel, rights=rights, populate=populate)
-        prot = mirror_prot(rights)
-        pieces: list[Piece] = []
-        total = 0
-        for mapping, offset, length in parts:
-            start, size = cls._checked(mapping, offset, length)
-            demand(not pieces or not start & PAGE_MASK, "only the first part may start within a page")
-            assert isinstance(mapping.frames, SharedFrames)
-            inside = start & PAGE_MASK
-            span = (inside + size + PAGE_MASK) & ~PAGE_MASK
-            pieces += mapping.frames.pieces(mapping.phys_offset + start - inside, span)
-            total += size
-        mappings = tuple(part[0] for part in parts)
-        at = mappings[0].phys_offset + int(parts[0][1])
-        lead = at & PAGE_MASK
-        self = cls._place(mappings, pieces, at - lead, lead, total, kernel, prot)
+        self = cls._mirror(parts, kernel, rights)
         if populate:
             self._prefault()
         return self
 
     @classmethod
-    def _place(
-        cls,
-        mappings: tuple[Mapping, ...],
-        pieces: list[Piece],
-        start: int,
-        lead: int,
-        length: int,
-        kernel: KernelMemory,
-        prot: int,
-    ) -> Self:
-        """`pieces` side by side, the first of them from byte `start` of its frames on."""
-        span = sum(piece[2] for piece in pieces)
-        found = {id(mapping.frames): mapping.frames for mapping in mappings}
-        frames = tuple(each for each in found.values() if isinstance(each, SharedFrames))
+    def _mirror(cls, parts: list[tuple[Mapping, Any, Any]], kernel: KernelMemory, rights: MappingAccessRights) -> Self:
+        """The long way: of several mappings, in several segments, not in the current hole, or not at all."""
+        ranges = [(mapping, *cls._checked(mapping, offset, length)) for mapping, offset, length in parts]
+        prot = mirror_prot(rights)
+        pieces: list[Piece] = []
+        frames: dict[int, SharedFrames] = {}
+        for mapping, offset, length in ranges:
+            assert isinstance(mapping.frames, SharedFrames)
+            frames[id(mapping.frames)] = mapping.frames
+            at = mapping.phys_offset + offset
+            low, high = align_down(at), align_up(at + length)
+            if mapping.frames.huge and len(parts) == 1:  # whole huge pages, as far as the mapping goes
+                low = max(align_down(low, HUGE_SIZE), mapping.phys_offset)
+                high = min(align_up(high, HUGE_SIZE), mapping.phys_offset + mapping.length)
+            if not pieces:
+                start, lead = low, at - low
+            demand(not pieces or low == at, "only the first part may start within a page")
+            pieces += mapping.frames.pieces(low, high - low)
+        mappings = tuple(mapping for mapping, _, _ in ranges)
+        total = sum(length for _, _, length in ranges)
 
         def make(base: int) -> Any:
-            return cls._open_at(kernel, base, mappings, frames, pieces, start, lead, length, prot)
+            held = tuple(frames.values())
+            return cls._open_at(kernel, base, mappings, held, pieces, start, lead, total, prot)
 
+        span = sum(piece[2] for piece in pieces)
         made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot, len(pieces))
         return made
 

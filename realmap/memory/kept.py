@@ -44,11 +44,6 @@ class KeptWindows:
     def __init__(self, land: Land) -> None:
         self._land = land
 
-    @property
-    def budget(self) -> int:
-        """Bytes of pages that are kept at most; 0 keeps nothing."""
-        return self._land._budget
-
     def counts(self) -> KeptCounts:
         """What has happened so far, and what is kept now."""
         land = self._land

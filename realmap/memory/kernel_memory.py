@@ -70,9 +70,9 @@ class KernelMemory(Land):
         forks.lose_in_child(self)
 
     @property
-    def kept(self) -> KeptWindows | None:
-        """The kept windows; None where none are kept (`lazy_unmap` is 0)."""
-        return KeptWindows(self) if self._budget else None
+    def kept(self) -> KeptWindows:
+        """The kept windows: none, where `lazy_unmap` is 0."""
+        return KeptWindows(self)
 
     @property
     def stakes(self) -> list[int]:

@@ -17,6 +17,7 @@ Linux searches from the top, and in [0x2000_0000_0000, 0x4000_0000_0000) it land
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, SupportsIndex
 
 from realmap.errors import InvalidAddress, VirtualMemoryExhaustion
@@ -37,7 +38,6 @@ class Land(NamedTuple):
         return self.start + self.length
 
     def holds(self, address: int, length: int = 1) -> bool:
-        """Whether [address, address + length) lies inside."""
         return self.start <= address and address + length <= self.end
 
     def part(self, start: SupportsIndex, length: SupportsIndex) -> Land:
@@ -57,16 +57,12 @@ HEAP_SHARE = 4
 #: Left unmapped between neighbouring mirrors, so that running off the end faults. Bytes.
 GUARD = PAGE_SIZE
 
-_checked = False
 
-
+@functools.cache
 def require_address_space() -> None:
     """VirtualMemoryExhaustion: this machine's address space is smaller than the 47 bits that the lands need."""
-    global _checked
-    if not _checked:
-        bits = procfs.address_bits()
-        if bits < 47:
-            raise VirtualMemoryExhaustion(
-                KERNEL_LAND.end, why=f"the lands need an address space of 47 bits; this machine has {bits}"
-            )
-        _checked = True
+    bits = procfs.address_bits()
+    if bits < 47:
+        raise VirtualMemoryExhaustion(
+            KERNEL_LAND.end, why=f"the lands need an address space of 47 bits; this machine has {bits}"
+        )

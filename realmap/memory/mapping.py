@@ -91,7 +91,6 @@ class Mapping(MappingCore):
 
     @property
     def last(self) -> int:
-        """The last address of it."""
         return min(self.end - 1, USIZE_MAX)
 
     @property

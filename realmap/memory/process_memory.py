@@ -55,7 +55,6 @@ class ProcessMemory:
         self.told: Callable[[Mapping, bool], None] | None = None
 
     def __len__(self) -> int:
-        """How many mappings there are."""
         return len(self._space.tree)
 
     def __iter__(self) -> Iterator[Mapping]:

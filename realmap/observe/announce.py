@@ -12,7 +12,6 @@ import os
 import select
 import socket
 from contextlib import suppress
-from typing import Self
 
 from realmap.host import files, liveness
 
@@ -35,7 +34,7 @@ def announce(path: str) -> None:
 
 
 class Announced:
-    """Kernels that are booted by who has `environment`. A context manager."""
+    """Kernels that are booted by who has `environment`, until `close`."""
 
     def __init__(self) -> None:
         """OSError: no socket can be had."""
@@ -71,9 +70,3 @@ class Announced:
     def close(self) -> None:
         """Boots are no longer waited for. Again: nothing."""
         files.shut(self._listening)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

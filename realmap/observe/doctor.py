@@ -10,10 +10,9 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata
-from pathlib import Path
 
 import msgspec
+import posix_ipc
 import psutil
 
 from realmap.errors import KernelError
@@ -56,45 +55,29 @@ def _mib(size: float) -> str:
     return f"{size / MIB:.0f} MiB"
 
 
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
-
-
-def _chosen(path: str) -> str | None:
-    """The word in brackets: that is how /sys says which of its choices holds."""
-    text = _read(path)
-    return text[text.index("[") + 1 : text.index("]")] if text and "[" in text else text
+def _judged(name: str, found: str, advice: str = "", worse: str = WARN) -> Check:
+    """All right, unless there is something to advise."""
+    return Check(name, found, worse if advice else OK, advice)
 
 
 def _python() -> Iterator[Check]:
     version = platform.python_version()
     fine = sys.version_info >= (3, 11) and sys.implementation.name == "cpython"
-    yield Check(
-        "python",
-        f"{sys.implementation.name} {version}",
-        OK if fine else BAD,
-        "" if fine else "use CPython 3.11 or newer",
-    )
-    try:
-        yield Check("posix_ipc", metadata.version("posix_ipc"), OK)
-    except metadata.PackageNotFoundError:
-        yield Check("posix_ipc", "missing", BAD, "pip install posix_ipc")
+    advice = "" if fine else "use CPython 3.11 or newer"
+    yield _judged("python", f"{sys.implementation.name} {version}", advice, BAD)
+    yield Check("posix_ipc", posix_ipc.VERSION, OK)
 
 
 def _linux() -> Iterator[Check]:
     release = platform.release()
     numbers = tuple(int(part) if part.isdigit() else 0 for part in release.split("-")[0].split(".")[:2])
-    fine = numbers >= OLDEST
-    yield Check("linux", release, OK if fine else WARN, "" if fine else "realmap is made for Linux 6.1 or newer")
+    yield _judged("linux", release, "" if numbers >= OLDEST else "realmap is made for Linux 6.1 or newer")
 
 
 def _address_space() -> Iterator[Check]:
     bits = procfs.address_bits()
     advice = "" if bits >= 47 else "the lands need 47 bits: another machine, or a kernel built with more"
-    yield Check("address space", f"{bits} bits", BAD if advice else OK, advice)
+    yield _judged("address space", f"{bits} bits", advice, BAD)
 
 
 def _shared_memory() -> Iterator[Check]:
@@ -104,23 +87,18 @@ def _shared_memory() -> Iterator[Check]:
     disk = os.statvfs(SHM)
     size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     found = f"{_mib(size)}, {_mib(size - free)} in use, {_mib(free)} free" if size else "no limit of its size"
-    status, advice = OK, ""
+    advice = ""
     if size and size <= DOCKER_SHM:
-        status = WARN
         advice = f"small (Docker's default is 64 MiB): docker run --shm-size=1g, or mount -o remount,size=1g {SHM}"
     elif size and free < size // 10:
-        status, advice = WARN, f"nearly full: realmap gc sweeps what killed kernels left; or remount {SHM} with size="
-    yield Check(SHM, found, status, advice)
+        advice = f"nearly full: realmap gc sweeps what killed kernels left; or remount {SHM} with size="
+    yield _judged(SHM, found, advice)
     kinds = [part.fstype for part in psutil.disk_partitions(all=True) if part.mountpoint == SHM]
     if kinds and kinds[-1] != "tmpfs":
         yield Check(f"{SHM} file system", kinds[-1], WARN, f"mount -t tmpfs tmpfs {SHM}: on a disk it is no memory")
     noexec = bool(disk.f_flag & os.ST_NOEXEC)
-    yield Check(
-        f"{SHM} noexec",
-        "yes" if noexec else "no",
-        WARN if noexec else OK,
-        f"mappings with u_rx are refused; if you want them: mount -o remount,exec {SHM}" if noexec else "",
-    )
+    advice = f"mappings with u_rx are refused; if you want them: mount -o remount,exec {SHM}" if noexec else ""
+    yield _judged(f"{SHM} noexec", "yes" if noexec else "no", advice)
     yield _segment()
 
 
@@ -135,28 +113,15 @@ def _segment() -> Check:
 
 def _limits() -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = hard < FEW_DESCRIPTORS
-    yield Check(
-        "descriptors",
-        f"{soft} now, {hard} at most (a kernel takes them all)",
-        WARN if few else OK,
-        "a segment takes one: raise `ulimit -Hn`, or use larger segments" if few else "",
-    )
-    count = int(_read("/proc/sys/vm/max_map_count") or FEW_MAPS)
-    yield Check(
-        "maps of a process",
-        str(count),
-        WARN if count < FEW_MAPS else OK,
-        "each mirror takes one: sysctl vm.max_map_count=262144" if count < FEW_MAPS else "",
-    )
-    seen = _read("/proc/sys/vm/overcommit_memory")
-    strict = seen == "2"
-    yield Check(
-        "overcommit",
-        {"0": "heuristic", "1": "always", "2": "strict"}.get(seen or "", "not shown"),
-        WARN if strict else OK,
-        "what is mapped private counts in full against CommitLimit: sysctl vm.overcommit_memory=0" if strict else "",
-    )
+    advice = "a segment takes one: raise `ulimit -Hn`, or use larger segments" if hard < FEW_DESCRIPTORS else ""
+    yield _judged("descriptors", f"{soft} now, {hard} at most (a kernel takes them all)", advice)
+    count = procfs.map_limit()
+    advice = "each mirror takes one: sysctl vm.max_map_count=262144" if count < FEW_MAPS else ""
+    yield _judged("maps of a process", str(count), advice)
+    seen = procfs.setting("/proc/sys/vm/overcommit_memory")
+    advice = "what is mapped private counts in full against CommitLimit: sysctl vm.overcommit_memory=0"
+    found = {"0": "heuristic", "1": "always", "2": "strict"}.get(seen, "not shown")
+    yield _judged("overcommit", found, advice if found == "strict" else "")
 
 
 def _memory() -> Iterator[Check]:
@@ -165,21 +130,18 @@ def _memory() -> Iterator[Check]:
     rooms = room.cgroup_rooms()
     bound = f", {_mib(min(rooms))} by its memory cgroup" if rooms and min(rooms) < machine else ""
     advice = "" if left >= 256 * MIB else "little is left: free some, or raise the cgroup's memory.max"
-    yield Check("memory", f"{_mib(left)} left of {_mib(machine)}{bound}", WARN if advice else OK, advice)
+    yield _judged("memory", f"{_mib(left)} left of {_mib(machine)}{bound}", advice)
     cpus = len(os.sched_getaffinity(0))
     advice = "" if cpus > 1 else "kernel and users take turns on one: calls sleep instead of spin, and take longer"
-    yield Check("cpus", f"{cpus} usable of {os.cpu_count()}", WARN if advice else OK, advice)
+    yield _judged("cpus", f"{cpus} usable of {os.cpu_count()}", advice)
 
 
 def _huge_pages() -> Iterator[Check]:
     base = "/sys/kernel/mm/transparent_hugepage"
-    enabled = _chosen(f"{base}/shmem_enabled")
-    yield Check(
-        "huge pages, shared memory",
-        f"shmem_enabled {enabled or 'not shown'}, enabled {_chosen(f'{base}/enabled') or 'not shown'}",
-        WARN if enabled in (None, "deny") else OK,
-        f"map(huge=True) gets none: echo advise > {base}/shmem_enabled" if enabled in (None, "deny") else "",
-    )
+    shared, others = (procfs.setting(f"{base}/{name}") or "not shown" for name in ("shmem_enabled", "enabled"))
+    none = shared in ("not shown", "deny")
+    advice = f"map(huge=True) gets none: echo advise > {base}/shmem_enabled" if none else ""
+    yield _judged("huge pages, shared memory", f"shmem_enabled {shared}, enabled {others}", advice)
     try:
         segment = Segment(HUGE_SIZE, huge=True)
     except KernelError as error:
@@ -190,7 +152,7 @@ def _huge_pages() -> Iterator[Check]:
     advice = (
         "" if got else "Linux 6.1 or newer has it, where memory is not too fragmented; without, huge=True has no effect"
     )
-    yield Check("MADV_COLLAPSE", f"{_mib(got)} of {_mib(HUGE_SIZE)} in huge pages", OK if got else WARN, advice)
+    yield _judged("MADV_COLLAPSE", f"{_mib(got)} of {_mib(HUGE_SIZE)} in huge pages", advice)
 
 
 def _kernel_features() -> Iterator[Check]:

@@ -85,77 +85,67 @@ def _look(snapshot: Snapshot, pid: int) -> list[MapView]:
 
 
 def _mappings(snapshot: Snapshot, pid: int, frames: dict[int, FramesInfo], linux: list[Resident]) -> list[MapView]:
-    places = _Places(linux)
+    places = _Places(linux, frames)
     rows = []
     for process in snapshot.processes:
-        for mapping in process.mappings if process.pid == pid else ():
-            end = mapping.address + mapping.length
-            books, _ = mapping_ranges(mapping, frames, places.ranges(mapping.address, end))
-            shown = frames[mapping.frames] if mapping.frames is not None else None
-            rows.append(
-                MapView(
-                    process.number,
-                    mapping.address,
-                    mapping.length,
-                    mapping.type,
-                    str(MappingAccessRights(mapping.rights)),
-                    _inodes(shown, mapping.phys_offset, mapping.length),
-                    mapping.phys_offset,
-                    shown.refcount if shown is not None else None,
-                    *places.amounts(mapping.address, end),
-                    places.compare(mapping.address, end, books),
-                )
-            )
+        for each in process.mappings if process.pid == pid else ():
+            books, _ = mapping_ranges(each, frames, places.ranges(each.address, each.address + each.length))
+            parts = [PartInfo(each.frames, each.phys_offset, each.length)] if each.frames is not None else []
+            rows.append(places.row(each.address, each.length, each.type, each.rights, parts, books, process.number))
     return rows
 
 
 def _windows(snapshot: Snapshot, frames: dict[int, FramesInfo], linux: list[Resident]) -> list[MapView]:
     windows = [("mirror", each.base, each.span, each.rights, each.parts, each.zeros) for each in snapshot.mirrors]
     windows += [("kept", each.base, each.span, each.rights, [each.part], 0) for each in snapshot.kept]
-    windows += [("stake", at, PAGE_SIZE, 0, [], 0) for at in snapshot.stakes]
-    places = _Places(linux)
-    return [_window(*each, frames, places) for each in sorted(windows, key=lambda each: each[1])]
-
-
-def _window(
-    type: str,
-    base: int,
-    span: int,
-    rights: int,
-    parts: list[PartInfo],
-    zeros: int,
-    frames: dict[int, FramesInfo],
-    places: _Places,
-) -> MapView:
-    books = window_ranges(base, rights, parts, zeros, frames) if parts else [(base, base + span, "---", 0, 0)]
-    return MapView(
-        None,
-        base,
-        span,
-        type,
-        str(MappingAccessRights(rights)),
-        [inode for part in parts for inode in _inodes(frames[part.frames], part.offset, part.length)],
-        parts[0].offset if parts else 0,
-        frames[parts[0].frames].refcount if parts else None,
-        *places.amounts(base, base + span),
-        places.compare(base, base + span, books),
-    )
-
-
-def _inodes(frames: FramesInfo | None, offset: int, length: int) -> list[int]:
-    return [] if frames is None else [inode for inode, _, _ in frames.pieces(offset, length)]
+    places = _Places(linux, frames)
+    rows = [
+        places.row(base, span, type, rights, parts, window_ranges(base, rights, parts, zeros, frames))
+        for type, base, span, rights, parts, zeros in windows
+    ]
+    rows += [places.row(at, PAGE_SIZE, "stake", 0, [], [(at, at + PAGE_SIZE, "---", 0, 0)]) for at in snapshot.stakes]
+    return sorted(rows, key=lambda row: row.address)
 
 
 class _Places:
-    """What Linux has mapped where, in one land."""
+    """What Linux has mapped where, in one land, beside the books."""
 
-    def __init__(self, linux: list[Resident]) -> None:
+    def __init__(self, linux: list[Resident], frames: dict[int, FramesInfo]) -> None:
         self._linux = linux
+        self._frames = frames
         self._starts = [each.map.start for each in linux]
         self._ends = [each.map.end for each in linux]
 
     def _within(self, start: int, end: int) -> list[Resident]:
         return self._linux[bisect_right(self._ends, start) : bisect_left(self._starts, end)]
+
+    def row(
+        self,
+        address: int,
+        length: int,
+        type: str,
+        rights: int,
+        parts: list[PartInfo],
+        books: list[Range],
+        process: int | None = None,
+    ) -> MapView:
+        """The row of [address, address + length), which shows `parts` of frames and is `books` as the books have it."""
+        shown = [self._frames[part.frames] for part in parts]
+        inodes = [
+            piece[0] for part, each in zip(parts, shown, strict=True) for piece in each.pieces(part.offset, part.length)
+        ]
+        return MapView(
+            process,
+            address,
+            length,
+            type,
+            str(MappingAccessRights(rights)),
+            inodes,
+            parts[0].offset if parts else 0,
+            shown[0].refcount if shown else None,
+            *self._amounts(address, address + length),
+            self._compare(address, address + length, books),
+        )
 
     def ranges(self, start: int, end: int) -> list[Range]:
         """What is mapped in [start, end), cut to that."""
@@ -166,14 +156,14 @@ class _Places:
             found.append((low, high, each.map.perms[:3], each.map.inode, offset))
         return merged(found)
 
-    def amounts(self, start: int, end: int) -> tuple[int | None, int | None]:
+    def _amounts(self, start: int, end: int) -> tuple[int | None, int | None]:
         """Bytes in memory, and shared ones, of [start, end); None: more than that is one map."""
         inside = self._within(start, end)
         if any(each.map.start < start or each.map.end > end for each in inside):
             return None, None
         return sum(each.resident for each in inside), sum(each.shared for each in inside)
 
-    def compare(self, start: int, end: int, books: list[Range]) -> str:
+    def _compare(self, start: int, end: int, books: list[Range]) -> str:
         """Whether Linux agrees with the books about [start, end), or what it has there."""
         linux = self.ranges(start, end)
         if linux == merged(books):

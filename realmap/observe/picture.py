@@ -280,6 +280,12 @@ def room(block: Block, lights: Iterable[Light]) -> tuple[int, int]:
     return best
 
 
+def kinds(lanes: Iterable[Lane]) -> list[str]:
+    """What their blocks are, in the order of a legend; mirrors are told of by themselves."""
+    found = {block.kind for lane in lanes for block in lane.blocks}
+    return sorted(found - {MIRROR}, key=lambda kind: (kind == KEPT, kind))
+
+
 # ---- colours --------------------------------------------------------------------------------
 
 #: Of blocks: dark enough for white letters, apart from each other by lightness too.
@@ -294,7 +300,6 @@ LIT = ("#ffc83d", "#ff7eb6", "#6fdc8c", "#5cc8ff", "#ff9f55", "#c5a3ff", "#e8ef6
 
 
 def colour(kind: str) -> str:
-    """Of a block."""
     return COLOURS.get(kind, OTHER)
 
 

@@ -11,7 +11,20 @@ from collections.abc import Iterator, Mapping
 from xml.sax.saxutils import escape, quoteattr
 
 from realmap.observe import words
-from realmap.observe.picture import KEPT, MIRROR, Block, Lane, Light, Picture, colour, draw, fitting_unit, lit, room
+from realmap.observe.picture import (
+    KEPT,
+    MIRROR,
+    Block,
+    Lane,
+    Light,
+    Picture,
+    colour,
+    draw,
+    fitting_unit,
+    kinds,
+    lit,
+    room,
+)
 from realmap.observe.snapshot import Snapshot
 from realmap.rights import MappingAccessRights
 
@@ -183,12 +196,8 @@ def _ribbon(mirror: Light, light: Light, high: int, low: int) -> str:
 
 def _foot(picture: Picture, users: list[Lane], height: int) -> Iterator[str]:
     """What the colours mean, and what was left out."""
-    kinds = dict.fromkeys(block.kind for lane in [*users, picture.kernel] for block in lane.blocks)
     at, y = 16.0, height - 30
-    for kind in [
-        *sorted(kind for kind in kinds if kind not in (MIRROR, KEPT)),
-        *(kind for kind in (KEPT,) if kind in kinds),
-    ]:
+    for kind in kinds([*users, picture.kernel]):
         label = "kept for its next use" if kind == KEPT else kind
         yield f'<rect x="{at:g}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour(kind)}"/>'
         yield f'<text class="soft" x="{at + 18:g}" y="{y}">{_text(label)}</text>'

@@ -9,7 +9,6 @@ import msgspec
 import psutil
 
 from realmap.observe.snapshot import Snapshot
-from realmap.wire.records import FramesInfo, SegmentInfo
 
 GONE = "gone"
 
@@ -121,23 +120,15 @@ def segments(snapshot: Snapshot) -> list[SegmentRow]:
             index,
             segment.inode,
             segment.length,
-            _of(segment, resident),
+            None if resident is None else resident.get((segment.device, segment.inode)),
             segment.huge,
             frames.refcount,
             segment.name,
             frames.holders,
         )
-        for frames, index, segment in _each(snapshot)
+        for frames in sorted(snapshot.frames, key=lambda frames: frames.serial)
+        for index, segment in enumerate(frames.segments)
     ]
-
-
-def _each(snapshot: Snapshot) -> list[tuple[FramesInfo, int, SegmentInfo]]:
-    ordered = sorted(snapshot.frames, key=lambda frames: frames.serial)
-    return [(frames, index, segment) for frames in ordered for index, segment in enumerate(frames.segments)]
-
-
-def _of(segment: SegmentInfo, resident: dict[tuple[int, int], int] | None) -> int | None:
-    return None if resident is None else resident.get((segment.device, segment.inode))
 
 
 def _resident(pid: int) -> dict[tuple[int, int], int] | None:

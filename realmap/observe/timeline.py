@@ -14,7 +14,6 @@ where the file ends is marked as such by `end`, and missing where the writer was
 from __future__ import annotations
 
 import heapq
-import json
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 from realmap.errors import BY_CODE
 from realmap.observe.tables import GONE, program
-from realmap.observe.trace_format import TraceWriter
+from realmap.observe.trace_format import About, TraceWriter
 from realmap.rights import MemoryType, rights_of
 from realmap.wire.records import (
     ALREADY,
@@ -57,7 +56,6 @@ class Lanes:
         self._on_first = on_first
 
     def take(self) -> int:
-        """The lowest free one."""
         if self._free:
             return heapq.heappop(self._free)
         self._count += 1
@@ -65,7 +63,6 @@ class Lanes:
         return self._count - 1
 
     def give(self, lane: int) -> None:
-        """It is free again."""
         heapq.heappush(self._free, lane)
 
 
@@ -104,7 +101,7 @@ class Call:
 class Timeline:
     """Writes records as they come. Times in the file are microseconds since its beginning."""
 
-    def __init__(self, write: Callable[[str], object], start: dict[str, Any]) -> None:
+    def __init__(self, write: Callable[[bytes], object], start: dict[str, Any]) -> None:
         """`start`: what the kernel answered to the one who began to listen."""
         #: Of requests, by number.
         self.names: list[str] = []
@@ -142,7 +139,7 @@ class Timeline:
         }
         self._file.name_process(self._kernel, f"kernel {start['path']} (pid {self._kernel})", 0)
         self._file.name_track(self._kernel, 1, "kernel thread")
-        about = f'"path":{json.dumps(start["path"])},"time":{start["time"]:.6f}'
+        about = {"path": start["path"], "time": start["time"]}
         self._file.instant(self._kernel, 1, self._zero, "trace begins", about)
 
     def feed(self, records: bytes) -> int:
@@ -161,12 +158,17 @@ class Timeline:
         """What is open is marked so, and the file is complete. `why`: what ended it before its time, if anything."""
         self._last = max(self._last, time.monotonic_ns())
         self._close_all("was still open when the trace ended")
-        about = f'"events":{events},"lost":{lost}' + (f',"error":{json.dumps(why)}' if why else "")
+        about: About = {"events": events, "lost": lost}
+        if why:
+            about["error"] = why
         self._file.instant(self._kernel, 1, self._last, "trace ends", about)
         self._file.end(self._kernel, f"{events} events, {lost} lost")
 
     def _request(self, number: int) -> str:
-        return _json(self.names[number]) if number < len(self.names) else '"?"'
+        return self.names[number] if number < len(self.names) else "?"
+
+    def _who(self, number: int) -> About:
+        return {"process": number, "pid": self._user(number).pid}
 
     # ---- processes --------------------------------------------------------------------------
 
@@ -192,23 +194,18 @@ class Timeline:
 
     def _connect(self, event: Event) -> None:
         user = self._user(event.process, event.a)
-        already = ',"already":true' if event.flags & ALREADY else ""
-        self._file.instant(
-            user.track,
-            MEMORY,
-            event.time,
-            "connect",
-            f'"process":{event.process},"pid":{event.a},"uid":{event.b}{already}',
-        )
+        about: About = {"process": event.process, "pid": event.a, "uid": event.b}
+        self._file.instant(user.track, MEMORY, event.time, "connect", about | _marks(event, already=ALREADY))
 
     def _death(self, event: Event) -> None:
         user = self._user(event.process, event.a)
         name = "death" if event.flags & DIED else "leave"
-        self._file.instant(user.track, MEMORY, event.time, name, f'"process":{event.process},"pid":{event.a}', "p")
+        about: About = {"process": event.process, "pid": event.a}
+        self._file.instant(user.track, MEMORY, event.time, name, about, "p")
 
     def _reap(self, event: Event) -> None:
         user = self._user(event.process, event.a)
-        about = f'"process":{event.process},"pid":{event.a},"mappings":{event.b},"bytes":{event.c}'
+        about: About = {"process": event.process, "pid": event.a, "mappings": event.b, "bytes": event.c}
         self._file.instant(user.track, MEMORY, event.time, "reap", about, "p")
 
     # ---- requests ---------------------------------------------------------------------------
@@ -228,14 +225,11 @@ class Timeline:
         if call is None:
             return
         call.answer = event
-        flags, about = call.arrival.flags, self._about(call)
-        if call.user is not None and call.lane >= 0:
-            self._span_of_user(call, event.time, about)
-            call.user.lanes.give(call.lane)
-        if not flags & (SERVICE | BLOCKING):
+        self._span_of_user(call, event.time)
+        if not call.arrival.flags & (SERVICE | BLOCKING):
             self._at_work.pop(self._main, None)
-            self._span_of_kernel(call, event.time, about)
-        if call.done or not flags & SERVICE:
+            self._span_of_kernel(call, event.time)
+        if call.done or not call.arrival.flags & SERVICE:
             self._finish(call)
 
     def _done(self, event: Event) -> None:
@@ -243,7 +237,7 @@ class Timeline:
         if call is None:
             return
         call.done = True
-        self._span_of_kernel(call, event.time, self._about(call))
+        self._span_of_kernel(call, event.time)
         if call.answer is not None or not event.b:
             self._finish(call)
 
@@ -259,25 +253,25 @@ class Timeline:
         # Within the span: its end is not part of it.
         self._file.flow("f", user.track, CALLS + call.lane, max(answer.time - 1, event.time), self._flows)
 
-    def _span_of_user(self, call: Call, end: int, about: str) -> None:
-        assert call.user is not None
-        event = call.arrival
-        kind = "service" if event.flags & SERVICE else "call"
-        self._file.span(call.user.track, CALLS + call.lane, event.time, end, kind, self._request(event.a), about)
+    def _span_of_user(self, call: Call, end: int, **more: object) -> None:
+        """Its place on the caller's track is free again."""
+        if call.user is not None and call.lane >= 0:
+            self._span(call, call.user.track, CALLS + call.lane, end, more)
+            call.user.lanes.give(call.lane)
 
-    def _span_of_kernel(self, call: Call, end: int, about: str) -> None:
-        event = call.arrival
-        kind = "service" if event.flags & SERVICE else "call"
-        self._file.span(self._kernel, 1, event.time, end, kind, self._request(event.a), about)
+    def _span_of_kernel(self, call: Call, end: int, **more: object) -> None:
+        self._span(call, self._kernel, 1, end, more)
 
-    def _about(self, call: Call) -> str:
+    def _span(self, call: Call, process: int, thread: int, end: int, more: About) -> None:
         event, answer = call.arrival, call.answer
-        about = f'"process":{event.process},"pid":{call.user.pid if call.user is not None else 0},"id":{event.b}'
+        pid = call.user.pid if call.user is not None else 0
+        about: About = {"process": event.process, "pid": pid, "id": event.b}
         if event.c:
-            about += f',"buffers":{event.c},"address":"{event.d:#x}","bytes":{event.e}'
+            about |= {"buffers": event.c, "address": hex(event.d), "bytes": event.e}
         if answer is not None:
-            about += _error(answer.c) + f',"answer_bytes":{answer.d}'
-        return about
+            about |= _error(answer.c) | {"answer_bytes": answer.d}
+        kind = "service" if event.flags & SERVICE else "call"
+        self._file.span(process, thread, event.time, end, kind, self._request(event.a), about | more)
 
     def _begin(self, event: Event) -> None:
         call = self._calls.get((event.process, event.b))
@@ -303,31 +297,29 @@ class Timeline:
         if begin is not None:
             self._span_of_worker(begin, event.time, _error(event.c))
 
-    def _span_of_worker(self, begin: Event, end: int, about: str) -> None:
-        about = f'"process":{begin.process},"pid":{self._user(begin.process).pid},"id":{begin.b}{about}'
+    def _span_of_worker(self, begin: Event, end: int, more: About) -> None:
+        about = self._who(begin.process) | {"id": begin.b} | more
         self._file.span(self._kernel, self._thread(begin.f), begin.time, end, "call", self._request(begin.a), about)
 
     def _copy(self, event: Event) -> None:
-        about = f'"process":{event.process},"pid":{self._user(event.process).pid},'
-        about += f'"address":"{event.a:#x}","bytes":{event.b}'
-        if event.flags & FAILED:
-            about += ',"failed":true'
-        name = '"copy_out"' if event.flags & OUT else '"copy_in"'
+        about = self._who(event.process) | {"address": hex(event.a), "bytes": event.b} | _marks(event, failed=FAILED)
+        name = "copy_out" if event.flags & OUT else "copy_in"
         self._file.span(self._kernel, self._thread(event.f), event.c, event.time, "copy", name, about)
 
     # ---- memory -----------------------------------------------------------------------------
 
     def _map(self, event: Event) -> None:
         user, mapped = self._user(event.process), event.kind == Kind.MAP
-        about = (
-            f'"process":{event.process},"address":"{event.a:#x}","bytes":{event.b},'
-            f'"type":"{MemoryType(event.e >> 8 & 255).name}","rights":"{_rights(event.e & 15)}",'
-            f'"frames":{event.c},"offset":{event.d}'
-        )
-        if mapped and event.flags & ALREADY:
-            about += ',"already":true'
-        if not mapped and event.flags & REAPED:
-            about += ',"reaped":true'
+        about: About = {
+            "process": event.process,
+            "address": hex(event.a),
+            "bytes": event.b,
+            "type": MemoryType(event.e >> 8 & 255).name,
+            "rights": _rights(event.e & 15),
+            "frames": event.c,
+            "offset": event.d,
+        }
+        about |= _marks(event, already=ALREADY) if mapped else _marks(event, reaped=REAPED)
         self._file.instant(user.track, MEMORY, event.time, "map" if mapped else "unmap", about)
         self._file.counter(user.track, event.time, "mappings", event.e >> 32)
         self._file.counter(user.track, event.time, "mapped bytes", event.f)
@@ -345,25 +337,28 @@ class Timeline:
         self._file.counter(self._kernel, event.time, "mirrors", event.process)
         if begun is None:
             return
-        about = (',"kept":true' if event.flags & WAS_KEPT else "") + (',"fault":true' if event.flags & FAULTED else "")
-        self._span_of_mirror(begun, event.time, about)
-        self._land.give(begun.lane)
+        self._span_of_mirror(begun, event.time, _marks(event, kept=WAS_KEPT, fault=FAULTED))
 
-    def _span_of_mirror(self, begun: Mirror, end: int, about: str) -> None:
+    def _span_of_mirror(self, begun: Mirror, end: int, more: About) -> None:
+        """Its place on KernelLand's tracks is free again."""
         event, lane, process = begun
-        name, told = "mirror", ""
-        if process:
-            name, told = f"mirror of process {process}", f'"process":{process},"pid":{self._user(process).pid},'
-        told += (
-            f'"address":"{event.a:#x}","bytes":{event.b},"user_address":"{event.c:#x}","frames":{event.d},'
-            f'"offset":{event.e},"rights":"{_rights(event.flags & 3)}"'
-        )
-        told += ',"window":"kept"' if event.flags & WAS_KEPT else ""
-        told += ',"already":true' if event.flags & ALREADY else ""
-        self._file.span(self._kernel, KERNEL_LAND + lane, event.time, end, "mirror", f'"{name}"', told + about)
+        about = self._who(process) if process else {}
+        about |= {
+            "address": hex(event.a),
+            "bytes": event.b,
+            "user_address": hex(event.c),
+            "frames": event.d,
+            "offset": event.e,
+            "rights": _rights(event.flags & 3),
+        }
+        about |= {"window": "kept"} if event.flags & WAS_KEPT else {}
+        about |= _marks(event, already=ALREADY) | more
+        name = f"mirror of process {process}" if process else "mirror"
+        self._file.span(self._kernel, KERNEL_LAND + lane, event.time, end, "mirror", name, about)
+        self._land.give(lane)
 
     def _evict(self, event: Event) -> None:
-        about = f'"address":"{event.a:#x}","bytes":{event.b},"frames":{event.d},"offset":{event.e}'
+        about: About = {"address": hex(event.a), "bytes": event.b, "frames": event.d, "offset": event.e}
         self._file.instant(self._kernel, KERNEL_LAND, event.time, "kept window unmapped", about)
 
     # ---- where the telling stops ------------------------------------------------------------
@@ -372,28 +367,26 @@ class Timeline:
         """What was open may have ended among what is missing."""
         self._last = event.time
         self._close_all("its end may be among the events that were lost")
-        self._file.instant(self._kernel, 1, event.time, "events lost", f'"lost":{event.a}', "g")
+        self._file.instant(self._kernel, 1, event.time, "events lost", {"lost": event.a}, "g")
 
     def _close_all(self, why: str) -> None:
-        end, about = self._last, f',"unfinished":"{why}"'
+        end = self._last
         for call in self._calls.values():
-            if call.user is not None and call.lane >= 0 and call.answer is None:
-                self._span_of_user(call, end, self._about(call) + about)
-                call.user.lanes.give(call.lane)
+            if call.answer is None:
+                self._span_of_user(call, end, unfinished=why)
             if not call.done and not call.arrival.flags & BLOCKING:
-                self._span_of_kernel(call, end, self._about(call) + about)
+                self._span_of_kernel(call, end, unfinished=why)
         for begin in self._workers.values():
-            self._span_of_worker(begin, end, about)
+            self._span_of_worker(begin, end, {"unfinished": why})
         for begun in self._mirrors.values():
-            self._span_of_mirror(begun, end, about)
-            self._land.give(begun.lane)
+            self._span_of_mirror(begun, end, {"unfinished": why})
         for open_ones in (self._calls, self._workers, self._mirrors, self._at_work):
             open_ones.clear()
 
 
-@lru_cache
-def _json(text: str) -> str:
-    return json.dumps(text)
+def _marks(event: Event, **flags: int) -> About:
+    """Those of its flags that are set, by name."""
+    return {name: True for name, bit in flags.items() if event.flags & bit}
 
 
 @lru_cache
@@ -401,11 +394,11 @@ def _rights(bits: int) -> str:
     return str(rights_of(bits))
 
 
-def _error(code: int) -> str:
+def _error(code: int) -> About:
     if not code:
-        return ""
+        return {}
     kind = BY_CODE.get(code)
-    return f',"error":"{kind.__name__ if kind is not None else code}"'
+    return {"error": kind.__name__ if kind is not None else str(code)}
 
 
 def _command(pid: int) -> str:

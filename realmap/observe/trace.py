@@ -149,8 +149,8 @@ class Trace:
         self._seconds = self.seconds
         self._control.close()
 
-    def _write(self, text: str) -> None:
-        left = memoryview(text.encode())
+    def _write(self, text: bytes) -> None:
+        left = memoryview(text)
         while left:
             left = left[self._file.write(left) :]
 

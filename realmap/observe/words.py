@@ -23,6 +23,19 @@ def short_size(length: int) -> str:
     return number + unit[0] if unit != "B" else number
 
 
+def duration(nanoseconds: float) -> str:
+    """Three figures, with a unit: 512 ns, 4.31 µs, 27.0 ms."""
+    for unit, name in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
+        if nanoseconds >= unit:
+            return f"{three(nanoseconds / unit)} {name}"
+    return f"{nanoseconds:.0f} ns"
+
+
+def three(number: float) -> str:
+    """Three figures: 1.25, 12.5, 125."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
 def count(number: float) -> str:
     """A number in three figures or so: 7, 950, 12.3k, 4.5M."""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

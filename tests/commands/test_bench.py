@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -20,7 +21,7 @@ from realmap.lab import bench
 from realmap.lab.bench import programs
 from realmap.lab.bench.access import SIZES, WAYS, sentence
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race, spread
-from realmap.lab.bench.programs import Program, Programs
+from realmap.lab.bench.programs import Program
 from realmap.lab.bench.report import FORM, Reached, Report, Spread
 from realmap.lab.bench.scale import CROWDS, QUICK_CROWDS
 
@@ -125,8 +126,7 @@ def test_the_sentence_for_the_reader() -> None:
 
 @pytest.mark.parametrize("name", ASKED)
 def test_the_floor_and_the_peers_do_what_the_bench_asks(name: str) -> None:
-    with Programs() as all_of_them:
-        program = all_of_them.floor if name == "floor" else all_of_them.peer(name)
+    with contextlib.closing(programs.floor() if name == "floor" else programs.peer(name)) as program:
         for line in ASKED[name]:
             assert program.ask(*line.split()) > 0, line
         with pytest.raises(Absent):
@@ -139,9 +139,9 @@ def test_the_floor_and_the_peers_do_what_the_bench_asks(name: str) -> None:
 
 def test_a_program_that_is_not_there_or_dies_is_absent() -> None:
     for program in (
-        Program("none", ["/nonexistent/program"]),
-        Program("ends", [sys.executable, "-c", "pass"]),
-        Program("silly", None, "because"),
+        Program(["/nonexistent/program"]),
+        Program([sys.executable, "-c", "pass"]),
+        Program(None, "because"),
     ):
         with pytest.raises(Absent):
             program.ask("call", 1)
@@ -178,8 +178,8 @@ def test_in_a_checkout_it_is_held_to_limits() -> None:
 
 def test_without_a_compiler_there_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with Programs() as all_of_them, pytest.raises(Absent, match="compiler"):
-        all_of_them.floor.ask("null", 10)
+    with pytest.raises(Absent, match="compiler"):
+        programs.floor().ask("null", 10)
 
 
 def test_unknown_groups() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, ROOT
+from terminal import on_a_terminal
 
 from realmap import KernelHandle, boot
 from realmap.errors import InvalidSize
@@ -97,27 +97,9 @@ def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
 
 
 def test_the_demo_on_a_terminal_has_tables_and_colour(files: list[str]) -> None:
-    leader, follower = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "realmap", "demo", *files],
-        stdout=follower,
-        stderr=follower,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
-    )
-    os.close(follower)
-    out = b""
-    while True:
-        try:
-            more = os.read(leader, 65536)
-        except OSError:
-            break
-        if not more:
-            break
-        out += more
-    os.close(leader)
-    assert child.wait(BOUND) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.decode())
-    assert "\x1b[" in out.decode()
+    out = on_a_terminal(["demo", *files], {"COLUMNS": "80"})
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+    assert "\x1b[" in out
     assert "KernelLand" in text
     assert max(len(line.rstrip()) for line in text.splitlines() if "→" in line) <= 80
 

@@ -94,9 +94,8 @@ def test_what_cannot_be_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_limits_that_are_low(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, 1024))
-    monkeypatch.setattr(
-        doctor, "_read", {"/proc/sys/vm/max_map_count": "1000", "/proc/sys/vm/overcommit_memory": "2"}.get
-    )
+    settings = {"/proc/sys/vm/max_map_count": "1000", "/proc/sys/vm/overcommit_memory": "2"}
+    monkeypatch.setattr(doctor.procfs, "setting", settings.get)
     found = {check.name: check for check in doctor._limits()}
     assert {check.status for check in found.values()} == {"warn"}
     assert "ulimit -Hn" in found["descriptors"].advice

@@ -6,7 +6,6 @@ import base64
 import ctypes
 import json
 import os
-import pty
 import re
 import signal
 import socket
@@ -22,6 +21,7 @@ import syscalls
 from click.testing import CliRunner
 from conftest import BOUND, PAGE, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from terminal import on_a_terminal
 
 import realmap
 from realmap import KernelHandle, Process
@@ -393,32 +393,6 @@ def test_a_watch_on_a_terminal(busy: tuple[KernelHandle, int]) -> None:
     )
     assert "Traceback" not in out
     assert "per second" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
-
-
-def on_a_terminal(words: list[str], variables: dict[str, str], stop: int | None = None) -> str:
-    """What a command shows there; with `stop` it gets a Ctrl-C after so many bytes. It ends well."""
-    leader, follower = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "realmap", *words],
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        env=os.environ | {"TERM": "xterm-256color"} | variables,
-    )
-    os.close(follower)
-    out = b""
-    while True:
-        try:
-            more = os.read(leader, 65536)
-        except OSError:
-            break
-        out += more
-        if stop is not None and len(out) > stop:
-            child.send_signal(signal.SIGINT)
-            stop = None
-    os.close(leader)
-    assert child.wait(BOUND) == 0, out.decode()
-    return out.decode()
 
 
 @pytest.mark.parametrize("words", [("ps",), ("stats", "--watch", "0.05"), ("doctor",)], ids=" ".join)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, in_threads, wait_until
 
 import realmap
 from realmap import (
@@ -271,25 +271,16 @@ def test_blocking_handlers_let_others_go_on(me: Process) -> None:
 
 
 def test_one_process_from_many_threads(me: Process) -> None:
-    failures: list[BaseException] = []
 
     def work(seed: int) -> None:
-        try:
-            for turn in range(40):
-                with me.map(1000 + seed) as buffer:
-                    buffer[:] = content = os.urandom(1000 + seed)
-                    name = "slow_sha256" if turn % 3 == 0 else "sha256"
-                    assert me.call(name, buffer) == sha(content)
-                    assert me.call("echo", "x" * (70_000 if turn % 10 == 0 else 5), seed)[1] == seed
-        except BaseException as error:
-            failures.append(error)
+        for turn in range(40):
+            with me.map(1000 + seed) as buffer:
+                buffer[:] = content = os.urandom(1000 + seed)
+                name = "slow_sha256" if turn % 3 == 0 else "sha256"
+                assert me.call(name, buffer) == sha(content)
+                assert me.call("echo", "x" * (70_000 if turn % 10 == 0 else 5), seed)[1] == seed
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(6, work)
 
 
 def test_a_timeout_abandons_the_call_and_its_buffer_is_held(me: Process, kernel: KernelHandle) -> None:

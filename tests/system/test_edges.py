@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import syscalls
-from conftest import BOUND, PAGE, land_maps, wait_until
+from conftest import BOUND, PAGE, in_threads, land_maps, wait_until
 
 import realmap
 from realmap import InvalidSize, KernelHandle, PhysicalMemoryExhaustion, Process, SyscallFailed
@@ -240,11 +240,7 @@ def test_stop_before_and_after() -> None:
 
 def test_parallel_boots_do_not_disturb_one_another() -> None:
     kernels: list[KernelHandle] = []
-    threads = [threading.Thread(target=lambda: kernels.append(realmap.boot())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, lambda _: kernels.append(realmap.boot()))
     assert len({kernel.path for kernel in kernels}) == 4
     for kernel in kernels:
         kernel.shutdown()

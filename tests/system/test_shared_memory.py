@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from blocks import HERE, clean, exists, program, run
-from conftest import BOUND, wait_until
+from conftest import BOUND, in_threads, wait_until
 
 import realmap
 from realmap import ambient
@@ -156,17 +156,13 @@ def test_threads_that_use_it_first_at_the_same_time(outside: realmap.KernelHandl
     made: list[str] = []
     barrier = threading.Barrier(6)
 
-    def make() -> None:
+    def make(_: int) -> None:
         barrier.wait()
         block = SharedMemory(create=True, size=3)
         made.append(block.name)
         block.close()
 
-    threads = [threading.Thread(target=make) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(6, make)
     gc.collect()
     assert outside.stats()["processes"] == 1
     for name in made:
@@ -192,26 +188,15 @@ def test_a_stopped_kernel_of_somebody_else_is_not_waited_for(tree: None, monkeyp
 
 
 def test_threads_that_look_in_vain_do_not_disturb_each_other(tree: None) -> None:
-    errors: list[BaseException] = []
-
-    def look() -> None:
+    def look(_: int) -> None:
         for _ in range(20):
-            try:
+            with pytest.raises(FileNotFoundError):
                 SharedMemory("nobody-has-this")
-            except FileNotFoundError:
-                pass
-            except BaseException as error:
-                errors.append(error)
 
     with realmap.boot() as other:
         other.stats()
-        threads = [threading.Thread(target=look) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(4, look)
         wait_until(lambda: other.stats()["processes"] == 0)
-    assert errors == []
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import syscalls
-from conftest import PAGE, wait_until
+from conftest import PAGE, in_threads, wait_until
 from trace_format import TraceFile
 
 import realmap
@@ -188,7 +188,7 @@ def test_many_at_once_side_by_side(kernel: KernelHandle, file: Path) -> None:
     """Flows pair up and spans nest (the checker) where calls of many threads, on many workers, overlap."""
     with kernel.connect() as me, kernel.trace(file) as trace:
 
-        def work() -> None:
+        def work(_: int) -> None:
             mine = me.map(20 * PAGE)
             for _ in range(30):
                 me.call("slow_sha256", mine)
@@ -196,11 +196,7 @@ def test_many_at_once_side_by_side(kernel: KernelHandle, file: Path) -> None:
                 me.call("copy", mine.slice(0, PAGE), mine.slice(PAGE, PAGE))
             mine.unmap()
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(4, work)
     assert trace.lost == 0
     found, pid = TraceFile(file), os.getpid()
     calls = found.calls(pid)

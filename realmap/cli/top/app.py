@@ -74,11 +74,9 @@ class Top(App[None]):
         return self.view.snapshot.pid if self.view is not None else 0
 
     def get_default_screen(self) -> Main:
-        """Everything."""
         return Main()
 
     def on_mount(self) -> None:
-        """Begins to ask."""
         if not self.is_headless:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
             self.set_interval(1.0, self._end_with_terminal)
@@ -95,7 +93,6 @@ class Top(App[None]):
             self.exit()
 
     def on_unmount(self) -> None:
-        """Asks no more."""
         self.feed.stop()
 
     # ---- from the feed ----------------------------------------------------------------------
@@ -108,7 +105,6 @@ class Top(App[None]):
         return View(seen, self._cells, self._numbers, self._programs)
 
     def on_fresh(self, event: Fresh) -> None:
-        """Shows it."""
         self._why = event.found if isinstance(event.found, str) else ""
         if isinstance(event.found, View) and not self.feed.paused:
             self.view = event.found
@@ -157,6 +153,5 @@ class Top(App[None]):
         self._title()
 
     def action_help(self) -> None:
-        """What the keys do."""
         if not isinstance(self.screen, Help):
             self.push_screen(Help())

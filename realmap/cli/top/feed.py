@@ -78,7 +78,6 @@ class Feed:
         self._thread = threading.Thread(target=self._run, name="realmap top", daemon=True)
 
     def start(self) -> None:
-        """Begins."""
         self._thread.start()
 
     @property

@@ -9,7 +9,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from realmap.observe import words
-from realmap.observe.picture import KEPT, MIRROR, Block, Lane, Light, colour, lit, room
+from realmap.observe.picture import MIRROR, Block, Lane, Light, colour, kinds, lit, room
 
 #: The last cell of a block is half of one, so that neighbours can be told apart.
 EDGE = "▌"
@@ -85,10 +85,10 @@ def _block(canvas: Canvas, block: Block, lights: Iterable[Light]) -> None:
     canvas.write(left, width, label, WHITE)
 
 
-def legend(kinds: Iterable[str]) -> list[Segment]:
+def legend(lanes: Iterable[Lane]) -> list[Segment]:
     """What the colours mean."""
     found = []
-    for kind in sorted(set(kinds) - {MIRROR}, key=lambda kind: (kind == KEPT, kind)):
+    for kind in kinds(lanes):
         found += [Segment("  ", _style(None, colour(kind))), Segment(f" {kind.lower()}  ")]
     for number in (1, 2, 3):
         found.append(Segment(f" {number}", _style(BLACK, lit(number), True)))

@@ -66,7 +66,6 @@ class Rows(ScrollView, Generic[T], can_focus=True):
 
         @property
         def control(self) -> Rows[Any]:
-            """The table."""
             return self.rows
 
     def __init__(
@@ -135,7 +134,6 @@ class Rows(ScrollView, Generic[T], can_focus=True):
     # ---- lines ------------------------------------------------------------------------------
 
     def render_line(self, y: int) -> Strip:
-        """The head, or a row."""
         width = self.size.width
         if y == 0:
             style = self.get_component_rich_style("rows--head")
@@ -194,17 +192,14 @@ class Rows(ScrollView, Generic[T], can_focus=True):
             self.scroll_to(y=self.cursor - high + 1, animate=False)
 
     def action_move(self, by: int) -> None:
-        """The cursor by so many rows."""
         self.cursor = max(0, min(self.cursor + by, len(self.shown) - 1))
         self._into_sight()
         self.refresh()
 
     def action_page(self, by: int) -> None:
-        """The cursor by a screenful."""
         self.action_move(by * max(1, self.size.height - 2))
 
     def action_choose(self) -> None:
-        """Says which row has the cursor."""
         if self.shown:
             self.post_message(self.Chosen(self, self.shown[self.cursor]))
 

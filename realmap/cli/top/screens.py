@@ -86,20 +86,16 @@ class Live(Screen[None]):
 
     @property
     def table(self) -> Rows[Any]:
-        """The table that keys are about."""
         return self.query_one(Rows)
 
     def show(self, view: View) -> None:
-        """Shows it."""
         raise NotImplementedError
 
     def on_mount(self) -> None:
-        """With what there is by now."""
         self.table.focus()
         self.again()
 
     def on_resize(self) -> None:
-        """As wide as it is now."""
         self.call_after_refresh(self.again)
 
     def again(self) -> None:
@@ -129,7 +125,6 @@ class Live(Screen[None]):
         self.table.sort_next(reverse)
 
     def action_filter(self) -> None:
-        """Asks for words that rows must have."""
         if not self.query(Input):
             field = Input(
                 self.table.filter,
@@ -141,7 +136,6 @@ class Live(Screen[None]):
             field.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """While it is typed."""
         self._filter(event.value)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
@@ -178,7 +172,6 @@ class Main(Live):
     ]
 
     def compose(self) -> ComposeResult:
-        """From top to bottom."""
         yield Head(id="title")
         yield Head(id="totals")
         yield Head(id="rates")
@@ -191,11 +184,9 @@ class Main(Live):
 
     @property
     def table(self) -> Rows[Any]:
-        """The one that is to be seen."""
         return self.query_one(f"#{self.query_one(ContentSwitcher).current}", Rows)
 
     def action_tab(self, name: str) -> None:
-        """Another table."""
         self.query(Input).remove()
         self.query_one(ContentSwitcher).current = name
         self.table.focus()
@@ -212,7 +203,6 @@ class Main(Live):
         self.app.measured(cells)
 
     def show(self, view: View) -> None:
-        """All of it."""
         width = self.size.width
         self.query_one("#totals", Head).say(" " + fitting(totals(view.snapshot), width - 2))
         line = fitting(rates(view.seen), width - 2)
@@ -223,14 +213,13 @@ class Main(Live):
         name = next((each for each in (f"KernelLand, {mirrors} lit", "KernelLand", "Kernel") if len(each) < label), "")
         lane = paint.lane(view.picture.kernel, max(1, width - 1 - label))
         self.query_one("#kernel", Head).draw([Segment(f" {name}".ljust(label)), *lane])
-        self.query_one("#legend", Head).draw([Segment(" "), *paint.legend(view.kinds())])
+        self.query_one("#legend", Head).draw([Segment(" "), *paint.legend([view.picture.kernel, *view.picture.users])])
         rows = self.query_one("#processes", Rows)
         rows.show(view.processes)
         if self.query_one(ContentSwitcher).current == "segments":
             self.query_one("#segments", Rows).show(view.snapshot.frames)
 
     def on_rows_chosen(self, event: Rows.Chosen) -> None:
-        """A process, or a segment."""
         if isinstance(event.row, ProcessRow):
             self.app.push_screen(OneProcess(self.app.kernel, event.row.process.number, event.row.process.pid))
         else:
@@ -245,7 +234,6 @@ class OneProcess(Live):
         self._kernel, self._number, self._pid = kernel, number, pid
 
     def compose(self) -> ComposeResult:
-        """From top to bottom."""
         yield Head(id="title")
         yield Head(id="one")
         yield Head(id="kernel")
@@ -270,7 +258,6 @@ class OneProcess(Live):
         self.table.show(view.mappings(row))
 
     def on_rows_chosen(self, event: Rows.Chosen) -> None:
-        """The segment of a mapping."""
         if event.row.frames is not None:
             self.app.push_screen(OneSegment(self._kernel, event.row.frames.serial))
 
@@ -283,7 +270,6 @@ class OneSegment(Live):
         self._kernel, self._serial = kernel, serial
 
     def compose(self) -> ComposeResult:
-        """From top to bottom."""
         yield Head(id="title")
         yield Head(id="one")
         yield Head(id="parts")
@@ -291,7 +277,6 @@ class OneSegment(Live):
         yield Footer(show_command_palette=False, compact=True)
 
     def show(self, view: View) -> None:
-        """Its holders now."""
         frames = view.segment(self._kernel, self._serial)
         if frames is None:
             self.query_one("#one", Head).say(f" frames {self._serial} are gone: nobody refers to them; Esc goes back")
@@ -333,5 +318,4 @@ class Help(ModalScreen[None]):
     ]
 
     def compose(self) -> ComposeResult:
-        """A box."""
         yield Static(HELP, id="help", markup=False)

@@ -124,11 +124,6 @@ class View:
             for mapping in row.process.mappings
         ]
 
-    def kinds(self) -> list[str]:
-        """Of all blocks."""
-        lanes = [self.picture.kernel, *self.picture.users]
-        return sorted({block.kind for lane in lanes for block in lane.blocks})
-
 
 def totals(snapshot: Snapshot) -> list[str]:
     """What there is now, the most telling first."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from realmap.host.procfs import setting
 from realmap.host.translate import SHM
 from realmap.pages import PAGE_SIZE
 
@@ -18,41 +19,29 @@ BUSY = 0.05
 def facts() -> dict[str, str | int | float | bool]:
     """The machine, in the words of Linux. Sizes in bytes."""
     disk = os.statvfs(SHM)
+    cpus = Path("/proc/cpuinfo").read_text()
     return {
-        "cpu": _cpu(),
+        "cpu": _cpu(cpus.splitlines()),
         "cpus": len(os.sched_getaffinity(0)),
-        "virtual": "hypervisor" in _read("/proc/cpuinfo"),
+        "virtual": "hypervisor" in cpus,
         "memory": psutil.virtual_memory().total,
         "linux": platform.release(),
         "architecture": platform.machine(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "page": PAGE_SIZE,
         "shm": disk.f_blocks * disk.f_frsize,
-        "shmem_huge": _chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or "unknown",
+        "shmem_huge": setting("/sys/kernel/mm/transparent_hugepage/shmem_enabled") or "unknown",
+        "governor": setting("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "load": round(os.getloadavg()[0], 2),
     }
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _cpu() -> str:
-    for line in _read("/proc/cpuinfo").splitlines():
+def _cpu(lines: list[str]) -> str:
+    for line in lines:
         name, _, value = line.partition(":")
         if name.strip() in ("model name", "Hardware", "CPU part"):
             return value.strip()
     return platform.processor() or "unknown"
-
-
-def _chosen(path: str) -> str:
-    """The word in brackets of a setting such as `always [madvise] never`."""
-    text = _read(path)
-    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip() or "unknown"
 
 
 class Disturbance:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Self
 
 import msgspec
 
@@ -36,9 +35,8 @@ LIMIT = 120.0
 class Program:
     """A running floor or peer. Where it cannot be had, every request to it is `Absent`."""
 
-    def __init__(self, name: str, command: list[str] | None, why: str = "") -> None:
+    def __init__(self, command: list[str] | None, why: str = "") -> None:
         """`command` None: it is not to be had, because of `why`; without a `why`, it was never meant to be here."""
-        self.name = name
         self._why = why
         self._process: subprocess.Popen[str] | None = None
         if command is not None:
@@ -106,50 +104,23 @@ def limits() -> list[Limit]:
     return msgspec.toml.decode(text, type=dict[str, list[Limit]])["limits"]
 
 
-class Programs:
-    """The floor and every peer, started on first use. A context manager, which ends them."""
+def peer(name: str) -> Program:
+    """The peer of that name (`tools/bench/peers/peer_NAME.py`), started."""
+    script = TOOLS / "peers" / f"peer_{name}.py"
+    return Program([sys.executable, "-B", str(script)] if script.exists() else None)
 
-    def __init__(self) -> None:
-        self._running: dict[str, Program] = {}
-        self._folder: str | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for program in self._running.values():
-            program.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def floor(self) -> Program:
-        """The C floor, built now if it is not yet."""
-        if "floor" not in self._running:
-            self._running["floor"] = self._build()
-        return self._running["floor"]
-
-    def peer(self, name: str) -> Program:
-        """The peer of that name (`tools/bench/peers/peer_NAME.py`)."""
-        if name not in self._running:
-            script = TOOLS / "peers" / f"peer_{name}.py"
-            self._running[name] = Program(name, [sys.executable, "-B", str(script)] if script.exists() else None)
-        return self._running[name]
-
-    def _build(self) -> Program:
-        sources = sorted(map(str, (TOOLS / "floor").glob("*.c")))
-        compiler = shutil.which(os.environ.get("CC", "cc"))
-        if not sources:
-            return Program("floor", None)
-        if compiler is None:
-            return Program("floor", None, "no C compiler (cc)")
-        self._folder = tempfile.mkdtemp(prefix="realmap-bench-")
-        target = os.path.join(self._folder, "floor")
+def floor() -> Program:
+    """The C floor, built and started."""
+    sources = sorted(map(str, (TOOLS / "floor").glob("*.c")))
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if not sources:
+        return Program(None)
+    if compiler is None:
+        return Program(None, "no C compiler (cc)")
+    with tempfile.TemporaryDirectory(prefix="realmap-bench-") as folder:  # not needed any more once it runs
+        target = os.path.join(folder, "floor")
         built = subprocess.run([compiler, *FLAGS, *sources, "-o", target], capture_output=True, text=True)
-        if built.returncode:
-            return Program(
-                "floor",
-                None,
-                f"it does not build: {(built.stderr.strip().splitlines() or ['the compiler was killed'])[0]}",
-            )
-        return Program("floor", [target])
+        if not built.returncode:
+            return Program([target])
+    return Program(None, f"it does not build: {(built.stderr.strip().splitlines() or ['the compiler was killed'])[0]}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 from realmap.errors import KernelError
-from realmap.lab.bench import machine
+from realmap.lab.bench import machine, programs
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race
-from realmap.lab.bench.programs import Program, Programs, limits
+from realmap.lab.bench.programs import Program
 from realmap.lab.bench.report import FORM, Missing, Reached, Report, Spread
 from realmap.system import KernelHandle, boot
 from realmap.user.process import Process
@@ -24,34 +25,29 @@ FULL = Plan(rounds=25, batch_ns=8_000_000, race_seconds=5.0)
 KEPT = 1 << 30
 
 
-class Bench:
-    """What the groups measure with. A context manager: everything it started ends."""
+class Bench(contextlib.ExitStack):
+    """What the groups measure with. What it starts ends with it."""
 
     def __init__(self, groups: Sequence[str], quick: bool, say: Callable[[str], None]) -> None:
+        super().__init__()
         self.quick = quick
         self.plan = QUICK if quick else FULL
         self.say = say
         self.report = Report(FORM, VERSION, list(groups), quick, machine.facts())
-        self._programs = Programs()
-        self._limits = limits()
+        self._peers: dict[str, Program] = {}
+        self._limits = programs.limits()
         self._kernels: dict[tuple[int, float | None], tuple[KernelHandle, Process]] = {}
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
-        self._stack.enter_context(self._programs)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    @property
+    @functools.cached_property
     def floor(self) -> Program:
-        """The C floor."""
-        return self._programs.floor
+        """The C floor, built at its first use."""
+        return self.enter_context(contextlib.closing(programs.floor()))
 
     def peer(self, name: str) -> Program:
-        """A peer by its name."""
-        return self._programs.peer(name)
+        """A peer by its name, started at its first use."""
+        if name not in self._peers:
+            self._peers[name] = self.enter_context(contextlib.closing(programs.peer(name)))
+        return self._peers[name]
 
     def kernel(self, *, lazy_unmap: int = 0, spin: float | None = None) -> tuple[KernelHandle, Process]:
         """A kernel with the bench's handlers, and this process as its user; the same one each time."""
@@ -60,8 +56,8 @@ class Bench:
             from realmap.lab.bench.handlers import HANDLERS  # needs numpy
 
             options: dict[str, Any] = {} if spin is None else {"spin": spin}
-            kernel = self._stack.enter_context(boot(syscalls=HANDLERS, lazy_unmap=lazy_unmap, **options))
-            self._kernels[key] = kernel, self._stack.enter_context(kernel.connect())
+            kernel = self.enter_context(boot(syscalls=HANDLERS, lazy_unmap=lazy_unmap, **options))
+            self._kernels[key] = kernel, self.enter_context(kernel.connect())
         return self._kernels[key]
 
     def race(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import time
 
 from realmap.errors import KernelError
+from realmap.lab.bench.call import timed
 from realmap.lab.bench.measure import STEADY, Absent, Batch, Contender, spread
 from realmap.lab.bench.report import Figure, Spread
 from realmap.lab.bench.run import Bench
@@ -63,15 +65,9 @@ def _mappings(bench: Bench) -> None:
 
     def batch(memory: ProcessMemory, count: int) -> Batch:
         # Spread over all of them; every address is looked up anew.
-        addresses = [USER_LAND.start + index * 2 * PAGE_SIZE + 8 for index in range(0, count, max(1, count // FEW))]
-
-        def run(times: int) -> int:
-            start = time.perf_counter_ns()
-            for at in range(times):
-                memory.mirror_mapping(addresses[at % len(addresses)], 64, kernel=kernel).drop()
-            return time.perf_counter_ns() - start
-
-        return run
+        spread_out = range(0, count, max(1, count // FEW))
+        addresses = itertools.cycle([USER_LAND.start + index * 2 * PAGE_SIZE + 8 for index in spread_out])
+        return timed(lambda: memory.mirror_mapping(next(addresses), 64, kernel=kernel).drop())
 
     few, many = f"lookup + mirror + drop, {FEW} mappings", f"lookup + mirror + drop, {MANY} mappings"
     bench.race(
@@ -97,13 +93,7 @@ def _mirrors(bench: Bench) -> None:
     alone, crowded = _land(1), _land(2)
 
     def batch(kernel: KernelMemory) -> Batch:
-        def run(times: int) -> int:
-            start = time.perf_counter_ns()
-            for _ in range(times):
-                CrossProcessMapping.mirror_mapping(mapping, 8, 64, kernel=kernel).drop()
-            return time.perf_counter_ns() - start
-
-        return run
+        return timed(lambda: CrossProcessMapping.mirror_mapping(mapping, 8, 64, kernel=kernel).drop())
 
     none, beside = "mirror + drop, no others", f"mirror + drop beside {MIRRORS}"
     held: list[CrossProcessMapping] = []

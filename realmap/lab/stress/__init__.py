@@ -8,6 +8,6 @@ report    what was found
 """
 
 from realmap.lab.stress.report import Options, Report, junit
-from realmap.lab.stress.runner import check, new_seed, run
+from realmap.lab.stress.runner import check, run
 
-__all__ = ["Options", "Report", "check", "junit", "new_seed", "run"]
+__all__ = ["Options", "Report", "check", "junit", "run"]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import cProfile
 import hashlib
-import io
 import os
-import pstats
 
 from realmap.errors import InvalidHandle
 from realmap.kernel import Call, UserBuffer, syscall
@@ -15,7 +12,6 @@ from realmap.memory import CrossProcessMapping, SharedFrames
 from realmap.rights import k_r
 
 _kept: dict[tuple[int, int], CrossProcessMapping] = {}
-_profile: list[cProfile.Profile] = []
 
 
 @syscall
@@ -98,19 +94,6 @@ def stress_read_on(call: Call, data: UserBuffer, rounds: int) -> int:
     """Reads every page of a mirror again and again; how many zeros it has seen at their beginnings."""
     with data.mirror(k_r) as mirror, memoryview(mirror) as view:
         return sum(bytes(view[::4096]).count(0) for _ in range(rounds))
-
-
-@syscall
-def stress_profile(call: Call, begin: bool) -> str:
-    """Begins a profile of the kernel's thread, or ends it; then the functions that took most time, as text."""
-    if begin:
-        _profile.append(cProfile.Profile())
-        _profile[0].enable()
-        return ""
-    _profile[0].disable()
-    text = io.StringIO()
-    pstats.Stats(_profile.pop(), stream=text).sort_stats("tottime").print_stats(25)
-    return text.getvalue()
 
 
 ALL = marked(list(globals().values()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
 import msgspec
@@ -25,7 +27,6 @@ class Options(msgspec.Struct, frozen=True):
     kill: float = 0.0
     truncate: float = 0.0
     full: bool = False
-    profile: bool = False
     #: The socket of the kernel; None for one of its own.
     kernel: str | None = None
 
@@ -111,26 +112,22 @@ class Report(msgspec.Struct, frozen=True):
     #: By user: of all its choices, in order, over its lives.
     choices: list[str]
     failures: list[str]
-    profile: str
 
     @property
     def ok(self) -> bool:
-        """Whether everything held."""
         return not self.failures
 
 
-def summed(tallies: Sequence[Tally]) -> dict[str, dict[int, int]]:
+def summed(tallies: Sequence[Tally]) -> dict[str, Counter[int]]:
     """The latencies of several users together."""
-    found: dict[str, dict[int, int]] = {}
+    found: dict[str, Counter[int]] = defaultdict(Counter)
     for tally in tallies:
         for kind, buckets in tally.latencies.items():
-            into = found.setdefault(kind, {})
-            for number, count in buckets.items():
-                into[number] = into.get(number, 0) + count
+            found[kind].update(buckets)
     return found
 
 
-def percentile(buckets: dict[int, int], share: float) -> float:
+def percentile(buckets: Mapping[int, int], share: float) -> float:
     """The latency, in seconds, that `share` of those counted do not exceed (the middle of its bucket)."""
     left = share * sum(buckets.values())
     number = 0
@@ -147,12 +144,11 @@ def slope(samples: Sequence[tuple[float, float]]) -> Slope:
     if count < 3:
         only = samples[-1][1] if samples else 0.0
         return Slope(0.0, 0.0, only, only)
-    middle = sum(at for at, _ in samples) / count
-    mean = sum(value for _, value in samples) / count
-    spread = sum((at - middle) ** 2 for at, _ in samples)
-    rise = sum((at - middle) * (value - mean) for at, value in samples) / spread
-    rest = sum((value - mean - rise * (at - middle)) ** 2 for at, value in samples)
-    return Slope(rise, math.sqrt(rest / (count - 2) / spread), samples[0][1], samples[-1][1])
+    times, values = zip(*samples, strict=True)
+    rise, start = statistics.linear_regression(times, values)
+    rest = sum((value - start - rise * at) ** 2 for at, value in samples)
+    spread = count * statistics.pvariance(times)
+    return Slope(rise, math.sqrt(rest / (count - 2) / spread), values[0], values[-1])
 
 
 def junit(report: Report) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import select
 import signal
 import socket
@@ -93,8 +92,6 @@ class Runner:
             self._path = path
             self._require_handlers()
             before = self._remains()
-            if self._options.profile:
-                self._profile(True)
             began = time.monotonic()
             self._deadline = None if self._options.seconds is None else began + self._options.seconds
             try:
@@ -102,11 +99,8 @@ class Runner:
             finally:
                 self._end()
             seconds = time.monotonic() - began
-            profile = ""
-            with suppress(KernelError):  # it died: that is told below
-                profile = self._profile(False) if self._options.profile else ""
             self._look_back(before)
-        return self._report(seconds, profile)
+        return self._report(seconds)
 
     def _require_handlers(self) -> None:
         with connect(self._path) as me:
@@ -115,10 +109,6 @@ class Runner:
             except UnknownSyscall as error:
                 why = f"{error.why}; start it with: realmap kernel --syscalls realmap.lab.stress.handlers"
                 raise UnknownSyscall(error.name, why=why) from None
-
-    def _profile(self, begin: bool) -> str:
-        with connect(self._path) as me:
-            return str(me.call("stress_profile", begin))
 
     # ---- users ------------------------------------------------------------------------------
 
@@ -264,7 +254,7 @@ class Runner:
             f"{sum(tally.truncated for tally in tallies)} truncated  {sum(tally.refused for tally in tallies)} refused"
         )
 
-    def _report(self, seconds: float, profile: str) -> Report:
+    def _report(self, seconds: float) -> Report:
         tallies = self._tallies()
         kinds = {}
         for kind, buckets in sorted(summed(tallies).items()):
@@ -293,7 +283,6 @@ class Runner:
             audits=self._audits,
             choices=[" ".join(tally.choices[:16] for tally in [*user.past, user.now]) for user in self._users],
             failures=self._failures,
-            profile=profile,
         )
 
 
@@ -316,8 +305,3 @@ def run(options: Options, say: Callable[[str], None] = lambda line: None) -> Rep
     """
     check(options)
     return Runner(options, say).run()
-
-
-def new_seed() -> int:
-    """A seed for who has none."""
-    return secrets.randbits(32)

@@ -116,13 +116,6 @@ def test_alignment(number: int, alignment: int) -> None:
     assert down <= number <= up
     assert down % alignment == up % alignment == 0
     assert up - down in (0, alignment)
-    assert pages.is_aligned(number, alignment) == (up == down)
-
-
-@given(st.integers(0, pages.USIZE_MAX), st.integers(0, pages.USIZE_MAX))
-def test_checked_add(left: int, right: int) -> None:
-    total = pages.checked_add(left, right)
-    assert total == (left + right if left + right < 1 << 64 else None)
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 64])

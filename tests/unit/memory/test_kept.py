@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import syscalls
-from conftest import PAGE, land_maps, wait_until
+from conftest import PAGE, in_threads, land_maps, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,13 +27,11 @@ mirror_mapping = CrossProcessMapping.mirror_mapping
 def lazy() -> Iterator[KernelMemory]:
     kernel = KernelMemory(lazy_unmap=8 * PAGE)
     yield kernel
-    assert kernel.kept is not None
     kernel.kept.clear()
     assert kernel.live == 0
 
 
 def counts(kernel: KernelMemory) -> KeptCounts:
-    assert kernel.kept is not None
     return kernel.kept.counts()
 
 
@@ -94,7 +91,6 @@ def test_the_budget_and_its_order(make_mapping: Make, lazy: KernelMemory) -> Non
     mirror_mapping(mapping, 0, 1, kernel=lazy).drop()  # used: now the youngest
     mirror_mapping(mapping, 20 * PAGE, 2 * PAGE, kernel=lazy).drop()
     assert counts(lazy) == KeptCounts(1, 9, 2, 7, 8 * PAGE)
-    assert lazy.kept is not None
     assert [window.start // PAGE for window in lazy.kept.windows()] == [6, 8, 10, 12, 14, 0, 20]
     mirror_mapping(mapping, 0, 9 * PAGE, kernel=lazy).drop()
     assert counts(lazy).bytes == 8 * PAGE, "larger than the budget: not kept, and nothing goes for it"
@@ -180,7 +176,6 @@ def test_bytes_are_those_of_a_bytearray_whatever_is_kept(seed: int, budget: int)
         live.append(mirror)
         while len(live) > rng.randrange(4):
             live.pop(rng.randrange(len(live))).drop()
-        assert kernel.kept is not None
         assert kernel.kept.counts().bytes <= budget * PAGE
         assert sum(window.span for window in kernel.kept.windows()) == kernel.kept.counts().bytes
     for mapping in mappings:
@@ -192,22 +187,13 @@ def test_bytes_are_those_of_a_bytearray_whatever_is_kept(seed: int, budget: int)
 
 def test_many_threads_share_what_is_kept(make_mapping: Make, lazy: KernelMemory) -> None:
     mapping = make_mapping(4 * PAGE)
-    failures: list[BaseException] = []
 
     def work(seed: int) -> None:
-        try:
-            for turn in range(400):
-                with mirror_mapping(mapping, (turn + seed) % 4 * PAGE, 1, kernel=lazy) as mirror:
-                    mirror[0]
-        except BaseException as error:
-            failures.append(error)
+        for turn in range(400):
+            with mirror_mapping(mapping, (turn + seed) % 4 * PAGE, 1, kernel=lazy) as mirror:
+                mirror[0]
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(4, work)
     assert counts(lazy).windows <= 4
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import mmap
 import os
-import threading
 from collections.abc import Callable
 
 import pytest
-from conftest import PAGE, land_maps
+from conftest import PAGE, in_threads, land_maps
 
 from realmap import _core
 from realmap._core import Window
@@ -187,22 +186,13 @@ def test_the_dump_names_holes_and_mirrors(make_mapping: Make) -> None:
 def test_many_threads(make_mapping: Make) -> None:
     small = KernelMemory(length=64 * PAGE)
     mapping = make_mapping(4 * PAGE)
-    failures: list[BaseException] = []
 
     def work(seed: int) -> None:
-        try:
-            for turn in range(400):
-                with mirror_mapping(mapping, turn % 3 * PAGE, 1 + seed, kernel=small) as mirror:
-                    mirror[0]
-        except BaseException as error:
-            failures.append(error)
+        for turn in range(400):
+            with mirror_mapping(mapping, turn % 3 * PAGE, 1 + seed, kernel=small) as mirror:
+                mirror[0]
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(4, work)
     assert (small.live, land_maps()) == (0, [])
 
 

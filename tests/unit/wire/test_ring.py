@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import syscalls
-from conftest import BOUND, scaled, wait_until
+from conftest import BOUND, in_threads, scaled, wait_until
 from raw_client import RawClient
 
 import realmap
@@ -342,20 +342,11 @@ def test_an_idle_kernel_sleeps(kernel: KernelHandle) -> None:
 
 @pytest.mark.process
 def test_many_clients_at_once() -> None:
-    failures: list[BaseException] = []
     with realmap.boot(syscalls=syscalls.ALL) as kernel:
 
         def work(seed: int) -> None:
-            try:
-                with kernel.connect() as me:
-                    for turn in range(300):
-                        assert me.call("echo", seed, turn) == [seed, turn]
-            except BaseException as error:
-                failures.append(error)
+            with kernel.connect() as me:
+                for turn in range(300):
+                    assert me.call("echo", seed, turn) == [seed, turn]
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert failures == []
+        in_threads(8, work)
