@@ -273,7 +273,7 @@ ERRNO: int
 
 class Endpoint:
     @classmethod
-    def _connect(cls, path: bytes, timeout: float | None, /) -> Self | int: ...
+    def _connect(cls, path: bytes, timeout: float | Callable[[], float] | None, /) -> Self | int: ...
     @property
     def end(self) -> int: ...
     @property
@@ -287,7 +287,7 @@ class Endpoint:
         self,
         number: int,
         message: bytes,
-        timeout: float | None,
+        timeout: float | Callable[[], float] | None,
         holds: object,
         late: Callable[[bytes], object] | None,
         /,

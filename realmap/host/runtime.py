@@ -2,7 +2,7 @@
 
 $XDG_RUNTIME_DIR/realmap/  or  /tmp/realmap-UID/          0700, owned by this user
     PID.START.N.sock       a kernel's socket
-    PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives
+    PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives; says who it is (`kernel_at`)
     names/NAME             a segment that has a name: who made it, and its inode
 """
 
@@ -163,6 +163,11 @@ class SocketLock:
             self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}; use another path"
         )
 
+    def note(self, descriptor: int) -> None:
+        """Writes down who holds it, and by which of its descriptors it says what it is at. OSError: it cannot."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{stamp()}.{descriptor}".encode(), 0)
+
     def lose(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
@@ -179,6 +184,19 @@ class SocketLock:
                 os.unlink(self._lock)
             files.close(self._fd)
             self._fd = -1
+
+
+def kernel_at(path: str) -> tuple[int, int]:
+    """(pid, descriptor) that the kernel which lives at `path` has noted in its lock. ValueError, OSError: none has."""
+    fd = os.open(os.path.realpath(path) + ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        text = os.read(fd, 128).decode("ascii")
+    finally:
+        files.close(fd)
+    namespace, pid, start, descriptor = (int(part) for part in text.split("."))
+    if namespace != procfs.pid_namespace() or not liveness.same_process_lives(pid, start):
+        raise ProcessLookupError(f"no kernel lives at {path!r}")
+    return pid, descriptor
 
 
 def note_name(name: str, inode: int) -> Path:

@@ -20,6 +20,7 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
+from realmap.wire.status import CALLER, Page
 
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
@@ -28,12 +29,15 @@ Ask: TypeAlias = Callable[[Connection, int], Any]
 class Dispatch:
     """Answers requests. Only on the loop; `current` is read from beside."""
 
-    def __init__(self, books: Books, clients: Clients, asks: Mapping[str, Ask], kernel: RunningKernel) -> None:
+    def __init__(
+        self, books: Books, clients: Clients, asks: Mapping[str, Ask], kernel: RunningKernel, page: Page
+    ) -> None:
         """`asks`: the services about the kernel itself, by name. `kernel`: handed to handlers."""
         self._books = books
         self._clients = clients
         self._asks = asks
         self._kernel = kernel
+        self._page = page
         #: The call whose handler is at work on the kernel's thread.
         self.current: Call | None = None
         #: Those at work on worker threads, or waiting for one.
@@ -146,7 +150,12 @@ class Dispatch:
             return
         process.calls += 1
         self.current = call
+        page = self._page
+        if page.named is not syscall.label:
+            page.name(syscall.label)
+        page.words[CALLER] = process.pid
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+        page.words[CALLER] = 0
         self.current = None
         process.calls -= 1
         for buffer in buffers:

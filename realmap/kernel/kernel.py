@@ -48,6 +48,7 @@ from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
 from realmap.wire import messages
 from realmap.wire.ring import SPIN, checked_spin
+from realmap.wire.status import Page
 
 #: How long a kernel that ends waits for who traces it to take the last that it was told, in seconds.
 LAST = 2.0
@@ -95,13 +96,14 @@ class Kernel:
         self.handles = self.books.handles
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self._spin = checked_spin(spin)
-        self.loop = Loop()
+        self.page = Page()
+        self.loop = Loop(self.page)
         self.workers = Workers()
         self.tracer = Tracer(self.books)
         self._heirs = Heirs(self.books, self.loop, self.workers)
         admission = Admission(self.books, self.workers)
         self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self.tracer.lose)
-        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self)
+        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self, self.page)
         self.clients.handle = self.dispatch.handle
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
         self._listener: Listener | None = None
@@ -128,6 +130,7 @@ class Kernel:
         except OSError as error:
             raise shortage(error, f"cannot serve {self.path!r}") from None
         self._ended = Flag()
+        self._listener.note(self.page.open())
         log.info("the kernel serves at %r", self.path)
         try:
             self.watchdog.start()
@@ -233,6 +236,7 @@ class Kernel:
         self.workers.close()
         self.loop.close()
         self._listener.release()
+        self.page.close()
         self._ended.set()
 
     def _last_words(self, listener: Connection) -> None:
@@ -255,6 +259,7 @@ class Kernel:
         for connection in self.clients.all():
             connection.after_fork_in_child()
         self._listener.after_fork_in_child()
+        self.page.close()
         self.loop.after_fork_in_child()
 
     # ---- what can be asked of it ------------------------------------------------------------
