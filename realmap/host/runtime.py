@@ -18,6 +18,7 @@ import stat
 import tempfile
 from pathlib import Path
 
+from realmap._core import read_file
 from realmap.errors import AccessDenied, InvalidHandle
 from realmap.host import files, forks, liveness, procfs
 
@@ -188,11 +189,7 @@ class SocketLock:
 
 def kernel_at(path: str) -> tuple[int, int]:
     """(pid, descriptor) that the kernel which lives at `path` has noted in its lock. ValueError, OSError: none has."""
-    fd = os.open(os.path.realpath(path) + ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        text = os.read(fd, 128).decode("ascii")
-    finally:
-        files.close(fd)
+    text = read_file(os.fsencode(os.path.realpath(path) + ".lock"), 128).decode("ascii")
     namespace, pid, start, descriptor = (int(part) for part in text.split("."))
     if namespace != procfs.pid_namespace() or not liveness.same_process_lives(pid, start):
         raise ProcessLookupError(f"no kernel lives at {path!r}")

@@ -22,10 +22,10 @@ import struct
 import time
 
 import msgspec
-import psutil
 
+from realmap._core import read_file
 from realmap.errors import SyscallTimeout
-from realmap.host import files, runtime
+from realmap.host import files, procfs, runtime
 from realmap.host.signals import pass_on
 
 MAGIC = b"realmap\x01"
@@ -135,8 +135,8 @@ def look(path: str) -> Status | None:
     """What the kernel at `path` (its socket) is at. None: none lives there, or none that says. Never waits."""
     try:
         pid, number = runtime.kernel_at(path)
-        stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    except (OSError, ValueError, psutil.Error) as error:
+        stopped = procfs.is_stopped(pid)
+    except (OSError, ValueError) as error:
         pass_on(error)
         return None
     try:
@@ -162,11 +162,7 @@ def _read(pid: int, number: int) -> tuple[int, int, bytes]:
     place = f"/proc/{pid}/fd/{number}"
     if not os.readlink(place).startswith(f"/memfd:{_MEMFD}"):  # before it is opened: it may be anything
         raise ValueError(f"{place} is no status page")
-    fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        data = os.pread(fd, _LAYOUT.size, 0)
-    finally:
-        files.close(fd)
+    data = read_file(place.encode(), _LAYOUT.size)
     if len(data) < _LAYOUT.size or not data.startswith(MAGIC):
         raise ValueError(f"{place} is no status page that this version reads")
     _, turn, caller, name = _LAYOUT.unpack(data)

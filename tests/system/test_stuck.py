@@ -289,7 +289,7 @@ def test_killed_it_has_died_and_is_not_stuck(handlers: KernelHandle) -> None:
         os.kill(handlers.pid, signal.SIGKILL)
         thread.join(BOUND)
         assert isinstance(asked[0], realmap.KernelDied)
-    assert look(handlers.path) is None
+    wait_until(lambda: look(handlers.path) is None, "its end")
 
 
 @pytest.mark.parametrize("how", [held, stopped])

@@ -49,7 +49,7 @@ def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
     me = os.getpid()
     assert look(path) == Status(me)  # it sleeps
     made.turn()
-    assert str(look(path)) == f"kernel {me} has not come round for 0.0 s"
+    assert str(look(path)).startswith(f"kernel {me} has not come round for 0.")
     begin(made, "x", 456, ago=12)
     found = look(path)
     assert str(found) == f"kernel {me} is in handler 'x' of process 456 since 12 s"
