@@ -205,6 +205,7 @@ class Mirror(Window):
 
 def collapse(fd: int, length: int, /) -> int: ...
 def faults() -> int: ...
+def read_file(path: bytes, most: int, /) -> bytes: ...
 def copy_in(mapping: Mapping, offset: int, length: int, /) -> bytes | None: ...
 
 RING_BYTES: int
@@ -271,7 +272,7 @@ ERRNO: int
 
 class Endpoint:
     @classmethod
-    def _connect(cls, path: bytes, timeout: float | None, /) -> Self | int: ...
+    def _connect(cls, path: bytes, timeout: float | Callable[[], float] | None, /) -> Self | int: ...
     @property
     def end(self) -> int: ...
     @property
@@ -285,7 +286,7 @@ class Endpoint:
         self,
         number: int,
         message: bytes,
-        timeout: float | None,
+        timeout: float | Callable[[], float] | None,
         holds: object,
         late: Callable[[bytes], object] | None,
         /,

@@ -174,6 +174,9 @@ class SyscallTimeout(KernelError, TimeoutError):
     name: str
     timeout: float
 
+    def _said(self, name: str) -> bool:
+        return not self.why
+
 
 class MemoryFault(KernelError):
     """The bytes at `address` are gone: somebody truncated the segment under them, or there was no room in /dev/shm

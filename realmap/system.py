@@ -30,6 +30,7 @@ from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.trace import CAPACITY, Trace
 from realmap.user.process import Process
+from realmap.wire import status
 from realmap.wire.ring import SPIN, checked_spin
 
 #: What the process of a booted kernel is called.
@@ -146,7 +147,11 @@ class SpawnedProcess:
 
 
 class KernelHandle:
-    """A kernel in a process of its own, as its booter sees it. Made by `boot`; a context manager (`shutdown`)."""
+    """A kernel in a process of its own, as its booter sees it. Made by `boot`; a context manager (`shutdown`).
+
+    What it is asked it answers within a second; or SyscallTimeout says that it is stopped, or which handler it is in,
+    or that it has not answered for 30 seconds.
+    """
 
     def __init__(self, child: Child, path: str) -> None:
         self._child = child
@@ -216,7 +221,7 @@ class KernelHandle:
     def stats(self) -> dict[str, int]:
         """Totals: processes, mappings, mirrors, segments, bytes, calls, running, descriptors, threads.
 
-        KernelDied: it has ended.
+        KernelDied: it has ended. SyscallTimeout: it does not answer.
         """
         return self._asked().stats()
 
@@ -238,8 +243,8 @@ class KernelHandle:
     def shutdown(self, timeout: float = 10.0) -> None:
         """Ends the kernel, and the user processes that were spawned through this handle. Again: nothing.
 
-        Users that connected keep their memory; their calls raise KernelDied. One that does not
-        end within `timeout` seconds is killed.
+        Users that connected keep their memory; their calls raise KernelDied. A kernel that has not ended within
+        `timeout` seconds is killed, and the log says what it was at: a handler that does not return, say.
         """
         if self._owner != os.getpid():
             return
@@ -250,7 +255,9 @@ class KernelHandle:
         if self._child.exitcode is None:
             with contextlib.suppress(KernelError, OSError):
                 self._child.signal(signal.SIGTERM)
-            self._child.wait(timeout)
+            if self._child.wait(timeout) is None:
+                at = status.look(self.path) or f"kernel {self.pid} does not say what it is at"
+                logs.log.warning("it did not end within %s s, and is killed: %s", timeout, at)
         self._child.close()
         control = self._controls.pop("control", None)
         if control is not None:

@@ -59,9 +59,18 @@ static PyObject *leave_with(Endpoint *self, Answer *answer, int failed)
     return NULL;
 }
 
-/* Seconds from now as a time of the monotonic clock; None: never. -1 with an exception set: no number. */
+/* Seconds from now as a time of the monotonic clock; None: never; a function is asked for them. -1 with an exception
+ * set: no number, or the function's own. */
 static int64_t deadline_of(PyObject *timeout)
 {
+    if (PyCallable_Check(timeout)) {
+        PyObject *more = PyObject_CallNoArgs(timeout);
+        int64_t until = !more || PyCallable_Check(more) ? -1 : deadline_of(more);
+        if (more && until < 0 && !PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "a timeout is a number of seconds");
+        Py_XDECREF(more);
+        return until;
+    }
     double seconds = Py_IsNone(timeout) ? 1e9 : PyFloat_AsDouble(timeout);
     if (seconds == -1.0 && PyErr_Occurred()) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError))
@@ -72,9 +81,10 @@ static int64_t deadline_of(PyObject *timeout)
     return nanoseconds() + (int64_t)((seconds < 1e9 ? seconds > 0 ? seconds : 0 : 1e9) * 1e9);
 }
 
-/* request(number, message, timeout, holds, late) -> Answer, over in some way. `timeout` in seconds, or None; `holds` is
+/* request(number, message, timeout, holds, late) -> Answer, over in some way. `timeout` in seconds, or None, or a
+ * function that is asked for them, again whenever they are over, and raises where it has been long enough; `holds` is
  * kept until the kernel has answered; `late`, or None: what makes the message that is sent where nobody took the
- * answer, out of its bytes. An exception is a signal handler's own. */
+ * answer, out of its bytes. An exception is a signal handler's own, or that function's. */
 static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
@@ -82,7 +92,16 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
         return NULL;
     int64_t until = deadline_of(args[2]);
     Answer *answer = until < 0 ? NULL : start(self, args[0], args[1], args[3], args[4], NULL);
-    return answer ? leave_with(self, answer, wait_for(self, answer, until)) : NULL;
+    if (!answer)
+        return NULL;
+    int failed = wait_for(self, answer, until);
+    while (!failed && answer->outcome == TIMED_OUT && PyCallable_Check(args[2])) {
+        answer->outcome = ON_ITS_WAY; /* it may come while the function is asked */
+        wake_next(self, NULL);
+        until = deadline_of(args[2]);
+        failed = until < 0 || wait_for(self, answer, until);
+    }
+    return leave_with(self, answer, failed);
 }
 
 /* unmap(window, number, message) -> Answer; None: it was unmapped before; an errno: Linux did not. Unmaps it and tells

@@ -30,6 +30,7 @@
 
 #include "arguments.c"
 #include "pages.c"
+#include "file.c"
 #include "guard.c"
 #include "queue.c"
 #include "spin.c"
@@ -57,6 +58,7 @@
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
+    {"read_file", FASTCALL(host_read_file), METH_FASTCALL, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"spin", FASTCALL(core_spin), METH_FASTCALL, NULL},
     {"fall_asleep", core_fall_asleep, METH_O, NULL},

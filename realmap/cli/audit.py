@@ -7,11 +7,11 @@ import sys
 import click
 
 from realmap.cli.output import harmless, show_json
-from realmap.cli.target import control, kernel_option
+from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe.audit import AuditReport
 
 
-@click.command()
+@click.command(epilog=BOUND)
 @kernel_option
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def audit(path: str | None, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from realmap.ambient import connect
 from realmap.cli.output import Seconds, harmless, show_json
-from realmap.cli.target import find, kernel_option
+from realmap.cli.target import BOUND, find, kernel_option
 from realmap.errors import KernelError, SyscallFailed
 from realmap.user import Buffer, Process
 
@@ -21,9 +21,14 @@ from realmap.user import Buffer, Process
 LONGEST = 1 << 30
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False}, epilog=BOUND)
 @kernel_option
-@click.option("--timeout", type=Seconds(min=0), metavar="SECONDS", help="Wait no longer for the answer.")
+@click.option(
+    "--timeout",
+    type=Seconds(min=0),
+    metavar="SECONDS",
+    help="Wait no longer for the answer; by default as long as the handler takes.",
+)
 @click.option(
     "--out", type=click.IntRange(min=1), metavar="N", help="Print the bytes of the N-th @FILE afterwards instead."
 )

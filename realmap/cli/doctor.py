@@ -16,16 +16,20 @@ COLOURS = {OK: "green", WARN: "yellow", BAD: "bold red"}
 
 
 @click.command()
+@click.option(
+    "--kernel", "path", metavar="PATH", help="Look at this kernel, in place of those in the private directory."
+)
 @json_option
-def doctor(as_json: bool) -> None:
+def doctor(path: str | None, as_json: bool) -> None:
     """Look at what this machine allows realmap, and say what to change where that matters.
 
     ok: as it should be; warn: it works, with less than there could be; bad: realmap does not work here (exit status 1).
-    Nothing is changed. What is tried (a segment, a huge page) is given back.
+    Nothing is changed. What is tried (a segment, a huge page) is given back. A kernel that is stopped, or has been in
+    one handler for a second, is named; none is asked, so that this waits for none.
 
     Example: realmap doctor | grep -v ^ok
     """
-    found = examine()
+    found = examine(path)
     if as_json:
         show_json(found)
     elif sys.stdout.isatty():

@@ -18,7 +18,8 @@ def gc(paths: tuple[str, ...], as_json: bool) -> None:
     """Remove what kernels left that were killed: sockets, named segments, empty names in /dev/shm.
 
     Never what a living kernel or process owns. Each kernel does the same when it starts. A PATH is a socket
-    outside of the private directory to look at, too; where somebody serves it, it stays (exit status 1).
+    outside of the private directory to look at, too; where somebody serves it, it stays (exit status 1). No kernel is
+    asked, so that this waits for none.
 
     Example: realmap gc /tmp/my.sock
     """

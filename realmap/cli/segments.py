@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from realmap.cli.output import Column, json_option, show, show_json
-from realmap.cli.target import control, kernel_option
+from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe import tables
 
 COLUMNS = [
@@ -21,7 +21,7 @@ COLUMNS = [
 ]
 
 
-@click.command()
+@click.command(epilog=BOUND)
 @kernel_option
 @json_option
 def segments(path: str | None, as_json: bool) -> None:

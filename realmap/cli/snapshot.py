@@ -7,7 +7,7 @@ from collections import Counter
 import click
 
 from realmap.cli.output import require_writable, show_json
-from realmap.cli.target import control, kernel_option
+from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.svg import svg
@@ -15,7 +15,7 @@ from realmap.observe.tables import programs
 from realmap.wire.records import ProcessInfo
 
 
-@click.command()
+@click.command(epilog=BOUND)
 @kernel_option
 @click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
 @click.option("--svg", "svg_path", metavar="FILE", help="The address space as a drawing; - for standard output.")

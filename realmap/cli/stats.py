@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table
-from realmap.cli.target import control, kernel_option
+from realmap.cli.target import BOUND, control, kernel_option
 from realmap.host import files
 from realmap.observe import words
 from realmap.observe.control import Control
@@ -81,7 +81,7 @@ def rates_between(before: Snapshot, now: Snapshot, seconds: float) -> Rates:
     )
 
 
-@click.command()
+@click.command(epilog=BOUND)
 @click.option(
     "--watch",
     is_flag=False,

@@ -15,9 +15,11 @@ from realmap.observe.control import Control
 from realmap.observe.tables import program
 from realmap.system import KERNEL
 
-#: How long a command waits for an answer of the kernel, in seconds.
-PATIENCE = 10.0
-
+#: What --help says at the end, of every command that asks a running kernel.
+BOUND = (
+    "The kernel answers within a second, or it is said what it is at instead (exit status 1); one that is at work "
+    "without being in a handler, on a large snapshot, say, has 30 seconds."
+)
 #: The option of every command that asks a running kernel.
 kernel_option = click.option(
     "--kernel", "path", metavar="PATH", help=f"Its socket. By default ${VARIABLE}, or the only one that runs."
@@ -58,5 +60,5 @@ def _whose(path: str) -> str:
 
 
 def control(path: str | None) -> Control:
-    """A connection to it. KernelError: it is not there, lets nobody in, or does not answer."""
-    return Control(find(path), timeout=PATIENCE)
+    """A connection to it. KernelError: it is not there, lets nobody in, or does not answer (its bounds: `Control`)."""
+    return Control(find(path))

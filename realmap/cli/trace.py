@@ -16,7 +16,7 @@ import click
 
 from realmap.ambient import VARIABLE
 from realmap.cli.output import Seconds, require_writable
-from realmap.cli.target import find, kernel_option, named
+from realmap.cli.target import BOUND, find, kernel_option, named
 from realmap.errors import KernelError
 from realmap.host.runtime import sockets
 from realmap.observe.announce import Announced
@@ -31,7 +31,7 @@ LOOK = 0.05
 GRACE = 5.0
 
 
-@click.command()
+@click.command(epilog=BOUND)
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @kernel_option

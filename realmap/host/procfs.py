@@ -12,6 +12,7 @@ import struct
 from collections.abc import Container
 from typing import NamedTuple
 
+from realmap._core import read_file
 from realmap.pages import PAGE_SIZE
 
 
@@ -158,11 +159,15 @@ def is_exiting(pid: int) -> bool:
         return True
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped it. ProcessLookupError: as `start_time`."""
+    return _stat(pid)[0] == b"T"
+
+
 def _stat(pid: int) -> list[bytes]:
     """/proc/PID/stat from the state on (proc_pid_stat(5): field 3 is the first). ProcessLookupError: it has ended."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
+        text = read_file(b"/proc/%d/stat" % pid, 4096)
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
     # The name in parentheses may hold spaces and parentheses of its own: count from the last one.

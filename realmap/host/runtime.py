@@ -2,7 +2,7 @@
 
 $XDG_RUNTIME_DIR/realmap/  or  /tmp/realmap-UID/          0700, owned by this user
     PID.START.N.sock       a kernel's socket
-    PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives
+    PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives; says who it is (`kernel_at`)
     names/NAME             a segment that has a name: who made it, and its inode
 """
 
@@ -18,6 +18,7 @@ import stat
 import tempfile
 from pathlib import Path
 
+from realmap._core import read_file
 from realmap.errors import AccessDenied, InvalidHandle
 from realmap.host import files, forks, liveness, procfs
 
@@ -163,6 +164,11 @@ class SocketLock:
             self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}; use another path"
         )
 
+    def note(self, descriptor: int) -> None:
+        """Writes down who holds it, and by which of its descriptors it says what it is at. OSError: it cannot."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{stamp()}.{descriptor}".encode(), 0)
+
     def lose(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
@@ -179,6 +185,15 @@ class SocketLock:
                 os.unlink(self._lock)
             files.close(self._fd)
             self._fd = -1
+
+
+def kernel_at(path: str) -> tuple[int, int]:
+    """(pid, descriptor) that the kernel which lives at `path` has noted in its lock. ValueError, OSError: none has."""
+    text = read_file(os.fsencode(os.path.realpath(path) + ".lock"), 128).decode("ascii")
+    namespace, pid, start, descriptor = (int(part) for part in text.split("."))
+    if namespace != procfs.pid_namespace() or not liveness.same_process_lives(pid, start):
+        raise ProcessLookupError(f"no kernel lives at {path!r}")
+    return pid, descriptor
 
 
 def note_name(name: str, inode: int) -> Path:

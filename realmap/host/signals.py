@@ -40,7 +40,7 @@ from realmap.host import files
 T = TypeVar("T")
 
 
-def pass_on(error: OSError) -> None:
+def pass_on(error: Exception) -> None:
     """Raises it once more where a signal handler raised it: then it is not Linux's answer to what we asked.
 
     Python runs handlers within our own calls, so an `except OSError` of ours sees their exceptions as well. What

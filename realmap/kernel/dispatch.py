@@ -25,6 +25,7 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
+from realmap.wire.status import CALLER, Page
 
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
@@ -44,15 +45,17 @@ class Dispatch:
         asks: Mapping[str, Ask],
         kernel: RunningKernel,
         relay: Relay[Away],
+        page: Page,
     ) -> None:
         """`asks`: the services about the kernel itself, by name. `kernel`: handed to handlers. `relay`: it may take the
-        loop from a handler.
+        loop from a handler. `page`: is told whose handler has the loop.
         """
         self._books = books
         self._clients = clients
         self._asks = asks
         self._kernel = kernel
         self._relay = relay
+        self._page = page
         #: Called where there may be something to watch from now on.
         self.busy: Callable[[], None]
         #: Those at work on worker threads, or waiting for one, and those that lost the loop.
@@ -172,7 +175,10 @@ class Dispatch:
         if self._books.limits.seconds is not None:
             call.deadline = self._deadline(time.monotonic())
         process.calls += 1
-        relay = self._relay
+        page, relay = self._page, self._relay
+        if page.named is not syscall.label:
+            page.name(syscall.label)
+        page.words[CALLER] = process.pid
         serial = relay.serial = relay.serial + 1
         relay.away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
@@ -180,6 +186,7 @@ class Dispatch:
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
         if relay.away.pop(serial, None) is None:
             self._come_late(serial, process, request, answer)
+        page.words[CALLER] = 0
         process.calls -= 1
         if answer[1] != messages.DONE:
             syscall.failed += 1
@@ -205,6 +212,7 @@ class Dispatch:
         thread, before anything else.
         """
         connection, call, syscall, request, buffers = taken.work
+        self._page.words[CALLER] = 0
         # What the handler itself has unmapped cannot be kept.
         buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
         running = self._run_beside(connection, call, syscall, request, buffers)

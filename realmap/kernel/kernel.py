@@ -53,6 +53,7 @@ from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
 from realmap.wire import messages
 from realmap.wire.ring import SPIN, checked_spin
+from realmap.wire.status import Page
 
 #: How long a kernel that ends waits for who traces it to take the last that it was told, in seconds.
 LAST = 2.0
@@ -102,14 +103,15 @@ class Kernel:
         self.handles = self.books.handles
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self._spin = checked_spin(spin)
-        self.loop = Loop()
+        self.page = Page()
+        self.loop = Loop(self.page)
         self.workers = Workers()
         self.tracer = Tracer(self.books)
         self._heirs = Heirs(self.books, self.loop, self.workers)
         admission = Admission(self.books, self.workers)
         self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self._lose_client)
         self.relay: Relay[Away] = Relay(self._run)
-        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self, self.relay)
+        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self, self.relay, self.page)
         self.clients.handle = self.dispatch.handle
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
         self.dispatch.busy = self.watchdog.wake
@@ -141,6 +143,7 @@ class Kernel:
         except OSError as error:
             raise shortage(error, f"cannot serve {self.path!r}") from None
         self._ended = Flag()
+        self._listener.note(self.page.open())
         log.info("the kernel serves at %r", self.path)
         forks.lose_in_child(self)
 
@@ -265,6 +268,7 @@ class Kernel:
         assert self._listener is not None
         with contextlib.ExitStack() as rest:  # from below; a handler may have closed what is ours: the others go on
             rest.callback(self._tell_of_end)
+            rest.callback(self.page.close)
             rest.callback(self._listener.release)
             rest.callback(self.loop.close)
             rest.callback(self.workers.close)
@@ -310,6 +314,7 @@ class Kernel:
         for connection in self.clients.all():
             connection.after_fork_in_child()
         self._listener.after_fork_in_child()
+        self.page.close()
         self.loop.after_fork_in_child()
         self.relay.after_fork_in_child()
         if self._attention is not None:

@@ -55,6 +55,11 @@ class Listener:
             return
         self._enter(sock)
 
+    def note(self, descriptor: int) -> None:
+        """Tells whoever looks by which descriptor this process says what it is at; where the lock cannot, nobody."""
+        with contextlib.suppress(OSError):
+            self._lock.note(descriptor)
+
     def close(self) -> None:
         """Nobody can connect any more; the path is still ours."""
         self._loop.unwatch(self._socket.fileno())

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from realmap._core import Ring, SpinBudget, fall_asleep, spin, wake_up
 from realmap.host import files
 from realmap.kernel.logs import log
+from realmap.wire.status import TURN, Page
 
 Handler = Callable[[int], None]
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
@@ -37,7 +38,9 @@ class Lost(BaseException):
 class Loop:
     """One thread at a time runs it. What is watched is called on that thread; `post` and `end` are for any."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: Page) -> None:
+        """`page`: is told what it takes up when, and that it sleeps."""
+        self._page = page
         self._posted: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Handler] = {}
         #: When, in seconds of the monotonic clock, and what; a number tells those of the same time apart.
@@ -140,11 +143,13 @@ class Loop:
         OSError: Linux fails a call without which it cannot go on.
         """
         budget = SpinBudget(int(patience_in_us * 1000), os.cpu_count() or 1)
+        page = self._page
         turn = looked = asleep = 0
         paid = False  # whether spinning has, since the last look
         patience = budget.now(time.monotonic_ns())
         while not self.ending:
             if not rings:
+                page.rest()
                 self._attend(self._epoll.poll(self._timeout()))
                 continue
             # From the one behind the last one on: nobody is starved by a talker.
@@ -157,6 +162,7 @@ class Loop:
                 else:
                     paid = True
                 turn = found + 1
+                page.words[TURN] = now
                 take(found)
                 if now - looked > LOOK:
                     looked = now
@@ -174,6 +180,7 @@ class Loop:
 
     def _sleep(self, rings: list[Ring]) -> None:
         if fall_asleep(rings):
+            self._page.rest()
             try:
                 events = self._epoll.poll(self._timeout())
             finally:
@@ -190,6 +197,7 @@ class Loop:
 
     def _attend(self, events: list[tuple[int, int]]) -> None:
         for fd, _ in events:
+            self._page.turn()
             # Looked up anew: an earlier event of this turn may have closed it.
             handler = self._handlers.get(fd)
             if handler is not None:

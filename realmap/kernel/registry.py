@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
+
+from realmap.wire import status
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__realmap_syscall__"
@@ -25,6 +27,11 @@ class Syscall:
     late: int = 0
     #: How many are `GivenUp` now.
     given_up: int = 0
+    #: Its name on the status page.
+    label: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.label = status.label(self.name)
 
 
 @overload

@@ -10,16 +10,18 @@ from realmap.observe.audit import AuditReport, audit
 from realmap.observe.snapshot import Snapshot
 from realmap.wire import messages
 from realmap.wire.client import Client
+from realmap.wire.status import Patience
 
 
 class Control:
     """What can be asked of the kernel at `path`. A context manager; safe for threads."""
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float | None = None) -> None:
-        """Connects. `timeout`: how long each answer may take, in seconds; by default as long as it takes.
+        """Connects. `timeout`: how long each answer may take, in seconds. By default it is looked after one second what
+        the kernel is at: where it is stopped, or in a handler, that is the error; else 30 seconds is the most.
 
         KernelDied: no kernel listens there. AccessDenied, InvalidHandle, VersionMismatch: as `connect`.
-        SyscallTimeout: the kernel does not answer (a handler keeps its thread, or it is stopped).
+        SyscallTimeout: no answer in that time; its text says what the kernel is at. So for each question.
         """
         self._timeout = timeout
         self._client = Client(os.fspath(path), control=True, timeout=timeout)
@@ -36,7 +38,8 @@ class Control:
 
     def _ask(self, what: str, number: int = 0, *, late: Callable[[Any], object] | None = None) -> Any:
         ask = messages.Ask(self._client.next_id(), what, number)
-        value, answer = self._client.request(ask, timeout=self._timeout, name=what, late=late)
+        bound = Patience(self.path, what) if self._timeout is None else self._timeout
+        value, answer = self._client.request(ask, timeout=bound, name=what, late=late)
         answer.take()
         return value
 

@@ -20,6 +20,7 @@ from realmap.host import files, liveness, procfs, room, runtime
 from realmap.host.segment import Segment
 from realmap.host.translate import SHM
 from realmap.pages import HUGE_SIZE
+from realmap.wire import status
 
 OK, WARN, BAD = "ok", "warn", "bad"
 MIB = 1 << 20
@@ -39,10 +40,16 @@ class Check(msgspec.Struct, frozen=True):
     advice: str = ""
 
 
-def examine() -> list[Check]:
-    """Looks at everything. What cannot be looked at is a warning of its own, never an exception."""
+def examine(path: str | None = None) -> list[Check]:
+    """Looks at everything, and at the kernel at `path`, by default at all in the private directory. None is asked: so
+    nothing here waits. What cannot be looked at is a warning of its own, never an exception.
+    """
+
+    def kernels() -> Iterator[Check]:
+        return _kernels([path] if path is not None else runtime.sockets())
+
     found = []
-    for look in _LOOKS:
+    for look in [*_LOOKS, kernels]:
         try:
             found += list(look())
         except (OSError, ValueError, KernelError) as error:
@@ -203,6 +210,17 @@ def _user() -> Iterator[Check]:
     fits = longest <= runtime.LONGEST_PATH
     advice = "" if fits else "the path is too long for a socket: set XDG_RUNTIME_DIR to a shorter one"
     yield Check("sockets", str(folder), OK if fits else BAD, advice)
+
+
+def _kernels(paths: list[str]) -> Iterator[Check]:
+    found = [at for path in paths if (at := status.look(path)) is not None]
+    stuck = [at for at in found if at.is_stuck]
+    yield Check("kernels", f"{len(found)} at work, {len(stuck)} of them stuck", OK)
+    for at in stuck:
+        advice = (
+            f"kill -CONT {at.pid}" if at.stopped else f"blocking=True for that handler; to end it: kill -9 {at.pid}"
+        )
+        yield Check("a kernel", str(at), WARN, advice)
 
 
 _LOOKS: list[Callable[[], Iterator[Check]]] = [

@@ -288,7 +288,7 @@ class Timeline:
         self._threads[event.c] = self._threads.pop(self._main)
         self._main = event.c
         if call is not None:
-            self._span_of_kernel(call, event.time, self._about(call))
+            self._span_of_kernel(call, event.time)
             call.arrival = call.arrival._replace(flags=call.arrival.flags | BLOCKING)
 
     def _end(self, event: Event) -> None:

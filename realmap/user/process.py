@@ -57,12 +57,17 @@ class Process:
 
     A forked child that uses it is a process of its own from then on: it connects anew, and what it inherited is in
     the kernel's books as its own, at the same addresses. One that never does costs nothing.
+
+    Connecting is bounded, as `realmap.connect` says. Everything else waits for its answer as long as the kernel lives,
+    as one waits for malloc or a file: half done, memory would be of no use to anybody. Ctrl-C, or any signal handler
+    that raises, ends that, and whatever the kernel answers late is given back. Only a call may take long by its nature:
+    so `call` has a `timeout`.
     """
 
     def __init__(self, path: str, *, timeout: float | None = None) -> None:
         """Connects to the kernel at `path` (its socket). Errors as `realmap.connect`.
 
-        SyscallTimeout: it does not answer within `timeout` seconds.
+        SyscallTimeout: it does not answer within `timeout` seconds (by default: as there).
         """
         require_address_space()
         #: What must live as long as this does: the handle of a kernel that it was made by.

@@ -87,7 +87,7 @@ def test_what_cannot_be_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
     broken.__name__ = "_some_thing"
     monkeypatch.setattr(doctor, "_LOOKS", [broken])
-    (check,) = doctor.examine()
+    check, *_ = doctor.examine()
     assert (check.name, check.status) == ("some thing", "warn")
     assert "not for you" in check.found
 

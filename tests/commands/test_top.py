@@ -268,6 +268,15 @@ def test_a_kernel_that_does_not_answer_stops_nobody(kernel: realmap.KernelHandle
         try:
             start = time.monotonic()
             await pilot.press("2", "1", "question_mark", "escape", "s")
+            assert time.monotonic() - start < 5
+            await until(pilot, lambda: f"kernel {kernel.pid} is stopped" in screen_text(app), "word of it")
+            assert "NO KERNEL" not in screen_text(app)
+            assert app.screen.has_class("lost")
+            os.kill(kernel.pid, signal.SIGCONT)
+            await until(pilot, lambda: "is stopped" not in screen_text(app), "a view")
+            assert not app.screen.has_class("lost")
+            os.kill(kernel.pid, signal.SIGSTOP)
+            start = time.monotonic()
             app.exit()
             await pilot.pause()
             assert time.monotonic() - start < 5

@@ -231,6 +231,7 @@ class Fuzz:
             "note": [1, 2, 3, 4, 5],
             "take": [10],
             "collapse": [self.fd, span],
+            "read_file": [b"/proc/self/stat", 100],
             "copy_in": [self.of(Mapping), 0, PAGE_SIZE],
         }  # fmt: skip
         if name not in right:

@@ -20,14 +20,14 @@ import sys
 import click
 
 from realmap.cli.output import Seconds
-from realmap.cli.target import PATIENCE, find, kernel_option, named
+from realmap.cli.target import BOUND, find, kernel_option, named
 from realmap.cli.top.feed import FLOOR
 from realmap.observe.control import Control
 
 NEEDS = "realmap top needs Textual: pip install 'realmap[top]'"
 
 
-@click.command()
+@click.command(epilog=BOUND)
 @kernel_option
 @click.option(
     "--interval",
@@ -61,7 +61,7 @@ def top(
     found = given or ""
     if not wait:
         found = find(given)
-        Control(found, timeout=PATIENCE).close()  # what is wrong with it is said before the screen is taken
+        Control(found).close()  # what is wrong with it is said before the screen is taken
     if web:
         from realmap.cli.top.web import serve
 

@@ -129,7 +129,7 @@ class Top(App[None]):
     def _title(self) -> None:
         path = words.harmless(self.feed.path)
         if self._why:
-            said = f"NO KERNEL, looking for one: {words.harmless(self._why)}"
+            said = words.harmless(self._why)
         else:
             pid = f"kernel {self.view.snapshot.pid}" if self.view is not None else "connecting to"
             said = f"{pid}  {path}"

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 import click
 
-from realmap.cli.target import PATIENCE
 from realmap.cli.target import control as control_of
-from realmap.errors import KernelDied, KernelError
+from realmap.errors import KernelDied, KernelError, SyscallTimeout
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
+from realmap.wire import status
 
+#: What is shown begins so where there is none.
+NONE = "NO KERNEL, looking for one"
 #: Seconds: between snapshots, at the least.
 FLOOR = 0.1
 #: A snapshot that took long is followed by a pause that many times as long: the kernel works for others, too.
@@ -62,7 +64,7 @@ class Feed:
 
     `others`: where that one has ended (or is ""), whichever kernel runs is taken in its place. `deliver` gets each
     `Seen`, or in words why there is none; it is called in this thread, and not again before `consumed`. A kernel that
-    is gone is looked for again at the same pace.
+    is gone is looked for again at the same pace, one that is stuck (within a second it is) told of until it goes on.
     """
 
     def __init__(
@@ -113,28 +115,38 @@ class Feed:
             start = time.monotonic()
             found: Seen | str
             try:
-                if self._control is None:
-                    self._control = self._connect()
-                snapshot = self._control.snapshot()
-                moment = time.monotonic()
-                found = past.add(snapshot, moment, moment - start)
-            except (KernelError, OSError) as error:
+                found = self._stuck() or self._ask(past, start)
+            except SyscallTimeout as error:  # what was asked is answered yet: the connection is as good as before
                 found = str(error)
+            except (KernelError, OSError) as error:
+                found = f"{NONE}: {error}"
                 self._forget()
             except click.ClickException as error:  # none runs, or several do
-                found = error.message.splitlines()[0]
+                found = f"{NONE}: {error.message.splitlines()[0]}"
             if self._stopped:
                 break
             self._waiting = True
             self._deliver(found)
             took = time.monotonic() - start
-            self._rest(max(self._interval - took, REST * took if took > FLOOR else FLOOR))
+            self._rest(max(self._interval - took, REST * took if took > FLOOR and isinstance(found, Seen) else FLOOR))
         self._forget()
+
+    def _stuck(self) -> str:
+        """In words, where it cannot answer: asked all the same, it would have that to do as well when it goes on."""
+        at = status.look(self.path) if self.path else None
+        return str(at) if at is not None and at.is_stuck else ""
+
+    def _ask(self, past: Past, start: float) -> Seen:
+        if self._control is None:
+            self._control = self._connect()
+        snapshot = self._control.snapshot()
+        moment = time.monotonic()
+        return past.add(snapshot, moment, moment - start)
 
     def _connect(self) -> Control:
         try:
             if self.path or not self._others:
-                return Control(self.path, timeout=PATIENCE)
+                return Control(self.path)
         except KernelDied:
             if not self._others:
                 raise

@@ -38,14 +38,14 @@ from realmap.errors import (
     KernelDied,
     KernelError,
     ProcessKilled,
-    SyscallTimeout,
     VersionMismatch,
 )
 from realmap.host import forks
 from realmap.host.translate import shortage
-from realmap.wire import messages
+from realmap.wire import messages, status
 from realmap.wire.client import handshake
 from realmap.wire.messages import MAX_MESSAGE, VERSION
+from realmap.wire.status import Patience
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -67,7 +67,7 @@ class Client:
         encoder: msgspec.msgpack.Encoder | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Connects and introduces itself.
+        """Connects and introduces itself, within `timeout` seconds, or else as `Patience` says (SyscallTimeout).
 
         KernelDied: no kernel listens at `path`. VersionMismatch: it is of another version.
         AccessDenied: it does not let this process in. InvalidHandle: `path` is no socket of a kernel.
@@ -107,7 +107,7 @@ class Client:
         self,
         message: Any,
         *,
-        timeout: float | None = None,
+        timeout: float | Patience | None = None,
         name: str = "",
         holds: object = None,
         late: Late | None = None,
@@ -115,14 +115,16 @@ class Client:
         """Sends a request, and waits for its answer: its value, and what owns the descriptors that came with it.
 
         `holds` is kept until the kernel has answered. `late`: what becomes of an answer that nobody took, because it
-        was given up, or dropped before `Answer.take`. SyscallTimeout: no answer (to the syscall `name`)
-        within `timeout` seconds. KernelDied, ProcessKilled: there will be none. PhysicalMemoryExhaustion: Linux has no
-        memory to send it. Else the kernel's own error.
+        was given up, or dropped before `Answer.take`. Without a `timeout` it waits as long as the kernel lives.
+
+        SyscallTimeout: no answer (to the syscall `name`) within `timeout` seconds. KernelDied, ProcessKilled: there
+        will be none. PhysicalMemoryExhaustion: Linux has no memory to send it. Else the kernel's own error.
         """
         unwanted = None if late is None else lambda data: late(self._decoder.decode(data).value)
         answer = self.endpoint.request(message.id, self.encode(message), timeout, holds, unwanted)
         if answer.outcome == TIMED_OUT:
-            raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s")
+            assert not isinstance(timeout, Patience)  # which raises
+            raise status.unanswered(self.path, name, timeout)
         return self.value(answer), answer
 
     def value(self, answer: Answer) -> Any:

@@ -8,17 +8,19 @@ import os
 import msgspec
 
 from realmap._core import ANSWERED, NONSENSE, TIMED_OUT, Endpoint
-from realmap.errors import AccessDenied, InvalidHandle, KernelDied, KernelError, SyscallTimeout, VersionMismatch
+from realmap.errors import AccessDenied, InvalidHandle, KernelDied, KernelError, VersionMismatch
 from realmap.host import procfs
 from realmap.host.translate import SHORT_OF_MEMORY, frames_error, shortage
-from realmap.wire import messages
+from realmap.wire import messages, status
 from realmap.wire.messages import PROTOCOL, VERSION
+from realmap.wire.status import Patience
 
 
 def open_endpoint(path: str, timeout: float | None) -> Endpoint:
     """A connection to the kernel at `path`. Errors as `Client`.
 
-    SyscallTimeout: so many wait to be let in that it was not even noted within `timeout` seconds.
+    SyscallTimeout: so many wait to be let in that it was not even noted within `timeout` seconds; by default, as
+    `Patience` says.
     """
     try:
         name = os.fsencode(path)
@@ -26,17 +28,20 @@ def open_endpoint(path: str, timeout: float | None) -> Endpoint:
         raise InvalidHandle(path, why=f"{path!r} is no socket path: {error}") from None
     if b"\0" in name:
         raise InvalidHandle(path, why=f"{path!r} is no socket path: it has a null character")
-    found = Endpoint._connect(name, timeout)
-    if isinstance(found, Endpoint):
-        return found
-    raise _refusal(found, path, timeout)
+    patience = Patience(path, "connect")
+    while True:
+        found = Endpoint._connect(name, patience if timeout is None else timeout)
+        if isinstance(found, Endpoint):
+            return found
+        if found != errno.ETIMEDOUT:
+            raise _refusal(found, path)
+        if timeout is not None:
+            raise status.unanswered(path, "connect", timeout)
 
 
-def _refusal(number: int, path: str, timeout: float | None) -> KernelError:
+def _refusal(number: int, path: str) -> KernelError:
     """Why there was no connection, by the errno."""
     error = OSError(number, os.strerror(number))
-    if number == errno.ETIMEDOUT:
-        return SyscallTimeout("connect", timeout, why=f"the kernel at {path!r} lets nobody in within {timeout} s")
     if number == errno.ECONNREFUSED:  # the socket of one that was killed
         why = f"no kernel listens at {path!r} any more; clear it away: realmap gc {path}"
         return KernelDied(path, why=f"{why}, or start a new one there: realmap kernel --path {path}")
@@ -56,7 +61,8 @@ def introduce(
     """Says who we are, and joins the ring where the kernel has one for us. Its welcome.
 
     KernelDied: it ended meanwhile. VersionMismatch: it speaks otherwise. PhysicalMemoryExhaustion: no descriptor was
-    left for the ring, or Linux has no memory. Else its refusal. SyscallTimeout: no answer within `timeout` seconds.
+    left for the ring, or Linux has no memory. Else its refusal. SyscallTimeout: no answer within `timeout` seconds; by
+    default, as `Patience` says.
     """
     pid = os.getpid()
     try:
@@ -64,10 +70,10 @@ def introduce(
     except OSError as error:
         raise shortage(error, f"cannot connect to {path!r}") from None
     hello = messages.Hello(PROTOCOL, VERSION, pid, start, control)
-    answer = endpoint.request(0, encoder.encode(hello), timeout, None, None)
+    bound = Patience(path, "connect") if timeout is None else timeout
+    answer = endpoint.request(0, encoder.encode(hello), bound, None, None)
     if answer.outcome == TIMED_OUT:
-        why = f"the kernel at {path!r} does not answer: a handler keeps its thread, or it is stopped"
-        raise SyscallTimeout("connect", timeout, why=why)
+        raise status.unanswered(path, "connect", timeout)
     if answer.outcome != ANSWERED and answer.error:
         raise shortage(OSError(answer.error, os.strerror(answer.error)), f"cannot connect to {path!r}")
     if answer.outcome != ANSWERED and endpoint.end != NONSENSE:

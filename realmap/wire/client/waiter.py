@@ -14,7 +14,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from realmap._core import ON_ITS_WAY, Answer, Bell
-from realmap.errors import SyscallTimeout
+from realmap.wire import status
 
 if TYPE_CHECKING:
     from realmap.wire.client.client import Client
@@ -75,7 +75,7 @@ class Waiter:
             if given_up := answer.outcome == ON_ITS_WAY:
                 client.endpoint.give_up(answer)
         if given_up:
-            raise SyscallTimeout(name, timeout, why=f"no answer to {name!r} within {timeout} s")
+            raise status.unanswered(client.path, name, timeout)
         return client.value(answer)
 
     # ---- looking ------------------------------------------------------------------------------

@@ -193,3 +193,18 @@ def test_frames_that_go_while_they_are_mirrored(frames: FrameAllocator, land: Ke
     with pytest.raises((realmap.InvalidHandle, OSError)):
         _core.Mirror._open_at(land, land.start, (mapping,), (shared,), pieces, 0, 0, PAGE, 3)
     assert (shared.freed, land.live, frames.used) == (True, 0, 0)
+
+
+def test_a_file_is_read_from_its_beginning(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 20)
+    place = str(file).encode()
+    for most in (0, 1, 333, 4096):
+        assert _core.read_file(place, most) == file.read_bytes()[:most]
+    assert len(_core.read_file(place, 1 << 40)) == 4096  # it never takes more
+    with pytest.raises(FileNotFoundError):
+        _core.read_file(place + b"x", 10)
+    with pytest.raises(IsADirectoryError):
+        _core.read_file(str(tmp_path).encode(), 10)
+    with pytest.raises(ValueError, match="null"):
+        _core.read_file(place + b"\0", 10)

@@ -162,10 +162,11 @@ def test_a_client_that_cannot_be_watched_is_turned_away(monkeypatch: pytest.Monk
 
 
 def test_a_kernel_without_memory_for_a_ring_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "memfd_create", failing(os.memfd_create, errno.ENFILE))
-    with realmap.Kernel(syscalls=[echo]) as kernel, realmap.connect(kernel.path) as me:
-        assert me.call("echo", 1) == 1
-        assert not me.client.endpoint.has_ring
+    with realmap.Kernel(syscalls=[echo]) as kernel:
+        monkeypatch.setattr(os, "memfd_create", failing(os.memfd_create, errno.ENFILE))
+        with realmap.connect(kernel.path) as me:
+            assert me.call("echo", 1) == 1
+            assert not me.client.endpoint.has_ring
 
 
 CALLS = ["socket.socket", "os.open", "os.eventfd", "select.epoll", "socket.socketpair", "os.chmod", "register"]

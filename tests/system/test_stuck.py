@@ -1,0 +1,329 @@
+"""A kernel that cannot answer: what is asked of it ends in a sentence that says why, and all works when it goes on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BOUND, PAGE, wait_until
+
+import realmap
+from realmap import KernelHandle, Process, SyscallTimeout
+from realmap.host import runtime
+from realmap.observe.control import Control
+from realmap.wire import messages, status
+from realmap.wire.status import Status, look
+
+#: What is asked ends within a second, and so much more on a loaded machine. Seconds.
+SOON = 10.0
+
+
+@realmap.syscall
+def hold(call: realmap.Call, seconds: float) -> None:
+    """Keeps the GIL, in C: no thread of the kernel runs meanwhile."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+@realmap.syscall
+def wait(call: realmap.Call, seconds: float) -> float:
+    """Comes back later."""
+    time.sleep(seconds)
+    return seconds
+
+
+@realmap.syscall
+def nop(call: realmap.Call) -> int:
+    """Nothing."""
+    return 5
+
+
+@pytest.fixture
+def handlers() -> Iterator[KernelHandle]:
+    with realmap.boot(syscalls=[hold, wait, nop]) as kernel:
+        yield kernel
+
+
+def stuck(path: str) -> Status | None:
+    """What it is at, where it cannot answer."""
+    at = look(path)
+    return at if at is not None and at.is_stuck else None
+
+
+@contextmanager
+def held(kernel: KernelHandle, seconds: float = 4 * BOUND) -> Iterator[str]:
+    """The kernel in a handler that keeps the GIL; the sentence that tells of it, without the seconds. Kills it."""
+    with kernel.connect() as me:
+        with suppress(SyscallTimeout):
+            me.call("hold", seconds, timeout=0.01)
+        wait_until(lambda: stuck(kernel.path), "a second in that handler")
+        yield f"kernel {kernel.pid} is in handler 'hold' of process {os.getpid()} since "
+
+
+@contextmanager
+def stopped(kernel: KernelHandle) -> Iterator[str]:
+    """The kernel's process stopped; the sentence that tells of it."""
+    os.kill(kernel.pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: stuck(kernel.path), "that it stops")
+        yield f"kernel {kernel.pid} is stopped (SIGSTOP)"
+    finally:
+        if not kernel.has_ended:
+            os.kill(kernel.pid, signal.SIGCONT)
+
+
+def questions(kernel: KernelHandle) -> dict[str, Callable[[], Any]]:
+    return {
+        "stats": kernel.stats,
+        "snapshot": kernel.snapshot,
+        "audit": kernel.audit,
+        "trace": functools.partial(kernel.trace, os.devnull),
+        "connect": kernel.connect,
+        "by path": functools.partial(realmap.connect, kernel.path),
+        "control": functools.partial(Control, kernel.path),
+    }
+
+
+def refused(ask: Callable[[], Any]) -> str:
+    """What it says instead of an answer, soon."""
+    start = time.monotonic()
+    with pytest.raises(SyscallTimeout) as caught:
+        ask()
+    assert time.monotonic() - start < SOON
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_every_question_ends_while_it_is_stopped_and_works_after_that(
+    handlers: KernelHandle, asked_before: bool
+) -> None:
+    if asked_before:
+        handlers.stats()
+    with handlers.connect() as me:
+        with stopped(handlers) as sentence:
+            for name, ask in questions(handlers).items():
+                assert refused(ask) == sentence, name
+            assert refused(lambda: me.call("nop", timeout=0.05)) == sentence
+        assert me.call("nop") == 5
+    for name, ask in questions(handlers).items():
+        assert ask() is not None, name
+    assert handlers.snapshot().pid == handlers.pid
+
+
+def test_every_question_ends_while_a_handler_keeps_the_interpreter(handlers: KernelHandle) -> None:
+    handlers.stats()
+    with held(handlers) as sentence:
+        for name, ask in questions(handlers).items():
+            assert refused(ask).startswith(sentence), name
+        assert refused(functools.partial(Process, handlers.path, timeout=0.05)).startswith(sentence)
+        os.kill(handlers.pid, signal.SIGKILL)
+
+
+def test_it_answers_again_when_the_handler_ends(handlers: KernelHandle) -> None:
+    with held(handlers, 4.0) as sentence:
+        assert refused(handlers.stats).startswith(sentence)
+        end = time.monotonic() + BOUND
+        while True:
+            try:
+                assert handlers.stats()["calls"] == 1
+                break
+            except SyscallTimeout:
+                assert time.monotonic() < end
+        assert handlers.audit()
+
+
+def test_an_answer_that_takes_longer_than_a_second_is_waited_for(
+    handlers: KernelHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing says that the kernel cannot answer; here, nobody can see that it is in a handler."""
+    looks: list[str] = []
+    monkeypatch.setattr(status, "LATE", 0.05)
+    monkeypatch.setattr(status, "look", looks.append)
+    with handlers.connect() as me, Control(handlers.path) as control:
+        with suppress(SyscallTimeout):
+            me.call("hold", 0.5, timeout=0.01)
+        looks.clear()
+        assert control.stats()["calls"] == 1
+        assert set(looks) == {handlers.path}
+        assert len(looks) > 3
+
+
+def test_a_request_waits_as_long_as_it_is_told(handlers: KernelHandle) -> None:
+    """The core's half: asked for more whenever the time is over, and the answer is the same one."""
+    slices: list[float] = []
+
+    def more() -> float:
+        slices.append(0.02)
+        return slices[-1]
+
+    class Enough(Exception):
+        pass
+
+    def enough() -> float:
+        if slices:
+            raise Enough
+        return more()
+
+    with handlers.connect() as me:
+        client = me.client
+        value, _ = client.request(messages.Call(client.next_id(), "wait", [0.5]), timeout=more)  # type: ignore[arg-type]
+        assert value == 0.5
+        assert 3 < len(slices) < 40
+        slices.clear()
+        with pytest.raises(Enough):
+            client.request(messages.Call(client.next_id(), "wait", [0.5]), timeout=enough)  # type: ignore[arg-type]
+        for wrong in ("x", lambda: "x", lambda: more):
+            with pytest.raises(TypeError):
+                client.request(messages.Call(client.next_id(), "nop", []), timeout=wrong)  # type: ignore[arg-type]
+        assert me.call("nop") == 5
+        wait_until(lambda: not client.endpoint.pending, "the answer that was given up")
+
+
+def test_other_threads_get_their_answers_while_one_asks_for_more(handlers: KernelHandle) -> None:
+    """Who leads is at its function when the others' answers come."""
+    with handlers.connect() as me:
+        client, calls = me.client, 200
+        got: list[Any] = []
+
+        def many() -> None:
+            for _ in range(calls):
+                got.append(me.call("nop"))
+
+        threads = [threading.Thread(target=many) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        waits = 0
+        while any(thread.is_alive() for thread in threads):
+            value, _ = client.request(messages.Call(client.next_id(), "wait", [0.01]), timeout=lambda: 0.0005)  # type: ignore[arg-type]
+            assert value == 0.01
+            waits += 1
+        for thread in threads:
+            thread.join(BOUND)
+        assert got == [5] * calls * len(threads)
+        assert waits
+
+
+def test_nobody_takes_the_page_away_under_load(handlers: KernelHandle) -> None:
+    """Cut short, it would be a SIGBUS in the kernel's next write."""
+    pid, number = runtime.kernel_at(handlers.path)
+    assert pid == handlers.pid
+    stop = threading.Event()
+    wrong: list[BaseException] = []
+
+    def attack() -> None:
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        while not stop.is_set():
+            for spoil in (lambda: os.ftruncate(fd, 0), lambda: os.pwrite(fd, bytes(PAGE), 0)):
+                try:
+                    spoil()
+                    wrong.append(AssertionError("it was changed"))
+                except PermissionError:
+                    pass
+        os.close(fd)
+
+    thread = threading.Thread(target=attack)
+    thread.start()
+    with handlers.connect() as me:
+        for _ in range(2000):
+            assert me.call("nop") == 5
+        stop.set()
+        thread.join(BOUND)
+        assert not wrong
+        with suppress(SyscallTimeout):
+            me.call("wait", 0.5, timeout=0.01)
+        wait_until(lambda: (at := look(handlers.path)) is not None and at.handler == "wait", "word of the handler")
+        assert me.call("nop") == 5
+
+
+def test_a_lock_that_was_spoiled_costs_the_sentence_and_no_more(handlers: KernelHandle) -> None:
+    Path(handlers.path + ".lock").write_bytes(b"\xff" * 5000)
+    assert look(handlers.path) is None
+    assert handlers.stats()["processes"] == 0
+    os.kill(handlers.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(SyscallTimeout, match=r"^no answer to 'connect' within 0\.1 s$"):
+            Process(handlers.path, timeout=0.1)
+    finally:
+        os.kill(handlers.pid, signal.SIGCONT)
+    handlers.shutdown()
+    assert not os.path.exists(handlers.path + ".lock")
+
+
+def test_each_kernel_has_its_own(tmp_path: Path) -> None:
+    """Also at the longest path that a socket has; and the one beside it answers."""
+    longest = str(tmp_path / "k")
+    longest += "k" * (runtime.LONGEST_PATH - len(longest))
+    with realmap.boot(path=longest, syscalls=[nop]) as one, realmap.boot(syscalls=[nop]) as two, stopped(one) as said:
+        assert refused(one.stats) == said
+        assert two.stats()["processes"] == 0
+        with two.connect() as me:
+            assert me.call("nop") == 5
+        assert stuck(two.path) is None
+    assert look(longest) is None
+
+
+def test_killed_it_has_died_and_is_not_stuck(handlers: KernelHandle) -> None:
+    handlers.stats()
+    with stopped(handlers):
+        asked: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                handlers.stats()
+            except BaseException as error:
+                asked.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        os.kill(handlers.pid, signal.SIGKILL)
+        thread.join(BOUND)
+        assert isinstance(asked[0], realmap.KernelDied)
+    wait_until(lambda: look(handlers.path) is None, "its end")
+
+
+@pytest.mark.parametrize("how", [held, stopped])
+def test_shutdown_is_bounded_and_says_what_it_killed(
+    handlers: KernelHandle, how: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with how(handlers) as sentence, caplog.at_level(logging.WARNING, "realmap"):
+        start = time.monotonic()
+        handlers.shutdown(timeout=0.5)
+        assert 0.4 < time.monotonic() - start < SOON
+        assert sentence in caplog.text
+        assert handlers.has_ended
+
+
+def test_shutdown_of_one_that_answers_says_nothing(handlers: KernelHandle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "realmap"):
+        handlers.shutdown()
+    assert not caplog.records
+
+
+def is_open(fd: int) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def test_the_fork_of_a_kernel_leaves_its_page_alone(tmp_path: Path) -> None:
+    with realmap.Kernel(path=tmp_path / "k.sock", syscalls=[nop]) as kernel, realmap.connect(kernel.path) as me:
+        assert me.call("nop") == 5
+        wait_until(lambda: look(kernel.path) == Status(os.getpid()), "its sleep")
+        _, number = runtime.kernel_at(kernel.path)
+        pid = os.fork()
+        if not pid:
+            kernel.page.turn()
+            names = [os.readlink(f"/proc/self/fd/{each}") for each in range(3, 100) if is_open(each)]
+            os._exit(sum("realmap-status" in name for name in names))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert number > 0
+        assert look(kernel.path) == Status(os.getpid())
