@@ -38,6 +38,9 @@ KERNEL = "realmap-kernel"
 START_TIMEOUT = 60.0
 #: How long a handler may go on after the kernel was asked, or its booter was seen, to end. Seconds.
 GRACE = 5.0
+#: The signal by which its booter ends a kernel. SIGTERM does not: systemd, `docker stop` and the like send that to a
+#: whole group, whose programs use their memory once more while they end; the kernel ends with its booter in any case.
+END = signal.SIGRTMIN
 
 
 # ---- in the new processes -----------------------------------------------------------------
@@ -49,7 +52,17 @@ def _say(report: socket.socket, value: object) -> None:
 
 
 def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pid = os.getpid()
+
+    def on_signal(number: int, _: object) -> None:
+        if os.getpid() != pid:  # a fork that a handler made: it ends as all processes do
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif number == END:
+            kernel.stop(wait=False)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)  # not SIG_IGN, which the programs that a handler starts would inherit
     logs.as_environment_says()
     runtime.raise_descriptor_limit()
     try:
@@ -66,7 +79,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
         _say(report, kernel.path)
         files.shut(report)
 
-    signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
+    signal.signal(END, on_signal)
     interpreter.end_with(booter, GRACE)
     interpreter.call_itself(KERNEL)
     try:
@@ -245,7 +258,7 @@ class KernelHandle:
             self._spawned.discard(child)
         if self._child.exitcode is None:
             with contextlib.suppress(KernelError, OSError):
-                self._child.signal(signal.SIGTERM)
+                self._child.signal(END)
             self._child.wait(timeout)
         self._child.close()
         control = self._controls.pop("control", None)
