@@ -23,7 +23,7 @@ CHANGES = {
     "from multiprocessing import shared_memory": "from realmap import shared_memory",
     "from multiprocessing.shared_memory import": "from realmap.shared_memory import",
     "'multiprocessing.shared_memory.": "'realmap.shared_memory.lookup.",
-    "from multiprocessing.managers import": "from realmap.shared_memory import",
+    "from multiprocessing.managers import SharedMemoryManager": "from realmap.shared_memory import SharedMemoryManager",
     "multiprocessing.managers.SharedMemoryManager": "shared_memory.SharedMemoryManager",
 }
 
