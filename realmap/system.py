@@ -10,6 +10,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Self, SupportsIndex
@@ -52,17 +53,9 @@ def _say(report: socket.socket, value: object) -> None:
 
 
 def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
-    pid = os.getpid()
-
-    def on_signal(number: int, _: object) -> None:
-        if os.getpid() != pid:  # a fork that a handler made: it ends as all processes do
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif number == END:
-            kernel.stop(wait=False)
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)  # not SIG_IGN, which the programs that a handler starts would inherit
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the programs that a handler starts would inherit
+    _give_forks_plain_signals((signal.SIGINT, signal.SIGTERM, END))
     logs.as_environment_says()
     runtime.raise_descriptor_limit()
     try:
@@ -79,7 +72,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
         _say(report, kernel.path)
         files.shut(report)
 
-    signal.signal(END, on_signal)
+    signal.signal(END, lambda *_: kernel.stop(wait=False))
     interpreter.end_with(booter, GRACE)
     interpreter.call_itself(KERNEL)
     try:
@@ -87,6 +80,24 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
     except KernelError as error:
         _say(report, error)
         files.shut(report)
+
+
+def _give_forks_plain_signals(numbers: tuple[int, ...]) -> None:
+    """What a handler forks ends by these as any process. They are blocked meanwhile: Python forgets what comes then."""
+    kept = threading.local()
+
+    def before() -> None:
+        kept.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept.mask)
+
+    def in_child() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=in_child)
 
 
 def _tree_main(report: socket.socket, booter: int, options: dict[str, Any], root: tuple[int, int]) -> None:

@@ -223,6 +223,7 @@ def test_it_is_read_only_and_unlinked_as_others(tree: None, theirs: Any) -> None
 
 
 def test_an_empty_one(tree: None, name: str) -> None:
+    assert not exists(name)  # connections are made now, if any
     before = len(os.listdir("/proc/self/fd"))
     (SHM / name).touch()
     with pytest.raises(ValueError, match="empty"):
