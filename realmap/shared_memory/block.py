@@ -178,6 +178,7 @@ class SharedMemory(standard.SharedMemory):
         """A descriptor of the memory, for this object alone: opened when it is first asked for. -1 from `close` on.
 
         Who closes it says so by setting it to -1, or does not: one that is another's by then is left alone.
+        KernelDied: its kernel has ended before.
         """
         if self._opened is None and self._buffer is not None:
             fd = open_segment(self._buffer)
@@ -193,7 +194,10 @@ class SharedMemory(standard.SharedMemory):
 
     @property
     def _mmap(self) -> mmap.mmap | None:
-        """The same memory as an `mmap.mmap` of its own, made when it is first asked for; None once it is closed."""
+        """The same memory as an `mmap.mmap` of its own, made when it is first asked for; None once it is closed.
+
+        KernelDied: its kernel has ended before.
+        """
         if self._map is None and self._buffer is not None:
             fd = open_segment(self._buffer)
             try:
