@@ -6,6 +6,9 @@ $REALMAP_TREE     where the kernel of this process tree is to be; whoever needs 
 The second is set by what cannot know who will need a kernel first (`import realmap.shared_memory`): a worker that
 was started before anybody needed one finds the same kernel as its parent. That kernel ends with the root of the
 tree, the process that set the variable, and with nobody else.
+
+Where it turns out that the ambient kernel has ended, the next one takes its place: of the tree, or of this process. A
+kernel at a path of somebody's own choice is waited for by its users, and only they know what to do: KernelDied.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import runtime
+from realmap.kernel.logs import log
 from realmap.system import KernelHandle, boot, boot_for
 from realmap.user import travel
 from realmap.user.process import Process
@@ -33,6 +37,7 @@ VARIABLE = "REALMAP_KERNEL"
 TREE = "REALMAP_TREE"
 #: How often it is tried to boot it, while others of the tree seem to do the same.
 ATTEMPTS = 20
+T = TypeVar("T")
 
 _booted: KernelHandle | None = None
 _lock = threading.RLock()
@@ -50,13 +55,14 @@ def connect(path: str | os.PathLike[str] | None = None) -> Process:
     """This process as a user of the kernel at `path`.
 
     Without a path: of the one that $REALMAP_KERNEL names, or else of a kernel of this process tree's
-    own, booted now; children find it by the same variable. It ends with this process.
+    own, booted now; children find it by the same variable. It ends with this process. Where the variable was left by a
+    program that had booted a kernel, and that has ended, it counts for nothing.
 
     KernelDied: no kernel listens there. AccessDenied: it is another user's. VersionMismatch: it is of
     another version. InvalidHandle: the path is no socket of a kernel. SyscallTimeout: it has not answered for a second,
     and is stopped or in a handler (the text says so), or for 30 seconds.
     """
-    return Process(os.fspath(path)) if path is not None else Process(find())
+    return Process(os.fspath(path)) if path is not None else _with_ambient(Process)
 
 
 @contextlib.asynccontextmanager
@@ -87,7 +93,36 @@ def _close_late(connecting: Future[Process]) -> None:
 
 def process() -> Process:
     """This process as a user of its ambient kernel: one connection, however often it is asked for. As `connect`."""
-    return travel.own_process_of(find())
+    return _with_ambient(travel.own_process_of)
+
+
+def using(use: Callable[[Process], T]) -> T:
+    """`use(process())`; where the kernel has ended, once more with the next one's. Errors as `connect`, and its own."""
+    return _with_ambient(lambda path: use(travel.own_process_of(path)))
+
+
+def _with_ambient(use: Callable[[str], T]) -> T:
+    path = find()
+    try:
+        return use(path)
+    except KernelDied:
+        travel.forget(path)
+        if not _forget(path):
+            raise
+    return use(find())
+
+
+def _forget(path: str) -> bool:
+    """Whether another kernel may take the place of this one, which has ended: nobody has chosen its path."""
+    if path != os.environ.get(VARIABLE):
+        return True
+    try:
+        runtime.stamp_in(path)
+    except ValueError:
+        return False
+    log.info("the kernel at %r, which $%s names, has ended; it counts for nothing", path, VARIABLE)
+    del os.environ[VARIABLE]
+    return True
 
 
 def plant() -> None:
@@ -133,7 +168,7 @@ def find() -> str:
     global _booted
     with _lock:
         known = os.environ.get(VARIABLE)
-        if known and not (_booted is not None and _booted.path == known and _booted.has_ended):
+        if known:
             return known
         tree = _tree()
         if tree is not None:

@@ -41,6 +41,9 @@ START_TIMEOUT = 60.0
 GRACE = 5.0
 #: How long threads that a handler left may keep the process of a kernel that has ended. Seconds.
 LINGER = 1.0
+#: The signal by which its booter ends a kernel. SIGTERM does not: systemd, `docker stop` and the like send that to a
+#: whole group, whose programs use their memory once more while they end; the kernel ends with its booter in any case.
+END = signal.SIGRTMIN
 
 
 # ---- in the new processes -----------------------------------------------------------------
@@ -52,7 +55,8 @@ def _say(report: socket.socket, value: object) -> None:
 
 
 def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not SIG_IGN, which the programs that a handler starts would inherit.
+    signals.on(lambda: None, signal.SIGINT, signal.SIGTERM)
     logs.as_environment_says()
     runtime.raise_descriptor_limit()
     try:
@@ -69,7 +73,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
         _say(report, kernel.path)
         files.shut(report)
 
-    signals.on(lambda: kernel.stop(wait=False), signal.SIGTERM)
+    signals.on(lambda: kernel.stop(wait=False), END)
     interpreter.end_with(booter, GRACE)
     interpreter.call_itself(KERNEL)
     interpreter.take_short_turns()
@@ -254,7 +258,7 @@ class KernelHandle:
             self._spawned.discard(child)
         if self._child.exitcode is None:
             with contextlib.suppress(KernelError, OSError):
-                self._child.signal(signal.SIGTERM)
+                self._child.signal(END)
             if self._child.wait(timeout) is None:
                 at = status.look(self.path) or f"kernel {self.pid} does not say what it is at"
                 logs.log.warning("it did not end within %s s, and is killed: %s", timeout, at)

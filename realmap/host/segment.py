@@ -125,7 +125,8 @@ class Segment:
             self._take_space(commit or huge, cancelled)
             if huge:
                 self.huge = collapse(self.fd, self.length)
-            #: What a snapshot tells of it. None of it changes: made once, as there may be very many.
+            #: What a snapshot tells of it. Made once, as there may be very many.
+            self.facts: tuple[int, int, int, int, str | None]
             self.facts = (self.inode, self.device, self.length, self.huge, self.name)
         except BaseException as error:
             if made:
@@ -175,6 +176,20 @@ class Segment:
         except OSError as error:
             raise frames_error(error, 0) from None
 
+    def unlink(self) -> None:
+        """Gives up the name, if it has one. Mappings and descriptors live on. Again: nothing."""
+        name, self.name, marker, self._marker = self.name, None, self._marker, None
+        if self._maker != os.getpid():  # a forked child has descriptors of its own, but not the name
+            return
+        if name is not None:
+            self.facts = (self.inode, self.device, self.length, self.huge, None)
+            with contextlib.suppress(OSError):
+                if os.stat(f"{SHM}/{name}").st_ino == self.inode:  # not a later one of the same name
+                    os.unlink(f"{SHM}/{name}")
+        if marker is not None:
+            with contextlib.suppress(OSError):
+                marker.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Gives up the descriptor, and the name if it has one. Mappings and other descriptors live on.
 
@@ -182,14 +197,7 @@ class Segment:
         """
         if self.fd < 0:
             return
-        if self._maker == os.getpid():  # a forked child has descriptors of its own, but not the name
-            if self.name is not None:
-                with contextlib.suppress(OSError):
-                    if os.stat(f"{SHM}/{self.name}").st_ino == self.inode:  # not a later one of the same name
-                        os.unlink(f"{SHM}/{self.name}")
-            if self._marker is not None:
-                with contextlib.suppress(OSError):
-                    self._marker.unlink(missing_ok=True)
+        self.unlink()
         # No function of Python's is entered, so nothing comes in between: it is closed once, and not forgotten.
         fd, self.fd = self.fd, -1
         try:

@@ -29,6 +29,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
@@ -140,12 +141,20 @@ class Attention:
 def on(job: Callable[[], object], *numbers: int) -> None:
     """Has `job` run at these signals, in this process; a fork has again what there was before. On the main thread."""
     before = {number: signal.signal(number, lambda *_: job()) for number in numbers}
+    kept = threading.local()
+
+    def block() -> None:  # Python forgets what comes while it forks
+        kept.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept.mask)
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        unblock()
 
-    os.register_at_fork(after_in_child=restore)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=restore)
 
 
 class Living(Generic[T]):

@@ -248,6 +248,9 @@ class Handles:
         same.remove(shared)
         if not same:
             del self._of[shared.frames.serial]
+        for segment in shared.frames.segments if shared.is_named else ():
+            if segment.name == shared.name.removeprefix(NAMED):  # it goes by that in /dev/shm as well
+                segment.unlink()
         shared.frames.let_go(shared)
         if shared.is_named:  # another may get that name
             return

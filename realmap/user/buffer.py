@@ -51,9 +51,9 @@ class UserWindow(Window):
 class Buffer(View, ByteAccess):
     """`len()` bytes at `address`, mapped in this process, shared with nobody until they are passed to a syscall.
 
-    Works as a bytearray does (`b[3]`, `b[3:7] = b"four"`), and exports its bytes (`memoryview(b)`,
-    `numpy.asarray(b)`). The frames behind it are whole pages; the length is as it was asked for. It
-    is unmapped by `unmap()`, at the end of a `with` block, when its process closes, or when it and
+    Works as a bytearray does (`b[3]`, `b[3:7] = b"four"`, `b == b"text"`, `b"ex" in b`), and exports its
+    bytes (`memoryview(b)`, `numpy.asarray(b)`). The frames behind it are whole pages; the length is as it was asked
+    for. It is unmapped by `unmap()`, at the end of a `with` block, when its process closes, or when it and
     all its slices and views are collected. Once unmapped, every use raises BufferError. Where somebody
     truncates its segment, what is gone reads as zeros, and every use says so from then on: MemoryFault.
 

@@ -61,6 +61,11 @@ def made(path: str) -> Process | None:
     return process
 
 
+def forget(path: str) -> None:
+    """The kernel there has ended: that connection is of no use, also where it has not noticed yet."""
+    _made.pop(path, None)
+
+
 def keep(process: Process) -> None:
     """Makes it that connection, if there is none."""
     with _lock:

@@ -18,7 +18,7 @@ from realmap.host import procfs, translate
 from realmap.memory.frames import Piece
 from realmap.memory.userspace_ptr import register_window
 from realmap.rights import MappingAccessRights, prot_of
-from realmap.user.buffer import UserWindow
+from realmap.user.buffer import Buffer, UserWindow
 from realmap.wire import messages
 
 if TYPE_CHECKING:
@@ -99,3 +99,17 @@ def _require_all(descriptors: list[int], expected: int, span: int) -> None:
     # Linux delivers what it has room for, and cuts off the rest.
     if len(descriptors) < expected:
         raise translate.frames_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), span)
+
+
+def open_segment(buffer: Buffer) -> int:
+    """A descriptor of the segment of a mapping in one, opened for the caller alone, who closes it.
+
+    PhysicalMemoryExhaustion: no descriptors. KernelDied, ProcessKilled: no kernel to ask for it.
+    """
+    window, client = buffer._window, buffer.process.client
+    _, answer = client.request(messages.More(client.next_id(), window._base, 0))
+    _require_all(answer.descriptors, 1, window._span)
+    try:
+        return os.dup(answer.descriptors[0])
+    except OSError as error:
+        raise translate.frames_error(error, window._span) from None

@@ -22,14 +22,10 @@ LEFT_OUT = {
 CHANGES = {
     "from multiprocessing import shared_memory": "from realmap import shared_memory",
     "from multiprocessing.shared_memory import": "from realmap.shared_memory import",
-    "'multiprocessing.shared_memory.": "'realmap.shared_memory.",
+    "'multiprocessing.shared_memory.": "'realmap.shared_memory.lookup.",
+    "from multiprocessing.managers import SharedMemoryManager": "from realmap.shared_memory import SharedMemoryManager",
+    "multiprocessing.managers.SharedMemoryManager": "shared_memory.SharedMemoryManager",
 }
-#: In every process: what SharedMemoryManager, of another module of the standard library, works with.
-CUSTOMIZE = """
-import multiprocessing.managers
-import realmap.shared_memory
-multiprocessing.managers.shared_memory = realmap.shared_memory
-"""
 
 
 def redirect(folder: Path) -> None:
@@ -41,7 +37,6 @@ def redirect(folder: Path) -> None:
         assert old in text, old
         text = text.replace(old, new)
     (folder / "redirected_tests.py").write_text(text)
-    (folder / "sitecustomize.py").write_text(CUSTOMIZE)
 
 
 def main(method: str) -> int:
@@ -50,7 +45,6 @@ def main(method: str) -> int:
         redirect(Path(name))
         sys.path.insert(0, name)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [name, os.environ.get("PYTHONPATH")]))
-        exec(CUSTOMIZE, {})
         tests = importlib.import_module("redirected_tests")
         namespace = {"__name__": "redirected_cases"}
         tests.install_tests_in_module_dict(namespace, method)

@@ -39,9 +39,13 @@ def test_the_examples_in_docstrings(name: str) -> None:
 
 def test_the_example_of_shared_memory() -> None:
     """In a process tree of its own."""
-    text = "import doctest, realmap.shared_memory; print(doctest.testmod(realmap.shared_memory))"
+    text = """if __name__ == "__main__":
+        import doctest
+        from realmap.shared_memory import block, manager
+        print(doctest.testmod(block), doctest.testmod(manager))
+        """
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=BOUND, env=clean())
-    assert "failed=0, attempted=5" in done.stdout, done
+    assert "failed=0, attempted=5" in done.stdout and "failed=0, attempted=1" in done.stdout, done
 
 
 def clean() -> dict[str, str]:

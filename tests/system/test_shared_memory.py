@@ -25,8 +25,7 @@ from conftest import BOUND, in_threads, wait_until
 
 import realmap
 from realmap import ambient
-from realmap import shared_memory as module
-from realmap.shared_memory import ShareableList, SharedMemory
+from realmap.shared_memory import ShareableList, SharedMemory, lookup
 from realmap.user import travel
 
 # ---- names, and how long they live -----------------------------------------------------------------
@@ -170,7 +169,7 @@ def test_threads_that_use_it_first_at_the_same_time(outside: realmap.KernelHandl
 
 
 def test_a_stopped_kernel_of_somebody_else_is_not_waited_for(tree: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(lookup, "PATIENCE", 0.2)
     with realmap.boot() as other:
         other.stats()
         assert not exists("nobody-has-this")  # a connection comes and goes
@@ -184,7 +183,7 @@ def test_a_stopped_kernel_of_somebody_else_is_not_waited_for(tree: None, monkeyp
             assert time.monotonic() - start < 5
         finally:
             os.kill(other.pid, signal.SIGCONT)
-    module._silent.clear()
+    lookup._silent.clear()
 
 
 def test_threads_that_look_in_vain_do_not_disturb_each_other(tree: None) -> None:

@@ -37,6 +37,30 @@ def test_an_array_is_the_memory(me: Process, buffer: realmap.Buffer) -> None:
     assert buffer.slice(10, 8).array("u8").shape == (1,)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "order"),
+    [
+        ("<f4", numpy.int64(7), "C"),
+        (">c16", [2, 3], "C"),
+        ("u2", numpy.array([4, 5]), "F"),
+        ("i8", (), "C"),
+        ("f8", (2, 3, 4), "F"),
+        (("f4", (2, 2)), 3, "C"),
+        (("f4", (2, 3)), (4, 5), "F"),
+        ([("id", "<u4"), ("at", "<f8", (3,)), ("tag", "S5"), ("when", "M8[ns]")], 9, "C"),
+    ],
+)
+def test_arrays_are_as_numpy_makes_them(buffer: realmap.Buffer, dtype: Any, shape: Any, order: Any) -> None:
+    model = numpy.ndarray(shape, dtype, numpy.zeros(len(buffer), "u1"), order=order)
+    array = buffer.array(dtype, shape, order=order)
+    assert (array.shape, array.strides, array.dtype) == (model.shape, model.strides, model.dtype)
+    assert array.ctypes.data == buffer.address
+
+
+def test_items_that_are_arrays_fill_it_by_themselves(buffer: realmap.Buffer) -> None:
+    assert buffer.array(("f4", (2, 2))).shape == (2 * PAGE // 16, 2, 2)
+
+
 def test_what_is_read_only_stays_so(me: Process) -> None:
     with me.map(PAGE, rights=realmap.u_r) as buffer:
         array = buffer.array("i4")
@@ -101,6 +125,9 @@ def test_dlpack(buffer: realmap.Buffer) -> None:
         (("f8", 1), {"offset": 2 * PAGE - 7}, InvalidSize),
         (("f8", 1), {"offset": -8}, InvalidSize),
         (("f8", 1), {"offset": "x"}, TypeError),
+        (("f8", 2.5), {}, TypeError),
+        (("f8", ("a",)), {}, TypeError),
+        (("f8", (2, 3)), {"order": "X"}, ValueError),
     ],
 )
 def test_arrays_that_cannot_be(

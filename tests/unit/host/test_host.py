@@ -53,6 +53,21 @@ def test_a_named_segment_can_be_opened_by_name_until_it_is_closed() -> None:
     assert list((runtime.directory() / "names").glob("*")) == []
 
 
+def test_a_name_is_given_up_before_the_memory() -> None:
+    name = f"mine-{os.getpid()}"
+    made = Segment(PAGE, name=name)
+    os.pwrite(made.fd, b"abc", 0)
+    made.unlink()
+    made.unlink()
+    assert made.name is None and made.facts[-1] is None and not os.path.exists(f"/dev/shm/{name}")
+    assert os.pread(made.fd, 3, 0) == b"abc"
+    later = Segment(PAGE, name=name)
+    made.close()  # which leaves the later one's name alone
+    assert os.path.exists(f"/dev/shm/{name}")
+    later.close()
+    assert not os.path.exists(f"/dev/shm/{name}")
+
+
 def test_a_later_segment_of_the_same_name_is_not_unlinked() -> None:
     name = f"test-{os.getpid()}"
     made = Segment(PAGE, name=name)

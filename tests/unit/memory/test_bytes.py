@@ -15,7 +15,7 @@ from conftest import PAGE
 
 import realmap
 from realmap import AccessDenied, InvalidSize
-from realmap.memory import USER_LAND, CrossProcessMapping, KernelMemory, ProcessMemory
+from realmap.memory import USER_LAND, CrossProcessMapping, KernelMemory, ProcessMemory, byte_access
 from realmap.memory.userspace_ptr import UserspacePtr
 from realmap.rights import MemoryType, k_r, k_rw, u_rw
 
@@ -178,9 +178,54 @@ def test_iteration(make: Make) -> None:
     some = make()
     assert list(some) == list(CONTENT)
     assert list(reversed(some)) == list(reversed(CONTENT))
-    assert 250 in some and 251 not in some and "a" not in some and b"\x01\x02" not in some
     first, *_, last = some
     assert (first, last) == (CONTENT[0], CONTENT[-1])
+
+
+def test_containment(make: Make) -> None:
+    some = make()
+    assert 250 in some and 251 not in some and np.int64(250) in some
+    assert b"\x01\x02" in some and b"\x02\x01" not in some and b"" in some
+    assert CONTENT in some and CONTENT + b"\0" not in some and bytearray(CONTENT[-9:]) in some
+    assert np.frombuffer(CONTENT[5:8], "u1") in some
+    for value, error in (("a", TypeError), (None, TypeError), (1.5, TypeError), (256, ValueError), (-1, ValueError)):
+        with pytest.raises(error):
+            value in some  # noqa: B015
+
+
+def test_containment_over_the_parts_that_are_searched(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_access, "STEP", 64)
+    some = make()
+    some[:] = bytes(SIZE)
+    for at in (0, 61, 62, 63, 64, SIZE - 3):
+        some[at : at + 3] = b"abc"
+        assert b"abc" in some and 99 in some and b"abcd" not in some
+        some[at : at + 3] = bytes(3)
+    assert b"c" not in some
+
+
+def test_comparison(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, other = make(), make()
+    for same in (CONTENT, bytearray(CONTENT), memoryview(CONTENT), other):
+        assert some == same and same == some and not some != same
+    assert some == np.frombuffer(CONTENT, "u1")
+    for another in (CONTENT[:-1], CONTENT + b"a", b"", "text", None, 5, memoryview(CONTENT)[::-1]):
+        assert some != another and another != some
+    monkeypatch.setattr(byte_access, "STEP", 64)
+    for at in (0, 63, 64, SIZE - 1):
+        some[at] ^= 1
+        assert some != CONTENT and some != bytes(CONTENT[:at])
+        some[at] ^= 1
+    assert some == CONTENT
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(some)
+
+
+def test_comparison_of_what_is_unmapped(make: Make) -> None:
+    some, other = make(), make()
+    some.unmap() if isinstance(some, realmap.Buffer) else some.drop()
+    assert some == some and some in [other, some]
+    assert some != other and other != some and some != CONTENT
 
 
 def test_as_a_bytearray(make: Make) -> None:
