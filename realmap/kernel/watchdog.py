@@ -65,7 +65,9 @@ class Watchdog:
             if limit is not None and age >= limit and not running.answered:
                 why = f"the handler of {running.name!r} was still at work after {limit} s, the kernel's limit"
                 running.answer(SyscallTimeout(running.name, limit, why=why))
-            if running.answered or running.call.cancelled:
+            if not running.process.alive:
+                given_up.add_orphan(running)
+            elif running.answered or running.call.cancelled:
                 given_up.add(running)
             if age >= REPORT and not running.told:
                 running.told = True
