@@ -20,6 +20,7 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
+from realmap.wire.messages import MAX_ANSWER, MAX_MESSAGE
 
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
@@ -39,14 +40,14 @@ class Dispatch:
         #: Those at work on worker threads, or waiting for one.
         self.running: set[Running] = set()
 
-    def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
-        """One request of one client, and the buffers among its arguments. Whatever happens to it is its answer."""
+    def handle(self, connection: Connection, request: messages.Request, places: Sequence[messages.Place]) -> None:
+        """One request of one client, and where its buffers are. Whatever happens to it is its answer."""
         process, observer = connection.process, self._books.observer
         if observer is not None:
-            observer.called(connection, process, request, buffers)
+            observer.called(connection, process, request, places)
         try:
             if process is not None and isinstance(request, messages.Call):  # first: it is the common one
-                self._call(connection, process, request, buffers)
+                self._call(connection, process, request, places)
             elif isinstance(request, messages.Ask):
                 self._reply(connection, request.id, (self._ask(connection, request), []))
             elif process is None:
@@ -70,22 +71,29 @@ class Dispatch:
             return
         value, descriptors = got
         try:
-            self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
+            self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors, MAX_ANSWER)
         finally:
             channel.close_all(descriptors)
 
-    def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Sends the answer to request `id`, whatever becomes of its client."""
+    def send(
+        self,
+        connection: Connection,
+        id: int,
+        message: bytes,
+        descriptors: Sequence[int] = (),
+        most: int = MAX_MESSAGE,
+    ) -> None:
+        """Sends the answer to request `id`, of at most so many bytes, whatever becomes of its client."""
         if not connection.closed and id and (descriptors or not connection.send_short(message)):  # 0 wants no answer
-            self._send(connection, id, message, descriptors)
+            self._send(connection, id, message, descriptors, most)
         observer = self._books.observer
         if observer is not None:
             observer.answered(connection, connection.process, id, message)
 
-    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int]) -> None:
+    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int], most: int) -> None:
         try:
             try:
-                connection.send(message, descriptors, id)
+                connection.send(message, descriptors, id, most)
             except KernelError as error:  # longer than a message may be
                 connection.send(syscalls.failed(id, error))
         except OSError as error:  # it is gone, or there are no descriptors for copies
@@ -128,7 +136,7 @@ class Dispatch:
         connection.maps.submit(work, failed)
 
     def _call(
-        self, connection: Connection, process: UserProcess, request: messages.Call, buffers: Sequence[UserBuffer]
+        self, connection: Connection, process: UserProcess, request: messages.Call, places: Sequence[messages.Place]
     ) -> None:
         books = self._books
         syscall = books.syscalls.get(request.name)
@@ -138,8 +146,9 @@ class Dispatch:
                 request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
             )
         syscall.calls += 1
-        for buffer in buffers:
-            buffer.resolve(process, books.memory, books.observer)
+        buffers: list[UserBuffer] = []
+        for address, length in places:
+            buffers.append(UserBuffer(process, books.memory, books.observer, address, length))
         call = Call(process, syscall.name, self._kernel)
         if syscall.blocking:
             self._call_on_worker(connection, process, syscall, call, request, buffers)
