@@ -338,7 +338,8 @@ def test_a_warning_with_the_handlers_stack_goes_to_stderr() -> None:
     assert done.returncode == 0
     assert done.stderr.count("'stick'") == 1
     assert "declare it blocking=True" in done.stderr
-    assert "in stand_here" in done.stderr
+    assert done.stderr.count("File") == done.stderr.count("line") == 4, "stick, stand_here, and two of threading"
+    assert done.stderr.index("in stick") < done.stderr.index("in stand_here")
 
 
 def test_signals_reach_a_program_that_serves_whatever_its_handlers_do() -> None:
