@@ -273,6 +273,9 @@ def test_a_call_that_was_given_up_before_its_turn_is_not_begun() -> None:
         wait_until(lambda: kernel.stats()["running"] == 1)
         with pytest.raises(realmap.SyscallTimeout):
             me.call("until_cancelled", timeout=0.05)
+        me.call("nop")  # so it has arrived, and its deadline is near
+        over = time.monotonic() + 0.05
+        wait_until(lambda: time.monotonic() > over)
         me.call("go")
         assert first.result() == "came back"
         wait_until(lambda: not kernel.stats()["running"])
