@@ -206,6 +206,17 @@ def faults() -> int: ...
 def read_file(path: bytes, most: int, /) -> bytes: ...
 def copy_in(mapping: Mapping, offset: int, length: int, /) -> bytes | None: ...
 
+# Of a message, before anything is made of it: 0, or what is wrong; its buffers, None: it has none.
+def flaw_of(message: bytes, /) -> int: ...
+def look_over(message: bytes, /) -> list[tuple[int, int]] | int | None: ...
+
+BROKEN: int
+TOO_DEEP: int
+KEY_NO_TEXT: int
+FOREIGN: int
+TOO_MUCH: int
+TOO_LONG: int
+DEEPEST: int
 RING_BYTES: int
 RING_MESSAGE: int
 

@@ -35,6 +35,7 @@
 #include "queue.c"
 #include "spin.c"
 #include "post.c"
+#include "packed.c"
 #include "bytes.c"
 #include "bell.c"
 #include "answer.c"
@@ -63,6 +64,8 @@ static PyMethodDef host_methods[] = {
     {"spin", FASTCALL(core_spin), METH_FASTCALL, NULL},
     {"fall_asleep", core_fall_asleep, METH_O, NULL},
     {"wake_up", core_wake_up, METH_O, NULL},
+    {"flaw_of", core_flaw_of, METH_O, NULL},
+    {"look_over", core_look_over, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -74,6 +77,8 @@ static const struct {
     CONSTANT(ON_ITS_WAY), CONSTANT(ANSWERED),   CONSTANT(TIMED_OUT), CONSTANT(ENDED),  CONSTANT(FAILED),
     CONSTANT(OPEN),       CONSTANT(CLOSED),     CONSTANT(DIED),      CONSTANT(SAID_BYE), CONSTANT(NONSENSE),
     CONSTANT(STOLEN),     CONSTANT(LOST_IN_CHILD), CONSTANT(ERRNO),  CONSTANT(OVERLOADED), CONSTANT(SAME_CPU),
+    CONSTANT(BROKEN),     CONSTANT(TOO_DEEP),   CONSTANT(KEY_NO_TEXT), CONSTANT(FOREIGN), CONSTANT(TOO_MUCH),
+    CONSTANT(TOO_LONG),   {"DEEPEST", PACKED_DEPTH},
     {"RING_BYTES", 2 * sizeof(Queue)},
     {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
 };

@@ -121,7 +121,7 @@ class Attention:
 
             def wait() -> None:
                 poll.poll()
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(OSError):  # nothing is there; or a handler has closed it
                     self._reader.recv(4096)
 
             yield wait

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from realmap._core import Ring
+from realmap._core import Ring, look_over
 from realmap.errors import KernelError, ProcessKilled
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
@@ -22,12 +22,11 @@ from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.logs import log
 from realmap.kernel.loop import Loop
-from realmap.kernel.user_buffer import UserBuffer
 from realmap.wire import channel, messages
-from realmap.wire.messages import PROTOCOL, VERSION, Forked
+from realmap.wire.messages import FLAWS, PROTOCOL, VERSION, Forked
 from realmap.wire.ring import RingEnd
 
-Handle: TypeAlias = Callable[[Connection, messages.Request, Sequence[UserBuffer]], None]
+Handle: TypeAlias = Callable[[Connection, messages.Request, Sequence[messages.Place]], None]
 #: So many datagrams of one client are read in a row, at most: more do not wait in a socket.
 IN_A_ROW = 512
 
@@ -52,10 +51,9 @@ class Clients:
         self._heirs = heirs
         self._spin = spin
         self._gone = gone
-        #: What is done with a request, and the buffers among its arguments.
+        #: What is done with a request, whose arguments have buffers there.
         self.handle: Handle
-        self._decoding: list[UserBuffer] = []
-        self._decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=self._buffer)
+        self._decoder = msgspec.msgpack.Decoder(messages.Request)
         self._by_fd: dict[int, Connection] = {}
         #: Those that have not said who they are.
         self._strangers: set[Connection] = set()
@@ -171,13 +169,13 @@ class Clients:
             data = take()
             if not data:
                 return data
+            places = look_over(data)
+            if places is not None and isinstance(places, int):
+                raise channel.NotAMessage(FLAWS[places])
             if connection.process is None and not connection.control:
                 self._greet(connection, data)
                 self._strangers.discard(connection)
                 return data
-            buffers = self._decoding
-            if buffers:
-                buffers = self._decoding = []
             request = self._decoder.decode(data)
         except EOFError:
             self.drop(connection)
@@ -185,7 +183,7 @@ class Clients:
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self.expel(connection, f"it sent what is no message: {error}")
             return None
-        self.handle(connection, request, buffers or ())  # an empty one goes on being filled
+        self.handle(connection, request, places or ())
         return data
 
     def _greet(self, connection: Connection, data: bytes) -> None:
@@ -230,26 +228,19 @@ class Clients:
         if liveness.is_dead(pidfd):
             self.drop(connection)
 
-    def _buffer(self, code: int, data: memoryview) -> UserBuffer:
-        buffer = UserBuffer(*messages.buffer_of(code, data))
-        self._decoding.append(buffer)
-        return buffer
-
     def _hear_of_forks(self, connection: Connection) -> None:
         """Its end may be known before its last words are read. Of those, only that it has forked matters now."""
         process, ring = connection.process, connection.ring
         if process is None or process.forked or not len(process.memory):
             return
-        self._decoding = []  # that of the last one may be in a handler's hands
         for take in [connection.receive] if ring is None else [ring._pop, connection.receive, ring._pop]:
             with contextlib.suppress(Exception):  # EOFError, or no sound message: nothing more comes this way
                 for _ in range(IN_A_ROW):
                     data = take()
                     if data is None:
                         break
-                    if data and isinstance(self._decoder.decode(data), Forked):
+                    if data and not isinstance(look_over(data), int) and isinstance(self._decoder.decode(data), Forked):
                         process.forked = True
-        self._decoding = []
 
     def drop_silent(self, before: float) -> None:
         """Closes connections older than `before` that have not said who they are."""

@@ -16,7 +16,7 @@ from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import encode
 from realmap.kernel.workers import Share, Workers
 from realmap.wire import channel
-from realmap.wire.messages import Carrier
+from realmap.wire.messages import MAX_MESSAGE, Carrier
 from realmap.wire.ring import RingEnd
 
 #: A client with this much unread (bytes) is not listened to until it has read some: its own backlog bounds it.
@@ -84,8 +84,8 @@ class Connection:
             raise EOFError("closed")
         return self._assembler.feed(datagram) or b""
 
-    def send(self, message: bytes, descriptors: Sequence[int] = (), id: int = 0) -> None:
-        """Sends as much as the peer takes now, and the rest when it can. InvalidSize: the message is too long.
+    def send(self, message: bytes, descriptors: Sequence[int] = (), id: int = 0, most: int = MAX_MESSAGE) -> None:
+        """Sends as much as the peer takes now, and the rest when it can. InvalidSize: it is longer than `most` bytes.
 
         A short one goes by the ring, its descriptors (of answer `id`) by the socket before it. Else they
         go with the last part; they stay the caller's (copies wait in the outbox). OSError: it is gone, or no
@@ -93,7 +93,7 @@ class Connection:
         """
         if self._send_by_ring(message, descriptors, id) if descriptors else self.send_short(message):
             return
-        parts = channel.datagrams(message)
+        parts = channel.datagrams(message, most)
         for part in parts:
             rights = descriptors if part is parts[-1] else ()
             if self._outbox or not self._try(part, rights):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
-from realmap.errors import AccessDenied, KernelError, LimitReached, UnknownSyscall
+from realmap.errors import AccessDenied, KernelError, LimitReached, SyscallTimeout, UnknownSyscall
 from realmap.kernel import syscalls
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
@@ -25,6 +25,7 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
+from realmap.wire.messages import MAX_ANSWER, MAX_MESSAGE
 from realmap.wire.status import CALLER, Page
 
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
@@ -64,14 +65,14 @@ class Dispatch:
         self._late: dict[int, Running] = {}
         self.given_up = GivenUp(books.limits.given_up)
 
-    def handle(self, connection: Connection, request: messages.Request, buffers: Sequence[UserBuffer]) -> None:
-        """One request of one client, and the buffers among its arguments. Whatever happens to it is its answer."""
+    def handle(self, connection: Connection, request: messages.Request, places: Sequence[messages.Place]) -> None:
+        """One request of one client, and where its buffers are. Whatever happens to it is its answer."""
         process, observer = connection.process, self._books.observer
         if observer is not None:
-            observer.called(connection, process, request, buffers)
+            observer.called(connection, process, request, places)
         try:
             if process is not None and isinstance(request, messages.Call):  # first: it is the common one
-                self._call(connection, process, request, buffers)
+                self._call(connection, process, request, places)
             elif isinstance(request, messages.Ask):
                 self._reply(connection, request.id, (self._ask(connection, request), []))
             elif process is None:
@@ -96,22 +97,29 @@ class Dispatch:
             return
         value, descriptors = got
         try:
-            self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
+            self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors, MAX_ANSWER)
         finally:
             channel.close_all(descriptors)
 
-    def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Sends the answer to request `id`, whatever becomes of its client."""
+    def send(
+        self,
+        connection: Connection,
+        id: int,
+        message: bytes,
+        descriptors: Sequence[int] = (),
+        most: int = MAX_MESSAGE,
+    ) -> None:
+        """Sends the answer to request `id`, of at most so many bytes, whatever becomes of its client."""
         if not connection.closed and id and (descriptors or not connection.send_short(message)):  # 0 wants no answer
-            self._send(connection, id, message, descriptors)
+            self._send(connection, id, message, descriptors, most)
         observer = self._books.observer
         if observer is not None:
             observer.answered(connection, connection.process, id, message)
 
-    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int]) -> None:
+    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int], most: int) -> None:
         try:
             try:
-                connection.send(message, descriptors, id)
+                connection.send(message, descriptors, id, most)
             except KernelError as error:  # longer than a message may be
                 connection.send(syscalls.failed(id, error))
         except OSError as error:  # it is gone, or there are no descriptors for copies
@@ -154,7 +162,7 @@ class Dispatch:
         connection.maps.submit(work, failed)
 
     def _call(
-        self, connection: Connection, process: UserProcess, request: messages.Call, buffers: Sequence[UserBuffer]
+        self, connection: Connection, process: UserProcess, request: messages.Call, places: Sequence[messages.Place]
     ) -> None:
         books = self._books
         syscall = books.syscalls.get(request.name)
@@ -166,14 +174,17 @@ class Dispatch:
         syscall.calls += 1
         if self.given_up.of_pid:
             self.given_up.check(process, syscall)
-        for buffer in buffers:
-            buffer.resolve(process, books.memory, books.observer)
+        buffers: list[UserBuffer] = []
+        for address, length in places:
+            buffers.append(UserBuffer(process, books.memory, books.observer, address, length))
         call = Call(process, syscall.name, self._kernel)
+        if request.timeout is not None:
+            call.deadline = time.monotonic() + request.timeout
         if syscall.blocking:
             self._call_on_worker(connection, syscall, call, request, buffers)
             return
-        if self._books.limits.seconds is not None:
-            call.deadline = self._deadline(time.monotonic())
+        if books.limits.seconds is not None:
+            self._bound(call, time.monotonic())
         process.calls += 1
         page, relay = self._page, self._relay
         if page.named is not syscall.label:
@@ -202,10 +213,11 @@ class Dispatch:
         self._kernel.post(lambda: self._end(self._late.pop(serial), answer))
         raise Lost
 
-    def _deadline(self, began: float) -> float | None:
-        """Until when a handler that begins now may take."""
+    def _bound(self, call: Call, began: float) -> None:
+        """The kernel lets its handler take until then, if its caller does not wait less long."""
         seconds = self._books.limits.seconds
-        return None if seconds is None else began + seconds
+        if seconds is not None and not (call.deadline is not None and call.deadline < began + seconds):
+            call.deadline = began + seconds
 
     def take_over(self, taken: Taken[Away], thread: int) -> None:
         """The handler of a call has lost the loop: it goes on, on that thread, as those of workers do. On the new
@@ -277,9 +289,14 @@ class Dispatch:
             connection.calls.ended()
 
         def work() -> None:
+            if call.cancelled:  # while it waited for its turn
+                self._kernel.post(
+                    lambda: end(syscalls.failed(request.id, SyscallTimeout(syscall.name, request.timeout or 0.0)))
+                )
+                return
             running.thread = threading.get_ident()
             running.began = time.monotonic()
-            call.deadline = self._deadline(running.began)
+            self._bound(call, running.began)
             observer = self._books.observer
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)

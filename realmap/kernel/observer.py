@@ -6,15 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from realmap.kernel.processes import UserProcess
-from realmap.wire.messages import Request
-
-
-class Range(Protocol):
-    """A buffer among the arguments of a call."""
-
-    address: int
-
-    def __len__(self) -> int: ...
+from realmap.wire.messages import Place, Request
 
 
 class Observer(Protocol):
@@ -29,8 +21,8 @@ class Observer(Protocol):
     def reaped(self, process: UserProcess) -> None:
         """What it had was given back; all of it, but where its forked children may still come for it."""
 
-    def called(self, client: object, process: UserProcess | None, request: Request, buffers: Sequence[Range]) -> None:
-        """A request has arrived."""
+    def called(self, client: object, process: UserProcess | None, request: Request, buffers: Sequence[Place]) -> None:
+        """A request has arrived; of a call, with its buffers."""
 
     def done(self, client: object, process: UserProcess | None, request: Request) -> None:
         """The kernel's thread is done with it; it may be answered later."""

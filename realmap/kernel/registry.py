@@ -47,7 +47,7 @@ def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool 
     `SyscallFailed` with the traceback. Handlers run one after the other on the thread that has the kernel's loop;
     one that takes longer than 20 ms loses it, others are served meanwhile, and its caller gets the answer all the
     same. One that is known to take long is declared `blocking=True`, and runs on a thread of its own from the start.
-    Either way nobody is served while a C function of it keeps the GIL.
+    Either way nobody is served while a C function of it keeps the GIL, and it never runs on the main thread.
 
     TypeError: it is not applied to a function that returns (but to an `async` one, say), or the name is no str.
     """

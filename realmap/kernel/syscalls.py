@@ -20,7 +20,7 @@ from realmap.kernel.registry import Syscall
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
-from realmap.wire.messages import DONE, Done, Failed, error_of
+from realmap.wire.messages import DONE, Done, Failed, arguments, arguments_of, error_of
 
 Send: TypeAlias = Callable[[bytes], None]
 
@@ -117,11 +117,17 @@ def _unsendable(value: Any) -> Any:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_unsendable)
 
 
-def run(syscall: Syscall, call: Call, id: int, args: list[Any], buffers: Sequence[UserBuffer]) -> bytes:
-    """Runs the handler; its answer, or its error, as a message. Never raises.
+def run(syscall: Syscall, call: Call, id: int, packed: msgspec.Raw, buffers: Sequence[UserBuffer]) -> bytes:
+    """Decodes the arguments, and runs the handler; its answer, or its error, as a message. Never raises.
 
     MemoryFault where bytes of `buffers` were gone when it touched them, whatever it made of them.
     """
+    try:
+        args = arguments_of(packed, buffers) if buffers else arguments(packed)
+    except Exception as error:  # they are no list, or there is no memory for them
+        syscall.failed += 1
+        why = f"the arguments of {syscall.name!r} cannot be decoded: {error or type(error).__name__}"
+        return failed(id, KernelError(why=why))
     before = host_faults()
     try:
         answer = _encoder.encode(Done(id, syscall.function(call, *args)))

@@ -18,7 +18,6 @@ from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidHandle, InvalidSize, LimitReached, PhysicalMemoryExhaustion
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
-from realmap.kernel.observer import Range
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Running
 from realmap.memory.cross_process import CrossProcessMapping
@@ -208,7 +207,7 @@ class Tracer:
         self._emit(Kind.REAP, 0, process.number, process.pid, had[0] - left[0], had[1] - left[1])
 
     def called(
-        self, client: object, process: UserProcess | None, request: messages.Request, buffers: Sequence[Range]
+        self, client: object, process: UserProcess | None, request: messages.Request, buffers: Sequence[messages.Place]
     ) -> None:
         """A request has arrived."""
         if process is None or not isinstance(request, messages.Call):
@@ -217,8 +216,7 @@ class Tracer:
             return
         name, flags = self._of_call(request.name)
         if buffers:
-            first = buffers[0]
-            self._emit(CALL, flags, process.number, name, request.id, len(buffers), first.address, len(first))
+            self._emit(CALL, flags, process.number, name, request.id, len(buffers), *buffers[0])
         else:
             self._emit(CALL, flags, process.number, name, request.id)
 

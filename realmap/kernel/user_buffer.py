@@ -39,14 +39,9 @@ class UserBuffer:
     _parts: list[Part] | None
     _kernel: KernelMemory
 
-    def __init__(self, address: int, length: int) -> None:
-        self.address = address
-        self._length = length
-        self._parts = None
-        self._observer: Observer | None = None
-        self.fault = None
-
-    def resolve(self, process: UserProcess, kernel: KernelMemory, observer: Observer | None) -> None:
+    def __init__(
+        self, process: UserProcess, kernel: KernelMemory, observer: Observer | None, address: int, length: int
+    ) -> None:
         """Finds the mappings it lies in. InvalidAddress: nothing there, or a hole. InvalidSize: no bytes.
 
         `observer`: told of its copies.
@@ -54,12 +49,15 @@ class UserBuffer:
         self.process = process
         self._kernel = kernel
         self._observer = observer
-        memory, length = process.memory, self._length
-        mapping = memory.mapping_at(self.address)
-        if mapping is not None and 0 < length <= mapping.length - (offset := self.address - mapping.address):
+        self.address = address
+        self._length = length
+        self.fault = None
+        memory = process.memory
+        mapping = memory.mapping_at(address)
+        if mapping is not None and 0 < length <= mapping.length - (offset := address - mapping.address):
             self._parts = [(mapping, offset, length)]  # in one mapping: the common case
         else:
-            self._parts = memory.parts(self.address, length)
+            self._parts = memory.parts(address, length)
 
     def pin(self) -> None:
         """Keeps its memory until `end`, whatever its process does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from itertools import takewhile
 
 from realmap.errors import SyscallTimeout
 from realmap.kernel.books import Books
@@ -12,7 +13,7 @@ from realmap.kernel.clients import Clients
 from realmap.kernel.dispatch import Dispatch
 from realmap.kernel.logs import log
 from realmap.kernel.loop import Loop
-from realmap.kernel.syscalls import Running
+from realmap.kernel.syscalls import Running, run
 
 #: How long a handler is at work before it is told of. Seconds.
 REPORT = 10.0
@@ -65,7 +66,9 @@ class Watchdog:
             if limit is not None and age >= limit and not running.answered:
                 why = f"the handler of {running.name!r} was still at work after {limit} s, the kernel's limit"
                 running.answer(SyscallTimeout(running.name, limit, why=why))
-            if running.answered or running.call.cancelled:
+            if not running.process.alive:
+                given_up.add_orphan(running)
+            elif running.answered or running.call.cancelled:
                 given_up.add(running)
             if age >= REPORT and not running.told:
                 running.told = True
@@ -79,9 +82,21 @@ def _report(calls: list[Running], now: float) -> None:
     first = min(calls, key=lambda each: each.began or now)
     count = f"{len(calls)} calls of the syscall" if len(calls) > 1 else "the syscall"
     hint = "" if first.syscall.blocking else "; declare it blocking=True"
-    frame = sys._current_frames().get(first.thread)
-    where = "".join(traceback.format_stack(frame)[-3:]) if frame is not None else ""
     age = now - (first.began or now)
     log.warning(
-        "%s %r of %r: at work for %.0f s%s\n%s", count, first.name, first.process, age, hint, where, extra=first.facts
+        "%s %r of %r: at work for %.0f s%s\n%s",
+        count,
+        first.name,
+        first.process,
+        age,
+        hint,
+        _stack(first.thread),
+        extra=first.facts,
     )
+
+
+def _stack(thread: int) -> str:
+    """Where a handler is, without what is below it."""
+    frame = sys._current_frames().get(thread)
+    handlers = takewhile(lambda each: each[0].f_code is not run.__code__, traceback.walk_stack(frame) if frame else ())
+    return "".join(reversed(traceback.StackSummary.extract(handlers).format()))

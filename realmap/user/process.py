@@ -332,8 +332,8 @@ class Process:
         text and traceback are in the error); a KernelError it raised comes as itself. SyscallTimeout:
         no answer in time. InvalidAddress: a buffer that is unmapped, or of another Process. MemoryFault:
         bytes of a buffer were gone when the handler, or this process, touched them. InvalidSize:
-        arguments beyond 16 MiB in all. TypeError: an argument that cannot travel. KernelDied,
-        ProcessKilled: no kernel.
+        arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that cannot travel, a
+        dict whose keys are no text, or lists and dicts more than 60 deep. KernelDied, ProcessKilled: no kernel.
         """
         client = self.client
         request = self._call(name, args, timeout)
@@ -357,12 +357,12 @@ class Process:
         except OverflowError:
             raise TypeError(BEYOND) from None
 
-    def _call(self, name: str, args: tuple[Any, ...], timeout: float | None) -> messages.Call:
+    def _call(self, name: str, args: Any, timeout: float | None) -> messages.Call:
         if not isinstance(name, str):
             raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
-        return messages.Call(self._client.next_id(), name, list(args))
+        return messages.Call(self._client.next_id(), name, args, timeout)
 
     # ---- the end ----------------------------------------------------------------------------
 

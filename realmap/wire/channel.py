@@ -34,13 +34,13 @@ class NotAMessage(Exception):
     """What came is no message of ours: too long, cut short, or out of turn."""
 
 
-def datagrams(message: bytes) -> list[bytes]:
-    """`message` in datagrams. InvalidSize: it is longer than MAX_MESSAGE bytes."""
+def datagrams(message: bytes, most: int = MAX_MESSAGE) -> list[bytes]:
+    """`message` in datagrams. InvalidSize: it is longer than `most` bytes."""
     size = len(message)
     if size <= CHUNK:
         return [b"\x00" + message]
-    if size > MAX_MESSAGE:
-        raise InvalidSize(size, why=f"a message carries at most {MAX_MESSAGE} bytes; put more into a buffer")
+    if size > most:
+        raise InvalidSize(size, why=f"a message carries at most {most} bytes; put more into a buffer")
     chunks = [message[at : at + CHUNK] for at in range(0, size, CHUNK)]
     flags = [FIRST, *[MIDDLE] * (len(chunks) - 2), LAST]
     return [bytes([flag]) + chunk for flag, chunk in zip(flags, chunks, strict=True)]

@@ -7,25 +7,41 @@
       ◀─ Done(id, value) | Failed(id, error) ──   in any order; descriptors ride on it
       ◀─ Bye(error) ─────────────────────────  last: the kernel ends, or sends this client away
 
-A buffer among the arguments travels as (address, length); no bytes of it do.
+The arguments of a call stay bytes until its handler starts: the loop, which reads for everybody, does not decode them.
+A buffer among them travels as (address, length); no bytes of it do.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
 from realmap import errors
+from realmap._core import BROKEN, DEEPEST, FOREIGN, KEY_NO_TEXT, TOO_DEEP, TOO_LONG, TOO_MUCH
 from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 6
+PROTOCOL = 7
 VERSION = "0.1.0"
-#: A message may be this long, in bytes; larger things belong into a buffer.
-MAX_MESSAGE = 16 << 20
+#: A request, or the answer of a handler, may be this long, in bytes; larger things belong into a buffer.
+MAX_MESSAGE = 1 << 20
+#: The kernel's own answers may be this long, in bytes: its books are.
+MAX_ANSWER = 16 << 20
+#: The objects made of a message may take this much memory, in bytes, as they are estimated before.
+MAX_OBJECTS = 4 * MAX_MESSAGE
+#: What can be wrong with a message, as is seen before anything is made of it, and what would be right.
+FLAWS = {
+    BROKEN: "it is no MessagePack",
+    TOO_DEEP: f"lists and dicts within one another, more than {DEEPEST} with the message itself: make it flatter",
+    KEY_NO_TEXT: "a key of a dict is no text: make it one, or send a list of pairs",
+    FOREIGN: "an extension of MessagePack (a time?) is no buffer: send it as text or a number",
+    TOO_MUCH: f"as objects its values take more than {MAX_OBJECTS} bytes: put them into a buffer",
+    TOO_LONG: f"a message carries at most {MAX_MESSAGE} bytes; put more into a buffer",
+}
 #: Descriptors that one answer brings at most (Linux takes 253; an ordinary process may open 1024 in all).
 MAX_DESCRIPTORS = 64
 #: Text of errors is cut to this many characters.
@@ -75,10 +91,11 @@ class _Request(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Call(_Request, tag=1, frozen=True):
-    """A syscall by name."""
+    """A syscall by name. `args`: a list, packed. `timeout`: how many seconds its caller waits; None: for ever."""
 
     name: str
-    args: list[Any]
+    args: msgspec.Raw
+    timeout: float | None = None
 
 
 class Map(_Request, tag=2, frozen=True):
@@ -233,9 +250,12 @@ class MemoryInfo(msgspec.Struct, frozen=True):
     refcount: int
 
 
+#: Of a buffer: (address, length), in bytes.
+Place: TypeAlias = tuple[int, int]
 BUFFER_EXT = 1
 _BUFFER = struct.Struct("=QQ")
 _TYPES = {errors.InvalidMemState.code, errors.WrongMappingFramesForType.code}
+Buffer = TypeVar("Buffer")
 
 
 def buffer_ext(address: int, length: int) -> msgspec.msgpack.Ext:
@@ -243,11 +263,20 @@ def buffer_ext(address: int, length: int) -> msgspec.msgpack.Ext:
     return msgspec.msgpack.Ext(BUFFER_EXT, _BUFFER.pack(address, length))
 
 
-def buffer_of(code: int, data: memoryview) -> tuple[int, int]:
-    """(address, length) of a buffer among the arguments. ValueError: it is none."""
-    if code != BUFFER_EXT or len(data) != 16:
-        raise ValueError(f"extension {code} of {len(data)} bytes is no buffer")
-    return _BUFFER.unpack(data)
+#: The arguments of a call that has no buffers. MsgspecError: they are no list.
+arguments = msgspec.msgpack.Decoder(list[Any]).decode
+
+
+def arguments_of(args: msgspec.Raw, buffers: Sequence[Buffer]) -> list[Any]:
+    """Those of one that has: `buffers`, as they were found when it was looked over, in their order."""
+    if len(buffers) == 1:  # the common case: no code of Python is run for it
+        found = msgspec.msgpack.decode(args, ext_hook={BUFFER_EXT: buffers[0]}.get)
+    else:
+        each = iter(buffers)
+        found = msgspec.msgpack.decode(args, ext_hook=lambda code, data: next(each))
+    if not isinstance(found, list):
+        raise msgspec.ValidationError("it is no list")
+    return found
 
 
 def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error:

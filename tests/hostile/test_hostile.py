@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import datetime
 import os
 import random
 import signal
@@ -76,7 +77,9 @@ GARBAGE = [
     b"\0" + msgspec.msgpack.encode([99, 1]),
     b"\0" + msgspec.msgpack.encode([1]),
     b"\0" + msgspec.msgpack.encode([1, "id", "nop", []]),
-    b"\0" + msgspec.msgpack.encode([1, 1, "nop", {}]),
+    b"\0" + msgspec.msgpack.encode([1, 1, "echo", [{1: 2}]]),
+    b"\0" + msgspec.msgpack.encode([1, 1, "echo", [[[]] * 60_000]]),
+    b"\0" + msgspec.msgpack.encode([1, 1, "echo", [datetime.datetime.now(datetime.UTC)]]),
     b"\0" + msgspec.msgpack.encode({"type": "hello"}),
     b"\0" + b"\xdd\xff\xff\xff\xff",  # an array of 4 294 967 295 items, it says
     b"\0" + b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes, it says
@@ -192,6 +195,16 @@ def test_nonsense_is_answered_with_an_error_of_ours(raw: Raw, message: Any) -> N
     with pytest.raises(KernelError):
         raw.ask(message)
     assert raw.ask(Call(2, "nop", [])) is None
+
+
+@pytest.mark.parametrize("args", [None, 5, "text", {}, {"x": []}, buffer_ext(USER_LAND.start, PAGE)])
+@pytest.mark.parametrize("name", ["echo", "slow_sha256"])
+def test_arguments_that_are_no_list_fail_their_call_and_nothing_else(raw: Raw, name: str, args: Any) -> None:
+    own = raw.ask(Map(1, PAGE, 5, 11, None, None, True))[0]
+    with pytest.raises(KernelError, match="arguments") as caught:
+        raw.ask(Call(2, name, args))
+    assert type(caught.value) is KernelError
+    assert raw.ask(Call(3, "echo", [buffer_ext(own, PAGE)])) == [[own, PAGE]]
 
 
 def test_moves_and_segments_beyond(raw: Raw) -> None:

@@ -34,6 +34,12 @@ def echo(call: Call, *args: Any) -> list[Any]:
 
 
 @syscall
+def numbered(call: Call, values: list[Any]) -> dict[int, Any]:
+    """Each with its number."""
+    return dict(enumerate(values))
+
+
+@syscall
 def who(call: Call) -> list[Any]:
     """Who calls, what, and where it runs."""
     return [call.process.pid, call.name, os.getpid(), threading.current_thread().name]

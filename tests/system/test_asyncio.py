@@ -37,7 +37,7 @@ def test_calls(me: Process) -> None:
         buffer[:5] = b"hello"
         assert await me.acall("sha256", buffer.slice(0, 5)) == hashlib.sha256(b"hello").hexdigest()
         assert await me.acall("echo", 1, "a", b"x" * 5000, None) == [1, "a", b"x" * 5000, None]
-        assert await me.acall("echo", "x" * 3_000_000) == ["x" * 3_000_000]
+        assert await me.acall("echo", "x" * 1_000_000) == ["x" * 1_000_000]
         assert await me.acall("nop", timeout=5) is None
         assert pending(me) == 0
 
@@ -91,7 +91,7 @@ def test_errors(me: Process) -> None:
         with pytest.raises(ValueError, match="timeout"):
             await me.acall("nop", timeout=-1)
         with pytest.raises(realmap.InvalidSize):
-            await me.acall("echo", bytes(17 << 20))
+            await me.acall("echo", bytes(1 << 20))
         buffer = me.map(PAGE)
         buffer.unmap()
         with pytest.raises(realmap.InvalidAddress):

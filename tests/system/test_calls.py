@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import hashlib
 import math
@@ -57,7 +58,7 @@ def sha(data: bytes) -> str:
         [],
         [1, [2, [3]]],
         {"a": {"b": [None]}},
-        {1: 2},
+        {"1": 2},
     ],
 )
 def test_plain_values_travel_both_ways(me: Process, value: Any) -> None:
@@ -81,14 +82,48 @@ def test_arguments_that_cannot_travel(me: Process, value: Any) -> None:
     assert me.call("nop") is None
 
 
+def nested(depth: int) -> list[Any]:
+    """Lists within one another, that many."""
+    found: list[Any] = []
+    for _ in range(depth - 1):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({1: 2}, "make it one"),
+        ([{"x": {None: 1}}], "make it one"),
+        (datetime.datetime.now(datetime.UTC), "as text"),
+        (nested(100), "flatter"),
+        (nested(100_000), "flatter"),
+    ],
+)
+def test_what_a_kernel_would_not_read_is_said_at_the_call(me: Process, value: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        me.call("echo", value)
+    assert me.call("echo", nested(60)) == [nested(60)]
+
+
+def test_what_takes_much_more_memory_than_bytes_is_too_large(me: Process) -> None:
+    with pytest.raises(InvalidSize, match="buffer"):
+        me.call("echo", [[]] * 100_000)
+    assert me.call("echo", list(range(60_000))) == [list(range(60_000))]
+
+
+def test_an_answer_may_have_keys_that_are_no_text(me: Process) -> None:
+    assert me.call("numbered", ["a", "b"]) == {0: "a", 1: "b"}
+
+
 def test_long_messages_both_ways(me: Process) -> None:
     text = "x" * 1_000_003
     assert me.call("echo", text) == [text]
-    assert len(me.call("long_text", 5_000_000)) == 5_000_000
+    assert len(me.call("long_text", 1_000_003)) == 1_000_003
     with pytest.raises(InvalidSize, match="buffer"):
-        me.call("echo", bytes(17 << 20))
+        me.call("echo", bytes(1 << 20))
     with pytest.raises(InvalidSize, match="buffer"):
-        me.call("long_text", 17 << 20)
+        me.call("long_text", 1 << 20)
     assert me.call("nop") is None
 
 

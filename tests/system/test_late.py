@@ -11,7 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +165,12 @@ def test_a_handler_that_forks_answers_once(late: KernelHandle, way: str) -> None
 def test_a_handler_that_ends_the_kernels_process(how: str) -> None:
     with realmap.boot(syscalls=stuck.ALL) as kernel:
         with kernel.connect() as me, kernel.connect() as other:
+            with suppress(KernelDied):  # an answer by the ring needs no descriptor
+                me.call("undo", how, timeout=BOUND)
+            assert kernel._child.wait(BOUND) is not None
             for each in (me, other):
                 with pytest.raises(KernelDied):
-                    each.call("undo", how, timeout=BOUND)
-        assert kernel._child.wait(BOUND) is not None
+                    each.call("nop", timeout=BOUND)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "leave_thread"])
@@ -239,6 +241,10 @@ def cancel_by(how: str, kernel: KernelHandle) -> None:
         user.kill()
         return
     with kernel.connect() as me:
+        if how == "its timeout":
+            with suppress(realmap.SyscallTimeout):  # or its answer: it stops at that moment
+                me.call("until_cancelled", timeout=0.4)
+            return
         asked = Asked(me, "until_cancelled")
         wait_until(lambda: kernel.stats()["running"] == 1)
         if how == "the kernel's limit":
@@ -246,7 +252,7 @@ def cancel_by(how: str, kernel: KernelHandle) -> None:
     asked.result()
 
 
-@pytest.mark.parametrize("how", ["death", "close", "the kernel's limit"])
+@pytest.mark.parametrize("how", ["death", "close", "the kernel's limit", "its timeout"])
 def test_a_handler_is_told_that_nobody_waits(how: str) -> None:
     limit = 0.4 if how == "the kernel's limit" else None
     with realmap.boot(syscalls=stuck.ALL, limits=Limits(seconds=limit)) as kernel:
@@ -254,9 +260,46 @@ def test_a_handler_is_told_that_nobody_waits(how: str) -> None:
         with kernel.connect() as me:
             wait_until(lambda: me.call("tell")[-1:] == ["cancelled"])
             left = me.call("tell")[0]
-            assert left is None if limit is None else 0 < left <= limit
+            assert left is None if how in ("death", "close") else 0 < left <= 0.4
             left = me.call("deadline")
             assert left is None if limit is None else 0 < left <= limit
+            assert 0 < me.call("deadline", timeout=0.9 * (limit or 1)) <= 0.9 * (limit or 1)
+            assert 0 < me.call("deadline", timeout=BOUND) <= (limit or BOUND)
+
+
+def test_a_call_that_was_given_up_before_its_turn_is_not_begun() -> None:
+    with realmap.boot(syscalls=stuck.ALL, limits=Limits(running=1)) as kernel, kernel.connect() as me:
+        first = Asked(me, "wait_beside")
+        wait_until(lambda: kernel.stats()["running"] == 1)
+        with pytest.raises(realmap.SyscallTimeout):
+            me.call("until_cancelled", timeout=0.05)
+        me.call("nop")  # so it has arrived, and its deadline is near
+        over = time.monotonic() + 0.05
+        wait_until(lambda: time.monotonic() > over)
+        me.call("go")
+        assert first.result() == "came back"
+        wait_until(lambda: not kernel.stats()["running"])
+        assert me.call("tell") == []
+
+
+def test_one_that_nobody_waits_for_is_counted_and_shown() -> None:
+    with realmap.boot(syscalls=stuck.ALL) as kernel, kernel.connect() as me:
+        with pytest.raises(realmap.SyscallTimeout):
+            me.call("wait_beside", timeout=0.05)
+        wait_until(lambda: kernel.stats()["given_up"] == 1)
+        assert [(row.syscall, row.given_up) for row in kernel.snapshot().running] == [("wait_beside", True)]
+        assert kernel.stats()["late"] == 0
+        me.call("go")
+        wait_until(lambda: not kernel.stats()["given_up"])
+
+
+def test_a_late_one_beyond_the_kernels_limit_is_answered_for() -> None:
+    with realmap.boot(syscalls=stuck.ALL, limits=Limits(seconds=0.1)) as kernel, kernel.connect() as me:
+        with pytest.raises(realmap.SyscallTimeout, match="the kernel's limit"):
+            me.call("wait_in_c")
+        assert kernel.stats()["late"] == 1
+        me.call("go")
+        wait_until(lambda: not kernel.stats()["given_up"])
 
 
 def test_a_handler_is_told_that_the_kernel_ends(tmp_path: Path) -> None:
@@ -298,7 +341,8 @@ def test_a_warning_with_the_handlers_stack_goes_to_stderr() -> None:
     assert done.returncode == 0
     assert done.stderr.count("'stick'") == 1
     assert "declare it blocking=True" in done.stderr
-    assert "in stand_here" in done.stderr
+    assert done.stderr.count("File") == done.stderr.count("line") == 4, "stick, stand_here, and two of threading"
+    assert done.stderr.index("in stick") < done.stderr.index("in stand_here")
 
 
 def test_signals_reach_a_program_that_serves_whatever_its_handlers_do() -> None:

@@ -29,8 +29,12 @@ from realmap._core import (
     SAID_BYE,
     STOLEN,
     TIMED_OUT,
+    TOO_DEEP,
+    TOO_LONG,
+    TOO_MUCH,
     Answer,
     Endpoint,
+    flaw_of,
 )
 from realmap.errors import (
     InvalidHandle,
@@ -44,7 +48,7 @@ from realmap.host import forks
 from realmap.host.translate import shortage
 from realmap.wire import messages, status
 from realmap.wire.client import handshake
-from realmap.wire.messages import MAX_MESSAGE, VERSION
+from realmap.wire.messages import FLAWS, VERSION
 from realmap.wire.status import Patience
 
 if TYPE_CHECKING:
@@ -96,11 +100,15 @@ class Client:
         return next(self._ids)
 
     def encode(self, message: Any) -> bytes:
-        """Its bytes. TypeError, OverflowError: something in it cannot travel. InvalidSize: it is too long."""
-        data = self._encoder.encode(message)
-        if len(data) > MAX_MESSAGE:
-            why = f"a message carries at most {MAX_MESSAGE} bytes; put more into a buffer"
-            raise InvalidSize(len(data), why=why)
+        """Its bytes. TypeError, OverflowError: something in it cannot travel. InvalidSize: it is too much."""
+        try:
+            data = self._encoder.encode(message)
+        except RecursionError:
+            raise TypeError(f"this cannot travel: {FLAWS[TOO_DEEP]}") from None
+        if flaw := flaw_of(data):
+            if flaw in (TOO_MUCH, TOO_LONG):
+                raise InvalidSize(len(data), why=FLAWS[flaw])
+            raise TypeError(f"this cannot travel: {FLAWS[flaw]}")
         return data
 
     def request(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.msgpack import Ext
 
+from realmap._core import look_over
 from realmap.memory.lands import KERNEL_LAND, USER_LAND
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MemoryType
@@ -82,11 +83,13 @@ def own_memory() -> bytes:
     return msgspec.msgpack.encode(Map(1, OWN, kind, read_and_write, None, None, True))
 
 
-_decoder = msgspec.msgpack.Decoder(messages.Request, ext_hook=messages.buffer_of)
+_decoder = msgspec.msgpack.Decoder(messages.Request)
 
 
 def is_request(message: bytes) -> bool:
     """Whether the kernel, by its own rules, goes on listening to who sent this."""
+    if isinstance(look_over(message), int):
+        return False
     try:
         _decoder.decode(message)
     except (msgspec.MsgspecError, ValueError, RecursionError, TypeError):
@@ -193,7 +196,8 @@ class Mutator:
             args = [self.buffer()]
         if name != "echo" and self.random.random() < 0.2:
             args.append(self.value())
-        return Call(number, name, args)
+        timeout = self._usually(None, [0.0, 0.5, -1.0, 1e308, float("nan")], 0.1)
+        return Call(number, name, msgspec.Raw(self._encoder.encode(args)), timeout)
 
     # ---- changes ----------------------------------------------------------------------------
 
@@ -256,7 +260,7 @@ class Mutator:
         if pick < 0.75:
             tree = self._tree(data)
             # Most changes of what a request is made of make it none: so mostly its arguments.
-            inside = tree[-1] if tree[0] == 1 and self.random.random() < 0.7 else tree
+            inside = tree[3] if tree[0] == 1 and self.random.random() < 0.7 else tree
             for _ in range(self.random.choice((1, 1, 2, 4))):
                 self.change_tree(inside)
             data = self._encoder.encode(tree)
