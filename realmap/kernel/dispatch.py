@@ -197,7 +197,9 @@ class Dispatch:
             observer = self._books.observer
             if observer is not None:
                 observer.began(process, syscall.name, request.id)
+            place = self._page.begin(process.pid, syscall.label)
             answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+            self._page.end(place)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
             self._kernel.post(lambda: end(answer))
