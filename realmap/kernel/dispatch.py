@@ -197,7 +197,7 @@ class Dispatch:
             observer = self._books.observer
             if observer is not None:
                 observer.began(process, syscall.name, request.id)
-            place = self._page.begin(process.pid, syscall.label)
+            place = self._page.begin(process.pid, syscall.label, running.began)
             answer = syscalls.run(syscall, call, request.id, request.args, buffers)
             self._page.end(place)
             if observer is not None:

@@ -112,13 +112,15 @@ class Page:
         self._view[_LAYOUT.size - LONGEST_NAME : _LAYOUT.size] = label
         self.named = label
 
-    def begin(self, caller: int, label: bytes) -> int:
-        """A handler begins on another thread, which calls this: its place, for `end`. -1: there is none for it."""
+    def begin(self, caller: int, label: bytes, since: float) -> int:
+        """A handler is on another thread from now on, at work since that time (monotonic, seconds): its place, for `end`.
+        -1: there is none for it. From any thread.
+        """
         try:
             place = self._free.pop()
         except IndexError:
             return -1
-        _BESIDE.pack_into(self._view, _LAYOUT.size + place * _BESIDE.size, time.monotonic_ns(), caller, label)
+        _BESIDE.pack_into(self._view, _LAYOUT.size + place * _BESIDE.size, int(since * 1e9), caller, label)
         return place
 
     def end(self, place: int) -> None:
