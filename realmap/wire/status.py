@@ -113,7 +113,7 @@ class Page:
         self.named = label
 
     def begin(self, caller: int, label: bytes, since: float) -> int:
-        """A handler is on another thread from now on, at work since that time (monotonic, seconds): its place, for `end`.
+        """A handler is on another thread from now on, at work since then (monotonic, in seconds): its place, for `end`;
         -1: there is none for it. From any thread.
         """
         try:
