@@ -59,8 +59,8 @@ def connect(path: str | os.PathLike[str] | None = None) -> Process:
     program that had booted a kernel, and that has ended, it counts for nothing.
 
     KernelDied: no kernel listens there. AccessDenied: it is another user's. VersionMismatch: it is of
-    another version. InvalidHandle: the path is no socket of a kernel. SyscallTimeout: it has not answered for a second,
-    and is stopped or in a handler (the text says so), or for 30 seconds.
+    another version. InvalidHandle: the path is no socket of a kernel. SyscallTimeout: it has not answered for a second
+    or two, and is stopped or kept by a handler (the text says so), or for 30 seconds.
     """
     return Process(os.fspath(path)) if path is not None else _with_ambient(Process)
 

@@ -153,8 +153,8 @@ class SpawnedProcess:
 class KernelHandle:
     """A kernel in a process of its own, as its booter sees it. Made by `boot`; a context manager (`shutdown`).
 
-    What it is asked it answers within a second; or SyscallTimeout says that it is stopped, or which handler it is in,
-    or that it has not answered for 30 seconds.
+    What it is asked it answers within a second; or SyscallTimeout says, within two, that it is stopped, or which
+    handler keeps it; at the latest after 30 seconds that it has not answered.
     """
 
     def __init__(self, child: Child, path: str) -> None:

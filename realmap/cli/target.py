@@ -17,8 +17,8 @@ from realmap.system import KERNEL
 
 #: What --help says at the end, of every command that asks a running kernel.
 BOUND = (
-    "The kernel answers within a second, or it is said what it is at instead (exit status 1); one that is at work "
-    "without being in a handler, on a large snapshot, say, has 30 seconds."
+    "The kernel answers within a second, or it is said within two what keeps it (exit status 1); one that is at "
+    "something of its own, a large snapshot, say, has 30 seconds."
 )
 #: The option of every command that asks a running kernel.
 kernel_option = click.option(

@@ -49,7 +49,8 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
     Open it in https://ui.perfetto.dev or chrome://tracing. It ends on Ctrl-C, on SIGTERM, after --seconds, with the
     kernel, or with the COMMAND after -- (which gets SIGTERM where it does not end first); the exit status is then
     that of COMMAND. Of a COMMAND that boots a kernel, that kernel is traced, from its first moment; else the one that
-    runs already, or --kernel, and COMMAND has it as $REALMAP_KERNEL.
+    runs already, or --kernel, and COMMAND has it as $REALMAP_KERNEL. At the end, a kernel that cannot answer is waited
+    for 10 seconds more: what it has told until then would be lost.
 
     Example: realmap trace out.json -- python program.py
     """

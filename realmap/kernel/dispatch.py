@@ -229,6 +229,7 @@ class Dispatch:
         buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
         running = self._run_beside(connection, call, syscall, request, buffers)
         running.began, running.thread = taken.since, thread
+        running.place = self._page.begin(call.process.pid, syscall.label, taken.since)
         self._late[taken.serial] = running
         syscall.late += 1
         self.given_up.add(running)
@@ -263,6 +264,7 @@ class Dispatch:
         running.process.calls -= 1
         self.running.discard(running)
         self.given_up.discard(running)
+        self._page.end(running.place)
         if syscalls.has_failed(answer):
             running.syscall.failed += 1
         for buffer in running.buffers:
@@ -300,6 +302,7 @@ class Dispatch:
             observer = self._books.observer
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)
+            running.place = self._page.begin(process.pid, syscall.label, running.began)
             answer = syscalls.run(syscall, call, request.id, request.args, buffers)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)

@@ -87,6 +87,8 @@ class Running:
         #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn. And where.
         self.began: float | None = None
         self.thread = 0
+        #: On the status page.
+        self.place = -1
         #: Whether it was told of in the log.
         self.told = False
         self.answered = False

@@ -17,8 +17,8 @@ class Control:
     """What can be asked of the kernel at `path`. A context manager; safe for threads."""
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float | None = None) -> None:
-        """Connects. `timeout`: how long each answer may take, in seconds. By default it is looked after one second what
-        the kernel is at: where it is stopped, or in a handler, that is the error; else 30 seconds is the most.
+        """Connects. `timeout`: how long each answer may take, in seconds. By default it is looked every second what the
+        kernel is at: where it is stopped, or a handler keeps it, that is the error; else 30 seconds is the most.
 
         KernelDied: no kernel listens there. AccessDenied, InvalidHandle, VersionMismatch: as `connect`.
         SyscallTimeout: no answer in that time; its text says what the kernel is at. So for each question.

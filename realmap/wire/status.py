@@ -8,9 +8,14 @@ kernel ever hits memory that is gone. It has a name only in the lock file beside
 It is written before each handler, not when one is late: one that keeps the GIL in C lets no thread write then.
 
     word  0      magic, with the version of this layout
-          1      when the loop took up what it is at, in nanoseconds of the monotonic clock; 0: it sleeps
-          2      the pid that the short handler works for which it is in; 0: it is in none
-          3-10   the name of that handler, or of the last one: UTF-8, cut at a whole letter, padded with NULs
+          1      when the loop took up what it is at, or fell asleep, in nanoseconds of the monotonic clock
+          2      whether it is asleep
+          3      the pid that the short handler works for which it is in; 0: it is in none
+          4-11   the name of that handler, or of the last one: UTF-8, cut at a whole letter, padded with NULs
+          then, for each of the first handlers that are at work on other threads (any of them may keep the GIL, too):
+          0      when it began; 0: nobody is here
+          1      the pid that it works for
+          2-9    its name
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import mmap
 import os
 import struct
 import time
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,8 +36,12 @@ from realmap.host.signals import pass_on
 
 MAGIC = b"realmap\x01"
 LONGEST_NAME = 64
-TURN, CALLER, _NAME = 1, 2, 3 * 8
-_LAYOUT = struct.Struct(f"=8s2Q{LONGEST_NAME}s")
+TURN, ASLEEP, CALLER = 1, 2, 3
+_LAYOUT = struct.Struct(f"=8s3Q{LONGEST_NAME}s")
+_BESIDE = struct.Struct(f"=2Q{LONGEST_NAME}s")
+#: How many handlers on other threads it has room for.
+PLACES = 16
+_SIZE = _LAYOUT.size + PLACES * _BESIDE.size
 #: What Linux shows as the target of the page's descriptor.
 _MEMFD = "realmap-status"
 #: fcntl(2): nobody may write but by a mapping that is there already. (Since Linux 5.1; in Python's fcntl since 3.13.)
@@ -54,16 +64,16 @@ class Page:
 
     def __init__(self) -> None:
         self._fd = -1
-        self._take(bytearray(_LAYOUT.size))
+        self._take(bytearray(_SIZE))
 
     def _take(self, memory: bytearray | mmap.mmap) -> None:
-        view = memoryview(memory)
+        self._view = memoryview(memory)
         #: Written to where calling a method would cost more than the store: TURN, and CALLER around a handler. Nobody
         #: keeps it: a forked child has to get rid of it.
-        self.words = view[:_NAME].cast("Q")
-        self._name = view[_NAME : _NAME + LONGEST_NAME]
+        self.words = self._view[: _LAYOUT.size].cast("Q")
         #: The label that is there.
         self.named = b""
+        self._free = list(range(PLACES))
 
     def open(self) -> int:
         """Lets others see it: the descriptor by which they find it, or -1 where Linux gives none."""
@@ -83,52 +93,89 @@ class Page:
     def close(self) -> None:
         """Nobody sees it any more. Again: nothing."""
         fd, self._fd = self._fd, -1
-        self._take(bytearray(_LAYOUT.size))
+        self._take(bytearray(_SIZE))
         if fd >= 0:
             files.close(fd)
 
     def turn(self) -> None:
         """The loop takes up something."""
         self.words[TURN] = time.monotonic_ns()
+        self.words[ASLEEP] = 0
 
     def rest(self) -> None:
         """It sleeps until there is something to do."""
-        self.words[TURN] = 0
+        self.words[TURN] = time.monotonic_ns()
+        self.words[ASLEEP] = 1
 
     def name(self, label: bytes) -> None:
         """A handler of this `label` is about to begin."""
-        self._name[:] = label
+        self._view[_LAYOUT.size - LONGEST_NAME : _LAYOUT.size] = label
         self.named = label
+
+    def begin(self, caller: int, label: bytes, since: float) -> int:
+        """A handler is on another thread from now on, at work since then (monotonic, in seconds): its place, for `end`;
+        -1: there is none for it. From any thread.
+        """
+        try:
+            place = self._free.pop()
+        except IndexError:
+            return -1
+        _BESIDE.pack_into(self._view, _LAYOUT.size + place * _BESIDE.size, int(since * 1e9), caller, label)
+        return place
+
+    def end(self, place: int) -> None:
+        """It has ended."""
+        if place >= 0:
+            _BESIDE.pack_into(self._view, _LAYOUT.size + place * _BESIDE.size, 0, 0, b"")
+            self._free.append(place)
+
+
+class Work(NamedTuple):
+    """A handler at work, of the process of that pid, for so many seconds."""
+
+    handler: str
+    caller: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"handler {self.handler!r} of process {self.caller} since {_in_words(self.seconds)}"
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 class Status(msgspec.Struct, frozen=True):
     """What a kernel is at; `str` says it in a sentence.
 
-    `pid`: its process; `stopped`: whether that is (SIGSTOP). `handler`: the short handler that has its loop, or None;
-    `caller`: the pid that this works for. `seconds`: how long the loop is at what it is at; None where it sleeps, or
+    `pid`: its process; `stopped`: whether that is (SIGSTOP). `work`: the short handler that has its loop; `beside`:
+    those on other threads, the latest first. `seconds`: how long the loop is at what it is at, or `asleep`; None: it
     does not say.
     """
 
     pid: int
     stopped: bool = False
-    handler: str | None = None
-    caller: int = 0
+    work: Work | None = None
+    beside: tuple[Work, ...] = ()
     seconds: float | None = None
+    asleep: bool = False
 
     @property
     def is_stuck(self) -> bool:
         """Whether it is of no use to wait for it: it is stopped, or has been in one handler for a second or more."""
-        return self.stopped or (self.handler is not None and self.seconds is not None and self.seconds >= LATE)
+        return self.stopped or (self.work is not None and self.work.seconds >= LATE)
 
     def __str__(self) -> str:
         if self.stopped:
             return f"kernel {self.pid} is stopped (SIGSTOP)"
+        if self.work is not None:
+            return f"kernel {self.pid} is in {self.work}"
         if self.seconds is None:
-            return f"kernel {self.pid} runs, and is in no handler"
-        seconds = f"{self.seconds:.0f} s" if self.seconds >= 10 else f"{self.seconds:.1f} s"
-        if self.handler is None:
-            return f"kernel {self.pid} has not come round for {seconds}"
-        return f"kernel {self.pid} is in handler {self.handler!r} of process {self.caller} since {seconds}"
+            return f"kernel {self.pid} runs, and does not say what it is at"
+        fact = "does not wake up" if self.asleep else f"has not come round for {_in_words(self.seconds)}"
+        others = f", and {len(self.beside) - 1} more" if len(self.beside) > 1 else ""
+        threads = f"; on another thread it is in {self.beside[0]}{others}" if self.beside else ""
+        return f"kernel {self.pid} {fact}{threads}"
 
 
 def look(path: str) -> Status | None:
@@ -140,44 +187,51 @@ def look(path: str) -> Status | None:
         pass_on(error)
         return None
     try:
-        before, (turn, caller, name) = _read(pid, number), _read(pid, number)
+        before, data = _read(pid, number), _read(pid, number)
     except (OSError, ValueError) as error:
         pass_on(error)
         return Status(pid, stopped)
+    _, turn, asleep, caller, name = _LAYOUT.unpack_from(data)
     # The same call before and after: what is told of it belongs together. One that matters began a second ago, and what
     # was written then has long arrived, in whichever order.
-    if not turn or (turn, caller) != before[:2]:
+    if data[: _LAYOUT.size] != before[: _LAYOUT.size]:
         return Status(pid, stopped)
-    seconds = max(0, time.monotonic_ns() - turn) / 1e9
-    if not caller:
-        return Status(pid, stopped, seconds=seconds)
-    return Status(pid, stopped, name.rstrip(b"\0").decode(errors="replace"), caller, seconds)
+    now = time.monotonic_ns()
+    work = _work(turn, caller, name, now) if caller else None
+    places = sorted(_BESIDE.iter_unpack(data[_LAYOUT.size :]), reverse=True)
+    beside = tuple(_work(began, caller, name, now) for began, caller, name in places if began)
+    return Status(pid, stopped, work, beside, max(0, now - turn) / 1e9 if turn else None, bool(asleep))
 
 
-def _read(pid: int, number: int) -> tuple[int, int, bytes]:
-    """What is in the page: turn, caller, name. It is not mapped: in the end it is somebody else's file.
+def _work(began: int, caller: int, name: bytes, now: int) -> Work:
+    return Work(name.rstrip(b"\0").decode(errors="replace"), caller, max(0, now - began) / 1e9)
+
+
+def _read(pid: int, number: int) -> bytes:
+    """What is in the page. It is not mapped: in the end it is somebody else's file.
 
     ValueError, OSError: there is no such page.
     """
     place = f"/proc/{pid}/fd/{number}"
     if not os.readlink(place).startswith(f"/memfd:{_MEMFD}"):  # before it is opened: it may be anything
         raise ValueError(f"{place} is no status page")
-    data = read_file(place.encode(), _LAYOUT.size)
-    if len(data) < _LAYOUT.size or not data.startswith(MAGIC):
+    data = read_file(place.encode(), _SIZE)
+    if len(data) < _SIZE or not data.startswith(MAGIC):
         raise ValueError(f"{place} is no status page that this version reads")
-    _, turn, caller, name = _LAYOUT.unpack(data)
-    return turn, caller, name
+    return data
 
 
 def unanswered(path: str, what: str, seconds: float | None) -> SyscallTimeout:
     """For who got no answer to `what` from the kernel at `path` within so many seconds: with what that is at."""
-    return _unanswered(look(path), what, seconds)
+    status = look(path)
+    return _unanswered(status, what, seconds, status is not None and status.is_stuck)
 
 
-def _unanswered(status: Status | None, what: str, seconds: float | None) -> SyscallTimeout:
-    if status is not None and status.is_stuck:
+def _unanswered(status: Status | None, what: str, seconds: float | None, stuck: bool) -> SyscallTimeout:
+    if stuck:
         return SyscallTimeout(what, seconds, why=str(status))
-    said = f": {status}" if status is not None and (status.handler or (status.seconds or 0) >= LATE) else ""
+    busy = status is not None and not status.asleep and (status.work or (status.seconds or 0) >= LATE)
+    said = f": {status}" if busy else ""
     return SyscallTimeout(what, seconds, why=f"no answer to {what!r} within {seconds} s{said}")
 
 
@@ -185,8 +239,8 @@ class Patience:
     """How long an answer is waited for where nobody said: asked at first, and whenever that is over, for how many
     seconds (more).
 
-    After `LATE` seconds a kernel that cannot answer ends it, else `BOUND` seconds do: SyscallTimeout, whose text says
-    what the kernel is at.
+    After `LATE` seconds a kernel that cannot answer ends it, after twice that one of which another thread seems to keep
+    the GIL, else `BOUND` seconds do: SyscallTimeout, whose text says what the kernel is at.
     """
 
     def __init__(self, path: str, what: str) -> None:
@@ -195,12 +249,18 @@ class Patience:
 
     def __call__(self) -> float:
         """Seconds (more). SyscallTimeout: it has been long enough."""
-        now = time.monotonic()
         if self._began is None:
-            self._began = now
+            self._began = time.monotonic()
             return LATE
-        waited = now - self._began
         status = look(self._path)
-        if waited >= BOUND or (status is not None and status.is_stuck):
-            raise _unanswered(status, self._what, round(waited, 1))
+        waited = time.monotonic() - self._began
+        stuck = status is not None and (status.is_stuck or (waited >= 2 * LATE and _is_kept(status, waited)))
+        if waited >= BOUND or stuck:
+            raise _unanswered(status, self._what, round(waited, 1), stuck)
         return min(LATE, BOUND - waited)
+
+
+def _is_kept(status: Status, seconds: float) -> bool:
+    """Whether it has done nothing for so long, though asked, and not for a large snapshot's sake."""
+    idle = status.seconds is not None and status.seconds > seconds
+    return idle and (status.asleep or bool(status.beside))

@@ -36,6 +36,12 @@ def hold(call: realmap.Call, seconds: float) -> None:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
+@realmap.syscall(blocking=True)
+def hold_beside(call: realmap.Call, seconds: float) -> None:
+    """The same on a thread of its own."""
+    hold(call, seconds)
+
+
 @realmap.syscall
 def wait(call: realmap.Call, seconds: float) -> float:
     """Comes back later."""
@@ -51,7 +57,7 @@ def nop(call: realmap.Call) -> int:
 
 @pytest.fixture
 def handlers() -> Iterator[KernelHandle]:
-    with realmap.boot(syscalls=[hold, wait, nop]) as kernel:
+    with realmap.boot(syscalls=[hold, hold_beside, wait, nop]) as kernel:
         yield kernel
 
 
@@ -130,6 +136,20 @@ def test_every_question_ends_while_a_handler_keeps_the_interpreter(handlers: Ker
         os.kill(handlers.pid, signal.SIGKILL)
 
 
+def test_a_handler_on_another_thread_that_keeps_the_interpreter_is_named(handlers: KernelHandle) -> None:
+    handlers.stats()
+    with handlers.connect() as me:
+        with suppress(SyscallTimeout):
+            me.call("hold_beside", 4 * BOUND, timeout=0.01)
+        wait_until(lambda: (at := look(handlers.path)) is not None and at.beside, "that it begins")
+        part = f"; on another thread it is in handler 'hold_beside' of process {os.getpid()} since "
+        for ask in (handlers.stats, functools.partial(realmap.connect, handlers.path)):
+            said = refused(ask)
+            assert part in said
+            assert said.startswith((f"kernel {handlers.pid} does not wake up;", f"kernel {handlers.pid} has not come"))
+        os.kill(handlers.pid, signal.SIGKILL)
+
+
 def test_it_answers_again_when_the_handler_ends(handlers: KernelHandle) -> None:
     with held(handlers, 4.0) as sentence:
         assert refused(handlers.stats).startswith(sentence)
@@ -187,7 +207,8 @@ def test_a_request_waits_as_long_as_it_is_told(handlers: KernelHandle) -> None:
             with pytest.raises(TypeError):
                 client.request(messages.Call(client.next_id(), "nop", []), timeout=wrong)  # type: ignore[arg-type]
         assert me.call("nop") == 5
-        wait_until(lambda: not client.endpoint.pending, "the answer that was given up")
+        # Whoever calls next takes it in.
+        wait_until(lambda: me.call("nop") and not client.endpoint.pending, "the answer that was given up")
 
 
 def test_other_threads_get_their_answers_while_one_asks_for_more(handlers: KernelHandle) -> None:
@@ -242,7 +263,10 @@ def test_nobody_takes_the_page_away_under_load(handlers: KernelHandle) -> None:
         assert not wrong
         with suppress(SyscallTimeout):
             me.call("wait", 0.5, timeout=0.01)
-        wait_until(lambda: (at := look(handlers.path)) is not None and at.handler == "wait", "word of the handler")
+        wait_until(
+            lambda: (at := look(handlers.path)) is not None and at.work and at.work.handler == "wait",
+            "word of the handler",
+        )
         assert me.call("nop") == 5
 
 
@@ -310,6 +334,11 @@ def test_shutdown_of_one_that_answers_says_nothing(handlers: KernelHandle, caplo
     assert not caplog.records
 
 
+def is_asleep(path: str) -> bool:
+    at = look(path)
+    return at is not None and at.asleep
+
+
 def is_open(fd: int) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
@@ -317,7 +346,7 @@ def is_open(fd: int) -> bool:
 def test_the_fork_of_a_kernel_leaves_its_page_alone(tmp_path: Path) -> None:
     with realmap.Kernel(path=tmp_path / "k.sock", syscalls=[nop]) as kernel, realmap.connect(kernel.path) as me:
         assert me.call("nop") == 5
-        wait_until(lambda: look(kernel.path) == Status(os.getpid()), "its sleep")
+        wait_until(lambda: is_asleep(kernel.path), "its sleep")
         _, number = runtime.kernel_at(kernel.path)
         pid = os.fork()
         if not pid:
@@ -326,4 +355,4 @@ def test_the_fork_of_a_kernel_leaves_its_page_alone(tmp_path: Path) -> None:
             os._exit(sum("realmap-status" in name for name in names))
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert number > 0
-        assert look(kernel.path) == Status(os.getpid())
+        assert is_asleep(kernel.path)

@@ -23,6 +23,7 @@ from realmap.kernel.connection import Connection
 from realmap.kernel.loop import Loop, Lost
 from realmap.kernel.standby import Relay, Taken
 from realmap.wire import messages
+from realmap.wire.status import Page
 
 
 class Runs:
@@ -255,7 +256,7 @@ def test_an_idle_kernel_sleeps() -> None:
 @pytest.fixture
 def loop() -> Iterator[Loop]:
     """An open one, which nobody runs."""
-    made = Loop()
+    made = Loop(Page())
     made.open()
     yield made
     made.close()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import mmap
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import PAGE
 
@@ -20,7 +21,7 @@ import realmap
 from realmap import Kernel, SyscallTimeout
 from realmap.host import runtime
 from realmap.wire import status
-from realmap.wire.status import CALLER, LONGEST_NAME, TURN, Page, Patience, Status, label, look
+from realmap.wire.status import CALLER, LONGEST_NAME, PLACES, TURN, Page, Patience, Status, Work, label, look
 
 PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE
 
@@ -47,7 +48,7 @@ def begin(page: Page, name: str, caller: int, ago: float) -> None:
 def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
     made, _, path = page
     me = os.getpid()
-    assert look(path) == Status(me)  # it sleeps
+    assert look(path) == Status(me)  # it has not said anything yet
     made.turn()
     assert str(look(path)).startswith(f"kernel {me} has not come round for 0.")
     begin(made, "x", 456, ago=12)
@@ -58,7 +59,7 @@ def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
     made.words[CALLER] = 0
     found = look(path)
     assert found is not None
-    assert found.handler is None
+    assert found.work is None
     assert not found.is_stuck  # it may be at a large snapshot
     assert str(found) == f"kernel {me} has not come round for 12 s"
     begin(made, "y", 7, ago=0.5)
@@ -68,11 +69,35 @@ def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
     assert str(found).startswith(f"kernel {me} is in handler 'y' of process 7 since 0.")
     made.words[CALLER] = 0
     made.rest()
-    assert str(look(path)) == f"kernel {me} runs, and is in no handler"
+    assert str(look(path)) == f"kernel {me} does not wake up"  # for who has asked it
+
+
+def test_handlers_on_other_threads(page: tuple[Page, int, str]) -> None:
+    made, _, path = page
+    made.rest()
+    now = time.monotonic()
+    places = [made.begin(100 + at, label(f"h{at}"), now - 20 + at) for at in range(PLACES + 2)]
+    assert sorted(places) == [-1, -1, *range(PLACES)]
+    found = look(path)
+    assert found is not None
+    assert [(work.handler, work.caller) for work in found.beside] == [
+        (f"h{at}", 100 + at) for at in reversed(range(PLACES))
+    ]
+    assert re.fullmatch(
+        rf"kernel {os.getpid()} does not wake up; on another thread it is in handler 'h{PLACES - 1}' of process "
+        rf"{99 + PLACES} since \d\.\d s, and {PLACES - 1} more",
+        str(found),
+    )
+    for place in places:
+        made.end(place)
+    found = look(path)
+    assert found is not None
+    assert found.beside == ()
+    assert made.begin(1, label("x"), now) >= 0
 
 
 def test_one_that_is_stopped_is_stuck_whatever_it_was_at() -> None:
-    assert Status(123, stopped=True, handler="x", caller=4, seconds=0.1).is_stuck
+    assert Status(123, stopped=True, work=Work("x", 4, 0.1), seconds=0.1).is_stuck
     assert str(Status(123, stopped=True, seconds=3)) == "kernel 123 is stopped (SIGSTOP)"
 
 
@@ -93,7 +118,8 @@ def test_a_name_is_cut_at_a_whole_letter(page: tuple[Page, int, str], name: str,
     begin(made, name, 1, ago=2)
     found = look(path)
     assert found is not None
-    assert found.handler == shown
+    assert found.work is not None
+    assert found.work.handler == shown
     assert str(found).isprintable()
 
 
@@ -140,7 +166,8 @@ def test_nobody_but_the_kernel_changes_it(page: tuple[Page, int, str], way: Call
     begin(made, "y", 789, ago=2)  # nothing is gone under the one who writes
     found = look(path)
     assert found is not None
-    assert (found.handler, found.caller) == ("y", 789)
+    assert found.work is not None
+    assert found.work[:2] == ("y", 789)
 
 
 @pytest.mark.parametrize(
@@ -254,13 +281,38 @@ def test_a_kernel_that_is_not_stuck_is_waited_for_longer(monkeypatch: pytest.Mon
     patience = Patience("path", "books")
     assert patience() == status.LATE
     now[0] += 1
-    at[0] = Status(5, handler="x", caller=6, seconds=0.9)  # others' short calls come first
+    at[0] = Status(5, work=Work("x", 6, 0.9), seconds=0.9)  # others' short calls come first
     assert patience() > 0
     now[0] += 1
-    at[0] = Status(5, handler="x", caller=6, seconds=1.9)
+    at[0] = Status(5, work=Work("x", 6, 1.9), seconds=1.9)
     with pytest.raises(SyscallTimeout, match=r"^kernel 5 is in handler 'x' of process 6 since 1\.9 s$") as caught:
         patience()
     assert (caught.value.name, caught.value.timeout) == ("books", 2.0)
-    with contextlib.suppress(SyscallTimeout):
-        at[0] = None  # type: ignore[call-overload]
-        assert patience() > 0  # nothing is known of it: it may answer yet
+    at[0] = None  # type: ignore[call-overload]
+    assert patience() > 0  # nothing is known of it: it may answer yet
+
+
+def test_one_that_has_not_woken_since_it_was_asked_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    asleep = Status(5, beside=(Work("x", 6, 12.0),), seconds=12.0, asleep=True)
+    at = [asleep]
+    monkeypatch.setattr(status.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(status, "look", lambda _: at[0])
+    patience = Patience("path", "books")
+    assert patience() == status.LATE
+    now[0] += 1
+    assert patience() == status.LATE  # the machine may be busy
+    at[0] = msgspec.structs.replace(asleep, seconds=1.5)
+    now[0] += 1
+    assert patience() == status.LATE  # it has woken since
+    at[0] = Status(5, seconds=12.0)
+    now[0] += 1
+    assert patience() == status.LATE  # somebody else has asked for a large snapshot
+    at[0] = Status(5, beside=asleep.beside, seconds=12.0)
+    with pytest.raises(SyscallTimeout, match=r"^kernel 5 has not come round for 12 s; on another thread"):
+        patience()
+    at[0] = asleep
+    now[0] += 1
+    sentence = "kernel 5 does not wake up; on another thread it is in handler 'x' of process 6 since 12 s"
+    with pytest.raises(SyscallTimeout, match=f"^{sentence}$"):
+        patience()
