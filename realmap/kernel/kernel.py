@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
 import msgspec
@@ -42,7 +42,7 @@ from realmap.kernel.heirs import Heirs
 from realmap.kernel.limits import Limits
 from realmap.kernel.listener import Listener
 from realmap.kernel.logs import log
-from realmap.kernel.loop import Loop, Lost
+from realmap.kernel.loop import Loop
 from realmap.kernel.registry import registry
 from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import encode
@@ -158,33 +158,36 @@ class Kernel:
         no kernel goes on.
         """
         self._open()
-        try:
-            if booter >= 0:
-                self.loop.watch(booter, lambda _: self.stop(wait=False))
-            if threading.current_thread() is threading.main_thread():
-                self._attention, self._is_alone = Attention(), True
-        except BaseException as error:
-            self._close()
-            if isinstance(error, OSError):
-                raise shortage(error, f"the kernel at {self.path!r} cannot go on") from None
-            raise
-        if self._attention is None:
-            self._serve(ready, self._ended.wait)
-        else:
-            with self._attention.paid() as wait:
-                self._serve(ready, wait)
-
-    def _serve(self, ready: Callable[[], None] | None, wait: Callable[[], object]) -> None:
-        try:
-            self._start()
-            if ready is not None:
-                ready()  # its errors are its caller's
-            while not self._ended.is_set():
-                wait()
-        finally:
-            self.stop()
+        wait: Callable[[], object] = self._ended.wait
+        with contextlib.ExitStack() as undo:
+            try:
+                with self._in_our_words():
+                    if booter >= 0:
+                        self.loop.watch(booter, lambda _: self.stop(wait=False))
+                    if threading.current_thread() is threading.main_thread():
+                        self._attention, self._is_alone = Attention(), True
+                        wait = undo.enter_context(self._attention.paid())
+            except BaseException:
+                self._close()
+                raise
+            try:
+                self._start()
+                if ready is not None:
+                    ready()  # its errors are its caller's
+                with self._in_our_words():
+                    while not self._ended.is_set():
+                        wait()
+            finally:
+                self.stop()
         if self._error is not None:
             raise self._error
+
+    @contextlib.contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise shortage(error, f"the kernel at {self.path!r} cannot go on") from None
 
     def start(self) -> Self:
         """Serves on threads of its own, and returns once clients can connect. Errors as `serve`."""
@@ -211,14 +214,11 @@ class Kernel:
                 self.dispatch.take_over(taken, before)
             self._have_standby()
             self.clients.resume()
-            self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)
-        except Lost:
-            raise
+            with self._in_our_words():
+                self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)
         except Exception as error:
             self._error = error
-            if isinstance(error, OSError):
-                self._error = shortage(error, f"the kernel at {self.path!r} cannot go on")
-            log.error("the kernel ends: %s", error, exc_info=error)
+            log.error("the kernel ends: %s", error, exc_info=not isinstance(error, KernelError))
         self._close()
 
     def _have_standby(self) -> None:

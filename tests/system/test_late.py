@@ -84,7 +84,8 @@ def test_everybody_else_is_served(late: KernelHandle, kind: str) -> None:
         other.call("go")
         assert asked.result() == "came back"
         assert late.stats()["late"] == 2
-        asked = Asked(other, kind)  # for the end of the block
+        again = Asked(other, kind)  # for the end of the block
+    again.result()
 
 
 def test_many_of_them(late: KernelHandle) -> None:

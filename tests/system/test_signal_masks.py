@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import syscalls
-from conftest import BOUND, PAGE
+from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import MemoryFault, Process
@@ -126,6 +126,6 @@ def test_a_thread_that_serves_leaves_the_programs_signals_alone() -> None:
         buffer = me.map(2 * PAGE)
         with pytest.raises(MemoryFault):
             me.call("slow_truncate_and_sum", buffer, PAGE, "dropped")
-        masks = {frozenset(each) for each in blocked("self")}
-        assert masks <= {frozenset(ALL - NEVER), frozenset(ALL - NEVER - {signal.SIGBUS})}
-        assert all(set(each) & {signal.SIGTERM, signal.SIGUSR1} for each in masks)
+        right = {frozenset(ALL - NEVER), frozenset(ALL - NEVER - {signal.SIGBUS})}
+        # A thread that is just ending shows none for a moment.
+        wait_until(lambda: {frozenset(each) for each in blocked("self")} <= right)
