@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -180,7 +179,7 @@ def test_shutdown_does_not_wait_for_it(kind: str) -> None:
         asked = Asked(me, kind)
         wait_until(lambda: kernel.stats()["late"] or not asked.is_alive())
         began = time.monotonic()
-        os.kill(kernel.pid, signal.SIGTERM)
+        kernel._child.signal(END)
         assert kernel._child.wait(BOUND) == 0, "it ended by itself"
         assert time.monotonic() - began < 20
         assert asked.result() is None or isinstance(asked.result(), KernelDied)
@@ -212,11 +211,16 @@ def test_those_of_one_process_are_bounded_over_all_its_connections() -> None:
             me.close()
 
 
+def begun(kernel: KernelHandle) -> int:
+    """How many handlers have begun on a thread of their own."""
+    return sum(each.seconds is not None for each in kernel.snapshot().running)
+
+
 def test_those_of_dead_processes_are_bounded_by_their_uid() -> None:
     with realmap.boot(syscalls=stuck.ALL, limits=Limits(given_up=3)) as kernel:
         for count in range(1, 4):
             user = kernel.spawn(lambda me: me.call("wait_beside"))
-            wait_until(lambda: kernel.stats()["running"] == 1)
+            wait_until(lambda count=count: begun(kernel) == count)
             user.kill()
             wait_until(lambda count=count: kernel.stats()["given_up"] == count)
         assert kernel.stats()["threads"] == 3
