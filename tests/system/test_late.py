@@ -21,6 +21,7 @@ from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import KernelDied, KernelHandle, LimitReached, Limits, Process, SyscallFailed
+from realmap.system import END
 
 KINDS = ("wait_in_c", "doze", "spin")
 
