@@ -128,6 +128,8 @@ static PyObject *frames_let_go_of(PyObject *op, PyObject *holder)
 static PyObject *frames_who_holds(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     PyObject *found = PyDict_Values(as_frames(op)->holders);
+    if (!PyDict_Size(as_frames(op)->mirrors)) /* a snapshot asks very many */
+        return found;
     PyObject *mirrors = found ? PyDict_Values(as_frames(op)->mirrors) : NULL;
     if (!mirrors || PyList_SetSlice(found, PyList_Size(found), PyList_Size(found), mirrors))
         Py_CLEAR(found);

@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
-import msgspec
-
 from realmap.errors import (
     AccessDenied,
     KernelDied,
@@ -40,6 +38,7 @@ from realmap.kernel.listener import Listener
 from realmap.kernel.logs import log
 from realmap.kernel.loop import Loop
 from realmap.kernel.registry import registry
+from realmap.kernel.snapshots import Snapshots
 from realmap.kernel.syscalls import encode
 from realmap.kernel.tracer import Tracer
 from realmap.kernel.watchdog import Watchdog
@@ -103,6 +102,7 @@ class Kernel:
         self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self.tracer.lose)
         self.dispatch = Dispatch(self.books, self.clients, self._asks(), self)
         self.clients.handle = self.dispatch.handle
+        self.snapshots = Snapshots(self.loop, self._picture, self.books.limits.calls)
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None
@@ -271,16 +271,19 @@ class Kernel:
 
         return {
             "stats": lambda *_: dump.stats(self.books, self._around()),
-            "books": lambda *_: self.dump_books(),
+            "books": lambda connection, _: self.snapshots.begin(connection),
             "shutdown": shutdown,
             "trace-start": trace,
             "trace-read": lambda connection, _: self.tracer.read(connection),
             "trace-stop": lambda connection, _: self.tracer.stop(connection),
         }
 
-    def dump_books(self) -> msgspec.Raw:
-        """The books as they are sent. Only on the kernel's thread."""
-        return dump.dump(self.books, self._around())
+    def dump_books(self) -> bytes:
+        """The books as they are sent, in MessagePack. Only on the kernel's thread."""
+        return b"".join(self._picture().written())
+
+    def _picture(self) -> dump.Picture:
+        return dump.Picture(self.books, self._around())
 
     def _around(self) -> dump.Around:
         connections = self.clients.all()

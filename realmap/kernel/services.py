@@ -39,6 +39,16 @@ SMALL = 64 << 10
 Answer = tuple[Any, list[int]]
 
 
+#: Takes an answer, or the error that takes its place.
+Reply = Callable[[Answer | BaseException], None]
+
+
+class Begun(NamedTuple):
+    """An answer that is made a little at a time: `begin` is handed what takes it."""
+
+    begin: Callable[[Reply], None]
+
+
 class Later(NamedTuple):
     """An answer that takes long to make: nobody else waits for it."""
 

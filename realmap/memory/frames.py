@@ -83,11 +83,7 @@ class SharedFrames(FramesCore):
 
     def _free(self) -> None:
         """Called by the core when the last reference has gone, once."""
-        while self.segments:
-            try:
-                segment = self.segments.pop()
-            except IndexError:  # another thread took the last one
-                break
+        for segment in self.segments:
             segment.close()
         self._charges.clear()
 
