@@ -65,7 +65,7 @@ class Later(NamedTuple):
 
 
 def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Answer | Later:
-    """Makes frames and a mapping of them: [address, length, segments, huge].
+    """Makes frames and a mapping of them: [address, length, segments, huge, serial].
 
     KernelError: as `Process.map` documents. Nothing is taken then.
     """
@@ -120,7 +120,7 @@ def _enter(
         memory.unmap(address, size).release()
         raise
     count = len(frames.segments) if isinstance(frames, SharedFrames) else 0
-    return [address, size, count, huge], descriptors
+    return [address, size, count, huge, mapping.serial], descriptors
 
 
 def _descriptors(mapping: Mapping, first: int) -> list[int]:
@@ -157,10 +157,8 @@ def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answ
         process.memory.unmap(mapping.address, mapping.length).release()
         raise
     spend()
-    return (
-        [mapping.address, mapping.length, len(pieces), frames.huge, lead, length, int(mapping.rights), pieces],
-        descriptors,
-    )
+    place = [mapping.address, mapping.length, len(pieces), frames.huge, mapping.serial]
+    return [*place, lead, length, int(mapping.rights), pieces], descriptors
 
 
 def _require_room(books: Books, process: UserProcess, length: int) -> None:
@@ -227,7 +225,7 @@ def leave(books: Books, process: UserProcess, request: messages.Leave) -> Answer
 
 def adopt(books: Books, process: UserProcess, request: messages.Adopt) -> Answer:
     """The process is a forked child, and enters what it inherited."""
-    return books.adopt(process, request.secret, request.places), []
+    return books.adopt(process, request), []
 
 
 def forked(books: Books, process: UserProcess, request: messages.Forked) -> None:

@@ -123,12 +123,15 @@ def test_a_forked_child_comes_for_what_it_inherited(books: Books) -> None:
     books.inheritance.came = lambda dead, pid: told.append((dead, pid))
     parent = books.admit(1, 0)
     address = mapped(books, parent)
+    serial = parent.memory.query_memory(address).serial
     assert SERVICES[messages.Forked](books, parent, messages.Forked(0)) is None
     assert books.reap(parent, 0.0)
     assert books.frames.used == PAGE
-    child, places = books.admit(2, 0), [(address, PAGE), (address + PAGE, PAGE)]
+    child, places = books.admit(2, 0), [(address, PAGE, serial), (address + PAGE, PAGE, serial)]
     assert ask(books, child, messages.Adopt(1, "another secret", places)) == [False, False]
-    assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [True, False]
+    assert ask(books, child, messages.Adopt(1, parent.secret, [(address, PAGE, serial + 1)])) == [False]
+    assert ask(books, child, messages.Adopt(1, parent.secret, places, more=True)) == [True, False]
+    assert told == [(parent, 2)]
     assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [False, False]  # said twice
     assert told == [(parent, 2)] * 2
     books.inheritance.end(parent)
