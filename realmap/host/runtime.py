@@ -181,7 +181,7 @@ class SocketLock:
             self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}; use another path"
         )
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
             files.close(self._fd)

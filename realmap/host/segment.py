@@ -14,13 +14,15 @@ import contextlib
 import errno
 import functools
 import os
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import posix_ipc
 
 from realmap._core import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
-from realmap.host import room, runtime
+from realmap.host import files, room, runtime
 from realmap.host.signals import pass_on
 from realmap.host.translate import SHM, frames_error
 from realmap.pages import PAGE_SIZE, demand
@@ -79,13 +81,15 @@ class Segment:
         commit: bool = True,
         huge: bool = False,
         cancelled: Callable[[], bool] | None = None,
+        opened: dict[int, weakref.ref[Any]] | None = None,
     ) -> None:
         """Makes a segment of zeros; with `commit` its space is taken now, in steps.
 
         `huge`: with huge pages, as far as Linux has any; `self.huge` then says how many bytes. `cancelled`
-        is asked between steps. Errors: PhysicalMemoryExhaustion (no space, no descriptors), AccessDenied
-        (/dev/shm is not ours to use), InvalidHandle (`name` is taken), ProcessKilled (cancelled). None
-        leaves anything behind.
+        is asked between steps. `opened`: it is noted there by its descriptor, as soon as it has one.
+
+        Errors: PhysicalMemoryExhaustion (no space, no descriptors), AccessDenied (/dev/shm is not ours to use),
+        InvalidHandle (`name` is taken), ProcessKilled (cancelled). None leaves anything behind.
         """
         demand(length > 0 and length % PAGE_SIZE == 0, f"a segment is whole pages, not {length} bytes")
         self.length = length
@@ -100,6 +104,8 @@ class Segment:
             try:
                 _make(own, made)
                 self.fd = made[0].fd
+                if opened is not None:
+                    opened[self.fd] = weakref.ref(self)
                 status = os.fstat(self.fd)
                 self.device, self.inode = status.st_dev, status.st_ino
                 if name is not None:
@@ -160,6 +166,12 @@ class Segment:
             return os.open(f"/proc/self/fd/{self.fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
             raise frames_error(error, 0) from None
+
+    def after_fork_in_child(self) -> None:
+        """It is the parent's alone."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            files.close(fd)
 
     def close(self) -> None:
         """Gives up the descriptor, and the name if it has one. Mappings and other descriptors live on.

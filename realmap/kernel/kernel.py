@@ -23,7 +23,7 @@ from realmap.errors import (
     KernelError,
     PhysicalMemoryExhaustion,
 )
-from realmap.host import files, forks, runtime
+from realmap.host import forks, runtime
 from realmap.host.signals import Flag
 from realmap.host.translate import shortage
 from realmap.kernel import dump
@@ -243,19 +243,15 @@ class Kernel:
             with contextlib.suppress(OSError):
                 self.loop.attend(left)
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """A fork of the kernel's process is no kernel: it keeps nobody's memory, socket or connection alive."""
+        self.frames.after_fork_in_child()
         if self._listener is None or not self.loop.is_open:
             return
-        for process in self.processes:
-            for mapping in process.memory:
-                for segment in getattr(mapping.frames, "segments", ()):
-                    files.close(segment.fd)
-                    segment.fd = -1
-        for connection in self.clients.all():
-            connection.after_fork_in_child()
-        self._listener.after_fork_in_child()
-        self.loop.after_fork_in_child()
+        for owner in (self.snapshots, self._heirs, self.clients, self._listener, self.loop):
+            with contextlib.suppress(Exception):  # each whatever state the fork has found another in
+                owner.after_fork_in_child()
+        self._ended.set()
 
     # ---- what can be asked of it ------------------------------------------------------------
 

@@ -34,6 +34,8 @@ class Loop:
         self._handlers: dict[int, Handler] = {}
         self._wake = -1
         self._wake_lock = threading.RLock()
+        #: By which a signal wakes it; none where it is not on the main thread.
+        self._signals: tuple[socket.socket, ...] = ()
         #: Whether it is to end, or has.
         self.ending = False
         #: The thread that runs it.
@@ -68,9 +70,14 @@ class Loop:
     def after_fork_in_child(self) -> None:
         """It is the parent's alone."""
         self.ending = True
+        self._wake_lock = threading.RLock()  # another thread may have held it
         files.shut(self._epoll)
         files.close(self._wake)
         self._wake = -1
+        if self._signals:
+            signal.set_wakeup_fd(-1)
+        for sock in self._signals:
+            files.shut(sock)
 
     def end(self) -> None:
         """Has `run` return, soon. From any thread."""
@@ -121,7 +128,7 @@ class Loop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        reader, writer = socket.socketpair()
+        self._signals = reader, writer = socket.socketpair()
         with contextlib.ExitStack() as undo:
             undo.callback(files.shut, reader)
             undo.callback(files.shut, writer)

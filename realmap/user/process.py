@@ -46,12 +46,12 @@ def _tell_of_fork() -> None:
             process._client.notice(messages.Forked(0))
 
 
-def _lose() -> None:
+def _after_fork() -> None:
     for process in _living.all():
-        process.lose()
+        process.after_fork_in_child()
 
 
-os.register_at_fork(before=_tell_of_fork, after_in_child=_lose)
+os.register_at_fork(before=_tell_of_fork, after_in_child=_after_fork)
 
 
 class Process:
@@ -128,7 +128,7 @@ class Process:
                     window._farewell(None, None, None)
             self._client = client
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: another thread of the parent may have held the lock."""
         self._lock = RLock()
 
