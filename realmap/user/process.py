@@ -395,4 +395,5 @@ class Process:
         raise TypeError("a Process is this process's own connection and cannot be pickled; connect anew there")
 
     def __repr__(self) -> str:
-        return f"<Process {self.client.number} (pid {self.pid}) of the kernel at {self.path!r}>"
+        which = "inherited by a fork" if self.is_lost else str(self._client.number)  # nothing connects to be printed
+        return f"<Process {which} (pid {self.pid}) of the kernel at {self.path!r}>"
