@@ -102,7 +102,7 @@ class Kernel:
         self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self.tracer.lose)
         self.dispatch = Dispatch(self.books, self.clients, self._asks(), self)
         self.clients.handle = self.dispatch.handle
-        self.snapshots = Snapshots(self.loop, self._picture, self.books.limits.calls)
+        self.snapshots = Snapshots(self.loop, self._picture)
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None

@@ -23,6 +23,8 @@ from realmap.kernel.services import Begun, Reply
 
 #: How long it is written before others have their turn, in nanoseconds.
 SLICE = 1_000_000
+#: How many of them one connection may wait for: the answer to each has a descriptor.
+MOST = 32
 #: Nothing of it changes any more, its length neither.
 _SEALED = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -30,25 +32,23 @@ _SEALED = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F
 class Snapshots:
     """Those that are asked for. Only on the loop."""
 
-    def __init__(self, loop: Loop, take: Callable[[], Picture], limit: int) -> None:
-        """`limit`: how often one connection may ask before it is answered."""
+    def __init__(self, loop: Loop, take: Callable[[], Picture]) -> None:
         self._loop = loop
         self._take = take
-        self._limit = limit
         self._waiting: dict[Connection, list[Reply]] = {}
         #: The one that is being written, and its file; -1: there is none.
         self._steps: Iterator[None] | None = None
         self._file = -1
 
     def begin(self, connection: Connection) -> Begun:
-        """The answer to who asks, when it is there: [length], with a descriptor of the file.
+        """The answer to who asks, when it is there: its length in bytes, with a descriptor of the file.
 
         LimitReached: it has asked too often. Answered instead: PhysicalMemoryExhaustion, for want of memory or
         descriptors.
         """
-        if len(self._waiting.get(connection, ())) >= self._limit:
-            why = f"this connection waits for {self._limit} snapshots already; read their answers first"
-            raise LimitReached("calls", self._limit, why=why)
+        if len(self._waiting.get(connection, ())) >= MOST:
+            why = f"this connection waits for {MOST} snapshots already; read their answers first"
+            raise LimitReached("snapshots", MOST, why=why)
 
         def begin(reply: Reply) -> None:
             self._waiting.setdefault(connection, []).append(reply)

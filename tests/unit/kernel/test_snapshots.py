@@ -59,7 +59,7 @@ class Desk:
 
     def __init__(self, take: Callable[[], Any]) -> None:
         self.jobs: deque[Callable[[], None]] = deque()
-        self.snapshots = Snapshots(SimpleNamespace(post=self.jobs.append), take, 3)  # type: ignore[arg-type]
+        self.snapshots = Snapshots(SimpleNamespace(post=self.jobs.append), take)  # type: ignore[arg-type]
         self.answers: list[Any] = []
 
     def ask(self, connection: Any) -> None:
@@ -201,7 +201,8 @@ def test_who_asks_while_one_is_written_shares_the_next(desk: Desk) -> None:
     assert content(desk.answers.pop()) == b"3;" * 5
 
 
-def test_who_asks_too_often_is_told(desk: Desk) -> None:
+def test_who_asks_too_often_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "MOST", 3)
     greedy = asker()
     for _ in range(4):  # one that is being written, and three that wait
         desk.ask(greedy)
@@ -225,6 +226,16 @@ def test_nothing_is_left_where_everybody_has_gone(desk: Desk) -> None:
     desk.ask(asker())
     desk.run()
     assert content(desk.answers.pop()) == b"2;" * 5
+
+
+def test_a_fork_keeps_none(desk: Desk) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    desk.ask(asker())
+    desk.jobs.popleft()()
+    desk.snapshots.after_fork_in_child()  # as in a child, which has copies of both
+    assert len(os.listdir("/proc/self/fd")) == before
+    desk.snapshots.after_fork_in_child()
+    assert desk.answers == []
 
 
 def test_nobody_can_change_what_was_sent(desk: Desk) -> None:
