@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from realmap._core import holders_of
 from realmap.kernel.books import Books
 from realmap.kernel.handles import FOR_EVER, Shared
 from realmap.kernel.processes import UserProcess
@@ -137,9 +138,7 @@ class Picture:
         )
         found = dict.fromkeys(map(_FRAMES, chain(mapped, self._handles)))
         self._frames = [frames for frames in found if type(frames) is SharedFrames]
-        # All in one list: so many lists would have the collector look through everything.
-        self._counts = [frames.refcount for frames in self._frames]
-        self._holders = list(chain.from_iterable(map(SharedFrames.who_holds, self._frames)))
+        self._holders = holders_of(self._frames)
         self._kept = books.memory.kept.windows() if books.memory.kept else []
         self._plain = {
             "form": FORM,
@@ -183,7 +182,8 @@ class Picture:
     def _frames_rows(self) -> Iterator[bytes]:
         holders = iter(self._holders)
         rows: list[Row] = []
-        for frames, count in zip(self._frames, self._counts, strict=True):
+        for frames in self._frames:
+            count = next(holders)
             who = islice(holders, count)
             segments = frames.segments
             facts = (segment.facts for segment in segments)
