@@ -267,7 +267,7 @@ class KernelHandle:
         if control is not None:
             control.close()
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: the kernel is the parent's."""
         self._controls = {}
 

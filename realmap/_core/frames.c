@@ -124,6 +124,41 @@ static PyObject *frames_who_holds(PyObject *op, PyObject *Py_UNUSED(ignored))
     return found;
 }
 
+static int append_taken(PyObject *list, PyObject *item)
+{
+    int failed = !item || PyList_Append(list, item);
+    Py_XDECREF(item);
+    return failed;
+}
+
+/* holders_of(frames) -> [how many hold the first ones, each of them as it was noted, how many hold the next ones, …]:
+ * for a snapshot, which asks of very many at one moment; so it is one list, and one pass. */
+static PyObject *core_holders_of(PyObject *Py_UNUSED(module), PyObject *frames)
+{
+    if (!PyList_Check(frames)) {
+        PyErr_SetString(PyExc_TypeError, "holders_of takes a list");
+        return NULL;
+    }
+    Py_ssize_t count = PyList_Size(frames);
+    PyObject *found = PyList_New(0);
+    for (Py_ssize_t i = 0; found && i < count; i++) {
+        PyObject *each = PyList_GetItem(frames, i), *key, *who;
+        if (!each || !PyObject_TypeCheck(each, frames_type)) {
+            PyErr_SetString(PyExc_TypeError, "holders are those of frames");
+            Py_CLEAR(found);
+            break;
+        }
+        PyObject *among[] = {as_frames(each)->holders, as_frames(each)->mirrors};
+        int failed = append_taken(found, PyLong_FromSsize_t(PyDict_Size(among[0]) + PyDict_Size(among[1])));
+        for (int j = 0; j < 2; j++)
+            for (Py_ssize_t at = 0; !failed && PyDict_Next(among[j], &at, &key, &who);)
+                failed = PyList_Append(found, who);
+        if (failed)
+            Py_CLEAR(found);
+    }
+    return found;
+}
+
 static PyObject *frames_end_them(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     return none_unless(frames_end(as_frames(op)));

@@ -61,6 +61,7 @@ static PyMethodDef host_methods[] = {
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"read_file", FASTCALL(host_read_file), METH_FASTCALL, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
+    {"holders_of", core_holders_of, METH_O, NULL},
     {"spin", FASTCALL(core_spin), METH_FASTCALL, NULL},
     {"fall_asleep", core_fall_asleep, METH_O, NULL},
     {"wake_up", core_wake_up, METH_O, NULL},

@@ -15,7 +15,7 @@ from realmap.host.signals import Living
 class LostInChild(Protocol):
     """Something that a forked child must not keep."""
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Called in the child, right after the fork."""
 
 
@@ -23,14 +23,14 @@ _things: Living[LostInChild] = Living()
 
 
 def lose_in_child(thing: LostInChild) -> None:
-    """Has `thing.lose()` called in every forked child, for as long as it lives."""
+    """Has `thing.after_fork_in_child()` called in every forked child, for as long as it lives."""
     _things.add(thing)
 
 
 def _after_fork() -> None:
     for thing in _things.all():
         with contextlib.suppress(Exception):  # one that is half made must not keep the others from it
-            thing.lose()
+            thing.after_fork_in_child()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -212,6 +212,13 @@ def end_with(booter: int, grace: float) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="realmap-booter", daemon=True).start()
+    held = [booter]
+
+    def after_fork_in_child() -> None:
+        while held:  # once: what has its number in a child's child is another's
+            files.close(held.pop())
+
+    os.register_at_fork(after_in_child=after_fork_in_child)
 
 
 def take_short_turns() -> None:

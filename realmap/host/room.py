@@ -21,8 +21,8 @@ UNCHECKED = 16 << 20
 _allowance = 0
 
 
-def require(length: int) -> None:
-    """Answers if `length` bytes can be taken now.
+def require(length: int, *, in_shm: bool = True) -> None:
+    """Answers if `length` bytes can be taken now; not `in_shm`: of memory that has no name there.
 
     OSError (ENOSPC or ENOMEM): they cannot, and taking them is not tried.
     """
@@ -30,10 +30,10 @@ def require(length: int) -> None:
     if length <= _allowance:
         _allowance -= length
         return
-    disk = os.statvfs(SHM)
-    free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and length > free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if in_shm:
+        disk = os.statvfs(SHM)
+        if disk.f_blocks and length > disk.f_bavail * disk.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     left = memory_left()
     if length > left:
         raise OSError(errno.ENOMEM, f"{left} bytes of memory are left")

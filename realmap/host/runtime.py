@@ -1,15 +1,19 @@
-"""The directory of realmap's sockets, locks and name markers, and sweeping what the dead left there.
+"""The directory of realmap's sockets and locks, the names of segments, and sweeping what the dead left of either.
 
 $XDG_RUNTIME_DIR/realmap/  or  /tmp/realmap-UID/          0700, owned by this user
-    PID.START.N.sock       a kernel's socket
-    PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives; says who it is (`kernel_at`)
-    names/NAME             a segment that has a name: who made it, and its inode
+    PIDNS.PID.START.N.sock       a kernel's socket
+    PIDNS.PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives; says who it is (`kernel_at`)
+
+/dev/shm/
+    realmap.PIDNS.PID.START.N       a segment that is just being made
+    realmap.PIDNS.PID.START.N.HASH  one that has another name besides, of this hash: a link to the same inode
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
 import resource
@@ -26,12 +30,26 @@ from realmap.host import files, forks, liveness, procfs
 LONGEST_PATH = 107
 SEGMENT_PREFIX = "realmap."
 _serial = itertools.count()
+_stamp: tuple[int, str] = (0, "")
 
 
 def stamp(pid: int = 0) -> str:
     """PIDNS.PID.START of this process, or of `pid`: names made from it can be swept once it has died."""
     pid = pid or os.getpid()
     return f"{procfs.pid_namespace()}.{pid}.{procfs.start_time(pid)}"
+
+
+def own_name(name: str | None = None) -> str:
+    """A name for a segment that nobody else makes, which tells its maker, and the `name` that it is to have besides."""
+    global _stamp
+    if _stamp[0] != os.getpid():  # the first time, and after a fork
+        _stamp = (os.getpid(), stamp())
+    own = f"{SEGMENT_PREFIX}{_stamp[1]}.{next(_serial)}"
+    return own if name is None else f"{own}.{_hash(name)}"
+
+
+def _hash(name: str) -> str:
+    return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
 
 
 def stamp_in(text: str) -> tuple[int, int, int]:
@@ -169,7 +187,7 @@ class SocketLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{stamp()}.{descriptor}".encode(), 0)
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
             files.close(self._fd)
@@ -196,42 +214,42 @@ def kernel_at(path: str) -> tuple[int, int]:
     return pid, descriptor
 
 
-def note_name(name: str, inode: int) -> Path:
-    """Writes down that this process made the segment `name`; the marker's path."""
-    folder = directory() / "names"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    marker = folder / name
-    try:
-        marker.write_text(f"{stamp()}.{inode}")
-    except OSError:
-        with contextlib.suppress(OSError):
-            marker.unlink(missing_ok=True)
-        raise
-    return marker
-
-
 def sweep() -> list[str]:
     """Removes what dead kernels left: sockets, empty names, named segments. The names of what went.
 
     Never what a living process owns: a socket goes only under its lock, a segment only when its
-    maker (pid and start time, in this pid namespace) is dead and its inode is the one noted.
+    maker (pid and start time, in this pid namespace) is dead, and only the one that this made.
     """
-    gone = [name for name in _orphans() if _remove(f"/dev/shm/{name}")]
-    folder = directory()
-    for lock in folder.glob("*.sock.lock"):
+    gone = [name for own in _orphans() for name in _sweep_segment(own)]
+    for lock in directory().glob("*.sock.lock"):
         if not maker_lives(lock.name):  # else it may have made its lock file, and not locked it yet
             with contextlib.suppress(InvalidHandle, AccessDenied):
                 gone += sweep_socket(str(lock)[: -len(".lock")])
-    for marker in (folder / "names").glob("*"):
-        with contextlib.suppress(OSError, ValueError):
-            text = marker.read_text()
-            if maker_lives(text):
-                continue
-            segment = f"/dev/shm/{marker.name}"
-            if os.path.exists(segment) and os.stat(segment).st_ino == int(text.split(".")[3]) and _remove(segment):
-                gone.append(marker.name)
-            marker.unlink(missing_ok=True)
     return gone
+
+
+def _sweep_segment(own: str) -> list[str]:
+    """Removes the names of a dead maker's segment; those that went."""
+    mark = own[len(SEGMENT_PREFIX) :].split(".")[4:]
+    # Ours from here on, by a rename: only one of those who sweep at the same time can do it. It holds the inode, too.
+    taken = ".".join([own_name(), *mark])
+    try:
+        os.rename(f"/dev/shm/{own}", f"/dev/shm/{taken}")
+    except OSError:  # another was quicker, or it is another user's
+        return []
+    inode = os.stat(f"/dev/shm/{taken}").st_ino
+    names = [name for name in (os.listdir("/dev/shm") if mark else ()) if [_hash(name)] == mark]
+    gone = [name for name in names if _inode_of(name) == inode and _remove(f"/dev/shm/{name}")]
+    _remove(f"/dev/shm/{taken}")
+    return gone or [own]
+
+
+def _inode_of(name: str) -> int:
+    """Of a name in /dev/shm; 0 where there is none."""
+    try:
+        return os.stat(f"/dev/shm/{name}", follow_symlinks=False).st_ino
+    except OSError:
+        return 0
 
 
 def sweep_socket(path: str) -> list[str]:
@@ -255,11 +273,12 @@ def sockets() -> list[str]:
     return found
 
 
-def unlinked_names(pid: int) -> list[str]:
-    """Names in /dev/shm that `pid` is about to unlink: segments are made under one, and lose it at once."""
+def own_names(pid: int) -> dict[str, int]:
+    """Names in /dev/shm that `pid` made segments under, and their inodes; those without a hash it unlinks soon."""
     with contextlib.suppress(OSError):
-        return [name for name in os.listdir("/dev/shm") if maker_of(name) == pid and _is_ours(name)]
-    return []
+        names = [name for name in os.listdir("/dev/shm") if maker_of(name) == pid and _is_ours(name)]
+        return {name: _inode_of(name) for name in names}
+    return {}
 
 
 def _is_ours(name: str) -> bool:

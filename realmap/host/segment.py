@@ -3,6 +3,9 @@
 From the unlink on, the descriptors and mappings keep it alive, and no way of dying can leave it
 behind. A death between shm_open and shm_unlink leaves an empty name that says who made it; the
 next kernel sweeps it (host/runtime.py).
+
+One that is to have a name of others' choosing is made the same way, but keeps the first name beside it, as a second
+link to the same inode: that says for as long as both are there whose it is, and neither can be without the other.
 """
 
 from __future__ import annotations
@@ -10,32 +13,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import itertools
 import os
+import weakref
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import posix_ipc
 
 from realmap._core import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
-from realmap.host import room, runtime
+from realmap.host import files, room, runtime
 from realmap.host.signals import pass_on
 from realmap.host.translate import SHM, frames_error
 from realmap.pages import PAGE_SIZE, demand
 
 #: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, tools/bench/README.md), then others may go on.
 STEP = 16 << 20
-_serial = itertools.count()
-_stamp: tuple[int, str] = (0, "")
-
-
-def _own_name() -> str:
-    """A name nobody else makes, and from which its maker can be told."""
-    global _stamp
-    if _stamp[0] != os.getpid():  # the first time, and after a fork
-        _stamp = (os.getpid(), runtime.stamp())
-    return f"{runtime.SEGMENT_PREFIX}{_stamp[1]}.{next(_serial)}"
 
 
 def _make(own: str, made: list[posix_ipc.SharedMemory]) -> None:
@@ -78,7 +71,7 @@ class Segment:
     `device` and `inode` what /proc/PID/maps shows, `name` what others can open it by, or None.
     """
 
-    __slots__ = ("__weakref__", "_maker", "_marker", "device", "facts", "fd", "huge", "inode", "length", "name")
+    __slots__ = ("__weakref__", "_maker", "_own", "device", "facts", "fd", "huge", "inode", "length", "name")
 
     def __init__(
         self,
@@ -88,33 +81,37 @@ class Segment:
         commit: bool = True,
         huge: bool = False,
         cancelled: Callable[[], bool] | None = None,
+        opened: dict[int, weakref.ref[Any]] | None = None,
     ) -> None:
         """Makes a segment of zeros; with `commit` its space is taken now, in steps.
 
         `huge`: with huge pages, as far as Linux has any; `self.huge` then says how many bytes. `cancelled`
-        is asked between steps. Errors: PhysicalMemoryExhaustion (no space, no descriptors), AccessDenied
-        (/dev/shm is not ours to use), InvalidHandle (`name` is taken), ProcessKilled (cancelled). None
-        leaves anything behind.
+        is asked between steps. `opened`: it is noted there by its descriptor, as soon as it has one.
+
+        Errors: PhysicalMemoryExhaustion (no space, no descriptors), AccessDenied (/dev/shm is not ours to use),
+        InvalidHandle (`name` is taken), ProcessKilled (cancelled). None leaves anything behind.
         """
         demand(length > 0 and length % PAGE_SIZE == 0, f"a segment is whole pages, not {length} bytes")
         self.length = length
         self.name: str | None = None
-        self._marker: Path | None = None
         self._maker = os.getpid()
         self.fd = -1
         self.huge = 0
-        own = _own_name()
+        #: The name that it is made under.
+        self._own = own = runtime.own_name(name)
         made: list[posix_ipc.SharedMemory] = []
         try:
             try:
                 _make(own, made)
                 self.fd = made[0].fd
+                if opened is not None:
+                    opened[self.fd] = weakref.ref(self)
                 status = os.fstat(self.fd)
                 self.device, self.inode = status.st_dev, status.st_ino
                 if name is not None:
-                    self._take_name(own, name)
+                    self._take_name(name)
             finally:
-                if made:  # in no function, at whose beginning an exception could come
+                if made and self.name is None:  # in no function, at whose beginning an exception could come
                     try:
                         posix_ipc.unlink_shared_memory("/" + own)
                     except (posix_ipc.Error, OSError) as error:
@@ -136,16 +133,13 @@ class Segment:
                 raise frames_error(error, length) from None
             raise
 
-    def _take_name(self, own: str, name: str) -> None:
-        # Marked before it is there, linked in one step: a death in between leaves nothing unswept.
-        self._marker = runtime.note_name(name, self.inode) if not os.path.lexists(f"{SHM}/{name}") else None
+    def _take_name(self, name: str) -> None:
+        self.name = name  # from here on `close` takes it away, if it is there
         try:
-            os.link(f"{SHM}/{own}", f"{SHM}/{name}")
+            os.link(f"{SHM}/{self._own}", f"{SHM}/{name}")
         except FileExistsError:
+            self.name = None
             raise InvalidHandle(name, why=f"a segment named {name!r} exists already") from None
-        self.name = name  # from here on `close` takes it away, and the marker
-        if self._marker is None:
-            self._marker = runtime.note_name(name, self.inode)
 
     def _take_space(self, commit: bool, cancelled: Callable[[], bool] | None) -> None:
         if not commit:
@@ -178,17 +172,22 @@ class Segment:
 
     def unlink(self) -> None:
         """Gives up the name, if it has one. Mappings and descriptors live on. Again: nothing."""
-        name, self.name, marker, self._marker = self.name, None, self._marker, None
-        if self._maker != os.getpid():  # a forked child has descriptors of its own, but not the name
+        if self.name is None or self._maker != os.getpid():  # a forked child has descriptors, but not the name
             return
-        if name is not None:
-            self.facts = (self.inode, self.device, self.length, self.huge, None)
-            with contextlib.suppress(OSError):
-                if os.stat(f"{SHM}/{name}").st_ino == self.inode:  # not a later one of the same name
+        name, self.name = self.name, None
+        self.facts = (self.inode, self.device, self.length, self.huge, None)
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError):
+                # Not a later one of the same name: while we have ours open, its inode is no other's.
+                if os.path.samestat(os.stat(f"{SHM}/{name}"), os.fstat(self.fd)):
                     os.unlink(f"{SHM}/{name}")
-        if marker is not None:
-            with contextlib.suppress(OSError):
-                marker.unlink(missing_ok=True)
+            os.unlink(f"{SHM}/{self._own}")  # last, and only then: by this a sweep finds the other
+
+    def after_fork_in_child(self) -> None:
+        """It is the parent's alone."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            files.close(fd)
 
     def close(self) -> None:
         """Gives up the descriptor, and the name if it has one. Mappings and other descriptors live on.

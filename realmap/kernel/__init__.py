@@ -10,6 +10,7 @@ connection    one client's socket: what it said so far, what it has not read yet
 clients       everybody who is connected: listening, reading, dropping
 dispatch      what answers a request: a service or a handler
 heirs         who may still come for what a dead process left
+snapshots     writes the books for whoever asks, a little at a time
 tracer        tells one listener of everything that happens
 watchdog      tells of handlers that do not return
 workers       threads for handlers that take long, and each process's share of them

@@ -13,6 +13,7 @@ from realmap.kernel.processes import ProcessTable, UserProcess
 from realmap.kernel.registry import Syscall
 from realmap.memory.frames import FrameAllocator, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
+from realmap.wire import messages
 
 
 class Books:
@@ -48,9 +49,9 @@ class Books:
         frames = FrameAllocator(self.process_limit, parent=self.frames, segments=self.limits.segments_or_default)
         return self.processes.add(pid, uid, frames)
 
-    def adopt(self, process: UserProcess, secret: str, places: list[tuple[int, int]]) -> list[bool]:
-        """Enters what a forked child inherited from the process of this secret; which of the places there were."""
-        return self.inheritance.adopt(process, secret, places, self.processes, self.limits.mappings)
+    def adopt(self, process: UserProcess, request: messages.Adopt) -> list[bool]:
+        """Enters what a forked child inherited; which of that there is still."""
+        return self.inheritance.adopt(process, request, self.processes, self.limits.mappings)
 
     def reap(self, process: UserProcess, now: float) -> bool:
         """Gives back what the process held. Mirrors in use, and pinned buffers, stay valid.

@@ -67,6 +67,11 @@ class Clients:
         """Everybody."""
         return list(self._by_fd.values())
 
+    def after_fork_in_child(self) -> None:
+        """They are the parent's alone."""
+        for connection in self.all():
+            connection.after_fork_in_child()
+
     @property
     def has_strangers(self) -> bool:
         """Whether somebody has not said who it is."""

@@ -155,6 +155,9 @@ class Connection:
         files.shut(self.sock)
         if self.pidfd >= 0:
             files.close(self.pidfd)
+            self.pidfd = -1
+        while self._outbox:
+            channel.close_all(self._outbox.popleft()[1])
 
 
 def _weight(datagram: bytes, descriptors: Sequence[int]) -> int:

@@ -19,7 +19,7 @@ from realmap.kernel.logs import log
 from realmap.kernel.loop import Lost
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.registry import Syscall
-from realmap.kernel.services import SERVICES, Answer, Later
+from realmap.kernel.services import SERVICES, Answer, Begun, Later
 from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
@@ -74,7 +74,11 @@ class Dispatch:
             if process is not None and isinstance(request, messages.Call):  # first: it is the common one
                 self._call(connection, process, request, places)
             elif isinstance(request, messages.Ask):
-                self._reply(connection, request.id, (self._ask(connection, request), []))
+                value = self._ask(connection, request)
+                if isinstance(value, Begun):
+                    value.begin(partial(self._reply, connection, request.id))
+                else:
+                    self._reply(connection, request.id, (value, []))
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
             else:

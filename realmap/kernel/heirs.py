@@ -90,6 +90,13 @@ class Heirs:
         if self._books.observer is not None:
             self._books.observer.reaped(dead)
 
+    def after_fork_in_child(self) -> None:
+        """They are the parent's alone."""
+        for heirs in self._of.values():
+            for pidfd in heirs.values():
+                files.close(pidfd)
+        self._of.clear()
+
     def clear(self) -> None:
         """The kernel ends."""
         for dead, heirs in list(self._of.items()):

@@ -9,12 +9,13 @@ Whoever adopts shows the secret that its parent was given: nobody else can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from realmap.kernel.processes import ProcessTable, UserProcess
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.pages import USIZE_MAX
+from realmap.wire import messages
 
 
 def _nobody(dead: UserProcess, pid: int) -> None:
@@ -48,39 +49,39 @@ class Inheritance:
         self._dead.remove(dead)
         dead.memory.release_all()
 
-    def adopt(
-        self, process: UserProcess, secret: str, places: Sequence[tuple[int, int]], processes: ProcessTable, most: int
-    ) -> list[bool]:
-        """Enters what a forked child inherited into its own books, at the same addresses; which of it there was.
+    def adopt(self, process: UserProcess, request: messages.Adopt, processes: ProcessTable, most: int) -> list[bool]:
+        """Enters what a forked child inherited into its own books, at the same addresses; which of it there is still.
 
-        `processes`: its parent may live. `most`: how many mappings it may have.
+        What its parent has put in the place of something since the fork is not what it inherited: each is known by its
+        serial. `processes`: its parent may live. `most`: how many mappings it may have.
         """
-        donors = [each for each in (*processes, *self._dead) if each.secret == secret]
-        if not donors or not secret:
-            return [False] * len(places)
+        donors = [each for each in (*processes, *self._dead) if each.secret == request.secret]
+        if not donors or not request.secret:
+            return [False] * len(request.places)
         donor = donors[0]
         most -= process.coming
-        found = [len(process.memory) < most and _adopt(process, donor, *place) for place in places]
-        if donor in self._dead:
+        found = [len(process.memory) < most and _adopt(process, donor, *place) for place in request.places]
+        if donor in self._dead and not request.more:
             self.came(donor, process.pid)
         return found
 
 
-def _adopt(process: UserProcess, donor: UserProcess, address: int, length: int) -> bool:
+def _adopt(process: UserProcess, donor: UserProcess, address: int, length: int, serial: int) -> bool:
     if not 0 <= address <= USIZE_MAX:
         return False
     mapping = donor.memory.mapping_at(address)
-    if mapping is None or (mapping.address, mapping.length) != (address, length):
+    if mapping is None or (mapping.address, mapping.length, mapping.serial) != (address, length, serial):
         return False
     memory = process.memory
     if not memory.is_vacant(address, length):  # said twice, or the child has mapped something there since
         return False
     if isinstance(mapping.frames, SharedFrames):
-        memory.map_partial_shared_mapping(
+        adopted = memory.map_partial_shared_mapping(
             mapping.frames, address, mapping.phys_offset, length, mapping.type, mapping.rights
         )
     else:  # private memory: the child has a copy of its own
-        memory.create_regular_mapping(
+        adopted = memory.create_regular_mapping(
             address, length, mapping.type, mapping.rights, frames=mapping.frames and OwnedFrames(length)
         )
+    adopted.serial = serial  # by which children of its own know it, too
     return True

@@ -21,15 +21,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex
 
-import msgspec
-
 from realmap.errors import (
     AccessDenied,
     KernelDied,
     KernelError,
     PhysicalMemoryExhaustion,
 )
-from realmap.host import files, forks, runtime
+from realmap.host import forks, runtime
 from realmap.host.signals import Attention, Flag
 from realmap.host.translate import shortage
 from realmap.kernel import dump
@@ -44,6 +42,7 @@ from realmap.kernel.listener import Listener
 from realmap.kernel.logs import log
 from realmap.kernel.loop import Loop
 from realmap.kernel.registry import registry
+from realmap.kernel.snapshots import Snapshots
 from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import encode
 from realmap.kernel.tracer import Tracer
@@ -113,6 +112,7 @@ class Kernel:
         self.relay: Relay[Away] = Relay(self._run)
         self.dispatch = Dispatch(self.books, self.clients, self._asks(), self, self.relay, self.page)
         self.clients.handle = self.dispatch.handle
+        self.snapshots = Snapshots(self.loop, self._picture)
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
         self.dispatch.busy = self.watchdog.wake
         self._listener: Listener | None = None
@@ -302,23 +302,17 @@ class Kernel:
             with contextlib.suppress(OSError):
                 self.loop.attend(left)
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """A fork of the kernel's process is no kernel: it keeps nobody's memory, socket or connection alive."""
+        self.frames.after_fork_in_child()
         if self._listener is None or not self.loop.is_open:
             return
-        for process in self.processes:
-            for mapping in process.memory:
-                for segment in getattr(mapping.frames, "segments", ()):
-                    files.close(segment.fd)
-                    segment.fd = -1
-        for connection in self.clients.all():
-            connection.after_fork_in_child()
-        self._listener.after_fork_in_child()
+        owners = (self.snapshots, self._heirs, self.clients, self._listener, self.loop, self.relay, self._attention)
+        for owner in owners:
+            with contextlib.suppress(Exception):  # each whatever state the fork has found another in
+                if owner is not None:
+                    owner.after_fork_in_child()
         self.page.close()
-        self.loop.after_fork_in_child()
-        self.relay.after_fork_in_child()
-        if self._attention is not None:
-            self._attention.after_fork_in_child()
         self._ended.set()
 
     # ---- what can be asked of it ------------------------------------------------------------
@@ -335,16 +329,19 @@ class Kernel:
 
         return {
             "stats": lambda *_: dump.stats(self.books, self._around()),
-            "books": lambda *_: self.dump_books(),
+            "books": lambda connection, _: self.snapshots.begin(connection),
             "shutdown": shutdown,
             "trace-start": trace,
             "trace-read": lambda connection, _: self.tracer.read(connection),
             "trace-stop": lambda connection, _: self.tracer.stop(connection),
         }
 
-    def dump_books(self) -> msgspec.Raw:
-        """The books as they are sent. Only on the kernel's thread."""
-        return dump.dump(self.books, self._around())
+    def dump_books(self) -> bytes:
+        """The books as they are sent, in MessagePack. Only on the kernel's thread."""
+        return b"".join(self._picture().written())
+
+    def _picture(self) -> dump.Picture:
+        return dump.Picture(self.books, self._around())
 
     def _around(self) -> dump.Around:
         connections = self.clients.all()

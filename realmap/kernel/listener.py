@@ -74,3 +74,6 @@ class Listener:
     def after_fork_in_child(self) -> None:
         """It is the parent's alone."""
         files.shut(self._socket)
+        spare, self._spare = self._spare, -1
+        if spare >= 0:
+            files.close(spare)

@@ -39,6 +39,16 @@ SMALL = 64 << 10
 Answer = tuple[Any, list[int]]
 
 
+#: Takes an answer, or the error that takes its place.
+Reply = Callable[[Answer | BaseException], None]
+
+
+class Begun(NamedTuple):
+    """An answer that is made a little at a time: `begin` is handed what takes it."""
+
+    begin: Callable[[Reply], None]
+
+
 class Later(NamedTuple):
     """An answer that takes long to make: nobody else waits for it."""
 
@@ -55,7 +65,7 @@ class Later(NamedTuple):
 
 
 def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Answer | Later:
-    """Makes frames and a mapping of them: [address, length, segments, huge].
+    """Makes frames and a mapping of them: [address, length, segments, huge, serial].
 
     KernelError: as `Process.map` documents. Nothing is taken then.
     """
@@ -110,7 +120,7 @@ def _enter(
         memory.unmap(address, size).release()
         raise
     count = len(frames.segments) if isinstance(frames, SharedFrames) else 0
-    return [address, size, count, huge], descriptors
+    return [address, size, count, huge, mapping.serial], descriptors
 
 
 def _descriptors(mapping: Mapping, first: int) -> list[int]:
@@ -147,10 +157,8 @@ def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answ
         process.memory.unmap(mapping.address, mapping.length).release()
         raise
     spend()
-    return (
-        [mapping.address, mapping.length, len(pieces), frames.huge, lead, length, int(mapping.rights), pieces],
-        descriptors,
-    )
+    place = [mapping.address, mapping.length, len(pieces), frames.huge, mapping.serial]
+    return [*place, lead, length, int(mapping.rights), pieces], descriptors
 
 
 def _require_room(books: Books, process: UserProcess, length: int) -> None:
@@ -217,7 +225,7 @@ def leave(books: Books, process: UserProcess, request: messages.Leave) -> Answer
 
 def adopt(books: Books, process: UserProcess, request: messages.Adopt) -> Answer:
     """The process is a forked child, and enters what it inherited."""
-    return books.adopt(process, request.secret, request.places), []
+    return books.adopt(process, request), []
 
 
 def forked(books: Books, process: UserProcess, request: messages.Forked) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from itertools import chain
 from typing import Generic, TypeVar
 
 from realmap.pages import demand
@@ -48,8 +49,7 @@ class Bookkeeping(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """The values, in order of address."""
-        for leaf in self._leaves:
-            yield from leaf.values
+        return chain.from_iterable(leaf.values for leaf in self._leaves)
 
     def at(self, address: int) -> T | None:
         """The value of the range that holds `address`."""

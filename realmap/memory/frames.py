@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import SupportsIndex
@@ -83,16 +84,18 @@ class SharedFrames(FramesCore):
 
     def _free(self) -> None:
         """Called by the core when the last reference has gone, once."""
-        while self.segments:
-            try:
-                segment = self.segments.pop()
-            except IndexError:  # another thread took the last one
-                break
+        for segment in self.segments:
             segment.close()
         self._charges.clear()
 
     def __del__(self) -> None:
         self._end()  # of those that nobody ever held
+
+    def after_fork_in_child(self) -> None:
+        """They are the parent's alone: nobody reads or maps them here any more."""
+        self._grew()  # it has no descriptor of its own to show
+        for segment in self.segments:
+            segment.after_fork_in_child()
 
     def append(self, more: list[Segment], charge: Charge) -> None:
         """Grows by `more` segments (a heap's brk). What is mapped or mirrored of it stays as it is."""
@@ -209,6 +212,8 @@ class FrameAllocator(Account):
         """InvalidSize: a negative limit. TypeError: no integer."""
         self._limit = None if limit is None else usize(limit, "limit")
         self._segment_limit = USIZE_MAX if segments is None else usize(segments, "segments")
+        #: Of it and of all that it is charged for: what is open, by a descriptor of it. What has gone is overwritten.
+        self._opened: dict[int, weakref.ref[Segment | SharedFrames]] = {} if parent is None else parent._opened
         self._prepare(USIZE_MAX if self._limit is None else self._limit, self._segment_limit, parent)
 
     @property
@@ -220,6 +225,13 @@ class FrameAllocator(Account):
     def segment_limit(self) -> int:
         """Segments that there may be; 2**64 - 1: as many as there are descriptors."""
         return self._segment_limit
+
+    def after_fork_in_child(self) -> None:
+        """All of them are the parent's alone."""
+        for ref in list(self._opened.values()):
+            if (found := ref()) is not None:
+                found.after_fork_in_child()
+        self._opened.clear()
 
     def _refusal(self, length: int, count: int) -> PhysicalMemoryExhaustion:
         if self._limit is not None and self.used + length > self._limit:
@@ -273,7 +285,9 @@ class FrameAllocator(Account):
         cancelled: Callable[[], bool] | None = None,
     ) -> SharedFrames:
         """As `allocate`, for who has checked already: `step` bytes a segment."""
-        return SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
+        frames = SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
+        self._opened[frames.segments[0].fd] = weakref.ref(frames)
+        return frames
 
     def make_segments(
         self,
@@ -293,7 +307,8 @@ class FrameAllocator(Account):
         try:
             for start in range(0, size, step):
                 part = min(step, size - start)
-                made.append(Segment(part, name=name, commit=commit, huge=huge, cancelled=cancelled))
+                segment = Segment(part, name=name, commit=commit, huge=huge, cancelled=cancelled, opened=self._opened)
+                made.append(segment)
         except BaseException:
             for segment in made:
                 segment.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, SupportsIndex
 
 from realmap._core import Mapping as MappingCore
@@ -12,6 +13,7 @@ from realmap.pages import PAGE_MASK, PAGE_SIZE, USIZE_MAX, address_of, page_rang
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, rights_of, type_of
 
 Frames = SharedFrames | OwnedFrames | None
+_serials = itertools.count(1)
 
 
 def _frames_for(type_: MemoryType) -> str:
@@ -29,7 +31,7 @@ class Mapping(MappingCore):
     A syscall that works on it pins it: a release meanwhile takes effect when the last pin goes.
     """
 
-    __slots__ = ("__weakref__", "owner", "type")
+    __slots__ = ("__weakref__", "owner", "serial", "type")
 
     if TYPE_CHECKING:  # the core knows neither
 
@@ -63,6 +65,8 @@ class Mapping(MappingCore):
         self.type = type_of(type)
         rights = rights_of(rights)
         self.owner = owner
+        #: Which one it is: its range may be another's later. The same where it is moved, or a forked child adopts it.
+        self.serial = next(_serials)
         kind = "Shared" if isinstance(frames, SharedFrames) else "Owned" if isinstance(frames, OwnedFrames) else "no"
         if kind == "no" and frames is not None:
             raise TypeError(f"frames must be SharedFrames, OwnedFrames or None, not {frames!r}")

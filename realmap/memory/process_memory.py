@@ -179,9 +179,11 @@ class ProcessMemory:
         try:
             huge = isinstance(mapping.frames, SharedFrames) and mapping.frames.huge
             address = self.find_available_space(mapping.length, HUGE_SIZE if huge else 1)
-            return self._enter(
+            moved = self._enter(
                 address, mapping.frames, mapping.phys_offset, mapping.length, mapping.type, mapping.rights
             )
+            moved.serial = mapping.serial
+            return moved
         finally:
             mapping.release()
 

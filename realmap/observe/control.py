@@ -51,7 +51,7 @@ class Control:
 
     def snapshot(self) -> Snapshot:
         """The kernel's books at one moment. KernelDied: it has ended."""
-        return Snapshot.read(self._ask("books"))
+        return Snapshot.ask(self._client, self._timeout)
 
     def audit(self) -> AuditReport:
         """Holds the books against Linux; true as a bool where they agree. KernelDied: it has ended."""

@@ -6,14 +6,19 @@ The same in Python (`kernel.snapshot()`), as JSON, and for every view. What the 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 
 from realmap.errors import VersionMismatch
+from realmap.host.translate import shortage
 from realmap.memory.frames import in_words
 from realmap.rights import MemoryType
+from realmap.wire import messages
+from realmap.wire.client import Client
 from realmap.wire.records import (
     FORM,
     CallInfo,
@@ -64,8 +69,21 @@ class Snapshot(msgspec.Struct, frozen=True):
     frames: list[FramesInfo]
 
     @classmethod
+    def ask(cls, client: Client, timeout: float | None = None) -> Snapshot:
+        """From the kernel of a connection. Errors as `Client.request`, and as `read`.
+
+        PhysicalMemoryExhaustion: the kernel has no memory or no descriptors for it, or this process has none.
+        """
+        ask = messages.Ask(client.next_id(), "books")
+        length, answer = client.request(ask, timeout=timeout, name="books")
+        if not answer.descriptors:  # Linux delivers what it has room for
+            raise shortage(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "cannot receive a snapshot")
+        with open(answer.descriptors[0], "rb", closefd=False) as file:
+            return cls.read(msgspec.msgpack.decode(file.read(length)))
+
+    @classmethod
     def read(cls, books: Any) -> Snapshot:
-        """From the kernel's answer. VersionMismatch: its form is another."""
+        """From what the kernel wrote. VersionMismatch: its form is another."""
         if not isinstance(books, dict) or books.get("form") != FORM:
             theirs = books.get("form") if isinstance(books, dict) else None
             raise VersionMismatch(f"form {FORM}", f"form {theirs}", why="a snapshot of another version of realmap")

@@ -23,12 +23,14 @@ class UserWindow(Window):
     """The whole mapping that a buffer and its slices are parts of. When it is unmapped the kernel is told, in the same
     call of the C core, whoever does that: `unmap`, the end of its process, the collector."""
 
-    __slots__ = ("__weakref__", "huge", "process", "rights")
+    __slots__ = ("__weakref__", "huge", "process", "rights", "serial")
 
     process: Process
     rights: MappingAccessRights
     #: Bytes of its frames that huge pages back.
     huge: int
+    #: Which mapping it is, in the kernel's books.
+    serial: int
 
     def unmap(self) -> None:
         """Unmaps it, and waits until the kernel has given back its frames. BufferError: a view lives.

@@ -28,6 +28,8 @@ from realmap.wire.messages import MemoryInfo
 
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
+#: How much of what it inherited a forked child tells in one message.
+AT_ONCE = 1000
 
 _living: Living[Process] = Living()
 
@@ -44,12 +46,12 @@ def _tell_of_fork() -> None:
             process._client.notice(messages.Forked(0))
 
 
-def _lose() -> None:
+def _after_fork() -> None:
     for process in _living.all():
-        process.lose()
+        process.after_fork_in_child()
 
 
-os.register_at_fork(before=_tell_of_fork, after_in_child=_lose)
+os.register_at_fork(before=_tell_of_fork, after_in_child=_after_fork)
 
 
 class Process:
@@ -118,17 +120,20 @@ class Process:
                 before.check()
             client = self._connect(before.path)
             windows = self._windows()
-            places = [(window._base, window._span) for window in windows]
-            adopted, _ = client.request(messages.Adopt(client.next_id(), before.secret, places))
-            for window, (address, span), known in zip(windows, places, adopted, strict=True):
+            adopted: list[bool] = []
+            for start in range(0, max(1, len(windows)), AT_ONCE):  # once at least: it wants no more
+                places = [(each._base, each._span, each.serial) for each in windows[start : start + AT_ONCE]]
+                more = start + AT_ONCE < len(windows)
+                adopted += client.request(messages.Adopt(client.next_id(), before.secret, places, more))[0]
+            for window, known in zip(windows, adopted, strict=True):
                 # What the parent had unmapped by now is memory still, but none that the kernel knows.
                 if known:
-                    window._farewell(client.endpoint, self.farewell(address, span), None)
+                    window._farewell(client.endpoint, self.farewell(window._base, window._span), None)
                 else:
                     window._farewell(None, None, None)
             self._client = client
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: another thread of the parent may have held the lock."""
         self._lock = RLock()
 
@@ -286,7 +291,7 @@ class Process:
         request = messages.Attach(self.client.next_id(), token, offset, length, allowed)
         value, answer = self.client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
         *_, lead, size, given, pieces = value
-        window = map_window(self, value[:4], lambda index: tuple(pieces[index]), answer, rights_of(given))
+        window = map_window(self, value[:5], lambda index: tuple(pieces[index]), answer, rights_of(given))
         return Buffer.part(window, window._base + lead, size)
 
     def revoke(self, handle: Handle | str) -> None:
@@ -395,4 +400,5 @@ class Process:
         raise TypeError("a Process is this process's own connection and cannot be pickled; connect anew there")
 
     def __repr__(self) -> str:
-        return f"<Process {self.client.number} (pid {self.pid}) of the kernel at {self.path!r}>"
+        which = "inherited by a fork" if self.is_lost else str(self._client.number)  # nothing connects to be printed
+        return f"<Process {which} (pid {self.pid}) of the kernel at {self.path!r}>"

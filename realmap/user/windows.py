@@ -33,12 +33,12 @@ PLACES = 100
 def map_window(
     process: Process, place: list[int], piece_at: PieceAt, answer: Answer, rights: MappingAccessRights
 ) -> UserWindow:
-    """Maps the segments that came with `answer` at `place`, [address, length, segments, bytes in huge pages], or where
-    the kernel moves them if that is taken; all or nothing.
+    """Maps the segments that came with `answer`; all or nothing. `place`: [address, length, segments, bytes in huge
+    pages, serial]; where that is taken, the kernel moves them.
 
     VirtualMemoryExhaustion: no such place. Else as Linux says, in our words.
     """
-    address, span, count, in_huge = place
+    address, span, count, in_huge, serial = place
     prot = prot_of(rights)
     client, duty = process.client, answer
     try:
@@ -53,6 +53,7 @@ def map_window(
                 window.process = process
                 window.rights = rights
                 window.huge = in_huge
+                window.serial = serial
                 register_window(window)
                 window._farewell(client.endpoint, process.farewell(address, span), duty)  # has it from here on
                 return window

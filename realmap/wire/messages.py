@@ -101,7 +101,8 @@ class Call(_Request, tag=1, frozen=True):
 class Map(_Request, tag=2, frozen=True):
     """Memory of `length` bytes.
 
-    Done: [address, length in whole pages, number of segments, bytes in huge pages], with the first descriptors.
+    Done: [address, length in whole pages, number of segments, bytes in huge pages, its serial], with the first
+    descriptors.
     """
 
     length: int
@@ -167,9 +168,9 @@ class Share(_Request, tag=8, frozen=True):
 class Attach(_Request, tag=9, frozen=True):
     """A mapping of what the handle `token` stands for: the pages of [offset, offset + length); None: to its end, all.
 
-    Done: [address, length in whole pages, number of segments, bytes in huge pages, where the first byte asked for
-    is in it, how many were asked for, rights, [[offset in its segment, length] of each segment]], with the first
-    descriptors.
+    Done: [address, length in whole pages, number of segments, bytes in huge pages, its serial, where the first byte
+    asked for is in it, how many were asked for, rights, [[offset in its segment, length] of each segment]], with the
+    first descriptors.
     """
 
     token: str
@@ -185,10 +186,14 @@ class Revoke(_Request, tag=10, frozen=True):
 
 
 class Adopt(_Request, tag=11, frozen=True):
-    """A forked child, new here, inherited these (address, length) from the process of this secret. Done: which."""
+    """A forked child, new here, inherited these (address, length, serial) from the process of this secret.
+
+    `more`: others follow. Done: which of them that has still.
+    """
 
     secret: str
-    places: list[tuple[int, int]]
+    places: list[tuple[int, int, int]]
+    more: bool = False
 
 
 class Forked(_Request, tag=12, frozen=True):

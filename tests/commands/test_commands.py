@@ -288,8 +288,8 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
                 os.kill(kernel.pid, signal.SIGKILL)
                 kernel._child.wait(BOUND)
             assert json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout) == [
-                killed.path,
                 name,
+                killed.path,
                 path,
             ]
             assert not os.path.exists(path)

@@ -21,6 +21,7 @@ from conftest import BOUND, PAGE, wait_until
 import realmap
 from realmap import InvalidAddress, InvalidSize, KernelError, KernelHandle, Process, ProcessKilled
 from realmap.host import procfs
+from realmap.kernel import snapshots
 from realmap.memory import KERNEL_LAND, USER_LAND
 from realmap.wire import channel, messages
 from realmap.wire.messages import Call, Map, Move, Query, Unmap, buffer_ext
@@ -239,6 +240,23 @@ def test_one_that_never_reads_is_not_waited_for(kernel: KernelHandle, me: Proces
     for _ in range(50):
         assert me.call("echo", 1) == [1]
     client.sock.close()
+
+
+def test_one_that_asks_for_snapshots_and_reads_none(kernel: KernelHandle, me: Process) -> None:
+    before = kernel.stats()["descriptors"]
+    with me.map(PAGE) as buffer:
+        client = Raw(kernel)
+        client.sock.settimeout(1.0)
+        with suppress(TimeoutError):  # it is not listened to any more
+            for number in range(1, 5000):
+                client.say(messages.Ask(number, "books"))
+        for _ in range(20):
+            assert me.call("echo", 1) == [1]
+            assert len(kernel.snapshot().processes) == 2
+        assert kernel.stats()["descriptors"] < before + 4 * snapshots.MOST
+        assert buffer.refcount == 1
+        client.sock.close()
+    wait_until(lambda: kernel.stats()["descriptors"] == before, "all of its copies to be closed")
 
 
 def test_one_that_says_nothing_and_one_that_leaves_at_once(kernel: KernelHandle, me: Process) -> None:

@@ -114,7 +114,7 @@ class Driver(Beside):
             self.mapped(person, request, size, got)
 
     def mapped(self, person: Person, request: messages.Map, size: int, got: Any) -> None:
-        address, length, count, huge = got
+        address, length, count, huge, serial = got
         mapping = person.real.memory.mapping_at(address)
         assert mapping is not None
         assert (length, mapping.length) == (size, size)
@@ -123,7 +123,7 @@ class Driver(Beside):
             assert (count, huge) == (len(mapping.frames.segments), mapping.frames.huge)
             frames = next((each for each in self.model.frames if each.serial == mapping.frames.serial), None)
             frames = frames or self.noted(person, request, mapping.frames)
-        self.brought(self.entered(person, address, size, frames, 0, request.kind, request.rights))
+        self.brought(self.entered(person, address, size, frames, 0, request.kind, request.rights, serial))
 
     def go_on(self) -> None:
         """What was to be done later is done, or answered."""
@@ -185,7 +185,7 @@ class Driver(Beside):
         end = start + self.rng.randrange(4) * PAGE
         address = self.ask(person, messages.Move(1, place.address, start, end), self.starts(person, place))
         self.model.leave_place(person, place)
-        self.entered(person, address, place.length, place.frames, place.start, place.kind, place.rights)
+        self.entered(person, address, place.length, place.frames, place.start, place.kind, place.rights, place.serial)
         assert address != place.address or place.length > 1 << 40  # whose only room may be its own
 
     def query(self) -> None:
@@ -251,13 +251,13 @@ class Driver(Beside):
         assert handle is not None
         asked = handle.length - offset if request.length is None else length
         start, end = self.model.attached(handle, offset, asked)
-        address, size, _, huge, lead, bytes_, given, pieces = got
+        address, size, _, huge, serial, lead, bytes_, given, pieces = got
         allowed = handle.rights if rights is None else rights
         real = handle.frames.real()
         assert real is not None
         assert (size, lead, bytes_, given) == (end - start, handle.start + offset - start, asked, allowed)
         assert (huge, pieces) == (real.huge, [list(piece[1:]) for piece in real.pieces(start, end - start)])
-        self.brought(self.entered(person, address, size, handle.frames, start, handle.kind, allowed))
+        self.brought(self.entered(person, address, size, handle.frames, start, handle.kind, allowed, serial))
         if handle.is_named:
             handle.holders.add(person)
         if handle.uses is not None:
@@ -298,12 +298,16 @@ class Driver(Beside):
         rng, person = self.rng, self.person()
         donor = rng.choice((*self.model.people, *self.model.estates))
         places = [self.place(donor) for _ in range(rng.randrange(4))]
-        asked = [(place.address, place.length + rng.choice((0, 0, 0, PAGE))) for place in places]
+        odd = (0, 0, 0, 0, 1)
+        asked = [
+            (place.address, place.length + PAGE * rng.choice(odd), place.serial + rng.choice(odd)) for place in places
+        ]
         secret = rng.choice((donor.real.secret, donor.real.secret, donor.real.secret, "", "no"))
         self.came.clear()
         wanted = self.model.adopt(person, secret, asked)
-        assert self.ask(person, messages.Adopt(1, secret, asked)) == wanted, self.what
-        comes = donor in self.model.estates and secret == donor.real.secret
+        more = rng.random() < 0.2
+        assert self.ask(person, messages.Adopt(1, secret, asked, more)) == wanted, self.what
+        comes = not more and donor in self.model.estates and secret == donor.real.secret
         assert self.came == ([(donor.real.number, person.real.pid)] if comes else [])
 
     def reap(self) -> None:

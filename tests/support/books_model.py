@@ -67,6 +67,8 @@ class Place:
     start: int
     kind: int
     rights: int
+    #: Which one it is: what a forked child knows it by.
+    serial: int = 0
     gone: bool = False
 
     @property
@@ -246,16 +248,17 @@ class Model:
         for place in list(person.places.values()):
             self.leave_place(person, place)
 
-    def adopt(self, person: Person, secret: str, places: list[tuple[int, int]]) -> list[bool]:
+    def adopt(self, person: Person, secret: str, places: list[tuple[int, int, int]]) -> list[bool]:
         """Which of them a child inherits."""
         donor = next((each for each in (*self.people, *self.estates) if each.real.secret == secret), None)
         found = []
-        for address, length in places:
+        for address, length, serial in places:
             place = donor.places.get(address) if donor is not None else None
             room = len(person.places) + person.coming < self.limits.mappings
-            good = place is not None and place.length == length and room and person.is_free(address, length)
+            same = place is not None and (place.length, place.serial) == (length, serial)
+            good = same and room and person.is_free(address, length)
             if good and place is not None:
-                copy = Place(address, length, place.frames, place.start, place.kind, place.rights)
+                copy = Place(address, length, place.frames, place.start, place.kind, place.rights, serial)
                 person.places[address] = copy
             found.append(good)
         return found

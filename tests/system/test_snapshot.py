@@ -18,7 +18,9 @@ from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import Kernel, KernelHandle, VersionMismatch
-from realmap.kernel import logs
+from realmap.kernel import logs, snapshots
+from realmap.memory import MemoryType, OwnedFrames
+from realmap.observe import Control
 from realmap.observe.snapshot import FORM, Snapshot
 from realmap.wire import messages
 
@@ -122,6 +124,52 @@ def test_one_of_another_version_is_refused_in_a_line(books: object) -> None:
     with pytest.raises(VersionMismatch, match="another version") as caught:
         Snapshot.read(books)
     assert "\n" not in str(caught.value)
+
+
+@realmap.syscall
+def fill(call: realmap.Call, count: int) -> None:
+    """Has its caller have so many mappings in the books."""
+    memory = call.process.memory
+    for index in range(count):
+        frames = OwnedFrames(PAGE)
+        memory.create_regular_mapping(memory.start + index * PAGE, PAGE, MemoryType.NORMAL, realmap.u_rw, frames=frames)
+
+
+def test_one_that_is_longer_than_a_message_may_be() -> None:
+    @realmap.syscall
+    def books(call: realmap.Call) -> int:
+        assert isinstance(call.kernel, Kernel)
+        (process,) = Snapshot.read(msgspec.msgpack.decode(call.kernel.dump_books())).processes
+        return len(process.mappings)
+
+    with Kernel(syscalls=[fill, books]) as kernel, realmap.connect(kernel.path) as me, Control(kernel.path) as control:
+        me.call("fill", 60_000)
+        with ThreadPoolExecutor(4) as pool:
+            taken = [pool.submit(control.snapshot) for _ in range(4)]
+            assert me.call("books") == 60_000
+            for each in taken:
+                (process,) = each.result(BOUND).processes
+                assert [mapping.type for mapping in process.mappings] == ["NORMAL"] * 60_000
+
+
+def test_a_kernel_that_ends_in_the_middle_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless:
+        def written(self) -> Iterator[bytes]:
+            while True:
+                yield b"x"
+
+    monkeypatch.setattr(snapshots, "SLICE", -1)
+    with Kernel() as kernel, Control(kernel.path) as control, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(kernel.snapshots, "_take", Endless)
+        asked = pool.submit(control.snapshot)
+        wait_until(lambda: kernel.snapshots._file >= 0, "the file")
+        with realmap.connect(kernel.path) as me:  # others are served all the while
+            with me.map(PAGE) as buffer:
+                assert buffer.refcount == 1
+        kernel.stop()
+        with pytest.raises(realmap.KernelDied):
+            asked.result(BOUND)
+        assert kernel.snapshots._file == -1
 
 
 # ---- logging --------------------------------------------------------------------------------

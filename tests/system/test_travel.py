@@ -27,6 +27,8 @@ from conftest import BOUND, PAGE, SUPPORT, wait_until
 
 import realmap
 from realmap import InvalidAddress, InvalidHandle, KernelHandle, Process
+from realmap.memory.lands import HEAP_SHARE, USER_LAND
+from realmap.user import process as user_process
 from realmap.user import travel
 
 METHODS = ("fork", "spawn", "forkserver")
@@ -368,9 +370,72 @@ def test_nobody_adopts_without_the_secret(kernel: KernelHandle, me: Process) -> 
     buffer = me.map(PAGE)
     with kernel.connect() as other:
         for secret in ("", "0" * 32, other.client.secret):
-            places = [(buffer._window._base, PAGE)]
+            places = [(buffer._window._base, PAGE, buffer._window.serial)]
             answer, _ = other.client.request(Adopt(other.client.next_id(), secret, places))
             assert answer == [False]
-        places = [(buffer._window._base, PAGE), (buffer._window._base, PAGE), (buffer._window._base, 2 * PAGE), (5, 7)]
+        base, serial = buffer._window._base, buffer._window.serial
+        places = [
+            (base, PAGE, serial + 1),
+            (base, PAGE, serial),
+            (base, PAGE, serial),
+            (base, 2 * PAGE, serial),
+            (5, 7, 1),
+        ]
         answer, _ = other.client.request(Adopt(other.client.next_id(), me.client.secret, places))
-        assert answer == [True, False, False, False]
+        assert answer == [False, True, False, False, False]
+
+
+def test_a_forked_child_never_gets_what_came_to_lie_there_since(kernel: KernelHandle) -> None:
+    with kernel.connect() as me:
+        old = me.map(3 * PAGE)
+        kept = me.map(PAGE)
+        old[:5], kept[:4] = b"child", b"kept"
+        (go_on, gone), (said, saying) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                os.read(go_on, 1)
+                found = me.call("peek", kept, 4, 0)
+                try:
+                    found += me.call("peek", old, 5, 0)
+                except realmap.InvalidAddress as error:
+                    found += b", " + type(error).__name__.encode()
+                os.write(saying, found + b", " + old[:5])
+            finally:
+                os._exit(0)
+        address = old.address
+        old.unmap()
+        # Where it was is what the search for space comes to next, when all behind it is taken.
+        behind = me.map(realmap.PAGE_SIZE)
+        rest = USER_LAND.end - USER_LAND.length // HEAP_SHARE - behind.address - PAGE
+        far = [me.map(rest // 2 // PAGE * PAGE, commit=False), me.map(rest - rest // 2 // PAGE * PAGE, commit=False)]
+        new = me.map(3 * PAGE)
+        assert new.address == address
+        new[:13] = b"parent secret"
+        os.write(gone, b"!")
+        assert os.read(said, 100) == b"kept, InvalidAddress, child"
+        os.waitpid(pid, 0)
+        for fd in (go_on, gone, said, saying):
+            os.close(fd)
+        assert kernel.audit()
+        assert len(far) == 2
+
+
+def test_a_forked_child_adopts_in_several_messages(
+    kernel: KernelHandle, me: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_process, "AT_ONCE", 3)
+    buffers = [me.map(PAGE) for _ in range(7)]
+    said, saying = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            for number, buffer in enumerate(buffers):
+                buffer[0] = number
+            os.write(saying, b"".join(me.call("peek", buffer, 1, 0) for buffer in buffers))
+        finally:
+            os._exit(0)
+    assert os.read(said, 100) == bytes(range(7))
+    os.waitpid(pid, 0)
+    os.close(said)
+    os.close(saying)

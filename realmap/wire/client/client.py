@@ -200,9 +200,9 @@ class Client:
             if (left := self.waiters.pop(loop, None)) is not None:
                 left.abandon()
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""
         self.lost_in_child = True
         self.endpoint.lose()
         for waiter in list(self.waiters.values()):
-            waiter.lose()
+            waiter.after_fork_in_child()

@@ -124,7 +124,7 @@ class Waiter:
             self._bell.close()
         self._watching = what
 
-    def lose(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: the parent's socket is not held open; who waits is told, should the loop go on there."""
         self._bell.close()
         with contextlib.suppress(RuntimeError):  # it is closed

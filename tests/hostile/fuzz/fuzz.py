@@ -212,9 +212,6 @@ class Run:
         sizes = [size, self._process.memory_info().rss]
         self.result["kernel"] = {"before": before, "after": self.facts(), "rss": sizes}
         self.result["stats"] = self.kernel.stats()
-        marked = [path.name for path in self.folder.glob("realmap/names/*")]
-        if marked:
-            self.fail(f"names that are marked as taken: {marked}")
         # Waited for: another run of the same seed uses the same ones.
         if not self._wait(lambda: not left_names(self.kernel.pid, self.options.seed), "names to be gone"):
             self.fail(f"names that are left: {left_names(self.kernel.pid, self.options.seed)}")

@@ -22,7 +22,6 @@ from puppet import Cleanup, Order, Puppet
 from served import Served
 
 import realmap
-from realmap.host import runtime
 
 
 class Point(NamedTuple):
@@ -67,8 +66,8 @@ POINTS = [
     Point("kernel between shm_unlink and fallocate", "kernel", "map", "fallocate"),
     Point("kernel after fallocate, before the answer", "kernel", "map", "sendmsg", sign="SCM_RIGHTS"),
     Point("kernel between two segments of one mapping", "kernel", "map-fragments", "unlink", 3, sign=_OURS),
-    Point("kernel between the marker and the link of a name", "kernel", "map-named", "link"),
-    Point("kernel between link and unlink of a name", "kernel", "map-named", "unlink", sign=_OURS),
+    Point("kernel before the link of a name", "kernel", "map-named", "link"),
+    Point("kernel between the link of a name and fallocate", "kernel", "map-named", "fallocate"),
     Point("kernel before the mmap of a mirror", "kernel", "call-mirror", "mmap", sign="MAP_FIXED_NOREPLACE"),
     Point("kernel in a call, with its mirror mapped", "kernel", "call-mirror", "munmap", sign="0x3"),
     Point("kernel while it sends the answer", "kernel", "call-mirror", "sendto"),
@@ -202,7 +201,8 @@ class Killer:
         if self._canary[:] != self._content:
             wrong.append("the bystander's bytes have changed")
         left = served.names(kernel.pid)
-        wrong += [f"a name that is not empty: {name}" for name in left if os.stat(f"/dev/shm/{name}").st_size]
+        full = [name for name in left if os.stat(f"/dev/shm/{name}").st_size]
+        wrong += [f"a name that is not empty: {name}" for name in full if os.stat(f"/dev/shm/{name}").st_nlink < 2]
         self.end()
         successor = Served(self._folder, spin=0.0)  # it sweeps as it starts
         swept = not served.names(kernel.pid)
@@ -212,8 +212,6 @@ class Killer:
             wrong.append(f"the next kernel does not sweep {left}")
         if os.path.exists(f"/dev/shm/hostile.{owner.pid}"):
             wrong.append("a named segment is left")
-        if markers := list((runtime.directory() / "names").glob(f"hostile.{owner.pid}")):
-            wrong.append(f"markers are left: {markers}")
         wrong += [f"{path} is left" for path in (kernel.path, kernel.path + ".lock") if os.path.exists(path)]
         return wrong
 

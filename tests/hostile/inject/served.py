@@ -192,7 +192,7 @@ class Served(Reaped):
         take longer than all the rest of an attempt.
         """
         sys.modules[audit.__module__]._unregistered = lambda *_: []  # type: ignore[attr-defined]
-        return audit(lambda: Snapshot.read(self.ask("books")))
+        return audit(lambda: Snapshot.ask(self._control, BOUND))
 
     def end(self) -> None:
         """Ends it, whatever state it is in. Again: nothing."""

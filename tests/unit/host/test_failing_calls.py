@@ -16,7 +16,7 @@ import pytest
 from conftest import PAGE, left_names
 
 import realmap
-from realmap.host import files, liveness, procfs, runtime, segment
+from realmap.host import files, liveness, procfs, runtime
 from realmap.memory import FrameAllocator
 from realmap.user.buffer import UserWindow
 from realmap.wire import channel
@@ -88,21 +88,15 @@ def test_no_error_of_posix_ipc_gets_out(monkeypatch: pytest.MonkeyPatch, kind: t
     assert frames.used == 0
 
 
-@pytest.mark.parametrize("call", ["link", "note", "late note"])
-def test_a_name_that_cannot_be_had_leaves_nothing(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_name_that_cannot_be_had_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"failing.{os.getpid()}"
-    if call == "link":
-        monkeypatch.setattr(os, "link", failing(os.link, errno.ENOSPC))
-    else:
-        monkeypatch.setattr(runtime, "note_name", failing(runtime.note_name, errno.ENOSPC))
-    if call == "late note":  # another program's segment went away between the look and the link
-        monkeypatch.setattr(segment.os.path, "lexists", lambda path: True)
+    monkeypatch.setattr(os, "link", failing(os.link, errno.ENOSPC))
     frames = FrameAllocator()
     with pytest.raises(realmap.PhysicalMemoryExhaustion):
         frames.allocate(PAGE, name=name)
     monkeypatch.undo()
     assert name not in os.listdir("/dev/shm")
-    assert not (runtime.directory() / "names" / name).exists()
+    assert left_names() == []
     frames.allocate(PAGE, name=name)
 
 

@@ -50,7 +50,7 @@ def test_a_named_segment_can_be_opened_by_name_until_it_is_closed() -> None:
     os.close(other.fd)
     made.close()
     assert not os.path.exists(f"/dev/shm/{name}")
-    assert list((runtime.directory() / "names").glob("*")) == []
+    assert left_names() == []
 
 
 def test_a_name_is_given_up_before_the_memory() -> None:
@@ -146,6 +146,82 @@ def dead_stamp() -> str:
     return f"{procfs.pid_namespace()}.{child.pid}.{start}"
 
 
+def killed_maker(name: str, then: str = "") -> None:
+    """A process makes a segment of this name, does what else it is told, and is killed."""
+    program = f"""
+import os, signal
+from realmap.host.segment import Segment
+made = Segment({PAGE}, name={name!r})
+{then}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+
+
+def test_a_named_segment_of_a_killed_maker_is_swept() -> None:
+    name = f"test-{os.getpid()}"
+    killed_maker(name)
+    assert os.path.exists(f"/dev/shm/{name}")
+    assert runtime.sweep() == [name]
+    assert not os.path.exists(f"/dev/shm/{name}")
+    assert left_names() == []
+    assert runtime.sweep() == []
+
+
+@pytest.mark.parametrize("what", ["a new one", "another link"])
+def test_a_sweep_leaves_what_the_dead_did_not_make(what: str) -> None:
+    name = f"test-{os.getpid()}"
+    killed_maker(name, f"os.rename('/dev/shm/{name}', '/dev/shm/{name}.kept')" if what == "another link" else "")
+    if what == "a new one":
+        os.unlink(f"/dev/shm/{name}")
+    later = Segment(PAGE, name=name)
+    assert len(runtime.sweep()) == 1  # the name that it was made under
+    assert os.stat(f"/dev/shm/{name}").st_ino == later.inode
+    later.close()
+    if what == "another link":  # somebody gave it a name that its maker knew nothing of
+        os.unlink(f"/dev/shm/{name}.kept")
+    assert not os.path.exists(f"/dev/shm/{name}")
+
+
+def test_of_those_who_sweep_at_the_same_time_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"test-{os.getpid()}"
+    killed_maker(name)
+    rename, later = os.rename, []
+
+    def late(old: str, new: str) -> None:
+        monkeypatch.undo()
+        assert runtime.sweep() == [name]  # the other one, and then somebody makes it anew
+        later.append(Segment(PAGE, name=name))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert runtime.sweep() == []
+    assert os.stat(f"/dev/shm/{name}").st_ino == later[0].inode
+    later[0].close()
+
+
+def test_who_comes_second_leaves_the_first_ones_name_as_it_is() -> None:
+    name = f"test-{os.getpid()}"
+    killed_maker(
+        name,
+        f"""
+for _ in range(3):
+    try:
+        Segment({PAGE}, name={name!r})
+    except Exception as error:
+        assert "exists already" in str(error)
+if not os.fork():
+    try:
+        Segment({PAGE}, name={name!r})
+    finally:
+        os._exit(0)
+os.wait()
+""",
+    )
+    assert runtime.sweep() == [name]
+    assert left_names() == []
+
+
 def test_sweeping_takes_what_the_dead_left_and_nothing_else() -> None:
     folder = runtime.directory()
     dead, alive = dead_stamp(), runtime.stamp()
@@ -156,14 +232,10 @@ def test_sweeping_takes_what_the_dead_left_and_nothing_else() -> None:
     (folder / f"{dead}.0.sock").touch()  # no socket: not ours to remove
     held = runtime.SocketLock(str(folder / f"{alive}.9.sock"))
     named = Segment(PAGE, name=f"mine-{os.getpid()}")
-    orphan = posix_ipc.SharedMemory(f"/orphan-{os.getpid()}", posix_ipc.O_CREX)
-    (folder / "names" / f"orphan-{os.getpid()}").write_text(f"{dead}.{os.fstat(orphan.fd).st_ino}")
-    os.close(orphan.fd)
 
     gone = runtime.sweep()
 
     assert f"{runtime.SEGMENT_PREFIX}{dead}.0" in gone
-    assert f"orphan-{os.getpid()}" in gone
     assert os.path.exists(f"/dev/shm/{runtime.SEGMENT_PREFIX}{alive}.0")
     assert os.path.exists(f"/dev/shm/mine-{os.getpid()}")
     assert os.path.exists(held.path + ".lock")

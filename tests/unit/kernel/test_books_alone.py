@@ -123,16 +123,25 @@ def test_a_forked_child_comes_for_what_it_inherited(books: Books) -> None:
     books.inheritance.came = lambda dead, pid: told.append((dead, pid))
     parent = books.admit(1, 0)
     address = mapped(books, parent)
+    serial = parent.memory.query_memory(address).serial
     assert SERVICES[messages.Forked](books, parent, messages.Forked(0)) is None
     assert books.reap(parent, 0.0)
     assert books.frames.used == PAGE
-    child, places = books.admit(2, 0), [(address, PAGE), (address + PAGE, PAGE)]
+    child, places = books.admit(2, 0), [(address, PAGE, serial), (address + PAGE, PAGE, serial)]
     assert ask(books, child, messages.Adopt(1, "another secret", places)) == [False, False]
-    assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [True, False]
+    assert ask(books, child, messages.Adopt(1, parent.secret, [(address, PAGE, serial + 1)])) == [False]
+    assert ask(books, child, messages.Adopt(1, parent.secret, places, more=True)) == [True, False]
+    assert told == [(parent, 2)]
     assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [False, False]  # said twice
     assert told == [(parent, 2)] * 2
     books.inheritance.end(parent)
     assert ask(books, child, messages.Query(1, address)).refcount == 1
+
+
+def inherited(process: UserProcess, *addresses: int) -> list[tuple[int, int, int]]:
+    """What a child of it says of its mappings there."""
+    found = [process.memory.query_memory(address) for address in addresses]
+    return [(mapping.address, mapping.length, mapping.serial) for mapping in found]
 
 
 def test_what_a_child_has_mapped_since_is_not_covered_by_what_it_inherits(books: Books) -> None:
@@ -143,11 +152,11 @@ def test_what_a_child_has_mapped_since_is_not_covered_by_what_it_inherits(books:
         there = mapped(books, child)
     assert own < wide < there < wide + 2 * PAGE  # in its second half
     ask(books, child, messages.Unmap(1, own, PAGE))
-    assert ask(books, child, messages.Adopt(1, parent.secret, [(own, PAGE), (wide, 2 * PAGE)])) == [True, False]
+    assert ask(books, child, messages.Adopt(1, parent.secret, inherited(parent, own, wide))) == [True, False]
 
 
 def test_what_is_inherited_counts_beside_what_is_on_its_way(books: Books) -> None:
     parent, child = books.admit(1, 0), books.admit(2, 0)
-    places = [(mapped(books, parent), PAGE), (mapped(books, parent), PAGE)]
+    places = inherited(parent, mapped(books, parent), mapped(books, parent))
     child.coming = books.limits.mappings - 1
     assert ask(books, child, messages.Adopt(1, parent.secret, places)) == [True, False]
