@@ -25,7 +25,7 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
-from realmap.wire.messages import MAX_ANSWER, MAX_MESSAGE
+from realmap.wire.messages import DONE, MAX_ANSWER, MAX_MESSAGE
 
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
@@ -184,15 +184,18 @@ class Dispatch:
             self._bound(call, time.monotonic())
         process.calls += 1
         relay = self._relay
+        away = relay.away
         serial = relay.serial = relay.serial + 1
-        relay.away[serial] = (connection, call, syscall, request, buffers)
+        away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
-        if relay.away.pop(serial, None) is None:
+        try:
+            del away[serial]
+        except KeyError:
             self._come_late(serial, process, request, answer)
         process.calls -= 1
-        if answer[1] != messages.DONE:
+        if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
             buffer.end(pinned=False)
