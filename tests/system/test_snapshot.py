@@ -128,7 +128,6 @@ def test_one_of_another_version_is_refused_in_a_line(books: object) -> None:
 
 
 def test_logging_is_structured_and_left_to_the_program(caplog: pytest.LogCaptureFixture) -> None:
-    assert not logging.getLogger("realmap").handlers, "so a warning goes to stderr where it configures nothing"
     with caplog.at_level(logging.INFO, "realmap"), Kernel(syscalls=syscalls.ALL) as kernel:
         with realmap.connect(kernel.path):
             pass
