@@ -1,7 +1,7 @@
 """What a kernel has to say besides its answers, through the standard `logging`: the logger "realmap".
 
-Where the program configures no logging, only what its author has to know ("realmap.urgent") goes to stderr: of the rest a
-hostile peer could make any amount.
+Where the program configures no logging, only what its author has to know ("realmap.urgent") goes to stderr: of the rest
+a hostile peer could make any amount.
 
 Records about a user process carry `user` (its number in the books) and `user_pid`, those about a call `syscall`.
 """
