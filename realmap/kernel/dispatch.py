@@ -25,8 +25,12 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
+<<<<<<< HEAD
 from realmap.wire.messages import MAX_ANSWER, MAX_MESSAGE
 from realmap.wire.status import CALLER, Page
+=======
+from realmap.wire.messages import DONE, MAX_ANSWER, MAX_MESSAGE
+>>>>>>> loop
 
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
@@ -190,20 +194,27 @@ class Dispatch:
         if books.limits.seconds is not None:
             self._bound(call, time.monotonic())
         process.calls += 1
+<<<<<<< HEAD
         page, relay = self._page, self._relay
         if page.named is not syscall.label:
             page.name(syscall.label)
         page.words[CALLER] = process.pid
+=======
+        relay = self._relay
+        away = relay.away
+>>>>>>> loop
         serial = relay.serial = relay.serial + 1
-        relay.away[serial] = (connection, call, syscall, request, buffers)
+        away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
-        if relay.away.pop(serial, None) is None:
+        try:
+            del away[serial]
+        except KeyError:
             self._come_late(serial, process, request, answer)
         page.words[CALLER] = 0
         process.calls -= 1
-        if answer[1] != messages.DONE:
+        if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
             buffer.end(pinned=False)

@@ -39,7 +39,7 @@ from realmap.kernel.dispatch import Away, Dispatch
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.limits import Limits
 from realmap.kernel.listener import Listener
-from realmap.kernel.logs import log
+from realmap.kernel.logs import log, urgent
 from realmap.kernel.loop import Loop
 from realmap.kernel.registry import registry
 from realmap.kernel.snapshots import Snapshots
@@ -218,7 +218,7 @@ class Kernel:
                 self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)
         except Exception as error:
             self._error = error
-            log.error("the kernel ends: %s", error, exc_info=not isinstance(error, KernelError))
+            urgent.error("the kernel ends: %s", error, exc_info=not isinstance(error, KernelError))
         self._close()
 
     def _have_standby(self) -> None:

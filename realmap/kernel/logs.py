@@ -1,6 +1,7 @@
 """What a kernel has to say besides its answers, through the standard `logging`: the logger "realmap".
 
-Where the program configures no logging, warnings go to stderr, as `logging` has it.
+Where the program configures no logging, only what its author has to know ("realmap.urgent") goes to stderr: of the rest
+a hostile peer could make any amount.
 
 Records about a user process carry `user` (its number in the books) and `user_pid`, those about a call `syscall`.
 """
@@ -15,6 +16,20 @@ LEVELS = ("debug", "info", "warning", "error")
 VARIABLE = "REALMAP_LOG"
 
 log = logging.getLogger("realmap")
+#: A handler that does not come back; an end that nobody asked for.
+urgent = log.getChild("urgent")
+
+
+class _Unconfigured(logging.Handler):
+    """Is asked first, and speaks where nobody else would."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """To stderr, if it is urgent."""
+        if record.name == urgent.name and log.handlers == [self] and not logging.root.handlers and logging.lastResort:
+            logging.lastResort.handle(record)
+
+
+log.addHandler(_Unconfigured())
 
 
 def to_stderr(level: str) -> None:

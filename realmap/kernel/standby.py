@@ -1,10 +1,10 @@
 """`Relay`: one thread has the loop, another one stands by, to take it from a handler that does not come back.
 
-    the owner     away[serial] = its call ──▶ the handler … ──▶ away.pop(serial): still there, it goes on
+    the owner     away[serial] = its call ──▶ the handler … ──▶ del away[serial]: it was still there, so it goes on
     the standby   looks every 10 ms: the same serial three times ──▶ away.pop(serial): now it has the loop
-    the late one  returns, finds nothing to pop, posts its answer, raises `Lost`; and is the next standby
+    the late one  returns, finds nothing there, posts its answer, raises `Lost`; and is the next standby
 
-Whoever pops the serial has the loop: a dict's pop is one step under the GIL, so there is always exactly one.
+Whoever takes the serial out has the loop. That is one step of a dict under the GIL, so there is always exactly one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from realmap.errors import SyscallTimeout
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
 from realmap.kernel.dispatch import Dispatch
-from realmap.kernel.logs import log
+from realmap.kernel.logs import urgent
 from realmap.kernel.loop import Loop
 from realmap.kernel.syscalls import Running, run
 
@@ -83,7 +83,7 @@ def _report(calls: list[Running], now: float) -> None:
     count = f"{len(calls)} calls of the syscall" if len(calls) > 1 else "the syscall"
     hint = "" if first.syscall.blocking else "; declare it blocking=True"
     age = now - (first.began or now)
-    log.warning(
+    urgent.warning(
         "%s %r of %r: at work for %.0f s%s\n%s",
         count,
         first.name,

@@ -204,10 +204,9 @@ class Beside:
             length += self.rng.randrange(3 * PAGE)  # into the next mapping, or a hole
         address = place.address + offset
         parts = person.parts(address, length)
-        buffer = UserBuffer(address, length)
         self.what = f"a buffer of {length} bytes at {address:#x}"
         with self.right(None if isinstance(parts, list) else parts):
-            buffer.resolve(person.real, self.books.memory, None)
+            buffer = UserBuffer(person.real, self.books.memory, None, address, length)
         assert isinstance(parts, list)
         return buffer, parts
 

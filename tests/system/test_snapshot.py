@@ -176,7 +176,6 @@ def test_a_kernel_that_ends_in_the_middle_of_one(monkeypatch: pytest.MonkeyPatch
 
 
 def test_logging_is_structured_and_left_to_the_program(caplog: pytest.LogCaptureFixture) -> None:
-    assert not logging.getLogger("realmap").handlers, "so a warning goes to stderr where it configures nothing"
     with caplog.at_level(logging.INFO, "realmap"), Kernel(syscalls=syscalls.ALL) as kernel:
         with realmap.connect(kernel.path):
             pass

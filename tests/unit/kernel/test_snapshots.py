@@ -42,7 +42,7 @@ def books() -> Iterator[Books]:
 
 
 def around() -> Around:
-    return Around(path="", alone=False, controls=0, threads=0, running=(), outbox=[])
+    return Around(path="", alone=False, controls=0, threads=0, running=(), given_up=0, outbox=[])
 
 
 def mapped(process: UserProcess, pages: int = 1, fragment: int | None = None) -> Any:
