@@ -25,12 +25,8 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
-<<<<<<< HEAD
-from realmap.wire.messages import MAX_ANSWER, MAX_MESSAGE
-from realmap.wire.status import CALLER, Page
-=======
 from realmap.wire.messages import DONE, MAX_ANSWER, MAX_MESSAGE
->>>>>>> loop
+from realmap.wire.status import CALLER, Page
 
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
@@ -194,15 +190,11 @@ class Dispatch:
         if books.limits.seconds is not None:
             self._bound(call, time.monotonic())
         process.calls += 1
-<<<<<<< HEAD
         page, relay = self._page, self._relay
         if page.named is not syscall.label:
             page.name(syscall.label)
         page.words[CALLER] = process.pid
-=======
-        relay = self._relay
         away = relay.away
->>>>>>> loop
         serial = relay.serial = relay.serial + 1
         away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:

@@ -217,20 +217,11 @@ def test_those_of_one_process_are_bounded_over_all_its_connections() -> None:
             me.close()
 
 
-def begun(kernel: KernelHandle) -> int:
-    """How many handlers have begun on a thread of their own."""
-    return sum(each.seconds is not None for each in kernel.snapshot().running)
-
-
 def test_those_of_dead_processes_are_bounded_by_their_uid() -> None:
     with realmap.boot(syscalls=stuck.ALL, limits=Limits(given_up=3)) as kernel:
         for count in range(1, 4):
             user = kernel.spawn(lambda me: me.call("wait_beside"))
-<<<<<<< HEAD
-            wait_until(lambda count=count: begun(kernel) == count)
-=======
             wait_until(lambda count=count: at_work(kernel) == count)
->>>>>>> loop
             user.kill()
             wait_until(lambda count=count: kernel.stats()["given_up"] == count)
         assert kernel.stats()["threads"] == 3
