@@ -369,12 +369,10 @@ class Model:
         private = any(place.frames is None for place, _, _ in parts)
         if any(asked & ~place.rights for place, _, _ in parts):
             return AccessDenied
-        if len(parts) == 1 and private:
+        if private:
             return InvalidMemState
         if rights not in (1, 2, 3):
             return InvalidRights if not asked else AccessDenied
-        if private:
-            return InvalidMemState
         return None if self._fits(parts, land) else VirtualMemoryExhaustion
 
     def _fits(self, parts: list[Part], land: KernelMemory) -> bool:
