@@ -49,7 +49,8 @@ def _say(report: socket.socket, value: object) -> None:
 
 
 def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which a program that a handler starts would inherit
+    forks.default_signals_in_child()
     logs.as_environment_says()
     runtime.raise_descriptor_limit()
     try:
@@ -342,7 +343,8 @@ def _start(main: Callable[..., None], *args: Any, silent: bool = False) -> tuple
     try:
         data = child.read_report(START_TIMEOUT)
         if not data:
-            raise KernelDied("", why=f"the kernel's process ended before it served (exit code {child.wait(GRACE)})")
+            how = f"exit code {child.wait(GRACE)} of {child.executable!r}"
+            raise KernelDied("", why=f"the kernel's process ended before it served ({how})")
         said = pickle.loads(data)
         if isinstance(said, BaseException):
             raise said

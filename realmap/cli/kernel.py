@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from realmap.host import runtime
+from realmap.host import forks, runtime
 from realmap.kernel import Kernel, logs
 from realmap.kernel.registry import marked
 
@@ -52,6 +52,7 @@ def kernel(
     runtime.raise_descriptor_limit()
     handlers = [handler for name in modules for handler in handlers_of(name)]
     serving = Kernel(path=path, memory_limit=memory_limit, process_limit=process_limit, syscalls=handlers)
+    forks.default_signals_in_child()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: serving.stop(wait=False))
     serving.serve(ready=lambda: click.echo(f"realmap: ready at {serving.path}"))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from typing import Protocol
 
 from realmap.host.signals import Living
@@ -25,6 +27,31 @@ _things: Living[LostInChild] = Living()
 def lose_in_child(thing: LostInChild) -> None:
     """Has `thing.lose()` called in every forked child, for as long as it lives."""
     _things.add(thing)
+
+
+def default_signals_in_child() -> None:
+    """In every forked child from now on, what ends this process (SIGTERM, Ctrl-C) does what it does anywhere."""
+    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=_default_signals)
+
+
+_ENDING = {signal.SIGINT, signal.SIGTERM}
+_mask = threading.local()
+
+
+def _hold_signals() -> None:
+    """One that is sent to the child before it has its own handlers would be the parent's handler's, or lost."""
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+
+
+def _let_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _default_signals() -> None:
+    signal.set_wakeup_fd(-1)  # it belongs to the parent's loop
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_signals()
 
 
 def _after_fork() -> None:

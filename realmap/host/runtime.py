@@ -1,9 +1,12 @@
 """The directory of realmap's sockets, locks and name markers, and sweeping what the dead left there.
 
-$XDG_RUNTIME_DIR/realmap/  or  /tmp/realmap-UID/          0700, owned by this user
-    PID.START.N.sock       a kernel's socket
-    PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives
-    names/NAME             a segment that has a name: who made it, and its inode
+/dev/shm/realmap-UID/  or  $REALMAP_DIR    0700, owned by this user
+    NS.PID.START.N.sock       a kernel's socket
+    NS.PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives
+    names/NAME                a segment that has a name: who made it, and its inode
+
+Where the segments are: whoever could share them finds the kernel, too. TMPDIR and XDG_RUNTIME_DIR differ between a
+login, a batch job and a cron job of one user, may be longer than a socket's path, and are cleaned by others.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import os
 import resource
 import socket
 import stat
-import tempfile
 from pathlib import Path
 
 from realmap.errors import AccessDenied, InvalidHandle
 from realmap.host import files, forks, liveness, procfs
+from realmap.host.signals import pass_on
+from realmap.host.translate import SHM
 
+#: Another place for the directory; only programs that have the same find each other.
+VARIABLE = "REALMAP_DIR"
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
 SEGMENT_PREFIX = "realmap."
@@ -64,16 +70,23 @@ def maker_lives(text: str) -> bool:
 def directory() -> Path:
     """The private directory, made if it is not there.
 
-    AccessDenied: it is there but belongs to somebody else, or others may enter it.
+    AccessDenied: it cannot be made, belongs to somebody else, or others may enter it.
     """
-    xdg = os.environ.get("XDG_RUNTIME_DIR")
-    usable = xdg and os.path.isdir(xdg) and os.stat(xdg).st_uid == os.geteuid()
-    path = Path(xdg) / "realmap" if xdg and usable else Path(tempfile.gettempdir()) / f"realmap-{os.geteuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    seen = path.lstat()
-    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or seen.st_mode & 0o077:
-        raise AccessDenied(why=f"{path} must be a directory of yours that nobody else may enter (chmod 700)")
-    return path
+    place = os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+    try:
+        path = Path(place).absolute()
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        seen = path.lstat()
+        if stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.geteuid() and not seen.st_mode & 0o077:
+            if seen.st_mode & 0o700 != 0o700:
+                path.chmod(0o700)  # whatever the umask has taken away
+            return path
+        why = "it must be a directory of yours that nobody else may enter (chmod 700)"
+    except OSError as error:
+        pass_on(error)
+        why = error.strerror or str(error)
+    raise AccessDenied(why=f"no place for sockets at {place!r}: {why}; or set ${VARIABLE} to another path")
 
 
 def new_socket_path() -> str:
@@ -104,7 +117,10 @@ class SocketLock:
         self.path = path
         self._lock = path + ".lock"
         if len(os.fsencode(path)) > LONGEST_PATH:
-            raise InvalidHandle(path, why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows")
+            raise InvalidHandle(
+                path,
+                why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows; use a shorter one",
+            )
         if os.fsencode(path) != path.encode(errors="replace"):
             raise InvalidHandle(path, why=f"socket path {path!r} is not UTF-8, and is sent as text; use another path")
         try:
@@ -129,6 +145,7 @@ class SocketLock:
             fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fchmod(fd, 0o600)  # whatever the umask says
                 # Whoever swept the file meanwhile took it from under us: then what we locked has no name.
                 if os.path.exists(self._lock) and os.path.samestat(os.fstat(fd), os.stat(self._lock)):
                     return fd
@@ -185,9 +202,11 @@ def note_name(name: str, inode: int) -> Path:
     """Writes down that this process made the segment `name`; the marker's path."""
     folder = directory() / "names"
     folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)  # whatever the umask says
     marker = folder / name
     try:
         marker.write_text(f"{stamp()}.{inode}")
+        marker.chmod(0o600)
     except OSError:
         with contextlib.suppress(OSError):
             marker.unlink(missing_ok=True)
@@ -201,7 +220,7 @@ def sweep() -> list[str]:
     Never what a living process owns: a socket goes only under its lock, a segment only when its
     maker (pid and start time, in this pid namespace) is dead and its inode is the one noted.
     """
-    gone = [name for name in _orphans() if _remove(f"/dev/shm/{name}")]
+    gone = [name for name in _orphans() if _remove(f"{SHM}/{name}")]
     folder = directory()
     for lock in folder.glob("*.sock.lock"):
         if not maker_lives(lock.name):  # else it may have made its lock file, and not locked it yet
@@ -212,7 +231,7 @@ def sweep() -> list[str]:
             text = marker.read_text()
             if maker_lives(text):
                 continue
-            segment = f"/dev/shm/{marker.name}"
+            segment = f"{SHM}/{marker.name}"
             if os.path.exists(segment) and os.stat(segment).st_ino == int(text.split(".")[3]) and _remove(segment):
                 gone.append(marker.name)
             marker.unlink(missing_ok=True)
@@ -243,14 +262,14 @@ def sockets() -> list[str]:
 def unlinked_names(pid: int) -> list[str]:
     """Names in /dev/shm that `pid` is about to unlink: segments are made under one, and lose it at once."""
     with contextlib.suppress(OSError):
-        return [name for name in os.listdir("/dev/shm") if maker_of(name) == pid and _is_ours(name)]
+        return [name for name in os.listdir(SHM) if maker_of(name) == pid and _is_ours(name)]
     return []
 
 
 def _is_ours(name: str) -> bool:
     """Whether a name in /dev/shm is of this user: what others put there is theirs."""
     try:
-        return os.stat(f"/dev/shm/{name}", follow_symlinks=False).st_uid == os.geteuid()
+        return os.stat(f"{SHM}/{name}", follow_symlinks=False).st_uid == os.geteuid()
     except OSError:
         return False
 
@@ -268,7 +287,7 @@ def maker_of(name: str) -> int:
 def _orphans() -> list[str]:
     """Names in /dev/shm between shm_open and shm_unlink of somebody who died there."""
     try:
-        names = os.listdir("/dev/shm")
+        names = os.listdir(SHM)
     except OSError:
         return []
     ours = [name for name in names if name.startswith(SEGMENT_PREFIX)]

@@ -111,6 +111,8 @@ class Segment:
                 self.fd = made[0].fd
                 status = os.fstat(self.fd)
                 self.device, self.inode = status.st_dev, status.st_ino
+                if status.st_mode & 0o600 != 0o600:  # by the umask: nobody could open it anew
+                    os.fchmod(self.fd, 0o600)
                 if name is not None:
                     self._take_name(own, name)
             finally:

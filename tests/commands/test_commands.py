@@ -222,13 +222,13 @@ def test_output_to_a_closed_pipe(files: list[str]) -> None:
 @pytest.fixture
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelHandle]:
     """A kernel in the private directory of this test alone (a short path: a socket's has 107 bytes at most)."""
-    before = os.environ["XDG_RUNTIME_DIR"]
-    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("k"))
+    before = os.environ["REALMAP_DIR"]
+    os.environ["REALMAP_DIR"] = str(tmp_path_factory.mktemp("k"))
     try:
         with boot(syscalls=syscalls.ALL) as kernel:
             yield kernel
     finally:
-        os.environ["XDG_RUNTIME_DIR"] = before
+        os.environ["REALMAP_DIR"] = before
 
 
 @pytest.mark.parametrize("how", ["option", "variable", "only one"])
