@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from realmap._core import Ring, SpinBudget, fall_asleep, spin, wake_up
+from realmap._core import Lock, Ring, SpinBudget, fall_asleep, spin, wake_up
 from realmap.host import files
 from realmap.kernel.logs import log
 
@@ -33,7 +33,7 @@ class Loop:
         self._posted: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Handler] = {}
         self._wake = -1
-        self._wake_lock = threading.RLock()
+        self._wake_lock = Lock()
         #: Whether it is to end, or has.
         self.ending = False
         #: The thread that runs it.
