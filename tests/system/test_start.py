@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BOUND, wait_until
+from conftest import BOUND, ROOT, wait_until
 
 import realmap
 from realmap.host import runtime
@@ -214,3 +215,34 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+# ---- a checkout ----------------------------------------------------------------------------------
+
+
+def copied(to: Path) -> Path:
+    """A checkout as it is when cloned."""
+    ignored = ".git", ".venv*", "*.so", "*.egg-info", "build", "dist", ".*_cache", "__pycache__", ".hypothesis"
+    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(*ignored))
+    return to
+
+
+def test_an_import_from_a_checkout_that_was_not_built_says_what_to_do(tmp_path: Path) -> None:
+    made = copied(tmp_path / "checkout")
+    done = run("import realmap", cwd=made)
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: realmap is not built in {made}: ") and f"pip install -e {made}" in said
+    assert done.stderr.count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_the_demo_of_a_fresh_checkout_installs_little_and_says_what_it_does(tmp_path: Path) -> None:
+    made = copied(tmp_path / "checkout")
+    first = subprocess.run([made / "tools" / "demo"], capture_output=True, text=True, timeout=10 * BOUND)
+    assert first.returncode == 0, first.stderr
+    steps = [line for line in first.stderr.splitlines() if line.startswith("tools/setup: ")]
+    assert [step.split()[1] for step in steps] == ["making", "building", "done"]
+    megabytes = sum(path.lstat().st_blocks for path in (made / ".venv").rglob("*")) * 512 >> 20
+    assert megabytes < 60
+    again = subprocess.run([made / "tools" / "demo"], capture_output=True, text=True, timeout=BOUND)
+    assert (again.returncode, again.stderr) == (0, "")
