@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import threading
+import warnings
 from typing import Protocol
 
 from realmap.host.signals import Living
@@ -27,6 +28,12 @@ _things: Living[LostInChild] = Living()
 def lose_in_child(thing: LostInChild) -> None:
     """Has `thing.lose()` called in every forked child, for as long as it lives."""
     _things.add(thing)
+
+
+def fork() -> int:
+    """As os.fork, beside threads whose locks the child has no use for: from 3.15 on Python warns of any."""
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        return os.fork()
 
 
 def default_signals_in_child() -> None:

@@ -35,7 +35,8 @@ from realmap.host import files, liveness
 from realmap.host.signals import pass_on
 
 # Only builtin modules are imported before sys.path is the booter's: a file in the working
-# directory that is named like one of the standard library must not be picked up.
+# directory that is named like one of the standard library must not be picked up. Its own comes behind: a frozen
+# program's has nothing for a Python that it named.
 _BOOTSTRAP = (
     "import sys, marshal, posix, _signal\n"
     "_signal.pthread_sigmask(_signal.SIG_SETMASK, ())\n"
@@ -44,7 +45,8 @@ _BOOTSTRAP = (
     "    more = posix.read(fd, size - len(data))\n"
     "    if not more: posix._exit(1)\n"
     "    data += more\n"
-    "sys.path[:] = marshal.loads(data)\n"
+    "theirs = marshal.loads(data)\n"
+    "sys.path[:] = theirs + [each for each in sys.path if each and each not in theirs]\n"
     "from realmap.host.interpreter import _main\n"
     "_main(fd, int(sys.argv[3]))\n"
 )

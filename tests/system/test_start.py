@@ -135,6 +135,19 @@ def test_blocks_are_found_whatever_the_environment_says(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("b'abc'\n" * 3, "")
 
 
+def test_a_kernel_in_the_usual_place_has_clean_books() -> None:
+    """Its lock lies on the file system of the segments, and is none."""
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("REALMAP")}
+    text = """
+        import os, realmap
+        with realmap.boot() as kernel, kernel.connect() as me:
+            me.map(100)
+            print(os.path.dirname(kernel.path), list(kernel.audit().differences))
+    """
+    done = run(text, env=bare)
+    assert (done.stdout, done.stderr) == (f"/dev/shm/realmap-{os.geteuid()} []\n", "")
+
+
 # ---- what handlers start -------------------------------------------------------------------------
 
 
