@@ -16,6 +16,16 @@ bytes in place, and unmaps them. Frames are POSIX shared-memory segments under a
         print(me.call("sha256", buffer.slice(100, 5)))
 """
 
+from realmap import _core
+
+if getattr(_core, "__file__", None) is None:  # the folder of its C sources: a checkout that was not built
+    _checkout = __path__[0].rpartition("/")[0]
+    raise ImportError(
+        f"realmap is not built in {_checkout}: install it for this Python (python -m pip install -e {_checkout}), "
+        f"or run {_checkout}/tools/setup and use {_checkout}/.venv/bin/python",
+        name="realmap._core",
+    )
+
 from realmap import memory
 from realmap.ambient import aconnect, connect
 from realmap.errors import (

@@ -16,11 +16,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from realmap._core import Lock
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import runtime
 from realmap.kernel.logs import log
@@ -40,12 +40,12 @@ ATTEMPTS = 20
 T = TypeVar("T")
 
 _booted: KernelHandle | None = None
-_lock = threading.RLock()
+_lock = Lock()
 
 
 def _new_lock() -> None:
     global _lock
-    _lock = threading.RLock()  # another thread of the parent may have held it
+    _lock = Lock()  # another thread of the parent may have held it
 
 
 os.register_at_fork(after_in_child=_new_lock)

@@ -357,7 +357,8 @@ def _start(main: Callable[..., None], *args: Any, silent: bool = False) -> tuple
     try:
         data = child.read_report(START_TIMEOUT)
         if not data:
-            raise KernelDied("", why=f"the kernel's process ended before it served (exit code {child.wait(GRACE)})")
+            how = f"exit code {child.wait(GRACE)} of {child.executable!r}"
+            raise KernelDied("", why=f"the kernel's process ended before it served ({how})")
         said = pickle.loads(data)
         if isinstance(said, BaseException):
             raise said

@@ -111,13 +111,13 @@ def private_runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("run")
     gc.collect()
     gc.freeze()  # what the imports left is not looked through after every test
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    before = os.environ.get("REALMAP_DIR")
+    os.environ["REALMAP_DIR"] = str(folder)
     yield
     if before is None:
-        del os.environ["XDG_RUNTIME_DIR"]
+        del os.environ["REALMAP_DIR"]
     else:
-        os.environ["XDG_RUNTIME_DIR"] = before
+        os.environ["REALMAP_DIR"] = before
 
 
 @pytest.fixture

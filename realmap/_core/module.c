@@ -14,6 +14,7 @@
  *            and then what it brought; Bell: how an event loop is told.
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
  *            an export of every window it covers.
+ *   Lock     an RLock that no signal handler leaves taken; Turn: what its `with` drops.
  *   guard    a handler of SIGBUS: where a segment under a window was truncated, zero pages take the place
  *            of what is gone, and the window says so from then on.
  *
@@ -55,6 +56,7 @@
 #include "turn.c"
 #include "endpoint.c"
 #include "account.c"
+#include "lock.c"
 
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
@@ -104,6 +106,8 @@ static const struct {
     {&bell_type, &bell_spec, NULL},
     {&answer_type, &answer_spec, NULL},
     {&endpoint_type, &endpoint_spec, NULL},
+    {&turn_type, &turn_spec, NULL},
+    {&lock_type, &lock_spec, &rlock_type},
 };
 
 /* What there is once a process. -1 with an exception set; what was made by then is found the next time. */
@@ -115,6 +119,12 @@ static int set_up(void)
     if (!word_mirror && !(word_mirror = PyUnicode_InternFromString("mirror")))
         return -1;
     if (!word_mapping && !(word_mapping = PyUnicode_InternFromString("mapping")))
+        return -1;
+    PyObject *threads = PyImport_ImportModule("_thread");
+    if (threads && !rlock_type)
+        rlock_type = as_type(PyObject_GetAttrString(threads, "RLock"));
+    Py_XDECREF(threads);
+    if (!rlock_type)
         return -1;
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         PyObject *base = types[i].base ? (PyObject *)*types[i].base : NULL;
@@ -151,6 +161,9 @@ static int host_exec(PyObject *module)
 
 static PyModuleDef_Slot host_slots[] = {
     {Py_mod_exec, host_exec},
+#ifdef Py_GIL_DISABLED /* a build of its own, without the limited API */
+    {Py_mod_gil, Py_MOD_GIL_USED}, /* what is shared here is guarded by that lock: it is put on */
+#endif
     {0, NULL},
 };
 

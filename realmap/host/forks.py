@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from typing import Protocol
 
 from realmap.host.signals import Living
@@ -25,6 +26,12 @@ _things: Living[LostInChild] = Living()
 def lose_in_child(thing: LostInChild) -> None:
     """Has `thing.after_fork_in_child()` called in every forked child, for as long as it lives."""
     _things.add(thing)
+
+
+def fork() -> int:
+    """As os.fork, beside threads whose locks the child has no use for: from 3.15 on Python warns of any."""
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        return os.fork()
 
 
 def _after_fork() -> None:

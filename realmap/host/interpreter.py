@@ -2,7 +2,8 @@
 
 Not a fork and not multiprocessing: no copies of the booter's threads, locks and descriptors, and
 no `if __name__ == "__main__"` guard. The new process gets the booter's sys.path and working
-directory, functions by cloudpickle, and a pidfd of the booter that was opened before it starts. No signal is blocked
+directory, functions by cloudpickle, and a pidfd of the booter that was opened before it starts. What is started is a
+Python for certain (`executable`): a frozen program, or one that embeds Python, would start itself. No signal is blocked
 there, whatever the booter's thread blocks: a program that waits for its signals by sigwait blocks them all, and a
 process that inherits that ignores SIGTERM, and dies of a SIGBUS that it would handle.
 """
@@ -10,11 +11,13 @@ process that inherits that ignores SIGTERM, and dies of a SIGBUS that it would h
 from __future__ import annotations
 
 import contextlib
+import errno
 import marshal
 import math
 import os
 import pickle
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -22,14 +25,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import spawn
 from typing import Any
 
 import cloudpickle
 
+from realmap.errors import KernelError
 from realmap.host import files, liveness
+from realmap.host.signals import pass_on
 
 # Only builtin modules are imported before sys.path is the booter's: a file in the working
-# directory that is named like one of the standard library must not be picked up.
+# directory that is named like one of the standard library must not be picked up. Its own comes behind: a frozen
+# program's has nothing for a Python that it named.
 _BOOTSTRAP = (
     "import sys, marshal, posix, _signal\n"
     "_signal.pthread_sigmask(_signal.SIG_SETMASK, ())\n"
@@ -38,10 +45,15 @@ _BOOTSTRAP = (
     "    more = posix.read(fd, size - len(data))\n"
     "    if not more: posix._exit(1)\n"
     "    data += more\n"
-    "sys.path[:] = marshal.loads(data)\n"
+    "theirs = marshal.loads(data)\n"
+    "sys.path[:] = theirs + [each for each in sys.path if each and each not in theirs]\n"
     "from realmap.host.interpreter import _main\n"
     "_main(fd, int(sys.argv[3]))\n"
 )
+
+
+#: Of multiprocessing, unless it is told otherwise.
+_at_import = sys.executable or ""
 
 
 class Unsendable(TypeError):
@@ -78,6 +90,38 @@ def _culprit(value: Any) -> str:
     return ""
 
 
+def executable() -> str:
+    """The Python that new processes run: the one that multiprocessing was told, this one, or that of its environment.
+
+    KernelError: there is none; `sys.executable` may be empty, or the very program that runs here.
+    """
+    told = os.fsdecode(spawn.get_executable() or "")
+    own = sys.executable or ""
+    if told and told not in (own, _at_import):
+        return told
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}{sys.abiflags}"
+    beside = [os.path.join(prefix, "bin", name) for prefix in (sys.exec_prefix, sys.base_exec_prefix)]
+    frozen = {_at_import} if getattr(sys, "frozen", False) else set()
+    for path in (told, own, *beside):
+        if path not in frozen and _is_python(path):
+            return path
+    raise no_python(own, "it is this program, frozen" if own in frozen else "it is none")
+
+
+def _is_python(path: str) -> bool:
+    """Whether it is one as far as its name tells: to try would be to start whatever it is."""
+    name = os.path.basename(path).lower()
+    return ("python" in name or "pypy" in name) and os.access(path, os.X_OK)
+
+
+def no_python(path: str, why: str) -> KernelError:
+    """What to say where `path` is no Python that can be started."""
+    return KernelError(
+        why=f"cannot start a process: it needs a Python, and {path!r} will not do ({why}); "
+        "name one that has realmap by multiprocessing.set_executable(path)"
+    )
+
+
 class Child:
     """A process that this one started and will reap. `report` receives bytes from it until it closes its end."""
 
@@ -86,15 +130,18 @@ class Child:
 
         `silent`: it has no stdout and no stderr of ours, whose readers would wait for its end.
 
-        Unsendable: `function` or an argument cannot be pickled. OSError: no process could be started.
+        Unsendable: `function` or an argument cannot be pickled. KernelError: there is no Python to run it. OSError: no
+        process could be started.
         """
         payload = dumps((function, args), "what it is to run")
-        path = marshal.dumps([entry or os.getcwd() for entry in sys.path if isinstance(entry, str)])
+        path = marshal.dumps(_search_path())
+        #: The Python that runs it.
+        self.executable = executable()
         self.report, theirs = socket.socketpair()
         booter = -1
         try:
             booter = os.pidfd_open(os.getpid())
-            argv = [sys.executable, *_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), str(len(path)), str(booter)]
+            argv = [self.executable, *_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), str(len(path)), str(booter)]
             self._process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -103,8 +150,12 @@ class Child:
                 pass_fds=(theirs.fileno(), booter),
                 process_group=0,  # Ctrl-C in a terminal is for the program, not for what runs under it
             )
-        except BaseException:
+        except BaseException as error:
             files.shut(self.report)
+            if isinstance(error, OSError):
+                pass_on(error)
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC):
+                    raise no_python(self.executable, str(error.strerror)) from None
             raise
         finally:
             files.shut(theirs)
@@ -189,11 +240,22 @@ class Child:
         self._process.returncode = 0  # else its collection would warn that it still runs, and look after it
 
     def close(self) -> None:
-        """Closes the report and, if the process still runs, kills it; reaps it in any case."""
+        """Closes the report and, if the process still runs, kills it and what it has started; reaps it in any case."""
         files.shut(self.report)
         if self._owner == os.getpid():
-            self.kill()
+            if self.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, 9)
+                self.kill()  # it may have left its group
             self.wait(None)
+
+
+def _search_path() -> list[str]:
+    """`sys.path`; "" there means the working directory, which may be gone."""
+    here = []
+    with contextlib.suppress(FileNotFoundError):
+        here = [os.getcwd()]
+    return [place for entry in sys.path if isinstance(entry, str) for place in ([entry] if entry else here)]
 
 
 def _flags() -> list[str]:
@@ -209,6 +271,8 @@ def end_with(booter: int, grace: float) -> None:
     def wait() -> None:
         liveness.wait_death(booter, None)
         time.sleep(grace)  # a kernel ends by itself, and cleans up; unless a handler keeps it
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # with what its handlers have started
         os._exit(1)
 
     threading.Thread(target=wait, name="realmap-booter", daemon=True).start()

@@ -1,12 +1,16 @@
 """The directory of realmap's sockets and locks, the names of segments, and sweeping what the dead left of either.
 
-$XDG_RUNTIME_DIR/realmap/  or  /tmp/realmap-UID/          0700, owned by this user
+/dev/shm/realmap-UID/  or  $REALMAP_DIR    0700, owned by this user
     PIDNS.PID.START.N.sock       a kernel's socket
     PIDNS.PID.START.N.sock.lock  held (flock) by that kernel for as long as it lives; says who it is (`kernel_at`)
 
 /dev/shm/
     realmap.PIDNS.PID.START.N       a segment that is just being made
     realmap.PIDNS.PID.START.N.HASH  one that has another name besides, of this hash: a link to the same inode
+
+The sockets are where the segments are: whoever could share them finds the kernel, too. TMPDIR and XDG_RUNTIME_DIR
+differ between a login, a batch job and a cron job of one user, may be longer than a socket's path, and are cleaned by
+others.
 """
 
 from __future__ import annotations
@@ -19,13 +23,16 @@ import os
 import resource
 import socket
 import stat
-import tempfile
 from pathlib import Path
 
 from realmap._core import read_file
 from realmap.errors import AccessDenied, InvalidHandle
 from realmap.host import files, forks, liveness, procfs
+from realmap.host.signals import pass_on
+from realmap.host.translate import SHM
 
+#: Another place for the directory; only programs that have the same find each other.
+VARIABLE = "REALMAP_DIR"
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
 SEGMENT_PREFIX = "realmap."
@@ -83,16 +90,23 @@ def maker_lives(text: str) -> bool:
 def directory() -> Path:
     """The private directory, made if it is not there.
 
-    AccessDenied: it is there but belongs to somebody else, or others may enter it.
+    AccessDenied: it cannot be made, belongs to somebody else, or others may enter it.
     """
-    xdg = os.environ.get("XDG_RUNTIME_DIR")
-    usable = xdg and os.path.isdir(xdg) and os.stat(xdg).st_uid == os.geteuid()
-    path = Path(xdg) / "realmap" if xdg and usable else Path(tempfile.gettempdir()) / f"realmap-{os.geteuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    seen = path.lstat()
-    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or seen.st_mode & 0o077:
-        raise AccessDenied(why=f"{path} must be a directory of yours that nobody else may enter (chmod 700)")
-    return path
+    place = os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+    try:
+        path = Path(place).absolute()
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        seen = path.lstat()
+        if stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.geteuid() and not seen.st_mode & 0o077:
+            if seen.st_mode & 0o700 != 0o700:
+                path.chmod(0o700)  # whatever the umask has taken away
+            return path
+        why = "it must be a directory of yours that nobody else may enter (chmod 700)"
+    except OSError as error:
+        pass_on(error)
+        why = error.strerror or str(error)
+    raise AccessDenied(why=f"no place for sockets at {place!r}: {why}; or set ${VARIABLE} to another path")
 
 
 def new_socket_path() -> str:
@@ -123,7 +137,10 @@ class SocketLock:
         self.path = path
         self._lock = path + ".lock"
         if len(os.fsencode(path)) > LONGEST_PATH:
-            raise InvalidHandle(path, why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows")
+            raise InvalidHandle(
+                path,
+                why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows; use a shorter one",
+            )
         if os.fsencode(path) != path.encode(errors="replace"):
             raise InvalidHandle(path, why=f"socket path {path!r} is not UTF-8, and is sent as text; use another path")
         try:
@@ -148,6 +165,7 @@ class SocketLock:
             fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fchmod(fd, 0o600)  # whatever the umask says
                 # Whoever swept the file meanwhile took it from under us: then what we locked has no name.
                 if os.path.exists(self._lock) and os.path.samestat(os.fstat(fd), os.stat(self._lock)):
                     return fd
@@ -234,20 +252,20 @@ def _sweep_segment(own: str) -> list[str]:
     # Ours from here on, by a rename: only one of those who sweep at the same time can do it. It holds the inode, too.
     taken = ".".join([own_name(), *mark])
     try:
-        os.rename(f"/dev/shm/{own}", f"/dev/shm/{taken}")
+        os.rename(f"{SHM}/{own}", f"{SHM}/{taken}")
     except OSError:  # another was quicker, or it is another user's
         return []
-    inode = os.stat(f"/dev/shm/{taken}").st_ino
-    names = [name for name in (os.listdir("/dev/shm") if mark else ()) if [_hash(name)] == mark]
-    gone = [name for name in names if _inode_of(name) == inode and _remove(f"/dev/shm/{name}")]
-    _remove(f"/dev/shm/{taken}")
+    inode = os.stat(f"{SHM}/{taken}").st_ino
+    names = [name for name in (os.listdir(SHM) if mark else ()) if [_hash(name)] == mark]
+    gone = [name for name in names if _inode_of(name) == inode and _remove(f"{SHM}/{name}")]
+    _remove(f"{SHM}/{taken}")
     return gone or [own]
 
 
 def _inode_of(name: str) -> int:
     """Of a name in /dev/shm; 0 where there is none."""
     try:
-        return os.stat(f"/dev/shm/{name}", follow_symlinks=False).st_ino
+        return os.stat(f"{SHM}/{name}", follow_symlinks=False).st_ino
     except OSError:
         return 0
 
@@ -276,7 +294,7 @@ def sockets() -> list[str]:
 def own_names(pid: int) -> dict[str, int]:
     """Names in /dev/shm that `pid` made segments under, and their inodes; those without a hash it unlinks soon."""
     with contextlib.suppress(OSError):
-        names = [name for name in os.listdir("/dev/shm") if maker_of(name) == pid and _is_ours(name)]
+        names = [name for name in os.listdir(SHM) if maker_of(name) == pid and _is_ours(name)]
         return {name: _inode_of(name) for name in names}
     return {}
 
@@ -284,7 +302,7 @@ def own_names(pid: int) -> dict[str, int]:
 def _is_ours(name: str) -> bool:
     """Whether a name in /dev/shm is of this user: what others put there is theirs."""
     try:
-        return os.stat(f"/dev/shm/{name}", follow_symlinks=False).st_uid == os.geteuid()
+        return os.stat(f"{SHM}/{name}", follow_symlinks=False).st_uid == os.geteuid()
     except OSError:
         return False
 
@@ -302,7 +320,7 @@ def maker_of(name: str) -> int:
 def _orphans() -> list[str]:
     """Names in /dev/shm between shm_open and shm_unlink of somebody who died there."""
     try:
-        names = os.listdir("/dev/shm")
+        names = os.listdir(SHM)
     except OSError:
         return []
     ours = [name for name in names if name.startswith(SEGMENT_PREFIX)]

@@ -108,6 +108,8 @@ class Segment:
                     opened[self.fd] = weakref.ref(self)
                 status = os.fstat(self.fd)
                 self.device, self.inode = status.st_dev, status.st_ino
+                if status.st_mode & 0o600 != 0o600:  # by the umask: nobody could open it anew
+                    os.fchmod(self.fd, 0o600)
                 if name is not None:
                     self._take_name(name)
             finally:

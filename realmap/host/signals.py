@@ -3,10 +3,11 @@
 Python runs the handler of a signal on the main thread, between any two steps of what that is at. It may call any
 public method of ours, also the one that it came in the middle of, or raise. So this holds for all of realmap:
 
-* **A lock is an RLock**, taken by `with`: its own thread never waits for itself, and an exception never leaves it
-  taken. (`with` takes and gives back an RLock in one step, on every interpreter; between an `acquire` and the `try`
-  behind it a handler can come.) No `threading.Lock`; nor what has one inside and may be called twice on one thread:
-  `Event`, `Semaphore`, `Condition(Lock())`, `Popen.wait`. Here is `Flag` instead; `Child` waits by itself.
+* **A lock is the core's Lock**, an RLock taken by `with`: its own thread never waits for itself, and an exception never
+  leaves it taken. (From Python 3.14 on a handler can come between the taking of a plain RLock and the `with` block; on
+  every version, between an `acquire` and the `try` behind it.) No `threading.Lock`; nor what has one inside and may be
+  called twice on one thread: `Event`, `Semaphore`, `Condition(Lock())`, `Popen.wait`. Here is `Flag` instead; `Child`
+  waits by itself.
 * **What a lock guards is whole wherever a handler can come**, for it may come through the same lock: each change is
   one call of C (`dict.setdefault`, `list.append`, the core's own), or is made on something that nobody else can reach
   until it is whole, and compared before it takes effect (`KernelMemory._ask`). What has to be undone is tied to an

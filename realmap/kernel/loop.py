@@ -16,12 +16,11 @@ import heapq
 import itertools
 import os
 import select
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from realmap._core import Ring, SpinBudget, fall_asleep, spin, wake_up
+from realmap._core import Lock, Ring, SpinBudget, fall_asleep, spin, wake_up
 from realmap.host import files
 from realmap.kernel.logs import log
 from realmap.wire.status import TURN, Page
@@ -47,7 +46,7 @@ class Loop:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._wake = -1
-        self._wake_lock = threading.RLock()
+        self._wake_lock = Lock()
         #: Whether it is to end, or has.
         self.ending = False
         #: The thread that runs it.
@@ -83,7 +82,7 @@ class Loop:
     def after_fork_in_child(self) -> None:
         """It is the parent's alone."""
         self.ending = self._is_forked = True
-        self._wake_lock = threading.RLock()  # whoever had it is not here
+        self._wake_lock = Lock()  # whoever had it is not here
         files.shut(self._epoll)
         files.close(self._wake)
         self._wake = -1

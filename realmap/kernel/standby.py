@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from realmap._core import Lock
 from realmap.kernel.loop import Lost
 
 W = TypeVar("W")
@@ -55,7 +56,7 @@ class Relay(Generic[W]):
         #: Whether the standby sleeps until somebody wakes it.
         self.parked = False
         self._bell: SimpleQueue[None] = SimpleQueue()
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._standby: threading.Thread | None = None
         self._owner: threading.Thread | None = None
         self._ended = False

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import RLock, Thread, get_native_id
+from threading import Thread, get_native_id
 
+from realmap._core import Lock
 from realmap.kernel.loop import Lost
 
 #: How much more modest a worker is than the kernel's own thread, in steps of niceness.
@@ -27,7 +28,7 @@ class Workers:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
-        self._lock = RLock()
+        self._lock = Lock()
         self._idle = 0
         self._threads = 0
         self._closed = False

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from threading import RLock
 from typing import NamedTuple, SupportsIndex, TypeVar
 
-from realmap._core import Land, Mirror
+from realmap._core import Land, Lock, Mirror
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
@@ -61,7 +60,7 @@ class KernelMemory(Land):
         #: What was copied to and from users without mapping: times, bytes.
         self.copies_in = self.bytes_in = self.copies_out = self.bytes_out = 0
         #: Of the tree, and of whoever maps by it. (realmap/host/signals.py has the rule.)
-        self._lock = RLock()
+        self._lock = Lock()
         #: The tree, while nobody is at work on it; see `_ask`.
         self._at_rest: dict[str, tuple[int, Space[int]]] = {}
         # A sixteenth of what Linux allows is left for all else: zeros in place of what was truncated, heaps, threads.

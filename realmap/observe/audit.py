@@ -247,7 +247,7 @@ def _descriptors(snapshot: Snapshot) -> list[Difference]:
     for number in os.listdir(folder):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             name = os.readlink(f"{folder}/{number}")
-            if name.startswith(f"{SHM}/"):
+            if os.path.dirname(name) == SHM:  # not what lies in the directory of sockets
                 status = os.stat(f"{folder}/{number}")
                 found[status.st_dev, status.st_ino] += 1
                 names[status.st_dev, status.st_ino] = name

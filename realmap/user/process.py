@@ -6,11 +6,11 @@ import math
 import os
 from functools import partial
 from operator import index
-from threading import RLock
 from typing import Any, Self, SupportsIndex
 
 import msgspec
 
+from realmap._core import Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
@@ -75,7 +75,7 @@ class Process:
         #: What must live as long as this does: the handle of a kernel that it was made by.
         self.keeper: object = None
         self._client = self._connect(path, timeout)
-        self._lock = RLock()
+        self._lock = Lock()
         _living.add(self)
 
     def _connect(self, path: str, timeout: float | None = None) -> Client:
@@ -135,7 +135,7 @@ class Process:
 
     def after_fork_in_child(self) -> None:
         """In a forked child: another thread of the parent may have held the lock."""
-        self._lock = RLock()
+        self._lock = Lock()
 
     # ---- memory -----------------------------------------------------------------------------
 

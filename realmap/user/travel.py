@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from threading import RLock
 from typing import TYPE_CHECKING
 
+from realmap._core import Lock
 from realmap.user.handle import Handle
 
 if TYPE_CHECKING:
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 TRANSIT = 30.0
 #: This process's connections that were made for what came by a pickle, by the path of their kernel.
 _made: dict[str, Process] = {}
-_lock = RLock()  # a signal handler may need it while its own thread has it
+_lock = Lock()  # a signal handler may need it while its own thread has it
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = RLock()  # another thread of the parent may have held it
+    _lock = Lock()  # another thread of the parent may have held it
 
 
 os.register_at_fork(after_in_child=_after_fork)

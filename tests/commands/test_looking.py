@@ -359,12 +359,12 @@ LOOKS = [("stats",), ("maps", "1")]
 @pytest.mark.parametrize("words", [("ps",), ("call", "nop")], ids=lambda each: each[0])
 def test_no_kernel_and_a_dead_socket(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("s")
-    before = os.environ["XDG_RUNTIME_DIR"]
-    os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    before = os.environ["REALMAP_DIR"]
+    os.environ["REALMAP_DIR"] = str(folder)
     try:
         assert "start one: realmap kernel" in refused(None, *words)
     finally:
-        os.environ["XDG_RUNTIME_DIR"] = before
+        os.environ["REALMAP_DIR"] = before
     path = str(folder / "dead.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)

@@ -22,7 +22,7 @@ from realmap.lab.stress import handlers, report
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "realmap", "stress", *map(str, arguments)],
+        [sys.executable, "-W", "error", "-m", "realmap", "stress", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=4 * BOUND,

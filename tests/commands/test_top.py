@@ -243,7 +243,7 @@ def test_a_kernel_that_dies_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_where_none_is_named_the_next_one_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REALMAP_DIR", str(tmp_path))
 
     async def steps(app: Top, pilot: Any) -> None:
         for _ in range(2):

@@ -32,7 +32,7 @@ sys.exit(int(sys.argv[1]))
 
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelHandle]:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REALMAP_DIR", str(tmp_path))
     monkeypatch.delenv("REALMAP_KERNEL", raising=False)
     with boot(syscalls=syscalls.ALL) as kernel:
         kernel.stats()
@@ -103,7 +103,7 @@ def test_a_kernel_that_the_command_boots_is_traced_from_beginning_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
     """However many run besides."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REALMAP_DIR", str(tmp_path))
     monkeypatch.delenv("REALMAP_KERNEL", raising=False)
     file = tmp_path / "trace.json"
     with ExitStack() as stack:
@@ -121,7 +121,7 @@ def test_a_kernel_that_the_command_boots_is_traced_from_beginning_to_end(
 
 def test_the_kernel_of_the_commands_own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`connect()` boots it, and it ends with the command: what it was told last is in the file, too."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REALMAP_DIR", str(tmp_path))
     for name in ("REALMAP_KERNEL", "REALMAP_TREE"):
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "trace.json"
@@ -134,7 +134,7 @@ def test_the_kernel_of_the_commands_own_tree(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_commands_that_boot_many_and_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REALMAP_DIR", str(tmp_path))
     monkeypatch.delenv("REALMAP_KERNEL", raising=False)
     file = tmp_path / "trace.json"
     done = realmap("trace", str(file), "--", sys.executable, "-c", OWN, "3")

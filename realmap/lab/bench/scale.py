@@ -9,6 +9,7 @@ import signal
 import time
 
 from realmap.errors import KernelError
+from realmap.host import forks
 from realmap.lab.bench.call import timed
 from realmap.lab.bench.measure import STEADY, Absent, Batch, Contender, spread
 from realmap.lab.bench.report import Figure, Spread
@@ -118,7 +119,7 @@ def _mirrors(bench: Bench) -> None:
 def crowd(me: Process, count: int) -> None:
     """`count` forked users of the kernel of `me`, which call as fast as they can until this process ends."""
     for _ in range(count):
-        if os.fork() == 0:
+        if forks.fork() == 0:
             # Also where it is stopped at that moment: the end of its parent is its end.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             try:

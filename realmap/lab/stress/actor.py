@@ -8,6 +8,7 @@ import threading
 
 from realmap.ambient import connect
 from realmap.errors import KernelError, MemoryFault, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
+from realmap.host import forks
 from realmap.lab.workload import Step, pattern
 from realmap.pages import PAGE_SIZE
 from realmap.rights import u_r, u_rw
@@ -107,7 +108,7 @@ class Actor:
 
 def _fork(path: str, seed: int) -> None:
     """A child that inherits everything and touches nothing, or becomes a process of its own; it ends by itself."""
-    child = os.fork()
+    child = forks.fork()
     if not child:
         status = 1
         try:

@@ -16,7 +16,7 @@ import psutil
 
 from realmap.ambient import connect
 from realmap.errors import KernelError, UnknownSyscall
-from realmap.host import procfs, runtime
+from realmap.host import forks, procfs, runtime
 from realmap.lab.stress import handlers, worker
 from realmap.lab.stress.report import FORM, Kind, Options, Report, Slope, Tally, percentile, slope, summed
 from realmap.memory import KERNEL_LAND
@@ -119,7 +119,7 @@ class Runner:
             each, rest = divmod(self._options.ops, self._options.users)
             left = each + (user.index < rest) - user.steps
         with _held_back():
-            pid = os.fork()
+            pid = forks.fork()
             if not pid:
                 ours.close()
                 worker.run(theirs, self._options, self._path, user.index, user.life, self._deadline, left)

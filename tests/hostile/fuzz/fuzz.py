@@ -250,7 +250,7 @@ def main() -> int:
     options = options_of(sys.argv[1:])
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="realmap-fuzz-") as folder:
-        os.environ["XDG_RUNTIME_DIR"] = folder  # names and sockets of this run lie there alone
+        os.environ["REALMAP_DIR"] = folder  # names and sockets of this run lie there alone
         run = Run(options, Path(folder))
         with run.kernel:
             run.run()

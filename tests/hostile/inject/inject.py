@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit status: 1 where anything failed, 2 where nothing can be injected here."""
     options = _options(arguments)
     with tempfile.TemporaryDirectory(prefix="hostile.") as name:
-        os.environ["XDG_RUNTIME_DIR"] = name
+        os.environ["REALMAP_DIR"] = name
         if hindrance := strace.hindrance(Path(name)):
             _say(f"nothing can be injected here: {hindrance}")
             return 2

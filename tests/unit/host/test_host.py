@@ -248,7 +248,7 @@ def test_sweeping_takes_what_the_dead_left_and_nothing_else() -> None:
 
 
 def test_the_directory_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv(runtime.VARIABLE, str(tmp_path / "here"))
     folder = runtime.directory()
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o755)
@@ -256,8 +256,27 @@ def test_the_directory_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         runtime.directory()
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(AccessDenied):
+    with pytest.raises(AccessDenied, match=f"set .{runtime.VARIABLE}"):
         runtime.directory()
+
+
+def test_there_is_one_directory_whatever_others_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(runtime.VARIABLE)
+    found = set()
+    for variable in ("TMPDIR", "XDG_RUNTIME_DIR", "HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / ("long" * 50)))
+        found.add(str(runtime.directory()))
+    assert found == {f"/dev/shm/realmap-{os.geteuid()}"}
+
+
+def test_a_directory_that_cannot_be_made_is_said_with_what_to_change(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for place, why in ((tmp_path / "missing" / "here", "No such file"), (tmp_path / "file", "a directory of yours")):
+        monkeypatch.setenv(runtime.VARIABLE, str(place))
+        with pytest.raises(AccessDenied, match=f"(?s){place}.*{why}.*REALMAP_DIR"):
+            runtime.directory()
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+/* Lock: an RLock whose `with` takes it and gives it back in one step, whatever signal handlers raise.
+ *
+ * From Python 3.14 on, `with` calls `__enter__` like any method, and handlers run between its return and the block: one
+ * that raises there would leave an RLock taken. Here `__enter__` returns a Turn, which `with` drops at once. Dropped
+ * while an exception passes by, it was that moment, and gives the lock back. */
+#include "core.h"
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *lock;
+} Turn;
+
+static PyTypeObject *rlock_type, *lock_type, *turn_type;
+
+static PyObject *lock_enter(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Turn *turn = (Turn *)(void *)((allocfunc)PyType_GetSlot(turn_type, Py_tp_alloc))(turn_type, 0);
+    if (!turn)
+        return NULL;
+    PyObject *taken = PyObject_CallMethod(op, "acquire", NULL);
+    if (taken)
+        turn->lock = Py_NewRef(op);
+    else
+        Py_CLEAR(turn);
+    Py_XDECREF(taken);
+    return (PyObject *)turn;
+}
+
+static PyObject *lock_exit(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
+{
+    return PyObject_CallMethod(op, "release", NULL);
+}
+
+static void turn_dealloc(PyObject *op)
+{
+    PyObject *lock = ((Turn *)(void *)op)->lock;
+    PyTypeObject *type = Py_TYPE(op);
+    if (lock && PyErr_Occurred()) {
+        PyObject *kind, *value, *traceback;
+        PyErr_Fetch(&kind, &value, &traceback);
+        PyObject *done = PyObject_CallMethod(lock, "release", NULL);
+        if (!done)
+            PyErr_WriteUnraisable(lock);
+        Py_XDECREF(done);
+        PyErr_Restore(kind, value, traceback);
+    }
+    Py_XDECREF(lock);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static PyMethodDef lock_methods[] = {
+    {"__enter__", lock_enter, METH_NOARGS, NULL},
+    {"__exit__", FASTCALL(lock_exit), METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot lock_slots[] = {{Py_tp_methods, lock_methods}, {0, NULL}};
+static PyType_Spec lock_spec = {"realmap._core.Lock", 0, 0, Py_TPFLAGS_DEFAULT, lock_slots};
+
+static PyType_Slot turn_slots[] = {{Py_tp_dealloc, turn_dealloc}, {0, NULL}};
+static PyType_Spec turn_spec = {"realmap._core.Turn", sizeof(Turn), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, turn_slots};
