@@ -190,8 +190,13 @@ def test_a_kernel_that_cannot_go_on_says_so_and_leaves_nothing(monkeypatch: pyte
 
     kernel = realmap.Kernel()
     before = open_descriptors()
+
+    def ready() -> None:
+        monkeypatch.setattr(kernel.loop, "_epoll", Odd(kernel.loop._epoll, poll=wait))
+        kernel.post(lambda: None)  # its thread may sleep already
+
     with pytest.raises(realmap.KernelError, match="cannot go on: Bad file descriptor"):
-        kernel.serve(ready=lambda: monkeypatch.setattr(kernel.loop, "_epoll", Odd(kernel.loop._epoll, poll=wait)))
+        kernel.serve(ready=ready)
     assert open_descriptors() == before
     assert not os.path.exists(kernel.path)
 
