@@ -146,9 +146,7 @@ class Dispatch:
                 request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
             )
         syscall.calls += 1
-        buffers: list[UserBuffer] = []
-        for address, length in places:
-            buffers.append(UserBuffer(process, books.memory, books.observer, address, length))
+        buffers = self._buffers(process, places) if places else ()
         call = Call(process, syscall.name, self._kernel)
         if syscall.blocking:
             self._call_on_worker(connection, process, syscall, call, request, buffers)
@@ -162,6 +160,18 @@ class Dispatch:
             buffer.end(pinned=False)
         self.send(connection, request.id, answer)
 
+    def _buffers(self, process: UserProcess, places: Sequence[messages.Place]) -> list[UserBuffer]:
+        """What the buffers of a call are. LimitReached: they, or the mappings that they lie in, are too many."""
+        books, found = self._books, []
+        limit = books.limits.buffers
+        if len(places) > limit:
+            why = f"a call of {len(places)} buffers; the kernel's limit (buffers) is {limit}: make several calls"
+            raise LimitReached("buffers", limit, why=why)
+        most = limit // len(places)
+        for address, length in places:
+            found.append(UserBuffer(process, books.memory, books.observer, address, length, most))
+        return found
+
     def _call_on_worker(
         self,
         connection: Connection,
@@ -171,18 +181,15 @@ class Dispatch:
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> None:
-        limit = self._books.limits.calls
-        if process.calls >= limit:
-            why = f"process {process.pid} has {limit} calls that have not ended, the kernel's limit; wait for some"
-            raise LimitReached("calls", limit, why=why)
+        size = len(memoryview(request.args))
+        process.begin_call(size)
         for buffer in buffers:
             buffer.pin()
-        process.calls += 1
         running = Running(process, syscall.name, request.id, buffers, partial(self.send, connection, request.id))
         self.running.add(running)
 
         def ended(answer: bytes | BaseException) -> None:
-            process.calls -= 1
+            process.end_call(size)
             self.running.discard(running)
             for buffer in buffers:
                 buffer.end(pinned=True)

@@ -49,6 +49,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     What was done so far: calls (and how many of them failed), mirrors made and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
+    peers = books.peers.totals()
     kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     return {
         "processes": len(books.processes),
@@ -76,6 +77,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
         "controls": around.controls,
         "descriptors": _descriptors(),
         "threads": around.threads,
+        **{name: peers[name] for name in ("connections", "half_sent", "unread", "undecoded", "orphans")},
     }
 
 
@@ -197,7 +199,8 @@ def _handle_row(shared: Shared) -> Row:
     seconds = None if shared.until is None else shared.until - time.monotonic()
     keep = min(shared.keep, FOR_EVER)
     rights = int(shared.rights)
-    return shared.label, shared.frames.serial, shared.start, shared.length, rights, maker, keep, shared.uses, seconds
+    what = shared.label, shared.frames.serial, shared.start, shared.length, rights
+    return *what, maker, keep, shared.uses, seconds, shared.uid
 
 
 def _entered(handles: Iterable[Shared], frames: dict[int, SharedFrames]) -> Iterator[Shared]:

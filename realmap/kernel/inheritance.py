@@ -46,6 +46,7 @@ class Inheritance:
     def end(self, dead: UserProcess) -> None:
         """Nobody comes for it any more: it goes."""
         self._dead.remove(dead)
+        dead.user.give_back("estates")
         dead.memory.release_all()
 
     def adopt(

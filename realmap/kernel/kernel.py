@@ -269,10 +269,16 @@ class Kernel:
             told = self.tracer.start(connection, capacity, self.dispatch.running)
             return told | {"path": self.path, "thread": self.loop.thread}
 
+        def revoke(connection: Connection, start: int) -> int:
+            if not connection.control:
+                raise AccessDenied(why="only a control connection may revoke what is nobody's")
+            return self.handles.revoke_orphans(f"{start:08x}")
+
         return {
             "stats": lambda *_: dump.stats(self.books, self._around()),
             "books": lambda *_: self.dump_books(),
             "shutdown": shutdown,
+            "revoke-orphans": revoke,
             "trace-start": trace,
             "trace-read": lambda connection, _: self.tracer.read(connection),
             "trace-stop": lambda connection, _: self.tracer.stop(connection),

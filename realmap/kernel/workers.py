@@ -99,6 +99,7 @@ class Share:
         self._limit = limit
         #: How many of its jobs are at work.
         self.running = 0
+        self._held = False
         self._waiting: deque[tuple[Job, Callable[[BaseException], None]]] = deque()
 
     @property
@@ -116,8 +117,13 @@ class Share:
         self.running -= 1
         self._start()
 
+    def hold(self, held: bool) -> None:
+        """Begins no job from now on, or does again."""
+        self._held = held
+        self._start()
+
     def _start(self) -> None:
-        while self._waiting and self.running < self._limit:
+        while self._waiting and self.running < self._limit and not self._held:
             job, failed = self._waiting.popleft()
             self.running += 1
             try:

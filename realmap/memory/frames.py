@@ -205,8 +205,13 @@ class FrameAllocator(Account):
         *,
         parent: FrameAllocator | None = None,
         segments: SupportsIndex | None = None,
+        reserved: int | None = None,
     ) -> None:
-        """InvalidSize: a negative limit. TypeError: no integer."""
+        """`reserved`: the first descriptor that no segment may have; by default that of `parent`.
+
+        InvalidSize: a negative limit. TypeError: no integer.
+        """
+        self._reserved: int = reserved or (parent._reserved if parent is not None else USIZE_MAX)
         self._limit = None if limit is None else usize(limit, "limit")
         self._segment_limit = USIZE_MAX if segments is None else usize(segments, "segments")
         self._prepare(USIZE_MAX if self._limit is None else self._limit, self._segment_limit, parent)
@@ -294,6 +299,9 @@ class FrameAllocator(Account):
             for start in range(0, size, step):
                 part = min(step, size - start)
                 made.append(Segment(part, name=name, commit=commit, huge=huge, cancelled=cancelled))
+                if made[-1].fd >= self._reserved:
+                    why = f"the kernel keeps its descriptors from {self._reserved} on for commands (its reserve)"
+                    raise PhysicalMemoryExhaustion(size, why=f"{why}; unmap some, use larger ones, or raise ulimit -n")
         except BaseException:
             for segment in made:
                 segment.close()

@@ -134,11 +134,11 @@ def test_calls(limited: Callable[..., Kernel]) -> None:
         with me.map(PAGE) as buffer:
             threads = in_threads(4, lambda: me.call("hold", "many", buffer))
             wait_until(lambda: kernel.dispatch.running and len(kernel.dispatch.running) == 4)
-            with pytest.raises(LimitReached) as caught:
-                me.call("sleep", 0)
-            assert (caught.value.what, caught.value.limit) == ("calls", 4)
-            assert me.call("nop") is None  # what does not wait is not counted
-            assert other.call("sleep", 0) == 0
+            for mine in (me, other):  # a process has one budget, however often it connects
+                with pytest.raises(LimitReached) as caught:
+                    mine.call("sleep", 0)
+                assert (caught.value.what, caught.value.limit) == ("calls", 4)
+                assert mine.call("nop") is None  # what does not wait is not counted
             for _ in threads:
                 me.call("go")
             for thread in threads:
