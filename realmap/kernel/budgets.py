@@ -42,12 +42,18 @@ class Peer:
 
     def take(self, what: str, amount: int = 1) -> None:
         """Counts so many more. LimitReached: it would have more than it may; nothing is counted then."""
+        refusal = self.would_refuse(what, amount)
+        if refusal is not None:
+            raise LimitReached(what, getattr(self._limits, what), why=refusal)
+        self.used[what] += amount
+
+    def would_refuse(self, what: str, amount: int = 1) -> str | None:
+        """Why it may not have so many more; None: it may."""
         limit, used = getattr(self._limits, what), self.used[what]
-        if used + amount > limit:
-            things, remedy = self._words[what]
-            why = f"{self._name} has {used} {things}; the kernel's limit ({what}) is {limit}: {remedy}"
-            raise LimitReached(what, limit, why=why)
-        self.used[what] = used + amount
+        if used + amount <= limit:
+            return None
+        things, remedy = self._words[what]
+        return f"{self._name} has {used} {things}; the kernel's limit ({what}) is {limit}: {remedy}"
 
     def give_back(self, what: str, amount: int = 1) -> None:
         """Counts so many less."""

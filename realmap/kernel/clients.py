@@ -59,6 +59,8 @@ class Clients:
         self._strangers: set[Connection] = set()
         #: Those that have a ring and are listened to, and their rings, in the same order.
         self._ringed: list[Connection] = []
+        #: Who had a message from its ring last: its socket waits once, or it would have two a turn.
+        self._served: Connection | None = None
         self.rings: list[Ring] = []
 
     def all(self) -> list[Connection]:
@@ -107,7 +109,9 @@ class Clients:
                 except OSError:
                     self.drop(connection)
                     return
-            if connection.backlog <= BACKLOG:
+            if connection is self._served:
+                self._served = None
+            elif connection.backlog <= BACKLOG:
                 self._receive(connection)
             self.rearm(connection)
         except Exception:
@@ -164,7 +168,7 @@ class Clients:
 
         What came by the socket comes first: where its client says so, the ring waits until the socket is empty.
         """
-        connection = self._ringed[index]
+        self._served = connection = self._ringed[index]
         ring = connection.ring
         assert ring is not None
         try:
@@ -289,6 +293,8 @@ class Clients:
         self._loop.unwatch(fd)
         self.listen_to_ring(connection, False)
         self._hear_of_forks(connection)
+        if connection is self._served:
+            self._served = None
         del self._by_fd[fd]
         self._strangers.discard(connection)
         if process is not None:

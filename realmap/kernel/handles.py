@@ -16,7 +16,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator
 
-from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize, LimitReached
+from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
@@ -241,11 +241,11 @@ class Handles:
 
     def _leave_to_uid(self, shared: Shared, process: UserProcess) -> bool:
         """It outlives its maker, on the account of the uid; False: that has too many, and it ends."""
-        try:
-            process.user.take("orphans")
-        except LimitReached as error:
-            self._end(shared, f"its maker has ended, and {error}")
+        refusal = process.user.would_refuse("orphans")
+        if refusal is not None:
+            self._end(shared, f"its maker has ended, and {refusal}")
             return False
+        process.user.take("orphans")
         shared.account.give_back("handles")
         shared.account, shared.counted = process.user, "orphans"
         return True

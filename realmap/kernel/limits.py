@@ -56,7 +56,7 @@ class Limits:
         mappings: SupportsIndex = 65_536,
         segments: SupportsIndex | None = None,
         calls: SupportsIndex = 1024,
-        handles: SupportsIndex = 16_384,
+        handles: SupportsIndex = 4096,
         running: SupportsIndex | None = None,
         seconds: float | None = None,
         connections: SupportsIndex = 256,

@@ -15,12 +15,14 @@ import msgspec
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, wait_until
+from raw_client import RawClient
 
 import realmap
 from realmap import Kernel, LimitReached, Limits, PhysicalMemoryExhaustion
 from realmap.host import procfs
 from realmap.kernel.books import Books
 from realmap.kernel.connection import BACKLOG
+from realmap.kernel.heirs import Heirs
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
 from realmap.memory import USER_LAND, KernelMemory
@@ -268,7 +270,7 @@ def test_segments_get_none_of_the_reserve() -> None:
     os.close(probe)
     resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 40, hard))
     try:
-        books = Books({}, Limits(reserve=100, segments=1000), KernelMemory(length=16 * PAGE))  # an eighth of all, at most
+        books = Books({}, Limits(reserve=100, segments=1000), KernelMemory(length=16 * PAGE))
         process = books.admit(1, 0)
         request = messages.Map(1, 40 * PAGE, int(MemoryType.HEAP), int(u_rw), PAGE, None, True)
         with pytest.raises(PhysicalMemoryExhaustion, match="reserve"):
@@ -315,3 +317,75 @@ def test_a_handle_that_nobody_could_count_is_not_made() -> None:
     assert books.peers.user(7).used["orphans"] == 1
     books.handles.clear()
     assert (books.frames.segments, books.peers.user(7).used["orphans"]) == (0, 0)
+
+
+def test_one_message_a_turn_and_what_came_by_the_socket_first() -> None:
+    """Of a client that keeps its socket and its ring full: others have their turn after each of its messages."""
+    noted: list[str] = []
+
+    @realmap.syscall
+    def note(call: realmap.Call, what: str) -> None:
+        noted.append(what)
+
+    kernel = Kernel(syscalls=[note])
+    kernel._open()
+    try:
+        clients: list[RawClient] = []
+        connecting = threading.Thread(target=lambda: clients.append(RawClient(kernel.path)))
+        connecting.start()
+        while not clients:
+            kernel.loop.attend(0.05)
+        connecting.join(BOUND)
+
+        def packed(what: str) -> bytes:
+            return msgspec.msgpack.encode(messages.Call(0, "note", [what]))  # type: ignore[arg-type]
+
+        with clients[0] as client:
+            for number in range(4):
+                client.sock.send(bytes([channel.WHOLE]) + packed(f"socket {number}"))
+            client.ring._mailed()
+            assert client.ring._push(packed("ring"))
+            for turn in range(1, 6):
+                kernel.clients.take_from_ring(0)
+                assert len(noted) == turn
+            client.sock.send(bytes([channel.WHOLE]) + packed("socket 4"))
+            assert client.ring._push(packed("ring"))
+            kernel.clients.take_from_ring(0)
+            kernel.loop.attend(0)  # it has had its turn
+            assert noted[5:] == ["ring"]
+            kernel.loop.attend(0)
+        assert noted == [*(f"socket {number}" for number in range(4)), "ring", "ring", "socket 4"]
+    finally:
+        kernel._close()
+
+
+class Elsewhere:
+    """In place of a loop and its workers: jobs are run when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+
+    def post(self, job: Callable[[], None]) -> None:
+        job()
+
+
+def test_one_search_for_all_that_have_ended_by_then() -> None:
+    books, elsewhere = Books({}, Limits(), KernelMemory(length=16 * PAGE)), Elsewhere()
+    heirs = Heirs(books, elsewhere, elsewhere)  # type: ignore[arg-type]
+    for pid in range(1, 21):
+        process = books.admit(pid, 7)
+        answer: Any = SERVICES[messages.Map](
+            books, process, messages.Map(1, PAGE, int(MemoryType.HEAP), int(u_rw), None, None, True)
+        )
+        channel.close_all(answer[1])
+        process.forked = True
+        assert books.reap(process, 0.0)
+        heirs.search(process)
+    assert (len(elsewhere.jobs), len(books.inheritance)) == (1, 20)
+    elsewhere.jobs.pop()()
+    assert (len(elsewhere.jobs), len(books.inheritance)) == (1, 19)
+    elsewhere.jobs.pop()()
+    assert (len(elsewhere.jobs), len(books.inheritance), books.frames.segments) == (0, 0, 0)
