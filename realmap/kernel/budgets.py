@@ -6,6 +6,7 @@ A peer is a pid, as Linux says it of who connected; what that leaves when it end
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 from weakref import WeakValueDictionary
 
 from realmap.errors import LimitReached
@@ -30,7 +31,7 @@ OF_USER = {
 class Peer:
     """What one of them has."""
 
-    __slots__ = ("__weakref__", "_limits", "_name", "_words", "used")
+    __slots__ = ("__weakref__", "_limits", "_name", "_words", "calls", "maps", "used")
 
     def __init__(self, name: str, words: dict[str, tuple[str, str]], limits: Limits) -> None:
         """`name`: as errors say it."""
@@ -39,6 +40,9 @@ class Peer:
         self._limits = limits
         #: How much of each, by name.
         self.used: Counter[str] = Counter()
+        #: What runs of it on worker threads, for each connection (`workers.Share`).
+        self.calls: list[Any] = []
+        self.maps: list[Any] = []
 
     def take(self, what: str, amount: int = 1) -> None:
         """Counts so many more. LimitReached: it would have more than it may; nothing is counted then."""

@@ -76,7 +76,8 @@ class Connection:
     def enter(self, process: UserProcess, pidfd: int, workers: Workers, running: int) -> None:
         """It is this process's; its pidfd is ours from now on. `running`: its share of the workers."""
         self.process, self.pidfd = process, pidfd
-        self.calls, self.maps = Share(workers, running), Share(workers, 1)
+        self.calls = Share(workers, running, self.peer.calls)
+        self.maps = Share(workers, 1, self.peer.maps)
 
     def receive(self) -> bytes | None:
         """The next message; None where nothing is there, and nothing (b"") where it is not complete yet.

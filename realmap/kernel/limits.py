@@ -13,14 +13,16 @@ class Limits:
     """How much of the kernel each process may take; what goes beyond is an error to the one who asked.
 
     `processes`: connected at a time (LimitReached). For each connection: `mappings` (VirtualMemoryExhaustion),
-    `segments` (one descriptor of the kernel each; by default half of what it may open; PhysicalMemoryExhaustion),
-    and `running`: calls that run on worker threads at a time (by default twice as many as there are CPUs, 4 at least;
-    the others wait their turn). For each call: `buffers`, and mappings that they lie in (LimitReached).
+    `segments` (one descriptor of the kernel each; by default half of what it may open; PhysicalMemoryExhaustion).
+    For each call: `buffers`, and mappings that they lie in (LimitReached).
 
     For each pid, over all its connections: `connections`, `handles`, `calls` of blocking handlers that have not ended,
-    and bytes of these (`undecoded`); beyond, LimitReached. Bytes of messages whose last part has not come
-    (`half_sent`), and of answers that it has not read (`unread`): beyond, that connection is ended, and told why. For
-    each uid: `orphans`, handles that outlive their makers, and `estates`, ended processes whose forked children may
+    and bytes of these (`undecoded`); beyond, LimitReached. `running` of these calls run on worker threads at a time
+    (by default twice as many as there are CPUs, 4 at least); the others wait their turn. Bytes of messages whose last
+    part has not come (`half_sent`), and of answers that it has not read (`unread`): beyond, that connection is ended,
+    and told why.
+
+    For each uid: `orphans`, handles that outlive their makers, and `estates`, ended processes whose forked children may
     still come for what they had: what would go beyond ends with its process. `reserve`: descriptors of the kernel's
     that neither processes nor segments get, so that commands always work (LimitReached, PhysicalMemoryExhaustion).
 

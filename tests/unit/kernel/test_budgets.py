@@ -25,6 +25,7 @@ from realmap.kernel.connection import BACKLOG
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
+from realmap.kernel.workers import Share
 from realmap.memory import USER_LAND, KernelMemory
 from realmap.observe.control import Control
 from realmap.rights import MemoryType, u_rw
@@ -131,6 +132,27 @@ def test_what_is_unread_is_bounded_for_each_client(limited: Callable[..., Kernel
         while answers < calls:
             answers += assembler.feed(client.sock.recv(channel.DATAGRAM)) is not None
         wait_until(lambda: not process.calls and not kernel.books.peers.totals()["unread"])
+
+
+def test_running_over_all_connections(limited: Callable[..., Kernel]) -> None:
+    kernel = limited(running=2)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(realmap.connect(kernel.path)) for _ in range(4)]
+        pairs = [(client, client.map(PAGE)) for client in clients]
+        threads = [threading.Thread(target=client.call, args=("hold", "all", buffer)) for client, buffer in pairs]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(kernel.dispatch.running) == 4)
+        assert sum(each.began is not None for each in kernel.dispatch.running) <= 2
+        assert kernel.workers.threads <= 2
+        for _ in threads:
+            clients[0].call("go")
+        for thread in threads:
+            thread.join(BOUND)
+        assert not any(thread.is_alive() for thread in threads)
+        wait_until(lambda: not kernel.dispatch.running)
+    peer = kernel.books.peers.process(os.getpid())
+    wait_until(lambda: not peer.calls and not peer.maps)
 
 
 def test_unread(limited: Callable[..., Kernel]) -> None:
@@ -370,6 +392,21 @@ class Elsewhere:
 
     def post(self, job: Callable[[], None]) -> None:
         job()
+
+
+def test_jobs_wait_for_those_of_their_own_process_alone() -> None:
+    elsewhere, beside, failed = Elsewhere(), [], []  # type: ignore[var-annotated]
+    one, two, other = (Share(elsewhere, 1, each) for each in (beside, beside, []))  # type: ignore[arg-type]
+    for share in (one, two, two, other):
+        share.submit(lambda: None, failed.append)
+    assert (len(elsewhere.jobs), one.running, two.running, other.running) == (2, 1, 0, 1)
+    one.ended()
+    assert (len(elsewhere.jobs), one.running, two.running) == (3, 0, 1)
+    for share in (one, two):
+        share.cancel()
+    assert (len(failed), beside) == (1, [two])
+    two.ended()
+    assert (len(elsewhere.jobs), beside) == (3, [])
 
 
 def test_one_search_for_all_that_have_ended_by_then() -> None:
