@@ -22,6 +22,8 @@ from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_ANSWER, MAX_MESSAGE
 
+#: Characters of an unknown name that its error says.
+LONGEST = 200
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
 
@@ -142,8 +144,9 @@ class Dispatch:
         syscall = books.syscalls.get(request.name)
         if syscall is None:
             known = ", ".join(sorted(books.syscalls)) or "none"
+            name = request.name[:LONGEST]
             raise UnknownSyscall(
-                request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
+                name, why=f"the kernel at {self._kernel.path} has no syscall {name!r} (it has: {known})"
             )
         syscall.calls += 1
         buffers = self._buffers(process, places) if places else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from functools import partial
 
 from realmap.host import files, liveness, procfs
@@ -14,6 +15,9 @@ from realmap.kernel.workers import Workers
 from realmap.memory.frames import SharedFrames
 from realmap.memory.lands import USER_LAND
 
+#: After a search nobody searches for so many times as long as it took, and for so many seconds at most: it takes the
+#: interpreter from whoever has the loop.
+REST, LONGEST_REST = 10, 1.0
 #: Segments by device and inode.
 Files = set[tuple[int, int]]
 
@@ -62,21 +66,26 @@ class Heirs:
                             found[pid] = pidfd, maps
             finally:
                 self._loop.post(lambda: self._end_search(has, found))
+            time.sleep(min(LONGEST_REST, REST * (time.monotonic() - began)))
+            self._loop.post(self._go_on)
 
-        self._searching = True
+        self._searching, began = True, time.monotonic()
         try:
             self._workers.submit(look)
         except RuntimeError:  # no thread: nobody is looked for
             self._end_search(has, {})
+            self._searching = False
+
+    def _go_on(self) -> None:
+        self._searching = False
+        self._start()
 
     def _end_search(self, has: dict[UserProcess, Files], found: dict[int, tuple[int, Files]]) -> None:
-        self._searching = False
         for dead, its_files in has.items():
             if dead in self._of:  # else the kernel has ended meanwhile
                 self._enter(dead, {pid: pidfd for pid, (pidfd, maps) in found.items() if maps & its_files})
         for pidfd, _ in found.values():
             files.close(pidfd)
-        self._start()
 
     def _enter(self, dead: UserProcess, found: dict[int, int]) -> None:
         heirs = self._of[dead]
