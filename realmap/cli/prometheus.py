@@ -26,6 +26,11 @@ GAUGES = [
     ("calls_running", "running", "Calls that have not ended."),
     ("control_connections", "controls", "Connections that ask and look, without being a process."),
     ("descriptors", "descriptors", "Open descriptors of the kernel's process."),
+    ("connections", "connections", "Connections of all kinds."),
+    ("half_sent_bytes", "half_sent", "Bytes of messages whose last part has not come."),
+    ("unread_bytes", "unread", "Bytes of answers that clients have not read."),
+    ("undecoded_bytes", "undecoded", "Bytes of blocking calls that have not ended."),
+    ("orphans", "orphans", "Handles that outlived their makers."),
     ("worker_threads", "threads", "Threads that run blocking handlers and take large frames."),
 ]
 COUNTERS = [
@@ -40,7 +45,7 @@ LIMITS = [
     ("limit_process_frames_bytes", "process_limit", "Bytes of frames that each process may have."),
     ("limit_kept_bytes", "lazy_unmap", "Bytes of dropped mirrors that may be kept mapped."),
     ("limit_processes", "processes", "Processes that may be connected."),
-    ("limit_handles", "handles", "Handles that there may be."),
+    ("limit_process_handles", "handles", "Handles that each process may have made."),
     ("limit_process_mappings", "mappings", "Mappings that each process may have."),
     ("limit_process_segments", "segments", "Segments that each process may have."),
     ("kernel_land_bytes", "kernel_land", "Bytes of addresses that KernelLand has."),

@@ -40,7 +40,6 @@ DONE = (
 #: What of the totals has a limit, and which.
 LIMITED = {
     "processes": "processes",
-    "handles": "handles",
     "bytes": "memory_limit",
     "kept_bytes": "lazy_unmap",
 }

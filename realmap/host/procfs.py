@@ -107,12 +107,13 @@ def smaps(pid: int, low: int = 0, high: int = 1 << 64) -> list[Resident]:
     return found
 
 
-def maps_any(pid: int, files: Container[tuple[int, int]], low: int, high: int) -> bool:
-    """Whether `pid` maps one of `files` (device, inode) within [low, high). False where it is gone, or not ours."""
+def which_it_maps(pid: int, files: Container[tuple[int, int]], low: int, high: int) -> set[tuple[int, int]]:
+    """Those of `files` (device, inode) that `pid` maps within [low, high). None where it is gone, or not ours."""
     try:
-        return any((device_number(entry.device), entry.inode) in files for entry in maps(pid, low, high) if entry.inode)
+        mapped = {(device_number(entry.device), entry.inode) for entry in maps(pid, low, high) if entry.inode}
     except (ProcessLookupError, PermissionError):
-        return False
+        return set()
+    return {each for each in mapped if each in files}
 
 
 def device_number(text: str) -> int:
@@ -124,7 +125,7 @@ def device_number(text: str) -> int:
 def who_maps(files: Container[tuple[int, int]], low: int, high: int, known: Container[int]) -> list[int]:
     """The pids, but for `known` ones, that map one of `files` (device, inode) within [low, high)."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if pid not in known and maps_any(pid, files, low, high)]
+    return [pid for pid in pids if pid not in known and which_it_maps(pid, files, low, high)]
 
 
 def obstacle(address: int, length: int) -> tuple[int, int]:

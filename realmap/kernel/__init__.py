@@ -27,7 +27,8 @@ processes     who is connected, and what each holds
 handles       what is shared between processes, and until when
 inheritance   what a process that had forked left to its children
 registry      the @syscall decorator, and the handlers by name
-limits        what each process may have at a time
+budgets       what each peer has at a time, and what a uid's ended processes left
+limits        what each may have
 observer      what is told of while somebody looks
 logs          what a kernel has to say besides
 

@@ -6,7 +6,7 @@ import os
 
 import msgspec
 
-from realmap.errors import AccessDenied, VersionMismatch
+from realmap.errors import AccessDenied, LimitReached, VersionMismatch
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
 from realmap.kernel.books import Books
@@ -44,6 +44,7 @@ class Admission:
                 connection.control = True
                 files.close(peer.pidfd)
                 return messages.Welcome(VERSION, 0, os.getpid())
+            self._require_descriptors(connection, peer.pidfd)
             process = self._books.admit(peer.pid, peer.uid)
         except BaseException:
             files.close(peer.pidfd)
@@ -52,3 +53,10 @@ class Admission:
         if self._books.observer is not None:
             self._books.observer.connected(process)
         return messages.Welcome(VERSION, process.number, os.getpid(), secret=process.secret)
+
+    def _require_descriptors(self, connection: Connection, pidfd: int) -> None:
+        limits = self._books.limits
+        first = limits.first_reserved
+        if max(connection.sock.fileno(), pidfd) >= first:
+            why = f"the kernel has {first} descriptors in use, and keeps the others for commands (reserve)"
+            raise LimitReached("descriptors", first, why=f"{why}: unmap or close some, or raise ulimit -n")

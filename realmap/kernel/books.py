@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import SupportsIndex
 
 from realmap.errors import LimitReached
+from realmap.kernel.budgets import Peers
 from realmap.kernel.handles import Handles
 from realmap.kernel.inheritance import Inheritance
 from realmap.kernel.limits import Limits
@@ -32,9 +34,10 @@ class Books:
         self.limits = limits
         #: KernelLand, and every mirror in it.
         self.memory = memory
-        self.frames = FrameAllocator(memory_limit)
+        self.frames = FrameAllocator(memory_limit, reserved=limits.first_reserved)
         #: Bytes of frames for each process; None: as many as there are.
         self.process_limit = FrameAllocator(process_limit).limit
+        self.peers = Peers(limits)
         self.processes = ProcessTable()
         self.handles = Handles()
         self.inheritance = Inheritance()
@@ -47,7 +50,7 @@ class Books:
         if len(self.processes) >= limit:
             raise LimitReached("processes", limit, why=f"the kernel serves {limit} processes already, its limit")
         frames = FrameAllocator(self.process_limit, parent=self.frames, segments=self.limits.segments_or_default)
-        return self.processes.add(pid, uid, frames)
+        return self.processes.add(pid, uid, frames, self.peers)
 
     def adopt(self, process: UserProcess, request: messages.Adopt) -> list[bool]:
         """Enters what a forked child inherited; which of that there is still."""
@@ -61,7 +64,9 @@ class Books:
         self.handles.reap(process, now)
         self.processes.remove(process)
         if process.forked and any(isinstance(mapping.frames, SharedFrames) for mapping in process.memory):
-            self.inheritance.add(process)
-            return True
+            with contextlib.suppress(LimitReached):  # its uid has too many of these: its children come too late
+                process.user.take("estates")
+                self.inheritance.add(process)
+                return True
         process.memory.release_all()
         return False

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import msgspec
 
 from realmap._core import Ring, look_over
-from realmap.errors import KernelError, ProcessKilled
+from realmap.errors import KernelError, LimitReached, ProcessKilled
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
 from realmap.kernel import syscalls
@@ -27,8 +27,8 @@ from realmap.wire.messages import FLAWS, PROTOCOL, VERSION, Forked
 from realmap.wire.ring import RingEnd
 
 Handle: TypeAlias = Callable[[Connection, messages.Request, Sequence[messages.Place]], None]
-#: So many datagrams of one client are read in a row, at most: more do not wait in a socket.
-IN_A_ROW = 512
+#: So many of a client's last words are read, at most: more do not wait in a socket or a ring, unless others go on.
+LAST_WORDS = 512
 
 
 class Clients:
@@ -53,14 +53,14 @@ class Clients:
         self._gone = gone
         #: What is done with a request, whose arguments have buffers there.
         self.handle: Handle
-        self._decoder = msgspec.msgpack.Decoder(messages.Request)
+        self._decode = msgspec.msgpack.Decoder(messages.Request).decode
         self._by_fd: dict[int, Connection] = {}
         #: Those that have not said who they are.
         self._strangers: set[Connection] = set()
-        #: Whose socket is being read to its end, before its ring.
-        self._draining: Connection | None = None
         #: Those that have a ring and are listened to, and their rings, in the same order.
         self._ringed: list[Connection] = []
+        #: Who had a message from its ring last: its socket waits once, or it would have two a turn.
+        self._served: Connection | None = None
         self.rings: list[Ring] = []
 
     def all(self) -> list[Connection]:
@@ -78,16 +78,32 @@ class Clients:
         return bool(self._strangers)
 
     def enter(self, sock: socket.socket) -> None:
-        """Somebody has connected; who cannot be listened to is turned away."""
+        """Somebody has connected; who cannot be listened to, or has too many connections, is turned away."""
+        pid, _ = liveness.credentials(sock)
         try:
-            connection = Connection(sock)
+            connection = Connection(sock, self._books.peers.process(pid))
+        except LimitReached as error:
+            with contextlib.suppress(OSError):
+                channel.send_one(sock, b"\0" + _refusal(error))
+            files.shut(sock)
+            return
+        try:
             self._loop.watch(sock.fileno(), self._on_socket)
         except OSError as error:  # nobody would ever hear of it
             log.warning("a client was turned away: %s", error.strerror)
-            files.shut(sock)
+            connection.close()
             return
         self._by_fd[sock.fileno()] = connection
         self._strangers.add(connection)
+        self._keep_room_for_commands()
+
+    def _keep_room_for_commands(self) -> None:
+        """Of the descriptors in reserve, half are the most that those have who have not said that they are commands."""
+        limits = self._books.limits
+        first = limits.first_reserved
+        inside = [each for each in self._strangers if each.sock.fileno() >= first]
+        if len(inside) > max(1, limits.reserve // 2):
+            self.drop(min(inside, key=lambda each: each.since))
 
     def _on_socket(self, fd: int) -> None:
         connection = self._by_fd[fd]
@@ -98,17 +114,38 @@ class Clients:
                 except OSError:
                     self.drop(connection)
                     return
-            if connection.backlog <= BACKLOG:
-                self._read(connection, connection.receive)
+            if connection is self._served:
+                self._served = None
+            elif connection.backlog <= BACKLOG:
+                self._receive(connection)
             self.rearm(connection)
         except Exception:
             self._fail(connection)
+
+    def _receive(self, connection: Connection) -> bool:
+        """Does what the next message by its socket asks for, where all of it is there; whether anything was."""
+        try:
+            data = connection.receive()
+        except EOFError:
+            self.drop(connection)
+            return False
+        except channel.NotAMessage as error:
+            self.expel(connection, f"it sent what is no message: {error}")
+            return False
+        except LimitReached as error:
+            self.expel(connection, str(error))
+            return False
+        if data:
+            self._take(connection, data)
+        return data is not None
 
     def rearm(self, connection: Connection) -> None:
         """Listens to a client while its backlog is small, and for it to read while there is one."""
         if connection.closed or (not connection.backlog and connection.events == select.EPOLLIN):
             return
         self.listen_to_ring(connection, connection.backlog <= BACKLOG)
+        if connection.process is not None:
+            connection.calls.hold(connection.backlog > BACKLOG)
         reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
         events = reading | (select.EPOLLOUT if connection.backlog else 0)
         if events != connection.events:
@@ -132,64 +169,55 @@ class Clients:
             del self._ringed[index], self.rings[index]
 
     def take_from_ring(self, index: int) -> None:
-        """Does what the next message of the ring of that index asks for."""
-        connection = self._ringed[index]
+        """Does what the next message of the client with the ring of that index asks for: one, and others have theirs.
+
+        What came by the socket comes first: where its client says so, the ring waits until the socket is empty.
+        """
+        self._served = connection = self._ringed[index]
         ring = connection.ring
         assert ring is not None
         try:
-            if self._read(connection, ring._pop) == b"":  # what came by the socket comes first
-                self._drain(connection)
-                if not connection.closed:
-                    self._read(connection, ring._pop)
+            if connection.behind and self._catch_up(connection):
+                return
+            try:
+                data = ring._pop()
+            except ValueError as error:
+                self.expel(connection, f"it sent what is no message: {error}")
+                return
+            if data:
+                self._take(connection, data)
+            elif data is not None:
+                connection.behind = True
+                self._catch_up(connection)
         except Exception:
             self._fail(connection)
 
-    def _drain(self, connection: Connection) -> None:
-        self._draining = connection
-        for _ in range(IN_A_ROW):
-            if self._read(connection, connection.receive) is None:
-                break
-        self._draining = None
+    def _catch_up(self, connection: Connection) -> bool:
+        """Whether there was something by the socket, or it must not be listened to any more."""
+        connection.behind = self._receive(connection)
         self.rearm(connection)
-
-    def resume(self) -> None:
-        """On a thread that has just taken the loop: ends what the one before it was in the middle of."""
-        connection = self._draining
-        if connection is not None:
-            try:
-                self._drain(connection)
-            except Exception:
-                self._fail(connection)
+        return connection.behind or connection.closed or connection.backlog > BACKLOG
 
     def _fail(self, connection: Connection) -> None:
         """A bug of ours ends one client at worst, never the kernel."""
         log.exception("the kernel failed at something", extra=_facts(connection))
         self.drop(connection)
 
-    def _read(self, connection: Connection, take: Callable[[], bytes | None]) -> bytes | None:
-        """Does what the next message asks for. None: there is none. Empty: none yet, read the socket on."""
-        if connection.closed:
-            return None
+    def _take(self, connection: Connection, data: bytes) -> None:
+        """Does what a message asks for."""
         try:
-            data = take()
-            if not data:
-                return data
             places = look_over(data)
             if places is not None and isinstance(places, int):
                 raise channel.NotAMessage(FLAWS[places])
             if connection.process is None and not connection.control:
                 self._greet(connection, data)
                 self._strangers.discard(connection)
-                return data
-            request = self._decoder.decode(data)
-        except EOFError:
-            self.drop(connection)
-            return None
+                return
+            request = self._decode(data)
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self.expel(connection, f"it sent what is no message: {error}")
-            return None
+            return
         self.handle(connection, request, places or ())
-        return data
 
     def _greet(self, connection: Connection, data: bytes) -> None:
         """Takes in who says Hello, or refuses in words. MsgspecError: it says something else."""
@@ -203,7 +231,7 @@ class Clients:
                 log.info("%r has connected", connection.process, extra=connection.process.facts)
         except KernelError as error:
             with contextlib.suppress(OSError):
-                connection.send(syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error))))
+                connection.send(_refusal(error))
             self.drop(connection)
             return
         self._welcome(connection, welcome)
@@ -240,11 +268,11 @@ class Clients:
             return
         for take in [connection.receive] if ring is None else [ring._pop, connection.receive, ring._pop]:
             with contextlib.suppress(Exception):  # EOFError, or no sound message: nothing more comes this way
-                for _ in range(IN_A_ROW):
+                for _ in range(LAST_WORDS):
                     data = take()
                     if data is None:
                         break
-                    if data and not isinstance(look_over(data), int) and isinstance(self._decoder.decode(data), Forked):
+                    if data and not isinstance(look_over(data), int) and isinstance(self._decode(data), Forked):
                         process.forked = True
 
     def drop_silent(self, before: float) -> None:
@@ -270,6 +298,8 @@ class Clients:
         self._loop.unwatch(fd)
         self.listen_to_ring(connection, False)
         self._hear_of_forks(connection)
+        if connection is self._served:
+            self._served = None
         del self._by_fd[fd]
         self._strangers.discard(connection)
         if process is not None:
@@ -284,6 +314,10 @@ class Clients:
                 self._heirs.search(process)
             if observer is not None:
                 observer.reaped(process)
+
+
+def _refusal(error: KernelError) -> bytes:
+    return syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error)))
 
 
 def _facts(connection: Connection) -> dict[str, int]:

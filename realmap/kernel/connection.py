@@ -10,8 +10,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from realmap.errors import LimitReached
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY
+from realmap.kernel.budgets import Peer
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import encode
 from realmap.kernel.workers import Share, Workers
@@ -19,7 +21,7 @@ from realmap.wire import channel
 from realmap.wire.messages import MAX_MESSAGE, Carrier
 from realmap.wire.ring import RingEnd
 
-#: A client with this much unread (bytes) is not listened to until it has read some: its own backlog bounds it.
+#: A client with this much unread (bytes) is not listened to, nor its blocking calls begun, until it has read some.
 BACKLOG = 1 << 20
 
 
@@ -28,13 +30,16 @@ class Connection:
 
     __slots__ = (
         "_assembler",
+        "_half_sent",
         "_outbox",
         "backlog",
+        "behind",
         "calls",
         "closed",
         "control",
         "events",
         "maps",
+        "peer",
         "pidfd",
         "process",
         "ring",
@@ -45,9 +50,12 @@ class Connection:
     calls: Share
     maps: Share
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer) -> None:
+        """LimitReached: the peer has as many connections as it may."""
         sock.setblocking(False)
+        peer.take("connections")
         self.sock = sock
+        self.peer = peer
         self.process: UserProcess | None = None
         self.pidfd = -1
         self.control = False
@@ -55,22 +63,27 @@ class Connection:
         self.closed = False
         #: When it came; seconds of the monotonic clock.
         self.since = time.monotonic()
+        #: Bytes that wait to be sent.
         self.backlog = 0
+        #: Whether something by the socket comes before what is in the ring.
+        self.behind = False
         #: What epoll is asked to tell of it.
         self.events = select.EPOLLIN
         self._assembler = channel.Assembler()
+        self._half_sent = 0
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
 
     def enter(self, process: UserProcess, pidfd: int, workers: Workers, running: int) -> None:
         """It is this process's; its pidfd is ours from now on. `running`: its share of the workers."""
         self.process, self.pidfd = process, pidfd
-        self.calls, self.maps = Share(workers, running), Share(workers, 1)
+        self.calls = Share(workers, running, self.peer.calls)
+        self.maps = Share(workers, 1, self.peer.maps)
 
     def receive(self) -> bytes | None:
         """The next message; None where nothing is there, and nothing (b"") where it is not complete yet.
 
-        EOFError: the peer is gone. NotAMessage: it does not speak as it should. Descriptors that it
-        sends are dropped by Linux: there is no room for them in the call.
+        EOFError: the peer is gone. NotAMessage: it does not speak as it should. LimitReached: more of what it says is
+        half sent than may be. Descriptors that it sends are dropped by Linux: there is no room for them in the call.
         """
         try:
             datagram = self.sock.recv(channel.DATAGRAM)
@@ -82,14 +95,18 @@ class Connection:
             raise EOFError(str(error)) from None
         if not datagram:
             raise EOFError("closed")
-        return self._assembler.feed(datagram) or b""
+        message = self._assembler.feed(datagram)
+        if self._assembler.size != self._half_sent:
+            self.peer.take("half_sent", self._assembler.size - self._half_sent)
+            self._half_sent = self._assembler.size
+        return message or b""
 
     def send(self, message: bytes, descriptors: Sequence[int] = (), id: int = 0, most: int = MAX_MESSAGE) -> None:
         """Sends as much as the peer takes now, and the rest when it can. InvalidSize: it is longer than `most` bytes.
 
         A short one goes by the ring, its descriptors (of answer `id`) by the socket before it. Else they
-        go with the last part; they stay the caller's (copies wait in the outbox). OSError: it is gone, or no
-        descriptors are left for copies; nothing more can be said to this client in order.
+        go with the last part; they stay the caller's (copies wait in the outbox). OSError: it is gone, no descriptors
+        are left for copies, or its process has more unread than it may; nothing more can be said to it in order.
         """
         if self._send_by_ring(message, descriptors, id) if descriptors else self.send_short(message):
             return
@@ -97,8 +114,18 @@ class Connection:
         for part in parts:
             rights = descriptors if part is parts[-1] else ()
             if self._outbox or not self._try(part, rights):
-                self._outbox.append((part, _copies(rights)))
-                self.backlog += _weight(part, rights)
+                self._wait(part, rights)
+
+    def _wait(self, part: bytes, rights: Sequence[int]) -> None:
+        """It is sent when the peer has read what comes before."""
+        weight, copies = _weight(part, rights), _copies(rights)
+        try:
+            self.peer.take("unread", weight)
+        except LimitReached as error:
+            channel.close_all(copies)
+            raise OSError(errno.ENOBUFS, str(error)) from None
+        self.backlog += weight
+        self._outbox.append((part, copies))
 
     def send_short(self, message: bytes) -> bool:
         """Sends a message without descriptors by the ring; False where it does not go that way now."""
@@ -132,11 +159,17 @@ class Connection:
         """Goes on sending what waits. OSError: the peer is gone."""
         while self._outbox and self._try(*self._outbox[0]):
             datagram, descriptors = self._outbox.popleft()
-            self.backlog -= _weight(datagram, descriptors)
+            weight = _weight(datagram, descriptors)
+            self.backlog -= weight
+            self.peer.give_back("unread", weight)
             channel.close_all(descriptors)
 
     def close(self) -> None:
         """Closes the socket; what waits, to be sent or to run, is lost. Again: nothing."""
+        if not self.closed:
+            self.peer.give_back("connections")
+            self.peer.give_back("unread", self.backlog)
+            self.peer.give_back("half_sent", self._half_sent)
         self.closed = True
         if self.pidfd >= 0:
             self.calls.cancel()

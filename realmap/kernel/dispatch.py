@@ -28,6 +28,8 @@ from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, MAX_ANSWER, MAX_MESSAGE
 from realmap.wire.status import CALLER, Page
 
+#: Characters of an unknown name that its error says.
+LONGEST = 200
 #: A service about the kernel itself, for whoever asks, with a number: what it answers.
 Ask: TypeAlias = Callable[[Connection, int], Any]
 
@@ -172,15 +174,14 @@ class Dispatch:
         syscall = books.syscalls.get(request.name)
         if syscall is None:
             known = ", ".join(sorted(books.syscalls)) or "none"
+            name = request.name[:LONGEST]
             raise UnknownSyscall(
-                request.name, why=f"the kernel at {self._kernel.path} has no syscall {request.name!r} (it has: {known})"
+                name, why=f"the kernel at {self._kernel.path} has no syscall {name!r} (it has: {known})"
             )
         syscall.calls += 1
         if self.given_up.of_pid:
             self.given_up.check(process, syscall)
-        buffers: list[UserBuffer] = []
-        for address, length in places:
-            buffers.append(UserBuffer(process, books.memory, books.observer, address, length))
+        buffers = self._buffers(process, places) if places else ()
         call = Call(process, syscall.name, self._kernel)
         if request.timeout is not None:
             call.deadline = time.monotonic() + request.timeout
@@ -268,7 +269,10 @@ class Dispatch:
 
     def _end(self, running: Running, answer: bytes | BaseException) -> None:
         """Its handler has returned, or never will begin."""
-        running.process.calls -= 1
+        if running.size is None:
+            running.process.calls -= 1
+        else:
+            running.process.end_call(running.size)
         self.running.discard(running)
         self.given_up.discard(running)
         self._page.end(running.place)
@@ -278,6 +282,18 @@ class Dispatch:
             buffer.end(pinned=True)
         running.answer(answer)
 
+    def _buffers(self, process: UserProcess, places: Sequence[messages.Place]) -> list[UserBuffer]:
+        """What the buffers of a call are. LimitReached: they, or the mappings that they lie in, are too many."""
+        books, found = self._books, []
+        limit = books.limits.buffers
+        if len(places) > limit:
+            why = f"a call of {len(places)} buffers; the kernel's limit (buffers) is {limit}: make several calls"
+            raise LimitReached("buffers", limit, why=why)
+        most = limit // len(places)
+        for address, length in places:
+            found.append(UserBuffer(process, books.memory, books.observer, address, length, most))
+        return found
+
     def _call_on_worker(
         self,
         connection: Connection,
@@ -286,12 +302,10 @@ class Dispatch:
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> None:
-        process, limit = call.process, self._books.limits.calls
-        if process.calls >= limit:
-            why = f"process {process.pid} has {limit} calls that have not ended, the kernel's limit; wait for some"
-            raise LimitReached("calls", limit, why=why)
-        process.calls += 1
+        process, size = call.process, len(memoryview(request.args))
+        process.begin_call(size)
         running = self._run_beside(connection, call, syscall, request, buffers)
+        running.size = size
 
         def end(answer: bytes) -> None:
             self._end(running, answer)

@@ -57,6 +57,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
+    peers = books.peers.totals()
     kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     return {
         "processes": len(books.processes),
@@ -86,6 +87,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
         "controls": around.controls,
         "descriptors": _descriptors(),
         "threads": around.threads,
+        **{name: peers[name] for name in ("connections", "half_sent", "unread", "undecoded", "orphans")},
     }
 
 
@@ -216,6 +218,7 @@ class Picture:
             min(keep, FOR_EVER),
             uses,
             None if until is None else until - self._now,
+            shared.uid,
         )
 
 

@@ -16,7 +16,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator
 
-from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize, LimitReached
+from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
@@ -34,7 +34,22 @@ TOKEN = 16
 class Shared:
     """What a handle stands for: `length` bytes from byte `start` of `frames` on, and what may be done there."""
 
-    __slots__ = ("frames", "holders", "keep", "kind", "length", "maker", "name", "rights", "start", "until", "uses")
+    __slots__ = (
+        "account",
+        "counted",
+        "frames",
+        "holders",
+        "keep",
+        "kind",
+        "length",
+        "maker",
+        "name",
+        "rights",
+        "start",
+        "uid",
+        "until",
+        "uses",
+    )
 
     def __init__(
         self,
@@ -57,6 +72,9 @@ class Shared:
         self.rights = rights
         #: Whose end is its end, `keep` seconds later; None: it has ended.
         self.maker: UserProcess | None = maker
+        self.uid = maker.uid
+        #: Where it is counted, and as what: its maker's; once that has ended, its uid's.
+        self.account, self.counted = maker.peer, "handles"
         self.keep = keep
         #: How often it can still be attached; None: as often as anybody likes.
         self.uses = uses
@@ -70,6 +88,11 @@ class Shared:
     def is_named(self) -> bool:
         """Whether it has a name."""
         return self.name.startswith(NAMED)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its maker has ended."""
+        return self.maker is None
 
     @property
     def label(self) -> str:
@@ -98,18 +121,15 @@ class Handles:
         """Whether any of them ends by itself."""
         return any(shared.until is not None for shared in self._by_name.values())
 
-    def share(self, process: UserProcess, request: messages.Share, limit: int, now: float) -> str:
+    def share(self, process: UserProcess, request: messages.Share, now: float) -> str:
         """Makes a handle for a range of a process's own memory; its token.
 
         InvalidAddress, InvalidSize: it is not in one mapping of the process. InvalidMemState: private memory.
-        AccessDenied: more rights than the process has. LimitReached: there are `limit` handles already.
+        AccessDenied: more rights than the process has. LimitReached: it has as many handles as it may.
         InvalidHandle: one of this name exists.
         """
         if request.name is not None and NAMED + request.name in self._by_name:
             raise InvalidHandle(request.name, why=f"memory named {request.name!r} exists already")
-        if len(self._by_name) >= limit:
-            why = f"the kernel has {limit} handles, its limit; revoke some, or limit their uses and time"
-            raise LimitReached("handles", limit, why=why)
         mapping = process.memory.mapping_at(request.address)
         if mapping is None:
             raise InvalidAddress(request.address, why="nothing is mapped there")
@@ -129,6 +149,7 @@ class Handles:
             raise InvalidSize(0, why=f"a handle is good for some time: above 0 and below {FOR_EVER:g} seconds")
         if not request.keep >= 0:
             raise InvalidSize(0, why="a handle outlives its maker by no less than 0 seconds")
+        process.peer.take("handles")
         until = None if request.seconds is None else now + request.seconds
         name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
         shared = self._by_name[name] = Shared(
@@ -144,6 +165,7 @@ class Handles:
             until,
         )
         self._of.setdefault(shared.frames.serial, set()).add(shared)
+        process.handles[shared] = None
         return name
 
     def find(self, name: str, now: float) -> Shared:
@@ -188,6 +210,7 @@ class Handles:
     def _spend(self, shared: Shared, process: UserProcess) -> None:
         if shared.is_named:
             shared.holders.add(process)
+            process.handles[shared] = None
         if shared.uses is not None:
             shared.uses -= 1
             if not shared.uses:
@@ -203,18 +226,36 @@ class Handles:
 
     def reap(self, process: UserProcess, now: float) -> None:
         """The process has ended: its handles go, at once or after the time that they were made to outlive it."""
-        for shared in list(self._by_name.values()):
-            if shared.maker is not process and process not in shared.holders:
-                continue
+        for shared in list(process.handles):
             shared.holders.discard(process)
             if shared.maker is process:
                 shared.maker = None
+                if (shared.keep or shared.holders) and not self._leave_to_uid(shared, process):
+                    continue
             if shared.maker is not None or shared.holders:
                 continue
             if not shared.keep:
                 self._end(shared, f"its maker, process {process.number}, has ended")
             elif shared.keep < FOR_EVER:
                 shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+
+    def _leave_to_uid(self, shared: Shared, process: UserProcess) -> bool:
+        """It outlives its maker, on the account of the uid; False: that has too many, and it ends."""
+        refusal = process.user.would_refuse("orphans")
+        if refusal is not None:
+            self._end(shared, f"its maker has ended, and {refusal}")
+            return False
+        process.user.take("orphans")
+        shared.account.give_back("handles")
+        shared.account, shared.counted = process.user, "orphans"
+        return True
+
+    def revoke_orphans(self, start: str) -> int:
+        """Ends those whose makers have ended, have no name, and whose token begins so; how many there were."""
+        found = [each for each in self._by_name.values() if each.is_orphan and each.name.startswith(start)]
+        for shared in found:
+            self._end(shared, "it was revoked")
+        return len(found)
 
     def unmapped(self, process: UserProcess, frames: object, now: float) -> None:
         """The process has unmapped a part of these frames. Once it has none, what it made for a time lasts as long."""
@@ -228,7 +269,7 @@ class Handles:
 
     def leave(self, process: UserProcess) -> None:
         """The process is about to end in good order: what it gave a name stays."""
-        for shared in self._by_name.values():
+        for shared in process.handles:
             if shared.maker is process and shared.is_named:
                 shared.keep = math.inf
 
@@ -244,6 +285,9 @@ class Handles:
 
     def _end(self, shared: Shared, why: str) -> None:
         del self._by_name[shared.name]
+        for process in (*shared.holders, *([shared.maker] if shared.maker else [])):
+            process.handles.pop(shared, None)
+        shared.account.give_back(shared.counted)
         same = self._of[shared.frames.serial]
         same.remove(shared)
         if not same:

@@ -213,7 +213,6 @@ class Kernel:
             if taken is not None:
                 self.dispatch.take_over(taken, before)
             self._have_standby()
-            self.clients.resume()
             with self._in_our_words():
                 self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)
         except Exception as error:
@@ -327,10 +326,16 @@ class Kernel:
             told = self.tracer.start(connection, capacity, self.dispatch.running)
             return told | {"path": self.path, "thread": self.loop.thread}
 
+        def revoke(connection: Connection, start: int) -> int:
+            if not connection.control:
+                raise AccessDenied(why="only a control connection may revoke what is nobody's")
+            return self.handles.revoke_orphans(f"{start:08x}")
+
         return {
             "stats": lambda *_: dump.stats(self.books, self._around()),
             "books": lambda connection, _: self.snapshots.begin(connection),
             "shutdown": shutdown,
+            "revoke-orphans": revoke,
             "trace-start": trace,
             "trace-read": lambda connection, _: self.tracer.read(connection),
             "trace-stop": lambda connection, _: self.tracer.stop(connection),

@@ -12,19 +12,46 @@ from realmap.pages import usize
 class Limits:
     """How much of the kernel each process may take; what goes beyond is an error to the one who asked.
 
-    `processes`: connected at a time, `handles`: in all (LimitReached). For each process: `mappings`
-    (VirtualMemoryExhaustion), `segments` (one descriptor of the kernel each; by default half of what it may
-    open; PhysicalMemoryExhaustion), `calls` that have not ended (LimitReached), of which `running` run on
-    worker threads at a time (by default twice as many as there are CPUs, 4 at least; the others wait their
-    turn). `seconds`: how long a handler may take, before its caller gets a SyscallTimeout in its place (None: for
-    ever; the handler itself goes on). `given_up`: handlers at work that nobody waits for any more, or that have lost
-    the loop; of each pid, and of the ended processes of a uid together (LimitReached). Bytes of frames are
-    `memory_limit` and `process_limit` of `boot`; bytes of a message are bounded at 16 MiB.
+    `processes`: connected at a time (LimitReached). For each connection: `mappings` (VirtualMemoryExhaustion),
+    `segments` (one descriptor of the kernel each; by default half of what it may open; PhysicalMemoryExhaustion).
+    For each call: `buffers`, and mappings that they lie in (LimitReached).
+
+    For each pid, over all its connections: `connections`, `handles`, `calls` of blocking handlers that have not ended,
+    and bytes of these (`undecoded`); beyond, LimitReached. `running` of these calls run on worker threads at a time
+    (by default twice as many as there are CPUs, 4 at least); the others wait their turn. Bytes of messages whose last
+    part has not come (`half_sent`), and of answers that it has not read (`unread`): beyond, that connection is ended,
+    and told why.
+
+    For each uid: `orphans`, handles that outlive their makers, and `estates`, ended processes whose forked children may
+    still come for what they had: what would go beyond ends with its process. `reserve`: descriptors of the kernel's
+    that neither processes nor segments get, so that commands always work (LimitReached, PhysicalMemoryExhaustion).
+
+    `seconds`: how long a handler may take, before its caller gets a SyscallTimeout in its place (None: for ever; the
+    handler itself goes on). `given_up`: handlers at work that nobody waits for any more, or that have lost the loop; of
+    each pid, and of the ended processes of a uid together (LimitReached). Bytes of frames are `memory_limit` and
+    `process_limit` of `boot`; bytes of a message are bounded at 1 MiB.
 
     InvalidSize: a negative number. ValueError: none at all, or no time. TypeError: no integer.
     """
 
-    __slots__ = ("calls", "given_up", "handles", "mappings", "processes", "running", "seconds", "segments")
+    __slots__ = (
+        "buffers",
+        "calls",
+        "connections",
+        "estates",
+        "given_up",
+        "half_sent",
+        "handles",
+        "mappings",
+        "orphans",
+        "processes",
+        "reserve",
+        "running",
+        "seconds",
+        "segments",
+        "undecoded",
+        "unread",
+    )
 
     def __init__(
         self,
@@ -33,16 +60,32 @@ class Limits:
         mappings: SupportsIndex = 65_536,
         segments: SupportsIndex | None = None,
         calls: SupportsIndex = 1024,
-        handles: SupportsIndex = 65_536,
+        handles: SupportsIndex = 4096,
         running: SupportsIndex | None = None,
         seconds: float | None = None,
         given_up: SupportsIndex = 64,
+        connections: SupportsIndex = 256,
+        half_sent: SupportsIndex = 8 << 20,
+        unread: SupportsIndex = 32 << 20,
+        undecoded: SupportsIndex = 16 << 20,
+        buffers: SupportsIndex = 1024,
+        orphans: SupportsIndex = 4096,
+        estates: SupportsIndex = 256,
+        reserve: SupportsIndex = 32,
     ) -> None:
         self.processes = _some(processes, "processes")
         self.mappings = _some(mappings, "mappings")
         self.segments = None if segments is None else _some(segments, "segments")
         self.calls = _some(calls, "calls")
         self.handles = _some(handles, "handles")
+        self.connections = _some(connections, "connections")
+        self.half_sent = _some(half_sent, "half_sent")
+        self.unread = _some(unread, "unread")
+        self.undecoded = _some(undecoded, "undecoded")
+        self.buffers = _some(buffers, "buffers")
+        self.orphans = _some(orphans, "orphans")
+        self.estates = _some(estates, "estates")
+        self.reserve = _some(reserve, "reserve")
         self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
         self.given_up = _some(given_up, "given_up")
         if seconds is not None and not seconds > 0:
@@ -53,6 +96,12 @@ class Limits:
     def segments_or_default(self) -> int:
         """`segments`; by default half of how many descriptors this process may open."""
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 if self.segments is None else self.segments
+
+    @property
+    def first_reserved(self) -> int:
+        """The lowest descriptor of the reserve, which is an eighth at most of what this process may open."""
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return most - min(self.reserve, most // 8)
 
     def __repr__(self) -> str:
         return f"Limits({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"

@@ -6,7 +6,10 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
+from realmap.errors import LimitReached
+from realmap.kernel.budgets import Peer, Peers
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.process_memory import ProcessMemory
 
@@ -18,8 +21,10 @@ class UserProcess:
     Linux says of it, `memory` its `ProcessMemory`.
     """
 
-    def __init__(self, number: int, pid: int, uid: int, frames: FrameAllocator) -> None:
+    def __init__(self, number: int, pid: int, uid: int, frames: FrameAllocator, peer: Peer, user: Peer) -> None:
         self.number = number
+        #: What it has, with all other connections of its pid; and what is left of its uid's processes that have ended.
+        self.peer, self.user = peer, user
         self.pid = pid
         self.uid = uid
         self.memory = ProcessMemory(allocator=frames, owner=f"of process {number} (pid {pid})")
@@ -29,6 +34,8 @@ class UserProcess:
         self.forked = False
         #: Calls whose handlers have not ended yet.
         self.calls = 0
+        #: The handles that it made, or that it attached by name (`handles.Shared`).
+        self.handles: dict[Any, None] = {}
         #: Mappings whose frames are still to be taken, one after the other.
         self.coming = 0
 
@@ -41,6 +48,22 @@ class UserProcess:
     def is_here(self) -> bool:
         """Whether it is this very process: case 1, its buffers are mapped in this address space."""
         return self.pid == os.getpid()
+
+    def begin_call(self, size: int) -> None:
+        """A blocking call of so many bytes is to come. LimitReached: there are too many, or too large ones."""
+        self.peer.take("calls")
+        try:
+            self.peer.take("undecoded", size)
+        except LimitReached:
+            self.peer.give_back("calls")
+            raise
+        self.calls += 1
+
+    def end_call(self, size: int) -> None:
+        """It has ended."""
+        self.calls -= 1
+        self.peer.give_back("calls")
+        self.peer.give_back("undecoded", size)
 
     def __repr__(self) -> str:
         return f"<process {self.number}, pid {self.pid}, {len(self.memory)} mappings{'' if self.alive else ', ended'}>"
@@ -59,9 +82,9 @@ class ProcessTable:
     def __iter__(self) -> Iterator[UserProcess]:
         return iter(list(self._processes.values()))
 
-    def add(self, pid: int, uid: int, frames: FrameAllocator) -> UserProcess:
+    def add(self, pid: int, uid: int, frames: FrameAllocator, peers: Peers) -> UserProcess:
         """Takes a process in."""
-        process = UserProcess(next(self._numbers), pid, uid, frames)
+        process = UserProcess(next(self._numbers), pid, uid, frames, peers.process(pid), peers.user(uid))
         self._processes[process.number] = process
         return process
 

@@ -185,7 +185,12 @@ def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
     mapping = process.memory.mapping_at(request.address)
     if mapping is None or mapping.address != request.address:
         raise InvalidAddress(request.address, why="no mapping starts there")
-    moved = process.memory.move(mapping, (max(0, request.start), max(0, request.end)))
+    start, end = request.start, request.end
+    if not 0 <= start <= end <= USIZE_MAX or start % PAGE_SIZE or end % PAGE_SIZE:
+        raise InvalidAddress(
+            start, why=f"what is in the way there is whole pages, and ends behind that, not at {end:#x}"
+        )
+    moved = process.memory.move(mapping, (start, end))
     return moved.address, []
 
 
@@ -208,7 +213,7 @@ def query(books: Books, process: UserProcess, request: messages.Query) -> Answer
 
 def share(books: Books, process: UserProcess, request: messages.Share) -> Answer:
     """A handle for memory of the process: its token."""
-    return books.handles.share(process, request, books.limits.handles, time.monotonic()), []
+    return books.handles.share(process, request, time.monotonic()), []
 
 
 def revoke(books: Books, process: UserProcess, request: messages.Revoke) -> Answer:

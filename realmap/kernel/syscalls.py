@@ -89,6 +89,8 @@ class Running:
         self.thread = 0
         #: On the status page.
         self.place = -1
+        #: Bytes of its arguments, which its peer has a budget of; None: it began as one on the loop.
+        self.size: int | None = None
         #: Whether it was told of in the log.
         self.told = False
         self.answered = False

@@ -40,11 +40,16 @@ class UserBuffer:
     _kernel: KernelMemory
 
     def __init__(
-        self, process: UserProcess, kernel: KernelMemory, observer: Observer | None, address: int, length: int
+        self,
+        process: UserProcess,
+        kernel: KernelMemory,
+        observer: Observer | None,
+        address: int,
+        length: int,
+        most: int | None = None,
     ) -> None:
-        """Finds the mappings it lies in. InvalidAddress: nothing there, or a hole. InvalidSize: no bytes.
-
-        `observer`: told of its copies.
+        """Finds the mappings it lies in, at most so many. InvalidAddress: nothing there, or a hole. InvalidSize: no
+        bytes. LimitReached: they are more. `observer`: told of its copies.
         """
         self.process = process
         self._kernel = kernel
@@ -57,7 +62,7 @@ class UserBuffer:
         if mapping is not None and 0 < length <= mapping.length - (offset := address - mapping.address):
             self._parts = [(mapping, offset, length)]  # in one mapping: the common case
         else:
-            self._parts = memory.parts(address, length)
+            self._parts = memory.parts(address, length, most)
 
     def pin(self) -> None:
         """Keeps its memory until `end`, whatever its process does."""

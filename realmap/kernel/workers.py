@@ -97,16 +97,20 @@ class Workers:
 
 
 class Share:
-    """One process's part of the workers: at most `limit` of its jobs at once, the others wait in order.
+    """One connection's part of the workers: its jobs wait in order, and nobody waits for another process's.
 
-    So nobody waits for another's jobs. Only on the kernel's thread; whose job has run says `ended` there.
+    Only on the kernel's thread; whose job has run says `ended` there.
     """
 
-    def __init__(self, workers: Workers, limit: int) -> None:
+    def __init__(self, workers: Workers, limit: int, beside: list[Share]) -> None:
+        """`beside`: those of its process's other connections; `limit` of their jobs run at once, of all together."""
         self._workers = workers
         self._limit = limit
+        self._beside = beside
+        beside.append(self)
         #: How many of its jobs are at work.
         self.running = 0
+        self._held = self._over = False
         self._waiting: deque[tuple[Job, Callable[[BaseException], None]]] = deque()
 
     @property
@@ -120,12 +124,19 @@ class Share:
         self._start()
 
     def ended(self) -> None:
-        """A job has ended: the next one may run."""
+        """A job has ended: the next one may run, of whoever has the fewest at work."""
         self.running -= 1
+        for share in sorted(self._beside, key=lambda each: each.running):
+            share._start()
+        self._leave()
+
+    def hold(self, held: bool) -> None:
+        """Begins no job from now on, or does again."""
+        self._held = held
         self._start()
 
     def _start(self) -> None:
-        while self._waiting and self.running < self._limit:
+        while self._waiting and not self._held and sum(each.running for each in self._beside) < self._limit:
             job, failed = self._waiting.popleft()
             self.running += 1
             try:
@@ -135,6 +146,12 @@ class Share:
                 failed(error)
 
     def cancel(self) -> None:
-        """What waits will not run."""
+        """What waits will not run, and nothing more will come."""
         while self._waiting:
             self._waiting.popleft()[1](RuntimeError("its process has ended"))
+        self._over = True
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._over and not self.running and self in self._beside:
+            self._beside.remove(self)

@@ -21,6 +21,8 @@ from realmap.pages import demand
 
 T = TypeVar("T")
 LEAF = 256
+#: So many obstacles are kept in mind.
+OBSTACLES = 1024
 
 
 class _Leaf(Generic[T]):
@@ -211,13 +213,19 @@ class Space(Generic[T]):
         return min(ends)
 
     def note_obstacle(self, start: int, end: int) -> None:
-        """Marks [start, end) as taken by somebody else, as far as it lies in the land."""
+        """Marks [start, end) as taken by somebody else, as far as it lies in the land; with those beside it, it is one.
+
+        Where there are too many, those before it are forgotten: they may be gone, or else are found again.
+        """
         start, end = max(start, self.tree.low), min(end, self.tree.high)
-        while (known := self._obstacles.overlap(start, end)) is not None:
+        if start >= end:
+            return
+        if len(self._obstacles) >= OBSTACLES:
+            self.drop_obstacles()
+        while (known := self._obstacles.overlap(start - 1, end + 1)) is not None:
             self._obstacles.remove(known[0])
             start, end = min(start, known[0]), max(end, known[1])
-        if start < end:
-            self._obstacles.add(start, end, (start, end))
+        self._obstacles.add(start, end, (start, end))
 
     def drop_obstacles(self) -> bool:
         """Forgets every obstacle (they may be gone); whether there were any."""

@@ -208,8 +208,13 @@ class FrameAllocator(Account):
         *,
         parent: FrameAllocator | None = None,
         segments: SupportsIndex | None = None,
+        reserved: int | None = None,
     ) -> None:
-        """InvalidSize: a negative limit. TypeError: no integer."""
+        """`reserved`: the first descriptor that no segment may have; by default that of `parent`.
+
+        InvalidSize: a negative limit. TypeError: no integer.
+        """
+        self._reserved: int = reserved or (parent._reserved if parent is not None else USIZE_MAX)
         self._limit = None if limit is None else usize(limit, "limit")
         self._segment_limit = USIZE_MAX if segments is None else usize(segments, "segments")
         #: Of it and of all that it is charged for: what is open, by a descriptor of it. What has gone is overwritten.
@@ -309,6 +314,9 @@ class FrameAllocator(Account):
                 part = min(step, size - start)
                 segment = Segment(part, name=name, commit=commit, huge=huge, cancelled=cancelled, opened=self._opened)
                 made.append(segment)
+                if segment.fd >= self._reserved:
+                    why = f"the kernel keeps its descriptors from {self._reserved} on for commands (its reserve)"
+                    raise PhysicalMemoryExhaustion(size, why=f"{why}; unmap some, use larger ones, or raise ulimit -n")
         except BaseException:
             for segment in made:
                 segment.close()

@@ -10,6 +10,7 @@ from realmap.errors import (
     InvalidAddress,
     InvalidMemState,
     InvalidSize,
+    LimitReached,
     VirtualMemoryExhaustion,
 )
 from realmap.memory.bookkeeping import Space
@@ -294,11 +295,11 @@ class ProcessMemory:
             raise InvalidAddress(at, why=f"outside of UserLand [{self.land.start:#x}, {self.land.end:#x})")
         return at
 
-    def parts(self, address: SupportsIndex, length: SupportsIndex) -> list[Part]:
+    def parts(self, address: SupportsIndex, length: SupportsIndex, most: int | None = None) -> list[Part]:
         """The mappings that [address, address + length) goes through: (mapping, offset in it, length) each, in bytes.
 
         InvalidAddress: outside of UserLand, nothing is mapped at `address`, or the range runs into a
-        hole (its first byte is named). InvalidSize: zero, negative, or it overflows.
+        hole (its first byte is named). InvalidSize: zero, negative, or it overflows. LimitReached: more than `most`.
         """
         at, size = self._inside(address), usize(length, "length")
         if not size:
@@ -312,6 +313,8 @@ class ProcessMemory:
                 raise InvalidAddress(
                     at, why="nothing is mapped there" if not found else "the buffer runs into a hole there"
                 )
+            if len(found) == most:
+                raise LimitReached("buffers", most, why=f"the buffers of a call may lie in {most} mappings each")
             offset = at - mapping.address
             inside = min(size, mapping.length - offset)
             found.append((mapping, offset, inside))

@@ -53,6 +53,14 @@ class Control:
         """The kernel's books at one moment. KernelDied: it has ended."""
         return Snapshot.ask(self._client, self._timeout)
 
+    def revoke_orphans(self) -> list[str]:
+        """Ends the handles without a name whose makers have ended; what was attached by them stays. Their labels.
+
+        KernelDied: it has ended.
+        """
+        labels = [each.name for each in self.snapshot().handles if each.maker is None and not each.is_named]
+        return [label for label in labels if self._ask("revoke-orphans", int(label[:8], 16))]
+
     def audit(self) -> AuditReport:
         """Holds the books against Linux; true as a bool where they agree. KernelDied: it has ended."""
         return audit(self.snapshot)

@@ -26,6 +26,8 @@ from realmap.wire import messages
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
 
+#: A timeout of more seconds than these is told as that.
+LONGEST = 1e9
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
 #: How much of what it inherited a forked child tells in one message.
@@ -367,7 +369,8 @@ class Process:
             raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
-        return messages.Call(self._client.next_id(), name, args, timeout)
+        seconds = None if timeout is None else float(min(timeout, LONGEST))
+        return messages.Call(self._client.next_id(), name, args, seconds)
 
     # ---- the end ----------------------------------------------------------------------------
 

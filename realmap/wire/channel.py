@@ -49,11 +49,12 @@ def datagrams(message: bytes, most: int = MAX_MESSAGE) -> list[bytes]:
 class Assembler:
     """Puts messages together from the datagrams of one peer."""
 
-    __slots__ = ("_parts", "_size")
+    __slots__ = ("_parts", "size")
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
-        self._size = 0
+        #: Bytes of a message whose last part has not come.
+        self.size = 0
 
     def feed(self, datagram: bytes) -> bytes | None:
         """The message that this datagram completes, or None. NotAMessage: it belongs to none."""
@@ -65,16 +66,16 @@ class Assembler:
         if flag == WHOLE:
             return datagram[1:]
         if flag == FIRST:
-            self._parts, self._size = [], 0
+            self._parts, self.size = [], 0
         elif flag not in (MIDDLE, LAST) or not self._parts:
             raise NotAMessage(f"a part (flag {flag}) of no message")
         self._parts.append(datagram[1:])
-        self._size += len(datagram) - 1
-        if self._size > MAX_MESSAGE:
+        self.size += len(datagram) - 1
+        if self.size > MAX_MESSAGE:
             raise NotAMessage(f"a message of more than {MAX_MESSAGE} bytes")
         if flag != LAST:
             return None
-        message, self._parts = b"".join(self._parts), []
+        message, self._parts, self.size = b"".join(self._parts), [], 0
         return message
 
 

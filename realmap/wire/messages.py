@@ -205,7 +205,6 @@ class Leave(_Request, tag=13, frozen=True):
 
 
 Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave
-
 #: How a name is written where a token may be.
 NAMED = "name:"
 

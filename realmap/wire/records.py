@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from realmap.wire.messages import NAMED
+
 RECORD = struct.Struct("=qHHI6Q")
 #: How many records may wait, by default; and the bounds of what can be asked for.
 CAPACITY = 1_000_000
@@ -93,7 +95,7 @@ class Event(NamedTuple):
 # ---- the books ----------------------------------------------------------------------------
 
 #: Raised with every change of what follows.
-FORM = 5
+FORM = 6
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):
@@ -192,7 +194,7 @@ class HandleInfo(msgspec.Struct, frozen=True):
     """A handle: the beginning of its token (not all of it: that would let one attach), and what it stands for.
 
     `maker`: the number of the process whose end is its end, `keep` seconds later; None: it has ended. `uses`,
-    `seconds`: how much is left.
+    `seconds`: how much is left. `uid`: its maker's.
     """
 
     name: str
@@ -204,6 +206,12 @@ class HandleInfo(msgspec.Struct, frozen=True):
     keep: float
     uses: int | None
     seconds: float | None
+    uid: int
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it has a name: it ends when that is unlinked."""
+        return self.name.startswith(NAMED)
 
 
 class LimitsInfo(msgspec.Struct, frozen=True):
@@ -220,6 +228,14 @@ class LimitsInfo(msgspec.Struct, frozen=True):
     process_limit: int | None
     kernel_land: int
     lazy_unmap: int
+    connections: int = 0
+    half_sent: int = 0
+    unread: int = 0
+    undecoded: int = 0
+    buffers: int = 0
+    orphans: int = 0
+    estates: int = 0
+    reserve: int = 0
 
 
 class CallInfo(msgspec.Struct, frozen=True):

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import syscalls
-from conftest import BOUND, PAGE, ROOT
+from conftest import BOUND, PAGE, ROOT, wait_until
 from terminal import on_a_terminal
 
 from realmap import KernelHandle, boot
 from realmap.errors import InvalidSize
 from realmap.lab import demo
 from realmap.observe.control import Control
+from realmap.user import names
 
 #: What an example is given where its own size only makes it long: MiB and rounds.
 SMALLER = {"big_array": ["8", "1"]}
@@ -301,6 +302,24 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
             assert other.call("nop") is None
     killed.shutdown()
     at_path.shutdown()
+
+
+def test_gc_gives_back_what_was_to_outlive_its_maker(running: KernelHandle) -> None:
+    with running.connect() as me, running.connect() as other:
+        labels = [other.share(other.map(PAGE), keep=True).token[:8] for _ in range(2)]
+        mine, name = me.share(me.map(PAGE), keep=True), f"kept-{os.getpid()}"
+        names.publish(other, other.map(PAGE), name, keep=True)
+        other.close()
+        wait_until(lambda: running.stats()["orphans"] == 3)
+        done = realmap("gc", "--orphans", "--kernel", running.path)
+        assert done.stdout == "".join(f"removed the handle {label}…\n" for label in labels)
+        assert (running.stats()["orphans"], running.stats()["handles"]) == (1, 2)
+        assert realmap("gc", "--orphans", "--kernel", running.path).stdout == "nothing was left over\n"
+        assert len(me.attach(mine)) == PAGE
+        assert len(names.attach(me, name)) == PAGE
+        names.unlink(me, name)
+        me.revoke(mine)
+    assert realmap("gc", "--orphans", "--kernel", running.path + ".none").returncode == 1
 
 
 def test_a_path_is_taken_over_from_a_killed_kernel(tmp_path: Path) -> None:

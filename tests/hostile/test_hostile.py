@@ -214,7 +214,10 @@ def test_moves_and_segments_beyond(raw: Raw) -> None:
         assert raw.ask(messages.More(2, address, first)) is None
     with pytest.raises(KernelError):
         raw.ask(messages.More(3, address, -1))
-    moved = raw.ask(Move(4, address, -(1 << 63), (1 << 64) - 1))
+    for start, end in ((-(1 << 63), (1 << 64) - PAGE), (address, address + 1), (address + PAGE, address), (1, PAGE)):
+        with pytest.raises(InvalidAddress):
+            raw.ask(Move(4, address, start, end))
+    moved = raw.ask(Move(4, address, 0, (1 << 64) - PAGE))
     assert raw.ask(Unmap(5, moved, 3 * PAGE)) is None
 
 

@@ -45,7 +45,7 @@ def reading(me: Process) -> Any:
 
 
 def test_what_the_socket_does_not_take_at_once_goes_while_another_reads(me: Process, reading: Any) -> None:
-    text = "x" * 4_000_000
+    text = "x" * 1_000_000
     assert me.call("echo", text, timeout=BOUND) == [text]
 
 

@@ -29,7 +29,9 @@ SIZE = 3 * PAGE
 
 @pytest.fixture
 def limited() -> Iterator[KernelHandle]:
-    limits = realmap.Limits(processes=7, mappings=8, segments=9, calls=10, handles=11, running=12, seconds=13.5)
+    limits = realmap.Limits(
+        processes=7, mappings=8, segments=9, calls=10, handles=11, running=12, seconds=13.5, connections=14
+    )
     options = {"memory_limit": 64 * PAGE, "process_limit": 32 * PAGE, "kernel_land": 1 << 30, "lazy_unmap": 1 << 16}
     with realmap.boot(syscalls=syscalls.ALL, limits=limits, **options) as kernel:
         yield kernel
@@ -49,6 +51,14 @@ def test_limits_are_told_as_they_are_in_force(limited: KernelHandle) -> None:
         "process_limit": 32 * PAGE,
         "kernel_land": 1 << 30,
         "lazy_unmap": 1 << 16,
+        "connections": 14,
+        "half_sent": 8 << 20,
+        "unread": 32 << 20,
+        "undecoded": 16 << 20,
+        "buffers": 1024,
+        "orphans": 4096,
+        "estates": 256,
+        "reserve": 32,
     }
     with realmap.boot() as plain:
         found = plain.snapshot().limits
@@ -113,7 +123,7 @@ def test_the_same_as_json_and_back(limited: KernelHandle) -> None:
     text = msgspec.json.encode(taken)
     assert json.loads(text)["processes"][0]["mappings"][0]["type"] == "HEAP"
     assert msgspec.json.decode(text, type=Snapshot) == taken
-    assert taken.form == FORM == 5
+    assert taken.form == FORM == 6
     assert taken.mirrors[0].parts[0].frames == taken.frames[0].serial
     assert taken.frames[0].refcount == len(taken.frames[0].holders) == 3
     assert taken.handles[0].uses == 3

@@ -94,7 +94,7 @@ def test_what_each_may_have(books: Books) -> None:
 def test_a_handle_ends_when_the_time_that_is_given_says_so(books: Books) -> None:
     one, two = books.admit(1, 0), books.admit(2, 0)
     request = messages.Share(1, mapped(books, one), PAGE, int(u_r), None, 5.0, 0.0)
-    token = books.handles.share(one, request, 2, 100.0)
+    token = books.handles.share(one, request, 100.0)
     assert books.handles.find(token, 104.9).maker is one
     with pytest.raises(AccessDenied, match="process 1 made"):
         books.handles.revoke(two, token, 104.9)

@@ -101,7 +101,7 @@ def test_a_picture_is_of_one_moment(books: Books) -> None:
         at = other.memory.find_available_space(PAGE)
         many.append(other.memory.map_partial_shared_mapping(many[0].frames, at, 0, PAGE, MemoryType.HEAP, u_rw))
     share = messages.Share(1, made[0].address, PAGE, int(u_rw), 2, 50.0, 0.0)
-    token = books.handles.share(one, share, 9, now=0.0)
+    token = books.handles.share(one, share, now=0.0)
     kept = one.memory.mirror_mapping(made[1].address, PAGE, kernel=books.memory)
     mirror = one.memory.mirror_mapping(made[2].address + 5, PAGE, kernel=books.memory)
     kept.drop()

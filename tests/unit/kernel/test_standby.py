@@ -107,7 +107,7 @@ class Watched:
         self.kernel = kernel
         for owner, name in (
             (kernel.loop, "_attend"),
-            (kernel.clients, "_read"),
+            (kernel.clients, "_take"),
             (kernel.clients, "rearm"),
             (kernel.dispatch, "handle"),
             (kernel.dispatch, "send"),
@@ -196,19 +196,21 @@ def test_a_socket_that_was_being_read_to_its_end_is_read_on_by_who_has_taken_the
             raise Lost
 
     with theirs:
-        connection = Connection(ours)
+        connection = Connection(ours, kernel.books.peers.process(os.getpid()))
         connection.process = kernel.books.admit(os.getpid(), os.getuid())
         kernel.clients.handle = handle
         for id in range(1, 6):
             theirs.send(b"\0" + msgspec.msgpack.encode(messages.Call(id, "nop", [])))
-        with pytest.raises(Lost):
-            kernel.clients._drain(connection)
-        with pytest.raises(Lost):
-            kernel.clients.resume()
+        connection.behind = True
+        for _ in range(2):
+            with pytest.raises(Lost):
+                kernel.clients._catch_up(connection)
         assert handled == [1, 2]
-        kernel.clients.resume()
+        assert connection.behind
+        for _ in range(4):
+            kernel.clients._catch_up(connection)
         assert handled == [1, 2, 3, 4, 5]
-        kernel.clients.resume()
+        assert not connection.behind
         connection.close()
     kernel.loop.close()
 
