@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import re
@@ -13,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, ROOT
+from rich.console import Console
 from terminal import on_a_terminal
 
 from realmap import KernelHandle, boot
+from realmap.cli.demo import render
 from realmap.errors import InvalidSize
 from realmap.lab import demo
 from realmap.observe.control import Control
@@ -51,6 +55,7 @@ def test_the_demo_on_given_files_as_json(files: list[str]) -> None:
     done = realmap("demo", "--json", *files)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
+    assert set(report) == {"files", "killed", "balance", "ok"}
     assert report["ok"] is True
     assert [file["path"] for file in report["files"]] == files
     assert set(report["balance"]) == {
@@ -77,14 +82,20 @@ def test_the_command_of_the_readme(files: list[str]) -> None:
     assert json.loads(done.stdout)["ok"] is True
 
 
-def test_the_demo_in_a_pipe_is_plain(files: list[str]) -> None:
-    done = realmap("demo", *files)
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_demo_in_a_pipe_is_plain(files: list[str], width: int) -> None:
+    done = realmap("demo", "--ranges", *files, env=os.environ | {"COLUMNS": str(width)})
     assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout
-    assert "a name [bold]" in done.stdout
-    assert re.search(r"UserLand 0x2\w{11} KernelLand 0x3\w{11} page offset 0x\w+ segments \d", done.stdout)
-    assert "refcount 2 → 1" in done.stdout
+    lines = done.stdout.splitlines()
+    ranges = [line for line in lines if re.search(r" 0x2\w{11}  0x3\w{11}  1→2→1  (same|\?) +ok$", line)]
+    assert len(ranges) == sum(len(demo.ranges_of(os.path.getsize(file))) for file in files)
+    assert max(len(line) for line in lines if line not in ranges and "KernelLand" not in line) <= min(width, 100)
+    assert all(line.isprintable() for line in lines)
+    picture = [line for line in lines if "◀" in line and " 0x3" in line]
+    assert [file for file in files if not any(f" {Path(file).name} " in line for line in picture)] == []
+    assert "refcount 2→1" in done.stdout
     assert "WRONG" not in done.stdout
+    assert "All of it held." in lines
 
 
 def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
@@ -96,12 +107,13 @@ def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
     assert report.balance["descriptors"] == 0
 
 
-def test_the_demo_on_a_terminal_has_tables_and_colour(files: list[str]) -> None:
-    out = on_a_terminal(["demo", *files], {"COLUMNS": "80"})
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_demo_on_a_terminal_has_a_picture_and_colour(files: list[str], width: int) -> None:
+    out = on_a_terminal(["demo", *files], {"COLUMNS": str(width)})
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
     assert "\x1b[" in out
-    assert "KernelLand" in text
-    assert max(len(line.rstrip()) for line in text.splitlines() if "→" in line) <= 80
+    assert len(re.findall(r"0x2\w{11} .*◀.* 0x3\w{11}", text)) == len(files)
+    assert max(len(line.rstrip()) for line in text.splitlines() if "mirroring" not in line) <= min(width, 100)
 
 
 def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
@@ -114,7 +126,7 @@ def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
 
 
 def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
-    """Each claim of the report can fail."""
+    """Each verdict on a range can fail."""
     planned = demo.plan(files[:2])
     planned[0].checks[0].expected = "0" * 64
     report = demo.run(planned)
@@ -127,6 +139,38 @@ def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
         assert not good.ok
         setattr(good, name, before)
     assert good.ok
+
+
+def test_each_statement_of_the_demo_can_fail(files: list[str]) -> None:
+    """What did not hold is said to be wrong, by one statement each, and is never shown beside an ok."""
+    good = demo.run(demo.plan(files[:2]))
+    assert told(good).count("WRONG") == 0
+    assert len(good.races) == 2
+    for change, word in [
+        (lambda story: setattr(story.files[1].checks[2], "digest", "0" * 64), "SHA-256"),
+        (lambda story: setattr(story.files[1].checks[2], "frames", [(1, 2)]), "frame|page"),
+        (lambda story: setattr(story.files[1].checks[2], "refcounts", (1, 2, 2)), "1→2→1, 1→2→2"),
+        (lambda story: setattr(story, "written", False), "wrote"),
+        (lambda story: setattr(story.races[1], "ok", False), "same bytes"),
+        (lambda story: setattr(story.killed, "exitcode", 0), "exit code 0"),
+        (lambda story: setattr(story.killed, "digest", ""), "read through it"),
+        (lambda story: setattr(story.killed, "refcounts", (2, 2)), "refcount 2→2"),
+        (lambda story: story.balance.update(names=3), "3 names"),
+    ]:
+        story = msgspec.json.decode(msgspec.json.encode(good), type=demo.Story)
+        change(story)
+        assert story.holds() is False
+        story.ok = False
+        text = told(story)
+        assert "All of it held" not in text
+        (wrong,) = re.findall(r"^WRONG  (.*(?:\n {7}.*)*)", text, re.M)
+        assert re.search(word, wrong), wrong
+
+
+def told(story: demo.Story) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    render(console, story)
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, PAGE - 1, PAGE, PAGE + 1, 33 * PAGE, 1_000_003])
@@ -185,7 +229,7 @@ def test_no_letter_for_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = realmap("demo", files[0])
     assert (done.returncode, done.stderr) == (0, "")
-    assert "refcount 2 \\u2192 1" in done.stdout
+    assert "refcount 2\\u21921" in done.stdout
 
 
 def test_output_to_a_closed_pipe(files: list[str]) -> None:
