@@ -54,6 +54,9 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None,
         raise click.ClickException(str(error)) from None
     if trace is not None:
         require_writable(trace)
+    if top:
+        require_terminal()
+        require_textual()
     if not as_json:
         console.print(OPENING)
     story = _watched(planned, trace, pace) if top else _run(console, planned, trace, as_json)
@@ -67,9 +70,7 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None,
 
 
 def _watched(planned: list[lab.FileReport], trace: str | None, pace: float) -> lab.Story:
-    """Under the live view. ClickException: it cannot be shown, or was left before the end."""
-    require_terminal()
-    require_textual()
+    """Under the live view. ClickException: it was left before the end."""
     from realmap.cli.top.demo import watch
 
     report = watch(planned, trace, pace)

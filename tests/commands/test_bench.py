@@ -34,7 +34,8 @@ ASKED = {
         *(f"{way} 65536 3 {work}" for way in ("own", "pread", "readv", "pipe") for work in WORKS),
         "spin 100 0", "socket 100 0", "make 4096 3", "make_commit 4096 3", "null 10",
     ],
-    "shared_memory": ["make 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
+    "drop_in": ["make 4096 3", "attach 4096 3"],
+    "shared_memory": ["make 4096 3", "attach 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
     "posix_ipc": ["make 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
     "pipe": [
         "call 10 0", "bytes 64 10 0", "handover 1048576 2", *(f"access 4096 3 {work}" for work in WORKS),

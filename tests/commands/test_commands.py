@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
 import syscalls
@@ -22,6 +24,7 @@ from rich.console import Console
 from terminal import on_a_terminal
 
 from realmap import KernelHandle, boot
+from realmap.cli import command
 from realmap.cli.demo import render
 from realmap.errors import InvalidSize
 from realmap.lab import demo
@@ -198,19 +201,32 @@ def test_examples_run(example: Path) -> None:
     assert len(done.stdout) > 20
 
 
-def test_the_program_of_the_readme_runs() -> None:
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert blocks
-    for block in blocks:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", block], capture_output=True, text=True, timeout=BOUND
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout
-    assert [
-        title for title in ("As a kernel", "As shared memory", "As an experiment") if f"## {title}" not in text
-    ] == []
+README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("at", range(len(PROGRAMS)))
+def test_the_programs_of_the_readme_run(at: int, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAMS[at])
+    command = [sys.executable, "-W", "error", "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+    assert "hello" not in PROGRAMS[at] or hashlib.sha256(b"hello").hexdigest() in done.stdout or "hello" in done.stdout
+
+
+def test_the_readme_has_a_program_for_each_use_and_its_commands_exist() -> None:
+    for use in ("1. Another process's buffer", "2. Stress", "3. Shared memory"):
+        assert "```python" in README.partition(f"## {use}")[2].partition("\n## ")[0]
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).splitlines()
+    told = [line.partition("  ")[0].split() for line in lines if line.startswith("realmap ")]
+    assert len(told) > 10
+    for _, name, *arguments in told:
+        found = command.get_command(click.Context(command), name)
+        assert found is not None, name
+        known = {word for parameter in found.params for word in parameter.opts}
+        own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        assert {word for word in own if word.startswith("--")} <= known, name
 
 
 def test_help_and_errors_are_short() -> None:
