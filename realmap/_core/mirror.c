@@ -395,7 +395,6 @@ static PyMethodDef mirror_methods[] = {
 
 static PyMemberDef mirror_members[] = {
     {"mapping", T_OBJECT_EX, offsetof(Mirror, mapping), READONLY, "The mapping that its first byte belongs to."},
-    {"_frames", T_OBJECT_EX, offsetof(Mirror, frames), READONLY, NULL},
     {"_start", T_ULONGLONG, offsetof(Mirror, start), READONLY, NULL},
     {"_caller", T_OBJECT, offsetof(Mirror, caller), READONLY, NULL},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Mirror, weakrefs), READONLY, NULL},

@@ -75,7 +75,7 @@ def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Ans
         return _enter(process, OwnedFrames(size), size, kind, rights)
     allocator = process.memory.allocator
     if request.fragment is None and request.name is None and request.commit and size <= SMALL:
-        return _enter(process, allocator.allocate(size), size, kind, rights)
+        return _enter(process, allocator.take(size, size), size, kind, rights)
 
     def allocate() -> SharedFrames:
         return allocator.allocate(

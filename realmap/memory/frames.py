@@ -216,6 +216,11 @@ class FrameAllocator(Account):
         """Bytes of frames that there may be; None: as many as the machine has."""
         return self._limit
 
+    @property
+    def segment_limit(self) -> int:
+        """Segments that there may be; 2**64 - 1: as many as there are descriptors."""
+        return self._segment_limit
+
     def _refusal(self, length: int, count: int) -> PhysicalMemoryExhaustion:
         if self._limit is not None and self.used + length > self._limit:
             why = f"the limit of {self._limit} bytes does not allow {length} more ({self.used} in use)"
@@ -256,6 +261,18 @@ class FrameAllocator(Account):
             name = checked_name(name)
             if step < size:
                 raise InvalidSize(step, why="a named mapping is one segment: leave out fragment, or name")
+        return self.take(size, step, name, commit, huge, cancelled)
+
+    def take(
+        self,
+        size: int,
+        step: int,
+        name: str | None = None,
+        commit: bool = True,
+        huge: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> SharedFrames:
+        """As `allocate`, for who has checked already: `step` bytes a segment."""
         return SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
 
     def make_segments(
