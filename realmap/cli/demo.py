@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -133,17 +132,18 @@ def _picture(story: lab.Story, width: int) -> Table:
     """Who maps what, at which of its addresses, and where the kernel had all of it mirrored."""
     wide = width >= WIDE
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
-    heads = ["user", "maps", *([""] if wide else []), "at its address", "RAM", f"kernel {story.kernel}"]
-    for head, style in zip(heads, ["", "", *([""] if wide else []), "cyan", "", "magenta"], strict=True):
+    styles = {"user": "", "maps": "", "at its address": "cyan", "RAM": "", f"kernel {story.kernel}": "magenta"}
+    for head, style in styles.items():
         table.add_column(head, style=style, justify="center" if head == "RAM" else "left", no_wrap=True)
     for file in story.files:
         whole = file.checks[0]
         frame = whole.frames[0][0] if whole.frames and whole.same_frames else None
         page = f"──▶ {'memory' if frame is None else f'{frame:#x}'} ◀──" if wide else "▶▒◀"
-        name = words.cut(harmless(Path(file.path).name), width - (66 if wide else 44))
-        size = [words.size(file.size).rjust(8)] if wide else []
-        row = [str(file.pid), name, *size, f"{whole.user_address:#x}", page, f"{whole.kernel_address:#x}"]
-        table.add_row(*map(escape, row))
+        name = Text(harmless(Path(file.path).name))
+        name.truncate(width - (66 if wide else 44), overflow="ellipsis", pad=wide)
+        if wide:
+            name.append(f"{words.size(file.size):>9}")
+        table.add_row(str(file.pid), name, f"{whole.user_address:#x}", page, f"{whole.kernel_address:#x}")
     return table
 
 
@@ -172,12 +172,9 @@ def _render_kill(console: Console, story: lab.Story, killed: lab.KillReport) -> 
     console.print(f"kill -9  {gone} memory ◀── kernel   refcount {after}")
     console.print(f"dropped  {' ' * len(owner)}                     segments {story.balance['segments']}")
     name = harmless(Path(story.files[-1].path).name)
-    _say(
-        console, f"process {killed.pid}, which had loaded {name}, died of it (exit code {killed.exitcode})", killed.died
-    )
-    read = (
-        f"the kernel's mirror did not: {killed.length} bytes, read through it afterwards, are still those of the file"
-    )
+    died = f"process {killed.pid}, which had loaded {name}, died of it (exit code {killed.exitcode})"
+    _say(console, died, killed.died)
+    read = f"the mirror did not: {killed.length} bytes, read through it afterwards, are still those of the file"
     _say(console, read, killed.digested)
     _say(console, f"refcount {before}→{after}: owner and mirror, then the mirror alone", killed.counted)
     left = ", ".join(f"{count} {name}" for name, count in story.balance.items())
@@ -186,31 +183,13 @@ def _render_kill(console: Console, story: lab.Story, killed: lab.KillReport) -> 
 
 def show_ranges(story: lab.Story) -> None:
     """Each range that was checked, in a line."""
-    columns = (
-        Column("user", "number"),
-        Column("offset", "number"),
-        Column("bytes", "number"),
-        Column("UserLand", "hex"),
-        Column("KernelLand", "hex"),
-        Column("refs"),
-        Column("frame"),
-        Column(""),
-    )
+    kinds = {"offset": "number", "bytes": "number", "UserLand": "hex", "KernelLand": "hex"}
+    heads = ("user", *kinds, "refs", "frame", "")
     same = {True: "same", False: "OTHER", None: "?"}
-    show(
-        columns,
-        [
-            (
-                file.pid,
-                check.offset,
-                check.length,
-                check.user_address,
-                check.kernel_address,
-                "→".join(map(str, check.refcounts)),
-                same[check.same_frames],
-                "ok" if check.ok else "WRONG",
-            )
-            for file in story.files
-            for check in file.checks
-        ],
-    )
+    rows = []
+    for file in story.files:
+        for check in file.checks:
+            where = (check.offset, check.length, check.user_address, check.kernel_address)
+            refs = "→".join(map(str, check.refcounts))
+            rows.append((file.pid, *where, refs, same[check.same_frames], "ok" if check.ok else "WRONG"))
+    show([Column(head, kinds.get(head, "text")) for head in heads], rows)

@@ -159,7 +159,7 @@ def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
     report = bench.run(["make"], quick=True)
     assert (report.missing, report.reach) == ([], [])
     assert {(figure.name, figure.ratio) for figure in report.figures} == {
-        ("map + unmap", None), ("map + unmap, commit=False", None),
+        ("map + unmap", None), ("map + unmap, commit=False", None), ("attach + unmap", None),
     }  # fmt: skip
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
     render(console, report)

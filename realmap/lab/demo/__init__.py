@@ -12,18 +12,7 @@
 What runs in the kernel is here too: the handlers are ordinary syscalls.
 """
 
-from realmap.lab.demo.report import Check, FileReport, KillReport, Race, Report, Story, default_files, plan, ranges_of
+from realmap.lab.demo.report import Check, FileReport, KillReport, Report, Story, default_files, plan, ranges_of
 from realmap.lab.demo.run import run
 
-__all__ = [
-    "Check",
-    "FileReport",
-    "KillReport",
-    "Race",
-    "Report",
-    "Story",
-    "default_files",
-    "plan",
-    "ranges_of",
-    "run",
-]
+__all__ = ["Check", "FileReport", "KillReport", "Report", "Story", "default_files", "plan", "ranges_of", "run"]
