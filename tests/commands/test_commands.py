@@ -170,6 +170,23 @@ def test_each_statement_of_the_demo_can_fail(files: list[str]) -> None:
         assert re.search(word, wrong), wrong
 
 
+def test_the_demo_claims_no_more_than_it_saw(files: list[str]) -> None:
+    story = demo.run(demo.plan(files[1:2]))
+    first, second = story.races
+    first.mirror, first.copy = 3000, 1000
+    second.mirror, second.copy = 1000, 12_500
+    second.mirror_digest, second.copy_digest = 1000, 1001
+    rows = [line.split()[2:] for line in told(story).splitlines() if " µs " in line]
+    assert [" ".join(row[-3:]) for row in rows] == ["copy 3.0x quicker", "mirror 12.5x quicker", "about the same"]
+    for check in story.files[0].checks:
+        check.frames = [(None, None)]  # as Linux answers whoever is not root
+    assert "same frame" not in told(story)
+    assert "WRONG" not in told(story)
+    assert story.killed is not None
+    story.killed.exitcode = 0
+    assert "✗" not in told(story)
+
+
 def told(story: demo.Story) -> str:
     console = Console(file=io.StringIO(), width=100)
     render(console, story)
