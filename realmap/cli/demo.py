@@ -135,12 +135,13 @@ def _picture(story: lab.Story, width: int) -> Table:
     styles = {"user": "", "maps": "", "at its address": "cyan", "RAM": "", f"kernel {story.kernel}": "magenta"}
     for head, style in styles.items():
         table.add_column(head, style=style, justify="center" if head == "RAM" else "left", no_wrap=True)
-    for file in story.files:
+    names = [Text(harmless(Path(file.path).name)) for file in story.files]
+    longest = min(max(name.cell_len for name in names), width - (66 if wide else 44))
+    for file, name in zip(story.files, names, strict=True):
         whole = file.checks[0]
         frame = whole.frames[0][0] if whole.frames and whole.same_frames else None
         page = f"──▶ {'memory' if frame is None else f'{frame:#x}'} ◀──" if wide else "▶▒◀"
-        name = Text(harmless(Path(file.path).name))
-        name.truncate(width - (66 if wide else 44), overflow="ellipsis", pad=wide)
+        name.truncate(longest, overflow="ellipsis", pad=True)
         if wide:
             name.append(f"{words.size(file.size):>9}")
         table.add_row(str(file.pid), name, f"{whole.user_address:#x}", page, f"{whole.kernel_address:#x}")
