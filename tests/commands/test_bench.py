@@ -34,7 +34,8 @@ ASKED = {
         *(f"{way} 65536 3 {work}" for way in ("own", "pread", "readv", "pipe") for work in WORKS),
         "spin 100 0", "socket 100 0", "make 4096 3", "make_commit 4096 3", "null 10",
     ],
-    "shared_memory": ["make 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
+    "drop_in": ["make 4096 3", "attach 4096 3"],
+    "shared_memory": ["make 4096 3", "attach 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
     "posix_ipc": ["make 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
     "pipe": [
         "call 10 0", "bytes 64 10 0", "handover 1048576 2", *(f"access 4096 3 {work}" for work in WORKS),
@@ -158,7 +159,7 @@ def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
     report = bench.run(["make"], quick=True)
     assert (report.missing, report.reach) == ([], [])
     assert {(figure.name, figure.ratio) for figure in report.figures} == {
-        ("map + unmap", None), ("map + unmap, commit=False", None),
+        ("map + unmap", None), ("map + unmap, commit=False", None), ("attach + unmap", None),
     }  # fmt: skip
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
     render(console, report)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import io
 import json
 import os
 import re
@@ -13,12 +15,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import click
+import msgspec
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, ROOT, wait_until
+from rich.console import Console
 from terminal import on_a_terminal
 
 from realmap import KernelHandle, boot
+from realmap.cli import command
+from realmap.cli.demo import render
 from realmap.errors import InvalidSize
 from realmap.lab import demo
 from realmap.observe.control import Control
@@ -52,6 +59,7 @@ def test_the_demo_on_given_files_as_json(files: list[str]) -> None:
     done = realmap("demo", "--json", *files)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
+    assert set(report) == {"files", "killed", "balance", "ok"}
     assert report["ok"] is True
     assert [file["path"] for file in report["files"]] == files
     assert set(report["balance"]) == {
@@ -78,14 +86,20 @@ def test_the_command_of_the_readme(files: list[str]) -> None:
     assert json.loads(done.stdout)["ok"] is True
 
 
-def test_the_demo_in_a_pipe_is_plain(files: list[str]) -> None:
-    done = realmap("demo", *files)
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_demo_in_a_pipe_is_plain(files: list[str], width: int) -> None:
+    done = realmap("demo", "--ranges", *files, env=os.environ | {"COLUMNS": str(width)})
     assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout
-    assert "a name [bold]" in done.stdout
-    assert re.search(r"UserLand 0x2\w{11} KernelLand 0x3\w{11} page offset 0x\w+ segments \d", done.stdout)
-    assert "refcount 2 → 1" in done.stdout
+    lines = done.stdout.splitlines()
+    ranges = [line for line in lines if re.search(r" 0x2\w{11}  0x3\w{11}  1→2→1  (same|\?) +ok$", line)]
+    assert len(ranges) == sum(len(demo.ranges_of(os.path.getsize(file))) for file in files)
+    assert max(len(line) for line in lines if line not in ranges and "KernelLand" not in line) <= min(width, 100)
+    assert all(line.isprintable() for line in lines)
+    picture = [line for line in lines if "◀" in line and " 0x3" in line]
+    assert [file for file in files if not any(f" {Path(file).name} " in line for line in picture)] == []
+    assert "refcount 2→1" in done.stdout
     assert "WRONG" not in done.stdout
+    assert "All of it held." in lines
 
 
 def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
@@ -97,12 +111,13 @@ def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
     assert report.balance["descriptors"] == 0
 
 
-def test_the_demo_on_a_terminal_has_tables_and_colour(files: list[str]) -> None:
-    out = on_a_terminal(["demo", *files], {"COLUMNS": "80"})
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_demo_on_a_terminal_has_a_picture_and_colour(files: list[str], width: int) -> None:
+    out = on_a_terminal(["demo", *files], {"COLUMNS": str(width)})
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
     assert "\x1b[" in out
-    assert "KernelLand" in text
-    assert max(len(line.rstrip()) for line in text.splitlines() if "→" in line) <= 80
+    assert len(re.findall(r"0x2\w{11} .*◀.* 0x3\w{11}", text)) == len(files)
+    assert max(len(line.rstrip()) for line in text.splitlines() if "mirroring" not in line) <= min(width, 100)
 
 
 def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
@@ -115,7 +130,7 @@ def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
 
 
 def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
-    """Each claim of the report can fail."""
+    """Each verdict on a range can fail."""
     planned = demo.plan(files[:2])
     planned[0].checks[0].expected = "0" * 64
     report = demo.run(planned)
@@ -128,6 +143,55 @@ def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
         assert not good.ok
         setattr(good, name, before)
     assert good.ok
+
+
+def test_each_statement_of_the_demo_can_fail(files: list[str]) -> None:
+    """What did not hold is said to be wrong, by one statement each, and is never shown beside an ok."""
+    good = demo.run(demo.plan(files[:2]))
+    assert told(good).count("WRONG") == 0
+    assert len(good.races) == 2
+    for change, word in [
+        (lambda story: setattr(story.files[1].checks[2], "digest", "0" * 64), "SHA-256"),
+        (lambda story: setattr(story.files[1].checks[2], "frames", [(1, 2)]), "frame|page"),
+        (lambda story: setattr(story.files[1].checks[2], "refcounts", (1, 2, 2)), "1→2→1, 1→2→2"),
+        (lambda story: setattr(story, "written", False), "wrote"),
+        (lambda story: setattr(story.races[1], "ok", False), "same bytes"),
+        (lambda story: setattr(story.killed, "exitcode", 0), "exit code 0"),
+        (lambda story: setattr(story.killed, "digest", ""), "read through it"),
+        (lambda story: setattr(story.killed, "refcounts", (2, 2)), "refcount 2→2"),
+        (lambda story: story.balance.update(names=3), "3 names"),
+    ]:
+        story = msgspec.json.decode(msgspec.json.encode(good), type=demo.Story)
+        change(story)
+        assert story.holds() is False
+        story.ok = False
+        text = told(story)
+        assert "All of it held" not in text
+        (wrong,) = re.findall(r"^WRONG  (.*(?:\n {7}.*)*)", text, re.M)
+        assert re.search(word, wrong), wrong
+
+
+def test_the_demo_claims_no_more_than_it_saw(files: list[str]) -> None:
+    story = demo.run(demo.plan(files[1:2]))
+    first, second = story.races
+    first.mirror, first.copy = 3000, 1000
+    second.mirror, second.copy = 1000, 12_500
+    second.mirror_digest, second.copy_digest = 1000, 1001
+    rows = [line.split()[2:] for line in told(story).splitlines() if " µs " in line]
+    assert [" ".join(row[-3:]) for row in rows] == ["copy 3.0x quicker", "mirror 12.5x quicker", "about the same"]
+    for check in story.files[0].checks:
+        check.frames = [(None, None)]  # as Linux answers whoever is not root
+    assert "same frame" not in told(story)
+    assert "WRONG" not in told(story)
+    assert story.killed is not None
+    story.killed.exitcode = 0
+    assert "✗" not in told(story)
+
+
+def told(story: demo.Story) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    render(console, story)
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, PAGE - 1, PAGE, PAGE + 1, 33 * PAGE, 1_000_003])
@@ -155,19 +219,32 @@ def test_examples_run(example: Path) -> None:
     assert len(done.stdout) > 20
 
 
-def test_the_programs_of_the_readme_run(tmp_path: Path) -> None:
-    """As files: forkserver and spawn (what multiprocessing takes by itself from 3.14 on) run them once more."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert blocks
-    for block in blocks:
-        (program := tmp_path / "program.py").write_text(block)
-        done = subprocess.run([sys.executable, "-W", "error", program], capture_output=True, text=True, timeout=BOUND)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout
-    assert [
-        title for title in ("As a kernel", "As shared memory", "As an experiment") if f"## {title}" not in text
-    ] == []
+README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("at", range(len(PROGRAMS)))
+def test_the_programs_of_the_readme_run(at: int, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAMS[at])
+    command = [sys.executable, "-W", "error", "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+    assert "hello" not in PROGRAMS[at] or hashlib.sha256(b"hello").hexdigest() in done.stdout or "hello" in done.stdout
+
+
+def test_the_readme_has_a_program_for_each_use_and_its_commands_exist() -> None:
+    for use in ("1. Another process's buffer", "2. Stress", "3. Shared memory"):
+        assert "```python" in README.partition(f"## {use}")[2].partition("\n## ")[0]
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).splitlines()
+    told = [line.partition("  ")[0].split() for line in lines if line.startswith("realmap ")]
+    assert len(told) > 10
+    for _, name, *arguments in told:
+        found = command.get_command(click.Context(command), name)
+        assert found is not None, name
+        known = {word for parameter in found.params for word in parameter.opts}
+        own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        assert {word for word in own if word.startswith("--")} <= known, name
 
 
 def test_help_and_errors_are_short() -> None:
@@ -186,7 +263,7 @@ def test_no_letter_for_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = realmap("demo", files[0])
     assert (done.returncode, done.stderr) == (0, "")
-    assert "refcount 2 \\u2192 1" in done.stdout
+    assert "refcount 2\\u21921" in done.stdout
 
 
 def test_output_to_a_closed_pipe(files: list[str]) -> None:

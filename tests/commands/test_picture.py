@@ -256,7 +256,7 @@ def test_the_pictures_of_the_readme_can_be_made(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=BOUND, env={**os.environ, "REALMAP_PICTURES": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    for name, word in (("demo", "KernelLand"), ("top", "UserLand"), ("lands", "mirror 1")):
+    for name, word in (("demo", "RAM"), ("top", "UserLand"), ("lands", "mirror 1")):
         text = (tmp_path / f"{name}.svg").read_text()
         parsed(text)
         assert word in text

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 import realmap
-from realmap.cli.demo import render
+from realmap.cli.demo import OPENING, render
 from realmap.cli.top.app import Top
 from realmap.lab import demo as lab
 from realmap.observe.svg import svg
@@ -47,16 +47,14 @@ SIZES = [
 
 
 def demo() -> None:
-    """The report on three files of the standard library, in colours."""
-    files = [path for path in lab.default_files() if path.endswith(".py")][:2]
-    report = lab.run(lab.plan(files))
+    """The whole story, in colours."""
+    story = lab.run(lab.plan(lab.default_files()))
     console = Console(
-        record=True, width=96, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False
+        record=True, width=92, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False
     )
-    for file in report.files:
-        file.path = Path(file.path).name
-    console.print(Text("$ realmap demo " + " ".join(file.path for file in report.files), style="bold"))
-    render(console, report)
+    console.print(Text("$ realmap demo", style="bold"))
+    console.print(OPENING)
+    render(console, story)
     write("demo", console.export_svg(title="realmap demo", unique_id="demo"))
 
 

@@ -52,7 +52,7 @@ class Demo:
         #: Its kernel's path; None where there will be none.
         self.path: SimpleQueue[str | None] = SimpleQueue()
         self.app: DemoTop | None = None
-        self.report: lab.Report | None = None
+        self.report: lab.Story | None = None
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="realmap demo")
         self._thread.start()
@@ -96,7 +96,7 @@ class Demo:
         self._thread.join()
 
 
-def watch(planned: list[lab.FileReport], trace: str | None, pace: float) -> lab.Report | None:
+def watch(planned: list[lab.FileReport], trace: str | None, pace: float) -> lab.Story | None:
     """Runs the demo under the live view; None where that was left before the end. Errors as `lab.run`."""
     demo = Demo(planned, trace, pace)
     try:

@@ -6,6 +6,7 @@ every attach too, tells it so. From 3.13 on, who attaches says track=False, as t
 else does the bookkeeping.
 
     make LENGTH COUNT             create, close, unlink
+    attach LENGTH COUNT           attach by name, read a byte, close
     handover LENGTH COUNT MODE    the name is sent, the partner attaches (or has kept it attached), sums, answers
 """
 
@@ -25,6 +26,17 @@ def make(length: int, count: int) -> int:
         memory = SharedMemory(f"{PREFIX}make", create=True, size=length)
         memory.close()
         memory.unlink()
+
+    return timed(operation, count)
+
+
+def attach(length: int, count: int) -> int:
+    name = segment(length).name
+
+    def operation() -> None:
+        memory = SharedMemory(name, **UNTRACKED)
+        memory.buf[length - 1]
+        memory.close()
 
     return timed(operation, count)
 
@@ -74,4 +86,4 @@ if __name__ == "__main__":
     # Before any partner is forked, so that all share the one tracker; given back last, since it is told of the rest.
     resource_tracker.ensure_running()
     at_end.callback(resource_tracker._resource_tracker._stop)
-    serve({"make": make, "handover": handover}, watched=True)
+    serve({"make": make, "attach": attach, "handover": handover}, watched=True)
