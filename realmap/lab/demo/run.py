@@ -176,5 +176,5 @@ def _balance(kernel: KernelHandle, baseline: int) -> dict[str, int]:
     stats = kernel.stats()
     left = {name: stats[name] for name in ("processes", "segments", "mappings", "mirrors", "bytes")}
     left["descriptors"] = _descriptors(stats) - baseline
-    left["names"] = len(runtime.unlinked_names(kernel.pid))
+    left["names"] = len(runtime.own_names(kernel.pid))
     return left

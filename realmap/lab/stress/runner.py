@@ -211,9 +211,13 @@ class Runner:
             for found in procfs.maps(self._control.pid, KERNEL_LAND.start, KERNEL_LAND.end)
             if found.perms != "---p"
         ]
-        ours = [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
         descriptors = stats["descriptors"] - stats["controls"]  # who looks on may come and go
-        return {**{name: stats[name] for name in names}, "descriptors": descriptors, "maps": len(maps), "names": ours}
+        return {
+            **{name: stats[name] for name in names},
+            "descriptors": descriptors,
+            "maps": len(maps),
+            "names": runtime.own_names(self._control.pid),
+        }
 
     def _look_back(self, before: dict[str, object]) -> None:
         try:
