@@ -321,8 +321,6 @@ class Model:
     def share_error(self, person: Person, request: messages.Share) -> Wrong:
         if request.name is not None and NAMED + request.name in self.handles:
             return InvalidHandle
-        if len(self.handles) >= self.limits.handles:
-            return LimitReached
         place = person.at(request.address)
         if place is None:
             return InvalidAddress
@@ -338,7 +336,10 @@ class Model:
             return InvalidSize
         if request.seconds is not None and not 0 < request.seconds < FOR_EVER:
             return InvalidSize
-        return None if request.keep >= 0 else InvalidSize
+        if not request.keep >= 0:
+            return InvalidSize
+        made = [each for each in self.handles.values() if each.maker and each.maker.real.pid == person.real.pid]
+        return LimitReached if len(made) >= self.limits.handles else None
 
     def attach_error(self, person: Person, request: messages.Attach) -> Wrong:
         if (full := self.room_error(person)) is not None:
