@@ -137,7 +137,7 @@ typedef struct {
 
 #define MAX_DESCRIPTORS 64  /* that one message brings: wire/messages.py */
 #define CHUNK_BYTES 65536   /* that one datagram carries: wire/channel.py */
-#define MESSAGE_BYTES (16 << 20) /* that an answer has at most: wire/messages.py */
+#define MESSAGE_BYTES (1 << 20) /* that a message has at most: wire/messages.py */
 
 /* A socket, known by what it is: post.c. */
 typedef struct {

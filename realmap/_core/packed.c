@@ -9,9 +9,8 @@
 
 /* Containers within one another, the message itself being the first. */
 #define PACKED_DEPTH 64
-/* Bytes that a message, and those that the objects made of it, may take (wire/messages.py). */
-#define PACKED_BYTES (1 << 20)
-#define PACKED_COST ((uint64_t)4 * PACKED_BYTES)
+/* Bytes that the objects made of a message may take (wire/messages.py). */
+#define PACKED_COST ((uint64_t)4 * MESSAGE_BYTES)
 #define BUFFER_EXT 1 /* wire/messages.py */
 #define BUFFER_BYTES 16
 
@@ -67,7 +66,7 @@ static int packed_flaw(const unsigned char *data, size_t size, PackedBuffer foun
     uint64_t left[PACKED_DEPTH], cost = 0;
     char is_map[PACKED_DEPTH];
     size_t depth = 0;
-    if (size > PACKED_BYTES)
+    if (size > MESSAGE_BYTES)
         return TOO_LONG;
     do {
         if (at == end)

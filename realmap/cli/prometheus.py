@@ -24,6 +24,8 @@ GAUGES = [
     ("kept_windows", "kept_windows", "Dropped mirrors that are kept mapped for their next use."),
     ("kept_bytes", "kept_bytes", "Bytes of dropped mirrors that are kept mapped."),
     ("calls_running", "running", "Calls that have not ended."),
+    ("given_up_calls", "given_up", "Handlers at work that nobody waits for, or that lost the kernel's loop."),
+    ("taking_processes", "taking", "Processes for which large frames are being taken."),
     ("control_connections", "controls", "Connections that ask and look, without being a process."),
     ("descriptors", "descriptors", "Open descriptors of the kernel's process."),
     ("connections", "connections", "Connections of all kinds."),
@@ -34,6 +36,7 @@ GAUGES = [
     ("worker_threads", "threads", "Threads that run blocking handlers and take large frames."),
 ]
 COUNTERS = [
+    ("late_calls", "late", "Calls whose handlers lost the kernel's loop."),
     ("mirrors_made", "mirrored", "Mirrors that were made."),
     ("mirrored_bytes", "mirrored_bytes", "Bytes that mirrors showed when they were made."),
     ("kept_hits", "kept_hits", "Mirrors that a kept window served."),

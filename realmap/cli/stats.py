@@ -33,6 +33,7 @@ DONE = (
     "copied_in_bytes",
     "copied_out",
     "copied_out_bytes",
+    "late",
     "kept_hits",
     "kept_misses",
     "kept_evictions",

@@ -18,7 +18,7 @@ from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import encode
 from realmap.kernel.workers import Share, Workers
 from realmap.wire import channel
-from realmap.wire.messages import MAX_MESSAGE, Carrier
+from realmap.wire.messages import Carrier
 from realmap.wire.ring import RingEnd
 
 #: A client with this much unread (bytes) is not listened to, nor its blocking calls begun, until it has read some.
@@ -101,8 +101,8 @@ class Connection:
             self._half_sent = self._assembler.size
         return message or b""
 
-    def send(self, message: bytes, descriptors: Sequence[int] = (), id: int = 0, most: int = MAX_MESSAGE) -> None:
-        """Sends as much as the peer takes now, and the rest when it can. InvalidSize: it is longer than `most` bytes.
+    def send(self, message: bytes, descriptors: Sequence[int] = (), id: int = 0) -> None:
+        """Sends as much as the peer takes now, and the rest when it can. InvalidSize: longer than a message may be.
 
         A short one goes by the ring, its descriptors (of answer `id`) by the socket before it. Else they
         go with the last part; they stay the caller's (copies wait in the outbox). OSError: it is gone, no descriptors
@@ -110,7 +110,7 @@ class Connection:
         """
         if self._send_by_ring(message, descriptors, id) if descriptors else self.send_short(message):
             return
-        parts = channel.datagrams(message, most)
+        parts = channel.datagrams(message)
         for part in parts:
             rights = descriptors if part is parts[-1] else ()
             if self._outbox or not self._try(part, rights):

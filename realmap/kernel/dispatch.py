@@ -25,7 +25,7 @@ from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
-from realmap.wire.messages import DONE, MAX_ANSWER, MAX_MESSAGE
+from realmap.wire.messages import DONE
 from realmap.wire.status import CALLER, Page
 
 #: Characters of an unknown name that its error says.
@@ -103,29 +103,22 @@ class Dispatch:
             return
         value, descriptors = got
         try:
-            self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors, MAX_ANSWER)
+            self.send(connection, id, syscalls.done(id, value, len(descriptors)), descriptors)
         finally:
             channel.close_all(descriptors)
 
-    def send(
-        self,
-        connection: Connection,
-        id: int,
-        message: bytes,
-        descriptors: Sequence[int] = (),
-        most: int = MAX_MESSAGE,
-    ) -> None:
-        """Sends the answer to request `id`, of at most so many bytes, whatever becomes of its client."""
+    def send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Sends the answer to request `id`, whatever becomes of its client."""
         if not connection.closed and id and (descriptors or not connection.send_short(message)):  # 0 wants no answer
-            self._send(connection, id, message, descriptors, most)
+            self._send(connection, id, message, descriptors)
         observer = self._books.observer
         if observer is not None:
             observer.answered(connection, connection.process, id, message)
 
-    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int], most: int) -> None:
+    def _send(self, connection: Connection, id: int, message: bytes, descriptors: Sequence[int]) -> None:
         try:
             try:
-                connection.send(message, descriptors, id, most)
+                connection.send(message, descriptors, id)
             except KernelError as error:  # longer than a message may be
                 connection.send(syscalls.failed(id, error))
         except OSError as error:  # it is gone, or there are no descriptors for copies

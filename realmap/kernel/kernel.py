@@ -212,6 +212,7 @@ class Kernel:
         try:
             if taken is not None:
                 self.dispatch.take_over(taken, before)
+                del taken.work  # or this thread would keep it for as long as it has the loop
             self._have_standby()
             with self._in_our_words():
                 self.loop.run(self.clients.rings, self.clients.take_from_ring, self._spin)

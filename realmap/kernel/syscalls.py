@@ -129,7 +129,6 @@ def run(syscall: Syscall, call: Call, id: int, packed: msgspec.Raw, buffers: Seq
     try:
         args = arguments_of(packed, buffers) if buffers else arguments(packed)
     except Exception as error:  # they are no list, or there is no memory for them
-        syscall.failed += 1
         why = f"the arguments of {syscall.name!r} cannot be decoded: {error or type(error).__name__}"
         return failed(id, KernelError(why=why))
     before = host_faults()

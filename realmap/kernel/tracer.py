@@ -30,8 +30,8 @@ from realmap.wire.records import ALREADY, BLOCKING, DIED, FAILED, LEAST, MOST, O
 NAMES = 1000
 #: Characters of each that are told.
 LONGEST = 100
-#: Records that one answer brings at most: 1 MiB.
-BATCH = 1 << 14
+#: Records that one answer brings at most: 512 KiB, half of a message; names that are new fit into the other half.
+BATCH = 1 << 13
 # Plain numbers, where it has to be quick.
 CALL, ANSWER, DONE, BEGIN, END, COPY = map(int, (Kind.CALL, Kind.ANSWER, Kind.DONE, Kind.BEGIN, Kind.END, Kind.COPY))
 

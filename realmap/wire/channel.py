@@ -18,8 +18,9 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 
+from realmap._core import TOO_LONG
 from realmap.errors import InvalidSize
-from realmap.wire.messages import MAX_MESSAGE
+from realmap.wire.messages import FLAWS, MAX_MESSAGE
 
 WHOLE, FIRST, MIDDLE, LAST, RING = range(5)
 #: Look into the ring.
@@ -34,13 +35,13 @@ class NotAMessage(Exception):
     """What came is no message of ours: too long, cut short, or out of turn."""
 
 
-def datagrams(message: bytes, most: int = MAX_MESSAGE) -> list[bytes]:
-    """`message` in datagrams. InvalidSize: it is longer than `most` bytes."""
+def datagrams(message: bytes) -> list[bytes]:
+    """`message` in datagrams. InvalidSize: it is longer than `MAX_MESSAGE` bytes."""
     size = len(message)
     if size <= CHUNK:
         return [b"\x00" + message]
-    if size > most:
-        raise InvalidSize(size, why=f"a message carries at most {most} bytes; put more into a buffer")
+    if size > MAX_MESSAGE:
+        raise InvalidSize(size, why=FLAWS[TOO_LONG])
     chunks = [message[at : at + CHUNK] for at in range(0, size, CHUNK)]
     flags = [FIRST, *[MIDDLE] * (len(chunks) - 2), LAST]
     return [bytes([flag]) + chunk for flag, chunk in zip(flags, chunks, strict=True)]

@@ -27,10 +27,8 @@ from realmap.rights import MappingAccessRights, MemoryType
 #: Raised with every change that an older side would misunderstand.
 PROTOCOL = 7
 VERSION = "0.1.0"
-#: A request, or the answer of a handler, may be this long, in bytes; larger things belong into a buffer.
+#: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
-#: The kernel's own answers may be this long, in bytes: its books are.
-MAX_ANSWER = 16 << 20
 #: The objects made of a message may take this much memory, in bytes, as they are estimated before.
 MAX_OBJECTS = 4 * MAX_MESSAGE
 #: What can be wrong with a message, as is seen before anything is made of it, and what would be right.

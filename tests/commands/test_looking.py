@@ -27,6 +27,7 @@ import realmap
 from realmap import KernelHandle, Process
 from realmap.cli import command
 from realmap.cli.output import harmless
+from realmap.cli.prometheus import COUNTERS, GAUGES
 from realmap.cli.stats import DONE
 from realmap.observe import maps, tables
 
@@ -307,6 +308,8 @@ def test_what_prometheus_reads(busy: tuple[KernelHandle, int]) -> None:
         assert name.startswith("realmap_")
         assert family.documentation.endswith(".")
         assert re.search(r"_(limit|bytes|info|kernel|running|threads)|s$|made$|taken$", name), name
+    named = {total for _, total, _ in GAUGES + COUNTERS} | {name for name in DONE if name.startswith("copied_")}
+    assert named | {"calls", "failed"} == set(json.loads(good(kernel, "stats", "--json"))["stats"])
     assert "--prometheus goes with neither" in refused(kernel, "stats", "--prometheus", "--watch")
     assert "'nan' is not a time in seconds" in refused(kernel, "stats", "--watch", "nan")
 

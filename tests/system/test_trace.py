@@ -251,14 +251,14 @@ def test_a_listener_that_does_not_read_costs_bounded_memory(kernel: KernelHandle
         for _ in range(2000):
             me.call("nop")
         before = resident()
-        control._ask("trace-start", 10_000)
+        control._ask("trace-start", 8000)
         for _ in range(20_000):
             me.call("nop")
         grown = resident() - before
         records, lost, _ = control._ask("trace-read")
-        assert len(records) == 10_000 * RECORD.size
-        assert lost == 1 + 2 * 20_000 - 10_000
-        assert grown < 10_000 * RECORD.size + (2 << 20)
+        assert len(records) == 8000 * RECORD.size
+        assert lost == 1 + 2 * 20_000 - 8000
+        assert grown < 8000 * RECORD.size + (2 << 20)
 
 
 def test_the_ring_keeps_order_and_says_where_something_is_missing() -> None:
