@@ -37,6 +37,7 @@ from realmap.errors import (
     UnknownSyscall,
     VersionMismatch,
     VirtualMemoryExhaustion,
+    WrongArguments,
     WrongMappingFramesForType,
 )
 from realmap.kernel import Call, Kernel, Limits, UserBuffer, syscall
@@ -82,6 +83,7 @@ __all__ = [
     "UserspacePtr",
     "VersionMismatch",
     "VirtualMemoryExhaustion",
+    "WrongArguments",
     "WrongMappingFramesForType",
     "__version__",
     "aconnect",

@@ -23,6 +23,7 @@ from realmap.kernel import logs
 from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
 from realmap.kernel.registry import registry
+from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.announce import announce
 from realmap.observe.audit import AuditReport
@@ -325,8 +326,8 @@ def boot(
     KernelDied: its process ended before it served. PhysicalMemoryExhaustion: Linux has no descriptors, no
     memory or no processes for it. KernelError: it does not start for another reason, or not in time.
     """
-    functions = list(syscalls)
-    for name, found in registry(functions).items():
+    functions = syscalls if callable(syscalls) else list(syscalls)
+    for name, found in registry(functions, UserBuffer).items():
         interpreter.dumps(found.function, f"the syscall {name!r}")
     options: dict[str, Any] = {
         "syscalls": functions,

@@ -27,6 +27,7 @@ processes     who is connected, and what each holds
 handles       what is shared between processes, and until when
 inheritance   what a process that had forked left to its children
 registry      the @syscall decorator, and the handlers by name
+signature     what a handler takes
 limits        what each process may have at a time
 observer      what is told of while somebody looks
 logs          what a kernel has to say besides

@@ -46,6 +46,7 @@ from realmap.kernel.snapshots import Snapshots
 from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import encode
 from realmap.kernel.tracer import Tracer
+from realmap.kernel.user_buffer import UserBuffer
 from realmap.kernel.watchdog import Watchdog
 from realmap.kernel.workers import Workers
 from realmap.memory.kernel_memory import KernelMemory
@@ -94,7 +95,7 @@ class Kernel:
         if limits is not None and not isinstance(limits, Limits):
             raise TypeError(f"limits is a Limits, not {limits!r}")
         memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
-        self.books = Books(registry(syscalls), limits or Limits(), memory, memory_limit, process_limit)
+        self.books = Books(registry(syscalls, UserBuffer), limits or Limits(), memory, memory_limit, process_limit)
         # What a handler sees: `RunningKernel`.
         self.memory = memory
         self.frames = self.books.frames

@@ -13,8 +13,9 @@ A buffer among them travels as (address, length); no bytes of it do.
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
@@ -91,7 +92,10 @@ class _Request(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Call(_Request, tag=1, frozen=True):
-    """A syscall by name. `args`: a list, packed. `timeout`: how many seconds its caller waits; None: for ever."""
+    """A syscall by name. `timeout`: how many seconds its caller waits; None: for ever.
+
+    `args`: a list, packed; where some are by keyword, a dict of those, and the list under `BY_POSITION`.
+    """
 
     name: str
     args: msgspec.Raw
@@ -268,20 +272,35 @@ def buffer_ext(address: int, length: int) -> msgspec.msgpack.Ext:
     return msgspec.msgpack.Ext(BUFFER_EXT, _BUFFER.pack(address, length))
 
 
-#: The arguments of a call that has no buffers. MsgspecError: they are no list.
-arguments = msgspec.msgpack.Decoder(list[Any]).decode
+#: Where the arguments by position are, among those by keyword: what is no name.
+BY_POSITION = ""
 
 
-def arguments_of(args: msgspec.Raw, buffers: Sequence[Buffer]) -> list[Any]:
+def with_keywords(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, some of them by keyword."""
+    if BY_POSITION in kwargs:
+        raise TypeError("a keyword argument has a name")
+    return {BY_POSITION: args, **kwargs}
+
+
+def by_position(args: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Those by position, and those by keyword. MsgspecError: `args` are neither, nor what `with_keywords` makes."""
+    listed = args.pop(BY_POSITION, None) if isinstance(args, dict) else args
+    if not isinstance(listed, list):
+        raise msgspec.ValidationError("they are no list")
+    return listed, args if isinstance(args, dict) else {}
+
+
+#: The arguments of a call that has no buffers: a list, or what `with_keywords` made. MsgspecError: neither.
+arguments: Callable[[msgspec.Raw], Any] = msgspec.msgpack.Decoder(list[Any] | dict[str, Any]).decode
+
+
+def arguments_of(args: msgspec.Raw, buffers: Sequence[Buffer]) -> Any:
     """Those of one that has: `buffers`, as they were found when it was looked over, in their order."""
     if len(buffers) == 1:  # the common case: no code of Python is run for it
-        found = msgspec.msgpack.decode(args, ext_hook={BUFFER_EXT: buffers[0]}.get)
-    else:
-        each = iter(buffers)
-        found = msgspec.msgpack.decode(args, ext_hook=lambda code, data: next(each))
-    if not isinstance(found, list):
-        raise msgspec.ValidationError("it is no list")
-    return found
+        return msgspec.msgpack.decode(args, ext_hook={BUFFER_EXT: buffers[0]}.get)
+    each = iter(buffers)
+    return msgspec.msgpack.decode(args, ext_hook=lambda code, data: next(each))
 
 
 def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error:
@@ -291,7 +310,7 @@ def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error
             text = str(error)
         except Exception as inner:
             text = f"its text cannot be had: {type(inner).__name__}"
-        error = SyscallFailed(name, type(error).__name__, text[:MAX_TEXT], traceback[-MAX_TEXT:])
+        error = SyscallFailed(name, type(error).__name__, text[:MAX_TEXT], traceback[-MAX_TEXT:], os.getpid())
     return Error(error.code, [_plain(fact) for fact in error.facts().values()], _plain_text(str(error.why)[:MAX_TEXT]))
 
 
