@@ -24,9 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import cloudpickle
-
-from realmap.host import files, liveness
+from realmap.host import files, liveness, source
 
 # Only builtin modules are imported before sys.path is the booter's: a file in the working
 # directory that is named like one of the standard library must not be picked up.
@@ -44,6 +42,13 @@ _BOOTSTRAP = (
 )
 
 
+#: Of multiprocessing's locks, queues and barriers.
+INHERITED = (
+    "; only processes that multiprocessing starts can have these: start the function by multiprocessing.Process, and "
+    "realmap.connect(path) there, or else wait for one another in a handler with blocking=True"
+)
+
+
 class Unsendable(TypeError):
     """A function or an argument that cannot be sent to another process; the text names what stands in the way."""
 
@@ -57,9 +62,10 @@ def call_itself(name: str) -> None:
 def dumps(value: Any, what: str) -> bytes:
     """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named."""
     try:
-        return bytes(cloudpickle.dumps(value))
+        return source.dumps(value)
     except Exception as error:
-        raise Unsendable(f"{what} cannot be sent to another process: {error}{_culprit(value)}") from error
+        hint = INHERITED if "inheritance" in str(error) else ""
+        raise Unsendable(f"{what} cannot be sent to another process: {error}{_culprit(value)}{hint}") from error
 
 
 def _culprit(value: Any) -> str:
@@ -72,7 +78,7 @@ def _culprit(value: Any) -> str:
     names |= {name: cell.cell_contents for name, cell in cells}
     for name, found in names.items():
         try:
-            cloudpickle.dumps(found)
+            source.dumps(found)
         except Exception:
             return f" (its variable {name!r} holds a {type(found).__name__}; make that inside the function)"
     return ""

@@ -198,7 +198,7 @@ class Dispatch:
         relay.away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
-        answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+        answer = syscalls.run(syscall, call, request, buffers)
         if relay.away.pop(serial, None) is None:
             self._come_late(serial, process, request, answer)
         page.words[CALLER] = 0
@@ -307,7 +307,7 @@ class Dispatch:
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)
             running.place = self._page.begin(process.pid, syscall.label, running.began)
-            answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+            answer = syscalls.run(syscall, call, request, buffers)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
             self._kernel.post(lambda: end(answer))

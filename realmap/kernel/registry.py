@@ -31,9 +31,12 @@ class Syscall:
     given_up: int = 0
     #: Its name on the status page.
     label: bytes = field(init=False)
+    #: Of its signature: looked into at every call.
+    known: set[tuple[type, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.label = status.label(self.name)
+        self.known = self.signature.known
 
 
 @overload

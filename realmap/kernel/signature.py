@@ -40,7 +40,7 @@ class Signature:
         """`buffer`: what a buffer arrives as. TypeError: it takes no call at all, or has a parameter named timeout."""
         self._name = name
         self._buffer = buffer
-        #: The types, in order, of arguments that are known to fit. Looked into at every call.
+        #: The types, in order, of arguments that are known to fit.
         self.known: set[tuple[type, ...]] = set()
         try:
             self._signature = _signature(function)

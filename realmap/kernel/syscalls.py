@@ -22,6 +22,7 @@ from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.wire import plain
 from realmap.wire.messages import DONE, Done, Failed, arguments, arguments_of, by_position, error_of
+from realmap.wire.messages import Call as Request
 from realmap.wire.plain import PLAIN
 
 Send: TypeAlias = Callable[[bytes], None]
@@ -114,17 +115,24 @@ class Running:
 _encoder = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item())
 
 
-def run(syscall: Syscall, call: Call, id: int, packed: msgspec.Raw, buffers: Sequence[UserBuffer]) -> bytes:
+def run(syscall: Syscall, call: Call, request: Request, buffers: Sequence[UserBuffer]) -> bytes:
     """Decodes the arguments, and runs the handler; its answer, or its error, as a message. Never raises.
 
     MemoryFault where bytes of `buffers` were gone when it touched them, whatever it made of them.
     """
+    id, packed, names = request.id, request.args, request.names
     try:
         args = arguments_of(packed, buffers) if buffers else arguments(packed)
-        if type(args) is list and tuple(map(type, args)) in syscall.signature.known:
-            kwargs = None
+        # By hand for up to two, which most have: a map costs twice as much.
+        count = len(args)
+        if count == 1:
+            kinds: tuple[type, ...] = (type(args[0]),)
+        elif count == 2:
+            kinds = type(args[0]), type(args[1])
         else:
-            args, kwargs = by_position(args)
+            kinds = tuple(map(type, args)) if count else ()
+        if names is not None or kinds not in syscall.known:
+            args, kwargs = by_position(args, names)
             syscall.signature.check(args, kwargs)
     except WrongArguments as error:
         syscall.failed += 1
@@ -135,7 +143,7 @@ def run(syscall: Syscall, call: Call, id: int, packed: msgspec.Raw, buffers: Seq
         return failed(id, KernelError(why=why))
     before = host_faults()
     try:
-        value = syscall.function(call, *args) if not kwargs else syscall.function(call, *args, **kwargs)
+        value = syscall.function(call, *args) if names is None else syscall.function(call, *args, **kwargs)
         if type(value) not in PLAIN:
             plain.check((value,), None, f"the answer of {syscall.name!r}")
         answer = _encoder.encode(Done(id, value))

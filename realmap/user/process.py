@@ -370,15 +370,15 @@ class Process:
             raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
+        names = None
         if kwargs:
-            args = messages.with_keywords(args, kwargs)
-            plain.check((args,), Buffer, f"an argument of {name!r}")
-        else:
-            for value in args:  # most can travel, and nothing is called for those
-                if type(value) not in _SENT:
-                    plain.check((args,), Buffer, f"an argument of {name!r}")
-                    break
-        return messages.Call(self._client.next_id(), name, args, timeout)
+            names = tuple(kwargs)
+            args = (*args, *kwargs.values())
+        for value in args:  # most can travel, and nothing is called for those
+            if type(value) not in _SENT:
+                plain.check(args, Buffer, f"an argument of {name!r}")
+                break
+        return messages.Call(self._client.next_id(), name, args, timeout, names)
 
     # ---- the end ----------------------------------------------------------------------------
 

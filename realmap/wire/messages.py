@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
@@ -26,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 7
+PROTOCOL = 8
 VERSION = "0.1.0"
 #: A request, or the answer of a handler, may be this long, in bytes; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -94,12 +94,13 @@ class _Request(msgspec.Struct, array_like=True, frozen=True):
 class Call(_Request, tag=1, frozen=True):
     """A syscall by name. `timeout`: how many seconds its caller waits; None: for ever.
 
-    `args`: a list, packed; where some are by keyword, a dict of those, and the list under `BY_POSITION`.
+    `args`: a list, packed. `names`: of the last ones, where some are by keyword.
     """
 
     name: str
     args: msgspec.Raw
     timeout: float | None = None
+    names: tuple[str, ...] | None = None
 
 
 class Map(_Request, tag=2, frozen=True):
@@ -272,35 +273,30 @@ def buffer_ext(address: int, length: int) -> msgspec.msgpack.Ext:
     return msgspec.msgpack.Ext(BUFFER_EXT, _BUFFER.pack(address, length))
 
 
-#: Where the arguments by position are, among those by keyword: what is no name.
-BY_POSITION = ""
+def by_position(args: list[Any], names: tuple[str, ...] | None) -> tuple[list[Any], dict[str, Any]]:
+    """Those by position, and those by keyword. ValueError: there are more names than arguments, or one twice."""
+    if names is None:
+        return args, {}
+    first = len(args) - len(names)
+    if first < 0 or len(set(names)) < len(names):
+        raise ValueError(f"{len(args)} arguments, of which these are by name: {names}")
+    return args[:first], dict(zip(names, args[first:], strict=True))
 
 
-def with_keywords(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, some of them by keyword."""
-    if BY_POSITION in kwargs:
-        raise TypeError("a keyword argument has a name")
-    return {BY_POSITION: args, **kwargs}
+#: The arguments of a call that has no buffers. MsgspecError: they are no list.
+arguments = msgspec.msgpack.Decoder(list[Any]).decode
 
 
-def by_position(args: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Those by position, and those by keyword. MsgspecError: `args` are neither, nor what `with_keywords` makes."""
-    listed = args.pop(BY_POSITION, None) if isinstance(args, dict) else args
-    if not isinstance(listed, list):
-        raise msgspec.ValidationError("they are no list")
-    return listed, args if isinstance(args, dict) else {}
-
-
-#: The arguments of a call that has no buffers: a list, or what `with_keywords` made. MsgspecError: neither.
-arguments: Callable[[msgspec.Raw], Any] = msgspec.msgpack.Decoder(list[Any] | dict[str, Any]).decode
-
-
-def arguments_of(args: msgspec.Raw, buffers: Sequence[Buffer]) -> Any:
+def arguments_of(args: msgspec.Raw, buffers: Sequence[Buffer]) -> list[Any]:
     """Those of one that has: `buffers`, as they were found when it was looked over, in their order."""
     if len(buffers) == 1:  # the common case: no code of Python is run for it
-        return msgspec.msgpack.decode(args, ext_hook={BUFFER_EXT: buffers[0]}.get)
-    each = iter(buffers)
-    return msgspec.msgpack.decode(args, ext_hook=lambda code, data: next(each))
+        found = msgspec.msgpack.decode(args, ext_hook={BUFFER_EXT: buffers[0]}.get)
+    else:
+        each = iter(buffers)
+        found = msgspec.msgpack.decode(args, ext_hook=lambda code, data: next(each))
+    if not isinstance(found, list):
+        raise msgspec.ValidationError("it is no list")
+    return found
 
 
 def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error:

@@ -160,11 +160,6 @@ def test_arguments_by_keyword_in_asyncio(me: Process) -> None:
     assert asyncio.run(me.acall("untyped", b=1, a=2)) == [2, 1]
 
 
-def test_a_keyword_without_a_name(me: Process) -> None:
-    with pytest.raises(TypeError, match="has a name"):
-        me.call("untyped", **{"": 1, "a": 2})
-
-
 @pytest.mark.parametrize(
     ("args", "kwargs", "says"),
     [
