@@ -10,6 +10,7 @@ process that inherits that ignores SIGTERM, and dies of a SIGBUS that it would h
 from __future__ import annotations
 
 import contextlib
+import io
 import marshal
 import math
 import os
@@ -260,6 +261,9 @@ def _main(fd: int, booter: int) -> None:
             got += more
         return bytes(got)
 
+    for stream in (sys.stdout, sys.stderr):  # what a handler prints is not kept until the end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     payload = exactly(struct.unpack("=Q", exactly(8))[0])
     sys.argv = ["realmap"]
     try:

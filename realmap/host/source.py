@@ -11,7 +11,7 @@ import linecache
 import types
 from collections import ChainMap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 
@@ -34,7 +34,7 @@ def _made(make: Callable[..., types.CodeType], args: Any, file: str, lines: list
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-    dispatch_table = ChainMap({types.CodeType: _reduce_code}, cloudpickle.CloudPickler.dispatch_table)
+    dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: _reduce_code}, cloudpickle.CloudPickler.dispatch_table)
 
 
 def dumps(value: Any) -> bytes:

@@ -28,8 +28,8 @@ from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_ANSWER, MAX_MESSAGE
 from realmap.wire.status import CALLER, Page
 
-#: A service about the kernel itself, for whoever asks, with a number: what it answers.
-Ask: TypeAlias = Callable[[Connection, int], Any]
+#: A service about the kernel itself, for whoever asks, about what: what it answers.
+Ask: TypeAlias = Callable[[Connection, Any], Any]
 
 
 #: A call whose handler is at work on the thread that has the loop: a plain tuple, for every call makes one.
@@ -135,7 +135,7 @@ class Dispatch:
         ask = self._asks.get(request.what)
         if ask is None:
             raise UnknownSyscall(request.what, why="the kernel has no such service")
-        return ask(connection, request.number)
+        return ask(connection, request.about)
 
     def _answer_later(self, connection: Connection, process: UserProcess, id: int, later: Later) -> None:
         def work() -> None:

@@ -148,10 +148,10 @@ class Query(_Request, tag=6, frozen=True):
 
 
 class Ask(_Request, tag=7, frozen=True):
-    """One of the kernel's own services by name (stats, books, trace-start, …). Done: its answer."""
+    """One of the kernel's own services by name (stats, books, trace-start, …), and what about. Done: its answer."""
 
     what: str
-    number: int = 0
+    about: int | bytes = 0
 
 
 class Share(_Request, tag=8, frozen=True):

@@ -20,11 +20,13 @@ It is written before each handler, not when one is late: one that keeps the GIL 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import struct
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -264,3 +266,36 @@ def _is_kept(status: Status, seconds: float) -> bool:
     """Whether it has done nothing for so long, though asked, and not for a large snapshot's sake."""
     idle = status.seconds is not None and status.seconds > seconds
     return idle and (status.asleep or bool(status.beside))
+
+
+#: Of each kernel that this process has booted: its page, and what asks Linux how it ended.
+_ours: dict[str, tuple[int, Callable[[], str | None]]] = {}
+
+
+def remember(path: str, death: Callable[[], str | None]) -> None:
+    """Holds the page of the kernel at `path` until `forget`: what it was at when it died. `death`: says how it did."""
+    with contextlib.suppress(OSError, ValueError):
+        pid, number = runtime.kernel_at(path)
+        _ours[path] = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC), death
+
+
+def forget(path: str) -> None:
+    """It has ended. Again: nothing."""
+    fd, _ = _ours.pop(path, (-1, None))
+    if fd >= 0:
+        files.close(fd)
+
+
+def why_it_died(path: str) -> str:
+    """What to say of the kernel at `path`, which has died: for its booter with how, and in which handler."""
+    said = f"the kernel at {path!r} has died"
+    fd, death = _ours.get(path, (-1, None))
+    how = death() if death is not None else None
+    if how is None:
+        return said
+    data = os.pread(fd, _SIZE, 0)
+    _, turn, _, caller, name = _LAYOUT.unpack_from(data)
+    at = [(turn, caller, name)] if caller else []
+    at += [each for each in _BESIDE.iter_unpack(data[_LAYOUT.size :]) if each[0]]
+    handlers = " and ".join(f"handler {_work(*each, each[0]).handler!r} of process {each[1]}" for each in at)
+    return f"{said}: it {how}" + (f" in {handlers}" if handlers else "")
