@@ -269,6 +269,7 @@ def _main(fd: int, booter: int) -> None:
     try:
         function, args = pickle.loads(payload)
     except Exception as error:
-        report.sendall(pickle.dumps(Unsendable(f"what was sent cannot be read there: {type(error).__name__}: {error}")))
+        why = f"what was sent cannot be read there: {type(error).__name__}: {error}"
+        report.sendall(pickle.dumps((False, Unsendable(why), "")))  # as `outcome` has it
         os._exit(1)
     function(report, booter, *args)

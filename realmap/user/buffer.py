@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 from realmap._core import ANSWERED, View, Window
 from realmap.errors import InvalidAddress, InvalidSize
 from realmap.host import translate
+from realmap.memory import views
 from realmap.memory.byte_access import ByteAccess
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_w
@@ -130,7 +131,10 @@ class Buffer(View, ByteAccess):
         VirtualMemoryExhaustion: at Linux's limit of mappings (nothing is unmapped).
         A syscall that is at work on it keeps the frames until its handler ends.
         """
-        self._window.unmap()
+        try:
+            self._window.unmap()
+        except BufferError as error:
+            raise views.named(error, self) from None
 
     def __enter__(self) -> Self:
         return self
