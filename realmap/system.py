@@ -116,7 +116,8 @@ class KernelHandle:
     def __init__(self, child: Child, path: str) -> None:
         self._child = child
         self._owner = os.getpid()
-        status.remember(path, lambda: _death(child))
+        #: What it was at, if it dies.
+        self._page = status.Remembered(path, lambda: _death(child))
         #: Of its socket: what `realmap.connect(path)` and `realmap ps --kernel PATH` want to know.
         self.path = path
         self._spawned: set[Child] = set()
@@ -248,7 +249,7 @@ class KernelHandle:
                 at = status.look(self.path) or f"kernel {self.pid} does not say what it is at"
                 logs.log.warning("it did not end within %s s, and is killed: %s", timeout, at)
         self._child.close()
-        status.forget(self.path)
+        self._page.close()
         control = self._controls.pop("control", None)
         if control is not None:
             control.close()

@@ -40,14 +40,15 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         """Of a layout of ctypes that is no module's: cloudpickle cannot take its fields."""
-        ctypes = sys.modules.get("ctypes")
+        ctypes: Any = sys.modules.get("ctypes")
         if ctypes is not None and isinstance(obj, type):
             if issubclass(obj, ctypes.Structure | ctypes.Union):
                 module = sys.modules.get(obj.__module__)
                 if obj.__module__ == "__main__" or getattr(module, obj.__qualname__, None) is not obj:
                     return _reduce_layout(obj)
             elif issubclass(obj, ctypes.Array) and obj is not ctypes.Array:
-                return operator.mul, (obj._type_, obj._length_)
+                array: Any = obj
+                return operator.mul, (array._type_, array._length_)
         return super().reducer_override(obj)
 
 

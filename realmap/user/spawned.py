@@ -79,6 +79,7 @@ def _main(
         if os.getpid() == pid and isinstance(error, Exception):
             with contextlib.suppress(OSError):
                 outcome.send(report, outcome.of_error(error, where))
+    files.shut(report)
     sys.exit(status)
 
 
