@@ -135,10 +135,8 @@ def run(syscall: Syscall, call: Call, request: Request, buffers: Sequence[UserBu
             args, kwargs = by_position(args, names)
             syscall.signature.check(args, kwargs)
     except WrongArguments as error:
-        syscall.failed += 1
         return failed(id, error)
     except Exception as error:  # they are no list, or there is no memory for them
-        syscall.failed += 1
         why = f"the arguments of {syscall.name!r} cannot be decoded: {error or type(error).__name__}"
         return failed(id, KernelError(why=why))
     before = host_faults()

@@ -22,7 +22,7 @@ PLAIN: frozenset[type] = frozenset({int, float, bool, str, bytes, bytearray, typ
 _NUMBERS = {("b", 1), ("f", 4), ("f", 8), *((kind, size) for kind in "iu" for size in (1, 2, 4, 8))}
 #: Of what is sent often instead, by the name of its type or of one that it derives from: what to send.
 _ADVICE = {
-    "ndarray": "put it into a buffer and pass that (buffer.array(…) is an array of a Buffer), or array.tolist()",
+    "ndarray": "a Buffer (buffer.array(…) is an array of one), or array.tolist()",
     "float16": "float(value)",
     "longdouble": "float(value), which rounds it, or str(value)",
     "complexfloating": "[value.real, value.imag]",
