@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Optional, Union
 
+import msgspec
 import numpy as np
 import pytest
 import syscalls
@@ -23,6 +24,7 @@ from conftest import BOUND, PAGE
 
 import realmap
 from realmap import Call, KernelHandle, Process, SyscallFailed, UserBuffer, WrongArguments
+from realmap.wire import messages
 
 CARRIERS = ("ring", "socket")
 
@@ -332,3 +334,10 @@ def test_a_list_within_itself(me: Process) -> None:
     endless += [endless, endless]
     with pytest.raises(TypeError, match="flatter"):
         me.call("echo", endless)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "a", "a"), ("call",)])
+def test_a_peer_that_names_more_than_there_is(me: Process, names: tuple[str, ...]) -> None:
+    with pytest.raises(realmap.KernelError):
+        me.client.request(messages.Call(me.client.next_id(), "untyped", msgspec.Raw(b"\x91\x01"), None, names))
+    assert me.call("nop") is None
