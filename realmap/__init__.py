@@ -47,14 +47,16 @@ from realmap.errors import (
     UnknownSyscall,
     VersionMismatch,
     VirtualMemoryExhaustion,
+    WrongArguments,
     WrongMappingFramesForType,
 )
 from realmap.kernel import Call, Kernel, Limits, UserBuffer, syscall
 from realmap.memory import CrossProcessMapping, UserspacePtr
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
-from realmap.system import KernelHandle, SpawnedProcess, boot
+from realmap.system import KernelHandle, boot
 from realmap.user import Buffer, Handle, Process
+from realmap.user.spawned import SpawnedProcess
 from realmap.wire.messages import VERSION as __version__
 from realmap.wire.messages import MemoryInfo
 
@@ -92,6 +94,7 @@ __all__ = [
     "UserspacePtr",
     "VersionMismatch",
     "VirtualMemoryExhaustion",
+    "WrongArguments",
     "WrongMappingFramesForType",
     "__version__",
     "aconnect",

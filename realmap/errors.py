@@ -17,7 +17,8 @@
     ├── ProcessKilled                     14
     ├── KernelDied                        15  ConnectionError
     ├── VersionMismatch                   16
-    └── LimitReached                      17
+    ├── LimitReached                      17
+    └── WrongArguments                    18  TypeError
     KernelPanic                               RuntimeError; no KernelError: the caller broke a precondition
 
 Each error carries its facts as attributes (what its class annotates, named in ``fields``), and a wire code that
@@ -154,17 +155,18 @@ class UnknownSyscall(KernelError, LookupError):
 
 
 class SyscallFailed(KernelError):
-    """The handler of `name` raised: `type` and `text` of its exception, and the kernel's `traceback`."""
+    """The handler of `name` raised, in process `pid`: `type` and `text` of its exception, and the `traceback` there."""
 
     code = 11
     name: str
     type: str
     text: str
     traceback: str
+    pid: int | None
 
     def _text(self) -> str:
         head = f"syscall {self.name!r} failed: {self.type}: {self.text}"
-        return f"{head}\n\nIn the kernel:\n{self.traceback}" if self.traceback else head
+        return f"{head}\n\nIn the kernel, process {self.pid}:\n{self.traceback}" if self.traceback else head
 
 
 class SyscallTimeout(KernelError, TimeoutError):
@@ -243,6 +245,16 @@ class LimitReached(KernelError):
     code = 17
     what: str
     limit: int
+
+
+class WrongArguments(KernelError, TypeError):
+    """The syscall `name` does not take these arguments: their number, a name, or a type. Its handler was not called."""
+
+    code = 18
+    name: str
+
+    def _said(self, name: str) -> bool:
+        return not self.why
 
 
 class KernelPanic(RuntimeError):

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import os
-import pickle
 import signal
 import socket
-import sys
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Self, SupportsIndex
 
 from realmap.errors import InvalidHandle, KernelDied, KernelError
-from realmap.host import files, forks, interpreter, liveness, runtime, signals
+from realmap.host import files, forks, interpreter, liveness, outcome, runtime, signals
 from realmap.host.interpreter import Child
 from realmap.host.signals import Living
 from realmap.host.translate import shortage
@@ -23,6 +21,7 @@ from realmap.kernel import logs
 from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
 from realmap.kernel.registry import registry
+from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.announce import announce
 from realmap.observe.audit import AuditReport
@@ -30,6 +29,8 @@ from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.trace import CAPACITY, Trace
 from realmap.user.process import Process
+from realmap.user.spawned import SpawnedProcess as SpawnedProcess
+from realmap.user.spawned import spawn
 from realmap.wire import status
 from realmap.wire.ring import SPIN, checked_spin
 
@@ -49,12 +50,21 @@ END = signal.SIGRTMIN
 # ---- in the new processes -----------------------------------------------------------------
 
 
-def _say(report: socket.socket, value: object) -> None:
+def _say(report: socket.socket, path: str | Exception) -> None:
+    """Where the kernel serves, or why it does not."""
+    where = f"process {os.getpid()}, which was to be a kernel"
+    if not isinstance(path, Exception):
+        data = outcome.of_value(path, "its path")
+    else:  # an option is wrong, say; or the initializer has raised
+        data = outcome.of_error(path, "" if isinstance(path, KernelError | TypeError) else where)
     with contextlib.suppress(OSError):  # who wanted to know has died
-        report.sendall(pickle.dumps(value))
+        report.sendall(data)
+    files.shut(report)
 
 
-def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) -> None:
+def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any], owner: int = 0) -> None:
+    with contextlib.suppress(Exception):  # without a stderr
+        faulthandler.enable()  # where it was when it crashed
     # Not SIG_IGN, which the programs that a handler starts would inherit.
     signals.on(lambda: None, signal.SIGINT, signal.SIGTERM)
     logs.as_environment_says()
@@ -63,25 +73,20 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any]) ->
         kernel = Kernel(**options)
     except Exception as error:
         _say(report, error)
-        files.shut(report)
         return
+    kernel.owner = owner
 
     gc.collect()
     gc.freeze()  # what was imported stays: no collection has to look through it while somebody waits for an answer
-
-    def ready() -> None:
-        _say(report, kernel.path)
-        files.shut(report)
 
     signals.on(lambda: kernel.stop(wait=False), END)
     interpreter.end_with(booter, GRACE)
     interpreter.call_itself(KERNEL)
     interpreter.take_short_turns()
     try:
-        kernel.serve(ready=ready, booter=booter)
-    except KernelError as error:
+        kernel.serve(ready=lambda: _say(report, kernel.path), booter=booter)
+    except Exception as error:
         _say(report, error)
-        files.shut(report)
     interpreter.end_within(LINGER)
 
 
@@ -94,60 +99,11 @@ def _tree_main(report: socket.socket, booter: int, options: dict[str, Any], root
         pidfd = -1
     if pidfd < 0 or not liveness.same_process_lives(*root):
         _say(report, KernelDied(options["path"], why="the root of the process tree has ended"))
-        files.shut(report)
         return
     _kernel_main(report, pidfd, options)
 
 
-def _user_main(
-    report: socket.socket, booter: int, path: str, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    files.shut(report)
-    interpreter.end_with(booter, 0)
-    interpreter.call_itself(getattr(function, "__name__", "realmap-user"))
-    status = 1
-    try:
-        with Process(path) as me:
-            function(me, *args)
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    sys.exit(status)
-
-
 # ---- in the booter ------------------------------------------------------------------------
-
-
-class SpawnedProcess:
-    """A user process that `KernelHandle.spawn` started. It ends with its booter at the latest."""
-
-    def __init__(self, child: Child, kernel: KernelHandle) -> None:
-        self._child = child
-        self._kernel = kernel  # which ends when nobody refers to it any more
-
-    @property
-    def pid(self) -> int:
-        """Its pid."""
-        return self._child.pid
-
-    @property
-    def exitcode(self) -> int | None:
-        """None while it runs; then 0, its exit status, or minus the signal that ended it."""
-        return self._child.exitcode
-
-    def join(self, timeout: float | None = None) -> int | None:
-        """Waits at most `timeout` seconds (None: for ever) for its end; the exit code, or None if it still runs."""
-        return self._child.wait(timeout)
-
-    def kill(self) -> None:
-        """Kills it (SIGKILL), if it still runs; `join` waits for the end."""
-        self._child.kill()
-
-    def __repr__(self) -> str:
-        state = "running" if self.exitcode is None else f"exit code {self.exitcode}"
-        return f"<SpawnedProcess {self.pid}, {state}>"
 
 
 class KernelHandle:
@@ -160,6 +116,8 @@ class KernelHandle:
     def __init__(self, child: Child, path: str) -> None:
         self._child = child
         self._owner = os.getpid()
+        #: What it was at, if it dies.
+        self._page = status.Remembered(path, lambda: _death(child))
         #: Of its socket: what `realmap.connect(path)` and `realmap ps --kernel PATH` want to know.
         self.path = path
         self._spawned: set[Child] = set()
@@ -184,36 +142,64 @@ class KernelHandle:
         process.keeper = self
         return process
 
-    def spawn(self, function: Callable[..., Any], *args: Any) -> SpawnedProcess:
-        """Runs `function(me, *args)` in a new user process; `me` is its `Process`.
+    def spawn(
+        self, function: Callable[..., Any], /, *args: Any, name: str | None = None, **kwargs: Any
+    ) -> SpawnedProcess:
+        """Runs `function(me, *args, **kwargs)` in a new user process; `me` is its `Process`.
 
         The function and its arguments travel by cloudpickle: those of a script, a notebook or a shell
-        work as well. What it prints comes out here; an exception is printed, and its exit code is 1.
-        TypeError: something cannot be sent (it is named). KernelDied: the kernel has ended.
+        work as well. `name`: what ps and top call the process, by default the function's. What it prints comes out
+        here, line by line; what it returns is `SpawnedProcess.result()`. An exception is printed, too, and its exit
+        code is 1. TypeError: something cannot be sent (it is named), or the function does not take these arguments.
+        KernelDied: the kernel has ended.
         PhysicalMemoryExhaustion: Linux has no descriptors, no memory or no processes for it.
         """
-        if self._child.exitcode is not None:
-            raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
-        name = getattr(function, "__name__", repr(function))
-        interpreter.dumps(function, f"the function {name!r}")
-        for position, argument in enumerate(args, 1):
-            interpreter.dumps(argument, f"argument {position} of {name!r}")
-        try:
-            child = Child(_user_main, self.path, function, args)
-        except OSError as error:
-            raise shortage(error, f"cannot start a process for {name!r}") from None
-        files.shut(child.report)
-        self._spawned.add(child)
+        self._require_life()
+        spawned = spawn(self, self.path, function, args, name, kwargs)
+        self._spawned.add(spawned.child)
         for other in list(self._spawned):
             if other.exitcode is not None:
                 self._spawned.discard(other)
-        return SpawnedProcess(child, self)
+        return spawned
+
+    def register(self, *handlers: Callable[..., Any], replace: bool = False) -> None:
+        """Adds handlers while the kernel runs: from now on they are called. Errors of theirs as `boot`.
+
+        `replace`: in the place of those of the same names, whose calls that are at work go on to their end. What they
+        keep in globals they share with one another, and not with those that came earlier.
+
+        KernelError: the kernel has one of that name already (then none is added), or cannot import what they need.
+        InvalidSize: together they take more than 1 MiB, pickled. KernelDied, SyscallTimeout: as `stats`.
+        """
+        for name, found in registry(handlers, UserBuffer).items():
+            interpreter.dumps(found.function, f"the syscall {name!r}")
+        self._asked().register(interpreter.dumps((handlers, replace), "the handlers"))
+
+    def unregister(self, name: str) -> None:
+        """Takes the handler of that name away; calls of it that are at work go on to their end.
+
+        UnknownSyscall: there is none. KernelDied, SyscallTimeout: as `stats`.
+        """
+        self._asked().unregister(name)
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Waits until everyone who has died by now (or closed its connection) is reaped: its memory is given back.
+
+        What others hold of it stays: a handler at work, a forked child, who attached a handle. At most `timeout`
+        seconds (None: for ever), or TimeoutError. KernelDied, SyscallTimeout: as `stats`.
+        """
+        self._asked().settle(timeout)
+
+    def _require_life(self) -> None:
+        if self._child.exitcode is not None:
+            ended = f"the kernel at {self.path!r} has ended"
+            raise KernelDied(self.path, why=status.why_it_died(self.path) if self._child.exitcode else ended)
 
     def _asked(self) -> Control:
+        """Its connection. InvalidHandle: this is a forked child, which is not its booter."""
         if self._owner != os.getpid():
             raise InvalidHandle(None, why=f"this kernel was booted by process {self._owner}; connect({self.path!r})")
-        if self._child.exitcode is not None:
-            raise KernelDied(self.path, why=f"the kernel at {self.path!r} has ended")
+        self._require_life()
         control = self._controls.get("control")
         if control is None:
             made = Control(self.path)
@@ -263,6 +249,7 @@ class KernelHandle:
                 at = status.look(self.path) or f"kernel {self.pid} does not say what it is at"
                 logs.log.warning("it did not end within %s s, and is killed: %s", timeout, at)
         self._child.close()
+        self._page.close()
         control = self._controls.pop("control", None)
         if control is not None:
             control.close()
@@ -289,6 +276,12 @@ class KernelHandle:
 _handles: Living[KernelHandle] = Living()
 
 
+def _death(child: Child) -> str | None:
+    """How the process of a kernel ended, in words. Its sockets close just before it has."""
+    exitcode = child.wait(1.0)
+    return None if exitcode is None else outcome.ended(exitcode)
+
+
 def _shutdown_all() -> None:
     for handle in _handles.all():
         with contextlib.suppress(Exception):
@@ -308,6 +301,7 @@ def boot(
     path: str | os.PathLike[str] | None = None,
     spin: float = SPIN,
     limits: Limits | None = None,
+    initializer: Callable[[], object] | None = None,
 ) -> KernelHandle:
     """Starts a kernel in a process of its own, and returns once users can connect to it.
 
@@ -316,7 +310,10 @@ def boot(
     `lazy_unmap`: bytes of dropped mirrors that are kept mapped for their next use (by default none).
     `path`: of its socket, by default in a private directory. `spin`: microseconds that both sides of a
     call look for the next message before they sleep; 0 sends everything by the socket. `limits`: what each
-    process may have at a time. It ends with
+    process may have at a time. `initializer`: called there first, without arguments, within the minute that the kernel
+    may take to start: what it puts into globals the handlers find; an exception of it is raised here. What handlers
+    print and log (by that process's own `logging`: the initializer may set it up) comes out here, line by line; a
+    crash says on stderr where it was. The kernel ends with
     `shutdown`, with the `with` block, when nobody refers to the handle (or to what it made by `connect`
     and `spawn`) any more, or with this process, whatever way that dies.
 
@@ -325,8 +322,10 @@ def boot(
     KernelDied: its process ended before it served. PhysicalMemoryExhaustion: Linux has no descriptors, no
     memory or no processes for it. KernelError: it does not start for another reason, or not in time.
     """
-    functions = list(syscalls)
-    for name, found in registry(functions).items():
+    if initializer is not None:
+        interpreter.dumps(initializer, "the initializer")
+    functions = syscalls if callable(syscalls) else list(syscalls)
+    for name, found in registry(functions, UserBuffer).items():
         interpreter.dumps(found.function, f"the syscall {name!r}")
     options: dict[str, Any] = {
         "syscalls": functions,
@@ -337,8 +336,9 @@ def boot(
         "path": None if path is None else os.path.abspath(os.fspath(path)),
         "spin": checked_spin(spin),
         "limits": limits,
+        "initializer": initializer,
     }
-    return KernelHandle(*_start(_kernel_main, options))
+    return KernelHandle(*_start(_kernel_main, options, os.getpid()))
 
 
 def boot_for(path: str, root: tuple[int, int]) -> None:
@@ -359,9 +359,7 @@ def _start(main: Callable[..., None], *args: Any, silent: bool = False) -> tuple
         if not data:
             how = f"exit code {child.wait(GRACE)} of {child.executable!r}"
             raise KernelDied("", why=f"the kernel's process ended before it served ({how})")
-        said = pickle.loads(data)
-        if isinstance(said, BaseException):
-            raise said
+        said: str = outcome.read(data)
         announce(said)
     except BaseException as error:
         child.close()

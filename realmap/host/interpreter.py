@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import marshal
 import math
 import os
@@ -28,10 +29,8 @@ from collections.abc import Callable
 from multiprocessing import spawn
 from typing import Any
 
-import cloudpickle
-
 from realmap.errors import KernelError
-from realmap.host import files, liveness
+from realmap.host import files, liveness, source
 from realmap.host.signals import pass_on
 
 # Only builtin modules are imported before sys.path is the booter's: a file in the working
@@ -54,6 +53,11 @@ _BOOTSTRAP = (
 
 #: Of multiprocessing, unless it is told otherwise.
 _at_import = sys.executable or ""
+#: Of multiprocessing's locks, queues and barriers.
+INHERITED = (
+    "; only processes that multiprocessing starts can have these: start the function by multiprocessing.Process, and "
+    "realmap.connect(path) there, or else wait for one another in a handler with blocking=True"
+)
 
 
 class Unsendable(TypeError):
@@ -69,9 +73,10 @@ def call_itself(name: str) -> None:
 def dumps(value: Any, what: str) -> bytes:
     """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named."""
     try:
-        return bytes(cloudpickle.dumps(value))
+        return source.dumps(value)
     except Exception as error:
-        raise Unsendable(f"{what} cannot be sent to another process: {error}{_culprit(value)}") from error
+        hint = INHERITED if "inheritance" in str(error) else ""
+        raise Unsendable(f"{what} cannot be sent to another process: {error}{_culprit(value)}{hint}") from error
 
 
 def _culprit(value: Any) -> str:
@@ -84,7 +89,7 @@ def _culprit(value: Any) -> str:
     names |= {name: cell.cell_contents for name, cell in cells}
     for name, found in names.items():
         try:
-            cloudpickle.dumps(found)
+            source.dumps(found)
         except Exception:
             return f" (its variable {name!r} holds a {type(found).__name__}; make that inside the function)"
     return ""
@@ -318,11 +323,15 @@ def _main(fd: int, booter: int) -> None:
             got += more
         return bytes(got)
 
+    for stream in (sys.stdout, sys.stderr):  # what a handler prints is not kept until the end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     payload = exactly(struct.unpack("=Q", exactly(8))[0])
     sys.argv = ["realmap"]
     try:
         function, args = pickle.loads(payload)
     except Exception as error:
-        report.sendall(pickle.dumps(Unsendable(f"what was sent cannot be read there: {type(error).__name__}: {error}")))
+        why = f"what was sent cannot be read there: {type(error).__name__}: {error}"
+        report.sendall(pickle.dumps((False, Unsendable(why), "")))  # as `outcome` has it
         os._exit(1)
     function(report, booter, *args)

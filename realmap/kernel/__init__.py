@@ -28,6 +28,7 @@ handles       what is shared between processes, and until when
 inheritance   what a process that had forked left to its children
 registry      the @syscall decorator, and the handlers by name
 budgets       what each peer has at a time, and what a uid's ended processes left
+signature     what a handler takes
 limits        what each may have
 observer      what is told of while somebody looks
 logs          what a kernel has to say besides

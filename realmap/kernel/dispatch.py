@@ -30,8 +30,8 @@ from realmap.wire.status import CALLER, Page
 
 #: Characters of an unknown name that its error says.
 LONGEST = 200
-#: A service about the kernel itself, for whoever asks, with a number: what it answers.
-Ask: TypeAlias = Callable[[Connection, int], Any]
+#: A service about the kernel itself, for whoever asks, about what: what it answers.
+Ask: TypeAlias = Callable[[Connection, Any], Any]
 
 
 #: A call whose handler is at work on the thread that has the loop: a plain tuple, for every call makes one.
@@ -130,7 +130,7 @@ class Dispatch:
         ask = self._asks.get(request.what)
         if ask is None:
             raise UnknownSyscall(request.what, why="the kernel has no such service")
-        return ask(connection, request.number)
+        return ask(connection, request.about)
 
     def _answer_later(self, connection: Connection, process: UserProcess, id: int, later: Later) -> None:
         def work() -> None:
@@ -193,7 +193,7 @@ class Dispatch:
         away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
-        answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+        answer = syscalls.run(syscall, call, request, buffers)
         try:
             del away[serial]
         except KeyError:
@@ -317,7 +317,7 @@ class Dispatch:
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)
             running.place = self._page.begin(process.pid, syscall.label, running.began)
-            answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+            answer = syscalls.run(syscall, call, request, buffers)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
             self._kernel.post(lambda: end(answer))

@@ -119,6 +119,11 @@ class Heirs:
         if self._books.observer is not None:
             self._books.observer.reaped(dead)
 
+    @property
+    def searches(self) -> int:
+        """Of how many it is not known yet whether they have any."""
+        return sum(not heirs for heirs in self._of.values())
+
     def after_fork_in_child(self) -> None:
         """They are the parent's alone."""
         for heirs in self._of.values():

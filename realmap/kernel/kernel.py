@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
 from typing import Any, Self, SupportsIndex
 
 from realmap.errors import (
@@ -26,8 +29,9 @@ from realmap.errors import (
     KernelDied,
     KernelError,
     PhysicalMemoryExhaustion,
+    UnknownSyscall,
 )
-from realmap.host import forks, runtime
+from realmap.host import forks, liveness, runtime
 from realmap.host.signals import Attention, Flag
 from realmap.host.translate import shortage
 from realmap.kernel import dump
@@ -41,11 +45,13 @@ from realmap.kernel.limits import Limits
 from realmap.kernel.listener import Listener
 from realmap.kernel.logs import log, urgent
 from realmap.kernel.loop import Loop
-from realmap.kernel.registry import registry
+from realmap.kernel.registry import Syscall, registry
+from realmap.kernel.services import Begun, Reply
 from realmap.kernel.snapshots import Snapshots
 from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import encode
 from realmap.kernel.tracer import Tracer
+from realmap.kernel.user_buffer import UserBuffer
 from realmap.kernel.watchdog import Watchdog
 from realmap.kernel.workers import Workers
 from realmap.memory.kernel_memory import KernelMemory
@@ -78,6 +84,7 @@ class Kernel:
         path: str | os.PathLike[str] | None = None,
         spin: float = SPIN,
         limits: Limits | None = None,
+        initializer: Callable[[], object] | None = None,
     ) -> None:
         """Checks the options; nothing is opened before `start` or `serve`.
 
@@ -86,15 +93,20 @@ class Kernel:
         `kernel_land`: bytes of KernelLand, whole pages. `path`: of its socket, by
         default one in the private directory of `realmap.host.runtime`. `spin`: microseconds that both
         sides look for the next message before they sleep; 0 sends everything by the socket. `limits`: what
-        each process may have at a time.
+        each process may have at a time. `initializer`: called first by `start` or `serve`, which raise what it raises.
 
         InvalidSize: a limit is negative, or kernel_land is no whole pages. InvalidAddress: it is
         larger than KernelLand. TypeError, ValueError: as `syscall` and `registry`.
         """
         if limits is not None and not isinstance(limits, Limits):
             raise TypeError(f"limits is a Limits, not {limits!r}")
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"the initializer is a function, not {initializer!r}")
         memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
-        self.books = Books(registry(syscalls), limits or Limits(), memory, memory_limit, process_limit)
+        self._initializer = initializer
+        #: The pid of who may register handlers from elsewhere: its booter. 0: nobody.
+        self.owner = 0
+        self.books = Books(registry(syscalls, UserBuffer), limits or Limits(), memory, memory_limit, process_limit)
         # What a handler sees: `RunningKernel`.
         self.memory = memory
         self.frames = self.books.frames
@@ -133,6 +145,8 @@ class Kernel:
         if self._listener is not None or self.loop.ending:
             state = "was stopped" if self.loop.ending else "runs already"
             raise KernelError(why=f"the kernel at {self.path!r} {state}")
+        if self._initializer is not None:
+            self._initializer()
         try:
             self.loop.open()
             try:
@@ -254,6 +268,93 @@ class Kernel:
         """Whether it ends, or has."""
         return self.loop.ending
 
+    # ---- handlers ---------------------------------------------------------------------------
+
+    def register(self, *handlers: Callable[..., Any], replace: bool = False) -> None:
+        """Adds handlers; from now on they are called. From any thread; while it runs, or before.
+
+        `replace`: in the place of those of the same names, whose calls that are at work go on to their end.
+        KernelError: it has one of that name already (then none is added). TypeError, ValueError: as `registry`.
+        """
+        found = registry(handlers, UserBuffer)
+        self._on_loop(lambda: self._add(found, replace))
+
+    def unregister(self, name: str) -> None:
+        """Takes a handler away; calls of it that are at work go on to their end. UnknownSyscall: there is none."""
+        self._on_loop(lambda: self._remove(name))
+
+    def _add(self, found: dict[str, Syscall], replace: bool) -> None:
+        known = self.books.syscalls
+        for name, syscall in found.items():
+            before = known.get(name)
+            if before is not None:
+                if not replace:
+                    raise KernelError(why=f"the kernel has a syscall {name!r} already: unregister it, or replace=True")
+                syscall.calls, syscall.failed, syscall.late = before.calls, before.failed, before.late
+        self.books.syscalls = known | found  # who is at it, a snapshot say, goes on with what there was
+
+    def _remove(self, name: str) -> None:
+        if name not in self.books.syscalls:
+            raise UnknownSyscall(name, why=f"the kernel has no syscall {name!r}")
+        self.books.syscalls = {key: value for key, value in self.books.syscalls.items() if key != name}
+
+    def _on_loop(self, job: Callable[[], None]) -> None:
+        """Runs it where the books are, and waits for that; what it raises is raised here."""
+        if self.loop.thread == threading.get_ident() or not self.loop.is_open:
+            job()
+            return
+        outcome: SimpleQueue[Exception | None] = SimpleQueue()
+
+        def run() -> None:
+            try:
+                job()
+            except Exception as error:
+                outcome.put(error)
+            else:
+                outcome.put(None)
+
+        self.post(run)
+        if (error := outcome.get()) is not None:
+            raise error
+
+    def _register_theirs(self, connection: Connection, data: bytes) -> Begun:
+        """For the booter. On a worker: what it sent may import for long."""
+        self._require_owner(connection)
+
+        def begin(reply: Reply) -> None:
+            def work() -> None:
+                try:
+                    handlers, replace = pickle.loads(data)
+                    self.register(*handlers, replace=replace)
+                except KernelError as error:
+                    failed: Exception = error
+                except Exception as error:
+                    failed = KernelError(why=f"what was sent cannot be read there: {type(error).__name__}: {error}")
+                else:
+                    self.post(lambda: reply((None, [])))
+                    return
+                self.post(lambda: reply(failed))
+
+            try:
+                self.workers.submit(work)
+            except RuntimeError as error:
+                reply(PhysicalMemoryExhaustion(why=f"no thread to read the handlers on: {error}"))
+
+        return Begun(begin)
+
+    def _require_owner(self, connection: Connection) -> None:
+        if not connection.control or not self.owner or liveness.credentials(connection.sock)[0] != self.owner:
+            raise AccessDenied(why="only who booted the kernel changes its handlers")
+
+    def _unreaped(self) -> int:
+        """How many have ended, or are being looked after, and are in the books."""
+        poll = select.poll()
+        for connection in self.clients.all():
+            if connection.process is not None:
+                poll.register(connection.pidfd, select.POLLIN)
+                poll.register(connection.sock, 0)  # POLLHUP
+        return len(poll.poll(0)) + self._heirs.searches
+
     def _enter(self, sock: socket.socket) -> None:
         self.clients.enter(sock)
         self.watchdog.wake()
@@ -317,7 +418,7 @@ class Kernel:
 
     # ---- what can be asked of it ------------------------------------------------------------
 
-    def _asks(self) -> dict[str, Callable[[Connection, int], Any]]:
+    def _asks(self) -> dict[str, Callable[[Connection, Any], Any]]:
         def shutdown(connection: Connection, _: int) -> None:
             if not connection.control:
                 raise AccessDenied(why="only a control connection may end the kernel")
@@ -332,7 +433,14 @@ class Kernel:
                 raise AccessDenied(why="only a control connection may revoke what is nobody's")
             return self.handles.revoke_orphans(f"{start:08x}")
 
+        def unregister(connection: Connection, name: bytes) -> None:
+            self._require_owner(connection)
+            self._remove(name.decode())
+
         return {
+            "register": self._register_theirs,
+            "unregister": unregister,
+            "unreaped": lambda *_: self._unreaped(),
             "stats": lambda *_: dump.stats(self.books, self._around()),
             "books": lambda connection, _: self.snapshots.begin(connection),
             "shutdown": shutdown,

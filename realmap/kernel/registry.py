@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
+from realmap.kernel.signature import Signature
 from realmap.wire import status
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,6 +21,7 @@ class Syscall:
     name: str
     function: Callable[..., Any]
     blocking: bool
+    signature: Signature
     calls: int = 0
     #: Calls that ended in an error.
     failed: int = 0
@@ -29,9 +31,12 @@ class Syscall:
     given_up: int = 0
     #: Its name on the status page.
     label: bytes = field(init=False)
+    #: Of its signature: looked into at every call.
+    known: set[tuple[type, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.label = status.label(self.name)
+        self.known = self.signature.known
 
 
 @overload
@@ -41,10 +46,17 @@ def syscall(*, name: str | None = None, blocking: bool = False) -> Callable[[F],
 def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool = False) -> Any:
     """Makes a function a syscall: `@syscall`, or `@syscall(name=None, blocking=False)`.
 
-    It is called as `function(call, *args)`: `call` is a `Call`, buffers among the arguments arrive as
-    `UserBuffer`, other arguments as the plain values they were (tuples as lists). What it returns
-    goes back to the caller. A `KernelError` it raises reaches the caller as itself, anything else as
-    `SyscallFailed` with the traceback. Handlers run one after the other on the thread that has the kernel's loop;
+    It is called as `function(call, *args, **kwargs)`: `call` is a `Call`, buffers among the arguments arrive as
+    `UserBuffer`, other arguments as the plain values they were (tuples as lists). Where they are annotated as int,
+    float, str, bytes, bool, list, dict, None, UserBuffer, or unions of these, others are a TypeError at the call. What
+    it returns goes back to the caller. A `KernelError` it raises reaches the caller as itself, anything else as
+    `SyscallFailed` with the traceback. What it prints, and what it logs, comes out where the kernel was booted.
+
+    What it keeps in a global stays there, from call to call, for all handlers that came along: in the kernel's
+    process, not in this one. `boot(initializer=…)` is where that begins. Two handlers never run at once, but where one
+    is `blocking` or takes longer than 20 ms: what they share with that has a lock.
+
+    Handlers run one after the other on the thread that has the kernel's loop;
     one that takes longer than 20 ms loses it, others are served meanwhile, and its caller gets the answer all the
     same. One that is known to take long is declared `blocking=True`, and runs on a thread of its own from the start.
     Either way nobody is served while a C function of it keeps the GIL, and it never runs on the main thread.
@@ -55,10 +67,7 @@ def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool 
     def mark(target: F) -> F:
         if not callable(target):
             raise TypeError(f"@syscall goes on a function, not on {target!r}")
-        if inspect.iscoroutinefunction(target) or inspect.isgeneratorfunction(target):
-            raise TypeError(
-                f"a handler returns its answer: {target!r} is async or yields; blocking=True takes its time"
-            )
+        _require_answer(target)
         called = name if name is not None else getattr(target, "__name__", None)
         if not isinstance(called, str) or not called:
             raise TypeError(f"the name of a syscall is a str, not {called!r}")
@@ -68,22 +77,31 @@ def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool 
     return mark if function is None else mark(function)
 
 
-def registry(functions: Iterable[Callable[..., Any]]) -> dict[str, Syscall]:
-    """The syscalls by name; a function that is not marked goes by its own name.
+def _require_answer(function: Callable[..., Any]) -> None:
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(is_one(function) for is_one in kinds):
+        raise TypeError(f"a handler returns its answer: {function!r} is async or yields; blocking=True takes its time")
 
-    TypeError: something is not callable or has no name. ValueError: two have the same name.
+
+def registry(functions: Iterable[Callable[..., Any]], buffer: type) -> dict[str, Syscall]:
+    """The syscalls by name; a function that is not marked goes by its own name. `buffer`: what a buffer arrives as.
+
+    TypeError: something is no function that can be a handler, or has no name. ValueError: two have the same name.
     """
+    if callable(functions):
+        raise TypeError(f"syscalls is a list of handlers: [{getattr(functions, '__name__', '…')}]")
     found: dict[str, Syscall] = {}
     for function in functions:
         if not hasattr(function, _MARK):
             if not callable(function) or not hasattr(function, "__name__"):
                 raise TypeError(f"a syscall is a function with a name, not {function!r}")
+            _require_answer(function)
             name, blocking = function.__name__, False
         else:
             name, blocking = getattr(function, _MARK)
         if name in found:
             raise ValueError(f"two syscalls are named {name!r}; give one another name with @syscall(name=...)")
-        found[name] = Syscall(name, function, blocking)
+        found[name] = Syscall(name, function, blocking, Signature(name, function, buffer))
     return found
 
 

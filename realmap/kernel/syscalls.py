@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 
 from realmap._core import faults as host_faults
-from realmap.errors import KernelError, MemoryFault
+from realmap.errors import KernelError, MemoryFault, WrongArguments
 from realmap.kernel import faults
 from realmap.kernel.handles import Handles
 from realmap.kernel.logs import log
@@ -20,7 +20,10 @@ from realmap.kernel.registry import Syscall
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
-from realmap.wire.messages import DONE, Done, Failed, arguments, arguments_of, error_of
+from realmap.wire import plain
+from realmap.wire.messages import DONE, Done, Failed, arguments, arguments_of, by_position, error_of
+from realmap.wire.messages import Call as Request
+from realmap.wire.plain import PLAIN
 
 Send: TypeAlias = Callable[[bytes], None]
 
@@ -110,30 +113,40 @@ class Running:
             self._send(failed(self.id, answer, self.name) if isinstance(answer, BaseException) else answer)
 
 
-def _unsendable(value: Any) -> Any:
-    raise TypeError(
-        f"a {type(value).__name__} cannot travel to a caller: numbers, text, bytes, lists, dicts and None can "
-        "(of numpy's numbers: value.item()); "
-        "large or mutable bytes belong into a buffer"
-    )
+#: What `check` of `plain` has let through and MessagePack does not know: one of numpy's numbers.
+_encoder = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item())
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_unsendable)
-
-
-def run(syscall: Syscall, call: Call, id: int, packed: msgspec.Raw, buffers: Sequence[UserBuffer]) -> bytes:
+def run(syscall: Syscall, call: Call, request: Request, buffers: Sequence[UserBuffer]) -> bytes:
     """Decodes the arguments, and runs the handler; its answer, or its error, as a message. Never raises.
 
     MemoryFault where bytes of `buffers` were gone when it touched them, whatever it made of them.
     """
+    id, packed, names = request.id, request.args, request.names
     try:
         args = arguments_of(packed, buffers) if buffers else arguments(packed)
+        # By hand for up to two, which most have: a map costs twice as much.
+        count = len(args)
+        if count == 1:
+            kinds: tuple[type, ...] = (type(args[0]),)
+        elif count == 2:
+            kinds = type(args[0]), type(args[1])
+        else:
+            kinds = tuple(map(type, args)) if count else ()
+        if names is not None or kinds not in syscall.known:
+            args, kwargs = by_position(args, names)
+            syscall.signature.check(args, kwargs)
+    except WrongArguments as error:
+        return failed(id, error)
     except Exception as error:  # they are no list, or there is no memory for them
         why = f"the arguments of {syscall.name!r} cannot be decoded: {error or type(error).__name__}"
         return failed(id, KernelError(why=why))
     before = host_faults()
     try:
-        answer = _encoder.encode(Done(id, syscall.function(call, *args)))
+        value = syscall.function(call, *args) if names is None else syscall.function(call, *args, **kwargs)
+        if type(value) not in PLAIN:
+            plain.check((value,), None, f"the answer of {syscall.name!r}")
+        answer = _encoder.encode(Done(id, value))
         if host_faults() != before:
             fault = _fault(call, buffers, None, before)
             if fault is not None:
@@ -153,7 +166,10 @@ def _failed(name: str, call: Call, id: int, buffers: Sequence[UserBuffer], error
             return failed(id, fault)
     if isinstance(error, KernelError):
         return failed(id, error)
-    text = "".join(traceback.format_exception(type(error), error, _without_us(error)))
+    # From the handler's own frame on; without any where it had returned.
+    frames = error.__traceback__.tb_next if error.__traceback__ else None
+    returned = frames is not None and frames.tb_frame.f_code is plain.check.__code__
+    text = "".join(traceback.format_exception(type(error), error, frames)) if frames and not returned else ""
     return failed(id, error, name, text)
 
 
@@ -164,11 +180,6 @@ def _fault(call: Call, buffers: Sequence[UserBuffer], error: BaseException | Non
         extra = call.process.facts | {"syscall": call.name}
         log.exception("the kernel failed to find out which bytes were gone", extra=extra)
         return None
-
-
-def _without_us(error: BaseException) -> Any:
-    """The traceback from the handler's own frame on."""
-    return error.__traceback__.tb_next if error.__traceback__ and error.__traceback__.tb_next else error.__traceback__
 
 
 def failed(id: int, error: BaseException, name: str = "", text: str = "") -> bytes:

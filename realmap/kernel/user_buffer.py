@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import SupportsIndex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, SupportsIndex
 
 from realmap._core import copy_in, faults
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
@@ -27,6 +29,7 @@ class UserBuffer:
     Nothing is mapped or copied before one of these is called; all check the caller's rights:
 
     * `mirror()`: its pages in KernelLand, in place
+    * `array()`: a numpy array over a mirror
     * `access()`: directly where the buffer is in this very process (case 1), else a mirror
     * `copy_in()`, `copy_out()`: a copy, without mapping; never faults
     """
@@ -174,6 +177,28 @@ class UserBuffer:
         made = CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
         made._tell(self)
         return made
+
+    @contextmanager
+    def array(
+        self,
+        dtype: Any = "uint8",
+        shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
+        rights: MappingAccessRights = k_rw,
+    ) -> Iterator[Any]:
+        """A numpy array over a mirror of it: `with data.array("float64") as values: values += 1`. Errors as `mirror`,
+        and `array` of that.
+
+        After the block it is unmapped with the last array that shows it: where the block's is still a variable of
+        the handler, that is when it returns.
+        """
+        mirror = self.mirror(rights)
+        values = mirror.array(dtype, shape)
+        try:
+            yield values
+        finally:
+            del values
+            with suppress(BufferError):
+                mirror.drop()
 
     def access(
         self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None

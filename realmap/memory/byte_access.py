@@ -20,7 +20,8 @@ class ByteAccess:
 
     Each of these raises BufferError once the memory is unmapped, and MemoryFault where bytes of it turn out to be
     gone (somebody truncated the segment). `memoryview(x)` and `numpy.asarray(x)` are views without a copy, and hold
-    the memory for as long as they live; where bytes go while they do, they show zeros, and `x.fault` tells.
+    the memory for as long as they live; where bytes go while they do, they show zeros, and `x.fault` tells. So do
+    `struct.unpack_from("<iq", x, 8)`, and ctypes: `Header.from_buffer(x, 8)` is a structure in place.
     """
 
     __slots__ = ()

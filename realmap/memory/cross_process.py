@@ -28,6 +28,7 @@ from realmap.errors import (
 )
 from realmap.host import translate
 from realmap.host.signals import pass_on
+from realmap.memory import views
 from realmap.memory.byte_access import ByteAccess
 from realmap.memory.frames import Piece, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
@@ -242,6 +243,8 @@ class CrossProcessMapping(Mirror, ByteAccess):
         """
         try:
             faulted = self._end()
+        except BufferError as error:
+            raise views.named(error, self) from None
         except OSError as error:
             raise translate.window_error(error, self._base, self._span, self._prot) from None
         if faulted and self.fault is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -36,8 +38,8 @@ class Control:
         """The kernel's pid."""
         return self._client.kernel_pid
 
-    def _ask(self, what: str, number: int = 0, *, late: Callable[[Any], object] | None = None) -> Any:
-        ask = messages.Ask(self._client.next_id(), what, number)
+    def _ask(self, what: str, about: int | bytes = 0, *, late: Callable[[Any], object] | None = None) -> Any:
+        ask = messages.Ask(self._client.next_id(), what, about)
         bound = Patience(self.path, what) if self._timeout is None else self._timeout
         value, answer = self._client.request(ask, timeout=bound, name=what, late=late)
         answer.take()
@@ -64,6 +66,24 @@ class Control:
     def audit(self) -> AuditReport:
         """Holds the books against Linux; true as a bool where they agree. KernelDied: it has ended."""
         return audit(self.snapshot)
+
+    def settle(self, timeout: float | None) -> None:
+        """Waits until everyone who has died is reaped. TimeoutError: not within so many seconds."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        pause = 0.0005
+        while left := self._ask("unreaped"):
+            if time.monotonic() >= end:
+                raise TimeoutError(f"the kernel at {self.path!r} still has to reap {left} after {timeout} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+    def register(self, handlers: bytes) -> None:
+        """Adds handlers, and whether they replace others, by cloudpickle. AccessDenied: this is not its booter."""
+        self._ask("register", handlers)
+
+    def unregister(self, name: str) -> None:
+        """Takes one away. AccessDenied: this is not its booter. UnknownSyscall: there is none of that name."""
+        self._ask("unregister", name.encode())
 
     def close(self) -> None:
         """Ends the connection. Again: nothing."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 from realmap._core import ANSWERED, View, Window
 from realmap.errors import InvalidAddress, InvalidSize
 from realmap.host import translate
+from realmap.memory import views
 from realmap.memory.byte_access import ByteAccess
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_w
@@ -130,7 +131,10 @@ class Buffer(View, ByteAccess):
         VirtualMemoryExhaustion: at Linux's limit of mappings (nothing is unmapped).
         A syscall that is at work on it keeps the frames until its handler ends.
         """
-        self._window.unmap()
+        try:
+            self._window.unmap()
+        except BufferError as error:
+            raise views.named(error, self) from None
 
     def __enter__(self) -> Self:
         return self
@@ -162,14 +166,10 @@ def encode_buffer(process: Process, value: Any) -> Any:
     """How a value that MessagePack does not know travels among the arguments of a call.
 
     InvalidAddress: a buffer that is unmapped, or of another `Process`. MemoryFault: bytes of it are gone.
-    TypeError: it cannot travel.
     """
     if isinstance(value, Buffer):
         value.check()
         if value.process is not process:
             raise InvalidAddress(value.address, why="the buffer belongs to another Process, not to the one that calls")
         return messages.buffer_ext(value.address, len(value))
-    raise TypeError(
-        f"a {type(value).__name__} cannot be an argument of a syscall: numbers, text, bytes, lists, dicts, None and "
-        "buffers of this Process can (of numpy's numbers: value.item())"
-    )
+    return value.item()  # one of numpy's numbers: `plain.check` let nothing else through

@@ -22,7 +22,7 @@ from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, 
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer
 from realmap.user.handle import Handle
 from realmap.user.windows import map_window
-from realmap.wire import messages
+from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
 
@@ -30,6 +30,8 @@ from realmap.wire.messages import MemoryInfo
 LONGEST = 1e9
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
+#: What is sent as it is.
+_SENT = plain.PLAIN | {Buffer}
 #: How much of what it inherited a forked child tells in one message.
 AT_ONCE = 1000
 
@@ -328,28 +330,29 @@ class Process:
 
     # ---- syscalls ---------------------------------------------------------------------------
 
-    def call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+    def call(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """Calls the syscall `name` in the kernel, and returns what it returns.
 
-        Arguments are plain values (numbers, text, bytes, lists, dicts, None) and buffers of this
-        process, which travel as address and length. `timeout` in seconds: a call given up, by a
-        timeout or Ctrl-C, goes on in the kernel, and its buffers are held until its handler ends.
+        Arguments are plain values (numbers, text, bytes, lists, dicts, None; numpy's numbers arrive as plain ones,
+        tuples as lists) and buffers of this process, which travel as address and length; those by keyword arrive so.
+        `timeout` in seconds: a call given up, by a timeout or Ctrl-C, goes on in the kernel, and its buffers are held
+        until its handler ends.
 
-        UnknownSyscall: the kernel has none of this name. SyscallFailed: the handler raised (its type,
-        text and traceback are in the error); a KernelError it raised comes as itself. SyscallTimeout:
-        no answer in time. InvalidAddress: a buffer that is unmapped, or of another Process. MemoryFault:
-        bytes of a buffer were gone when the handler, or this process, touched them. InvalidSize:
+        UnknownSyscall: the kernel has none of this name. WrongArguments (a TypeError): it does not take these.
+        SyscallFailed: the handler raised (its type, text and traceback are in the error); a KernelError it raised
+        comes as itself. SyscallTimeout: no answer in time. InvalidAddress: a buffer that is unmapped, or of another
+        Process. MemoryFault: bytes of a buffer were gone when the handler, or this process, touched them. InvalidSize:
         arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that cannot travel, a
         dict whose keys are no text, or lists and dicts more than 60 deep. KernelDied, ProcessKilled: no kernel.
         """
         client = self.client
-        request = self._call(name, args, timeout)
+        request = self._call(name, args, timeout, kwargs)
         try:
-            return client.request(request, timeout=timeout, name=name, holds=args)[0]
+            return client.request(request, timeout=timeout, name=name, holds=request)[0]
         except OverflowError:
             raise TypeError(BEYOND) from None
 
-    async def acall(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+    async def acall(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """`call`, for asyncio: `await me.acall("sha256", buffer)`. Other tasks go on meanwhile, and may call as well.
 
         A task that is cancelled, or whose `timeout` is over, gives its call up, as there. RuntimeError: no event loop
@@ -358,19 +361,27 @@ class Process:
         from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
 
         client = self.client
-        request = self._call(name, args, timeout)
+        request = self._call(name, args, timeout, kwargs)
         try:
-            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=args)
+            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=request)
         except OverflowError:
             raise TypeError(BEYOND) from None
 
-    def _call(self, name: str, args: Any, timeout: float | None) -> messages.Call:
+    def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
         if not isinstance(name, str):
             raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
+        names = None
+        if kwargs:
+            names = tuple(kwargs)
+            args = (*args, *kwargs.values())
+        for value in args:  # most can travel, and nothing is called for those
+            if type(value) not in _SENT:
+                plain.check(args, Buffer, f"an argument of {name!r}")
+                break
         seconds = None if timeout is None else float(min(timeout, LONGEST))
-        return messages.Call(self._client.next_id(), name, args, seconds)
+        return messages.Call(self._client.next_id(), name, args, seconds, names)
 
     # ---- the end ----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ A buffer among them travels as (address, length); no bytes of it do.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -25,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 7
+PROTOCOL = 8
 VERSION = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -89,11 +90,15 @@ class _Request(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Call(_Request, tag=1, frozen=True):
-    """A syscall by name. `args`: a list, packed. `timeout`: how many seconds its caller waits; None: for ever."""
+    """A syscall by name. `timeout`: how many seconds its caller waits; None: for ever.
+
+    `args`: a list, packed. `names`: of the last ones, where some are by keyword.
+    """
 
     name: str
     args: msgspec.Raw
     timeout: float | None = None
+    names: tuple[str, ...] | None = None
 
 
 class Map(_Request, tag=2, frozen=True):
@@ -141,10 +146,10 @@ class Query(_Request, tag=6, frozen=True):
 
 
 class Ask(_Request, tag=7, frozen=True):
-    """One of the kernel's own services by name (stats, books, trace-start, …). Done: its answer."""
+    """One of the kernel's own services by name (stats, books, trace-start, …), and what about. Done: its answer."""
 
     what: str
-    number: int = 0
+    about: int | bytes = 0
 
 
 class Share(_Request, tag=8, frozen=True):
@@ -265,6 +270,16 @@ def buffer_ext(address: int, length: int) -> msgspec.msgpack.Ext:
     return msgspec.msgpack.Ext(BUFFER_EXT, _BUFFER.pack(address, length))
 
 
+def by_position(args: list[Any], names: tuple[str, ...] | None) -> tuple[list[Any], dict[str, Any]]:
+    """Those by position, and those by keyword. ValueError: there are more names than arguments, or one twice."""
+    if names is None:
+        return args, {}
+    first = len(args) - len(names)
+    if first < 0 or len(set(names)) < len(names):
+        raise ValueError(f"{len(args)} arguments, of which these are by name: {names}")
+    return args[:first], dict(zip(names, args[first:], strict=True))
+
+
 #: The arguments of a call that has no buffers. MsgspecError: they are no list.
 arguments = msgspec.msgpack.Decoder(list[Any]).decode
 
@@ -288,7 +303,7 @@ def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error
             text = str(error)
         except Exception as inner:
             text = f"its text cannot be had: {type(inner).__name__}"
-        error = SyscallFailed(name, type(error).__name__, text[:MAX_TEXT], traceback[-MAX_TEXT:])
+        error = SyscallFailed(name, type(error).__name__, text[:MAX_TEXT], traceback[-MAX_TEXT:], os.getpid())
     return Error(error.code, [_plain(fact) for fact in error.facts().values()], _plain_text(str(error.why)[:MAX_TEXT]))
 
 

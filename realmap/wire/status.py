@@ -20,12 +20,15 @@ It is written before each handler, not when one is late: one that keeps the GIL 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import struct
 import time
+from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -264,3 +267,50 @@ def _is_kept(status: Status, seconds: float) -> bool:
     """Whether it has done nothing for so long, though asked, and not for a large snapshot's sake."""
     idle = status.seconds is not None and status.seconds > seconds
     return idle and (status.asleep or bool(status.beside))
+
+
+class Remembered:
+    """The page of a kernel that this process has booted, held beyond its death: what it was at then."""
+
+    def __init__(self, path: str, death: Callable[[], str | None]) -> None:
+        """`death`: says how it ended, or None if it is not known."""
+        self._fd = -1
+        self.death = death
+        with contextlib.suppress(OSError, ValueError):
+            pid, number = runtime.kernel_at(path)
+            self._fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        _remembered[path] = self
+
+    def handlers(self) -> list[str]:
+        """The handlers that it was in."""
+        data = os.pread(self._fd, _SIZE, 0) if self._fd >= 0 else b""
+        if len(data) < _SIZE:
+            return []
+        _, turn, _, caller, name = _LAYOUT.unpack_from(data)
+        at = [(turn, caller, name)] if caller else []
+        at += [each for each in _BESIDE.iter_unpack(data[_LAYOUT.size :]) if each[0]]
+        return [f"handler {_work(*each, each[0]).handler!r} of process {each[1]}" for each in at]
+
+    def close(self) -> None:
+        """Again: nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            files.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+#: By the path of the kernel; whoever has booted it holds them.
+_remembered: WeakValueDictionary[str, Remembered] = WeakValueDictionary()
+
+
+def why_it_died(path: str) -> str:
+    """What to say of the kernel at `path`, which has died: for its booter with how, and in which handler."""
+    said = f"the kernel at {path!r} has died"
+    ours = _remembered.get(path)
+    how = ours.death() if ours is not None else None
+    if ours is None or how is None:
+        return said
+    handlers = " and ".join(ours.handlers())
+    return f"{said}: it {how}" + (f" in {handlers}" if handlers else "")

@@ -86,7 +86,7 @@ def test_errors(me: Process) -> None:
             await me.acall(5)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="64 bits"):
             await me.acall("echo", 1 << 64)
-        with pytest.raises(TypeError, match="cannot be an argument"):
+        with pytest.raises(TypeError, match="cannot travel as an argument"):
             await me.acall("echo", object())
         with pytest.raises(ValueError, match="timeout"):
             await me.acall("nop", timeout=-1)

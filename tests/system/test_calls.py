@@ -65,8 +65,8 @@ def test_plain_values_travel_both_ways(me: Process, value: Any) -> None:
     assert me.call("echo", value, [value]) == [value, [value]]
 
 
-def test_views_of_bytes_travel_as_bytes_and_tuples_as_lists(me: Process) -> None:
-    assert me.call("echo", bytearray(b"x"), memoryview(b"y"), (1, 2)) == [b"x", b"y", [1, 2]]
+def test_bytearrays_travel_as_bytes_and_tuples_as_lists(me: Process) -> None:
+    assert me.call("echo", bytearray(b"x"), (1, (2,))) == [b"x", [1, [2]]]
 
 
 def test_buffers_travel_as_address_and_length_wherever_they_stand(me: Process) -> None:
@@ -95,7 +95,7 @@ def nested(depth: int) -> list[Any]:
     [
         ({1: 2}, "make it one"),
         ([{"x": {None: 1}}], "make it one"),
-        (datetime.datetime.now(datetime.UTC), "as text"),
+        (datetime.datetime.now(datetime.UTC), "isoformat"),
         (nested(100), "flatter"),
         (nested(100_000), "flatter"),
     ],
@@ -159,11 +159,10 @@ def test_an_error_of_ours_reaches_the_caller_as_itself(me: Process) -> None:
     assert (caught.value.address, caught.value.type) == (0x1234, MemoryType.STACK)
 
 
-def test_wrong_arguments_and_answers_that_cannot_travel(me: Process) -> None:
-    for name, args in [("sha256", ()), ("nop", (1,)), ("sha256", (3,)), ("unsendable", ())]:
-        with pytest.raises(SyscallFailed) as caught:
-            me.call(name, *args)
-        assert caught.value.type in ("TypeError", "AttributeError")
+def test_an_answer_that_cannot_travel(me: Process) -> None:
+    with pytest.raises(SyscallFailed, match="lock cannot travel as the answer of 'unsendable'") as caught:
+        me.call("unsendable")
+    assert (caught.value.type, caught.value.traceback) == ("TypeError", "")
 
 
 # ---- buffers ------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PAGE
+from conftest import BOUND, PAGE
 
 import realmap
-from realmap import InvalidSize, Process
+from realmap import Call, InvalidSize, Kernel, Process, UserBuffer
 
 numpy = pytest.importorskip("numpy")
 
@@ -154,3 +158,128 @@ def test_gone_bytes_are_told(me: Process, buffer: realmap.Buffer) -> None:
     with pytest.raises(realmap.MemoryFault):
         buffer.array()
     del array
+
+
+# ---- in a handler -------------------------------------------------------------------------
+
+
+class Header(ctypes.Structure):
+    """A layout."""
+
+    _fields_ = (("count", ctypes.c_int32), ("total", ctypes.c_double))
+
+
+@realmap.syscall
+def add_one(call: Call, data: UserBuffer) -> list[int]:
+    """How many mirrors there are in the block, after it, and once its array is gone."""
+    with data.array("float64", (4, 5)) as values:
+        values += 1
+        found = [call.kernel.memory.live]
+    found.append(call.kernel.memory.live)
+    del values
+    return [*found, call.kernel.memory.live]
+
+
+@realmap.syscall
+def let_go(call: Call, data: UserBuffer) -> int:
+    """One whose array is gone before the block ends, by an exception."""
+    try:
+        with data.array("u1", rights=realmap.k_r) as values:
+            assert not values.flags.writeable
+            del values
+            raise LookupError
+    except LookupError:
+        return call.kernel.memory.live
+
+
+@realmap.syscall
+def keep_views(call: Call, data: UserBuffer) -> list[Any]:
+    """What is said of views of a mirror, and whether it goes once they are gone."""
+    said = []
+    mirror = data.mirror()
+    values, view = mirror.array("u1")[2:5], memoryview(mirror)[1:]
+    layout = Header.from_buffer(mirror, 8)
+    layout.count += 1
+    try:
+        mirror.drop()
+    except BufferError as error:
+        said.append(str(error))
+    del values, view
+    try:
+        mirror.drop()
+    except BufferError as error:
+        said.append(str(error))
+    del layout
+    mirror.drop()
+    return [*said, call.kernel.memory.live]
+
+
+@pytest.fixture
+def handlers() -> Iterator[Process]:
+    """A user of a kernel in this process."""
+    with Kernel(syscalls=[add_one, let_go, keep_views]) as kernel, realmap.connect(kernel.path) as me:
+        yield me
+
+
+def test_an_array_in_a_handler_is_unmapped_with_the_last_that_shows_it(handlers: Process) -> None:
+    with handlers.map(160) as buffer:
+        assert handlers.call("add_one", buffer) == [1, 1, 0]
+        assert buffer.array("float64").tolist() == [1.0] * 20
+        assert handlers.call("let_go", buffer) == 0
+        with pytest.raises(InvalidSize):
+            handlers.call("add_one", buffer.slice(0, 100))
+    with handlers.map(160, rights=realmap.u_r) as buffer, pytest.raises(realmap.AccessDenied):
+        handlers.call("add_one", buffer)
+
+
+def test_what_keeps_memory_from_being_unmapped_is_named(handlers: Process) -> None:
+    with handlers.map(100) as buffer:
+        first, second, live = handlers.call("keep_views", buffer)
+        assert "the ndarray values in keep_views, and the memoryview view in keep_views" in first
+        assert "`del values`" in first
+        assert "keep_views" not in second  # a layout of ctypes does not say what it shows
+        assert live == 0
+        assert Header.from_buffer(buffer, 8).count == 1
+        mine = numpy.asarray(buffer.slice(5, 10))[1:]
+        with pytest.raises(BufferError, match=r"the ndarray mine in test_what_keeps.*`del mine`"):
+            buffer.unmap()
+        del mine
+
+
+def test_layouts_of_a_script_go_along_with_its_handlers(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import ctypes, struct
+import realmap
+
+class Point(ctypes.LittleEndianStructure):
+    _pack_ = 1
+    _fields_ = [("x", ctypes.c_int16), ("y", ctypes.c_double)]
+
+class Line(ctypes.Structure):
+    _fields_ = [("a", Point), ("b", Point * 2)]
+    unit = "mm"
+
+    def text(self):
+        return f"{Line.unit} {self.a.x} {self.b[1].y}"
+
+@realmap.syscall
+def move(call, data: realmap.UserBuffer):
+    with data.mirror() as mirror:
+        line = Line.from_buffer(mirror, 10)
+        line.a.x += 1
+        said = line.text()
+        del line
+        struct.pack_into("<h", mirror, 0, 77)
+        return said, struct.unpack_from("<h", mirror, 10)[0]
+
+with realmap.boot(syscalls=[move]) as kernel, kernel.connect() as me:
+    buffer = me.map(100)
+    line = Line.from_buffer(buffer, 10)
+    line.a.x, line.b[1].y = 5, 2.5
+    print(me.call("move", buffer), line.a.x, struct.unpack_from("<h", buffer, 0)[0], ctypes.sizeof(Line))
+"""
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=BOUND)
+    assert said.stdout == "['mm 6 2.5', 6] 6 77 30\n", said.stderr

@@ -181,7 +181,7 @@ class Client:
             return ProcessKilled(self.pid, why=f"{why}; connect again: realmap.connect({self.path!r})")
         if end == NONSENSE:
             return VersionMismatch(VERSION, "unknown", why="the kernel said what is no message")
-        why = f"the kernel at {self.path!r} has died"
+        why = status.why_it_died(self.path)
         return KernelDied(self.path, why=why if end == DIED else f"{why} ({os.strerror(end - ERRNO)})")
 
     @property

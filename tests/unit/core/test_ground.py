@@ -55,8 +55,9 @@ def test_codes_are_stable() -> None:
         "KernelDied",
         "VersionMismatch",
         "LimitReached",
+        "WrongArguments",
     ]
-    assert [kind.code for kind in ALL_ERRORS] == list(range(18))
+    assert [kind.code for kind in ALL_ERRORS] == list(range(19))
 
 
 def test_every_error_is_exported_and_in_the_tree() -> None:

@@ -1,0 +1,427 @@
+"""Functions in processes of their own: names, arguments, what they return or raise, and what cannot be sent."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import syscalls
+from conftest import BOUND, PAGE, wait_until
+
+import realmap
+from realmap import Call, Kernel, KernelDied, KernelHandle, Process, ProcessKilled
+
+
+class Odd(Exception):
+    """Is made of other arguments than it keeps."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def told(me: Process, *args: Any, key: Any = None) -> list[Any]:
+    """What it was given, who it is, and what Linux calls it."""
+    return [list(args), key, os.getpid(), Path("/proc/self/comm").read_text().strip()]
+
+
+def fail(me: Process, kind: str) -> None:
+    """Raises."""
+    if kind == "odd":
+        raise Odd(1, 2)
+    raise {"ValueError": ValueError, "KernelError": realmap.InvalidSize, "exit": SystemExit}[kind](3)
+
+
+def buffer_of(me: Process) -> realmap.Buffer:
+    """Memory of its own."""
+    buffer = me.map(3333)
+    buffer[:3] = b"abc"
+    return buffer
+
+
+# ---- names and arguments ------------------------------------------------------------------
+
+
+def test_arguments_name_and_result(kernel: KernelHandle) -> None:
+    spawned = kernel.spawn(told, 1, (2,), key={"a": {3}}, name="worker 7")
+    assert spawned.result(BOUND) == [[1, (2,)], {"a": {3}}, spawned.pid, "worker 7"]
+    assert spawned.result(0) == spawned.result()
+    assert "'worker 7'" in repr(spawned)
+    assert kernel.spawn(told).result(BOUND)[3] == "told"
+
+
+def test_a_long_result_waits_for_nobody(kernel: KernelHandle) -> None:
+    spawned = kernel.spawn(lambda me: bytes(5_000_000))
+    assert spawned.join(BOUND) == 0
+    assert spawned.result() == bytes(5_000_000)
+
+
+def test_a_buffer_as_the_result(kernel: KernelHandle) -> None:
+    with kernel.spawn(buffer_of).result(BOUND) as buffer:
+        assert (len(buffer), buffer[:3]) == (3333, b"abc")
+        buffer.process.close()
+
+
+def test_a_result_outlives_the_kernel() -> None:
+    with realmap.boot() as kernel:
+        done, never = kernel.spawn(told, 1), kernel.spawn(lambda me: time.sleep(1000))
+        done.join(BOUND)
+    assert done.result()[0] == [1]
+    with pytest.raises(ProcessKilled, match="SIGKILL"):
+        never.result()
+
+
+# ---- failures -----------------------------------------------------------------------------
+
+
+def test_what_it_raises_is_raised_here(kernel: KernelHandle, capfd: pytest.CaptureFixture[str]) -> None:
+    spawned = kernel.spawn(fail, "ValueError", name="unlucky")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="3") as caught:
+            spawned.result(BOUND)
+    where = f"In process {spawned.pid}, spawned as 'unlucky':"
+    text = str(caught.value.__cause__)
+    assert where in text
+    assert f'File "{__file__}"' in text
+    assert "[kind](3)" in text
+    assert "spawned.py" not in text
+    printed = capfd.readouterr().err
+    assert where in printed
+    assert "[kind](3)" in printed
+    assert spawned.exitcode == 1
+
+
+def test_errors_of_ours_and_those_that_cannot_be_made_again(kernel: KernelHandle) -> None:
+    with pytest.raises(realmap.InvalidSize) as caught:
+        kernel.spawn(fail, "KernelError").result(BOUND)
+    assert caught.value.size == 3
+    with pytest.raises(RuntimeError, match="Odd: 1 and 2"):
+        kernel.spawn(fail, "odd").result(BOUND)
+
+
+def test_an_exception_of_a_script_is_its_own(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import realmap
+
+class Mine(Exception): pass
+
+def work(me):
+    raise Mine(5)
+
+with realmap.boot() as kernel:
+    try:
+        kernel.spawn(work).result()
+    except Mine as error:
+        print(error, "raise Mine(5)" in str(error.__cause__), f'"{__file__}", line 7' in str(error.__cause__))
+"""
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=BOUND)
+    assert said.stdout == "5 True True\n"
+
+
+def test_who_ends_before_it_returns(kernel: KernelHandle) -> None:
+    killed = kernel.spawn(lambda me: os.kill(os.getpid(), signal.SIGUSR1), name="victim")
+    with pytest.raises(ProcessKilled, match=r"'victim'.*SIGUSR1") as caught:
+        killed.result(BOUND)
+    assert caught.value.pid == killed.pid
+    with pytest.raises(ProcessKilled, match="exit status 3"):
+        kernel.spawn(fail, "exit").result(BOUND)
+
+
+def test_a_result_that_cannot_be_sent_or_is_not_there_yet(kernel: KernelHandle) -> None:
+    spawned = kernel.spawn(lambda me: threading.Lock())
+    with pytest.raises(TypeError, match="returned cannot be sent"):
+        spawned.result(BOUND)
+    assert spawned.exitcode == 0
+    late = kernel.spawn(lambda me: time.sleep(1000))
+    with pytest.raises(TimeoutError, match="still runs"):
+        late.result(0.01)
+    late.kill()
+    late.join(BOUND)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "says"),
+    [
+        ((5,), {}, "not 5"),
+        ((lambda: 1,), {}, "too many positional"),
+        ((told, 1), {"other": 2}, "unexpected keyword argument 'other'"),
+        ((lambda me, name: 1,), {"name": "x"}, "name= is how the process is called"),
+        ((told,), {"name": 5}, "is text"),
+        ((told,), {"name": ""}, "is text"),
+        ((told,), {"key": threading.Lock()}, "argument 'key' of 'told'"),
+    ],
+)
+def test_what_cannot_be_spawned(kernel: KernelHandle, args: Any, kwargs: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        kernel.spawn(*args, **kwargs)
+
+
+@pytest.mark.parametrize("make", ["Lock", "RLock", "Semaphore", "Condition", "Event", "Queue", "SimpleQueue"])
+def test_locks_and_queues_of_multiprocessing(kernel: KernelHandle, make: str) -> None:
+    thing = getattr(multiprocessing, make)()
+    with pytest.raises(TypeError, match=r"argument 1 of 'told'.*multiprocessing\.Process"):
+        kernel.spawn(told, [thing])
+    with pytest.raises(TypeError, match=r"'thing' holds a .*multiprocessing\.Process"):
+        kernel.spawn(lambda me: thing)
+    for queue in (thing,) if hasattr(thing, "close") else ():
+        queue.close()
+
+
+# ---- settle -------------------------------------------------------------------------------
+
+
+def hold(me: Process) -> None:
+    """Maps, and never ends."""
+    buffers = [me.map(3 * PAGE), me.map(10)]
+    time.sleep(1000)
+    del buffers
+
+
+def test_settled_is_what_has_been_given_back(kernel: KernelHandle) -> None:
+    kernel.settle(BOUND)
+    for _ in range(5):
+        spawned = kernel.spawn(hold)
+        wait_until(lambda: kernel.stats()["mappings"] == 2, "its mappings")
+        spawned.kill()
+        spawned.join()
+        kernel.settle(BOUND)
+        assert not any(kernel.stats()[name] for name in ("processes", "mappings", "segments", "bytes"))
+        me = kernel.connect()
+        me.map(PAGE)
+        me.close()
+        kernel.settle(BOUND)
+        assert not kernel.stats()["processes"]
+
+
+# ---- how a kernel died --------------------------------------------------------------------
+
+
+@realmap.syscall
+def crash(call: Call) -> None:
+    """Touches nothing that is there."""
+    ctypes.string_at(0)
+
+
+@realmap.syscall(blocking=True)
+def leave(call: Call) -> None:
+    """Ends the process."""
+    os._exit(3)
+
+
+@pytest.mark.parametrize(("name", "says"), [("crash", "was killed by SIGSEGV"), ("leave", "ended with exit status 3")])
+def test_a_kernel_that_died_says_how_and_in_which_handler(
+    capfd: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    kernel = realmap.boot(syscalls=[crash, leave])
+    with kernel.connect() as me:
+        for way in (partial(me.call, name), partial(me.map, 1), kernel.stats, partial(kernel.spawn, told)):
+            with pytest.raises(KernelDied, match=f"it {says} in handler '{name}' of process {os.getpid()}$"):
+                way()
+    kernel.shutdown()
+    printed = capfd.readouterr().err
+    assert ("in crash" in printed and "Segmentation fault" in printed) == (name == "crash")
+
+
+def test_a_kernel_that_was_killed_or_shut_down() -> None:
+    kernel = realmap.boot()
+    with kernel.connect() as me:
+        os.kill(kernel.pid, signal.SIGKILL)
+        with pytest.raises(KernelDied, match=r"it was killed by SIGKILL$"):
+            me.map(1)
+    kernel.shutdown()
+    with realmap.boot() as kernel:
+        pass
+    with pytest.raises(KernelDied, match=r"has ended$"):
+        kernel.stats()
+
+
+# ---- handlers while it runs ---------------------------------------------------------------
+
+
+def handler(name: str, answer: Any) -> Any:
+    """One of that name."""
+
+    @realmap.syscall(name=name)
+    def give(call: Call) -> Any:
+        return answer
+
+    return give
+
+
+def test_handlers_come_and_go_while_a_kernel_runs() -> None:
+    with realmap.boot(syscalls=[handler("one", 1)]) as kernel, kernel.connect() as me:
+        kernel.register(handler("two", 2), handler("three", 3))
+        assert [me.call(name) for name in ("one", "two", "three")] == [1, 2, 3]
+        with pytest.raises(realmap.KernelError, match="'two' already"):
+            kernel.register(handler("four", 4), handler("two", 5))
+        with pytest.raises(realmap.UnknownSyscall):
+            me.call("four")
+        kernel.register(handler("two", 5), replace=True)
+        assert me.call("two") == 5
+        calls = {each.name: each.count for each in kernel.snapshot().calls}
+        assert calls == {"one": 1, "two": 2, "three": 1}
+        kernel.unregister("two")
+        for way in (lambda: me.call("two"), lambda: kernel.unregister("two")):
+            with pytest.raises(realmap.UnknownSyscall, match="two"):
+                way()
+
+
+def test_a_call_that_is_at_work_goes_on_when_its_handler_is_taken_away() -> None:
+    with realmap.boot(syscalls=syscalls.ALL) as kernel, kernel.connect() as me:
+        found: list[Any] = []
+        buffer = me.map(100)
+        thread = threading.Thread(target=lambda: found.append(me.call("hold", "x", buffer)))
+        thread.start()
+        wait_until(lambda: me.call("state", "x") == "waiting", "the handler")
+        kernel.unregister("hold")
+        me.call("go")
+        thread.join(BOUND)
+        assert len(found[0]) == 64
+        assert kernel.audit()
+
+
+def test_handlers_of_a_kernel_in_this_process() -> None:
+    kernel = Kernel()
+    kernel.register(handler("one", 1))
+
+    @realmap.syscall
+    def add(call: Call) -> None:
+        kernel.register(handler("late", 3))
+
+    with kernel:
+        kernel.register(add)
+        with realmap.connect(kernel.path) as me:
+            me.call("add")
+            assert [me.call("one"), me.call("late")] == [1, 3]
+            kernel.unregister("one")
+            with pytest.raises(realmap.UnknownSyscall):
+                me.call("one")
+            with realmap.observe.Control(kernel.path) as control, pytest.raises(realmap.AccessDenied):
+                control.register(b"")
+
+
+def test_only_the_booter_changes_handlers(kernel: KernelHandle) -> None:
+    def try_it(me: Process) -> list[str]:
+        from realmap.observe import Control
+
+        found = []
+        with Control(me.path) as control:
+            for way in (lambda: control.register(b""), lambda: control.unregister("nop")):
+                try:
+                    way()
+                except realmap.AccessDenied as error:
+                    found.append(str(error))
+        return found
+
+    assert kernel.spawn(try_it).result(BOUND) == ["only who booted the kernel changes its handlers"] * 2
+
+
+def test_what_cannot_be_registered(kernel: KernelHandle) -> None:
+    lock = threading.Lock()
+    for bad, says in [(5, "function"), (lambda call: lock, "'lock' holds a lock"), (lambda: 0, "Call")]:
+        with pytest.raises(TypeError, match=says):
+            kernel.register(bad)
+    with pytest.raises(ValueError, match="two syscalls"):
+        kernel.register(handler("x", 1), handler("x", 2))
+
+
+# ---- state, prints, logs, tracebacks ------------------------------------------------------
+
+
+def test_what_an_initializer_makes_handlers_find_and_what_they_say_comes_out_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import logging, os, sys
+import realmap
+
+model = None
+
+def load():
+    global model
+    model = [os.getpid()]
+    logging.basicConfig(format="LOG %(message)s", stream=sys.stdout)
+
+@realmap.syscall
+def learn(call, word):
+    print("printed", word)
+    logging.warning("logged")
+    model.append(word)
+    return model[1:], model[0] == os.getpid()
+
+def unlucky():
+    raise ValueError("no model")
+
+with realmap.boot(syscalls=[learn], initializer=load) as kernel, kernel.connect() as me:
+    me.call("learn", "a")
+    print(me.call("learn", "b"), model, flush=True)
+try:
+    realmap.boot(initializer=unlucky)
+except ValueError as error:
+    print(error, 'raise ValueError("no model")' in str(error.__cause__))
+"""
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=BOUND)
+    learnt = "printed {}\nLOG logged\n"
+    assert said.stdout == learnt.format("a") + learnt.format("b") + "[['a', 'b'], True] None\nno model True\n"
+
+
+def test_an_initializer_of_a_kernel_in_this_process() -> None:
+    found: list[int] = []
+    kernel = Kernel(initializer=lambda: found.append(1))
+    assert not found
+    with kernel:
+        assert found == [1]
+    with pytest.raises(ZeroDivisionError):
+        Kernel(initializer=lambda: 1 // 0).start()
+    with pytest.raises(TypeError, match="initializer"):
+        Kernel(initializer=5)  # type: ignore[arg-type]
+
+
+def test_a_traceback_names_the_file_of_a_script_or_what_was_typed(tmp_path: Path) -> None:
+    """A notebook, and a shell since Python 3.13, keep what was typed in linecache."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import linecache
+import realmap
+
+def helper(x):
+    return 1 / x
+
+@realmap.syscall
+def from_file(call):
+    return helper(0)
+
+cell = "import realmap\\n@realmap.syscall\\ndef typed(call):\\n    return helper(0)  # in a cell\\n"
+linecache.cache["<cell 5>"] = (len(cell), None, cell.splitlines(True), "<cell 5>")
+exec(compile(cell, "<cell 5>", "exec"))
+
+with realmap.boot(syscalls=[from_file]) as kernel, kernel.connect() as me:
+    kernel.register(typed)
+    for name in ("from_file", "typed"):
+        try:
+            me.call(name)
+        except realmap.SyscallFailed as error:
+            print(error)
+            assert error.pid == kernel.pid
+            assert f"In the kernel, process {kernel.pid}:" in str(error)
+"""
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=BOUND)
+    assert said.stdout.count(f'File "{script}", line 6, in helper\n    return 1 / x') == 2, said
+    assert f'File "{script}", line 10, in from_file\n    return helper(0)' in said.stdout
+    assert 'File "<cell 5>", line 4, in typed\n    return helper(0)  # in a cell' in said.stdout
+    assert "syscalls.py" not in said.stdout
