@@ -198,7 +198,9 @@ class Dispatch:
         relay.away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
+        began = time.monotonic_ns()
         answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+        syscall.durations.since(began)
         if relay.away.pop(serial, None) is None:
             self._come_late(serial, process, request, answer)
         page.words[CALLER] = 0
@@ -307,7 +309,9 @@ class Dispatch:
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)
             running.place = self._page.begin(process.pid, syscall.label, running.began)
+            began = time.monotonic_ns()
             answer = syscalls.run(syscall, call, request.id, request.args, buffers)
+            syscall.durations.since(began)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
             self._kernel.post(lambda: end(answer))
