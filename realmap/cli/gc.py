@@ -37,5 +37,5 @@ def gc(paths: tuple[str, ...], as_json: bool) -> None:
     elif not stayed:
         click.echo("nothing was left over")
     for why in stayed:
-        click.echo(f"realmap: {why}", err=True)
+        click.echo(f"Error: {why}", err=True)
     sys.exit(1 if stayed else 0)

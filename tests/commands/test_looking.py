@@ -285,7 +285,7 @@ def test_a_watch_ends_with_its_kernel(tmp_path_factory: pytest.TempPathFactory) 
             kernel.shutdown()
             _, errors = child.communicate(timeout=BOUND)
     assert child.returncode == 1
-    assert (errors.startswith("realmap: "), errors.count("\n")) == (True, 1)
+    assert (errors.startswith("Error: "), errors.count("\n")) == (True, 1)
 
 
 def test_what_prometheus_reads(busy: tuple[KernelHandle, int]) -> None:
