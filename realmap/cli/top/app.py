@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.events import AppBlur
 from textual.message import Message
 
 from realmap.cli.top.feed import Feed, Seen
@@ -81,6 +82,10 @@ class Top(App[None]):
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
             self.set_interval(1.0, self._end_with_terminal)
         self.feed.start()
+
+    def on_app_blur(self, event: AppBlur) -> None:
+        """Nothing changes: a page that nobody has clicked into begins so, and would have no line of keys."""
+        event.prevent_default()
 
     def _end_with_terminal(self) -> None:
         """One that has gone without a SIGHUP would be read from for ever, as fast as the machine can.
