@@ -12,7 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.events import AppBlur
 from textual.message import Message
 
-from realmap.cli.top.feed import Feed, Seen
+from realmap.cli.top.feed import NONE, Feed, Seen
 from realmap.cli.top.screens import Head, Help, Live, Main
 from realmap.cli.top.view import Programs, View
 from realmap.observe import words
@@ -44,7 +44,7 @@ class Top(App[None]):
     #rates, #legend, #parts { color: $text-muted; }
     #kernel { margin-bottom: 1; }
     OneProcess #lane { margin-bottom: 1; }
-    Screen.lost Rows, Screen.lost #totals, Screen.lost #rates, Screen.lost #kernel { opacity: 40%; }
+    Screen.stale Rows, Screen.stale #totals, Screen.stale #rates, Screen.stale #kernel { opacity: 40%; }
     Screen.-low #rates, Screen.-low #legend { display: none; }
     Screen.-low #kernel { margin-bottom: 0; }
     #filter { height: 1; }
@@ -111,7 +111,9 @@ class Top(App[None]):
 
     def on_fresh(self, event: Fresh) -> None:
         self._why = event.found if isinstance(event.found, str) else ""
-        if isinstance(event.found, View) and not self.feed.paused:
+        if self._why.startswith(NONE):
+            self.view = None
+        elif isinstance(event.found, View) and not self.feed.paused:
             self.view = event.found
         self.show()
         self.shown += 1
@@ -145,6 +147,7 @@ class Top(App[None]):
         line = " ".join([" realmap top ", *(f"[{mark}]" for mark in marks), said])
         for screen in self.screen_stack:
             screen.set_class(bool(self._why), "lost")
+            screen.set_class(bool(self._why) and self.view is not None, "stale")
             for head in screen.query("#title").results(Head):
                 head.say(line)
                 head.set_class(bool(self._why), "lost")

@@ -86,6 +86,10 @@ class Head(Static):
         self.update(Segments(segments), layout=False)
 
 
+#: What is said where there is no kernel; why, the first line says.
+NOTHING = "nothing to show; a kernel that starts appears here by itself"
+
+
 class Live(Screen[None]):
     """A screen that is shown each new view. `table` is the one that keys are about."""
 
@@ -118,10 +122,22 @@ class Live(Screen[None]):
         self.present(self.app.view)
 
     def present(self, view: View | None) -> None:
-        """Shows it, unless there is nothing to show, or nothing to show it with."""
-        if view is not None and self.is_mounted:
+        """Shows it, unless there is nothing to show it with. None: no kernel runs, or none is known of yet."""
+        if self.is_mounted:
             with suppress(NoMatches):  # its parts are still being made, or go already
-                self.show(view)
+                if view is not None:
+                    self.show(view)
+                else:
+                    self._show_nothing()
+
+    def _show_nothing(self) -> None:
+        """What the last kernel had is not what there is."""
+        for rows in self.query(Rows):
+            rows.show([])
+        first, *others = self.query(Head).exclude("#title")
+        first.say(f" {NOTHING}")
+        for head in others:
+            head.say("")
 
     def measure(self) -> None:
         """Says how wide its lanes are."""
