@@ -113,10 +113,7 @@ def render(console: Console, report: lab.Report) -> None:
     injected = ", ".join(f"{count} {name}" for name, count in report.injected.items())
     console.print(f"{report.steps} steps in {report.seconds:.1f} s, {report.bytes_verified} bytes verified; {injected}")
     for name, slope in report.slopes.items():
-        console.print(
-            f"kernel's {name}: {slope.first:.0f} → {slope.last:.0f} over the second half, "
-            f"{slope.per_second:+.3g} a second (± {slope.error:.2g})"
-        )
+        console.print(f"{'[bold red]no[/]' if slope.grows(name) else 'ok'}: {slope.in_words(name)}")
     console.print(f"audits: {report.audits}")
     for failure in report.failures:
         console.print(f"[bold red]failed[/]: {escape(failure)}")
