@@ -52,8 +52,8 @@ class Column(NamedTuple):
     """A heading, and what is below it: "text", "number", "hex" (an address), "bytes" or "seconds" (both with units on a
     terminal), "lines" (a list that a terminal shows one below the other).
 
-    `optional`: a terminal has no room for it where no row has any. `spare`: where it is too narrow, the columns with the
-    highest numbers are left out.
+    `optional`: a terminal has no room for it where no row has any. `spare`: where a terminal is too narrow, the columns
+    with the highest numbers are left out.
     """
 
     name: str

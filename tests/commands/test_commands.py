@@ -278,8 +278,8 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
     for path, words in (
         (tmp_path / "none", "no kernel listens at"),
         (dead, f"any more; clear it away: realmap gc {dead}"),
-        (tmp_path, "is a directory, not the socket of a kernel: give the path that"),
-        (file, "is a file, not the socket of a kernel: give the path that"),
+        (tmp_path, "is a directory, not the socket of a kernel: give what"),
+        (file, "is a file, not the socket of a kernel: give what"),
         (file / "x", "no kernel listens at"),
     ):
         done = realmap(*command, "--kernel", str(path))

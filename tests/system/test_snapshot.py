@@ -256,4 +256,6 @@ def test_how_long_handlers_took_wherever_they_run() -> None:
 
 
 def took_at_least(call: CallInfo, seconds: float) -> bool:
-    return call.longest is not None and seconds <= call.longest < BOUND and call.p99 == pytest.approx(call.longest, 0.07)
+    return (
+        call.longest is not None and seconds <= call.longest < BOUND and call.p99 == pytest.approx(call.longest, 0.07)
+    )

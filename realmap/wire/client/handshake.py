@@ -44,7 +44,7 @@ def _refusal(number: int, path: str) -> KernelError:
     """Why there was no connection, by the errno."""
     error = OSError(number, os.strerror(number))
     if (what := _no_socket(path)) is not None:
-        why = f"{path!r} is {what}, not the socket of a kernel: give the path that `realmap kernel` prints, or kernel.path"
+        why = f"{path!r} is {what}, not the socket of a kernel: give what `realmap kernel` prints, or kernel.path"
         return InvalidHandle(path, why=why)
     if number == errno.ECONNREFUSED:  # the socket of one that was killed
         why = f"no kernel listens at {path!r} any more; clear it away: realmap gc {path}"
