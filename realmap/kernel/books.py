@@ -13,6 +13,7 @@ from realmap.kernel.processes import ProcessTable, UserProcess
 from realmap.kernel.registry import Syscall
 from realmap.memory.frames import FrameAllocator, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
+from realmap.pages import usize
 from realmap.wire import messages
 
 
@@ -32,9 +33,9 @@ class Books:
         self.limits = limits
         #: KernelLand, and every mirror in it.
         self.memory = memory
-        self.frames = FrameAllocator(memory_limit)
+        self.frames = FrameAllocator(_limit(memory_limit, "memory_limit"))
         #: Bytes of frames for each process; None: as many as there are.
-        self.process_limit = FrameAllocator(process_limit).limit
+        self.process_limit = _limit(process_limit, "process_limit")
         self.processes = ProcessTable()
         self.handles = Handles()
         self.inheritance = Inheritance()
@@ -65,3 +66,7 @@ class Books:
             return True
         process.memory.release_all()
         return False
+
+
+def _limit(given: SupportsIndex | None, name: str) -> int | None:
+    return None if given is None else usize(given, name)

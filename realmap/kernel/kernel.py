@@ -50,6 +50,7 @@ from realmap.kernel.watchdog import Watchdog
 from realmap.kernel.workers import Workers
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
+from realmap.pages import usize
 from realmap.wire import messages
 from realmap.wire.ring import SPIN, checked_spin
 from realmap.wire.status import Page
@@ -93,7 +94,7 @@ class Kernel:
         """
         if limits is not None and not isinstance(limits, Limits):
             raise TypeError(f"limits is a Limits, not {limits!r}")
-        memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
+        memory = KernelMemory(length=usize(kernel_land, "kernel_land"), lazy_unmap=lazy_unmap)
         self.books = Books(registry(syscalls), limits or Limits(), memory, memory_limit, process_limit)
         # What a handler sees: `RunningKernel`.
         self.memory = memory
