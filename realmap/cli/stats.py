@@ -231,5 +231,6 @@ def _screen(now: Snapshot, found: Rates | None, width: int) -> Group:
     head = Text(f"kernel {now.pid} at {now.path}")
     totals, calls = table(TOTALS, _totals(now, found, True), width), _calls(now, found)
     called = [row for row in calls if row[0]]
-    never = [Text(f"{len(calls) - len(called)} syscalls were never called")] if len(calls) > len(called) else []
+    rest = len(calls) - len(called)
+    never = [Text(f"{words.counted(rest, 'syscall')} without a call")] if rest else []
     return Group(head, Text(), totals, Text(), *([table(CALLS, called, width)] if called else []), *never)

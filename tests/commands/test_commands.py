@@ -221,7 +221,7 @@ def test_an_audit_of_a_running_kernel(running: KernelHandle, how: str) -> None:
         variables = {**os.environ, **({"REALMAP_KERNEL": running.path} if how == "variable" else {})}
         done = realmap("audit", *options, env=variables)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == "0 differences in 1 processes, 2 mappings, 0 mirrors, 2 frames\n"
+        assert done.stdout == "0 differences in 1 process, 2 mappings, 0 mirrors, 2 frames\n"
         report = json.loads(realmap("audit", "--json", *options, env=variables).stdout)
         assert (report["differences"], report["mappings"], report["faulted"]) == ([], 2, [])
 

@@ -58,7 +58,7 @@ def test_a_path_that_is_not_there_is_found() -> None:
 
 
 def test_help_names_what_there_is_and_no_more() -> None:
-    """`help(realmap)` begins with a line for each thing that a program uses; errors and shorthands have one together."""
+    """`help(realmap)` begins with a line for each thing that a program uses."""
     offered = {
         name
         for name in realmap.__all__
