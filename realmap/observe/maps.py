@@ -73,9 +73,8 @@ def _said(each: MapView) -> tuple[int, int, str]:
 def _look(snapshot: Snapshot, pid: int) -> list[MapView]:
     users = {process.pid for process in snapshot.processes}
     if pid not in users | {snapshot.pid}:
-        who = (
-            ", ".join([*map(str, sorted(users)[:MANY]), *["and others: realmap ps"] * (len(users) > MANY)]) or "nobody"
-        )
+        listed = [*map(str, sorted(users)[:MANY]), *(["…"] if len(users) > MANY else [])]
+        who = ", ".join(listed) or "nobody"
         why = f"process {pid} is no user of the kernel at {snapshot.path!r}; its users: {who}; itself: {snapshot.pid}"
         raise InvalidHandle(pid, why=why)
     try:
