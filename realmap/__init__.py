@@ -14,6 +14,20 @@ bytes in place, and unmaps them. Frames are POSIX shared-memory segments under a
         buffer = me.map(1 << 20)
         buffer[100:105] = b"hello"
         print(me.call("sha256", buffer.slice(100, 5)))
+
+boot, Kernel                        starts a kernel in a process of its own; one in this process
+KernelHandle, SpawnedProcess        that kernel, and the user processes that it was asked to spawn
+connect, aconnect, Process          this process as a user of a kernel
+Buffer, Handle, MemoryInfo          its memory, what shares it with others, what the kernel has noted of it
+syscall, Call, UserBuffer           handlers: what makes a function one, who calls, a buffer argument
+CrossProcessMapping, UserspacePtr   a mirror; a buffer that is in this very process
+Limits                              what a kernel lets each process have
+MemoryType, MappingAccessRights     and k_r, k_rw, u_rw, … its shorthands
+KernelError, KernelPanic            every error; realmap.errors draws the tree
+realmap.memory                      the pieces by themselves
+realmap.shared_memory               in place of multiprocessing.shared_memory
+
+All else is how it is built, and may change.
 """
 
 from realmap import _core

@@ -268,6 +268,17 @@ class KernelHandle:
         with contextlib.suppress(Exception):
             self.shutdown(1.0)
 
+    def _repr_svg_(self) -> str | None:
+        """In a notebook, its address space as it is now; None where it cannot answer at once: then the text stands."""
+        if self._owner != os.getpid() or self.has_ended:
+            return None
+        at = status.look(self.path)
+        if at is not None and at.is_stuck:
+            return None
+        with contextlib.suppress(KernelError, OSError):
+            return self.snapshot()._repr_svg_()
+        return None
+
     def __repr__(self) -> str:
         state = "ended" if self._child.exitcode is not None else "serving"
         return f"<KernelHandle of pid {self.pid}, {state} at {self.path!r}>"

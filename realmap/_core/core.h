@@ -195,6 +195,13 @@ typedef struct {
     uint64_t told; /* how many of those lost a GAP has told of */
 } Events;
 
+typedef struct {
+    PyObject_HEAD
+    uint64_t count;
+    uint64_t longest;      /* nanoseconds */
+    uint64_t buckets[496]; /* by duration_bucket, of any 64 bits */
+} Durations;
+
 typedef struct Kept {
     Node exact;
     Node of;
@@ -300,6 +307,7 @@ typedef struct {
 
 ACCESSOR(Window, as_window)
 ACCESSOR(Events, as_events)
+ACCESSOR(Durations, as_durations)
 ACCESSOR(Land, as_land)
 ACCESSOR(Mirror, as_mirror)
 ACCESSOR(Frames, as_frames)
@@ -310,6 +318,7 @@ ACCESSOR(PyTypeObject, as_type)
  * there is one core a process, in its main interpreter. Imported again, it has the same types. */
 static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *frames_type, *mapping_type;
 static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
+static PyTypeObject *durations_type;
 static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
 
 /* ---- connections ---------------------------------------------------------------------------- */

@@ -7,6 +7,7 @@
  *   Frames, Mapping   what a mirror has to know of those of memory/, and their counts.
  *   Mirror   a window in a land, of frames that it holds a reference to.
  *   Events   what happened, in a ring of bounded size, for whoever asked to be told.
+ *   Durations how long something took, each time: percentiles.
  *   Account  what is in use of a budget; Charge: a part of it, in use for as long as that lives.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
  *            woken without losing a wake-up.
@@ -57,6 +58,7 @@
 #include "endpoint.c"
 #include "account.c"
 #include "lock.c"
+#include "durations.c"
 
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
@@ -95,6 +97,7 @@ static const struct {
     {&window_type, &window_spec, NULL},
     {&view_type, &view_spec, NULL},
     {&events_type, &events_spec, NULL},
+    {&durations_type, &durations_spec, NULL},
     {&land_type, &land_spec, NULL},
     {&mirror_type, &mirror_spec, &window_type},
     {&frames_type, &frames_spec, NULL},

@@ -13,23 +13,30 @@ from realmap.cli.output import harmless
 from realmap.errors import KernelError
 
 #: Each is `NAME` in `realmap.cli.NAME`, and what `realmap --help` says of it: to list them, none is imported.
-COMMANDS = {
-    "audit": "Hold a kernel's books against /proc.",
-    "bench": "Measure it on this machine, beside a C program and the peers.",
-    "call": "Call a syscall of a running kernel.",
-    "demo": "Watch a kernel mirror files out of real processes.",
-    "doctor": "What this machine allows, and what to change.",
-    "gc": "Sweep what killed kernels left.",
-    "kernel": "Run a kernel in the foreground.",
-    "maps": "A process's mappings, in the books and in Linux.",
-    "ps": "The users of a running kernel.",
-    "segments": "Every segment, and everyone who holds it.",
-    "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
-    "stats": "Totals, limits and rates.",
-    "stress": "Users that map, call, fork and are killed; every byte verified.",
-    "top": "Processes, segments and the address space, live.",
-    "trace": "Everything that happens, into a file for Perfetto.",
+GROUPS = {
+    "To begin with": {
+        "demo": "Watch a kernel mirror files out of real processes.",
+        "doctor": "What this machine allows, and what to change.",
+        "kernel": "Run a kernel in the foreground.",
+        "call": "Call a syscall of a running kernel.",
+    },
+    "To look at a running kernel": {
+        "top": "Processes, segments and the address space, live.",
+        "ps": "Its user processes.",
+        "maps": "A process's mappings, in the books and in Linux.",
+        "segments": "Every segment, and everyone who holds it.",
+        "stats": "Totals, limits and rates; how long handlers took.",
+        "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
+        "trace": "Everything that happens, into a file for Perfetto.",
+    },
+    "To see that it holds": {
+        "audit": "Hold a kernel's books against /proc.",
+        "stress": "Users that map, call, fork and are killed; every byte verified.",
+        "bench": "Measure it on this machine, beside a C program and the peers.",
+        "gc": "Sweep what killed kernels left.",
+    },
 }
+COMMANDS = [name for group in GROUPS.values() for name in group]
 
 
 class Commands(click.Group):
@@ -37,7 +44,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Their names."""
-        return list(COMMANDS)
+        return COMMANDS
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name."""
@@ -47,9 +54,10 @@ class Commands(click.Group):
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """A line for each."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        """A line for each, beside those that it belongs to."""
+        for title, group in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(group.items()))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,5 +79,5 @@ def main() -> None:
         if isinstance(error, BrokenPipeError) and not isinstance(error, KernelError):
             sys.stderr.close()  # nobody reads our output any more: no traceback about it at exit
             sys.exit(1)
-        click.echo(f"realmap: {harmless(error)}", err=True)
+        click.echo(f"Error: {harmless(error)}", err=True)  # as click says those of its own
         sys.exit(1)

@@ -45,5 +45,5 @@ def gc(paths: tuple[str, ...], orphans: bool, path: str | None, as_json: bool) -
     elif not stayed:
         click.echo("nothing was left over")
     for why in stayed:
-        click.echo(f"realmap: {why}", err=True)
+        click.echo(f"Error: {why}", err=True)
     sys.exit(1 if stayed else 0)

@@ -31,8 +31,8 @@ def handlers_of(name: str) -> list[Any]:
 
 @click.command()
 @click.option("--path", help="Where its socket is to be. By default in a private directory; it is printed.")
-@click.option("--memory-limit", type=int, help="Bytes of frames in all.")
-@click.option("--process-limit", type=int, help="Bytes of frames for each process.")
+@click.option("--memory-limit", type=int, help="Bytes of memory that all processes may have together.")
+@click.option("--process-limit", type=int, help="Bytes of memory that each process may have.")
 @click.option(
     "--syscalls", "modules", metavar="MODULE", multiple=True, help="Its handlers: @realmap.syscall functions."
 )

@@ -13,11 +13,11 @@ COLUMNS = [
     Column("length", "bytes"),
     Column("type"),
     Column("rights"),
-    Column("offset", "hex"),
-    Column("refcount", "number"),
-    Column("resident", "bytes"),
-    Column("shared", "bytes"),
-    Column("segments"),
+    Column("offset", "hex", spare=3),
+    Column("refcount", "number", spare=2),
+    Column("resident", "bytes", spare=5),
+    Column("shared", "bytes", spare=6),
+    Column("segments", spare=4),
     Column("linux"),
 ]
 
@@ -31,8 +31,9 @@ def maps(pid: int, path: str | None, as_json: bool) -> None:
 
     offset: where in its frames it starts; refcount: of these frames; resident, shared: bytes that this process has
     touched, and what of them others have, too (a dash where Linux has joined it with its neighbour); segments: their
-    inodes; linux: "agrees", "changing" (it was at work meanwhile), or what Linux has there instead. For the kernel's
-    own pid: KernelLand with its mirrors, its kept windows, and the stakes that keep its page tables.
+    inodes (on a terminal, of many the first, and how many); linux: "agrees", "changing" (it was at work meanwhile), or
+    what Linux has there instead. For the kernel's own pid: KernelLand with its mirrors, its kept windows, and the
+    stakes that keep its page tables.
 
     Example: realmap maps 4711
     """
@@ -41,4 +42,5 @@ def maps(pid: int, path: str | None, as_json: bool) -> None:
     if as_json:
         show_json(rows)
         return
-    show(COLUMNS, [[getattr(row, column.name) for column in COLUMNS] for row in rows])
+    values = [[getattr(row, column.name) for column in COLUMNS] for row in rows]
+    show(COLUMNS, values, "it has no mappings that the kernel knows of")

@@ -24,7 +24,11 @@ from rich.text import Text
 from realmap.observe import words
 
 #: A longer cell sticks out, and does not push all others aside.
-WIDEST = 40
+WIDEST = 48
+#: Of a text at least so much stays on one line of a narrow terminal; of a list so many are shown.
+NARROWEST, MANY = 16, 3
+#: Kinds of columns that begin at the left.
+LEFT = ("text", "lines")
 json_option = click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 
 
@@ -45,26 +49,41 @@ def harmless(text: object) -> str:
 
 
 class Column(NamedTuple):
-    """A heading, and what is below it: "text", "number", "hex" (an address), or "bytes" (with units on a terminal).
+    """A heading, and what is below it: "text", "number", "hex" (an address), "bytes" or "seconds" (both with units on a
+    terminal), "lines" (a list that a terminal shows one below the other).
 
-    `optional`: a terminal has no room for it where no row has any.
+    `optional`: a terminal has no room for it where no row has any. `spare`: where a terminal is too narrow, the columns
+    with the highest numbers are left out.
     """
 
     name: str
     kind: str = "text"
     optional: bool = False
+    spare: int = 0
 
 
 def _cell(value: Any, kind: str, in_words: bool) -> str:
     if value is None or value == "" or value == []:
         return "-"
     if isinstance(value, list):
-        return ",".join(harmless(each) for each in value)
+        return _listed([harmless(each) for each in value], kind, in_words)
     if kind == "hex":
         return f"{value:#x}"
     if kind == "bytes" and in_words:
         return words.size(value)
+    if kind == "seconds":
+        return words.duration(1e9 * value) if in_words else f"{value:.9f}"
     return harmless(value)
+
+
+def _listed(each: list[str], kind: str, in_words: bool) -> str:
+    """All of it; on a terminal the first of many."""
+    if not in_words:
+        return ("; " if kind == "lines" else ",").join(each)
+    if kind != "lines":
+        return ",".join(each) if len(each) <= MANY else f"{each[0]},… ({len(each)})"
+    more = [f"and {len(each) - MANY} more"] if len(each) > MANY + 1 else each[MANY:]
+    return "\n".join([*each[:MANY], *more])
 
 
 def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
@@ -74,7 +93,7 @@ def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
         found = [_cell(value, column.kind, False) for value, column in zip(row, columns, strict=True)]
         cells.append([cell.replace(" ", "\\x20") for cell in found[:-1]] + found[-1:])
     widths = [min(WIDEST, max(map(len, column))) for column in zip(*cells, strict=True)]
-    left = [column.kind == "text" for column in columns]
+    left = [column.kind in LEFT for column in columns]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if is_left else cell.rjust(width)
@@ -84,24 +103,47 @@ def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
     )
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
-    """The table for a terminal."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
+def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> dict[int, int]:
+    """Which columns a terminal of that width has room for, and how much each needs at least."""
+    needs = {}
+    for at, column in enumerate(columns):
+        widest = max(len(line) for cell in (column.name, *(row[at] for row in cells)) for line in cell.split("\n"))
+        # A long text may be folded, nothing else: half a number is none.
+        needs[at] = min(widest, WIDEST if column.kind == "lines" else NARROWEST) if column.kind in LEFT else widest
+    for at in sorted(needs, key=lambda at: -columns[at].spare):
+        if columns[at].spare and sum(needs.values()) + 2 * len(needs) - 2 > width:
+            del needs[at]
+    return needs
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int = 1000) -> Table:
+    """The table for a terminal of so many letters a line; it says what there was no room for."""
     rows = list(rows)
     told = [not column.optional or any(row[at] for row in rows) for at, column in enumerate(columns)]
-    for column in compress(columns, told):
-        made.add_column(Text(column.name), justify="left" if column.kind == "text" else "right", overflow="fold")
-    for row in rows:
-        # Text, not str: a name is no markup.
-        cells = zip(row, columns, strict=True)
-        made.add_row(*(Text(_cell(value, column.kind, True)) for value, column in compress(cells, told)))
+    columns = list(compress(columns, told))
+    cells = [
+        [_cell(value, column.kind, True) for value, column in zip(compress(row, told), columns, strict=True)]
+        for row in rows
+    ]
+    needs = _fitting(columns, cells, width)
+    missing = [column.name for at, column in enumerate(columns) if at not in needs]
+    caption = f"no room for: {', '.join(missing)}" if missing else None
+    made = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
+    for at, least in needs.items():
+        if columns[at].kind in LEFT:
+            made.add_column(Text(columns[at].name), overflow="fold", min_width=min(least, NARROWEST))
+        else:
+            made.add_column(Text(columns[at].name), justify="right", no_wrap=True, min_width=least)
+    for row in cells:
+        made.add_row(*(Text(row[at]) for at in needs))  # Text, not str: a name is no markup
     return made
 
 
-def show(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints rows: as a table on a terminal, in plain columns elsewhere."""
+def show(columns: Sequence[Column], rows: Sequence[Sequence[Any]], none: str = "") -> None:
+    """Prints rows: as a table on a terminal (`none`: what is said there of no rows), in plain columns elsewhere."""
     if sys.stdout.isatty():
-        Console(highlight=False).print(table(columns, rows))
+        console = Console(highlight=False)
+        console.print(table(columns, rows, console.width) if rows or not none else none)
     else:
         click.echo(plain(columns, rows))
 

@@ -93,6 +93,14 @@ class _Snapshot(Collector):
             failed.add_metric([harmless(call.name)], call.failed)
         yield calls
         yield failed
+        took = GaugeMetricFamily(
+            "realmap_handler_seconds", "How long handlers took so far.", labels=["syscall", "quantile"]
+        )
+        for call in self._now.calls:
+            for quantile, seconds in (("0.5", call.p50), ("0.99", call.p99), ("1", call.longest)):
+                if seconds is not None:
+                    took.add_metric([harmless(call.name), quantile], seconds)
+        yield took
 
     def _processes(self) -> Iterator[Metric]:
         labels = ["process", "pid"]

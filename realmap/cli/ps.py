@@ -10,12 +10,12 @@ from realmap.observe import tables
 
 COLUMNS = [
     Column("pid", "number"),
-    Column("number", "number"),
-    Column("uid", "number"),
-    Column("mappings", "number"),
+    Column("number", "number", spare=3),
+    Column("uid", "number", spare=5),
+    Column("mappings", "number", spare=1),
     Column("mapped", "bytes"),
-    Column("frames", "bytes"),
-    Column("handles", "number"),
+    Column("frames", "bytes", spare=2),
+    Column("handles", "number", spare=4),
     Column("calls", "number"),
     Column("running", optional=True),
     Column("program"),
@@ -40,4 +40,5 @@ def ps(path: str | None, as_json: bool) -> None:
     if as_json:
         show_json(rows)
         return
-    show(COLUMNS, [[getattr(row, column.name) for column in COLUMNS] for row in rows])
+    values = [[getattr(row, column.name) for column in COLUMNS] for row in rows]
+    show(COLUMNS, values, "no process is connected to it")

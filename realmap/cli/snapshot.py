@@ -12,7 +12,10 @@ from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.svg import svg
 from realmap.observe.tables import programs
-from realmap.wire.records import ProcessInfo
+from realmap.wire.records import CallInfo, ProcessInfo
+
+#: How many syscalls it tells of.
+MOST = 10
 
 
 @click.command(epilog=BOUND)
@@ -57,8 +60,20 @@ def render(taken: Snapshot) -> None:
         f"{words.counted(len(taken.kept), 'kept window')}"
     )
     click.echo(f"{words.counted(stats['calls'], 'call')} so far, {stats['running']} running")
+    called = sorted((call for call in taken.calls if call.count), key=lambda call: -call.count)
+    for call in called[:MOST]:
+        click.echo(words.harmless(call.name) + f": {words.counted(call.count, 'call')}" + _took(call))
+    if len(called) > MOST:
+        click.echo(f"and {len(called) - MOST} other syscalls: realmap stats")
     for process in taken.processes:
         click.echo(_line(process))
+
+
+def _took(call: CallInfo) -> str:
+    if call.p50 is None or call.p99 is None or call.longest is None:
+        return ""
+    took = [words.duration(1e9 * each) for each in (call.p50, call.p99, call.longest)]
+    return f", p50 {took[0]}, p99 {took[1]}, longest {took[2]}"
 
 
 def _line(process: ProcessInfo) -> str:

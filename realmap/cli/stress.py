@@ -11,12 +11,10 @@ import click
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from realmap.cli.output import Seconds, require_writable
+from realmap.cli.output import Column, Seconds, plain, require_writable, table
 from realmap.lab import stress as lab
 from realmap.lab.workload import MIXES
-from realmap.observe import words
 
 #: What a mix takes for the options that are not given.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -27,6 +25,14 @@ DEFAULTS: dict[str, dict[str, float]] = {
 #: Set in the run whose /dev/shm is a small one of its own.
 INSIDE = "REALMAP_STRESS_FULL"
 SMALL = "1m"
+KINDS = [
+    Column("step"),
+    Column("count", "number"),
+    Column("per second", "number", spare=1),
+    Column("p50", "seconds"),
+    Column("p99", "seconds"),
+    Column("longest", "seconds"),
+]
 
 
 @click.command()
@@ -97,26 +103,14 @@ def _in_small_shm() -> None:
 def render(console: Console, report: lab.Report) -> None:
     """For people: a table of the kinds, then what was injected, how the kernel fared, and what failed."""
     rows = [
-        (name, kind, [words.duration(1e9 * each) for each in (kind.p50, kind.p99, kind.longest)])
+        [name, kind.count, f"{kind.per_second:.0f}", kind.p50, kind.p99, kind.longest]
         for name, kind in report.kinds.items()
     ]
-    if console.is_terminal:
-        table = Table("step", "count", "a second", "p50", "p99", "longest")
-        for name, kind, times in rows:
-            table.add_row(name, str(kind.count), f"{kind.per_second:.0f}", *times)
-        console.print(table)
-    else:
-        for name, kind, (p50, p99, longest) in rows:
-            console.print(
-                f"  {name}: {kind.count}, {kind.per_second:.0f} a second, p50 {p50}, p99 {p99}, longest {longest}"
-            )
+    console.print(table(KINDS, rows, console.width) if console.is_terminal else plain(KINDS, rows))
     injected = ", ".join(f"{count} {name}" for name, count in report.injected.items())
     console.print(f"{report.steps} steps in {report.seconds:.1f} s, {report.bytes_verified} bytes verified; {injected}")
     for name, slope in report.slopes.items():
-        console.print(
-            f"kernel's {name}: {slope.first:.0f} → {slope.last:.0f} over the second half, "
-            f"{slope.per_second:+.3g} a second (± {slope.error:.2g})"
-        )
+        console.print(f"{'[bold red]no[/]' if slope.grows(name) else 'ok'}: {slope.in_words(name)}")
     console.print(f"audits: {report.audits}")
     for failure in report.failures:
         console.print(f"[bold red]failed[/]: {escape(failure)}")

@@ -15,6 +15,7 @@ from realmap.kernel.processes import ProcessTable, UserProcess
 from realmap.kernel.registry import Syscall
 from realmap.memory.frames import FrameAllocator, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
+from realmap.pages import usize
 from realmap.wire import messages
 
 
@@ -34,9 +35,9 @@ class Books:
         self.limits = limits
         #: KernelLand, and every mirror in it.
         self.memory = memory
-        self.frames = FrameAllocator(memory_limit, reserved=limits.first_reserved)
+        self.frames = FrameAllocator(_limit(memory_limit, "memory_limit"), reserved=limits.first_reserved)
         #: Bytes of frames for each process; None: as many as there are.
-        self.process_limit = FrameAllocator(process_limit).limit
+        self.process_limit = _limit(process_limit, "process_limit")
         self.peers = Peers(limits)
         self.processes = ProcessTable()
         self.handles = Handles()
@@ -70,3 +71,7 @@ class Books:
                 return True
         process.memory.release_all()
         return False
+
+
+def _limit(given: SupportsIndex | None, name: str) -> int | None:
+    return None if given is None else usize(given, name)

@@ -193,7 +193,9 @@ class Dispatch:
         away[serial] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
+        began = time.monotonic_ns()
         answer = syscalls.run(syscall, call, request, buffers)
+        syscall.durations.since(began)
         try:
             del away[serial]
         except KeyError:
@@ -317,7 +319,9 @@ class Dispatch:
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)
             running.place = self._page.begin(process.pid, syscall.label, running.began)
+            began = time.monotonic_ns()
             answer = syscalls.run(syscall, call, request, buffers)
+            syscall.durations.since(began)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
             self._kernel.post(lambda: end(answer))

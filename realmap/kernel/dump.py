@@ -158,7 +158,10 @@ class Picture:
             "stakes": books.memory.stakes,
             "limits": limits(books),
             "stats": stats(books, around),
-            "calls": [(each.name, each.blocking, each.calls, each.failed) for each in books.syscalls.values()],
+            "calls": [
+                (each.name, each.blocking, each.calls, each.failed, *each.durations.summary())
+                for each in books.syscalls.values()
+            ],
             "running": [
                 (each.process.number, each.name, None if each.began is None else self._now - each.began, each.given_up)
                 for each in around.running

@@ -56,6 +56,7 @@ from realmap.kernel.watchdog import Watchdog
 from realmap.kernel.workers import Workers
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
+from realmap.pages import usize
 from realmap.wire import messages
 from realmap.wire.ring import SPIN, checked_spin
 from realmap.wire.status import Page
@@ -102,7 +103,7 @@ class Kernel:
             raise TypeError(f"limits is a Limits, not {limits!r}")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"the initializer is a function, not {initializer!r}")
-        memory = KernelMemory(length=kernel_land, lazy_unmap=lazy_unmap)
+        memory = KernelMemory(length=usize(kernel_land, "kernel_land"), lazy_unmap=lazy_unmap)
         self._initializer = initializer
         #: The pid of who may register handlers from elsewhere: its booter. 0: nobody.
         self.owner = 0

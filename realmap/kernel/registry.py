@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
+from realmap._core import Durations
 from realmap.kernel.signature import Signature
 from realmap.wire import status
 
@@ -29,6 +30,8 @@ class Syscall:
     late: int = 0
     #: How many are `GivenUp` now.
     given_up: int = 0
+    #: How long its handler took.
+    durations: Durations = field(default_factory=Durations)
     #: Its name on the status page.
     label: bytes = field(init=False)
     #: Of its signature: looked into at every call.

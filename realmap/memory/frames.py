@@ -196,7 +196,7 @@ class FrameAllocator(Account):
     (3, 0, 20480)
     >>> allocator.allocate(1 << 20)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    realmap.errors.PhysicalMemoryExhaustion: the limit of 1048576 bytes does not allow 1048576 more (20480 in use) ...
+    realmap.errors.PhysicalMemoryExhaustion: the limit of 1048576 bytes for all (memory_limit) does not allow ...
     >>> del frames
     >>> allocator.used
     0
@@ -217,6 +217,7 @@ class FrameAllocator(Account):
         self._reserved: int = reserved or (parent._reserved if parent is not None else USIZE_MAX)
         self._limit = None if limit is None else usize(limit, "limit")
         self._segment_limit = USIZE_MAX if segments is None else usize(segments, "segments")
+        self._has_parent = parent is not None
         #: Of it and of all that it is charged for: what is open, by a descriptor of it. What has gone is overwritten.
         self._opened: dict[int, weakref.ref[Segment | SharedFrames]] = {} if parent is None else parent._opened
         self._prepare(USIZE_MAX if self._limit is None else self._limit, self._segment_limit, parent)
@@ -240,7 +241,8 @@ class FrameAllocator(Account):
 
     def _refusal(self, length: int, count: int) -> PhysicalMemoryExhaustion:
         if self._limit is not None and self.used + length > self._limit:
-            why = f"the limit of {self._limit} bytes does not allow {length} more ({self.used} in use)"
+            whose = "each process (process_limit)" if self._has_parent else "all (memory_limit)"
+            why = f"the limit of {self._limit} bytes for {whose} does not allow {length} more ({self.used} in use)"
         else:
             why = (
                 f"the limit of {self._segment_limit} segments, which take one of the kernel's descriptors each, "

@@ -13,6 +13,7 @@ import msgspec
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
 from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
+from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
 from realmap.wire.records import FramesInfo, MappingInfo, PartInfo
@@ -61,10 +62,9 @@ class AuditReport(msgspec.Struct, frozen=True):
         return not self.differences
 
     def __str__(self) -> str:
-        head = (
-            f"{len(self.differences)} differences in {self.processes} processes, {self.mappings} mappings, "
-            f"{self.mirrors} mirrors, {self.frames} frames"
-        )
+        told = ((self.processes, "process"), (self.mappings, "mapping"), (self.mirrors, "mirror"))
+        what = ", ".join(words.counted(*each) for each in told)
+        head = f"{words.counted(len(self.differences), 'difference')} in {what}, {self.frames} frames"
         return "\n".join([head, *map(str, self.differences)])
 
 

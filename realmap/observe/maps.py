@@ -20,6 +20,8 @@ from realmap.wire.records import FramesInfo, PartInfo
 AGREES = "agrees"
 #: It differed, and was made or changed between two looks: the books and Linux are not read at one moment.
 CHANGING = "changing"
+#: So many users are listed where somebody asks for another one.
+MANY = 20
 
 
 class MapView(msgspec.Struct, frozen=True):
@@ -71,7 +73,8 @@ def _said(each: MapView) -> tuple[int, int, str]:
 def _look(snapshot: Snapshot, pid: int) -> list[MapView]:
     users = {process.pid for process in snapshot.processes}
     if pid not in users | {snapshot.pid}:
-        who = ", ".join(map(str, sorted(users))) or "nobody"
+        listed = [*map(str, sorted(users)[:MANY]), *(["…"] if len(users) > MANY else [])]
+        who = ", ".join(listed) or "nobody"
         why = f"process {pid} is no user of the kernel at {snapshot.path!r}; its users: {who}; itself: {snapshot.pid}"
         raise InvalidHandle(pid, why=why)
     try:

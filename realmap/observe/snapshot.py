@@ -16,6 +16,7 @@ import msgspec
 from realmap.errors import VersionMismatch
 from realmap.host.translate import shortage
 from realmap.memory.frames import in_words
+from realmap.observe import words
 from realmap.rights import MemoryType
 from realmap.wire import messages
 from realmap.wire.client import Client
@@ -108,6 +109,17 @@ class Snapshot(msgspec.Struct, frozen=True):
                 for *row, holders, segments in books["frames"]
             ],
         )
+
+    def _repr_svg_(self) -> str:
+        from realmap.observe.svg import svg
+        from realmap.observe.tables import programs
+
+        return svg(self, programs=programs(self))
+
+    def __repr__(self) -> str:
+        there = [(len(self.processes), "process"), (self.stats["mappings"], "mapping"), (len(self.mirrors), "mirror")]
+        said = ", ".join(words.counted(*each) for each in there)
+        return f"<Snapshot of kernel {self.pid} at {self.path!r}: {said}>"
 
     def segments(self) -> set[tuple[int, int]]:
         """(device, inode) of every segment: inode numbers alone are those of another mount's files, too."""

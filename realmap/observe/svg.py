@@ -42,25 +42,26 @@ LANES = 40
 #: Letters of a program's name that fit beside its pid.
 LONGEST = 12
 
+#: Of this drawing alone: a notebook puts it into a page with others.
 STYLE = """
-text { font: 12px system-ui, 'DejaVu Sans', sans-serif; fill: #1f2430 }
-.head { font-size: 17px; font-weight: 600 }
-.name { font-weight: 600 }
-.soft { fill: #5d6675; font-size: 11px }
-.in { font-size: 11px; fill: #ffffff; text-anchor: middle }
-.on { font-size: 11px; font-weight: 700; fill: #14161c; text-anchor: middle }
-.paper { fill: #ffffff }
-.land { fill: #eef1f5; stroke: #cfd6df }
-.lit { stroke: #14161c; stroke-width: 0.7 }
-.tie { fill-opacity: 0.42 }
+.realmap text { font: 12px system-ui, 'DejaVu Sans', sans-serif; fill: #1f2430 }
+.realmap .head { font-size: 17px; font-weight: 600 }
+.realmap .name { font-weight: 600 }
+.realmap .soft { fill: #5d6675; font-size: 11px }
+.realmap .in { font-size: 11px; fill: #ffffff; text-anchor: middle }
+.realmap .on { font-size: 11px; font-weight: 700; fill: #14161c; text-anchor: middle }
+.realmap .paper { fill: #ffffff }
+.realmap .land { fill: #eef1f5; stroke: #cfd6df }
+.realmap .lit { stroke: #14161c; stroke-width: 0.7 }
+.realmap .tie { fill-opacity: 0.42 }
 @media (prefers-color-scheme: dark) {
-  text { fill: #e8ebf0 }
-  .soft { fill: #a3adbb }
-  .paper { fill: #14171d }
-  .land { fill: #1e232c; stroke: #39414e }
-  .tie { fill-opacity: 0.34 }
-  .in { fill: #ffffff }
-  .on { fill: #14161c }
+  .realmap text { fill: #e8ebf0 }
+  .realmap .soft { fill: #a3adbb }
+  .realmap .paper { fill: #14171d }
+  .realmap .land { fill: #1e232c; stroke: #39414e }
+  .realmap .tie { fill-opacity: 0.34 }
+  .realmap .in { fill: #ffffff }
+  .realmap .on { fill: #14161c }
 }
 """.strip()
 
@@ -85,10 +86,10 @@ def _document(
     said = _said(snapshot)
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        'role="img" aria-labelledby="title desc">'
+        'class="realmap" role="img">'
     )
-    yield '<title id="title">The address space of a realmap kernel and its processes</title>'
-    yield f'<desc id="desc">{_text(said)}</desc>'
+    yield "<title>The address space of a realmap kernel and its processes</title>"
+    yield f"<desc>{_text(said)}</desc>"
     yield f"<style>{STYLE}</style>"
     yield f'<rect class="paper" width="{WIDTH}" height="{height}"/>'
     yield f'<text class="head" x="16" y="30">{_text(f"realmap: kernel {snapshot.pid}")}</text>'

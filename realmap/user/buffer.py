@@ -13,7 +13,7 @@ from realmap.memory import views
 from realmap.memory.byte_access import ByteAccess
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_w
-from realmap.user import travel
+from realmap.user import shown, travel
 from realmap.wire import messages
 
 if TYPE_CHECKING:
@@ -157,6 +157,9 @@ class Buffer(View, ByteAccess):
 
     def __deepcopy__(self, _: object) -> NoReturn:
         self.__copy__()
+
+    def _repr_html_(self) -> str:
+        return shown.of_buffer(self)
 
     def __repr__(self) -> str:
         return f"<Buffer {self.address:#x}, {len(self)} bytes, {self.rights}{'' if self.alive else ', unmapped'}>"

@@ -19,6 +19,7 @@ from realmap.memory.lands import USER_LAND, require_address_space
 from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, u_rw
+from realmap.user import shown
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer
 from realmap.user.handle import Handle
 from realmap.user.windows import map_window
@@ -413,6 +414,10 @@ class Process:
     def __reduce__(self) -> Any:
         raise TypeError("a Process is this process's own connection and cannot be pickled; connect anew there")
 
+    def _repr_html_(self) -> str:
+        return shown.of_process(self, [] if self.has_ended else self._windows())
+
     def __repr__(self) -> str:
         which = "inherited by a fork" if self.is_lost else str(self._client.number)  # nothing connects to be printed
-        return f"<Process {which} (pid {self.pid}) of the kernel at {self.path!r}>"
+        ended = ", ended" if self.has_ended else ""
+        return f"<Process {which} (pid {self.pid}) of the kernel at {self.path!r}{ended}>"

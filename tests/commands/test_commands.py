@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -298,7 +299,7 @@ def test_an_audit_of_a_running_kernel(running: KernelHandle, how: str) -> None:
         variables = {**os.environ, **({"REALMAP_KERNEL": running.path} if how == "variable" else {})}
         done = realmap("audit", *options, env=variables)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == "0 differences in 1 processes, 2 mappings, 0 mirrors, 2 frames\n"
+        assert done.stdout == "0 differences in 1 process, 2 mappings, 0 mirrors, 2 frames\n"
         report = json.loads(realmap("audit", "--json", *options, env=variables).stdout)
         assert (report["differences"], report["mappings"], report["faulted"]) == ([], 2, [])
 
@@ -348,12 +349,23 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
     done = realmap(*command)
     assert done.returncode == 1
     assert "start one: realmap kernel" in done.stderr
-    for path, words in ((str(tmp_path / "none"), "no kernel listens"), (str(tmp_path), "no socket")):
-        done = realmap(*command, "--kernel", path)
+    file, dead = tmp_path / "file", tmp_path / "dead"
+    file.touch()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(dead))
+    for path, words in (
+        (tmp_path / "none", "no kernel listens at"),
+        (dead, f"any more; clear it away: realmap gc {dead}"),
+        (tmp_path, "is a directory, not the socket of a kernel: give what"),
+        (file, "is a file, not the socket of a kernel: give what"),
+        (file / "x", "no kernel listens at"),
+    ):
+        done = realmap(*command, "--kernel", str(path))
         assert done.returncode == 1
-        assert done.stderr.startswith("realmap: ")
+        assert done.stderr.startswith("Error: ")
         assert done.stderr.count("\n") == 1
-        assert words in done.stderr or "no kernel" in done.stderr
+        assert repr(str(path)) in done.stderr
+        assert words in done.stderr
 
 
 def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHandle, tmp_path: Path) -> None:

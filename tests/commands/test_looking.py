@@ -251,6 +251,14 @@ def test_stats(busy: tuple[KernelHandle, int]) -> None:
     calls = {call["name"]: call for call in found["calls"]}
     assert calls["explode"]["failed"] == calls["explode"]["count"] > 10
     assert calls["slow_sha256"]["blocking"] is True
+    for call in found["calls"]:
+        assert (call["p50"] is None) == (call["count"] == 0)
+        assert call["p50"] is None or 0 < call["p50"] <= call["p99"] <= call["longest"] < BOUND
+    heads, *rows = [line.split() for line in text.split("\n\n")[1].splitlines()]
+    assert heads == "calls failed per second p50 p99 longest blocking syscall".split()
+    (copy,) = (row for row in rows if row[-1] == "copy")
+    assert 0 < float(copy[3]) <= float(copy[4]) <= float(copy[5]) < BOUND
+    assert re.search(r"^copy: [0-9]+ calls, p50 \S+ .s, p99 \S+ .s, longest \S+ .s$", good(kernel, "snapshot"), re.M)
     assert sum(call["count"] for call in found["calls"]) == found["stats"]["calls"]
     assert found["limits"]["lazy_unmap"] == 1 << 20
 
@@ -286,7 +294,7 @@ def test_a_watch_ends_with_its_kernel(tmp_path_factory: pytest.TempPathFactory) 
             kernel.shutdown()
             _, errors = child.communicate(timeout=BOUND)
     assert child.returncode == 1
-    assert (errors.startswith("realmap: "), errors.count("\n")) == (True, 1)
+    assert (errors.startswith("Error: "), errors.count("\n")) == (True, 1)
 
 
 def test_what_prometheus_reads(busy: tuple[KernelHandle, int]) -> None:
@@ -298,6 +306,10 @@ def test_what_prometheus_reads(busy: tuple[KernelHandle, int]) -> None:
     assert {sample.name for sample in families["realmap_calls"].samples} == {"realmap_calls_total"}
     assert calls["copy"] > 30
     assert harmless(EVIL) in calls
+    took = {(each.labels["syscall"], each.labels["quantile"]): each.value
+            for each in families["realmap_handler_seconds"].samples}  # fmt: skip
+    assert 0 < took["copy", "0.5"] <= took["copy", "0.99"] <= took["copy", "1"]
+    assert (harmless(EVIL), "1") not in took  # never called
     assert families["realmap_frames_bytes"].type == "gauge"
     assert families["realmap_limit_frames_bytes"].samples[0].value == 1 << 30
     copied = {sample.labels["direction"]: sample.value for sample in families["realmap_copied_bytes"].samples}
@@ -396,6 +408,25 @@ def test_a_watch_on_a_terminal(busy: tuple[KernelHandle, int]) -> None:
     )
     assert "Traceback" not in out
     assert "per second" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+
+
+@pytest.mark.parametrize("width", ["60", "80", "200"])
+def test_many_segments_fit_a_terminal(width: str) -> None:
+    with realmap.boot() as kernel:
+        for words, said in (("ps", "no process is connected"), ("segments", "it has no segments")):
+            assert said in on_a_terminal([words, "--kernel", kernel.path], {"COLUMNS": width})
+        with kernel.connect() as me, me.map(1000 * PAGE, fragment=PAGE) as buffer:
+            handles = [me.share(buffer) for _ in range(100)]
+            for words, count in ((["maps", str(me.pid)], 1), (["segments"], 4)):
+                out = on_a_terminal([*words, "--kernel", kernel.path], {"COLUMNS": width})
+                lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).splitlines()]
+                assert max(map(len, lines)) <= int(width)
+                assert len([line for line in lines if line and not line.startswith("no room for: ")]) <= 1 + 2 * count
+                if width == "200":
+                    assert re.search(r" [0-9]+,… \(1000\) ", out)
+            assert "and 98 more" in out
+            assert len(good(kernel, "segments").splitlines()) == 1001
+            assert len(handles) == 100
 
 
 @pytest.mark.parametrize("words", [("ps",), ("stats", "--watch", "0.05"), ("doctor",)], ids=" ".join)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 
 import pytest
 from conftest import wait_until
+from rich.console import Console
 
 from realmap.cli.output import Column, harmless, plain, show_json, table
 from realmap.cli.stats import _until_interrupted
@@ -38,6 +40,39 @@ def test_columns_that_nobody_needs_are_left_out_on_a_terminal() -> None:
     assert [str(each.header) for each in made.columns] == ["n", "huge"]
     assert [str(cell) for cell in made.columns[1].cells] == ["0 B", "4 KiB"]
     assert plain(columns, [[1, None, 0]]).splitlines()[0].split() == ["n", "name", "huge"]
+
+
+def test_a_narrow_terminal_gets_whole_columns_and_word_of_the_others() -> None:
+    columns = [Column("at", "hex"), Column("uid", "number", spare=2), Column("size", "bytes", spare=1), Column("who")]
+    rows = [[0x200000000000, 1000, 4096, "a name that is long enough to be folded"]]
+    for width, names in ((80, "at uid size who"), (47, "at uid size who"), (40, "at size who"), (33, "at who")):
+        made = table(columns, rows, width)
+        assert [str(each.header) for each in made.columns] == names.split()
+        missing = [column.name for column in columns if column.name not in names.split()]
+        assert made.caption == (f"no room for: {', '.join(missing)}" if missing else None)
+        console = Console(width=width, file=io.StringIO(), color_system=None)
+        console.print(made)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert "0x200000000000" in lines[1]  # no number is broken
+        assert max(map(len, lines)) <= width
+
+
+def test_of_a_long_list_a_terminal_shows_the_first() -> None:
+    columns = [Column("segments"), Column("holders", "lines")]
+    row = [list(range(1000)), [f"holder {each}" for each in range(1000)]]
+    cells = [str(cell) for column in table(columns, [row]).columns for cell in column.cells]
+    assert cells == ["0,… (1000)", "holder 0\nholder 1\nholder 2\nand 997 more"]
+    short = table(columns, [[[1, 2, 3], ["a", "b", "c", "d"]]]).columns
+    assert [str(cell) for column in short for cell in column.cells] == ["1,2,3", "a\nb\nc\nd"]
+    line = plain(columns, [row]).splitlines()[1]
+    assert line.startswith(",".join(map(str, range(1000))) + " ")
+    assert line.endswith("; holder 999")
+
+
+def test_times_have_units_on_a_terminal_and_seconds_in_a_pipe() -> None:
+    columns = [Column("took", "seconds")]
+    assert plain(columns, [[1.25e-5], [None]]).split() == ["took", "0.000012500", "-"]
+    assert [str(cell) for cell in table(columns, [[1.25e-5], [None]]).columns[0].cells] == ["12.5 µs", "-"]
 
 
 @pytest.mark.parametrize(

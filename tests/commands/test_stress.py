@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import BOUND, scaled, wait_until
+from rich.console import Console
 
 import realmap
+from realmap.cli.stress import render
 from realmap.lab import stress, workload
 from realmap.lab.stress import handlers, report
 
@@ -242,6 +245,31 @@ def test_percentiles_and_slopes() -> None:
     steep = report.slope([(at, 5.0 + 3 * at + at % 2) for at in range(100)])
     assert steep.rises
     assert steep.per_second == pytest.approx(3, rel=0.01)
+    assert steep.grows("maps")
+    assert not flat.grows("maps")
+    assert not report.slope([(at, 500.0 + at) for at in range(100)]).grows("maps")  # that many more users, say
+
+
+def test_each_slope_ends_in_a_verdict() -> None:
+    steady = report.Slope(10 << 10, 1 << 10, 20 << 20, 21 << 20)
+    steep = report.Slope(10 << 20, 1 << 10, 20 << 20, 60 << 20)
+    assert steady.in_words("rss") == (
+        "the kernel's memory does not grow: 20480 → 21504 KiB over the second half of the run, "
+        "+10 KiB a second (± 1); growth is more than 16384 KiB"
+    )
+    assert steep.in_words("rss").startswith("the kernel's memory grows: 20480 → 61440 KiB over")
+    many = report.Slope(50.0, 1.0, 10.0, 510.0)
+    assert many.in_words("threads") == (
+        "the kernel's number of threads grows: 10 → 510 over the second half of the run, "
+        "+50 a second (± 1); growth is more than 102"
+    )
+    console = Console(file=io.StringIO(), width=200)
+    found = report.Report(
+        report.FORM, "0", report.Options(), "replay", 1.0, {}, 1, 1, {}, 0, {"rss": steady, "threads": many}, 0, [], []
+    )
+    render(console, found)
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line[:2] for line in said if "the kernel's" in line] == ["ok", "no"]
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_every_command_says_why(ours: KernelHandle, tmp_path: Path, how: str) ->
         wait_until(lambda: (at := look(ours.path)) is not None and at.is_stuck, "that it is stuck")
         for name, (status, out, err) in run_all(ours, tmp_path).items():
             assert (status, out) == (1, ""), (name, err)
-            assert err.startswith(f"realmap: {sentence}"), name
+            assert err.startswith(f"Error: {sentence}"), name
             assert err.count("\n") == 1, name
         assert sentence in in_doctor(ours)["a kernel"]
         if how == "held":

@@ -222,6 +222,8 @@ def test_a_kernel_that_dies_and_comes_back(tmp_path: Path) -> None:
         os.kill(first.pid, signal.SIGKILL)
         await until(pilot, lambda: "NO KERNEL" in screen_text(app), "word of its death")
         assert app.screen.has_class("lost")
+        assert "1 reference" not in screen_text(app)  # what it had is not shown as if it were there
+        assert "nothing to show; a kernel that starts appears here" in screen_text(app)
         user.close()
         first.shutdown()
         with realmap.boot(path=path) as second, second.connect() as me, me.map(PAGE):
@@ -234,6 +236,11 @@ def test_a_kernel_that_dies_and_comes_back(tmp_path: Path) -> None:
             await pilot.press("escape")
             assert isinstance(app.screen, OneProcess)
             assert "has gone" in screen_text(app)
+            await pilot.press("escape")
+            assert f"{PAGE >> 10} KiB" in screen_text(app)
+            os.kill(second.pid, signal.SIGKILL)
+            await until(pilot, lambda: "nothing to show" in screen_text(app), "that there is nothing")
+            assert f"{PAGE >> 10} KiB" not in screen_text(app)
             await pilot.press("q")
 
     with first.connect() as user, user.map(PAGE):
@@ -248,6 +255,7 @@ def test_where_none_is_named_the_next_one_is_shown(tmp_path: Path, monkeypatch: 
     async def steps(app: Top, pilot: Any) -> None:
         for _ in range(2):
             await until(pilot, lambda: "no kernel of yours runs; start one" in screen_text(app), "that there is none")
+            assert "nothing to show" in screen_text(app)
             with realmap.boot() as kernel:
                 await until(pilot, lambda: f"kernel {kernel.pid} " in screen_text(app), "a kernel")
                 assert kernel.path in screen_text(app)
@@ -383,3 +391,23 @@ def test_the_feed_waits_until_it_is_consumed(kernel: realmap.KernelHandle) -> No
     assert isinstance(found[1], Seen)
     assert found[0].rates is None
     assert found[1].rates is not None
+
+
+def test_how_long_handlers_took(kernel: realmap.KernelHandle, me: realmap.Process) -> None:
+    for _ in range(3):
+        me.call("nop")
+    with pytest.raises(realmap.SyscallFailed):
+        me.call("explode", "ValueError", "x")
+
+    async def steps(app: Top, pilot: Any) -> None:
+        await pilot.press("3")
+        await until(pilot, lambda: "nop" in screen_text(app), "the syscalls")
+        rows = [line.split() for line in screen_text(app).splitlines()]
+        (head,), (nop,), (failed,) = ([row for row in rows if name in row] for name in ("p50", "nop", "explode"))
+        assert head[1:] == ["failed", "p50", "p99", "longest", "blocking", "syscall"]
+        assert nop[0] == "3"
+        assert failed[:2] == ["1", "1"]
+        await pilot.press("enter")
+        assert isinstance(app.screen, Main)  # there is no more to it
+
+    drive(kernel.path, steps)

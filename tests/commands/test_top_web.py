@@ -38,6 +38,7 @@ def server(path: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], st
     child = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "realmap", "top", "--kernel", path, "--web", "--port", "0", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
     )  # fmt: skip
     assert child.stdout is not None
@@ -125,6 +126,39 @@ async def open_pages(url: str, count: int, then: Callable[[], None]) -> int:
             with suppress(ConnectionError):
                 await page.close()
     return status
+
+
+@pytest.mark.slow
+def test_a_control_c_that_all_of_them_get(kernel: realmap.KernelHandle) -> None:
+    """As in a terminal: the server ends the pages, one of which has hardly begun."""
+    with server(kernel.path) as (child, url):
+
+        async def interrupted() -> None:
+            async with aiohttp.ClientSession() as session:
+                shown, begun = [await session.ws_connect(url.replace("?", "ws?")) for _ in range(2)]
+                await shown.receive(BOUND)
+                os.killpg(child.pid, signal.SIGINT)
+                for page in (shown, begun):
+                    while not page.closed:
+                        await page.receive(BOUND)
+
+        asyncio.run(interrupted())
+        assert child.communicate(timeout=BOUND) == ("", "")
+        assert child.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_page_that_nobody_has_clicked_into_shows_the_keys(kernel: realmap.KernelHandle) -> None:
+    async def shows(words: bytes) -> None:
+        async with aiohttp.ClientSession() as session:
+            page = await session.ws_connect(url.replace("?", "ws?"))
+            async with asyncio.timeout(BOUND):
+                while words not in (await page.receive()).data:
+                    pass
+            await page.close()
+
+    with served(kernel.path) as url:
+        asyncio.run(shows(b"Quit"))
 
 
 @pytest.mark.slow

@@ -217,7 +217,7 @@ def test_one_that_is_killed_leaves_a_kernel_that_goes_on(running: KernelHandle, 
             me.call("nop")
         wait_until(lambda: file.read_text().count('"nop"') == 100)
         assert realmap("trace", str(tmp_path / "second")).stderr == (
-            "realmap: the kernel is being traced already; one trace at a time: end that one (what traces, limit 1)\n"
+            "Error: the kernel is being traced already; one trace at a time: end that one (what traces, limit 1)\n"
         )
         assert not (tmp_path / "second").exists()
         child.kill()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,7 @@ from realmap.memory import MemoryType, OwnedFrames
 from realmap.observe import Control
 from realmap.observe.snapshot import FORM, Snapshot
 from realmap.wire import messages
+from realmap.wire.records import CallInfo
 
 SIZE = 3 * PAGE
 
@@ -123,7 +125,7 @@ def test_the_same_as_json_and_back(limited: KernelHandle) -> None:
     text = msgspec.json.encode(taken)
     assert json.loads(text)["processes"][0]["mappings"][0]["type"] == "HEAP"
     assert msgspec.json.decode(text, type=Snapshot) == taken
-    assert taken.form == FORM == 6
+    assert taken.form == FORM == 7
     assert taken.mirrors[0].parts[0].frames == taken.frames[0].serial
     assert taken.frames[0].refcount == len(taken.frames[0].holders) == 3
     assert taken.handles[0].uses == 3
@@ -224,3 +226,45 @@ def test_a_booted_kernel_logs_where_the_environment_says(capfd: pytest.CaptureFi
         said = capfd.readouterr().err
         assert ("has connected" in said) is wanted
         assert ("a level of logging is one of" in said) is (word == "nonsense")
+
+
+@realmap.syscall
+def quick(call: realmap.Call) -> None:
+    """Nothing."""
+
+
+@realmap.syscall
+def late(call: realmap.Call, seconds: float) -> None:
+    """Loses the loop, where it takes long enough."""
+    time.sleep(seconds)
+
+
+@realmap.syscall(blocking=True)
+def beside(call: realmap.Call, seconds: float) -> None:
+    """On a worker thread; it may fail."""
+    time.sleep(seconds)
+    raise ValueError(seconds)
+
+
+def test_how_long_handlers_took_wherever_they_run() -> None:
+    with realmap.boot(syscalls=[quick, late, beside]) as kernel, kernel.connect() as me:
+        assert {(each.p50, each.p99, each.longest) for each in kernel.snapshot().calls} == {(None, None, None)}
+        for _ in range(9):
+            me.call("quick")
+        me.call("late", 0.2)
+        for seconds in (0.01, 0.01, 0.1):
+            with pytest.raises(realmap.SyscallFailed):
+                me.call("beside", seconds)
+        took = {each.name: each for each in kernel.snapshot().calls}
+    assert took_at_least(took["late"], 0.2)
+    assert took_at_least(took["beside"], 0.1)
+    assert took["beside"].p50 is not None
+    assert 0.009 < took["beside"].p50 < 0.1
+    assert took["quick"].p50 is not None
+    assert 0 < took["quick"].p50 < 0.009
+
+
+def took_at_least(call: CallInfo, seconds: float) -> bool:
+    return (
+        call.longest is not None and seconds <= call.longest < BOUND and call.p99 == pytest.approx(call.longest, 0.07)
+    )

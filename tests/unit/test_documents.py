@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+import realmap
 
 ROOMS = ("realmap", "tests", "tools")
 #: Where this project's own text is.
@@ -52,3 +55,18 @@ def test_every_document_that_code_refers_to_is_there() -> None:
 
 def test_a_path_that_is_not_there_is_found() -> None:
     assert missing("see `realmap/nowhere.py`, `./tools/test` and realmap/kernel/.") == {"realmap/nowhere.py"}
+
+
+def test_help_names_what_there_is_and_no_more() -> None:
+    """`help(realmap)` begins with a line for each thing that a program uses."""
+    offered = {
+        name
+        for name in realmap.__all__
+        if not (isinstance(found := getattr(realmap, name), type) and issubclass(found, Exception))
+        and not re.fullmatch(r"[ku]_[rwx]+|__version__|PAGE_SIZE", name)
+    }
+    lines = re.findall(r"^([A-Za-z.]\S*(?:, \w+)*)  +\S", realmap.__doc__ or "", re.M)
+    named = {name.removeprefix("realmap.") for line in lines for name in line.split(", ")}
+    assert named == offered | {"KernelError", "KernelPanic", "shared_memory"}
+    shown = pydoc.plain(pydoc.render_doc(realmap))
+    assert not re.findall(r"^ \|  (_[a-z]\w*)", shown, re.M)  # nothing that is private

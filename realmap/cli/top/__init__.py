@@ -46,8 +46,9 @@ def top(
 ) -> None:
     """Watch a kernel live: its processes, their address spaces drawn, mirrors while they live, segments and rates.
 
-    Keys: s sorts, / filters, p pauses, Enter shows one in detail, Esc goes back, ? helps, q quits. When the kernel
-    ends, the next one that runs is shown; where one was named, the next at that path.
+    Keys: 1, 2, 3 choose processes, segments or syscalls, s sorts, / filters, p pauses, Enter shows one in detail, Esc
+    goes back, ? helps, q quits. When the kernel ends, the next one that runs is shown; where one was named, the next at
+    that path.
 
     Example: realmap top --wait
     """

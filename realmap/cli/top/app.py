@@ -9,9 +9,10 @@ from typing import ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.events import AppBlur
 from textual.message import Message
 
-from realmap.cli.top.feed import Feed, Seen
+from realmap.cli.top.feed import NONE, Feed, Seen
 from realmap.cli.top.screens import Head, Help, Live, Main
 from realmap.cli.top.view import Programs, View
 from realmap.observe import words
@@ -43,7 +44,7 @@ class Top(App[None]):
     #rates, #legend, #parts { color: $text-muted; }
     #kernel { margin-bottom: 1; }
     OneProcess #lane { margin-bottom: 1; }
-    Screen.lost Rows, Screen.lost #totals, Screen.lost #rates, Screen.lost #kernel { opacity: 40%; }
+    Screen.stale Rows, Screen.stale #totals, Screen.stale #rates, Screen.stale #kernel { opacity: 40%; }
     Screen.-low #rates, Screen.-low #legend { display: none; }
     Screen.-low #kernel { margin-bottom: 0; }
     #filter { height: 1; }
@@ -82,6 +83,10 @@ class Top(App[None]):
             self.set_interval(1.0, self._end_with_terminal)
         self.feed.start()
 
+    def on_app_blur(self, event: AppBlur) -> None:
+        """Nothing changes: a page that nobody has clicked into begins so, and would have no line of keys."""
+        event.prevent_default()
+
     def _end_with_terminal(self) -> None:
         """One that has gone without a SIGHUP would be read from for ever, as fast as the machine can.
 
@@ -106,7 +111,9 @@ class Top(App[None]):
 
     def on_fresh(self, event: Fresh) -> None:
         self._why = event.found if isinstance(event.found, str) else ""
-        if isinstance(event.found, View) and not self.feed.paused:
+        if self._why.startswith(NONE):
+            self.view = None
+        elif isinstance(event.found, View) and not self.feed.paused:
             self.view = event.found
         self.show()
         self.shown += 1
@@ -140,6 +147,7 @@ class Top(App[None]):
         line = " ".join([" realmap top ", *(f"[{mark}]" for mark in marks), said])
         for screen in self.screen_stack:
             screen.set_class(bool(self._why), "lost")
+            screen.set_class(bool(self._why) and self.view is not None, "stale")
             for head in screen.query("#title").results(Head):
                 head.say(line)
                 head.set_class(bool(self._why), "lost")

@@ -16,7 +16,7 @@ from realmap.cli.top import paint
 from realmap.cli.top.rows import Column, Rows
 from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals, waited
 from realmap.observe import words
-from realmap.wire.records import FramesInfo
+from realmap.wire.records import CallInfo, FramesInfo
 
 if TYPE_CHECKING:
     from realmap.cli.top.app import Top
@@ -41,6 +41,16 @@ SEGMENTS: list[Column[FramesInfo]] = [
     Column("holders", 0, lambda row: words.harmless(", ".join(row.holders)), right=False),
 ]
 
+CALLS: list[Column[CallInfo]] = [
+    Column("calls", 9, lambda row: str(row.count), lambda row: row.count, down=True),
+    Column("failed", 7, lambda row: str(row.failed or ""), lambda row: row.failed, down=True, least=60),
+    Column("p50", 8, lambda row: _took(row.p50), lambda row: row.p50 or 0, down=True, least=40),
+    Column("p99", 8, lambda row: _took(row.p99), lambda row: row.p99 or 0, down=True),
+    Column("longest", 8, lambda row: _took(row.longest), lambda row: row.longest or 0, down=True, least=50),
+    Column("blocking", 8, lambda row: "yes" if row.blocking else "", least=70, right=False),
+    Column("syscall", 0, lambda row: words.harmless(row.name), lambda row: row.name, right=False),
+]
+
 MAPPINGS: list[Column[MappingRow]] = [
     Column("address", 14, lambda row: f"{row.mapping.address:#x}", lambda row: row.mapping.address),
     Column("bytes", 8, lambda row: words.size(row.mapping.length), lambda row: row.mapping.length, down=True, least=30),
@@ -58,6 +68,10 @@ MAPPINGS: list[Column[MappingRow]] = [
 HOLDERS: list[Column[str]] = [Column("holder of a reference", 0, words.harmless, lambda row: row, right=False)]
 
 
+def _took(seconds: float | None) -> str:
+    return "" if seconds is None else words.duration(1e9 * seconds)
+
+
 class Head(Static):
     """A line or several that never wrap."""
 
@@ -70,6 +84,10 @@ class Head(Static):
     def draw(self, segments: list[Segment]) -> None:
         """In its own colours. It is as large as it was: nothing is laid out anew."""
         self.update(Segments(segments), layout=False)
+
+
+#: What is said where there is no kernel; why, the first line says.
+NOTHING = "nothing to show; a kernel that starts appears here by itself"
 
 
 class Live(Screen[None]):
@@ -104,10 +122,22 @@ class Live(Screen[None]):
         self.present(self.app.view)
 
     def present(self, view: View | None) -> None:
-        """Shows it, unless there is nothing to show, or nothing to show it with."""
-        if view is not None and self.is_mounted:
+        """Shows it, unless there is nothing to show it with. None: no kernel runs, or none is known of yet."""
+        if self.is_mounted:
             with suppress(NoMatches):  # its parts are still being made, or go already
-                self.show(view)
+                if view is not None:
+                    self.show(view)
+                else:
+                    self._show_nothing()
+
+    def _show_nothing(self) -> None:
+        """What the last kernel had is not what there is."""
+        for rows in self.query(Rows):
+            rows.show([])
+        first, *others = self.query(Head).exclude("#title")
+        first.say(f" {NOTHING}")
+        for head in others:
+            head.say("")
 
     def measure(self) -> None:
         """Says how wide its lanes are."""
@@ -164,11 +194,12 @@ class Live(Screen[None]):
 
 
 class Main(Live):
-    """Totals and rates, KernelLand, and below it a lane for each process, or the segments."""
+    """Totals and rates, KernelLand, and below it a lane for each process, or the segments, or the syscalls."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("1", "tab('processes')", "Processes"),
         Binding("2", "tab('segments')", "Segments"),
+        Binding("3", "tab('calls')", "Syscalls"),
     ]
 
     def compose(self) -> ComposeResult:
@@ -179,6 +210,7 @@ class Main(Live):
         with ContentSwitcher(initial="processes"):
             yield Rows(PROCESSES, lambda row: row.process.number, id="processes")
             yield Rows(SEGMENTS, lambda row: row.serial, sorted_by=1, id="segments")
+            yield Rows(CALLS, lambda row: row.name, id="calls")
         yield Head(id="legend")
         yield Footer(show_command_palette=False, compact=True)
 
@@ -216,13 +248,16 @@ class Main(Live):
         self.query_one("#legend", Head).draw([Segment(" "), *paint.legend([view.picture.kernel, *view.picture.users])])
         rows = self.query_one("#processes", Rows)
         rows.show(view.processes)
-        if self.query_one(ContentSwitcher).current == "segments":
+        shown = self.query_one(ContentSwitcher).current
+        if shown == "segments":
             self.query_one("#segments", Rows).show(view.snapshot.frames)
+        elif shown == "calls":
+            self.query_one("#calls", Rows).show(view.snapshot.calls)
 
     def on_rows_chosen(self, event: Rows.Chosen) -> None:
         if isinstance(event.row, ProcessRow):
             self.app.push_screen(OneProcess(self.app.kernel, event.row.process.number, event.row.process.pid))
-        else:
+        elif isinstance(event.row, FramesInfo):
             self.app.push_screen(OneSegment(self.app.kernel, event.row.serial))
 
 
@@ -301,7 +336,7 @@ number is the mirror's, the same in KernelLand and UserLand.
 A mirror that comes and goes between two looks (that of a
 short call) is only counted.
 
- 1 2     processes, segments
+ 1 2 3   processes, segments, syscalls (how long they took)
  arrows  the cursor             Enter  detail, holders
  s S     sort by the next column, the other way round
  /       filter; Esc ends it    Esc    back

@@ -31,8 +31,11 @@ POLICY = "default-src 'self' 'unsafe-inline' data: blob:; connect-src 'self' ws:
 
 
 def command(options: Sequence[str]) -> str:
-    """What a shell runs for each page. -P: nothing of the directory that it is started in is imported."""
-    return shlex.join([sys.executable, "-P", "-m", "realmap", "top", *options])
+    """What a shell runs for each page. -P: nothing of the directory that it is started in is imported.
+
+    A Ctrl-C in the terminal, which comes to all of them, is the server's: it ends them in order.
+    """
+    return "trap '' INT; exec " + shlex.join([sys.executable, "-P", "-m", "realmap", "top", *options])
 
 
 def may_ask(host: str, origin: str | None, everybody: bool) -> bool:

@@ -13,6 +13,8 @@ import msgspec
 FORM = 1
 #: Latencies are counted in buckets a tenth of a power of two wide: 7 % of error at most.
 STEPS_PER_OCTAVE = 10
+#: A kernel's memory that rises by less over the second half of a run is no growth: arenas, and logs. Bytes.
+RISE = 16 << 20
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -90,6 +92,24 @@ class Slope(msgspec.Struct, frozen=True):
     def rises(self) -> bool:
         """Whether it goes up by more than noise explains."""
         return self.per_second > 4 * self.error
+
+    def grows(self, name: str) -> bool:
+        """Whether it goes up by more than arenas, logs and the users of the moment explain."""
+        return self.rises and self.last - self.first > self.allowed(name)
+
+    def allowed(self, name: str) -> float:
+        """How much it may go up without growing."""
+        return RISE if name == "rss" else 0.2 * self.first + 100
+
+    def in_words(self, name: str) -> str:
+        """For people: the kernel's memory in KiB, the others as they are."""
+        what, unit, size = ("memory", " KiB", 1024) if name == "rss" else (f"number of {name}", "", 1)
+        return (
+            f"the kernel's {what} {'grows' if self.grows(name) else 'does not grow'}: "
+            f"{self.first / size:.0f} → {self.last / size:.0f}{unit} over the second half of the run, "
+            f"{self.per_second / size:+.3g}{unit} a second (± {self.error / size:.2g}); "
+            f"growth is more than {self.allowed(name) / size:.0f}{unit}"
+        )
 
 
 class Report(msgspec.Struct, frozen=True):

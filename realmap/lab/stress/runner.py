@@ -28,8 +28,6 @@ SAMPLE = 0.5
 AUDIT = 5.0
 #: How long users may take to end after the last step, and the kernel to forget them. Seconds.
 PATIENCE = 60.0
-#: A kernel's memory that rises by less over the second half of a run is no growth: arenas, and logs. Bytes.
-RISE = 16 << 20
 
 
 @contextmanager
@@ -232,14 +230,7 @@ class Runner:
             self._audit()
         except KernelError as error:
             self._failures.append(f"the kernel died: {error}")
-        slopes = self._slopes()
-        rss = slopes.get("rss")
-        if rss is not None and rss.rises and rss.last - rss.first > RISE:
-            self._failures.append(f"the kernel's memory grows: {rss.per_second:.0f} bytes a second, ± {rss.error:.0f}")
-        for name in ("maps", "descriptors", "threads"):
-            found = slopes.get(name)
-            if found is not None and found.rises and found.last - found.first > 0.2 * found.first + 100:
-                self._failures.append(f"the kernel's {name} grows: {found.per_second:.2f} a second")
+        self._failures += [found.in_words(name) for name, found in self._slopes().items() if found.grows(name)]
 
     def _slopes(self) -> dict[str, Slope]:
         return {name: slope(values[len(values) // 2 :]) for name, values in self._samples.items()}

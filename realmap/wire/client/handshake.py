@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 import msgspec
 
@@ -42,6 +43,9 @@ def open_endpoint(path: str, timeout: float | None) -> Endpoint:
 def _refusal(number: int, path: str) -> KernelError:
     """Why there was no connection, by the errno."""
     error = OSError(number, os.strerror(number))
+    if (what := _no_socket(path)) is not None:
+        why = f"{path!r} is {what}, not the socket of a kernel: give what `realmap kernel` prints, or kernel.path"
+        return InvalidHandle(path, why=why)
     if number == errno.ECONNREFUSED:  # the socket of one that was killed
         why = f"no kernel listens at {path!r} any more; clear it away: realmap gc {path}"
         return KernelDied(path, why=f"{why}, or start a new one there: realmap kernel --path {path}")
@@ -53,6 +57,14 @@ def _refusal(number: int, path: str) -> KernelError:
     if number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, *SHORT_OF_MEMORY):
         return shortage(error, f"cannot connect to {path!r}")
     return InvalidHandle(path, why=f"{path!r} is no socket of a kernel: {error.strerror}")
+
+
+def _no_socket(path: str) -> str | None:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # it is not there, or not ours to look at
+        return None
+    return None if stat.S_ISSOCK(mode) else "a directory" if stat.S_ISDIR(mode) else "a file"
 
 
 def introduce(

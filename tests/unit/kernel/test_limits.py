@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import socket
 import threading
@@ -257,6 +258,29 @@ def test_limits_of_another_kind() -> None:
         Limits(processes="many")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Limits"):
         Kernel(limits=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["memory_limit", "process_limit", "kernel_land", "lazy_unmap"])
+def test_limits_of_bytes_are_named(name: str) -> None:
+    with pytest.raises(realmap.InvalidSize, match=f"^{name} must be from 0 to"):
+        Kernel(**{name: -1})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"^{name} must be an integer number of bytes, not str"):
+        Kernel(**{name: "1G"})  # type: ignore[arg-type]
+
+
+def test_limits_of_bytes_are_told_apart() -> None:
+    options = {"memory_limit": 5 * PAGE, "process_limit": 3 * PAGE}
+    with Kernel(**options) as kernel:  # type: ignore[arg-type]
+        with realmap.connect(kernel.path) as me, realmap.connect(kernel.path) as other, me.map(3 * PAGE):
+            for user, pages, said in (
+                (me, 1, f"the limit of {3 * PAGE} bytes for each process (process_limit) "),
+                (other, 3, f"the limit of {5 * PAGE} bytes for all (memory_limit) "),
+            ):
+                with pytest.raises(PhysicalMemoryExhaustion, match=re.escape(said)):
+                    user.map(pages * PAGE)
+
+
+def test_limits_are_shown() -> None:
     assert "calls=7" in repr(Limits(calls=7))
 
 

@@ -1,0 +1,76 @@
+/* Durations: how long something took, each time: counted, so that their number costs nothing. */
+#include "core.h"
+
+/* Each power of two is eight buckets: what is read is right to 6 %. */
+#define PER_OCTAVE 8
+
+static size_t duration_bucket(uint64_t nanoseconds)
+{
+    int shift = 60 - __builtin_clzll(nanoseconds | PER_OCTAVE); /* what is left is from 8 to 15 */
+    return (size_t)shift * PER_OCTAVE + (size_t)(nanoseconds >> shift);
+}
+
+static double duration_of(size_t bucket)
+{
+    if (bucket < 2 * PER_OCTAVE)
+        return (double)bucket;
+    int shift = (int)(bucket / PER_OCTAVE) - 1;
+    return ((double)(bucket % PER_OCTAVE + PER_OCTAVE) + 0.5) * (double)(1ull << shift);
+}
+
+/* since(began): it has ended now, and began at that time of the monotonic clock, in nanoseconds. */
+static PyObject *durations_since(PyObject *op, PyObject *arg)
+{
+    Durations *self = as_durations(op);
+    long long began = PyLong_AsLongLong(arg);
+    if (began == -1 && PyErr_Occurred())
+        return NULL;
+    int64_t now = nanoseconds();
+    uint64_t took = now > began ? (uint64_t)now - (uint64_t)began : 0;
+    self->buckets[duration_bucket(took)]++;
+    self->count++;
+    if (took > self->longest)
+        self->longest = took;
+    Py_RETURN_NONE;
+}
+
+/* In seconds: what half of them, and 99 of 100, did not exceed, and the longest. None for each where there are none. */
+static PyObject *durations_summary(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    Durations *self = as_durations(op);
+    if (!self->count)
+        return Py_BuildValue("(OOO)", Py_None, Py_None, Py_None);
+    const uint64_t ranks[] = {(self->count + 1) / 2, self->count - self->count / 100};
+    double found[2];
+    uint64_t seen = 0;
+    size_t bucket = 0;
+    for (int i = 0; i < 2; i++) {
+        while (seen < ranks[i])
+            seen += self->buckets[bucket++];
+        double middle = duration_of(bucket - 1), longest = (double)self->longest;
+        found[i] = (middle < longest ? middle : longest) / 1e9;
+    }
+    return Py_BuildValue("(ddd)", found[0], found[1], (double)self->longest / 1e9);
+}
+
+static PyMethodDef durations_methods[] = {
+    {"since", durations_since, METH_O, NULL},
+    {"summary", durations_summary, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static void durations_dealloc(PyObject *op) { free_object(op); }
+
+static PyType_Slot durations_slots[] = {
+    {Py_tp_doc, "How long something took, each time."},
+    {Py_tp_dealloc, durations_dealloc},
+    {Py_tp_methods, durations_methods},
+    {0, NULL},
+};
+
+static PyType_Spec durations_spec = {
+    .name = "realmap._core.Durations",
+    .basicsize = sizeof(Durations),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = durations_slots,
+};
