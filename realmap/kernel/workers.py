@@ -113,11 +113,6 @@ class Share:
         self._held = self._over = False
         self._waiting: deque[tuple[Job, Callable[[BaseException], None]]] = deque()
 
-    @property
-    def pending(self) -> int:
-        """How many of its jobs are at work or wait."""
-        return self.running + len(self._waiting)
-
     def submit(self, job: Job, failed: Callable[[BaseException], None]) -> None:
         """Has `job` run in its turn. Where it never will (no thread, or `cancel`), `failed` is called with why."""
         self._waiting.append((job, failed))
