@@ -127,8 +127,9 @@ class Share:
 
     def hold(self, held: bool) -> None:
         """Begins no job from now on, or does again."""
-        self._held = held
-        self._start()
+        if held != self._held:  # else a job that fails, whose client is told so, would begin the next within itself
+            self._held = held
+            self._start()
 
     def _start(self) -> None:
         while self._waiting and not self._held and sum(each.running for each in self._beside) < self._limit:
