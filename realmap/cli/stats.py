@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from rich.text import Text
 
 from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table
 from realmap.cli.target import BOUND, control, kernel_option
-from realmap.host import files
+from realmap.host import signals
 from realmap.observe import words
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
@@ -140,24 +138,10 @@ def _exposition(now: Snapshot) -> str:
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[Callable[[float], bool]]:
-    """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error.
-
-    By a pipe and not by an Event: a handler that sets one while the same thread begins to wait for it stops for ever.
-    """
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-
-    def interrupted(*_: object) -> None:
-        with contextlib.suppress(BlockingIOError):  # enough is in it
-            os.write(writer, b"x")
-
-    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda seconds: bool(select.select([reader], [], [], seconds)[0])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        files.close(reader)
-        files.close(writer)
+    """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
+    over = signals.Flag()
+    with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
+        yield over.wait
 
 
 def _watch(kernel: Control, interval: float, as_json: bool, is_over: Callable[[float], bool]) -> None:

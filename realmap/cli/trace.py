@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any
 
 import click
 
@@ -18,6 +17,7 @@ from realmap.ambient import VARIABLE
 from realmap.cli.output import Seconds, require_writable
 from realmap.cli.target import BOUND, find, kernel_option, named
 from realmap.errors import KernelError
+from realmap.host import signals
 from realmap.host.runtime import sockets
 from realmap.observe.announce import Announced
 from realmap.observe.trace import Trace
@@ -131,14 +131,8 @@ class Recorder:
 def _signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are noted in the list instead of ending this process."""
     caught: list[int] = []
-    before: dict[int, Any] = {
-        number: signal.signal(number, lambda got, _: caught.append(got)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
+    with signals.handled(lambda number, _: caught.append(number), signal.SIGINT, signal.SIGTERM):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(

@@ -158,6 +158,17 @@ def on(job: Callable[[], object], *numbers: int) -> None:
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=restore)
 
 
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
+    """Has `handler` run at these signals meanwhile, and afterwards what there was before. On the main thread."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)
+
+
 class Living(Generic[T]):
     """What somebody else refers to. Unlike a WeakSet, it may change while it is looked through."""
 

@@ -144,8 +144,6 @@ class Clients:
         if connection.closed or (not connection.backlog and connection.events == select.EPOLLIN):
             return
         self.listen_to_ring(connection, connection.backlog <= BACKLOG)
-        if connection.process is not None:
-            connection.calls.hold(connection.backlog > BACKLOG)
         reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
         events = reading | (select.EPOLLOUT if connection.backlog else 0)
         if events != connection.events:
@@ -156,6 +154,8 @@ class Clients:
                 self.drop(connection)
                 return
             connection.events = events
+        if connection.process is not None:  # last: what begins then may fail, and end the connection
+            connection.calls.hold(connection.backlog > BACKLOG)
 
     def listen_to_ring(self, connection: Connection, listen: bool) -> None:
         """Takes calls from its ring from now on, or no longer."""

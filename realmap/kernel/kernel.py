@@ -451,10 +451,6 @@ class Kernel:
             "trace-stop": lambda connection, _: self.tracer.stop(connection),
         }
 
-    def dump_books(self) -> bytes:
-        """The books as they are sent, in MessagePack. Only on the kernel's thread."""
-        return b"".join(self._picture().written())
-
     def _picture(self) -> dump.Picture:
         return dump.Picture(self.books, self._around())
 

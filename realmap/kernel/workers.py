@@ -113,11 +113,6 @@ class Share:
         self._held = self._over = False
         self._waiting: deque[tuple[Job, Callable[[BaseException], None]]] = deque()
 
-    @property
-    def pending(self) -> int:
-        """How many of its jobs are at work or wait."""
-        return self.running + len(self._waiting)
-
     def submit(self, job: Job, failed: Callable[[BaseException], None]) -> None:
         """Has `job` run in its turn. Where it never will (no thread, or `cancel`), `failed` is called with why."""
         self._waiting.append((job, failed))
@@ -132,8 +127,9 @@ class Share:
 
     def hold(self, held: bool) -> None:
         """Begins no job from now on, or does again."""
-        self._held = held
-        self._start()
+        if held != self._held:  # else a job that fails, whose client is told so, would begin the next within itself
+            self._held = held
+            self._start()
 
     def _start(self) -> None:
         while self._waiting and not self._held and sum(each.running for each in self._beside) < self._limit:

@@ -151,7 +151,7 @@ def test_one_that_is_longer_than_a_message_may_be() -> None:
     @realmap.syscall
     def books(call: realmap.Call) -> int:
         assert isinstance(call.kernel, Kernel)
-        (process,) = Snapshot.read(msgspec.msgpack.decode(call.kernel.dump_books())).processes
+        (process,) = Snapshot.read(msgspec.msgpack.decode(b"".join(call.kernel._picture().written()))).processes
         return len(process.mappings)
 
     with Kernel(syscalls=[fill, books]) as kernel, realmap.connect(kernel.path) as me, Control(kernel.path) as control:

@@ -16,7 +16,7 @@ import psutil
 
 from realmap.ambient import connect
 from realmap.errors import KernelError, UnknownSyscall
-from realmap.host import forks, procfs, runtime
+from realmap.host import forks, procfs, runtime, signals
 from realmap.lab.stress import handlers, worker
 from realmap.lab.stress.report import FORM, Kind, Options, Report, Slope, Tally, percentile, slope, summed
 from realmap.memory import KERNEL_LAND
@@ -41,11 +41,8 @@ def _held_back() -> Iterator[None]:
         yield
         return
     caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
+    with signals.handled(lambda number, _: caught.append(number), signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
     if caught:
         signal.raise_signal(signal.SIGINT)
 

@@ -25,7 +25,7 @@ from realmap.kernel.connection import BACKLOG
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
-from realmap.kernel.workers import Share
+from realmap.kernel.workers import Share, Workers
 from realmap.memory import USER_LAND, KernelMemory
 from realmap.observe.control import Control
 from realmap.rights import MemoryType, u_rw
@@ -407,6 +407,25 @@ def test_jobs_wait_for_those_of_their_own_process_alone() -> None:
     assert (len(failed), beside) == (1, [two])
     two.ended()
     assert (len(elsewhere.jobs), beside) == (3, [])
+
+
+def test_any_number_of_jobs_fail_one_after_the_other_and_not_within_one_another() -> None:
+    class NoThread(Workers):
+        def submit(self, job: Callable[[], None]) -> None:
+            raise RuntimeError("can't start new thread")
+
+    told: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        told.append(error)
+        share.hold(False)  # as who sends the error does, while its client has some to read
+
+    share = Share(NoThread(), 4, [])
+    share.hold(True)
+    for _ in range(2000):
+        share.submit(lambda: None, failed)
+    share.hold(False)
+    assert (len(told), share.running) == (2000, 0)
 
 
 def test_one_search_for_all_that_have_ended_by_then() -> None:
