@@ -29,6 +29,8 @@ from collections.abc import Callable
 from multiprocessing import spawn
 from typing import Any
 
+import psutil
+
 from realmap.errors import KernelError
 from realmap.host import files, liveness, source
 from realmap.host.signals import pass_on
@@ -296,10 +298,16 @@ def take_short_turns() -> None:
 
 
 def end_within(seconds: float) -> None:
-    """Its work done, this process ends in so many seconds at the latest, whatever threads are left in it."""
+    """Its work done, this process ends in so many seconds at the latest, whatever threads are left in it, and what they
+    have started with it.
+    """
 
     def end() -> None:
         time.sleep(seconds)
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
         os._exit(0)
 
     threading.Thread(target=end, name="realmap-end", daemon=True).start()

@@ -137,8 +137,8 @@ def test_what_is_left_when_all_are_killed_is_swept(name: str, how: str) -> None:
     holder.communicate()
     assert (SHM / name).exists()
     if how == "gc":
-        out = run_here("from realmap.cli import main; main()", "gc")
-        assert f"removed {name}" in out.splitlines()
+        run_here("from realmap.cli import main; main()", "gc")  # or a kernel of somebody else's that starts just now
+        assert not (SHM / name).exists()
     elif how == "looked for":
         assert not exists(name)
     else:
