@@ -183,7 +183,6 @@ class Dispatch:
             return
         if books.limits.seconds is not None:
             self._bound(call, time.monotonic())
-        process.calls += 1
         page, relay = self._page, self._relay
         if page.named is not syscall.label:
             page.name(syscall.label)
@@ -201,7 +200,6 @@ class Dispatch:
         except KeyError:
             self._come_late(serial, process, request, answer)
         page.words[CALLER] = 0
-        process.calls -= 1
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
@@ -228,6 +226,7 @@ class Dispatch:
         """
         connection, call, syscall, request, buffers = taken.work
         self._page.words[CALLER] = 0
+        call.process.calls += 1  # nobody could see that it was at work before
         # What the handler itself has unmapped cannot be kept.
         buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
         running = self._run_beside(connection, call, syscall, request, buffers)
