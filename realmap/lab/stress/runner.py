@@ -98,12 +98,16 @@ class Runner:
         return self._report(seconds)
 
     def _require_handlers(self) -> None:
+        others = self._control.stats()["processes"]
         with connect(self._path) as me:
             try:
                 me.call("stress_end")
             except UnknownSyscall as error:
                 why = f"{error.why}; start it with: realmap kernel --syscalls realmap.lab.stress.handlers"
                 raise UnknownSyscall(error.name, why=why) from None
+        end = time.monotonic() + PATIENCE
+        while self._control.stats()["processes"] > others and time.monotonic() < end:  # it is not one to be found again
+            time.sleep(0.01)
 
     # ---- users ------------------------------------------------------------------------------
 
