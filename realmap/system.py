@@ -74,7 +74,7 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any], ow
     except Exception as error:
         _say(report, error)
         return
-    kernel.owner = owner
+    kernel.registration.owner = owner
 
     gc.collect()
     gc.freeze()  # what was imported stays: no collection has to look through it while somebody waits for an answer

@@ -9,6 +9,7 @@ admission     who is let in
 connection    one client's socket: what it said so far, what it has not read yet
 clients       everybody who is connected: listening, reading, dropping
 dispatch      what answers a request: a service or a handler
+registration  handlers that come and go while it runs
 heirs         who may still come for what a dead process left
 snapshots     writes the books for whoever asks, a little at a time
 tracer        tells one listener of everything that happens

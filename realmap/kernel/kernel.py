@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
 from typing import Any, Self, SupportsIndex
 
 from realmap.errors import (
@@ -29,9 +27,8 @@ from realmap.errors import (
     KernelDied,
     KernelError,
     PhysicalMemoryExhaustion,
-    UnknownSyscall,
 )
-from realmap.host import forks, liveness, runtime
+from realmap.host import forks, runtime
 from realmap.host.signals import Attention, Flag
 from realmap.host.translate import shortage
 from realmap.kernel import dump
@@ -45,8 +42,8 @@ from realmap.kernel.limits import Limits
 from realmap.kernel.listener import Listener
 from realmap.kernel.logs import log, urgent
 from realmap.kernel.loop import Loop
-from realmap.kernel.registry import Syscall, registry
-from realmap.kernel.services import Begun, Reply
+from realmap.kernel.registration import Registration
+from realmap.kernel.registry import registry
 from realmap.kernel.snapshots import Snapshots
 from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import encode
@@ -105,8 +102,6 @@ class Kernel:
             raise TypeError(f"the initializer is a function, not {initializer!r}")
         memory = KernelMemory(length=usize(kernel_land, "kernel_land"), lazy_unmap=lazy_unmap)
         self._initializer = initializer
-        #: The pid of who may register handlers from elsewhere: its booter. 0: nobody.
-        self.owner = 0
         self.books = Books(registry(syscalls, UserBuffer), limits or Limits(), memory, memory_limit, process_limit)
         # What a handler sees: `RunningKernel`.
         self.memory = memory
@@ -118,6 +113,7 @@ class Kernel:
         self.page = Page()
         self.loop = Loop(self.page)
         self.workers = Workers()
+        self.registration = Registration(self.books, self.loop, self.workers)
         self.tracer = Tracer(self.books)
         self._heirs = Heirs(self.books, self.loop, self.workers)
         admission = Admission(self.books, self.workers)
@@ -269,83 +265,19 @@ class Kernel:
         """Whether it ends, or has."""
         return self.loop.ending
 
-    # ---- handlers ---------------------------------------------------------------------------
-
     def register(self, *handlers: Callable[..., Any], replace: bool = False) -> None:
         """Adds handlers; from now on they are called. From any thread; while it runs, or before.
 
         `replace`: in the place of those of the same names, whose calls that are at work go on to their end.
         KernelError: it has one of that name already (then none is added). TypeError, ValueError: as `registry`.
         """
-        found = registry(handlers, UserBuffer)
-        self._on_loop(lambda: self._add(found, replace))
+        self.registration.add(handlers, replace)
 
     def unregister(self, name: str) -> None:
         """Takes a handler away; calls of it that are at work go on to their end. UnknownSyscall: there is none."""
-        self._on_loop(lambda: self._remove(name))
+        self.registration.remove(name)
 
-    def _add(self, found: dict[str, Syscall], replace: bool) -> None:
-        known = self.books.syscalls
-        for name, syscall in found.items():
-            before = known.get(name)
-            if before is not None:
-                if not replace:
-                    raise KernelError(why=f"the kernel has a syscall {name!r} already: unregister it, or replace=True")
-                syscall.calls, syscall.failed, syscall.late = before.calls, before.failed, before.late
-        self.books.syscalls = known | found  # who is at it, a snapshot say, goes on with what there was
-
-    def _remove(self, name: str) -> None:
-        if name not in self.books.syscalls:
-            raise UnknownSyscall(name, why=f"the kernel has no syscall {name!r}")
-        self.books.syscalls = {key: value for key, value in self.books.syscalls.items() if key != name}
-
-    def _on_loop(self, job: Callable[[], None]) -> None:
-        """Runs it where the books are, and waits for that; what it raises is raised here."""
-        if self.loop.thread == threading.get_ident() or not self.loop.is_open:
-            job()
-            return
-        outcome: SimpleQueue[Exception | None] = SimpleQueue()
-
-        def run() -> None:
-            try:
-                job()
-            except Exception as error:
-                outcome.put(error)
-            else:
-                outcome.put(None)
-
-        self.post(run)
-        if (error := outcome.get()) is not None:
-            raise error
-
-    def _register_theirs(self, connection: Connection, data: bytes) -> Begun:
-        """For the booter. On a worker: what it sent may import for long."""
-        self._require_owner(connection)
-
-        def begin(reply: Reply) -> None:
-            def work() -> None:
-                try:
-                    handlers, replace = pickle.loads(data)
-                    self.register(*handlers, replace=replace)
-                except KernelError as error:
-                    failed: Exception = error
-                except Exception as error:
-                    failed = KernelError(why=f"what was sent cannot be read there: {type(error).__name__}: {error}")
-                else:
-                    self.post(lambda: reply((None, [])))
-                    return
-                self.post(lambda: reply(failed))
-
-            try:
-                self.workers.submit(work)
-            except RuntimeError as error:
-                reply(PhysicalMemoryExhaustion(why=f"no thread to read the handlers on: {error}"))
-
-        return Begun(begin)
-
-    def _require_owner(self, connection: Connection) -> None:
-        if not connection.control or not self.owner or liveness.credentials(connection.sock)[0] != self.owner:
-            raise AccessDenied(why="only who booted the kernel changes its handlers")
+    # ---- its clients and its end ------------------------------------------------------------
 
     def _unreaped(self) -> int:
         """How many have ended, or are being looked after, and are in the books."""
@@ -434,13 +366,9 @@ class Kernel:
                 raise AccessDenied(why="only a control connection may revoke what is nobody's")
             return self.handles.revoke_orphans(f"{start:08x}")
 
-        def unregister(connection: Connection, name: bytes) -> None:
-            self._require_owner(connection)
-            self._remove(name.decode())
-
         return {
-            "register": self._register_theirs,
-            "unregister": unregister,
+            "register": self.registration.register,
+            "unregister": self.registration.unregister,
             "unreaped": lambda *_: self._unreaped(),
             "stats": lambda *_: dump.stats(self.books, self._around()),
             "books": lambda connection, _: self.snapshots.begin(connection),

@@ -1,0 +1,109 @@
+"""`Registration`: handlers that come and go while the kernel runs, from its own program and from its booter."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+from typing import Any
+
+from realmap.errors import AccessDenied, KernelError, PhysicalMemoryExhaustion, UnknownSyscall
+from realmap.host import liveness
+from realmap.kernel.books import Books
+from realmap.kernel.connection import Connection
+from realmap.kernel.loop import Loop
+from realmap.kernel.registry import Syscall, registry
+from realmap.kernel.services import Begun, Reply
+from realmap.kernel.user_buffer import UserBuffer
+from realmap.kernel.workers import Workers
+
+
+class Registration:
+    """Changes which handlers there are. From any thread: the change itself is made where the books are."""
+
+    def __init__(self, books: Books, loop: Loop, workers: Workers) -> None:
+        self._books = books
+        self._loop = loop
+        self._workers = workers
+        #: The pid of who may register handlers from elsewhere: the kernel's booter. 0: nobody.
+        self.owner = 0
+
+    def add(self, handlers: Iterable[Callable[..., Any]], replace: bool) -> None:
+        """As `Kernel.register`."""
+        found = registry(handlers, UserBuffer)
+        self._on_loop(lambda: self._add(found, replace))
+
+    def remove(self, name: str) -> None:
+        """As `Kernel.unregister`."""
+        self._on_loop(lambda: self._remove(name))
+
+    def _add(self, found: dict[str, Syscall], replace: bool) -> None:
+        known = self._books.syscalls
+        for name, syscall in found.items():
+            before = known.get(name)
+            if before is not None:
+                if not replace:
+                    raise KernelError(why=f"the kernel has a syscall {name!r} already: unregister it, or replace=True")
+                syscall.calls, syscall.failed, syscall.late = before.calls, before.failed, before.late
+        self._books.syscalls = known | found  # who is at it, a snapshot say, goes on with what there was
+
+    def _remove(self, name: str) -> None:
+        if name not in self._books.syscalls:
+            raise UnknownSyscall(name, why=f"the kernel has no syscall {name!r}")
+        self._books.syscalls = {key: value for key, value in self._books.syscalls.items() if key != name}
+
+    def _on_loop(self, job: Callable[[], None]) -> None:
+        """Runs it where the books are, and waits for that; what it raises is raised here."""
+        if self._loop.thread == threading.get_ident() or not self._loop.is_open:
+            job()
+            return
+        outcome: SimpleQueue[Exception | None] = SimpleQueue()
+
+        def run() -> None:
+            try:
+                job()
+            except Exception as error:
+                outcome.put(error)
+            else:
+                outcome.put(None)
+
+        self._loop.post(run)
+        if (error := outcome.get()) is not None:
+            raise error
+
+    # ---- for the booter ---------------------------------------------------------------------
+
+    def register(self, connection: Connection, data: bytes) -> Begun:
+        """What it sent, pickled, may import for long: on a worker. AccessDenied: somebody else asks."""
+        self._require_owner(connection)
+
+        def begin(reply: Reply) -> None:
+            def work() -> None:
+                try:
+                    handlers, replace = pickle.loads(data)
+                    self.add(handlers, replace)
+                except KernelError as error:
+                    failed: Exception = error
+                except Exception as error:
+                    failed = KernelError(why=f"what was sent cannot be read there: {type(error).__name__}: {error}")
+                else:
+                    self._loop.post(lambda: reply((None, [])))
+                    return
+                self._loop.post(lambda: reply(failed))
+
+            try:
+                self._workers.submit(work)
+            except RuntimeError as error:
+                reply(PhysicalMemoryExhaustion(why=f"no thread to read the handlers on: {error}"))
+
+        return Begun(begin)
+
+    def unregister(self, connection: Connection, name: bytes) -> None:
+        """AccessDenied: somebody else asks. UnknownSyscall: there is none."""
+        self._require_owner(connection)
+        self._remove(name.decode())
+
+    def _require_owner(self, connection: Connection) -> None:
+        if not connection.control or not self.owner or liveness.credentials(connection.sock)[0] != self.owner:
+            raise AccessDenied(why="only who booted the kernel changes its handlers")
