@@ -191,6 +191,11 @@ def me(kernel: realmap.KernelHandle) -> Iterator[realmap.Process]:
     wait_until(lambda: not any(kernel.stats()[name] for name in left), "the end of everything that the test had")
 
 
+def pytest_collection_finish() -> None:
+    """To import realmap.shared_memory makes a process the root of a tree: not for what the tests start."""
+    os.environ.pop(ambient.TREE, None)
+
+
 @pytest.fixture
 def tree(monkeypatch: pytest.MonkeyPatch) -> object:
     """This process as the root of a tree whose kernel ends with the test."""

@@ -11,11 +11,8 @@ from pathlib import Path
 from conftest import BOUND
 
 from realmap import ambient
-from realmap.host import runtime
 from realmap.shared_memory import SharedMemory
 
-if runtime.is_mine(os.environ[ambient.TREE]):  # the import has made this process a root: not for the other tests
-    del os.environ[ambient.TREE]
 HERE = Path(__file__).parent
 
 
