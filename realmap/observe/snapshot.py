@@ -34,6 +34,7 @@ from realmap.wire.records import (
     RunningInfo,
     SegmentInfo,
 )
+from realmap.wire.status import Patience
 
 T = TypeVar("T")
 #: What comes from the kernel as it is in the snapshot.
@@ -71,12 +72,13 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     @classmethod
     def ask(cls, client: Client, timeout: float | None = None) -> Snapshot:
-        """From the kernel of a connection. Errors as `Client.request`, and as `read`.
+        """From the kernel of a connection, within `timeout` seconds or `Patience`. Errors as `Client.request`, `read`.
 
         PhysicalMemoryExhaustion: the kernel has no memory or no descriptors for it, or this process has none.
         """
         ask = messages.Ask(client.next_id(), "books")
-        length, answer = client.request(ask, timeout=timeout, name="books")
+        bound = Patience(client.path, "books") if timeout is None else timeout
+        length, answer = client.request(ask, timeout=bound, name="books")
         if not answer.descriptors:  # Linux delivers what it has room for
             raise shortage(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "cannot receive a snapshot")
         with open(answer.descriptors[0], "rb", closefd=False) as file:
