@@ -17,9 +17,10 @@ import pytest
 import syscalls
 
 import realmap
-from realmap import ambient
+from realmap import KernelDied, ambient
 from realmap.host import procfs, runtime
 from realmap.memory import KERNEL_LAND, USER_LAND, FrameAllocator, KernelMemory, Mapping
+from realmap.observe import Control
 
 # Hundreds of interpreters start here and import realmap: none compiles it anew, also where bytecode is not to be kept.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -209,4 +210,7 @@ def tree(monkeypatch: pytest.MonkeyPatch) -> object:
     if ambient._booted is not None:
         ambient._booted.shutdown()
         ambient._booted = None
-    del os.environ[ambient.TREE]
+    path = os.environ.pop(ambient.TREE)
+    with suppress(KernelDied), Control(path) as control:  # a child booted it
+        control._ask("shutdown")
+    wait_until(lambda: not os.path.exists(path), "the end of the tree's kernel")
