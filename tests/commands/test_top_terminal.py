@@ -100,7 +100,7 @@ def test_it_ends_with_its_terminal_and_on_sigterm(kernel: realmap.KernelHandle) 
 def test_it_waits_for_a_kernel(tmp_path: Path) -> None:
     terminal = Terminal("top", "--wait", REALMAP_DIR=str(tmp_path))
     wait_until(lambda: b"NO KERNEL" in terminal.out, "that there is none")
-    with realmap.boot(path=tmp_path / "realmap" / "x.sock") as kernel:
+    with realmap.boot(path=tmp_path / "x.sock") as kernel:
         wait_until(lambda: f"kernel {kernel.pid}".encode() in terminal.out, "the kernel")
         terminal.press("q")
         assert terminal.wait() == 0
