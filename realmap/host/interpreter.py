@@ -53,6 +53,8 @@ _BOOTSTRAP = (
 )
 
 
+#: Whether this process was just started, and reads what it is to run: modules are imported for that.
+_is_reading = False
 #: Of multiprocessing, unless it is told otherwise.
 _at_import = sys.executable or ""
 #: Of multiprocessing's locks, queues and barriers.
@@ -73,7 +75,15 @@ def call_itself(name: str) -> None:
 
 
 def dumps(value: Any, what: str) -> bytes:
-    """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named."""
+    """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named.
+
+    KernelError: this process was itself just started, and imports a module that starts one: that would go on for ever.
+    """
+    if _is_reading:
+        raise KernelError(
+            why=f"{what} is to run in a process that a module starts while it is imported, and that has to import it "
+            "itself; start processes in a function, or have the handlers in a module that imports nothing of that"
+        )
     try:
         return source.dumps(value)
     except Exception as error:
@@ -137,10 +147,10 @@ class Child:
 
         `silent`: it has no stdout and no stderr of ours, whose readers would wait for its end.
 
-        Unsendable: `function` or an argument cannot be pickled. KernelError: there is no Python to run it. OSError: no
+        What `dumps` has said nothing against can be sent. KernelError: there is no Python to run it. OSError: no
         process could be started.
         """
-        payload = dumps((function, args), "what it is to run")
+        payload = source.dumps((function, args))
         path = marshal.dumps(_search_path())
         #: The Python that runs it.
         self.executable = executable()
@@ -336,10 +346,13 @@ def _main(fd: int, booter: int) -> None:
             stream.reconfigure(line_buffering=True)
     payload = exactly(struct.unpack("=Q", exactly(8))[0])
     sys.argv = ["realmap"]
+    global _is_reading
+    _is_reading = True
     try:
         function, args = pickle.loads(payload)
     except Exception as error:
         why = f"what was sent cannot be read there: {type(error).__name__}: {error}"
         report.sendall(pickle.dumps((False, Unsendable(why), "")))  # as `outcome` has it
         os._exit(1)
+    _is_reading = False
     function(report, booter, *args)

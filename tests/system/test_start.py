@@ -89,6 +89,55 @@ def test_what_does_not_start_is_named(told: str) -> None:
 # ---- in which surroundings -----------------------------------------------------------------------
 
 
+# ---- programs that start theirs while they are imported, as a web server's workers do ------------------
+
+HANDLER = """
+    import realmap
+    @realmap.syscall
+    def first(call, data):
+        return data.copy_in(1)
+"""
+FROM = """
+    from {} import *
+"""
+AT_IMPORT = """
+    kernel = realmap.boot(syscalls=[first])
+    spawned = kernel.spawn(lambda me: me.call("first", me.map(100)))
+    with open("count", "a") as file:
+        file.write("imported\\n")
+"""
+USE = """
+    from app import kernel, spawned
+    with kernel.connect() as me:
+        assert spawned.result() == me.call("first", me.map(100))
+        print(bytes(me.map(100)[:1]))
+"""
+
+
+def _modules(place: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        path = place / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+
+@pytest.mark.parametrize("shape", ["one file", "a package"])
+def test_a_module_may_start_a_kernel_while_it_is_imported(shape: str, tmp_path: Path) -> None:
+    if shape == "one file":
+        _modules(tmp_path, app=HANDLER + AT_IMPORT)
+    else:
+        _modules(tmp_path, **{"app.handlers": HANDLER, "app.__init__": FROM.format("app.handlers") + AT_IMPORT})
+    works(USE, cwd=tmp_path)
+    assert (tmp_path / "count").read_text() == "imported\n"
+
+
+def test_a_kernel_that_has_to_import_what_starts_it_is_an_error_at_once(tmp_path: Path) -> None:
+    _modules(tmp_path, app=FROM.format("handlers") + AT_IMPORT, handlers=HANDLER + "    import app\n")
+    done = run("import app", cwd=tmp_path)
+    assert "'first' is to run in a process that a module starts while it is imported" in done.stderr
+    assert not (tmp_path / "count").exists()
+
+
 def test_the_working_directory_may_be_gone(tmp_path: Path) -> None:
     here = tmp_path / "gone"
     here.mkdir()
