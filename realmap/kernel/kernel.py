@@ -164,7 +164,7 @@ class Kernel:
         for signals by sigwait wants `start`.
 
         `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
-        too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
+        its name too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
         descriptors, no memory or no thread for it. KernelError: Linux does not allow it, or fails a call without which
         no kernel goes on.
         """

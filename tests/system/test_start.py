@@ -162,6 +162,94 @@ def test_any_umask_will_do(umask: str, tmp_path: Path) -> None:
     assert oct((tmp_path / "run").stat().st_mode & 0o777) == "0o700"
 
 
+@pytest.mark.parametrize("gone", ["socket", "lock", "directory", "directory, by a rename"])
+def test_a_kernel_makes_a_socket_anew_that_somebody_removes(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cleaners of /tmp do, and systemd at a logout."""
+    place = tmp_path / "run"
+    monkeypatch.setenv(runtime.VARIABLE, str(place))
+    with realmap.boot() as kernel, kernel.connect() as me:
+        path, lock = Path(kernel.path), Path(kernel.path + ".lock")
+        for number in range(2):
+            if gone == "directory":
+                shutil.rmtree(place)
+            elif gone == "socket":
+                path.unlink()
+            elif gone == "lock":
+                lock.unlink()
+            else:
+                place.rename(tmp_path / f"elsewhere-{number}")
+            wait_until(lambda: path.exists() and lock.exists() and lock.stat().st_size)
+            assert realmap.connect(path).map(100)[:1] == me.map(100)[:1]
+            assert runtime.kernel_at(str(path))[0] == kernel.pid
+            with pytest.raises(realmap.InvalidHandle, match="a kernel serves"):
+                realmap.boot(path=path)
+    assert list(place.iterdir()) == []
+
+
+def test_a_kernel_goes_on_where_its_socket_cannot_be_made_anew(tmp_path: Path) -> None:
+    place = tmp_path / "mine"
+    place.mkdir()
+    with realmap.boot(path=place / "sock") as kernel, kernel.connect() as me:
+        assert kernel.stats()["processes"] == 1
+        shutil.rmtree(place)
+        with pytest.raises(realmap.KernelDied):
+            realmap.connect(place / "sock")
+        assert me.map(100)[:1] == b"\0" and kernel.stats()["processes"] == 1
+    assert not place.exists()
+
+
+def test_blocks_are_found_by_workers_after_the_directory_was_removed(tmp_path: Path) -> None:
+    text = """
+        import multiprocessing, os, shutil
+        from realmap.shared_memory import SharedMemory
+        def look(name, there):
+            block = SharedMemory(name)
+            there.send(bytes(block.buf[:3]))
+        if __name__ == "__main__":
+            block = SharedMemory(create=True, size=64)
+            block.buf[:3] = b"abc"
+            for method in "fork", "spawn":
+                shutil.rmtree(os.environ["REALMAP_DIR"])
+                context = multiprocessing.get_context(method)
+                here, there = context.Pipe()
+                worker = context.Process(target=look, args=(block.name, there))
+                worker.start()
+                print(here.recv())
+                worker.join()
+            block.unlink()
+    """
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("REALMAP")}
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(text))
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+        env=bare | {runtime.VARIABLE: str(tmp_path / "run")},
+    )
+    assert (done.stdout, done.stderr) == ("b'abc'\n" * 2, "")
+
+
+def test_a_path_may_be_longer_than_a_socket_s(tmp_path: Path) -> None:
+    place = tmp_path.joinpath(*["a-name-of-27-bytes-or-about"] * 20)
+    place.mkdir(parents=True)
+    with realmap.boot(path=place / "sock") as kernel, realmap.connect(place / "sock") as me:
+        assert len(kernel.path) > 500 and kernel.audit()
+        assert kernel.spawn(lambda me: bytes(me.map(100)[:1])).result() == me.map(100)[:1]
+        with pytest.raises(realmap.InvalidHandle, match="a kernel serves"):
+            realmap.boot(path=place / "sock")
+    assert list(place.iterdir()) == []
+    with pytest.raises(
+        realmap.InvalidHandle, match=f"at most {runtime.LONGEST_PATH} .* {runtime.LONGEST_NAME}; shorten"
+    ):
+        realmap.boot(path=place / ("x" * 100))
+    with pytest.raises(realmap.KernelDied, match="no kernel listens"):
+        realmap.connect(place / "sock")
+
+
 def test_blocks_are_found_whatever_the_environment_says(tmp_path: Path) -> None:
     """As from a batch job, or a login: another TMPDIR, another XDG_RUNTIME_DIR, or none."""
     text = """
