@@ -155,8 +155,8 @@ class SocketLock:
         self._lock = path + ".lock"
         name = os.path.basename(path)
         if len(os.fsencode(path)) > LONGEST_PATH and len(os.fsencode(name)) > LONGEST_NAME:
-            why = f"a socket's path has at most {LONGEST_PATH} bytes, or else its name alone {LONGEST_NAME}; shorten {name!r}"
-            raise InvalidHandle(path, why=why)
+            most = f"at most {LONGEST_PATH} bytes, or else its name alone {LONGEST_NAME}"
+            raise InvalidHandle(path, why=f"a socket's path has {most}; shorten {name!r}")
         if os.fsencode(path) != path.encode(errors="replace"):
             raise InvalidHandle(path, why=f"socket path {path!r} is not UTF-8, and is sent as text; use another path")
         try:

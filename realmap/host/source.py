@@ -1,8 +1,8 @@
 """cloudpickle, and beside each function that it sends by value where that was written: for tracebacks.
 
 By itself it forgets the file (`<dynamic-code>`). A file that is there is named; what was typed into a notebook or a
-shell is in this process alone (`linecache`), and goes along. What stands in a module that is just being imported goes by
-value, too: to import it there would start the same process again, and again.
+shell is in this process alone (`linecache`), and goes along. What stands in a module that is just being imported goes
+by value, too: to import it there would start the same process again, and again.
 """
 
 from __future__ import annotations

@@ -163,10 +163,10 @@ class Kernel:
         the main thread no signal is blocked meanwhile, and every handler of a signal runs at once; a program that waits
         for signals by sigwait wants `start`.
 
-        `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
-        its name too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
-        descriptors, no memory or no thread for it. KernelError: Linux does not allow it, or fails a call without which
-        no kernel goes on.
+        `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken, its
+        name too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has
+        no descriptors, no memory or no thread for it. KernelError: Linux does not allow it, or fails a call without
+        which no kernel goes on.
         """
         self._open()
         wait: Callable[[], object] = self._ended.wait

@@ -145,12 +145,14 @@ class Buffer(View, ByteAccess):
             self.unmap()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels as a handle that is good once: whoever unpickles it has the same memory, mapped as its own.
+        """Travels as a handle: whoever unpickles it has the same memory, mapped as its own.
 
-        It may be unpickled in any process that can reach the kernel, also after this one has ended or unmapped it
-        (within `realmap.user.travel.TRANSIT` seconds). InvalidAddress: it is unmapped. Errors as `Process.share`.
+        It may be unpickled as often as it was pickled, in any process that can reach the kernel, also after this one
+        has ended or unmapped it (within `realmap.user.travel.TRANSIT` seconds). InvalidAddress: it is unmapped. Errors
+        as `Process.share`.
         """
-        return travel.load, (self.process.share(self, uses=1, keep=travel.TRANSIT),)
+        self.check()
+        return travel.load, (self.process._share(self, self.rights, 1, None, travel.TRANSIT, None, more=True),)
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a Buffer is memory, not a value: bytes(buffer) is a copy, buffer.slice(…) the same memory")

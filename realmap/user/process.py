@@ -234,6 +234,8 @@ class Process:
         seconds: float | None,
         keep: bool | float,
         name: str | None,
+        *,
+        more: bool = False,
     ) -> Handle:
         request = messages.Share(
             self.client.next_id(),
@@ -244,13 +246,16 @@ class Process:
             None if seconds is None else float(seconds),
             (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
             name,
+            more,
         )
-        token, answer = self.client.request(request, name="share", late=self._revoke_late)
+        late = None if more else self._revoke_late  # of one that others have as well, a use is lost
+        token, answer = self.client.request(request, name="share", late=late)
         try:
             handle = Handle(self.path, token, len(buffer), allowed)
             answer.take()
         except BaseException:  # a signal handler's: nobody will ever have it
-            self.client.notice(messages.Revoke(0, token))
+            if not more:
+                self.client.notice(messages.Revoke(0, token))
             raise
         return handle
 

@@ -199,6 +199,23 @@ def test_it_is_the_same_memory_and_good_once(kernel: KernelHandle, me: Process) 
     assert kernel.audit()
 
 
+def test_it_is_unpickled_as_often_as_it_was_pickled(kernel: KernelHandle, me: Process) -> None:
+    """Dask, for one, pickles an argument four times, to have a key, a size and a message, and sends one of these."""
+    with me.map(3 * PAGE) as buffer:
+        part = buffer.slice(7, 500)
+        same = {pickle.dumps(part) for _ in range(300)}
+        other = {pickle.dumps(buffer) for _ in range(2)}
+        assert len(same) == len(other) == 1 and kernel.stats()["handles"] == 2
+        for data, times in (same.pop(), 300), (other.pop(), 2):
+            for _ in range(times):
+                pickle.loads(data).unmap()
+            with pytest.raises(InvalidHandle, match="it is spent"):
+                pickle.loads(data)
+        fresh = pickle.dumps(buffer)
+        assert fresh != data and pickle.loads(fresh).refcount == 2
+    assert kernel.stats()["handles"] == 0
+
+
 def test_what_cannot_be_pickled(me: Process) -> None:
     buffer = me.map(PAGE)
     for copied in (copy.copy, copy.deepcopy):
