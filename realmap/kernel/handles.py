@@ -181,7 +181,10 @@ class Handles:
     def _alike(self, process: UserProcess, frames: SharedFrames, start: int, request: messages.Share) -> Shared | None:
         wanted = process, start, request.length, request.rights, request.keep, True
         for each in self._of.get(frames.serial, ()):
-            if wanted == (each.maker, each.start, each.length, each.rights, each.keep, each.more) and each.until is None:
+            if (
+                wanted == (each.maker, each.start, each.length, each.rights, each.keep, each.more)
+                and each.until is None
+            ):
                 return each
         return None
 

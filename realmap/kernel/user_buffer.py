@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, SupportsIndex
+from weakref import ref
 
 from realmap._core import copy_in, faults
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
 from realmap.kernel.observer import Observer
 from realmap.kernel.processes import UserProcess
+from realmap.memory import views
 from realmap.memory.cross_process import CrossProcessMapping, Part
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
@@ -21,6 +23,8 @@ from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of,
 
 #: Faults of mirrors that were kept beyond their call: by thread, with the count of faults when it was noted.
 late_faults: dict[int, tuple[int, MemoryFault]] = {}
+#: What the arrays of handlers show that lived on at the end of their blocks: as variables, until the handler returns.
+shown: dict[UserBuffer, list[ref[Any]]] = {}
 
 
 class UserBuffer:
@@ -189,16 +193,20 @@ class UserBuffer:
         and `array` of that.
 
         After the block it is unmapped with the last array that shows it: where the block's is still a variable of
-        the handler, that is when it returns.
+        the handler, that is when it returns. One that lives on then is a BufferError to the caller.
         """
         mirror = self.mirror(rights)
         values = mirror.array(dtype, shape)
+        whole = ref(values.base)  # of whatever is made of it, too
         try:
             yield values
         finally:
             del values
-            with suppress(BufferError):
+            try:
                 mirror.drop()
+            except BufferError:
+                if not self.has_ended:
+                    shown.setdefault(self, []).append(whole)
 
     def access(
         self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -284,6 +292,17 @@ class UserBuffer:
 
     def __repr__(self) -> str:
         return f"<UserBuffer {self.address:#x}, {self._length} bytes>"
+
+
+def require_gone(buffers: Sequence[UserBuffer], function: Callable[..., Any]) -> None:
+    """Once a handler has returned. BufferError: an array that it was lent lives on; where that is, if it is found."""
+    for buffer in buffers:
+        for whole in shown.pop(buffer, ()):
+            if (array := whole()) is not None:
+                names = views.in_module(function, array.base.obj)
+                where = f" as {', and '.join(names)}" if names else ""
+                why = f"an array of the caller's buffer lives on{where} when its handler has returned"
+                raise BufferError(f"{why}: keep a copy (`values.copy()`)")
 
 
 def _frames_of(mapping: Mapping) -> SharedFrames:
