@@ -232,7 +232,7 @@ class SocketLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{stamp()}.{descriptor}".encode(), 0)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
             files.close(self._fd)

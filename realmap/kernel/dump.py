@@ -19,6 +19,7 @@ import psutil
 from realmap._core import holders_of
 from realmap.kernel.books import Books
 from realmap.kernel.handles import FOR_EVER, Shared
+from realmap.kernel.limits import segments_of
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Running, encode
 from realmap.memory.cross_process import CrossProcessMapping
@@ -96,7 +97,7 @@ def limits(books: Books) -> dict[str, float | None]:
     found = books.limits
     return {
         **{name: getattr(found, name) for name in found.__slots__},
-        "segments": found.segments_or_default,
+        "segments": segments_of(found),
         "memory_limit": books.frames.limit,
         "process_limit": books.process_limit,
         "kernel_land": books.memory.length,

@@ -336,7 +336,7 @@ class Kernel:
             with contextlib.suppress(OSError):
                 self.loop.attend(left)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """A fork of the kernel's process is no kernel: it keeps nobody's memory, socket or connection alive."""
         self.frames.after_fork_in_child()
         if self._listener is None or not self.loop.is_open:

@@ -13,11 +13,11 @@ from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, Invali
 from realmap.kernel.observer import Observer
 from realmap.kernel.processes import UserProcess
 from realmap.memory import views
-from realmap.memory.cross_process import CrossProcessMapping, Part
+from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_for, mirror_parts
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.mapping import Mapping
-from realmap.memory.userspace_ptr import UserspacePtr
+from realmap.memory.userspace_ptr import UserspacePtr, point_at
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of, rights_of
 
@@ -93,7 +93,7 @@ class UserBuffer:
         """The ranges of mappings that it lies in: (mapping, offset, length). Of an ended call: none."""
         return self._parts or []
 
-    def note_fault(self, mirror: CrossProcessMapping, address: int) -> None:
+    def _note_fault(self, mirror: CrossProcessMapping, address: int) -> None:
         """A mirror of it is being dropped, and from `address` of KernelLand on its bytes were gone."""
         if self.has_ended:  # it was kept: what is told is the call that is at work on the thread which touched it
             late_faults[mirror._fault_thread] = (faults(), mirror._memory_fault(address))
@@ -172,13 +172,13 @@ class UserBuffer:
         """
         parts = self._parts
         if length is None and not offset and not populate and parts is not None and len(parts) == 1:
-            mirror = CrossProcessMapping.for_owner(*parts[0], self._kernel, rights, self)
+            mirror = mirror_for(self, *parts[0], self._kernel, rights)
             if mirror is not None:
                 return mirror
         parts = self._range(offset, length, rights)
         if not parts:
             raise InvalidSize(0, why="a mirror of no bytes")
-        made = CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
+        made = mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
         made._tell(self)
         return made
 
@@ -219,7 +219,7 @@ class UserBuffer:
                 mapping, at, _ = parts[0]
                 total = sum(part[2] for part in parts)
                 try:
-                    return UserspacePtr.over([part[0] for part in parts], mapping.address + at, total, rights=rights)
+                    return point_at([part[0] for part in parts], mapping.address + at, total, rights=rights)
                 except InvalidAddress:
                     pass  # its thread has unmapped it meanwhile: the frames are still there for a mirror
         return self.mirror(rights, offset, length)

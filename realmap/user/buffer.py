@@ -76,14 +76,6 @@ class Buffer(View, ByteAccess):
     process: Process
     rights: MappingAccessRights
 
-    @classmethod
-    def part(cls, window: UserWindow, address: int, length: int) -> Self:
-        """`length` bytes at `address` of a window."""
-        self = cls._over((window,), address, length, int(allows(window.rights, k_w)))
-        self.process = window.process
-        self.rights = window.rights
-        return self
-
     @property
     def _window(self) -> UserWindow:
         window = self._windows[0]
@@ -115,7 +107,7 @@ class Buffer(View, ByteAccess):
             raise InvalidSize(size, why=f"offset {start} + length {size} is no part of a buffer of {len(self)} bytes")
         if not self.alive:
             raise InvalidAddress(self.address, why="the buffer is unmapped")
-        return Buffer.part(self._window, self.address + start, size)
+        return part_of(self._window, self.address + start, size)
 
     def check(self) -> None:
         """InvalidAddress: it is unmapped. MemoryFault: bytes of it are gone."""
@@ -165,6 +157,14 @@ class Buffer(View, ByteAccess):
 
     def __repr__(self) -> str:
         return f"<Buffer {self.address:#x}, {len(self)} bytes, {self.rights}{'' if self.alive else ', unmapped'}>"
+
+
+def part_of(window: UserWindow, address: int, length: int) -> Buffer:
+    """`length` bytes at `address` of a window."""
+    buffer = Buffer._over((window,), address, length, int(allows(window.rights, k_w)))
+    buffer.process = window.process
+    buffer.rights = window.rights
+    return buffer
 
 
 def encode_buffer(process: Process, value: Any) -> Any:

@@ -20,7 +20,7 @@ from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, u_rw
 from realmap.user import shown
-from realmap.user.buffer import Buffer, UserWindow, encode_buffer
+from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
 from realmap.user.windows import map_window
 from realmap.wire import messages, plain
@@ -192,7 +192,7 @@ class Process:
         place, answer = client.request(request, name="map", late=self._unmap_late)
         span, piece = place[1], step or place[1]
         window = map_window(self, place, lambda index: (0, min(piece, span - index * piece)), answer, allowed)
-        return Buffer.part(window, window._base, size)
+        return part_of(window, window._base, size)
 
     def share(
         self,
@@ -302,7 +302,7 @@ class Process:
         value, answer = self.client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
         *_, lead, size, given, pieces = value
         window = map_window(self, value[:5], lambda index: tuple(pieces[index]), answer, rights_of(given))
-        return Buffer.part(window, window._base + lead, size)
+        return part_of(window, window._base + lead, size)
 
     def revoke(self, handle: Handle | str) -> None:
         """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.
