@@ -42,7 +42,12 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
     dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: _reduce_code}, cloudpickle.CloudPickler.dispatch_table)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Of a layout of ctypes that is no module's: cloudpickle cannot take its fields."""
+        """Of a layout of ctypes that is no module's: cloudpickle cannot take its fields. Of an end of a pipe: it would
+        take the number of its descriptor, which is another's there.
+        """
+        pipes: Any = sys.modules.get("multiprocessing.connection")
+        if pipes is not None and isinstance(obj, pipes._ConnectionBase):
+            raise TypeError(f"{type(obj).__name__} objects should only be shared through inheritance")
         ctypes: Any = sys.modules.get("ctypes")
         if ctypes is not None and isinstance(obj, type):
             if issubclass(obj, ctypes.Structure | ctypes.Union):
