@@ -22,6 +22,7 @@ from realmap.kernel.handles import FOR_EVER, Shared
 from realmap.kernel.limits import segments_of
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Running, encode
+from realmap.kernel.user_buffer import parts_of
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts, KeptWindow
@@ -136,7 +137,7 @@ class Picture:
             mapping
             for running in around.running
             for buffer in running.buffers
-            for mapping, _, _ in buffer.parts()
+            for mapping, _, _ in parts_of(buffer)
             if mapping.released
         )
         loose = [*pinned, *books.inheritance.mappings()]

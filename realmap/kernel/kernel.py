@@ -119,7 +119,7 @@ class Kernel:
         admission = Admission(self.books, self.workers)
         self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self._lose_client)
         self.relay: Relay[Away] = Relay(self._run)
-        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self, self.relay, self.page)
+        self.dispatch = Dispatch(self.books, self.clients, self.loop, self._asks(), self, self.relay, self.page)
         self.clients.handle = self.dispatch.handle
         self.snapshots = Snapshots(self.loop, self._picture)
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
@@ -255,10 +255,6 @@ class Kernel:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def post(self, job: Callable[[], None]) -> None:
-        """Has `job` run on the kernel's thread, soon; here and now where that has ended. From any thread."""
-        self.loop.post(job)
 
     @property
     def ending(self) -> bool:

@@ -41,9 +41,6 @@ class RunningKernel(Protocol):
     def ending(self) -> bool:
         """Whether it ends, or has."""
 
-    def post(self, job: Callable[[], None]) -> None:
-        """Has `job` run on the kernel's thread, soon. From any thread."""
-
     def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
         """Ends it. From any thread."""
 

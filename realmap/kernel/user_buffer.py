@@ -71,27 +71,10 @@ class UserBuffer:
         else:
             self._parts = memory.parts(address, length, most)
 
-    def pin(self) -> None:
-        """Keeps its memory until `end`, whatever its process does."""
-        for mapping, _, _ in self._parts or ():
-            mapping.pin()
-
-    def end(self, *, pinned: bool) -> None:
-        """Its call has ended: it is of no use any more, and holds nothing (a mirror of it that is kept holds it)."""
-        parts, self._parts = self._parts, None
-        del self.process, self._kernel
-        if pinned:
-            for mapping, _, _ in parts or ():
-                mapping.unpin()
-
     @property
     def has_ended(self) -> bool:
         """Whether its call has ended."""
         return self._parts is None
-
-    def parts(self) -> list[Part]:
-        """The ranges of mappings that it lies in: (mapping, offset, length). Of an ended call: none."""
-        return self._parts or []
 
     def _note_fault(self, mirror: CrossProcessMapping, address: int) -> None:
         """A mirror of it is being dropped, and from `address` of KernelLand on its bytes were gone."""
@@ -292,6 +275,26 @@ class UserBuffer:
 
     def __repr__(self) -> str:
         return f"<UserBuffer {self.address:#x}, {self._length} bytes>"
+
+
+def parts_of(buffer: UserBuffer) -> list[Part]:
+    """The ranges of mappings that it lies in: (mapping, offset, length). Of an ended call: none."""
+    return buffer._parts or []
+
+
+def pin(buffer: UserBuffer) -> None:
+    """Keeps its memory until `end`, whatever its process does."""
+    for mapping, _, _ in parts_of(buffer):
+        mapping.pin()
+
+
+def end(buffer: UserBuffer, *, pinned: bool) -> None:
+    """Its call has ended: it is of no use any more, and holds nothing (a mirror of it that is kept holds it)."""
+    parts, buffer._parts = buffer._parts, None
+    del buffer.process, buffer._kernel
+    if pinned:
+        for mapping, _, _ in parts or ():
+            mapping.unpin()
 
 
 def require_gone(buffers: Sequence[UserBuffer], function: Callable[..., Any]) -> None:

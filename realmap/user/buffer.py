@@ -39,12 +39,12 @@ class UserWindow(Window):
         Where the kernel is gone, that is all.
         """
         process = self.process
-        if process.is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
+        if process._is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
             self._unmap()
             return
-        client = process.client
+        client = process._own_client
         number = client.next_id()
-        answer = client.endpoint.unmap(self, number, process.farewell(self._base, self._span, number))
+        answer = client.endpoint.unmap(self, number, process._farewell(self._base, self._span, number))
         if isinstance(answer, int):
             raise translate.window_error(OSError(answer, os.strerror(answer)), self._base, self._span, self._prot)
         if answer is not None and answer.outcome == ANSWERED:

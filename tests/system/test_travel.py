@@ -386,9 +386,9 @@ def test_nobody_adopts_without_the_secret(kernel: KernelHandle, me: Process) -> 
 
     buffer = me.map(PAGE)
     with kernel.connect() as other:
-        for secret in ("", "0" * 32, other.client.secret):
+        for secret in ("", "0" * 32, other._own_client.secret):
             places = [(buffer._window._base, PAGE, buffer._window.serial)]
-            answer, _ = other.client.request(Adopt(other.client.next_id(), secret, places))
+            answer, _ = other._own_client.request(Adopt(other._own_client.next_id(), secret, places))
             assert answer == [False]
         base, serial = buffer._window._base, buffer._window.serial
         places = [
@@ -398,7 +398,7 @@ def test_nobody_adopts_without_the_secret(kernel: KernelHandle, me: Process) -> 
             (base, 2 * PAGE, serial),
             (5, 7, 1),
         ]
-        answer, _ = other.client.request(Adopt(other.client.next_id(), me.client.secret, places))
+        answer, _ = other._own_client.request(Adopt(other._own_client.next_id(), me._own_client.secret, places))
         assert answer == [False, True, False, False, False]
 
 
