@@ -159,7 +159,7 @@ class Child:
         try:
             booter = os.pidfd_open(os.getpid())
             argv = [self.executable, *_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), str(len(path)), str(booter)]
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL if silent else None,
@@ -178,7 +178,8 @@ class Child:
             files.shut(theirs)
             if booter >= 0:
                 files.close(booter)
-        self.pid = self._process.pid
+        process.returncode = 0  # it is reaped here: else its collection, in a cycle with ours, would warn that it runs
+        self.pid = process.pid
         self._owner = os.getpid()
         self._exitcode: int | None = None
         try:
@@ -225,7 +226,6 @@ class Child:
                 os.waitpid(self.pid, os.WNOHANG)
             except ChildProcessError:  # somebody else has reaped it: another thread, or who waits for any child
                 self._exitcode = self._exitcode or 0
-            self._process.returncode = self._exitcode
         return self._exitcode
 
     def wait(self, timeout: float | None) -> int | None:
@@ -254,7 +254,6 @@ class Child:
     def leave(self) -> None:
         """Leaves it to itself: it may outlive this process, which does not wait for it."""
         files.shut(self.report)
-        self._process.returncode = 0  # else its collection would warn that it still runs, and look after it
 
     def close(self) -> None:
         """Closes the report and, if the process still runs, kills it and what it has started; reaps it in any case."""

@@ -34,6 +34,29 @@ def works(text: str, *before: str, **options: Any) -> None:
     assert (done.stdout, done.stderr) == ("b'\\x00'\n", "")
 
 
+def test_a_small_program_is_quiet_in_development_mode() -> None:
+    """Of a kernel that is collected in a cycle with its process as well: in whatever order that goes."""
+    text = """
+        import gc
+        import realmap, realmap.memory
+        from realmap.shared_memory import ShareableList, SharedMemory, SharedMemoryManager
+        for _ in range(3):
+            kernel = realmap.boot()
+            me = kernel.connect()
+            buffer = me.map(100)
+            kernel.spawn(lambda me: me.map(10)).join()
+            cycle = [kernel, me, buffer]
+            cycle.append(cycle)
+            del kernel, me, buffer, cycle
+            gc.collect()
+        block = SharedMemory(create=True, size=10)
+        kept, left = realmap.boot(), realmap.connect()
+    """
+    command = [sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(text)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # ---- which Python --------------------------------------------------------------------------------
 
 
