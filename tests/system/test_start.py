@@ -164,7 +164,11 @@ def test_a_kernel_that_has_to_import_what_starts_it_is_an_error_at_once(tmp_path
 def test_the_working_directory_may_be_gone(tmp_path: Path) -> None:
     here = tmp_path / "gone"
     here.mkdir()
-    works(f"import os\nos.rmdir({str(here)!r})" + textwrap.dedent(BOOTS), cwd=here)
+    leave = f"import os\nos.rmdir({str(here)!r})\n"
+    if run(leave + "import socket", cwd=here).returncode:
+        pytest.skip("this Python (3.13.0, say) cannot import its own modules there")
+    here.mkdir()
+    works(leave + textwrap.dedent(BOOTS), cwd=here)
 
 
 @pytest.mark.parametrize("umask", ["000", "077", "177", "777"])
