@@ -18,7 +18,7 @@ from rich.console import Console
 from realmap.cli.bench import bench as command
 from realmap.cli.bench import render
 from realmap.lab import bench
-from realmap.lab.bench import many, programs
+from realmap.lab.bench import machine, many, programs
 from realmap.lab.bench.access import SIZES, WAYS, sentence
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race, spread
 from realmap.lab.bench.programs import Program
@@ -113,6 +113,14 @@ def test_limits_are_met_or_not() -> None:
     assert Reached("x", 1.6, ratio).met is True
     assert Reached("x", 1.4, ratio).met is False
     assert Reached("x", 1.6, None, why="left out").met is None
+
+
+@pytest.mark.parametrize(("load", "doubts"), [(1000.0, 1), (0.0, 0)])
+def test_a_loaded_machine_is_a_doubt(load: float, doubts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    found = [doubt for doubt in machine.Disturbance().doubts() if "load" in doubt]
+    assert len(found) == doubts
+    assert all("1000.0" in doubt for doubt in found)
 
 
 def test_the_sentence_for_the_reader() -> None:

@@ -12,6 +12,7 @@ answers a function that serves, `client(address)` one that calls once.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import runpy
 import select
@@ -20,6 +21,8 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+
+from realmap.user.process import Process
 
 Client = Callable[[str], Callable[[], object]]
 ROUND = struct.Struct("dd")  # when it starts, when it ends: seconds of the monotonic clock
@@ -33,10 +36,7 @@ PR_SET_PDEATHSIG = 1
 
 def user(address: str) -> Callable[[], object]:
     """A client of the kernel at `address`."""
-    from realmap.user.process import Process
-
-    call = Process(address).call
-    return lambda: call("bench_nop")
+    return functools.partial(Process(address).call, "bench_nop")
 
 
 def fork(run: Callable[[], None]) -> None:
@@ -64,7 +64,7 @@ class Crowd:
             self._orders.append(ours)
             fork(lambda order=order: self._be(client, address, order, answer))  # type: ignore[misc]
             os.close(order)
-        self._calls = self._collect()
+        self._collect()
 
     @staticmethod
     def _be(client: Client, address: str, orders: int, answer: int) -> None:
@@ -75,8 +75,10 @@ class Crowd:
             start, end = ROUND.unpack(os.read(orders, ROUND.size))
             time.sleep(max(0.0, start - time.monotonic()))
             calls = 0
-            while time.monotonic() < end:
+            while True:
                 call()
+                if time.monotonic() >= end:  # what is answered too late does not count
+                    break
                 calls += 1
             os.write(answer, CALLS.pack(calls))
 
