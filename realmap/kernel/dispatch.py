@@ -26,7 +26,7 @@ from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE
-from realmap.wire.status import Page
+from realmap.wire.status import CALLER, Page
 
 #: Characters of an unknown name that its error says.
 LONGEST = 200
@@ -75,32 +75,27 @@ class Dispatch:
         try:
             if process is not None and isinstance(request, messages.Call):  # first: it is the common one
                 self._call(connection, process, request, places)
+            elif isinstance(request, messages.Ask):
+                value = self._ask(connection, request)
+                if isinstance(value, Begun):
+                    value.begin(partial(self._reply, connection, request.id))
+                else:
+                    self._reply(connection, request.id, (value, []))
+            elif process is None:
+                raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
             else:
-                self._page.leave()
-                self._serve(connection, process, request)
+                got = SERVICES[type(request)](self._books, process, request)
+                if isinstance(got, Later):
+                    self._answer_later(connection, process, request.id, got)
+                elif got is not None:
+                    self._reply(connection, request.id, got)
+                self.busy()
         except Exception as error:  # one of ours, or a bug of ours: the caller is told either way
             if isinstance(request, messages.Call) and request.name in self._books.syscalls:
                 self._books.syscalls[request.name].failed += 1  # before its handler began
             self._reply(connection, request.id, error)
         if observer is not None:
             observer.done(connection, process, request)
-
-    def _serve(self, connection: Connection, process: UserProcess | None, request: messages.Request) -> None:
-        if isinstance(request, messages.Ask):
-            value = self._ask(connection, request)
-            if isinstance(value, Begun):
-                value.begin(partial(self._reply, connection, request.id))
-            else:
-                self._reply(connection, request.id, (value, []))
-        elif process is None:
-            raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
-        else:
-            got = SERVICES[type(request)](self._books, process, request)
-            if isinstance(got, Later):
-                self._answer_later(connection, process, request.id, got)
-            elif got is not None:
-                self._reply(connection, request.id, got)
-            self.busy()
 
     def _reply(self, connection: Connection, id: int, got: Answer | BaseException) -> None:
         if isinstance(got, BaseException):
@@ -191,8 +186,9 @@ class Dispatch:
             return
         if books.limits.seconds is not None:
             _bound(call, began / 1e9 + books.limits.seconds)
-        if page.caller != process.pid or page.named is not syscall.label:
-            page.enter(process.pid, syscall.label)
+        if page.named is not syscall.label:
+            page.name(syscall.label)
+        page.words[CALLER] = process.pid
         away[call] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
@@ -202,6 +198,7 @@ class Dispatch:
             del away[call]
         except KeyError:
             self._come_late(call, request, answer)
+        page.words[CALLER] = 0
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
@@ -224,6 +221,7 @@ class Dispatch:
         call.process.calls += 1  # nobody could see that it was at work before
         # What the handler itself has unmapped cannot be kept.
         buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
+        self._page.words[CALLER] = 0
         running = self._run_beside(connection, call, syscall, request, buffers)
         running.began, running.thread = taken.since, thread
         running.place = self._page.begin(call.process.pid, syscall.label, taken.since)
@@ -248,7 +246,6 @@ class Dispatch:
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> Running:
-        self._page.leave()
         for buffer in buffers:
             buffer.pin()
         send = partial(self.send, connection, request.id)

@@ -10,8 +10,7 @@ It is written before each handler, not when one is late: one that keeps the GIL 
     word  0      magic, with the version of this layout
           1      when the loop took up what it is at, or fell asleep, in nanoseconds of the monotonic clock
           2      whether it is asleep
-          3      the pid that the short handler works for which it is in, or was in last, until it sleeps or takes up
-                 something else; 0: none
+          3      the pid that the short handler works for which it is in; 0: it is in none
           4-11   the name of that handler, or of the last one: UTF-8, cut at a whole letter, padded with NULs
           then, for each of the first handlers that are at work on other threads (any of them may keep the GIL, too):
           0      when it began; 0: nobody is here
@@ -72,13 +71,12 @@ class Page:
 
     def _take(self, memory: bytearray | mmap.mmap) -> None:
         self._view = memoryview(memory)
-        #: TURN is written to where calling a method would cost more than the store. Nobody keeps it: a forked child has
-        #: to get rid of it.
+        #: Written to where calling a method would cost more than the store: TURN, and CALLER around a handler. Nobody
+        #: keeps it: a forked child has to get rid of it.
         self.words = self._view[: _LAYOUT.size].cast("Q")
         #: When the loop took up what it is at: exactly, and here alone.
         self.now = 0
-        #: The pid and the label that are there.
-        self.caller = 0
+        #: The label that is there.
         self.named = b""
         self._free = list(range(PLACES))
 
@@ -106,25 +104,18 @@ class Page:
 
     def turn(self) -> None:
         """The loop takes up something."""
-        self.leave()
         self.words[TURN] = self.now = time.monotonic_ns()
         self.words[ASLEEP] = 0
 
     def rest(self) -> None:
         """It sleeps until there is something to do."""
-        self.leave()
         self.words[TURN] = time.monotonic_ns()
         self.words[ASLEEP] = 1
 
-    def enter(self, caller: int, label: bytes) -> None:
-        """A handler of this `label` is about to begin, for the process of that pid."""
+    def name(self, label: bytes) -> None:
+        """A handler of this `label` is about to begin."""
         self._view[_LAYOUT.size - LONGEST_NAME : _LAYOUT.size] = label
-        self.words[CALLER] = caller
-        self.caller, self.named = caller, label
-
-    def leave(self) -> None:
-        """The loop is no longer in it."""
-        self.words[CALLER] = self.caller = 0
+        self.named = label
 
     def begin(self, caller: int, label: bytes, since: float) -> int:
         """A handler is on another thread from now on, at work since then (monotonic, in seconds): its place, for `end`;

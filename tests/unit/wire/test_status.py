@@ -21,7 +21,7 @@ import realmap
 from realmap import Kernel, SyscallTimeout
 from realmap.host import runtime
 from realmap.wire import status
-from realmap.wire.status import LONGEST_NAME, PLACES, TURN, Page, Patience, Status, Work, label, look
+from realmap.wire.status import CALLER, LONGEST_NAME, PLACES, TURN, Page, Patience, Status, Work, label, look
 
 PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE
 
@@ -40,8 +40,9 @@ def page(tmp_path: Path) -> Iterator[tuple[Page, int, str]]:
 
 def begin(page: Page, name: str, caller: int, ago: float) -> None:
     """As the kernel does: a handler that began some seconds ago."""
+    page.name(label(name))
     page.words[TURN] = time.monotonic_ns() - int(ago * 1e9)
-    page.enter(caller, label(name))
+    page.words[CALLER] = caller
 
 
 def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
@@ -55,7 +56,7 @@ def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
     assert str(found) == f"kernel {me} is in handler 'x' of process 456 since 12 s"
     assert found is not None
     assert found.is_stuck
-    made.leave()
+    made.words[CALLER] = 0
     found = look(path)
     assert found is not None
     assert found.work is None
@@ -66,6 +67,7 @@ def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
     assert found is not None
     assert not found.is_stuck
     assert str(found).startswith(f"kernel {me} is in handler 'y' of process 7 since 0.")
+    made.words[CALLER] = 0
     made.rest()
     assert str(look(path)) == f"kernel {me} does not wake up"  # for who has asked it
 
