@@ -65,8 +65,8 @@ class Dispatch:
         self.busy: Callable[[], None]
         #: Those at work on worker threads, or waiting for one, and those that lost the loop.
         self.running: set[Running] = set()
-        #: The latter, by serial.
-        self._late: dict[int, Running] = {}
+        #: The latter, by their calls.
+        self._late: dict[Call, Running] = {}
         self.given_up = GivenUp(books.limits.given_up)
 
     def handle(self, connection: Connection, request: messages.Request, places: Sequence[messages.Place]) -> None:
@@ -178,29 +178,28 @@ class Dispatch:
             self.given_up.check(process, syscall)
         buffers = self._buffers(process, places) if places else ()
         call = Call(process, syscall.name, self._kernel)
+        page, relay = self._page, self._relay
+        away = relay.away
+        began = page.now  # when the loop took it up: the clock is dear to read
         if request.timeout is not None:
-            call.deadline = time.monotonic() + request.timeout
+            call.deadline = began / 1e9 + request.timeout
         if syscall.blocking:
             self._call_on_worker(connection, syscall, call, request, buffers)
             return
         if books.limits.seconds is not None:
-            self._bound(call, time.monotonic())
-        page, relay = self._page, self._relay
+            _bound(call, began / 1e9 + books.limits.seconds)
         if page.named is not syscall.label:
             page.name(syscall.label)
         page.words[CALLER] = process.pid
-        away = relay.away
-        serial = relay.serial = relay.serial + 1
-        away[serial] = (connection, call, syscall, request, buffers)
+        away[call] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
-        began = time.monotonic_ns()
         answer = syscalls.run(syscall, call, request, buffers)
         syscall.durations.since(began)
         try:
-            del away[serial]
+            del away[call]
         except KeyError:
-            self._come_late(serial, process, request, answer)
+            self._come_late(call, request, answer)
         page.words[CALLER] = 0
         if answer[1] != DONE:
             syscall.failed += 1
@@ -208,35 +207,29 @@ class Dispatch:
             user_buffer.end(buffer, pinned=False)
         self.send(connection, request.id, answer)
 
-    def _come_late(self, serial: int, process: UserProcess, request: messages.Call, answer: bytes) -> NoReturn:
+    def _come_late(self, call: Call, request: messages.Call, answer: bytes) -> NoReturn:
         """On a thread that has lost the loop."""
         observer = self._books.observer
         if observer is not None:
-            observer.ended(process, request.name, request.id, answer)
-        self._loop.post(lambda: self._end(self._late.pop(serial), answer))
+            observer.ended(call.process, call.name, request.id, answer)
+        self._loop.post(lambda: self._end(self._late.pop(call), answer))
         raise Lost
-
-    def _bound(self, call: Call, began: float) -> None:
-        """The kernel lets its handler take until then, if its caller does not wait less long."""
-        seconds = self._books.limits.seconds
-        if seconds is not None and not (call.deadline is not None and call.deadline < began + seconds):
-            call.deadline = began + seconds
 
     def take_over(self, taken: Taken[Away], thread: int) -> None:
         """The handler of a call has lost the loop: it goes on, on that thread, as those of workers do. On the new
         thread, before anything else.
         """
         connection, call, syscall, request, buffers = taken.work
-        self._page.words[CALLER] = 0
         call.process.calls += 1  # nobody could see that it was at work before
         # What the handler itself has unmapped cannot be kept.
         buffers = [
             buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in user_buffer.parts_of(buffer))
         ]
+        self._page.words[CALLER] = 0
         running = self._run_beside(connection, call, syscall, request, buffers)
         running.began, running.thread = taken.since, thread
         running.place = self._page.begin(call.process.pid, syscall.label, taken.since)
-        self._late[taken.serial] = running
+        self._late[call] = running
         syscall.late += 1
         self.given_up.add(running)
         log.info("the syscall %r of %r has lost the loop", syscall.name, call.process, extra=running.facts)
@@ -317,7 +310,8 @@ class Dispatch:
                 return
             running.thread = threading.get_ident()
             running.began = time.monotonic()
-            self._bound(call, running.began)
+            if self._books.limits.seconds is not None:
+                _bound(call, running.began + self._books.limits.seconds)
             observer = self._books.observer
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)
@@ -330,3 +324,9 @@ class Dispatch:
             self._loop.post(lambda: end(answer))
 
         connection.calls.submit(work, partial(self._end, running))
+
+
+def _bound(call: Call, until: float) -> None:
+    """The kernel lets its handler take until then; its caller may wait less long."""
+    if call.deadline is None or until < call.deadline:
+        call.deadline = until

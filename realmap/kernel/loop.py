@@ -28,6 +28,8 @@ from realmap.wire.status import TURN, Page
 Handler = Callable[[int], None]
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
+#: The status page says to this many nanoseconds what the loop is at since when: writing there costs.
+TELL = 1_000_000
 
 
 class Lost(BaseException):
@@ -143,7 +145,7 @@ class Loop:
         """
         budget = SpinBudget(int(patience_in_us * 1000), os.cpu_count() or 1)
         page = self._page
-        turn = looked = asleep = 0
+        turn = looked = asleep = told = 0
         paid = False  # whether spinning has, since the last look
         patience = budget.now(time.monotonic_ns())
         while not self.ending:
@@ -161,7 +163,9 @@ class Loop:
                 else:
                     paid = True
                 turn = found + 1
-                page.words[TURN] = now
+                page.now = now
+                if now - told > TELL:
+                    page.words[TURN] = told = now
                 take(found)
                 if now - looked > LOOK:
                     looked = now

@@ -351,10 +351,12 @@ class Process:
         arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that cannot travel, a
         dict whose keys are no text, or lists and dicts more than 60 deep. KernelDied, ProcessKilled: no kernel.
         """
-        client = self._own_client
+        client = self._client
+        if client.lost_in_child:  # asked here: a property costs a call
+            client = self._own_client
         request = self._call(name, args, timeout, kwargs)
         try:
-            return client.request(request, timeout=timeout, name=name, holds=request)[0]
+            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
         except OverflowError:
             raise TypeError(BEYOND) from None
 
@@ -369,15 +371,17 @@ class Process:
         client = self._own_client
         request = self._call(name, args, timeout, kwargs)
         try:
-            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=request)
+            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=request.args)
         except OverflowError:
             raise TypeError(BEYOND) from None
 
     def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
         if not isinstance(name, str):
             raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
+        if timeout is not None:
+            if not timeout >= 0:
+                raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
+            timeout = float(timeout) if timeout < LONGEST else LONGEST
         names = None
         if kwargs:
             names = tuple(kwargs)
@@ -386,8 +390,7 @@ class Process:
             if type(value) not in _SENT:
                 plain.check(args, Buffer, f"an argument of {name!r}")
                 break
-        seconds = None if timeout is None else float(min(timeout, LONGEST))
-        return messages.Call(self._client.next_id(), name, args, seconds, names)
+        return messages.Call(self._client.next_id(), name, args, timeout, names)
 
     # ---- the end ----------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class Refused(msgspec.Struct, tag="refused"):
     error: Error
 
 
-class _Request(msgspec.Struct, array_like=True, frozen=True):
+class _Request(msgspec.Struct, array_like=True, frozen=True, gc=False):  # none refers to anything that refers to it
     id: int
 
 
@@ -218,7 +218,7 @@ NAMED = "name:"
 DONE = 1
 
 
-class Done(msgspec.Struct, array_like=True, tag=DONE):
+class Done(msgspec.Struct, array_like=True, tag=DONE, gc=False):
     """The answer, and how many descriptors belong to it."""
 
     id: int

@@ -74,6 +74,8 @@ class Page:
         #: Written to where calling a method would cost more than the store: TURN, and CALLER around a handler. Nobody
         #: keeps it: a forked child has to get rid of it.
         self.words = self._view[: _LAYOUT.size].cast("Q")
+        #: When the loop took up what it is at: exactly, and here alone.
+        self.now = 0
         #: The label that is there.
         self.named = b""
         self._free = list(range(PLACES))
@@ -102,7 +104,7 @@ class Page:
 
     def turn(self) -> None:
         """The loop takes up something."""
-        self.words[TURN] = time.monotonic_ns()
+        self.words[TURN] = self.now = time.monotonic_ns()
         self.words[ASLEEP] = 0
 
     def rest(self) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -82,7 +83,8 @@ class Client:
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(messages.Reply)
         self._bye = msgspec.msgpack.Decoder(messages.Bye)
-        self._ids = itertools.count(1)
+        #: A number for a request.
+        self.next_id: Callable[[], int] = itertools.count(1).__next__
         #: Those who wait for answers in event loops.
         self.waiters: dict[AbstractEventLoop, Waiter] = {}
         self.lost_in_child = False
@@ -94,10 +96,6 @@ class Client:
         self.secret = welcome.secret
 
     # ---- requests ---------------------------------------------------------------------------
-
-    def next_id(self) -> int:
-        """A number for a request."""
-        return next(self._ids)
 
     def encode(self, message: Any) -> bytes:
         """Its bytes. TypeError, OverflowError: something in it cannot travel. InvalidSize: it is too much."""
@@ -128,12 +126,15 @@ class Client:
         SyscallTimeout: no answer (to the syscall `name`) within `timeout` seconds. KernelDied, ProcessKilled: there
         will be none. PhysicalMemoryExhaustion: Linux has no memory to send it. Else the kernel's own error.
         """
-        unwanted = None if late is None else lambda data: late(self._decoder.decode(data).value)
+        unwanted = None if late is None else partial(self._give_back, late)
         answer = self.endpoint.request(message.id, self.encode(message), timeout, holds, unwanted)
         if answer.outcome == TIMED_OUT:
             assert not isinstance(timeout, Patience)  # which raises
             raise status.unanswered(self.path, name, timeout)
         return self.value(answer), answer
+
+    def _give_back(self, late: Late, data: bytes) -> object:
+        return late(self._decoder.decode(data).value)
 
     def value(self, answer: Answer) -> Any:
         """The value of an answer. KernelDied, ProcessKilled: there is none. Else the kernel's error."""
