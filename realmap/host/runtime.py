@@ -36,8 +36,10 @@ from realmap.host.translate import SHM
 VARIABLE = "REALMAP_DIR"
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
+#: What the name of a socket ends with until it can be connected to.
+NEW = ".new"
 #: Of the name of a socket in its directory: a longer path is reached by way of /proc/self/fd/N/NAME.
-LONGEST_NAME = LONGEST_PATH - len("/proc/self/fd/2147483647/")
+LONGEST_NAME = LONGEST_PATH - len("/proc/self/fd/2147483647/" + NEW)
 SEGMENT_PREFIX = "realmap."
 _serial = itertools.count()
 _stamp: tuple[int, str] = (0, "")
@@ -154,8 +156,8 @@ class SocketLock:
         self.path = path
         self._lock = path + ".lock"
         name = os.path.basename(path)
-        if len(os.fsencode(path)) > LONGEST_PATH and len(os.fsencode(name)) > LONGEST_NAME:
-            most = f"at most {LONGEST_PATH} bytes, or else its name alone {LONGEST_NAME}"
+        if len(os.fsencode(path + NEW)) > LONGEST_PATH and len(os.fsencode(name)) > LONGEST_NAME:
+            most = f"at most {LONGEST_PATH - len(NEW)} bytes, or else its name alone {LONGEST_NAME}"
             raise InvalidHandle(path, why=f"a socket's path has {most}; shorten {name!r}")
         if os.fsencode(path) != path.encode(errors="replace"):
             raise InvalidHandle(path, why=f"socket path {path!r} is not UTF-8, and is sent as text; use another path")
@@ -201,6 +203,8 @@ class SocketLock:
         return self._fd >= 0 and self._is_at(self._fd) and os.path.lexists(self.path)
 
     def _clear(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path + NEW)
         try:
             mode = os.lstat(self.path)
         except FileNotFoundError:

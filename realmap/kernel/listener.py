@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from realmap._core import watch_directory
 from realmap.errors import KernelError
@@ -16,6 +16,8 @@ from realmap.kernel.loop import Loop
 
 #: Who removes the socket may be about to remove its directory: that is waited for so often, so many seconds each time.
 LOOKS, PAUSE = 20, 0.001
+#: Where it cannot be made anew, it is tried again so many seconds later.
+AGAIN = (0.01, 0.1, 1.0)
 
 
 class Listener:
@@ -51,19 +53,22 @@ class Listener:
         lock = runtime.SocketLock(self._path)
         with contextlib.ExitStack() as undo:
             undo.callback(lock.release)
+            with contextlib.suppress(OSError):  # before there is anything that could be missed
+                self._watching = watch_directory(os.fsencode(os.path.dirname(self._path)))
+                undo.callback(self._stop_watching)
+                self._loop.watch(self._watching, self._on_loss)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(files.shut, sock)
             sock.setblocking(False)
-            with runtime.in_short(self._path) as short:
+            made = self._path + runtime.NEW
+            with runtime.in_short(made) as short:
                 sock.bind(short)
-            os.chmod(self._path, 0o600)
+            os.chmod(made, 0o600)
             sock.listen(128)
             self._loop.watch(sock.fileno(), self._accept)
+            os.rename(made, self._path)  # whoever sees it can connect
             undo.pop_all()
         self._lock, self._socket = lock, sock
-        with contextlib.suppress(OSError):
-            self._watching = watch_directory(os.fsencode(os.path.dirname(self._path)))
-            self._loop.watch(self._watching, self._on_loss)
 
     def _accept(self, _: int) -> None:
         try:
@@ -92,14 +97,22 @@ class Listener:
             self._loop.after(PAUSE, lambda: self._look(times - 1))
             return
         log.warning("somebody has removed the socket %r; it is made anew", self._path)
+        self._renew(AGAIN)
+
+    def _renew(self, pauses: Sequence[float]) -> None:
+        if self._loop.ending:
+            return
         before = self._socket
         self._lock.release()
+        self._stop_watching()
         try:
             runtime.directory()  # where it was in the private one
-            self._stop_watching()
             self._listen()
         except (KernelError, OSError) as error:
-            urgent.error("nobody can connect to %r any more: %s", self._path, error)
+            if pauses:  # it may have been removed in the middle of that
+                self._loop.after(pauses[0], lambda: self._renew(pauses[1:]))
+            else:
+                urgent.error("nobody can connect to %r any more: %s", self._path, error)
             return
         self._loop.unwatch(before.fileno())
         with contextlib.suppress(OSError):  # those who were waiting there
