@@ -499,6 +499,8 @@ def main() -> None:
     pairs = json.load(sys.stdin)
     connected = any(OPERATIONS[name].connected for pair in pairs for name in pair if name in OPERATIONS)
     world = Connected() if connected else Pieces()
+    gc.collect()
+    gc.freeze()  # what is looked through after each pair is what that left
     before = world.state()
     for number, (outer, inner) in enumerate(pairs):
         print(json.dumps({"begins": number}), flush=True)

@@ -213,8 +213,8 @@ def go(call: Call) -> None:
 
 
 @syscall(blocking=True)
-def wait_for(call: Call, name: str) -> str:
-    """Waits to be let go on by that name."""
+def wait_for(call: Call, name: str, *held: UserBuffer) -> str:
+    """Waits to be let go on by that name; buffers are held meanwhile."""
     gates[name].get()
     return name
 

@@ -78,12 +78,12 @@ def test_each_piece_within_each_other() -> None:
 
 
 def test_a_handler_that_raises_within_each_piece() -> None:
-    wrong = run([(outer, kind) for outer in ALONE for kind in RAISED], 20)
+    wrong = run([(outer, kind) for outer in ALONE for kind in RAISED], 5)
     assert not wrong, shown(wrong)
 
 
 def test_some_operations_within_some_others() -> None:
-    wrong = run(some([(outer, inner) for outer in CONNECTED for inner in SHORT], 60), 3)
+    wrong = run(some([(outer, inner) for outer in CONNECTED for inner in SHORT], 40), 3)
     assert not wrong, shown(wrong)
 
 
