@@ -42,7 +42,7 @@ from realmap.shared_memory import ShareableList, SharedMemory
 
 PAGE = realmap.PAGE_SIZE
 #: How long one pair may take before it is said to hang, in seconds.
-HANGS = 20.0
+HANGS = 60.0
 #: How often the outer operation runs at most, until the handler has run within it often enough.
 PATIENCE = 2000
 

@@ -95,7 +95,7 @@ def test_what_was_unmapped_counts_no_longer_whichever_way_that_was_said(limited:
     thread.start()
     try:
         with realmap.connect(kernel.path) as me:
-            for _ in range(300):
+            for _ in range(100):
                 buffer = me.map(3 * PAGE, fragment=PAGE)
                 stop.wait(0.0003)
                 del buffer
