@@ -319,7 +319,7 @@ def test_one_process_from_many_threads(me: Process) -> None:
 
 
 def given_up(me: Process, name: str, buffer: realmap.Buffer) -> SyscallTimeout:
-    """How a call of `late_mirror` ended that nobody waits for any more; one that came too late is not begun: another."""
+    """How a call of `late_mirror` ended whose handler has begun. Where it came too late for that, another one."""
     while True:
         with pytest.raises(SyscallTimeout, match="late_mirror") as caught:
             me.call("late_mirror", name, buffer, timeout=0.05)
