@@ -410,7 +410,7 @@ def test_a_watch_on_a_terminal(busy: tuple[KernelHandle, int]) -> None:
     assert "per second" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
 
 
-@pytest.mark.parametrize("width", ["60", "80", "200"])
+@pytest.mark.parametrize("width", ["60", pytest.param("80", marks=pytest.mark.slow), "200"])
 def test_many_segments_fit_a_terminal(width: str) -> None:
     with realmap.boot() as kernel:
         for words, said in (("ps", "no process is connected"), ("segments", "it has no segments")):
