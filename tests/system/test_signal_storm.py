@@ -188,7 +188,7 @@ def weather(me: Process, kernel: KernelHandle, seconds: float, seed: int) -> Non
 
 
 def test_a_storm(me: Process, kernel: KernelHandle) -> None:
-    weather(me, kernel, 2.0, 7)
+    weather(me, kernel, 1.0, 7)
 
 
 @pytest.mark.slow
