@@ -37,6 +37,8 @@ VARIABLE = "REALMAP_KERNEL"
 TREE = "REALMAP_TREE"
 #: How often it is tried to boot it, while others of the tree seem to do the same.
 ATTEMPTS = 20
+#: How long a kernel may take to make its socket anew, in seconds.
+ANEW = 1.0
 T = TypeVar("T")
 
 _booted: KernelHandle | None = None
@@ -160,7 +162,15 @@ def is_of_the_tree(path: str) -> bool:
 def running() -> str | None:
     """The path of the ambient kernel, if there may be one already."""
     known = os.environ.get(VARIABLE) or _tree()
-    return known if known and os.path.exists(known) else None
+    if not known:
+        return None
+    until = time.monotonic() + ANEW
+    while not os.path.exists(known):
+        # One that this process, or its parent, is connected to makes its socket anew where somebody has removed it.
+        if travel.made(known) is None or time.monotonic() > until:
+            return None
+        time.sleep(0.002)
+    return known
 
 
 def find() -> str:

@@ -1,4 +1,4 @@
-/* A small file, read in one step. */
+/* A small file, read in one step; a directory from which names go. */
 #include "core.h"
 
 #define MOST 4096
@@ -22,4 +22,19 @@ static PyObject *host_read_file(PyObject *Py_UNUSED(module), PyObject *const *ar
         close(fd);
     Py_END_ALLOW_THREADS
     return got < 0 ? os_error(error) : PyBytes_FromStringAndSize(data, got);
+}
+
+/* watch_directory(path) -> fd: to be read from once a name in it has gone, or it has gone elsewhere. */
+static PyObject *host_watch_directory(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    char *path;
+    if (wants(nargs, 1, "watch_directory") || PyBytes_AsStringAndSize(args[0], &path, NULL))
+        return NULL;
+    int fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC), error = errno;
+    if (fd >= 0 && inotify_add_watch(fd, path, IN_DELETE | IN_MOVED_FROM | IN_MOVE_SELF | IN_ONLYDIR) < 0) {
+        error = errno;
+        close(fd);
+        fd = -1;
+    }
+    return fd < 0 ? os_error(error) : PyLong_FromLong(fd);
 }

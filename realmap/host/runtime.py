@@ -23,6 +23,7 @@ import os
 import resource
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from realmap._core import read_file
@@ -35,6 +36,8 @@ from realmap.host.translate import SHM
 VARIABLE = "REALMAP_DIR"
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
+#: Of the name of a socket in its directory: a longer path is reached by way of /proc/self/fd/N/NAME.
+LONGEST_NAME = LONGEST_PATH - len("/proc/self/fd/2147483647/")
 SEGMENT_PREFIX = "realmap."
 _serial = itertools.count()
 _stamp: tuple[int, str] = (0, "")
@@ -119,6 +122,20 @@ def tree_path(root: int) -> str:
     return str(directory() / f"{stamp(root)}.tree.sock")
 
 
+@contextlib.contextmanager
+def in_short(path: str) -> Iterator[str]:
+    """A path of the same socket that fits into sun_path, for as long as the block lasts. OSError: no such directory."""
+    if len(os.fsencode(path)) <= LONGEST_PATH:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        files.close(fd)
+
+
 def raise_descriptor_limit() -> None:
     """Raises this process's limit of open descriptors to what it may be: a segment takes one each."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -131,16 +148,15 @@ class SocketLock:
     def __init__(self, path: str) -> None:
         """Takes the path, and unlinks the socket that a dead kernel left on it.
 
-        InvalidHandle: the path is too long, or not UTF-8, its directory is missing, a living kernel holds it, or
+        InvalidHandle: its name is too long, or not UTF-8, its directory is missing, a living kernel holds it, or
         something that is no socket lies there. AccessDenied: it is not ours.
         """
         self.path = path
         self._lock = path + ".lock"
-        if len(os.fsencode(path)) > LONGEST_PATH:
-            raise InvalidHandle(
-                path,
-                why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows; use a shorter one",
-            )
+        name = os.path.basename(path)
+        if len(os.fsencode(path)) > LONGEST_PATH and len(os.fsencode(name)) > LONGEST_NAME:
+            most = f"at most {LONGEST_PATH} bytes, or else its name alone {LONGEST_NAME}"
+            raise InvalidHandle(path, why=f"a socket's path has {most}; shorten {name!r}")
         if os.fsencode(path) != path.encode(errors="replace"):
             raise InvalidHandle(path, why=f"socket path {path!r} is not UTF-8, and is sent as text; use another path")
         try:
@@ -167,12 +183,22 @@ class SocketLock:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.fchmod(fd, 0o600)  # whatever the umask says
                 # Whoever swept the file meanwhile took it from under us: then what we locked has no name.
-                if os.path.exists(self._lock) and os.path.samestat(os.fstat(fd), os.stat(self._lock)):
+                if self._is_at(fd):
                     return fd
             except BaseException:
                 files.close(fd)
                 raise
             files.close(fd)
+
+    def _is_at(self, fd: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(fd), os.stat(self._lock))
+        return False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether socket and lock still have their names: somebody may have removed them."""
+        return self._fd >= 0 and self._is_at(self._fd) and os.path.lexists(self.path)
 
     def _clear(self) -> None:
         try:
@@ -191,7 +217,8 @@ class SocketLock:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
             probe.setblocking(False)
             try:
-                probe.connect(self.path)
+                with in_short(self.path) as short:
+                    probe.connect(short)
             except (ConnectionRefusedError, FileNotFoundError):
                 return
             except OSError:  # of another type, or too busy: alive
@@ -205,7 +232,7 @@ class SocketLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{stamp()}.{descriptor}".encode(), 0)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
             files.close(self._fd)

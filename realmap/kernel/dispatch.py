@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 from realmap.errors import AccessDenied, KernelError, LimitReached, SyscallTimeout, UnknownSyscall
-from realmap.kernel import syscalls
+from realmap.kernel import syscalls, user_buffer
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
 from realmap.kernel.connection import Connection
 from realmap.kernel.given_up import GivenUp
 from realmap.kernel.logs import log
-from realmap.kernel.loop import Lost
+from realmap.kernel.loop import Loop, Lost
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.registry import Syscall
 from realmap.kernel.services import SERVICES, Answer, Begun, Later
@@ -45,6 +45,7 @@ class Dispatch:
         self,
         books: Books,
         clients: Clients,
+        loop: Loop,
         asks: Mapping[str, Ask],
         kernel: RunningKernel,
         relay: Relay[Away],
@@ -55,6 +56,7 @@ class Dispatch:
         """
         self._books = books
         self._clients = clients
+        self._loop = loop
         self._asks = asks
         self._kernel = kernel
         self._relay = relay
@@ -138,10 +140,10 @@ class Dispatch:
                 finish(later.work())
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # what was taken is given back before anybody hears of it
-                self._kernel.post(partial(end, error))
+                self._loop.post(partial(end, error))
 
         def finish(frames: SharedFrames) -> None:
-            self._kernel.post(lambda: end(frames))
+            self._loop.post(lambda: end(frames))
 
         def end(got: SharedFrames | BaseException) -> None:
             process.coming -= 1
@@ -202,7 +204,7 @@ class Dispatch:
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
-            buffer.end(pinned=False)
+            user_buffer.end(buffer, pinned=False)
         self.send(connection, request.id, answer)
 
     def _come_late(self, call: Call, request: messages.Call, answer: bytes) -> NoReturn:
@@ -210,7 +212,7 @@ class Dispatch:
         observer = self._books.observer
         if observer is not None:
             observer.ended(call.process, call.name, request.id, answer)
-        self._kernel.post(lambda: self._end(self._late.pop(call), answer))
+        self._loop.post(lambda: self._end(self._late.pop(call), answer))
         raise Lost
 
     def take_over(self, taken: Taken[Away], thread: int) -> None:
@@ -220,7 +222,9 @@ class Dispatch:
         connection, call, syscall, request, buffers = taken.work
         call.process.calls += 1  # nobody could see that it was at work before
         # What the handler itself has unmapped cannot be kept.
-        buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
+        buffers = [
+            buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in user_buffer.parts_of(buffer))
+        ]
         self._page.words[CALLER] = 0
         running = self._run_beside(connection, call, syscall, request, buffers)
         running.began, running.thread = taken.since, thread
@@ -247,7 +251,7 @@ class Dispatch:
         buffers: Sequence[UserBuffer],
     ) -> Running:
         for buffer in buffers:
-            buffer.pin()
+            user_buffer.pin(buffer)
         send = partial(self.send, connection, request.id)
         running = Running(connection, call, syscall, request.id, buffers, send)
         self.running.add(running)
@@ -266,7 +270,7 @@ class Dispatch:
         if syscalls.has_failed(answer):
             running.syscall.failed += 1
         for buffer in running.buffers:
-            buffer.end(pinned=True)
+            user_buffer.end(buffer, pinned=True)
         running.answer(answer)
 
     def _buffers(self, process: UserProcess, places: Sequence[messages.Place]) -> list[UserBuffer]:
@@ -300,7 +304,7 @@ class Dispatch:
 
         def work() -> None:
             if call.cancelled:  # while it waited for its turn
-                self._kernel.post(
+                self._loop.post(
                     lambda: end(syscalls.failed(request.id, SyscallTimeout(syscall.name, request.timeout or 0.0)))
                 )
                 return
@@ -317,7 +321,7 @@ class Dispatch:
             syscall.durations.since(began)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
-            self._kernel.post(lambda: end(answer))
+            self._loop.post(lambda: end(answer))
 
         connection.calls.submit(work, partial(self._end, running))
 

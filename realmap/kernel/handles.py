@@ -43,6 +43,7 @@ class Shared:
         "kind",
         "length",
         "maker",
+        "more",
         "name",
         "rights",
         "start",
@@ -63,6 +64,7 @@ class Shared:
         keep: float,
         uses: int | None,
         until: float | None,
+        more: bool,
     ) -> None:
         self.name = name
         self.frames = frames
@@ -80,6 +82,8 @@ class Shared:
         self.uses = uses
         #: When it ends, in seconds of the monotonic clock; None: never.
         self.until = until
+        #: Whether it may be given more uses.
+        self.more = more
         #: Of one with a name: who has attached it.
         self.holders: set[UserProcess] = set()
         frames.hold(self, "handle", self.label, f"of process {maker.number}")
@@ -149,13 +153,18 @@ class Handles:
             raise InvalidSize(0, why=f"a handle is good for some time: above 0 and below {FOR_EVER:g} seconds")
         if not request.keep >= 0:
             raise InvalidSize(0, why="a handle outlives its maker by no less than 0 seconds")
+        start = mapping.phys_offset + offset
+        alike = self._alike(process, mapping.frames, start, request) if request.more else None
+        if alike is not None and alike.uses is not None:
+            alike.uses += 1
+            return alike.name
         process.peer.take("handles")
         until = None if request.seconds is None else now + request.seconds
         name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
         shared = self._by_name[name] = Shared(
             name,
             mapping.frames,
-            mapping.phys_offset + offset,
+            start,
             request.length,
             mapping.type,
             rights,
@@ -163,10 +172,21 @@ class Handles:
             request.keep,
             request.uses,
             until,
+            request.more,
         )
         self._of.setdefault(shared.frames.serial, set()).add(shared)
         process.handles[shared] = None
         return name
+
+    def _alike(self, process: UserProcess, frames: SharedFrames, start: int, request: messages.Share) -> Shared | None:
+        wanted = process, start, request.length, request.rights, request.keep, True
+        for each in self._of.get(frames.serial, ()):
+            if (
+                wanted == (each.maker, each.start, each.length, each.rights, each.keep, each.more)
+                and each.until is None
+            ):
+                return each
+        return None
 
     def find(self, name: str, now: float) -> Shared:
         """The one that a token names. InvalidHandle: there is none, or no more, and why."""

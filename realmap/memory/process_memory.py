@@ -14,7 +14,7 @@ from realmap.errors import (
     VirtualMemoryExhaustion,
 )
 from realmap.memory.bookkeeping import Space
-from realmap.memory.cross_process import CrossProcessMapping, Part
+from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, whole_pages
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
@@ -339,7 +339,7 @@ class ProcessMemory:
             if mapping is not None and 0 < length <= mapping.length - (offset := address - mapping.address):
                 # In one mapping: the common case.
                 return CrossProcessMapping.mirror_mapping(mapping, offset, length, kernel=kernel, rights=rights)
-        return CrossProcessMapping.mirror_parts(self.parts(address, length), kernel=kernel, rights=rights)
+        return mirror_parts(self.parts(address, length), kernel=kernel, rights=rights)
 
     def release_all(self) -> None:
         """Takes every mapping out of the books and releases it: the process has ended."""

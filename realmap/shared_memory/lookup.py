@@ -162,8 +162,7 @@ def _ask_another(path: str, ask: Callable[[Process, float | None], T]) -> T:
 
 def _leave() -> None:
     for process in _makers.all():
-        if not process.is_lost:
-            names.leave(process)
+        names.leave(process)
 
 
 def _leave_at_exit(_: object = None) -> None:

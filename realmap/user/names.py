@@ -39,12 +39,15 @@ def attach(
 
 def unlink(process: Process, name: str, *, timeout: float | None = None) -> None:
     """Ends the name; the memory lives on where it is mapped. InvalidHandle: there is none. SyscallTimeout."""
-    process.client.request(messages.Revoke(process.client.next_id(), NAMED + name), timeout=timeout, name="unlink")
+    client = process._own_client
+    client.request(messages.Revoke(client.next_id(), NAMED + name), timeout=timeout, name="unlink")
 
 
 def leave(process: Process) -> None:
     """This process is about to end in good order. A kernel that does not hear of it takes it for killed."""
+    if process._is_lost:  # a forked child that has not used it
+        return
     try:
-        process.client.request(messages.Leave(process.client.next_id()), timeout=PATIENCE, name="leave")
+        process._own_client.request(messages.Leave(process._own_client.next_id()), timeout=PATIENCE, name="leave")
     except KernelError:
         pass  # with the kernel, its names have ended

@@ -26,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 8
+PROTOCOL = 9
 VERSION = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -156,7 +156,8 @@ class Share(_Request, tag=8, frozen=True):
     """A handle for `length` bytes at `address`, good for `uses` and `seconds`, or without such an end (None).
 
     `keep`: how many seconds it outlives its maker (infinity: for ever). `name`: it can be attached by that as well as
-    by a token, and by everybody who is let in. Done: its token, or its name.
+    by a token, and by everybody who is let in. `more`: one more use of the one that was made alike, with
+    this, if it is not spent yet. Done: its token, or its name.
     """
 
     address: int
@@ -166,6 +167,7 @@ class Share(_Request, tag=8, frozen=True):
     seconds: float | None
     keep: float
     name: str | None = None
+    more: bool = False
 
 
 class Attach(_Request, tag=9, frozen=True):

@@ -364,6 +364,8 @@ def test_calls_that_cannot_be(busy: tuple[KernelHandle, int], tmp_path: Path) ->
     assert "cannot be sent" in inside(kernel, "call", "echo", str(1 << 70))
     assert "--out 2" in inside(kernel, "call", "--out", "2", "count", f"@{empty}")
     assert "within 0.2 s" in inside(kernel, "call", "--timeout", "0.2", "sleep", "2")
+    assert "--kernel comes before echo" in inside(kernel, "call", "echo", "5", "--kernel", "/nowhere")
+    assert inside(kernel, "call", "echo", '"--kernel"') == '["--kernel"]'
 
 
 # ---- bad input and odd places ----------------------------------------------------------------

@@ -402,7 +402,9 @@ def test_a_mapping_unmapped_in_another_thread(kernel: KernelHandle, me: Process)
     def call_on(address: int) -> None:
         while not stop.is_set():
             try:
-                said.append(me.client.request(Call(me.client.next_id(), "peek", [buffer_ext(address, 4), 4, 0]))[0])
+                said.append(
+                    me._own_client.request(Call(me._own_client.next_id(), "peek", [buffer_ext(address, 4), 4, 0]))[0]
+                )
             except realmap.InvalidAddress:
                 said.append(None)
 

@@ -323,7 +323,7 @@ def boot_and_shut_down(world: Any) -> None:
 @operation(connected=True, long=True)
 def serve_here(world: Any) -> None:
     with realmap.Kernel(path=world.new_path(), kernel_land=1 << 30) as other:
-        other.post(lambda: None)
+        other.loop.post(lambda: None)
         other.stop()
 
 

@@ -28,7 +28,7 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 def pending(me: Process) -> int:
     """Requests whose answers have not come."""
-    return me.client.endpoint.pending
+    return me._own_client.endpoint.pending
 
 
 def test_calls(me: Process) -> None:

@@ -206,5 +206,5 @@ def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle)
     other = Foreign._map(USER_LAND.start + (1 << 40), PAGE, 3, -1, 0, 0, PAGE, 1)
     assert len(kernel.audit().differences) == 2
     other._unmap()
-    me.client.request(realmap.wire.messages.Unmap(me.client.next_id(), buffer.address, 3 * PAGE))  # type: ignore[attr-defined]
+    me._own_client.request(realmap.wire.messages.Unmap(me._own_client.next_id(), buffer.address, 3 * PAGE))  # type: ignore[attr-defined]
     assert kernel.audit()

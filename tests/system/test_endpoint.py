@@ -38,7 +38,7 @@ def in_thread(work: Callable[..., Any], *args: Any) -> threading.Thread:
 def reading(me: Process) -> Any:
     """Another thread has the turn until `go` is called: it waits for an answer of its own."""
     thread = in_thread(me.call, "wait")
-    wait_until(lambda: me.client.endpoint.pending == 1, "the other's request")
+    wait_until(lambda: me._own_client.endpoint.pending == 1, "the other's request")
     yield thread
     me.call("go")
     thread.join(BOUND)
@@ -93,7 +93,7 @@ def test_a_forked_child_does_not_keep_its_parents_connection(kernel: KernelHandl
 
             async def main() -> None:
                 waiting = asyncio.create_task(me.acall("sleep", BOUND))
-                while me.client.endpoint.pending != 1:
+                while me._own_client.endpoint.pending != 1:
                     await asyncio.sleep(0.001)
                 child = os.fork()
                 if child:
@@ -122,9 +122,9 @@ def test_a_closed_loop_that_is_first_in_line_is_passed_over(me: Process, kernel:
     closed.run_until_complete(asyncio.sleep(0.01))
     closed.close()
     reading = in_thread(me.call, "wait_for", "the reader")
-    wait_until(lambda: me.client.endpoint.pending == 2)
+    wait_until(lambda: me._own_client.endpoint.pending == 2)
     waiting = asyncio.run_coroutine_threadsafe(me.acall("wait_for", "the other"), other)
-    wait_until(lambda: me.client.endpoint.pending == 3)
+    wait_until(lambda: me._own_client.endpoint.pending == 3)
     with kernel.connect() as beside:  # who says so by the same connection would read for all
         beside.call("go_by_name", "the reader")
         reading.join(BOUND)
@@ -153,7 +153,7 @@ def test_a_handler_of_who_is_woken_to_read_does_not_keep_others_waiting(me: Proc
 
     try:
         reader = in_thread(first)
-        wait_until(lambda: me.client.endpoint.pending == 1)
+        wait_until(lambda: me._own_client.endpoint.pending == 1)
         other = in_thread(second)
         assert me.call("sleep", 0.3) == 0.3
         reader.join()
@@ -174,7 +174,7 @@ def test_an_unmap_that_is_interrupted_before_it_was_sent_is_told_all_the_same(
     try:
         os.kill(kernel.pid, signal.SIGSTOP)
         for _ in range(2000):  # until neither ring nor socket takes any more
-            me.client.notice(messages.Forked(0))
+            me._own_client.notice(messages.Forked(0))
         with points.while_asleep(points.PPOLL) as point, pytest.raises(Stop):
             buffer.unmap()
         assert point.reached
@@ -205,12 +205,12 @@ def test_a_connection_that_one_thread_finds_ended_ends_for_those_that_wait(me: P
             ended.append(error)
 
     thread = in_thread(wait)
-    wait_until(lambda: me.client.endpoint.pending == 1)
-    me.client.endpoint.reject()
+    wait_until(lambda: me._own_client.endpoint.pending == 1)
+    me._own_client.endpoint.reject()
     thread.join(BOUND)
     assert [type(error) for error in ended] == [realmap.VersionMismatch]
     me.close()
-    assert me.client.endpoint.fileno() == -1
+    assert me._own_client.endpoint.fileno() == -1
 
 
 PROGRAM = """
@@ -225,7 +225,7 @@ class Last:
         print("unmapped")
 last = Last()
 threading.Thread(target=me.call, args=("sleep", 100), daemon=True).start()
-while me.client.endpoint.pending != 1:
+while me._own_client.endpoint.pending != 1:
     time.sleep(0.001)
 """
 
@@ -282,7 +282,7 @@ def test_a_timeout_beyond_all_bounds_is_none(me: Process, timeout: float) -> Non
 def test_descriptors_that_somebody_else_closed_and_used_again(me: Process) -> None:
     """As a daemonizer does: the connection says so; what has its number now is neither read, written nor closed."""
 
-    number = me.client.endpoint.fileno()
+    number = me._own_client.endpoint.fileno()
     os.close(number)
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours = [sock for sock in pair if sock.fileno() == number]

@@ -174,7 +174,7 @@ class Trial:
 
         def settled() -> bool:
             self.stage.me.call("nop", timeout=BOUND)
-            return self.stage.me.client.endpoint.pending <= self.stage.company and books(self.stage) == self.books
+            return self.stage.me._own_client.endpoint.pending <= self.stage.company and books(self.stage) == self.books
 
         if not settled():
             gc.collect()
@@ -295,7 +295,7 @@ def test_a_handler_while_it_waits(stage: Stage, how: str, inner: str) -> None:
     other = threading.Thread(target=me.call, args=("wait",))
     if how == "stands by":
         other.start()
-        wait_until(lambda: me.client.endpoint.pending == 1, "the other's request")
+        wait_until(lambda: me._own_client.endpoint.pending == 1, "the other's request")
     kinds = {kind.__name__: kind for kind in RAISED}
     handler = raiser(kinds[inner]) if inner in kinds else nester(stage, inner)
 
@@ -326,7 +326,7 @@ def test_a_handler_while_it_waits(stage: Stage, how: str, inner: str) -> None:
         me.call("go")
         other.join(BOUND)
         assert not other.is_alive(), "the other thread was forgotten"
-    wait_until(lambda: me.call("nop") is None and not me.client.endpoint.pending, "all answers")
+    wait_until(lambda: me.call("nop") is None and not me._own_client.endpoint.pending, "all answers")
 
 
 @pytest.mark.parametrize("outer", [name for name in OPERATIONS if name != "acall"])

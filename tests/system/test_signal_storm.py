@@ -71,7 +71,7 @@ class Storm:
         assert self.me.call("echo", text) == [text]
 
     def give_up(self) -> None:
-        if self.me.client.endpoint.pending > 200:  # what is given up goes on in the kernel, a few at a time
+        if self.me._own_client.endpoint.pending > 200:  # what is given up goes on in the kernel, a few at a time
             return
         timeout = self.rng.choice([0.0, 0.003, 0.01])
         began = time.monotonic() - starved()
@@ -183,7 +183,7 @@ def weather(me: Process, kernel: KernelHandle, seconds: float, seed: int) -> Non
         -5:
     ]  # one in a hundred: a map that Linux is slow to undo
     gc.collect()
-    wait_until(lambda: me.call("nop") is None and not me.client.endpoint.pending, "all answers")
+    wait_until(lambda: me.call("nop") is None and not me._own_client.endpoint.pending, "all answers")
     wait_until(lambda: me.call("nop") is None and not kernel.stats()["mappings"], "the end of what was given up")
 
 

@@ -221,7 +221,7 @@ def test_a_request_waits_as_long_as_it_is_told(handlers: KernelHandle) -> None:
         return more()
 
     with handlers.connect() as me:
-        client = me.client
+        client = me._own_client
         value, _ = client.request(messages.Call(client.next_id(), "wait", [0.5]), timeout=more)  # type: ignore[arg-type]
         assert value == 0.5
         assert 3 < len(slices) < 40
@@ -238,7 +238,7 @@ def test_a_request_waits_as_long_as_it_is_told(handlers: KernelHandle) -> None:
 def test_other_threads_get_their_answers_while_one_asks_for_more(handlers: KernelHandle) -> None:
     """Who leads is at its function when the others' answers come."""
     with handlers.connect() as me:
-        client, calls = me.client, 200
+        client, calls = me._own_client, 200
         got: list[Any] = []
 
         def many() -> None:

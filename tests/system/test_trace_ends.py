@@ -86,7 +86,7 @@ def test_a_kernel_that_is_busy_is_waited_for(file: Path) -> None:
     with Kernel(syscalls=[syscalls.nop]) as here, Process(here.path) as me:
         with Trace(here.path, file) as trace:
             trace._control._timeout = 0.1  # less patient, once it has begun
-            here.post(lambda: time.sleep(0.7))  # no handler: its loop itself
+            here.loop.post(lambda: time.sleep(0.7))  # no handler: its loop itself
             me.call("nop")
     assert len(TraceFile(file).named("nop", "X")) == 2
     assert trace.events == 3  # CONNECT, and two for the call
@@ -101,7 +101,7 @@ def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pyte
             trace._control._timeout = 0.05
             me.call("nop")
             wait_until(lambda: trace.events >= 3)
-            here.post(lambda: at_work.set() or end.wait(BOUND))  # type: ignore[func-returns-value]
+            here.loop.post(lambda: at_work.set() or end.wait(BOUND))  # type: ignore[func-returns-value]
             at_work.wait(BOUND)
         assert isinstance(trace.died, realmap.SyscallTimeout)
         end.set()

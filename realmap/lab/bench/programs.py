@@ -88,7 +88,7 @@ class Program:
             process.wait()
         process.stdout.close()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: it is the parent's, which could not end it while a child holds its stdin."""
         process, self._process = self._process, None
         if process is not None and process.stdin is not None:

@@ -201,7 +201,7 @@ class Client:
             if (left := self.waiters.pop(loop, None)) is not None:
                 left.abandon()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""
         self.lost_in_child = True
         self.endpoint.lose()

@@ -298,7 +298,7 @@ def test_paths_that_will_not_do(place: str) -> None:
     Path(place).touch()
     for path, words in [
         (place, "no socket"),
-        ("/tmp/" + "x" * 103, "longer"),
+        ("/tmp/" + "x" * 103, "shorten"),
         ("/tmp/\udcff", "UTF-8"),
         (place + "/k.sock", "directory"),
     ]:

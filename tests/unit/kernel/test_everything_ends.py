@@ -158,7 +158,7 @@ def test_nothing_is_counted_afterwards(seed: int, ends: str, monkeypatch: pytest
 def test_a_call_whose_arguments_are_no_list_has_failed_once(name: str) -> None:
     with Kernel(syscalls=[large, fails], spin=0) as kernel, realmap.connect(kernel.path) as me:
         request = messages.Call(5, name, msgspec.Raw(msgspec.msgpack.encode({"size": 1})))
-        kernel.post(lambda: kernel.dispatch.handle(kernel.clients.all()[0], request, ()))
+        kernel.loop.post(lambda: kernel.dispatch.handle(kernel.clients.all()[0], request, ()))
         wait_until(lambda: kernel.books.syscalls[name].calls and not kernel.dispatch.running)
         with Control(kernel.path) as control:
             assert (control.stats()["calls"], control.stats()["failed"]) == (1, 1)
