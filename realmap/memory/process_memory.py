@@ -175,8 +175,8 @@ class ProcessMemory:
         """
         self._remove(mapping)
         # Where nothing is in the way any more by the time its process looked, its own place is avoided.
-        start, end = taken if taken[0] < mapping.end and mapping.address < taken[1] else (mapping.address, mapping.end)
-        self._space.note_obstacle(start, end)
+        in_the_way = max(taken[0], mapping.address) < min(taken[1], mapping.end)
+        self._space.note_obstacle(*(taken if in_the_way else (mapping.address, mapping.end)))
         try:
             huge = isinstance(mapping.frames, SharedFrames) and mapping.frames.huge
             address = self.find_available_space(mapping.length, HUGE_SIZE if huge else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -18,7 +19,7 @@ from rich.console import Console
 from realmap.cli.bench import bench as command
 from realmap.cli.bench import render
 from realmap.lab import bench
-from realmap.lab.bench import machine, many, programs
+from realmap.lab.bench import machine, make, many, programs
 from realmap.lab.bench.access import SIZES, WAYS, sentence
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race, spread
 from realmap.lab.bench.programs import Program
@@ -46,6 +47,13 @@ ASKED = {
     "seqpacket": ["call 10 0"],
     "vm_readv": [f"access 4096 3 {work}" for work in WORKS],
 }  # fmt: skip
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick run in this process only sees that all is there: few rounds, one size."""
+    monkeypatch.setattr(importlib.import_module("realmap.lab.bench.run"), "QUICK", SHORT)
+    monkeypatch.setattr(make, "QUICK_SIZES", make.QUICK_SIZES[:1])
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -162,6 +170,7 @@ def test_a_program_that_is_not_there_or_dies_is_absent() -> None:
             program.ask("call", 1)
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("terminal", [False, True])
 def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -184,6 +193,7 @@ def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
         assert word not in said + str(command.help), word
 
 
+@pytest.mark.usefixtures("short")
 def test_in_a_checkout_it_is_held_to_limits() -> None:
     report = bench.run(["attach"], quick=True)
     assert {figure.size for figure in report.figures} == {PAGE, 1 << 20}

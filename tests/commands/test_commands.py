@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import click
@@ -32,6 +33,8 @@ from realmap.lab import demo
 from realmap.observe.control import Control
 from realmap.user import names
 
+#: A parameter of the long tests.
+long = partial(pytest.param, marks=pytest.mark.slow)
 #: What an example is given where its own size only makes it long: MiB and rounds.
 SMALLER = {"big_array": ["8", "1"]}
 
@@ -87,7 +90,7 @@ def test_the_command_of_the_readme(files: list[str]) -> None:
     assert json.loads(done.stdout)["ok"] is True
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [60, long(80), long(200)])
 def test_the_demo_in_a_pipe_is_plain(files: list[str], width: int) -> None:
     done = realmap("demo", "--ranges", *files, env=os.environ | {"COLUMNS": str(width)})
     assert (done.returncode, done.stderr) == (0, "")
@@ -112,7 +115,7 @@ def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
     assert report.balance["descriptors"] == 0
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [long(60), long(80), 200])
 def test_the_demo_on_a_terminal_has_a_picture_and_colour(files: list[str], width: int) -> None:
     out = on_a_terminal(["demo", *files], {"COLUMNS": str(width)})
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import points
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, wait_until
@@ -112,19 +113,24 @@ def test_a_forked_child_does_not_keep_its_parents_connection(kernel: KernelHandl
     os.close(writer)
 
 
-def test_a_closed_loop_that_is_first_in_line_is_passed_over(me: Process) -> None:
+def test_a_closed_loop_that_is_first_in_line_is_passed_over(me: Process, kernel: KernelHandle) -> None:
     other = asyncio.new_event_loop()
     thread = in_thread(other.run_forever)
     asyncio.run_coroutine_threadsafe(me.acall("nop"), other).result(BOUND)
     closed = asyncio.new_event_loop()
-    forgotten = closed.create_task(me.acall("sleep", 0.3))
+    forgotten = closed.create_task(me.acall("wait_for", "the closed one"))
     closed.run_until_complete(asyncio.sleep(0.01))
     closed.close()
-    reading = in_thread(me.call, "sleep", 0.1)
+    reading = in_thread(me.call, "wait_for", "the reader")
     wait_until(lambda: me._own_client.endpoint.pending == 2)
-    waiting = asyncio.run_coroutine_threadsafe(me.acall("sleep", 0.2), other)
-    reading.join()
-    assert waiting.result(BOUND) == 0.2
+    waiting = asyncio.run_coroutine_threadsafe(me.acall("wait_for", "the other"), other)
+    wait_until(lambda: me._own_client.endpoint.pending == 3)
+    with kernel.connect() as beside:  # who says so by the same connection would read for all
+        beside.call("go_by_name", "the reader")
+        reading.join(BOUND)
+        beside.call("go_by_name", "the other")
+        assert waiting.result(BOUND) == "the other"
+        beside.call("go_by_name", "the closed one")
     other.call_soon_threadsafe(other.stop)
     thread.join()
     other.close()
@@ -163,19 +169,18 @@ def test_an_unmap_that_is_interrupted_before_it_was_sent_is_told_all_the_same(
     def raises(*_: object) -> None:
         raise Stop
 
-    before = signal.signal(signal.SIGALRM, raises)
+    before = signal.signal(points.SIGNAL, raises)
     buffer = me.map(PAGE)
     try:
         os.kill(kernel.pid, signal.SIGSTOP)
         for _ in range(2000):  # until neither ring nor socket takes any more
             me._own_client.notice(messages.Forked(0))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(Stop):
+        with points.while_asleep(points.PPOLL) as point, pytest.raises(Stop):
             buffer.unmap()
+        assert point.reached
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         os.kill(kernel.pid, signal.SIGCONT)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(points.SIGNAL, before)
     assert not buffer.alive
     wait_until(lambda: me.call("nop") is None and not kernel.stats()["mappings"], "the end of the mapping")
 
@@ -255,7 +260,8 @@ def test_a_timeout_of_a_task_that_cleans_up_after_it_was_cancelled(me: Process) 
             await asyncio.sleep(BOUND)
         except asyncio.CancelledError:
             with pytest.raises(realmap.SyscallTimeout):
-                await me.acall("sleep", 0.2, timeout=0.01)
+                await me.acall("wait_for", "nobody", timeout=0.01)
+            await me.acall("go_by_name", "nobody")
         return "cleaned up"
 
     async def main() -> None:

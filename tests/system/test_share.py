@@ -66,7 +66,7 @@ def test_in_another_process(kernel: KernelHandle, me: Process, buffer: realmap.B
     assert me.call("peek", buffer, 5, 0) == b"hello"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_range(data: st.DataObject) -> None:
     kernel, me, other, buffer, model = _stage

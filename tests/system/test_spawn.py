@@ -192,7 +192,7 @@ def hold(me: Process) -> None:
 
 def test_settled_is_what_has_been_given_back(kernel: KernelHandle) -> None:
     kernel.settle(BOUND)
-    for _ in range(5):
+    for _ in range(2):
         spawned = kernel.spawn(hold)
         wait_until(lambda: kernel.stats()["mappings"] == 2, "its mappings")
         spawned.kill()

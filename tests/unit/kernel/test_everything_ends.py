@@ -16,6 +16,7 @@ from raw_client import RawClient
 
 import realmap
 from realmap import Call, Kernel, Limits, UserBuffer, syscall
+from realmap.kernel import heirs, watchdog
 from realmap.observe.control import Control
 from realmap.rights import MemoryType, u_rw
 from realmap.wire import channel, messages
@@ -131,7 +132,9 @@ def check_nothing_is_counted(kernel: Kernel, peers: list[Any]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ends", ["clients", "kernel"])
-def test_nothing_is_counted_afterwards(seed: int, ends: str) -> None:
+def test_nothing_is_counted_afterwards(seed: int, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heirs, "REST", 0)
+    monkeypatch.setattr(watchdog, "TICK", 0.05)
     gate.clear()
     with Kernel(syscalls=[late, beside, large, fails], limits=Limits(given_up=500, running=3)) as kernel:
         peers = [kernel.books.peers.process(os.getpid()), kernel.books.peers.user(os.geteuid())]

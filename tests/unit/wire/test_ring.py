@@ -280,7 +280,7 @@ def test_calls_go_by_the_ring(me: Process) -> None:
     def silent() -> bool:
         """Whether some calls in a row went without one sleep of this thread."""
         before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-        for _ in range(20):
+        for _ in range(5):  # more of them nobody is let do on a loaded machine
             assert me.call("echo", "short") == ["short"]
         return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw == before
 
