@@ -203,8 +203,7 @@ class SocketLock:
         return self._fd >= 0 and self._is_at(self._fd) and os.path.lexists(self.path)
 
     def _clear(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path + NEW)
+        self._unlink_new()
         try:
             mode = os.lstat(self.path)
         except FileNotFoundError:
@@ -215,6 +214,10 @@ class SocketLock:
             raise AccessDenied(why=f"the socket {self.path!r} belongs to uid {mode.st_uid}, not to this one")
         self._require_dead()
         os.unlink(self.path)
+
+    def _unlink_new(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path + NEW)
 
     def _require_dead(self) -> None:
         """InvalidHandle: somebody listens on the socket, who has never heard of our locks."""
@@ -246,6 +249,7 @@ class SocketLock:
         """Unlinks socket and lock, and gives the path free. Again: nothing."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):  # where the socket stays, so does the lock: it is swept by that
+                self._unlink_new()
                 with contextlib.suppress(FileNotFoundError):
                     if stat.S_ISSOCK(os.lstat(self.path).st_mode):
                         os.unlink(self.path)
