@@ -88,7 +88,6 @@ def remains() -> dict[str, Any]:
         "descriptors": len(os.listdir("/proc/self/fd")),
         "maps": land_maps(),
         "children": children(),
-        "names": set(left_names()),
     }
 
 
@@ -96,18 +95,15 @@ def remains() -> dict[str, Any]:
 def nothing_remains() -> Iterator[None]:
     """Segments, descriptors, maps and processes after a test are those before it."""
     gc.collect()
-    before = remains()
+    before, names = remains(), set(left_names())
     yield
     gc.collect()
     end = time.monotonic() + BOUND / 2
-    while True:
-        after = remains()
-        before["names"] &= after["names"]  # any kernel that starts sweeps what somebody dead has left
-        if after == before or time.monotonic() > end:
-            break
+    # Another run of the tests may have swept names that were there before.
+    while (after := (remains(), set(left_names()) - names)) != (before, set()) and time.monotonic() < end:
         time.sleep(0.01)  # a daemon thread may be closing what it holds
         gc.collect()
-    assert after == before
+    assert after == (before, set())
 
 
 @pytest.fixture(scope="session", autouse=True)

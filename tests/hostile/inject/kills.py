@@ -154,7 +154,7 @@ class Killer:
                     owner.go()
                 dead = kernel if point.who == "kernel" else owner
                 died = served.wait_until(lambda: dead.ended is not None or (not point.reaping and owner.acted(0)))
-                died = died and served.wait_until(lambda: dead.ended is not None, 0.5)
+                died = died and served.wait_until(lambda: dead.ended is not None, 5.0)
             seen = trace.calls()
             if died and seen and re.search(point.sign, seen[-1].name + seen[-1].text):
                 tally.hits += 1
