@@ -380,11 +380,10 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
             for kernel in (killed, at_path):
                 os.kill(kernel.pid, signal.SIGKILL)
                 kernel._child.wait(BOUND)
-            assert json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout) == [
-                name,
-                killed.path,
-                path,
-            ]
+            gone = json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout)
+            # The segment may be swept by a kernel of somebody else's that starts just now.
+            assert gone in ([name, killed.path, path], [killed.path, path])
+            assert not os.path.exists(f"/dev/shm/{name}")
             assert not os.path.exists(path)
             assert not os.path.exists(path + ".lock")
             done = realmap("gc", running.path)
