@@ -43,6 +43,11 @@ def scaled(count: int) -> int:
     return max(1, int(count * SCALE))
 
 
+def long(*values: object) -> Any:
+    """Parameters that take the way through the code that others take: for the long tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def wait_until(holds: Callable[[], object], what: str = "it") -> None:
     """Waits for an event, with a bound."""
     end = time.monotonic() + BOUND

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, long, wait_until
 from rich.console import Console
 
 from realmap.cli.bench import bench as command
@@ -308,10 +308,10 @@ def test_all_of_it_in_short(tmp_path: Path) -> None:
     [
         (["speed"], 2, "speed"),
         (["make", "--json", "/nonexistent/folder/file"], 1, "cannot write /nonexistent/folder/file"),
-        (["make", "--json", "/"], 1, "cannot write /"),
+        long(["make", "--json", "/"], 1, "cannot write /"),
         (["--plot", "curves.pdf"], 1, ".png or an .svg"),
         (["make", "--plot", "curves.svg"], 1, "add access"),
-        (["--plot", "/nonexistent/folder/file.svg"], 1, "cannot write"),
+        long(["--plot", "/nonexistent/folder/file.svg"], 1, "cannot write"),
     ],
 )
 def test_bad_arguments_are_told_before_the_run(arguments: list[str], status: int, said: str, tmp_path: Path) -> None:

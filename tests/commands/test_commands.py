@@ -14,14 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import click
 import msgspec
 import pytest
 import syscalls
-from conftest import BOUND, PAGE, ROOT, wait_until
+from conftest import BOUND, PAGE, ROOT, long, wait_until
 from rich.console import Console
 from terminal import on_a_terminal
 
@@ -33,8 +32,6 @@ from realmap.lab import demo
 from realmap.observe.control import Control
 from realmap.user import names
 
-#: A parameter of the long tests.
-long = partial(pytest.param, marks=pytest.mark.slow)
 #: What an example is given where its own size only makes it long: MiB and rounds.
 SMALLER = {"big_array": ["8", "1"]}
 
@@ -380,11 +377,10 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
             for kernel in (killed, at_path):
                 os.kill(kernel.pid, signal.SIGKILL)
                 kernel._child.wait(BOUND)
-            assert json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout) == [
-                name,
-                killed.path,
-                path,
-            ]
+            gone = json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout)
+            # The segment may be swept by a kernel of somebody else's that starts just now.
+            assert gone in ([name, killed.path, path], [killed.path, path])
+            assert not os.path.exists(f"/dev/shm/{name}")
             assert not os.path.exists(path)
             assert not os.path.exists(path + ".lock")
             done = realmap("gc", running.path)

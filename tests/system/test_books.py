@@ -32,7 +32,7 @@ from realmap.lab.stress import handlers
 from realmap.memory import USER_LAND
 
 #: So many steps at least, in examples of 50 at most; hypothesis ends some of them early.
-FEW, FULL, STEPS = 300, 10_000, 50
+FEW, FULL, STEPS = 200, 10_000, 50
 counted = 0
 #: Keeping is done here, beyond the end of a process; and a fork is kept until its parent's end.
 MIX = workload.Mix(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BOUND, ROOT, wait_until
+from conftest import BOUND, ROOT, long, wait_until
 
 import realmap
 from realmap.host import runtime
@@ -60,7 +60,7 @@ def test_a_small_program_is_quiet_in_development_mode() -> None:
 # ---- which Python --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", ["", None, "/bin/true", "/nowhere/python"])
+@pytest.mark.parametrize("wrong", [long(""), None, "/bin/true", long("/nowhere/python")])
 @pytest.mark.parametrize("when", ["before the import", "after it"])
 def test_sys_executable_need_not_be_a_python(wrong: str | None, when: str) -> None:
     change = f"import sys; sys.executable = {wrong!r}\n"
@@ -103,7 +103,7 @@ def test_a_frozen_program_is_not_started_again(tmp_path: Path) -> None:
     assert str(app) in done.stdout and "multiprocessing.set_executable" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("told", ["/nowhere/python", "/bin/true", "/dev/null"])
+@pytest.mark.parametrize("told", ["/nowhere/python", "/bin/true", long("/dev/null")])
 def test_what_does_not_start_is_named(told: str) -> None:
     done = run(f"import multiprocessing\nmultiprocessing.set_executable({told!r})" + textwrap.dedent(BOOTS))
     assert f"{told!r}" in done.stderr.splitlines()[-1]
@@ -171,7 +171,7 @@ def test_the_working_directory_may_be_gone(tmp_path: Path) -> None:
     works(leave + textwrap.dedent(BOOTS), cwd=here)
 
 
-@pytest.mark.parametrize("umask", ["000", "077", "177", "777"])
+@pytest.mark.parametrize("umask", ["000", long("077"), long("177"), "777"])
 def test_any_umask_will_do(umask: str, tmp_path: Path) -> None:
     """Without root's rights, to whom no mode matters."""
     program = f"""

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from queue import Empty
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from realmap.kernel.connection import BACKLOG
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
-from realmap.kernel.workers import Share, Workers
+from realmap.kernel.workers import IDLE, Share, Workers
 from realmap.memory import USER_LAND, KernelMemory
 from realmap.observe.control import Control
 from realmap.rights import MemoryType, u_rw
@@ -407,6 +408,20 @@ def test_jobs_wait_for_those_of_their_own_process_alone() -> None:
     assert (len(failed), beside) == (1, [two])
     two.ended()
     assert (len(elsewhere.jobs), beside) == (3, [])
+
+
+def test_an_idle_thread_whose_job_another_one_took_ends_all_the_same() -> None:
+    workers, waits = Workers(), []
+
+    class Taken:
+        def get(self, timeout: float | None = None) -> None:
+            waits.append(timeout)
+            workers._idle = len(waits) - 1  # at first the job is promised, then the other one has it
+            raise Empty
+
+    workers._queue = Taken()  # type: ignore[assignment]
+    assert workers._next() is None
+    assert waits == [IDLE] * 2
 
 
 def test_any_number_of_jobs_fail_one_after_the_other_and_not_within_one_another() -> None:
