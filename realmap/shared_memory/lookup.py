@@ -64,13 +64,10 @@ def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bo
             chosen = _make_filename() if name is None else name
             bare = checked(chosen)
             try:
-                buffer = process.map(size, name=_checked_visible(bare) if visible else None, commit=commit)
-                try:
-                    # In the tree's kernel it ends soon enough.
-                    names.publish(process, buffer, bare, keep=keep or ambient.is_of_the_tree(process.path))
-                except BaseException:
-                    buffer.unmap()
-                    raise
+                # In the tree's kernel it ends soon enough.
+                lasting = keep or ambient.is_of_the_tree(process.path)
+                segment = _checked_visible(bare) if visible else None
+                buffer = names.make(process, size, bare, keep=lasting, segment=segment, commit=commit)
                 _makers.add(process)
                 return chosen, buffer
             except InvalidHandle:

@@ -136,6 +136,13 @@ class Buffer(View, ByteAccess):
         except BufferError as error:
             raise views.named(error, self) from None
 
+    def _unmap_soon(self) -> None:
+        """`unmap`, but the kernel is only told, and gives back its frames a moment later. OSError: as munmap(2)."""
+        try:
+            self._window._unmap()
+        except BufferError as error:
+            raise views.named(error, self) from None
+
     def __enter__(self) -> Self:
         return self
 

@@ -6,6 +6,7 @@ is killed takes it along, as soon as no process lives that has attached it by th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from realmap.errors import KernelError
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 PATIENCE = 2.0
 
 
-def publish(process: Process, buffer: Buffer, name: str, *, keep: bool = False) -> None:
-    """Gives the bytes of a buffer a name. `keep`: it does not end with its maker, whatever way that dies.
+def make(
+    process: Process, size: int, name: str, *, keep: bool = False, segment: str | None = None, commit: bool = True
+) -> Buffer:
+    """Memory of `size` bytes with a name. `keep`: that does not end with its maker, whatever way it dies. `segment`: its
+    name in /dev/shm, if it is to have one.
 
-    InvalidHandle: the name is taken. LimitReached: too many handles and names. Else as `Process.share`.
+    InvalidHandle: a name is taken. LimitReached: too many handles and names. Else as `Process.map`.
     """
-    buffer.check()
-    process._share(buffer, buffer.rights, None, None, keep, name)
+    lasting = math.inf if keep else 0.0
+    return process._map(size, name=segment, commit=commit, publish=(name, lasting))
 
 
 def attach(

@@ -25,7 +25,7 @@ from realmap.user.handle import Handle
 from realmap.user.windows import map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
-from realmap.wire.messages import MemoryInfo
+from realmap.wire.messages import NAMED, MemoryInfo
 
 #: A timeout of more seconds than these is told as that.
 LONGEST = 1e9
@@ -171,6 +171,22 @@ class Process:
         the descriptors do not allow it. VirtualMemoryExhaustion: no space in UserLand, or Linux's limit
         of mappings. TypeError: an argument of the wrong kind. KernelDied, ProcessKilled: no kernel.
         """
+        return self._map(length, type, rights, fragment, name, commit, huge)
+
+    def _map(
+        self,
+        length: SupportsIndex,
+        type: MemoryType = MemoryType.HEAP,
+        rights: MappingAccessRights = u_rw,
+        fragment: SupportsIndex | None = None,
+        name: str | None = None,
+        commit: bool = True,
+        huge: bool = False,
+        publish: tuple[str, float] | None = None,
+    ) -> Buffer:
+        """`publish`: a name for it that others attach it by, and how long it is kept, as of `Share`. InvalidHandle:
+        that one is taken. LimitReached: too many handles. Else as `map`.
+        """
         size = usize(length, "length")
         if not size:
             raise InvalidSize(0, why="a buffer has at least one byte")
@@ -179,8 +195,9 @@ class Process:
         kind, allowed = type_of(type), rights_of(rights)
         step = None if fragment is None else whole_pages(fragment, "fragment")
         client = self.client
-        request = messages.Map(
-            client.next_id(),
+        number = client.next_id()
+        memory = messages.Map(
+            number,
             size,
             int(kind),
             int(allowed),
@@ -189,7 +206,11 @@ class Process:
             bool(commit),
             bool(huge),
         )
-        place, answer = client.request(request, name="map", late=self._unmap_late)
+        request: messages.Map | messages.Publish = memory
+        late = self._unmap_late
+        if publish is not None:
+            request, late = messages.Publish(number, memory, *publish), partial(self._unpublish_late, publish[0])
+        place, answer = client.request(request, name="map", late=late)
         span, piece = place[1], step or place[1]
         window = map_window(self, place, lambda index: (0, min(piece, span - index * piece)), answer, allowed)
         return Buffer.part(window, window._base, size)
@@ -224,17 +245,6 @@ class Process:
         if buffer.process is not self:
             raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, which is who may share it")
         allowed = buffer.rights if rights is None else rights_of(rights)
-        return self._share(buffer, allowed, uses, seconds, keep, None)
-
-    def _share(
-        self,
-        buffer: Buffer,
-        allowed: MappingAccessRights,
-        uses: SupportsIndex | None,
-        seconds: float | None,
-        keep: bool | float,
-        name: str | None,
-    ) -> Handle:
         request = messages.Share(
             self.client.next_id(),
             buffer.address,
@@ -243,7 +253,6 @@ class Process:
             None if uses is None else index(uses),
             None if seconds is None else float(seconds),
             (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
-            name,
         )
         token, answer = self.client.request(request, name="share", late=self._revoke_late)
         try:
@@ -310,6 +319,11 @@ class Process:
     def _unmap_late(self, place: Any) -> bytes:
         """Of a mapping that nobody waited for."""
         return self.farewell(place[0], place[1])
+
+    def _unpublish_late(self, name: str, place: Any) -> bytes:
+        """Of one with a name."""
+        self._client.notice(messages.Revoke(0, NAMED + name))
+        return self._unmap_late(place)
 
     def farewell(self, address: int, span: int, number: int = 0) -> bytes:
         """What the kernel is told of a window that is unmapped. `number`: of a request for its answer."""

@@ -26,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 8
+PROTOCOL = 9
 VERSION = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -207,7 +207,15 @@ class Leave(_Request, tag=13, frozen=True):
     """This process ends in good order: the names that it gave stay without it. Done: None."""
 
 
-Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave
+class Publish(_Request, tag=14, frozen=True):
+    """`memory`, and a name for all of it, as by `Share`: both or none. `keep`: as there. Done: as `Map`."""
+
+    memory: Map
+    name: str
+    keep: float
+
+
+Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave | Publish
 #: How a name is written where a token may be.
 NAMED = "name:"
 
