@@ -107,6 +107,8 @@ class Handles:
         self._by_name: dict[str, Shared] = {}
         #: Those of the same frames.
         self._of: dict[int, set[Shared]] = {}
+        #: Called where one with a name ends.
+        self.name_ended: Callable[[], None] = lambda: None
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
         self._gone: dict[str, str] = {}
 
@@ -301,6 +303,7 @@ class Handles:
                 segment.unlink()
         shared.frames.let_go(shared)
         if shared.is_named:  # another may get that name
+            self.name_ended()
             return
         while len(self._gone) >= 1000:  # told of for a while, not for ever
             del self._gone[next(iter(self._gone))]

@@ -15,6 +15,7 @@ from typing import Any
 from realmap.host import files
 from realmap.host.translate import SHM
 from realmap.shared_memory import lookup, tracker
+from realmap.shared_memory.kept import Attached
 from realmap.user.buffer import Buffer
 from realmap.user.windows import open_segment
 
@@ -138,7 +139,10 @@ class SharedMemory(standard.SharedMemory):
                 self._map.close()
                 self._map = None
             if self._buffer is not None:
-                self._buffer._unmap_soon()
+                if isinstance(self._buffer, Attached):
+                    self._buffer.close()
+                else:
+                    self._buffer._unmap_soon()
                 self._buffer = None
         except BufferError:
             self._buf = memoryview(self._memory)
