@@ -7,11 +7,14 @@ is killed takes it along, as soon as no process lives that has attached it by th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from realmap.errors import KernelError
-from realmap.rights import MappingAccessRights
+from realmap.errors import KernelError, VirtualMemoryExhaustion
+from realmap.memory.lands import USER_LAND
+from realmap.pages import align_up, usize
+from realmap.rights import MappingAccessRights, MemoryType, u_rw
 from realmap.user.buffer import Buffer
+from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.messages import NAMED
 
@@ -30,8 +33,23 @@ def make(
 
     InvalidHandle: a name is taken. LimitReached: too many handles and names. Else as `Process.map`.
     """
-    lasting = math.inf if keep else 0.0
-    return process._map(size, name=segment, commit=commit, publish=(name, lasting))
+    size = usize(size, "size")
+    if align_up(size) > USER_LAND.length:
+        raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
+    client = process.client
+    number = client.next_id()
+    memory = messages.Map(number, size, int(MemoryType.HEAP), int(u_rw), None, segment, commit)
+
+    def give_back(place: Any) -> bytes:
+        client.notice(messages.Revoke(0, NAMED + name))
+        return process.farewell(place[0], place[1])
+
+    request = messages.Publish(number, memory, name, math.inf if keep else 0.0)
+    place, answer = client.request(request, name="map", late=give_back)
+    window = map_window(process, place, lambda _: (0, place[1]), answer, u_rw)
+    if commit:
+        fault_in(window)
+    return Buffer.part(window, window._base, size)
 
 
 def attach(

@@ -22,10 +22,10 @@ from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, 
 from realmap.user import shown
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer
 from realmap.user.handle import Handle
-from realmap.user.windows import map_window
+from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
-from realmap.wire.messages import NAMED, MemoryInfo
+from realmap.wire.messages import MemoryInfo
 
 #: A timeout of more seconds than these is told as that.
 LONGEST = 1e9
@@ -171,22 +171,6 @@ class Process:
         the descriptors do not allow it. VirtualMemoryExhaustion: no space in UserLand, or Linux's limit
         of mappings. TypeError: an argument of the wrong kind. KernelDied, ProcessKilled: no kernel.
         """
-        return self._map(length, type, rights, fragment, name, commit, huge)
-
-    def _map(
-        self,
-        length: SupportsIndex,
-        type: MemoryType = MemoryType.HEAP,
-        rights: MappingAccessRights = u_rw,
-        fragment: SupportsIndex | None = None,
-        name: str | None = None,
-        commit: bool = True,
-        huge: bool = False,
-        publish: tuple[str, float] | None = None,
-    ) -> Buffer:
-        """`publish`: a name for it that others attach it by, and how long it is kept, as of `Share`. InvalidHandle:
-        that one is taken. LimitReached: too many handles. Else as `map`.
-        """
         size = usize(length, "length")
         if not size:
             raise InvalidSize(0, why="a buffer has at least one byte")
@@ -195,9 +179,8 @@ class Process:
         kind, allowed = type_of(type), rights_of(rights)
         step = None if fragment is None else whole_pages(fragment, "fragment")
         client = self.client
-        number = client.next_id()
-        memory = messages.Map(
-            number,
+        request = messages.Map(
+            client.next_id(),
             size,
             int(kind),
             int(allowed),
@@ -206,13 +189,11 @@ class Process:
             bool(commit),
             bool(huge),
         )
-        request: messages.Map | messages.Publish = memory
-        late = self._unmap_late
-        if publish is not None:
-            request, late = messages.Publish(number, memory, *publish), partial(self._unpublish_late, publish[0])
-        place, answer = client.request(request, name="map", late=late)
+        place, answer = client.request(request, name="map", late=self._unmap_late)
         span, piece = place[1], step or place[1]
         window = map_window(self, place, lambda index: (0, min(piece, span - index * piece)), answer, allowed)
+        if commit:
+            fault_in(window)
         return Buffer.part(window, window._base, size)
 
     def share(
@@ -319,11 +300,6 @@ class Process:
     def _unmap_late(self, place: Any) -> bytes:
         """Of a mapping that nobody waited for."""
         return self.farewell(place[0], place[1])
-
-    def _unpublish_late(self, name: str, place: Any) -> bytes:
-        """Of one with a name."""
-        self._client.notice(messages.Revoke(0, NAMED + name))
-        return self._unmap_late(place)
 
     def farewell(self, address: int, span: int, number: int = 0) -> bytes:
         """What the kernel is told of a window that is unmapped. `number`: of a request for its answer."""
