@@ -42,6 +42,7 @@ def require(length: int, *, in_shm: bool = True) -> None:
 
 def memory_left() -> int:
     """Bytes that this process can still take without somebody being killed for it: the machine's and its cgroup's."""
+    # By hand: psutil finds out far more, which takes longer.
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     machine = sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
     return max(0, min([machine, *cgroup_rooms()]))

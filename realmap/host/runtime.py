@@ -23,6 +23,7 @@ import os
 import resource
 import socket
 import stat
+import time
 from pathlib import Path
 
 from realmap._core import read_file
@@ -36,6 +37,10 @@ VARIABLE = "REALMAP_DIR"
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
 SEGMENT_PREFIX = "realmap."
+#: A directory changed so long ago (ns) that the next change has another time: Linux counts in ticks.
+SETTLED = 100_000_000
+#: The directory, when it was changed, and the sockets that were in it then.
+_listed: tuple[str, int, list[str]] = ("", 0, [])
 _serial = itertools.count()
 _stamp: tuple[int, str] = (0, "")
 
@@ -87,12 +92,16 @@ def maker_lives(text: str) -> bool:
     return namespace != procfs.pid_namespace() or liveness.same_process_lives(pid, start)
 
 
+def _place() -> str:
+    return os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+
+
 def directory() -> Path:
     """The private directory, made if it is not there.
 
     AccessDenied: it cannot be made, belongs to somebody else, or others may enter it.
     """
-    place = os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+    place = _place()
     try:
         path = Path(place).absolute()
         with contextlib.suppress(FileExistsError):
@@ -283,11 +292,23 @@ def sweep_socket(path: str) -> list[str]:
 
 def sockets() -> list[str]:
     """The sockets of this user's kernels that live, in the private directory: those that were given no path."""
-    found = []
-    for lock in sorted(directory().glob("*.sock.lock")):
-        path = str(lock)[: -len(".lock")]
-        if maker_lives(lock.name) and os.path.exists(path):
-            found.append(path)
+    return [path for path in _sockets() if maker_lives(path)]
+
+
+def _sockets() -> list[str]:
+    """What sockets are there, listed again where the directory has changed."""
+    global _listed
+    place = _place()
+    try:
+        changed = os.stat(place).st_mtime_ns
+    except OSError:
+        changed = 0
+    if _listed[:2] == (place, changed):
+        return _listed[2]
+    paths = [str(lock)[: -len(".lock")] for lock in sorted(directory().glob("*.sock.lock"))]
+    found = [path for path in paths if os.path.exists(path)]
+    if time.time_ns() - changed > SETTLED:
+        _listed = (place, changed, found)
     return found
 
 

@@ -59,7 +59,7 @@ def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bo
     """A new block, with a name that nobody has."""
 
     def make(process: Process) -> tuple[str, Buffer]:
-        if name is not None and _is_taken(checked(name)):
+        if name is not None and _is_taken_elsewhere(checked(name), process.path):
             raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name)
         while True:
             chosen = _make_filename() if name is None else name
@@ -85,8 +85,9 @@ def _checked_visible(bare: str) -> str:
         raise OSError(errno.EINVAL, str(error), bare) from None
 
 
-def _is_taken(bare: str) -> bool:
-    found = _look(lambda process, timeout: names.attach(process, bare, u_r, timeout=timeout))
+def _is_taken_elsewhere(bare: str, mine: str) -> bool:
+    """Whether it is a name of another kernel than the one at `mine`, or of none."""
+    found = _look_elsewhere(mine, lambda process, timeout: names.attach(process, bare, u_r, timeout=timeout))
     return found is not None or _is_outside(bare)
 
 
@@ -130,6 +131,10 @@ def _look(ask: Callable[[Process, float | None], T]) -> T | None:
     if mine is not None:
         with contextlib.suppress(InvalidHandle, KernelDied):
             return ask(travel.own_process_of(mine), None)
+    return _look_elsewhere(mine, ask)
+
+
+def _look_elsewhere(mine: str | None, ask: Callable[[Process, float | None], T]) -> T | None:
     for path in runtime.sockets():
         if path != mine and _silent.get(path, 0.0) < time.monotonic():
             with contextlib.suppress(InvalidHandle, KernelDied):
