@@ -39,8 +39,8 @@ LONGEST_PATH = 107
 SEGMENT_PREFIX = "realmap."
 #: A directory changed so long ago (ns) that the next change has another time: Linux counts in ticks.
 SETTLED = 100_000_000
-#: The directory, when it was changed, and the sockets that were in it then.
-_listed: tuple[str, int, list[str]] = ("", 0, [])
+#: The directory (its inode, and when it was changed), and the sockets that were in it then.
+_listed: tuple[tuple[int, int], list[str]] = ((-1, -1), [])
 _serial = itertools.count()
 _stamp: tuple[int, str] = (0, "")
 
@@ -298,17 +298,18 @@ def sockets() -> list[str]:
 def _sockets() -> list[str]:
     """What sockets are there, listed again where the directory has changed."""
     global _listed
-    place = _place()
     try:
-        changed = os.stat(place).st_mtime_ns
+        status = os.stat(_place())
+        now = (status.st_ino, status.st_mtime_ns)
     except OSError:
-        changed = 0
-    if _listed[:2] == (place, changed):
-        return _listed[2]
-    paths = [str(lock)[: -len(".lock")] for lock in sorted(directory().glob("*.sock.lock"))]
-    found = [path for path in paths if os.path.exists(path)]
-    if time.time_ns() - changed > SETTLED:
-        _listed = (place, changed, found)
+        now = (0, 0)
+    if _listed[0] == now:
+        return _listed[1]
+    folder = directory()
+    locks = [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.endswith(".sock.lock")]
+    found = [path for lock in locks if os.path.exists(path := lock.removesuffix(".lock"))]
+    if time.time_ns() - now[1] > SETTLED and now[0]:
+        _listed = (now, found)
     return found
 
 

@@ -34,7 +34,7 @@ COUNT = 16
 class Attached(Buffer):
     """A block that was attached by name."""
 
-    __slots__ = ("_edition", "_key", "_keeper")
+    __slots__ = ("_edition", "_keeper", "_key")
 
     _keeper: _Keeper | None
     _key: tuple[str, MappingAccessRights | None]

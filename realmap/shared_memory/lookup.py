@@ -61,6 +61,7 @@ def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bo
     def make(process: Process) -> tuple[str, Buffer]:
         if name is not None and _is_taken_elsewhere(checked(name), process.path):
             raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name)
+        _makers.add(process)
         while True:
             chosen = _make_filename() if name is None else name
             bare = checked(chosen)
@@ -68,9 +69,7 @@ def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bo
                 # In the tree's kernel it ends soon enough.
                 lasting = keep or ambient.is_of_the_tree(process.path)
                 segment = _checked_visible(bare) if visible else None
-                buffer = names.make(process, size, bare, keep=lasting, segment=segment, commit=commit)
-                _makers.add(process)
-                return chosen, buffer
+                return chosen, names.make(process, size, bare, keep=lasting, segment=segment, commit=commit)
             except InvalidHandle:
                 if name is not None:
                     raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name) from None

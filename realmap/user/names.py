@@ -28,8 +28,8 @@ PATIENCE = 2.0
 def make(
     process: Process, size: int, name: str, *, keep: bool = False, segment: str | None = None, commit: bool = True
 ) -> Buffer:
-    """Memory of `size` bytes with a name. `keep`: that does not end with its maker, whatever way it dies. `segment`: its
-    name in /dev/shm, if it is to have one.
+    """Memory of `size` bytes with a name. `keep`: that does not end with its maker, whatever way it dies.
+    `segment`: its name in /dev/shm, if it is to have one.
 
     InvalidHandle: a name is taken. LimitReached: too many handles and names. Else as `Process.map`.
     """
@@ -39,17 +39,22 @@ def make(
     client = process.client
     number = client.next_id()
     memory = messages.Map(number, size, int(MemoryType.HEAP), int(u_rw), None, segment, commit)
+    end = messages.Revoke(0, NAMED + name)
 
     def give_back(place: Any) -> bytes:
-        client.notice(messages.Revoke(0, NAMED + name))
+        client.notice(end)
         return process.farewell(place[0], place[1])
 
     request = messages.Publish(number, memory, name, math.inf if keep else 0.0)
     place, answer = client.request(request, name="map", late=give_back)
     window = map_window(process, place, lambda _: (0, place[1]), answer, u_rw)
-    if commit:
-        fault_in(window)
-    return Buffer.part(window, window._base, size)
+    try:
+        if commit:
+            fault_in(window)
+        return Buffer.part(window, window._base, size)
+    except BaseException:  # a signal handler's: nobody will ever have it
+        client.notice(end)
+        raise
 
 
 def attach(
