@@ -30,15 +30,16 @@ from realmap.pages import PAGE_SIZE, demand
 #: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, tools/bench/README.md), then others may go on.
 STEP = 16 << 20
 
+_new = functools.partial(posix_ipc.SharedMemory, flags=posix_ipc.O_CREX, mode=0o600)
+
 
 def _make(own: str, made: list[posix_ipc.SharedMemory]) -> None:
     """Makes a segment without any space, and notes it in `made`: in one call of C, so that no signal comes in between.
 
     OSError: it cannot be made.
     """
-    make = functools.partial(posix_ipc.SharedMemory, flags=posix_ipc.O_CREX, mode=0o600)
     try:
-        made.extend(map(make, ("/" + own,)))
+        made.extend(map(_new, ("/" + own,)))
     except posix_ipc.PermissionsError:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
     except posix_ipc.Error as error:
@@ -91,7 +92,8 @@ class Segment:
         Errors: PhysicalMemoryExhaustion (no space, no descriptors), AccessDenied (/dev/shm is not ours to use),
         InvalidHandle (`name` is taken), ProcessKilled (cancelled). None leaves anything behind.
         """
-        demand(length > 0 and length % PAGE_SIZE == 0, f"a segment is whole pages, not {length} bytes")
+        if length <= 0 or length % PAGE_SIZE:
+            demand(False, f"a segment is whole pages, not {length} bytes")
         self.length = length
         self.name: str | None = None
         self._maker = os.getpid()

@@ -148,14 +148,17 @@ def _descriptors(mapping: Mapping, first: int) -> list[int]:
     Each is opened anew: of a description that the kernel uses itself, a user that sets O_APPEND on it changes where the
     kernel writes, for everybody.
     """
-    if not isinstance(mapping.frames, SharedFrames):
+    frames, writable = mapping.frames, allows(mapping.rights, k_w)
+    if not isinstance(frames, SharedFrames):
         return []
-    begin = mapping.frames.index_of(mapping.phys_offset) + first
-    end = mapping.frames.index_of(mapping.phys_offset + mapping.length - 1) + 1
+    if len(frames.segments) == 1 and not first:  # the common case
+        return [frames.segments[0].open_anew(writable=writable)]
+    begin = frames.index_of(mapping.phys_offset) + first
+    end = frames.index_of(mapping.phys_offset + mapping.length - 1) + 1
     opened: list[int] = []
     try:
-        for segment in mapping.frames.segments[begin : min(end, begin + MAX_DESCRIPTORS)]:
-            opened.append(segment.open_anew(writable=allows(mapping.rights, k_w)))
+        for segment in frames.segments[begin : min(end, begin + MAX_DESCRIPTORS)]:
+            opened.append(segment.open_anew(writable=writable))
     except BaseException:
         channel.close_all(opened)
         raise
