@@ -30,16 +30,15 @@ from realmap.pages import PAGE_SIZE, demand
 #: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, tools/bench/README.md), then others may go on.
 STEP = 16 << 20
 
-_new = functools.partial(posix_ipc.SharedMemory, flags=posix_ipc.O_CREX, mode=0o600)
-
 
 def _make(own: str, made: list[posix_ipc.SharedMemory]) -> None:
     """Makes a segment without any space, and notes it in `made`: in one call of C, so that no signal comes in between.
 
     OSError: it cannot be made.
     """
+    make = functools.partial(posix_ipc.SharedMemory, flags=posix_ipc.O_CREX, mode=0o600)
     try:
-        made.extend(map(_new, ("/" + own,)))
+        made.extend(map(make, ("/" + own,)))
     except posix_ipc.PermissionsError:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
     except posix_ipc.Error as error:
