@@ -53,8 +53,7 @@ class _Keeper:
     def __init__(self, client: Client) -> None:
         """ValueError, OSError: its kernel has no status page, or not for us."""
         self.names = Names(client.path)
-        self._poll = select.poll()
-        self._poll.register(client.endpoint.fileno(), select.POLLIN)
+        self._fd = client.endpoint.fileno()
         self._windows: dict[tuple[str, MappingAccessRights | None], tuple[UserWindow, int]] = {}
         #: In which edition of the names they were attached.
         self._edition = -1
@@ -63,7 +62,7 @@ class _Keeper:
         """The window and the length of a block that is kept, and that its name still stands for."""
         if not self._windows:
             return None
-        if self._edition != self.names.edition or self._poll.poll(0):
+        if self._edition != self.names.edition or not self._is_quiet():
             self.clear()
             return None
         found = self._windows.pop(key, None)
@@ -72,23 +71,27 @@ class _Keeper:
     def put(self, block: Attached) -> bool:
         """Keeps a block, if nobody sees it and its name has not ended."""
         window, length = block._window, len(block)
-        if window.exports or window.fault is not None or block._edition != self.names.edition:
+        if window.exports or window.fault is not None or window._span > MOST or block._edition != self.names.edition:
             return False
         if self._edition != block._edition:
             self.clear()
             self._edition = block._edition
-        for key, (_, _) in list(self._windows.items()):
+        for key in list(self._windows):
             if len(self._windows) < COUNT and window._span + self._size() <= MOST:
                 break
             self._windows.pop(key, None)
-        if window._span > MOST:
-            return False
         block._drop()
         self._windows[block._key] = window, length
         return True
 
     def _size(self) -> int:
         return sum(window._span for window, _ in list(self._windows.values()))
+
+    def _is_quiet(self) -> bool:
+        """Whether the kernel lives, as far as can be seen, and says nothing."""
+        poll = select.poll()  # threads cannot share one
+        poll.register(self._fd, select.POLLIN)
+        return not poll.poll(0)
 
     def clear(self) -> None:
         """None is kept any longer."""

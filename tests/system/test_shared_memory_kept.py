@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from blocks import run
+from conftest import in_threads
 
 import realmap
 from realmap import ambient
@@ -154,13 +155,29 @@ def test_who_ends_a_name_keeps_nothing(tree: None) -> None:
     one.unlink()
 
 
-def test_a_large_one_is_not_kept(tree: None) -> None:
+def test_a_large_one_is_not_kept_and_takes_nobodys_place(block: SharedMemory) -> None:
     made = SharedMemory(create=True, size=kept.MOST + 1)
+    attach(block.name)
     before = mappings()
     SharedMemory(made.name).close()
     assert mappings() == before
     made.close()
     made.unlink()
+
+
+def test_many_threads(block: SharedMemory) -> None:
+    names = [block.name, SharedMemory(create=True, size=SIZE).name]
+
+    def use(number: int) -> None:
+        for turn in range(200):
+            same = SharedMemory(names[(number + turn) % 2], readonly=turn % 3 == 0)
+            assert same.size == SIZE
+            same.close()
+
+    in_threads(4, use)
+    attach(block.name)
+    SharedMemory(names[1]).unlink()
+    assert mappings() == 1
 
 
 def test_no_more_than_so_many_bytes_and_blocks(tree: None) -> None:
