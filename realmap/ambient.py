@@ -160,7 +160,8 @@ def is_of_the_tree(path: str) -> bool:
 def _connected() -> str | None:
     """The path of the ambient kernel, where this process has a connection to it: nothing else has to be asked then."""
     path = os.environ.get(VARIABLE) or os.environ.get(TREE)
-    return path if path and travel.made(path) is not None else None
+    known = travel.made(path) if path else None
+    return path if known is not None and not known.is_lost else None
 
 
 def running() -> str | None:

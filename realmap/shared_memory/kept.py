@@ -19,7 +19,7 @@ import select
 import weakref
 
 from realmap.host.signals import pass_on
-from realmap.rights import MappingAccessRights
+from realmap.rights import MappingAccessRights, allows, k_w
 from realmap.user import names
 from realmap.user.buffer import Buffer, UserWindow
 from realmap.user.process import Process
@@ -125,7 +125,8 @@ def attach(
         found = names.attach(process, name, rights, timeout=timeout)
         kept = found._window, len(found)
     window, length = kept
-    block = Attached.part(window, window._base, length)
+    block = Attached._over((window,), window._base, length, int(allows(window.rights, k_w)))
+    block.process, block.rights = window.process, window.rights
     block._keeper, block._key, block._edition = keeper, key, edition
     return block
 

@@ -54,6 +54,23 @@ def elsewhere(text: str, name: str) -> None:
     assert done.stderr == ""
 
 
+def test_making_one_is_a_question_and_so_is_its_end(tree: None) -> None:
+    before = messages()
+    made = SharedMemory(create=True, size=SIZE)
+    assert messages() == before + 2
+    made.close()
+    assert messages() == before + 3  # the kernel is told, and nobody waits
+    made.unlink()
+    assert messages() == before + 5
+    assert mappings() == 0
+
+
+def test_who_is_connected_does_not_look_for_the_root(block: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ambient, "_tree", lambda: pytest.fail("it is looked for"))
+    attach(block.name)
+    assert ambient.find() == ambient.running() == ambient.process().path
+
+
 def test_again_it_costs_no_message(block: SharedMemory) -> None:
     address = attach(block.name)
     before = messages()
