@@ -159,8 +159,18 @@ def is_of_the_tree(path: str) -> bool:
     return path == os.environ.get(TREE)
 
 
+def _connected() -> str | None:
+    """The path of the ambient kernel, where this process has a connection to it: nothing else has to be asked then."""
+    path = os.environ.get(VARIABLE) or os.environ.get(TREE)
+    known = travel.made(path) if path else None
+    return path if known is not None and not known._is_lost else None
+
+
 def running() -> str | None:
     """The path of the ambient kernel, if there may be one already."""
+    connected = _connected()
+    if connected is not None:
+        return connected
     known = os.environ.get(VARIABLE) or _tree()
     if not known:
         return None
@@ -176,6 +186,9 @@ def running() -> str | None:
 def find() -> str:
     """The path of the ambient kernel, which is booted if need be. Errors as `connect`."""
     global _booted
+    connected = _connected()
+    if connected is not None:
+        return connected
     with _lock:
         known = os.environ.get(VARIABLE)
         if known:

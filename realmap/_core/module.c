@@ -65,6 +65,8 @@ static PyMethodDef host_methods[] = {
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"read_file", FASTCALL(host_read_file), METH_FASTCALL, NULL},
     {"watch_directory", FASTCALL(host_watch_directory), METH_FASTCALL, NULL},
+    {"watch_file", host_watch_file, METH_O, NULL},
+    {"word_of", FASTCALL(host_word_of), METH_FASTCALL, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"holders_of", core_holders_of, METH_O, NULL},
     {"spin", FASTCALL(core_spin), METH_FASTCALL, NULL},

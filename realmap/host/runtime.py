@@ -23,6 +23,7 @@ import os
 import resource
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,10 @@ NEW = ".new"
 #: Of the name of a socket in its directory: a longer path is reached by way of /proc/self/fd/N/NAME.
 LONGEST_NAME = LONGEST_PATH - len("/proc/self/fd/2147483647/" + NEW)
 SEGMENT_PREFIX = "realmap."
+#: A directory changed so long ago (ns) that the next change has another time: Linux counts in ticks.
+SETTLED = 100_000_000
+#: The directory (its inode, and when it was changed), and the sockets that were in it then.
+_listed: tuple[tuple[int, int], list[str]] = ((-1, -1), [])
 _serial = itertools.count()
 _stamp: tuple[int, str] = (0, "")
 
@@ -92,12 +97,16 @@ def maker_lives(text: str) -> bool:
     return namespace != procfs.pid_namespace() or liveness.same_process_lives(pid, start)
 
 
+def _place() -> str:
+    return os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+
+
 def directory() -> Path:
     """The private directory, made if it is not there.
 
     AccessDenied: it cannot be made, belongs to somebody else, or others may enter it.
     """
-    place = os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+    place = _place()
     try:
         path = Path(place).absolute()
         with contextlib.suppress(FileExistsError):
@@ -318,11 +327,24 @@ def sweep_socket(path: str) -> list[str]:
 
 def sockets() -> list[str]:
     """The sockets of this user's kernels that live, in the private directory: those that were given no path."""
-    found = []
-    for lock in sorted(directory().glob("*.sock.lock")):
-        path = str(lock)[: -len(".lock")]
-        if maker_lives(lock.name) and os.path.exists(path):
-            found.append(path)
+    return [path for path in _sockets() if maker_lives(path)]
+
+
+def _sockets() -> list[str]:
+    """What sockets are there, listed again where the directory has changed."""
+    global _listed
+    try:
+        status = os.stat(_place())
+        now = (status.st_ino, status.st_mtime_ns)
+    except OSError:
+        now = (0, 0)
+    if _listed[0] == now:
+        return _listed[1]
+    folder = directory()
+    locks = [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.endswith(".sock.lock")]
+    found = [path for lock in locks if os.path.exists(path := lock.removesuffix(".lock"))]
+    if time.time_ns() - now[1] > SETTLED and now[0]:
+        _listed = (now, found)
     return found
 
 

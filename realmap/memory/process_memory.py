@@ -115,13 +115,19 @@ class ProcessMemory:
         return self._enter(start, None, 0, size, type, NO_RIGHTS)
 
     def enter_anywhere(
-        self, frames: Frames, length: int, type: MemoryType, rights: MappingAccessRights, alignment: int = 1
+        self,
+        frames: Frames,
+        length: int,
+        type: MemoryType,
+        rights: MappingAccessRights,
+        alignment: int = 1,
+        offset: int = 0,
     ) -> Mapping:
-        """Enters a mapping of all of `frames`, `length` bytes, where there is space.
+        """Enters a mapping of `length` bytes of `frames`, from `offset` on, where there is space.
 
         Errors as `find_available_space` and `Mapping`.
         """
-        return self._enter(self.find_available_space(length, alignment), frames, 0, length, type, rights)
+        return self._enter(self.find_available_space(length, alignment), frames, offset, length, type, rights)
 
     def _vacant(self, address: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         start, size = page_range(address, length)

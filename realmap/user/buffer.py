@@ -128,6 +128,13 @@ class Buffer(View, ByteAccess):
         except BufferError as error:
             raise views.named(error, self) from None
 
+    def _unmap_soon(self) -> None:
+        """`unmap`, but the kernel is only told, and gives back its frames a moment later. OSError: as munmap(2)."""
+        try:
+            self._window._unmap()
+        except BufferError as error:
+            raise views.named(error, self) from None
+
     def __enter__(self) -> Self:
         return self
 
@@ -144,7 +151,7 @@ class Buffer(View, ByteAccess):
         as `Process.share`.
         """
         self.check()
-        return travel.load, (self.process._share(self, self.rights, 1, None, travel.TRANSIT, None, more=True),)
+        return travel.load, (self.process._share(self, self.rights, 1, None, travel.TRANSIT, more=True),)
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a Buffer is memory, not a value: bytes(buffer) is a copy, buffer.slice(…) the same memory")

@@ -22,7 +22,7 @@ from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, 
 from realmap.user import shown
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
-from realmap.user.windows import map_window
+from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
@@ -192,6 +192,8 @@ class Process:
         place, answer = client.request(request, name="map", late=self._unmap_late)
         span, piece = place[1], step or place[1]
         window = map_window(self, place, lambda index: (0, min(piece, span - index * piece)), answer, allowed)
+        if commit:
+            fault_in(window)
         return part_of(window, window._base, size)
 
     def share(
@@ -224,7 +226,7 @@ class Process:
         if buffer.process is not self:
             raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, which is who may share it")
         allowed = buffer.rights if rights is None else rights_of(rights)
-        return self._share(buffer, allowed, uses, seconds, keep, None)
+        return self._share(buffer, allowed, uses, seconds, keep)
 
     def _share(
         self,
@@ -233,7 +235,6 @@ class Process:
         uses: SupportsIndex | None,
         seconds: float | None,
         keep: bool | float,
-        name: str | None,
         *,
         more: bool = False,
     ) -> Handle:
@@ -245,7 +246,7 @@ class Process:
             None if uses is None else index(uses),
             None if seconds is None else float(seconds),
             (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
-            name,
+            None,
             more,
         )
         late = None if more else self._revoke_late  # of one that others have as well, a use is lost

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 PieceAt = Callable[[int], tuple[int, int]]
 #: How many places for a mapping may turn out to be taken before there is none.
 PLACES = 100
+#: Windows of so many bytes, from and to, are faulted in at once: for fewer it does not pay, and a longer one would keep
+#: signals waiting (20 ms for 64 MiB).
+FAULTED_IN = (32 << 10, 64 << 20)
 
 
 def map_window(
@@ -66,6 +69,12 @@ def map_window(
     except BaseException:
         duty.refuse()
         raise
+
+
+def fault_in(window: UserWindow) -> None:
+    """Of fresh frames whose space is taken: what touching each page would cost is paid at once, and is less so."""
+    if FAULTED_IN[0] <= window._span <= FAULTED_IN[1]:
+        window._fault_in()
 
 
 def _map_segments(

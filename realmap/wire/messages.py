@@ -209,7 +209,15 @@ class Leave(_Request, tag=13, frozen=True):
     """This process ends in good order: the names that it gave stay without it. Done: None."""
 
 
-Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave
+class Publish(_Request, tag=14, frozen=True):
+    """`memory`, and a name for all of it, as by `Share`: both or none. `keep`: as there. Done: as `Map`."""
+
+    memory: Map
+    name: str
+    keep: float
+
+
+Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave | Publish
 #: How a name is written where a token may be.
 NAMED = "name:"
 

@@ -396,7 +396,7 @@ def test_gc_gives_back_what_was_to_outlive_its_maker(running: KernelHandle) -> N
     with running.connect() as me, running.connect() as other:
         labels = [other.share(other.map(PAGE), keep=True).token[:8] for _ in range(2)]
         mine, name = me.share(me.map(PAGE), keep=True), f"kept-{os.getpid()}"
-        names.publish(other, other.map(PAGE), name, keep=True)
+        names.make(other, PAGE, name, keep=True)
         other.close()
         wait_until(lambda: running.stats()["orphans"] == 3)
         done = realmap("gc", "--orphans", "--kernel", running.path)
