@@ -16,6 +16,7 @@
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
  *            an export of every window it covers.
  *   Lock     an RLock that no signal handler leaves taken; Turn: what its `with` drops.
+ *   Shared   what processes synchronize with, in 64 bytes of a buffer: SharedLock, SharedEvent, …
  *   guard    a handler of SIGBUS: where a segment under a window was truncated, zero pages take the place
  *            of what is gone, and the window says so from then on.
  *
@@ -59,6 +60,9 @@
 #include "account.c"
 #include "lock.c"
 #include "durations.c"
+#include "spot.c"
+#include "shared_lock.c"
+#include "shared_words.c"
 
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
@@ -111,6 +115,10 @@ static const struct {
     {&endpoint_type, &endpoint_spec, NULL},
     {&turn_type, &turn_spec, NULL},
     {&lock_type, &lock_spec, &rlock_type},
+    {&shared_type, &shared_spec, NULL},
+    {&shared_lock_type, &shared_lock_spec, &shared_type},
+    {&shared_counter_type, &counter_spec, &shared_type},
+    {&shared_event_type, &event_spec, &shared_type},
 };
 
 /* What there is once a process. -1 with an exception set; what was made by then is found the next time. */
@@ -127,7 +135,7 @@ static int set_up(void)
     if (threads && !rlock_type)
         rlock_type = as_type(PyObject_GetAttrString(threads, "RLock"));
     Py_XDECREF(threads);
-    if (!rlock_type)
+    if (!rlock_type || (!mutex_made && learn_mutex()))
         return -1;
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         PyObject *base = types[i].base ? (PyObject *)*types[i].base : NULL;

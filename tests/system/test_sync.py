@@ -1,0 +1,338 @@
+"""realmap.sync in one process: the faces of threading, threads, wrong use, signal handlers, memory that goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import pytest
+from conftest import BOUND, PAGE, in_threads, wait_until
+
+import realmap
+from realmap import AccessDenied, Buffer, InvalidAddress, InvalidMemState, InvalidSize, KernelPanic, OwnerDied, Process
+from realmap.sync import Counter, Event, Lock
+
+KINDS: list[Callable[..., object]] = [Lock, Counter, Event]
+#: What waits for an event that never comes, on a page of its own.
+WAITS: dict[str, Callable[[Buffer], object]] = {
+    "lock": lambda page: Lock(page, 192).acquire(timeout=BOUND),
+    "event": lambda page: Event(page).wait(BOUND),
+}
+
+
+class Stop(Exception):
+    """A signal handler's."""
+
+
+@contextlib.contextmanager
+def held_elsewhere(lock: Lock) -> Iterator[None]:
+    """Another thread holds it meanwhile."""
+    taken, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            over.wait(BOUND)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(BOUND)
+    yield
+    over.set()
+    thread.join(BOUND)
+
+
+@pytest.fixture
+def page(me: Process) -> Buffer:
+    return me.map(PAGE)
+
+
+# ---- made, found again ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_opens_the_same_bytes_has_the_same_one(page: Buffer, kind: Callable[..., object]) -> None:
+    kind(page, 3008)
+    before = page[3008:3072]
+    kind(page, 3008)
+    kind(page.slice(64, 3100), 2944)
+    assert page[3008:3072] == before != bytes(64)
+    assert page[:3008] == bytes(3008)
+    assert page[3072:] == bytes(PAGE - 3072)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offset", [-64, 1, 32, PAGE - 63, PAGE, 1 << 40, 2**64])
+def test_an_offset_that_will_not_do_is_told_of(page: Buffer, kind: Callable[..., object], offset: int) -> None:
+    with pytest.raises((InvalidAddress, InvalidSize)):
+        kind(page, offset)
+    assert page == bytes(PAGE)
+
+
+def test_a_buffer_that_will_not_do_is_told_of(me: Process) -> None:
+    page = me.map(PAGE)
+    with pytest.raises(InvalidAddress):
+        Lock(page.slice(8, 128))
+    with pytest.raises(InvalidSize):
+        Lock(page.slice(64, 63))
+    with pytest.raises(AccessDenied):
+        Lock(me.attach(me.share(page, realmap.u_r)))
+    with pytest.raises(TypeError):
+        Lock(bytearray(64))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        Lock(page, 0.0)  # type: ignore[arg-type]
+    lock, counter, event = Lock(page), Counter(page, 64), Event(page, 128)
+    page.unmap()
+    with pytest.raises(InvalidAddress):
+        Lock(page)
+    for use in (lock.acquire, lock.release, lambda: counter.add(1), event.set, event.wait):
+        with pytest.raises(BufferError):
+            use()
+
+
+def test_another_kind_and_other_bytes_are_left_alone(page: Buffer) -> None:
+    Counter(page).add(5)
+    page[100] = 1
+    page[128] = 1
+    before = page[:]
+    for offset in (0, 64, 128):
+        with pytest.raises(InvalidMemState):
+            Lock(page, offset)
+    assert page == before
+
+
+# ---- lock -----------------------------------------------------------------------------------
+
+
+def test_a_lock_is_one_threads_at_a_time(page: Buffer) -> None:
+    numbers = memoryview(page)[2048:2056].cast("q")
+
+    def work(_: int) -> None:
+        lock = Lock(page, 64)
+        for _ in range(2000):
+            with lock:
+                seen = numbers[0]
+                if seen % 97 == 0:
+                    time.sleep(0)  # gives the GIL away
+                numbers[0] = seen + 1
+
+    in_threads(4, work)
+    assert numbers[0] == 8000
+    numbers.release()
+
+
+def test_a_lock_says_whether_it_was_taken(page: Buffer) -> None:
+    lock = Lock(page)
+    assert lock.acquire() is True
+    assert lock.acquire(False) is False
+    lock.release()
+    with held_elsewhere(lock):
+        assert lock.acquire(blocking=False) is False
+        assert lock.acquire(timeout=0) is False
+        assert lock.acquire(True, 0.05) is False
+        assert Lock(page).acquire(timeout=0.01) is False
+    assert lock.acquire(timeout=1e300) is True
+    lock.release()
+
+
+@pytest.mark.parametrize("arguments", [{"timeout": -1}, {"timeout": float("nan")}, {"blocking": False, "timeout": 1}])
+def test_a_timeout_that_is_none_is_told_of(page: Buffer, arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        Lock(page).acquire(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arguments", [{"timeout": "1"}, {"wait": 1}])
+def test_arguments_that_are_none_are_told_of(page: Buffer, arguments: dict[str, object]) -> None:
+    with pytest.raises(TypeError):
+        Lock(page).acquire(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        Lock(page).acquire(True, 1, 1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        Lock(page).acquire(True, blocking=True)  # type: ignore[misc]
+
+
+def test_who_does_not_hold_a_lock_does_not_release_it(page: Buffer) -> None:
+    lock = Lock(page)
+    with pytest.raises(KernelPanic):
+        lock.release()
+    with held_elsewhere(lock), pytest.raises(KernelPanic):
+        lock.release()
+    with lock:
+        with pytest.raises(KernelPanic):
+            lock.acquire()
+        with pytest.raises(KernelPanic):
+            Lock(page).acquire(timeout=BOUND)
+        with pytest.raises(KernelPanic):
+            Lock(page).release()
+        with pytest.raises(KernelPanic):
+            lock.recovered()
+    lock.acquire()
+    lock.release()
+
+
+def test_a_buffer_is_not_unmapped_under_a_lock_that_is_held(page: Buffer) -> None:
+    lock = Lock(page)
+    with lock, pytest.raises(BufferError):
+        page.unmap()
+    page.unmap()
+
+
+def test_a_thread_that_ends_with_a_lock_leaves_it_to_the_next(page: Buffer) -> None:
+    lock = Lock(page)
+    thread = threading.Thread(target=lock.acquire)
+    thread.start()
+    thread.join(BOUND)
+    with pytest.raises(OwnerDied) as caught:
+        lock.acquire(timeout=BOUND)
+    assert caught.value.address == page.address
+    with pytest.raises(KernelPanic):
+        lock.acquire()
+    lock.recovered()
+    with pytest.raises(KernelPanic):
+        lock.recovered()
+    lock.release()
+    with lock:
+        pass
+    page.unmap()
+
+
+def test_a_lock_that_nobody_recovered_is_of_no_use(page: Buffer) -> None:
+    lock = Lock(page)
+    thread = threading.Thread(target=lock.acquire)
+    thread.start()
+    thread.join(BOUND)
+    with pytest.raises(OwnerDied):
+        lock.acquire()
+    lock.release()
+    for each in (lock, Lock(page), lock):
+        with pytest.raises(InvalidMemState, match="recovered"):
+            each.acquire()
+
+
+# ---- counter, event -------------------------------------------------------------------------
+
+
+def test_a_counter_counts(page: Buffer) -> None:
+    counter = Counter(page, 128)
+    assert counter.value == 0
+    assert counter.add(-3) == -3
+    assert counter.compare_exchange(-3, 2**63 - 1)
+    assert not counter.compare_exchange(-3, 5)
+    with pytest.raises(OverflowError):
+        counter.add(1)
+    with pytest.raises(OverflowError):
+        counter.add(2**63)
+    assert Counter(page, 128).value == 2**63 - 1
+    with pytest.raises(TypeError):
+        counter.add("1")  # type: ignore[arg-type]
+
+
+def test_an_event_tells_all_who_wait(page: Buffer) -> None:
+    event, told = Event(page), Counter(page, 64)
+    threads = [threading.Thread(target=lambda: told.add(event.wait(BOUND))) for _ in range(3)]
+    assert not event.wait(0)
+    for thread in threads:
+        thread.start()
+    event.set()
+    event.set()
+    for thread in threads:
+        thread.join(BOUND)
+    assert told.value == 3
+    assert event.is_set()
+    assert event.wait()
+    event.clear()
+    event.clear()
+    assert not event.is_set()
+    assert not event.wait(timeout=0.01)
+
+
+# ---- signal handlers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAITS)
+def test_a_signal_handler_that_raises_ends_a_wait(page: Buffer, way: str) -> None:
+    def stop(*_: object) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with held_elsewhere(Lock(page, 192)):
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            with pytest.raises(Stop):
+                WAITS[way](page)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    page.unmap()  # nothing is held
+
+
+@pytest.mark.parametrize("way", WAITS)
+def test_a_signal_handler_does_not_lengthen_a_wait(page: Buffer, way: str) -> None:
+    """It comes every few milliseconds, and uses what is waited for."""
+    came: list[object] = []
+
+    def use(_: int, frame: FrameType | None) -> None:
+        came.append(Lock(page, 192).acquire(False))
+        with pytest.raises(BufferError):
+            page.unmap()
+
+    before = signal.signal(signal.SIGALRM, use)
+    short = {"lock": lambda: Lock(page, 192).acquire(timeout=0.3), "event": lambda: Event(page).wait(0.3)}
+    try:
+        with held_elsewhere(Lock(page, 192)):
+            signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+            assert not short[way]()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert came
+    assert not any(came)
+
+
+# ---- memory that goes -----------------------------------------------------------------------
+
+#: What becomes of each when its segment is truncated, in a process of its own: what was held then stays mapped.
+TRUNCATED = """
+import sys, threading, time, realmap, os
+from realmap.sync import *
+kernel = realmap.connect(sys.argv[1])
+page = kernel.map(4096, name=sys.argv[2])
+lock, held, counter, event = Lock(page), Lock(page, 64), Counter(page, 128), Event(page, 192)
+held.acquire()
+said = []
+def wait(use):
+    try:
+        said.append(use())
+    except realmap.MemoryFault:
+        said.append("fault")
+other = threading.Thread(target=held.acquire, kwargs={"timeout": 0.01})
+other.start(); other.join()
+threads = [threading.Thread(target=wait, args=(use,)) for use in (event.wait, held.acquire)]
+for thread in threads: thread.start()
+time.sleep(0.1)  # some of them sleep by now, most likely; right in any case
+os.truncate("/dev/shm/" + sys.argv[2], 0)
+for thread in threads: thread.join()
+for use in (lock.acquire, held.release, held.recovered, lambda: counter.add(1), event.set, event.is_set, event.wait,
+            lambda: Lock(page), lambda: counter.value):
+    wait(use)
+fresh = Lock(kernel.map(4096))
+for _ in range(3):
+    with fresh: pass
+assert said == ["fault"] * 11, said
+print("held")
+"""
+
+
+def test_a_truncated_segment_is_a_memory_fault(kernel: realmap.KernelHandle) -> None:
+    name = f"realmap-test-sync-{os.getpid()}"
+    done = subprocess.run(
+        [sys.executable, "-c", TRUNCATED, kernel.path, name], capture_output=True, text=True, timeout=BOUND
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("held\n", "", 0)
+    wait_until(lambda: not kernel.stats()["processes"], "its end")
