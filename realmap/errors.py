@@ -270,6 +270,11 @@ def owner_died(address: int) -> OwnerDied:
     return OwnerDied(address, why="who held this lock has died; it is yours now: mend what it guards, then recovered()")
 
 
+def too_long(size: int, most: int) -> InvalidSize:
+    """For who puts more into a queue than its slots hold."""
+    return InvalidSize(size, why=f"a message of this queue has {most} bytes at most")
+
+
 def not_here(address: int, why: str) -> InvalidMemState:
     """For who would synchronize by bytes that are no such thing, or not any more."""
     return InvalidMemState(address, why=why)

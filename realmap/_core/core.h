@@ -158,10 +158,11 @@ typedef struct {
         pthread_mutex_t mutex;
         _Atomic int64_t count;
         _Atomic uint64_t stage;
+        char rest[SPOT - 16];
     };
 } Spot;
 
-_Static_assert(sizeof(Spot) <= SPOT && offsetof(Spot, mutex) == 16, "a mutex fits into a spot");
+_Static_assert(sizeof(Spot) == SPOT, "a mutex fits into a spot");
 
 static int64_t nanoseconds(void);
 
@@ -322,7 +323,8 @@ typedef struct {
     PyObject_HEAD
     PyObject *buffer; /* a View: */
     Window *window;   /* of this one, */
-    Spot *spot;       /* which lies in there */
+    Spot *spot;       /* which lies in there, */
+    size_t span;      /* and so many bytes belong to it */
     Budget budget;
     unsigned long thread; /* of a lock: who holds it by this object, */
     unsigned long epoch;  /* in which process */

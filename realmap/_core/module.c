@@ -63,6 +63,8 @@
 #include "spot.c"
 #include "shared_lock.c"
 #include "shared_words.c"
+#include "shared_condition.c"
+#include "shared_queue.c"
 
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
@@ -119,6 +121,10 @@ static const struct {
     {&shared_lock_type, &shared_lock_spec, &shared_type},
     {&shared_counter_type, &counter_spec, &shared_type},
     {&shared_event_type, &event_spec, &shared_type},
+    {&shared_semaphore_type, &semaphore_spec, &shared_type},
+    {&shared_barrier_type, &barrier_spec, &shared_type},
+    {&shared_condition_type, &condition_spec, &shared_type},
+    {&shared_queue_type, &shared_queue_spec, &shared_type},
 };
 
 /* What there is once a process. -1 with an exception set; what was made by then is found the next time. */

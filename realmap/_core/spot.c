@@ -24,6 +24,16 @@ static int is_zero(const unsigned char *bytes, size_t count)
     return 1;
 }
 
+COLD static PyObject *raise_of(const char *module, const char *name, const char *why)
+{
+    PyObject *found = PyImport_ImportModule(module), *kind = found ? PyObject_GetAttrString(found, name) : NULL;
+    if (kind)
+        PyErr_SetString(kind, why);
+    Py_XDECREF(kind);
+    Py_XDECREF(found);
+    return NULL;
+}
+
 /* Raises the InvalidMemState that realmap/errors.py makes of it. */
 COLD static int raise_not_here(const Shared *self, const char *why)
 {
@@ -33,7 +43,7 @@ COLD static int raise_not_here(const Shared *self, const char *why)
 
 /* ---- what every use begins and ends with ------------------------------------------------------- */
 
-static uintptr_t spot_fault(const Shared *self) { return fault_in(self->window, (uintptr_t)self->spot, SPOT); }
+static uintptr_t spot_fault(const Shared *self) { return fault_in(self->window, (uintptr_t)self->spot, self->span); }
 
 /* -1 with an exception set: it is unmapped, or bytes of it are gone. */
 static int shared_enter(const Shared *self)
@@ -256,6 +266,8 @@ static int learn_mutex(void)
     return -1;
 }
 
+static int has_mutex(uint32_t kind) { return kind == SHARED_LOCK || kind == SHARED_CONDITION || kind == SHARED_QUEUE; }
+
 static void make_mutex(Spot *spot)
 {
     _Atomic uint32_t *words = (_Atomic uint32_t *)(void *)&spot->mutex;
@@ -264,11 +276,11 @@ static void make_mutex(Spot *spot)
 }
 
 /* Makes it, where nobody has, with an argument (0: any will do); -1 with an exception set: something else is there. */
-static int claim(const Shared *self, uint32_t kind, uint32_t argument)
+static int claim(const Shared *self, Spot *spot, uint32_t kind, uint32_t argument)
 {
-    _Atomic uint64_t *head = (_Atomic uint64_t *)(void *)self->spot;
+    _Atomic uint64_t *head = (_Atomic uint64_t *)(void *)spot;
     uint64_t mine = kind | (uint64_t)argument << 32, found = atomic_load(head);
-    if (!found && !is_zero((unsigned char *)self->spot + sizeof mine, SPOT - sizeof mine)) {
+    if (!found && !is_zero((unsigned char *)spot + sizeof mine, SPOT - sizeof mine)) {
         atomic_thread_fence(memory_order_seq_cst);
         found = atomic_load(head); /* somebody else has made it just now, and uses it */
         if (!found && !shared_leave(self))
@@ -317,12 +329,13 @@ static PyObject *shared_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     self->buffer = Py_NewRef(args[0]);
     self->window = view->parts[0];
     self->spot = (Spot *)(void *)(view->start + offset);
+    self->span = SPOT;
     budget_set(&self->budget, SHARED_SPIN, sysconf(_SC_NPROCESSORS_ONLN) > 1);
-    if (shared_enter(self) || claim(self, kinds[kind].kind, (uint32_t)argument)) {
+    if (shared_enter(self) || claim(self, self->spot, kinds[kind].kind, (uint32_t)argument)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }
-    if (kinds[kind].kind == SHARED_LOCK || kinds[kind].kind == SHARED_CONDITION)
+    if (has_mutex(kinds[kind].kind))
         make_mutex(self->spot);
     return (PyObject *)self;
 }
