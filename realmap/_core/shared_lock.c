@@ -183,6 +183,17 @@ static PyObject *lock_recovered(PyObject *op, PyObject *Py_UNUSED(ignored))
     return none_unless(shared_leave(self));
 }
 
+/* As lock.c says: before 3.14 no handler comes in between. */
+static PyObject *shared_lock_enter(PyObject *op, PyObject *ignored)
+{
+    return Py_Version < 0x030E0000 ? lock_acquire(op, NULL, 0, NULL) : lock_enter(op, ignored);
+}
+
+static PyObject *shared_lock_exit(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
+{
+    return lock_release(op, NULL);
+}
+
 #define KEYWORDS METH_FASTCALL | METH_KEYWORDS
 #define WITH_KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
 
@@ -198,8 +209,8 @@ static PyMethodDef shared_lock_methods[] = {
     {"acquire", WITH_KEYWORDS(lock_acquire), KEYWORDS, ACQUIRE_DOC},
     {"release", lock_release, METH_NOARGS, RELEASE_DOC},
     {"recovered", lock_recovered, METH_NOARGS, RECOVERED_DOC},
-    {"__enter__", lock_enter, METH_NOARGS, NULL},
-    {"__exit__", FASTCALL(lock_exit), METH_FASTCALL, NULL},
+    {"__enter__", shared_lock_enter, METH_NOARGS, NULL},
+    {"__exit__", FASTCALL(shared_lock_exit), METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
