@@ -14,7 +14,8 @@ forked child, after a pickle (they travel as their buffer does), by `share` and 
 
 Any of the processes may die at any moment. Who dies with a lock leaves it to the next, who learns of it: `OwnerDied`.
 Who dies waiting loses nothing for others; who dies in a queue loses the message that he was at. What the dead had
-taken of a Semaphore, or that they had come to a Barrier, nobody knows: it stays so.
+taken of a Semaphore, or that they had come to a Barrier, nobody knows: it stays so. All of them trust each other: who
+writes over these bytes may crash those who share them.
 
 >>> import realmap
 >>> from realmap.sync import Counter, Lock
