@@ -1,8 +1,8 @@
 /* What the files of the C core share: the types, and what each of them knows of the others.
  *
  * The core is one translation unit: module.c includes the others in the order in which they build on each other.
- * Some need no Python (guard.c, table.c, queue.c, spin.c, post.c, packed.c): with REALMAP_NO_PYTHON a plain C program can
- * include these by themselves, and the drivers of tools/races do.
+ * Some need no Python (guard.c, table.c, queue.c, spin.c, sleep.c, post.c, packed.c): with REALMAP_NO_PYTHON a plain C
+ * program can include these by themselves, and the drivers of tools/races do.
  */
 #ifndef REALMAP_CORE_H
 #define REALMAP_CORE_H

@@ -37,6 +37,7 @@
 #include "guard.c"
 #include "queue.c"
 #include "spin.c"
+#include "sleep.c"
 #include "post.c"
 #include "packed.c"
 #include "bytes.c"
@@ -141,8 +142,13 @@ static int set_up(void)
     if (threads && !rlock_type)
         rlock_type = as_type(PyObject_GetAttrString(threads, "RLock"));
     Py_XDECREF(threads);
-    if (!rlock_type || (!mutex_made && learn_mutex()))
+    if (!rlock_type)
         return -1;
+    int unknown = mutex_made ? 0 : learn_mutex();
+    if (unknown) {
+        os_error(unknown);
+        return -1;
+    }
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         PyObject *base = types[i].base ? (PyObject *)*types[i].base : NULL;
         if (!*types[i].type && !(*types[i].type = as_type(PyType_FromSpecWithBases(types[i].spec, base))))

@@ -4,14 +4,6 @@
  * one counts as an export of its window, and where its bytes were truncated meanwhile the window stays for good. */
 #include "core.h"
 
-#if defined(__GLIBC__) /* from 2.30 on; without it a step of the system's clock may lengthen a slice */
-extern int pthread_mutex_clocklock(pthread_mutex_t *, clockid_t, const struct timespec *) __attribute__((weak));
-#define HAS_CLOCKLOCK (&pthread_mutex_clocklock != NULL)
-#else
-#define HAS_CLOCKLOCK 0
-#define pthread_mutex_clocklock(mutex, clock, until) EINVAL
-#endif
-
 #define RUINED 0x80000000u /* of a Spot's argument: nobody has recovered what its mutex guards */
 
 COLD static int raise_panic(const char *why)
@@ -24,29 +16,6 @@ COLD static int raise_owner_died(const Shared *self)
 {
     raise_made(made_error("owner_died", Py_BuildValue("(K)", (unsigned long long)(uintptr_t)self->spot)));
     return -1;
-}
-
-static int mutex_tried(Wait *self)
-{
-    if (self->outcome == EBUSY)
-        self->outcome = pthread_mutex_trylock(self->mutex);
-    return self->outcome != EBUSY;
-}
-
-static void sleep_on_mutex(Wait *self, const struct timespec *until)
-{
-    if (HAS_CLOCKLOCK) {
-        self->outcome = pthread_mutex_clocklock(self->mutex, CLOCK_MONOTONIC, until);
-    } else {
-        struct timespec now;
-        clock_gettime(CLOCK_REALTIME, &now);
-        int64_t then = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec - nanoseconds() +
-                       (int64_t)until->tv_sec * 1000000000 + until->tv_nsec;
-        now = (struct timespec){.tv_sec = then / 1000000000, .tv_nsec = then % 1000000000};
-        self->outcome = pthread_mutex_timedlock(self->mutex, &now);
-    }
-    if (self->outcome == ETIMEDOUT)
-        self->outcome = EBUSY;
 }
 
 /* Takes a mutex of `self`: 0 or EOWNERDEAD; another errno where it was not, EBUSY: not until `deadline`. -1 with an
