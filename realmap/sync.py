@@ -107,7 +107,8 @@ class Lock(_InBuffer, _core.SharedLock):
         try: …
         finally: lock.release()
 
-    Released without `recovered()` it is of no use any more: InvalidMemState to all, from then on.
+    `with lock:` raises it likewise, before its block, which is then not run, and the lock is held. Released
+    without `recovered()` it is of no use any more: InvalidMemState to all, from then on.
 
     The thread that has acquired it releases it, by the same object. A forked child does not hold what its parent
     does. A buffer is not unmapped under a lock that is held (BufferError). An object that is forgotten while it holds
@@ -217,6 +218,8 @@ class Queue(_core.SharedQueue):
     __slots__ = ()
 
     def __new__(cls, me: Process, *, slots: SupportsIndex, size: SupportsIndex) -> Self:
+        if not isinstance(me, Process):
+            raise TypeError(f"a queue lies in memory of a Process, which is not {me!r}")
         shape = usize(slots, "slots"), usize(size, "size")
         if not all(0 < number <= 2**30 for number in shape):
             raise InvalidSize(shape[1], why=f"a queue has 1 to 2**30 slots of 1 to 2**30 bytes, not {shape[0]}")

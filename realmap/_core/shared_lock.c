@@ -22,9 +22,10 @@ COLD static int raise_owner_died(const Shared *self)
  * exception set: a signal handler's, or a MemoryFault. */
 static int take_mutex(Shared *self, pthread_mutex_t *mutex, int64_t deadline)
 {
+    int outcome = pthread_mutex_trylock(mutex);
+    if (outcome != EBUSY || !deadline)
+        return outcome;
     Wait wait = {.ready = mutex_tried, .sleep = sleep_on_mutex, .mutex = mutex, .outcome = EBUSY};
-    if (mutex_tried(&wait) || !deadline)
-        return wait.outcome;
     return shared_wait(self, &wait, deadline) < 0 ? -1 : wait.outcome;
 }
 

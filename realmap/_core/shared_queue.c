@@ -111,7 +111,7 @@ static int queue_take(SharedQueue *self, Spot *side, int64_t deadline)
 {
     if (shared_enter(&self->shared))
         return -1;
-    int outcome = pthread_mutex_trylock(&side->mutex);
+    int outcome = take_mutex(&self->shared, &side->mutex, 0);
     if (outcome == EBUSY) {
         int64_t soon = nanoseconds() + SLICE;
         outcome = take_mutex(&self->shared, &side->mutex, deadline > soon ? deadline : soon);

@@ -212,6 +212,7 @@ static PyObject *shared_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
         {&shared_semaphore_type, SHARED_SEMAPHORE}, {&shared_barrier_type, SHARED_BARRIER},
         {&shared_queue_type, SHARED_QUEUE},
     };
+    static long cpus;
     uint64_t offset, argument;
     if (wants(nargs, 3, "_open") || as_u64(args[1], &offset) || as_u64(args[2], &argument))
         return NULL;
@@ -231,7 +232,9 @@ static PyObject *shared_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     self->window = view->parts[0];
     self->spot = (Spot *)(void *)(view->start + offset);
     self->span = SPOT;
-    budget_set(&self->budget, SHARED_SPIN, sysconf(_SC_NPROCESSORS_ONLN) > 1);
+    if (!cpus)
+        cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    budget_set(&self->budget, SHARED_SPIN, cpus > 1);
     if (shared_enter(self) || claim(self, self->spot, kinds[kind].kind, (uint32_t)argument)) {
         Py_DECREF((PyObject *)self);
         return NULL;

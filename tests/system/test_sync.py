@@ -472,6 +472,8 @@ def test_a_queue_gives_what_was_put_in_order(me: Process, slots: int, size: int)
 def test_a_queue_that_cannot_be_is_told_of(me: Process, shape: tuple[int, int]) -> None:
     with pytest.raises(InvalidSize):
         Queue(me, slots=shape[0], size=shape[1])
+    with pytest.raises(TypeError):
+        Queue(None, slots=1, size=1)  # type: ignore[arg-type]
 
 
 def test_only_bytes_and_buffers_are_put(me: Process) -> None:
@@ -585,6 +587,50 @@ def test_a_signal_handler_does_not_lengthen_a_wait(page: Buffer, way: str) -> No
         signal.signal(signal.SIGALRM, before)
     assert came
     assert not any(came)
+
+
+@pytest.mark.parametrize("kind", [Lock, Condition])
+def test_a_handler_that_raises_at_any_moment_leaves_nothing_held(
+    page: Buffer, kind: type[Lock] | type[Condition]
+) -> None:
+    """Another thread takes it all the time, so that it is waited for as well."""
+    lock, box = kind(page, 64), Queue(page.process, slots=2, size=8)
+    stopped = 0
+    over = threading.Event()
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    def contend() -> None:
+        while not over.is_set():
+            with lock:
+                time.sleep(0.0001)
+
+    thread = threading.Thread(target=contend)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        thread.start()
+        while stopped < 300:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.000007 * (stopped % 97))  # once
+                while True:
+                    with lock:
+                        pass
+                    with contextlib.suppress(queue.Empty, queue.Full):
+                        box.put(b"x" * (stopped % 8), 0.0001)
+                        box.get(0.0001)
+                        box.get(0.0001)
+            except Stop:
+                stopped += 1
+            with pytest.raises(KernelPanic):
+                lock.release()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        over.set()
+        thread.join(BOUND)
+        signal.signal(signal.SIGALRM, before)
+    page.unmap()
+    box.buffer.unmap()
 
 
 # ---- memory that goes -----------------------------------------------------------------------
