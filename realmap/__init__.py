@@ -26,6 +26,7 @@ MemoryType, MappingAccessRights     and k_r, k_rw, u_rw, … its shorthands
 KernelError, KernelPanic            every error; realmap.errors draws the tree
 realmap.memory                      the pieces by themselves
 realmap.shared_memory               in place of multiprocessing.shared_memory
+realmap.sync                        locks, events, queues, … in the bytes of a Buffer
 
 All else is how it is built, and may change.
 """
@@ -54,6 +55,7 @@ from realmap.errors import (
     KernelPanic,
     LimitReached,
     MemoryFault,
+    OwnerDied,
     PhysicalMemoryExhaustion,
     ProcessKilled,
     SyscallFailed,
@@ -97,6 +99,7 @@ __all__ = [
     "MemoryFault",
     "MemoryInfo",
     "MemoryType",
+    "OwnerDied",
     "PhysicalMemoryExhaustion",
     "Process",
     "ProcessKilled",

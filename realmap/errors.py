@@ -18,7 +18,8 @@
     ├── KernelDied                        15  ConnectionError
     ├── VersionMismatch                   16
     ├── LimitReached                      17
-    └── WrongArguments                    18  TypeError
+    ├── WrongArguments                    18  TypeError
+    └── OwnerDied                         19
     KernelPanic                               RuntimeError; no KernelError: the caller broke a precondition
 
 Each error carries its facts as attributes (what its class annotates, named in ``fields``), and a wire code that
@@ -255,6 +256,28 @@ class WrongArguments(KernelError, TypeError):
 
     def _said(self, name: str) -> bool:
         return not self.why
+
+
+class OwnerDied(KernelError):
+    """Who held the lock at `address` has died. You hold it now: mend what it guards, then say `recovered()`."""
+
+    code = 19
+    address: int
+
+
+def owner_died(address: int) -> OwnerDied:
+    """For who takes a lock after its holder's death."""
+    return OwnerDied(address, why="who held this lock has died; it is yours now: mend what it guards, then recovered()")
+
+
+def too_long(size: int, most: int) -> InvalidSize:
+    """For who puts more into a queue than its slots hold."""
+    return InvalidSize(size, why=f"a message of this queue has {most} bytes at most")
+
+
+def not_here(address: int, why: str) -> InvalidMemState:
+    """For who would synchronize by bytes that are no such thing, or not any more."""
+    return InvalidMemState(address, why=why)
 
 
 class KernelPanic(RuntimeError):

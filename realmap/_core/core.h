@@ -1,8 +1,8 @@
 /* What the files of the C core share: the types, and what each of them knows of the others.
  *
  * The core is one translation unit: module.c includes the others in the order in which they build on each other.
- * Some need no Python (guard.c, table.c, queue.c, spin.c, post.c, packed.c): with REALMAP_NO_PYTHON a plain C program can
- * include these by themselves, and the drivers of tools/races do.
+ * Some need no Python (guard.c, table.c, queue.c, spin.c, sleep.c, post.c, packed.c): with REALMAP_NO_PYTHON a plain C
+ * program can include these by themselves, and the drivers of tools/races do.
  */
 #ifndef REALMAP_CORE_H
 #define REALMAP_CORE_H
@@ -147,6 +147,24 @@ typedef struct {
     dev_t device;
     ino_t inode;
 } Post;
+
+/* Where something to synchronize with lies in shared memory. All zeros are one that nobody has made yet; whoever comes
+ * first writes the first eight bytes in one step. What else is there needs no making, but for one word of a mutex. */
+#define SPOT 64
+typedef struct {
+    _Atomic uint32_t kind;
+    _Atomic uint32_t argument;
+    _Atomic uint32_t word;     /* what is slept on: it changes when something has happened, */
+    _Atomic uint32_t sleepers; /* and so many are to be woken then, those included that died asleep */
+    union {
+        pthread_mutex_t mutex;
+        _Atomic int64_t count;
+        _Atomic uint64_t stage;
+        char rest[SPOT - 16];
+    };
+} Spot;
+
+_Static_assert(sizeof(Spot) == SPOT, "a mutex fits into a spot");
 
 static int64_t nanoseconds(void);
 
@@ -302,6 +320,20 @@ typedef struct {
     unsigned long epoch;
 } Ring;
 
+/* Something to synchronize with, as one process sees it: spot.c. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *buffer; /* a View: */
+    Window *window;   /* of this one, */
+    Spot *spot;       /* which lies in there, */
+    size_t span;      /* and so many bytes belong to it */
+    Budget budget;
+    unsigned long thread; /* of a lock: who holds it by this object, */
+    unsigned long epoch;  /* in which process */
+    char held;            /* it counts as an export of the window meanwhile */
+    char orphaned;        /* who held it before has died, and nobody has said that what it guards is whole */
+} Shared;
+
 /* The one way from an object to what it is in C, for who knows its type: the methods of that type, and who has
  * checked it. */
 #define ACCESSOR(type, name) \
@@ -315,12 +347,15 @@ ACCESSOR(Mirror, as_mirror)
 ACCESSOR(Frames, as_frames)
 ACCESSOR(Mapping, as_mapping)
 ACCESSOR(PyTypeObject, as_type)
+ACCESSOR(Shared, as_shared)
 
 /* The types, filled once by module.c. Not in the state of the module: what the guard knows is one table a process, so
  * there is one core a process, in its main interpreter. Imported again, it has the same types. */
 static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *frames_type, *mapping_type;
 static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
 static PyTypeObject *durations_type;
+static PyTypeObject *shared_type, *shared_lock_type, *shared_condition_type, *shared_event_type;
+static PyTypeObject *shared_semaphore_type, *shared_barrier_type, *shared_counter_type, *shared_queue_type;
 static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
 
 /* ---- connections ---------------------------------------------------------------------------- */

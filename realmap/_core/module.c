@@ -16,6 +16,7 @@
  *   View     a part of one window, or of several that lie side by side; exporting it counts as
  *            an export of every window it covers.
  *   Lock     an RLock that no signal handler leaves taken; Turn: what its `with` drops.
+ *   Shared   what processes synchronize with, in 64 bytes of a buffer: SharedLock, SharedEvent, …
  *   guard    a handler of SIGBUS: where a segment under a window was truncated, zero pages take the place
  *            of what is gone, and the window says so from then on.
  *
@@ -36,6 +37,7 @@
 #include "guard.c"
 #include "queue.c"
 #include "spin.c"
+#include "sleep.c"
 #include "post.c"
 #include "packed.c"
 #include "bytes.c"
@@ -59,6 +61,11 @@
 #include "account.c"
 #include "lock.c"
 #include "durations.c"
+#include "spot.c"
+#include "shared_lock.c"
+#include "shared_words.c"
+#include "shared_condition.c"
+#include "shared_queue.c"
 
 static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
@@ -114,6 +121,14 @@ static const struct {
     {&endpoint_type, &endpoint_spec, NULL},
     {&turn_type, &turn_spec, NULL},
     {&lock_type, &lock_spec, &rlock_type},
+    {&shared_type, &shared_spec, NULL},
+    {&shared_lock_type, &shared_lock_spec, &shared_type},
+    {&shared_counter_type, &counter_spec, &shared_type},
+    {&shared_event_type, &event_spec, &shared_type},
+    {&shared_semaphore_type, &semaphore_spec, &shared_type},
+    {&shared_barrier_type, &barrier_spec, &shared_type},
+    {&shared_condition_type, &condition_spec, &shared_type},
+    {&shared_queue_type, &shared_queue_spec, &shared_type},
 };
 
 /* What there is once a process. -1 with an exception set; what was made by then is found the next time. */
@@ -132,6 +147,11 @@ static int set_up(void)
     Py_XDECREF(threads);
     if (!rlock_type)
         return -1;
+    int unknown = mutex_made ? 0 : learn_mutex();
+    if (unknown) {
+        os_error(unknown);
+        return -1;
+    }
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         PyObject *base = types[i].base ? (PyObject *)*types[i].base : NULL;
         if (!*types[i].type && !(*types[i].type = as_type(PyType_FromSpecWithBases(types[i].spec, base))))

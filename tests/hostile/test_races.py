@@ -10,7 +10,13 @@ import pytest
 from conftest import BOUND, ROOT, scaled
 
 TOOL = ROOT / "tools" / "races"
-DRIVERS = {"ring_threads": 1_000_000, "post_threads": 100_000, "guard_threads": 200_000, "table_model": 20_000_000}
+DRIVERS = {
+    "ring_threads": 1_000_000,
+    "post_threads": 100_000,
+    "sleep_threads": 400_000,
+    "guard_threads": 200_000,
+    "table_model": 20_000_000,
+}
 
 
 def _drive(driver: str, count: int) -> None:

@@ -67,6 +67,6 @@ def test_help_names_what_there_is_and_no_more() -> None:
     }
     lines = re.findall(r"^([A-Za-z.]\S*(?:, \w+)*)  +\S", realmap.__doc__ or "", re.M)
     named = {name.removeprefix("realmap.") for line in lines for name in line.split(", ")}
-    assert named == offered | {"KernelError", "KernelPanic", "shared_memory"}
+    assert named == offered | {"KernelError", "KernelPanic", "shared_memory", "sync"}
     shown = pydoc.plain(pydoc.render_doc(realmap))
     assert not re.findall(r"^ \|  (_[a-z]\w*)", shown, re.M)  # nothing that is private

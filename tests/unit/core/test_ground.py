@@ -56,8 +56,9 @@ def test_codes_are_stable() -> None:
         "VersionMismatch",
         "LimitReached",
         "WrongArguments",
+        "OwnerDied",
     ]
-    assert [kind.code for kind in ALL_ERRORS] == list(range(19))
+    assert [kind.code for kind in ALL_ERRORS] == list(range(20))
 
 
 def test_every_error_is_exported_and_in_the_tree() -> None:
