@@ -74,12 +74,20 @@ class Storm:
         if self.me._own_client.endpoint.pending > 200:  # what is given up goes on in the kernel, a few at a time
             return
         timeout = self.rng.choice([0.0, 0.003, 0.01])
-        began = time.monotonic() - starved()
         handled = self.done["handled"]
+        began = self.clock()
         with suppress(realmap.SyscallTimeout):
             self.me.call("sleep", 0.05, timeout=timeout)
+        ended = self.clock()
         if self.done["handled"] == handled:  # else a handler took its own time in between
-            self.late.append(time.monotonic() - starved() - began - timeout)
+            self.late.append(ended - began - timeout)
+
+    def clock(self) -> float:
+        """The time, without that in which other programs had the CPUs. No handler raises here: a file is open."""
+        may_raise, self.may_raise = self.may_raise, False
+        now = time.monotonic() - starved()
+        self.may_raise = may_raise
+        return now
 
     def memory(self) -> None:
         length = self.rng.randrange(1, 5 * PAGE)
@@ -179,9 +187,8 @@ def weather(me: Process, kernel: KernelHandle, seconds: float, seed: int) -> Non
     late = sorted(storm.late)
     latest = late[-1] if late else 0.0
     print(f"{seconds} s: {dict(storm.done)}; bystanders {counts}; timeouts late by at most {latest:.3f} s")
-    assert sum(each > LATE for each in late) <= len(late) // 100, late[
-        -5:
-    ]  # one in a hundred: a map that Linux is slow to undo
+    # One, or one in a hundred: a map that Linux is slow to undo.
+    assert sum(each > LATE for each in late) <= max(1, len(late) // 100), late[-5:]
     gc.collect()
     wait_until(lambda: me.call("nop") is None and not me._own_client.endpoint.pending, "all answers")
     wait_until(lambda: me.call("nop") is None and not kernel.stats()["mappings"], "the end of what was given up")
