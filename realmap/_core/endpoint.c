@@ -179,10 +179,10 @@ static PyObject *endpoint_read(PyObject *op, PyObject *bell)
     while (!empty) {
         Duplex *pair = self->ring ? &self->ring->duplex : NULL;
         if (pair)
-            queue_say(pair, 0);
+            queue_say(pair, AWAKE);
         while (take_from_ring(self) | receive_one(self))
             ;
-        empty = self->end || !self->waiting || !pair || fall_asleep(&pair, 1);
+        empty = self->end || !self->waiting || !pair || fall_asleep(&pair, 1, ON_SOCKET);
     }
     flush(self);
     int watch = !self->letters ? 1 : self->stalled ? 3 : 2;
@@ -263,7 +263,7 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
         return PyLong_FromLong(error);
     }
     self->ring = ring;
-    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), sysconf(_SC_NPROCESSORS_ONLN) > 1);
+    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), (int)sysconf(_SC_NPROCESSORS_ONLN));
     return PyLong_FromLong(0);
 }
 
