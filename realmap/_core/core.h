@@ -299,10 +299,11 @@ typedef struct {
     char held; /* from when it is set until it is released */
 } Mapping;
 
-typedef struct {
+typedef struct Ring {
     PyObject_HEAD
     Queue *queues; /* NULL once it is closed */
     Duplex duplex;
+    struct Ring *owed; /* the next of those whose wake-up is owed */
     unsigned long epoch;
 } Ring;
 

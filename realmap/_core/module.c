@@ -67,6 +67,7 @@ static PyMethodDef host_methods[] = {
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"holders_of", core_holders_of, METH_O, NULL},
     {"gather", FASTCALL(core_gather), METH_FASTCALL, NULL},
+    {"wake_owed", core_wake_owed, METH_NOARGS, NULL},
     {"fall_asleep", core_fall_asleep, METH_O, NULL},
     {"wake_up", core_wake_up, METH_O, NULL},
     {"flaw_of", core_flaw_of, METH_O, NULL},
@@ -119,6 +120,7 @@ static int set_up(void)
 {
     static int counts_forks;
     page_size = (size_t)sysconf(_SC_PAGESIZE);
+    if (getenv("OWED")) owed_max = atoi(getenv("OWED"));
     huge_size = page_size * (page_size / sizeof(uint64_t));
     if (!word_mirror && !(word_mirror = PyUnicode_InternFromString("mirror")))
         return -1;

@@ -48,8 +48,41 @@ static int ring_is_here(Ring *self)
 
 static Duplex *duplex_of(PyObject *op) { return &as_ring(op)->duplex; }
 
-/* _send(bytes, socket) -> -1: it does not fit (now, or ever); else it is there, and who slept was woken (AWAKE: nobody
- * slept; ON_WORD; ON_SOCKET: by a bell through its socket). */
+/* Those who sleep on a word and have been answered since. They are woken some at a time: who is woken at once takes the
+ * CPU from whoever is at work for the others. */
+#define OWED 8
+
+static Ring *owed;
+static int owed_count, owed_max = OWED;
+
+static void wake_owed(void)
+{
+    for (Ring *ring; (ring = owed);) {
+        owed = ring->owed;
+        if (ring->queues && ring->epoch == fork_epoch)
+            queue_wake(&ring->duplex, ON_WORD, -1);
+        Py_DECREF((PyObject *)ring);
+    }
+    owed_count = 0;
+}
+
+static void owe(Ring *ring)
+{
+    ring->owed = owed;
+    owed = as_ring(Py_NewRef((PyObject *)ring));
+    if (++owed_count >= owed_max)
+        wake_owed();
+}
+
+/* wake_owed(): wakes who has been answered and was left asleep until now. */
+static PyObject *core_wake_owed(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    wake_owed();
+    Py_RETURN_NONE;
+}
+
+/* _send(bytes, socket) -> -1: it does not fit (now, or ever); else it is there, and how the other side slept (AWAKE: it
+ * did not; ON_SOCKET: it was woken by a bell through its socket; ON_WORD: it is woken by `wake_owed` at the latest). */
 static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     int socket;
@@ -61,7 +94,9 @@ static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs
     Duplex *self = duplex_of(op);
     atomic_store_explicit(&self->out->crowd, crowd, memory_order_relaxed);
     int asleep = queue_push(self, data, (size_t)length);
-    if (asleep > 0)
+    if (asleep == ON_WORD)
+        owe(as_ring(op));
+    else if (asleep > 0)
         queue_wake(self, (uint32_t)asleep, socket);
     return PyLong_FromLong(asleep);
 }
@@ -70,6 +105,7 @@ static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs
 static PyObject *ring_rouse(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Ring *self = as_ring(op);
+    wake_owed();
     if (self->queues && self->epoch == fork_epoch && queue_rouse(&self->duplex) == ON_WORD)
         queue_wake(&self->duplex, ON_WORD, -1);
     Py_RETURN_NONE;
@@ -198,6 +234,7 @@ static PyObject *core_gather(PyObject *Py_UNUSED(module), PyObject *const *args,
     Py_ssize_t count = all_rings(args[0], &pairs);
     if (count < 0)
         return NULL;
+    wake_owed();
     PyObject *found = NULL;
     Py_ssize_t from = behind(pairs, count, args[1]), first = find_ready(pairs, count, from);
     if (first < 0 && budget && count && (found = PyList_GetSlice(args[0], 0, count))) { /* so that none goes */

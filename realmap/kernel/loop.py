@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from realmap._core import Lock, Ring, SpinBudget, fall_asleep, gather, wake_up
+from realmap._core import Lock, Ring, SpinBudget, fall_asleep, gather, wake_owed, wake_up
 from realmap.host import files
 from realmap.kernel.logs import log
 from realmap.wire.status import TURN, Page
@@ -152,7 +152,7 @@ class Loop:
         while not self.ending:
             if not rings:
                 page.rest()
-                self._attend(self._epoll.poll(self._timeout()))
+                self._attend(self._poll(self._timeout()))
                 continue
             found = gather(rings, last, patience)
             now = clock()
@@ -168,7 +168,7 @@ class Loop:
                     now = clock()
                 if now - looked > LOOK:
                     looked = now
-                    self._attend(self._epoll.poll(0))
+                    self._attend(self._poll(0))
                     if paid:
                         budget.spun(0, now)
                         paid = False
@@ -184,10 +184,14 @@ class Loop:
         if fall_asleep(rings):
             self._page.rest()
             try:
-                events = self._epoll.poll(self._timeout())
+                events = self._poll(self._timeout())
             finally:
                 wake_up(rings)
             self._attend(events)
+
+    def _poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        wake_owed()
+        return self._epoll.poll(timeout)
 
     def _timeout(self) -> float | None:
         """Seconds until the next job's time; None: there is none."""
@@ -195,7 +199,7 @@ class Loop:
 
     def attend(self, timeout: float) -> None:
         """Looks at the descriptors alone, for at most so many seconds. OSError: as `run`."""
-        self._attend(self._epoll.poll(timeout))
+        self._attend(self._poll(timeout))
 
     def _attend(self, events: list[tuple[int, int]]) -> None:
         for fd, _ in events:

@@ -346,7 +346,7 @@ class Process:
         arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that cannot travel, a
         dict whose keys are no text, or lists and dicts more than 60 deep. KernelDied, ProcessKilled: no kernel.
         """
-        client = self.client
+        client = self._client if not self._client.lost_in_child else self.client  # most often without a call
         request = self._call(name, args, timeout, kwargs)
         try:
             return client.request(request, timeout=timeout, name=name, holds=request)[0]

@@ -48,7 +48,7 @@ from realmap.host import forks
 from realmap.host.translate import shortage
 from realmap.wire import messages, status
 from realmap.wire.client import handshake
-from realmap.wire.messages import FLAWS, VERSION
+from realmap.wire.messages import FLAWS, VERSION, Done
 from realmap.wire.status import Patience
 
 if TYPE_CHECKING:
@@ -80,9 +80,10 @@ class Client:
         self.path = path
         self.pid = os.getpid()
         self._encoder = encoder or msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(messages.Reply)
+        self._decode = msgspec.msgpack.Decoder(messages.Reply).decode
         self._bye = msgspec.msgpack.Decoder(messages.Bye)
-        self._ids = itertools.count(1)
+        #: A number for a request. Of C, as every call asks for one.
+        self.next_id = itertools.count(1).__next__
         #: Those who wait for answers in event loops.
         self.waiters: dict[AbstractEventLoop, Waiter] = {}
         self.lost_in_child = False
@@ -94,10 +95,6 @@ class Client:
         self.secret = welcome.secret
 
     # ---- requests ---------------------------------------------------------------------------
-
-    def next_id(self) -> int:
-        """A number for a request."""
-        return next(self._ids)
 
     def encode(self, message: Any) -> bytes:
         """Its bytes. TypeError, OverflowError: something in it cannot travel. InvalidSize: it is too much."""
@@ -128,7 +125,7 @@ class Client:
         SyscallTimeout: no answer (to the syscall `name`) within `timeout` seconds. KernelDied, ProcessKilled: there
         will be none. PhysicalMemoryExhaustion: Linux has no memory to send it. Else the kernel's own error.
         """
-        unwanted = None if late is None else lambda data: late(self._decoder.decode(data).value)
+        unwanted = None if late is None else lambda data: late(self._decode(data).value)
         answer = self.endpoint.request(message.id, self.encode(message), timeout, holds, unwanted)
         if answer.outcome == TIMED_OUT:
             assert not isinstance(timeout, Patience)  # which raises
@@ -137,18 +134,19 @@ class Client:
 
     def value(self, answer: Answer) -> Any:
         """The value of an answer. KernelDied, ProcessKilled: there is none. Else the kernel's error."""
-        if answer.outcome == FAILED:
-            raise shortage(OSError(answer.error, os.strerror(answer.error)), "cannot speak with the kernel")
         if answer.outcome != ANSWERED:
+            if answer.outcome == FAILED:
+                raise shortage(OSError(answer.error, os.strerror(answer.error)), "cannot speak with the kernel")
             self.check()
         try:
-            reply = self._decoder.decode(answer.data or b"")
+            reply = self._decode(answer.data or b"")
         except msgspec.MsgspecError:
             self.endpoint.reject()
             raise self._ended() from None
-        if isinstance(reply, messages.Failed):
-            raise messages.exception_of(reply.error)
-        return reply.value
+        if type(reply) is Done:
+            return reply.value
+        assert isinstance(reply, messages.Failed)
+        raise messages.exception_of(reply.error)
 
     def notice(self, message: Any) -> None:
         """Sends a request that wants no answer; later if it cannot be sent now. Safe in a destructor: never waits."""
