@@ -400,6 +400,7 @@ typedef struct Endpoint {
     int busy;        /* threads that use the socket without the GIL */
     int end;
     int closed;      /* by this side: who uses the socket last closes it */
+    int armed;       /* what comes is seen by who watches the socket: nobody has read since its loop did */
     int stalled;     /* Linux had no memory to send: not at once again */
 } Endpoint;
 

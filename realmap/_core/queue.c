@@ -19,6 +19,11 @@
  * tail, so whoever sees that tail reads the socket first. */
 #include "core.h"
 
+static long futex(_Atomic uint32_t *word, int what, uint32_t value, const struct timespec *until)
+{
+    return syscall(SYS_futex, word, what, value, until, NULL, FUTEX_BITSET_MATCH_ANY);
+}
+
 /* Whoever sees it asleep wakes it; of several, one. The word it sleeps on is not waited for any more then, so that who
  * is about to sleep on it does not; how it is to be woken. */
 static uint32_t queue_rouse(Duplex *self)
@@ -87,17 +92,31 @@ static size_t queue_room(const Duplex *self)
 /* Something was sent by the socket, before whatever goes by the queue from now on: tail, stored later, releases it. */
 static void queue_mailed(Duplex *self) { atomic_fetch_add_explicit(&self->out->mailed, 1, memory_order_relaxed); }
 
+/* Something was sent by the socket, to one that may sleep on its word: it counts that after it has said so, as it looks
+ * for messages, so either sees the other. Who waits for its socket is not touched: it may have read, and wait anew. */
+static void queue_tell_of_mail(Duplex *self)
+{
+    uint32_t on_word = ON_WORD;
+    queue_mailed(self);
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_compare_exchange_strong(&self->out->asleep, &on_word, AWAKE))
+        futex(&self->out->asleep, FUTEX_WAKE, 1, NULL);
+}
+
+/* Whether something was sent by the socket since this was asked. */
+static int queue_has_mail(Duplex *self)
+{
+    uint32_t before = self->in_mailed;
+    self->in_mailed = atomic_load_explicit(&self->in->mailed, memory_order_acquire);
+    return self->in_mailed != before;
+}
+
 /* For how many others the other side is at work. */
 static uint32_t crowd_of(const Duplex *self) { return atomic_load_explicit(&self->in->crowd, memory_order_relaxed); }
 
 static void queue_say(Duplex *self, uint32_t asleep)
 {
     atomic_store_explicit(&self->in->asleep, asleep, memory_order_relaxed);
-}
-
-static long futex(_Atomic uint32_t *word, int what, uint32_t value, const struct timespec *until)
-{
-    return syscall(SYS_futex, word, what, value, until, NULL, FUTEX_BITSET_MATCH_ANY);
 }
 
 /* Sleeps on the word until the other side wakes this one, a signal comes, or `until` (monotonic clock); whether it was

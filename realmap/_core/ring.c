@@ -101,13 +101,13 @@ static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs
     return PyLong_FromLong(asleep);
 }
 
-/* _rouse(): wakes who sleeps on its word, for something was sent by the socket. */
-static PyObject *ring_rouse(PyObject *op, PyObject *Py_UNUSED(ignored))
+/* _mailed(): something was sent by the socket: who sleeps on its word wakes. */
+static PyObject *ring_mailed(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Ring *self = as_ring(op);
     wake_owed();
-    if (self->queues && self->epoch == fork_epoch && queue_rouse(&self->duplex) == ON_WORD)
-        queue_wake(&self->duplex, ON_WORD, -1);
+    if (self->queues && self->epoch == fork_epoch)
+        queue_tell_of_mail(&self->duplex);
     Py_RETURN_NONE;
 }
 
@@ -163,7 +163,7 @@ static void ring_dealloc(PyObject *op)
 static PyMethodDef ring_methods[] = {
     {"_open", FASTCALL(ring_open), METH_FASTCALL | METH_CLASS, NULL},
     {"_send", FASTCALL(ring_send), METH_FASTCALL, NULL},
-    {"_rouse", ring_rouse, METH_NOARGS, NULL},
+    {"_mailed", ring_mailed, METH_NOARGS, NULL},
     {"_takes", ring_takes, METH_O, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},

@@ -79,7 +79,10 @@ static int settle(Endpoint *self, PyObject *own)
             self->over = answer->after;
         else
             self->bell = NULL;
-        Py_XDECREF((PyObject *)answer);
+        if (answer && bell)
+            bell_add(bell, answer);
+        else
+            Py_XDECREF((PyObject *)answer);
         if (bell)
             tell_loop(self, bell, own);
         put_aside(first);
@@ -130,6 +133,14 @@ static int look(Endpoint *self, int64_t until)
     return found >= 0;
 }
 
+static void receive_all(Endpoint *self)
+{
+    if (self->ring)
+        queue_has_mail(&self->ring->duplex); /* what has come by now is taken here */
+    while (receive_one(self))
+        ;
+}
+
 /* How it sleeps: on the ring's word, for one system call; where something is to be sent, or there is no ring, by the
  * socket. */
 static uint32_t way_to_sleep(const Endpoint *self) { return self->ring && !self->letters ? ON_WORD : ON_SOCKET; }
@@ -147,7 +158,7 @@ static int doze(Endpoint *self, uint32_t how, int64_t until)
     int got;
     self->busy++;
     Py_BEGIN_ALLOW_THREADS
-    got = pair ? queue_sleep(pair, until) : post_wait(&post, events, until);
+    got = !pair ? post_wait(&post, events, until) : queue_has_mail(pair) || queue_sleep(pair, until);
     Py_END_ALLOW_THREADS
     self->busy--;
     if (self->ring) {
@@ -165,6 +176,9 @@ static int lead(Endpoint *self, Answer *answer, int64_t until, int ask)
 {
     int asked = 0;
     self->reader = PyThread_get_thread_ident();
+    if (self->armed && self->ring)
+        queue_say(&self->ring->duplex, AWAKE);
+    self->armed = 0;
     while (answer->outcome == ON_ITS_WAY && !self->end) {
         if (take_from_ring(self))
             continue;
@@ -181,9 +195,11 @@ static int lead(Endpoint *self, Answer *answer, int64_t until, int ask)
             continue;
         int got = doze(self, how, until);
         flush(self);
-        if (got && pair && queue_ready(pair))
+        if (how == ON_WORD && got && queue_ready(pair))
             continue;
-        if (self->end || ((how == ON_WORD || (got & ~POLLOUT)) && !receive_one(self)) || !got)
+        if (how == ON_WORD) /* there is mail, or the kernel may have died */
+            receive_all(self);
+        if (self->end || !got || (how == ON_SOCKET && (got & ~POLLOUT) && !receive_one(self)))
             break;
     }
     give_turn_back(self, NULL);

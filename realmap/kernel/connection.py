@@ -115,12 +115,12 @@ class Connection:
             rights = descriptors if part is parts[-1] else ()
             if self._outbox or not self._try(part, rights):
                 self._wait(part, rights)
-        self._rouse()
+        self._tell_of_mail()
 
-    def _rouse(self) -> None:
+    def _tell_of_mail(self) -> None:
         """Something was sent by the socket: who sleeps on its ring looks there."""
         if self.ring is not None:
-            self.ring._rouse()
+            self.ring._mailed()
 
     def _wait(self, part: bytes, rights: Sequence[int]) -> None:
         """It is sent when the peer has read what comes before."""
@@ -164,7 +164,7 @@ class Connection:
     def flush(self) -> None:
         """Goes on sending what waits. OSError: the peer is gone."""
         while self._outbox and self._try(*self._outbox[0]):
-            self._rouse()
+            self._tell_of_mail()
             datagram, descriptors = self._outbox.popleft()
             weight = _weight(datagram, descriptors)
             self.backlog -= weight
@@ -187,7 +187,7 @@ class Connection:
             channel.close_all(self._outbox.popleft()[1])
         files.shut(self.sock)
         if self.ring is not None:
-            self.ring._rouse()
+            self.ring._mailed()
             self.ring._close()
             self.ring = None
 

@@ -1,10 +1,10 @@
 """Waiting for answers in an asyncio event loop: the same requests and the same answers, no thread of its own.
 
     a thread waits    takes its turn, reads for all, hands on (_core/turn.c)
-    a task waits      its loop watches the socket; whoever reads an answer wakes it
+    a task waits      its loop watches the socket; whoever reads an answer tells the loop, which wakes the task
 
-While tasks wait and no thread reads, the kernel is told that this side sleeps, so that what it answers comes by the
-socket, which the loop sees.
+While a loop watches and no thread reads, the kernel is told that this side sleeps. Its first answer comes with a bell by
+the socket, which the loop sees; all that come until the loop has looked come by the ring alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: When it is tried again where Linux had no memory or no descriptor, in seconds.
 SOON = 0.05
+#: Its socket is watched for so long after the last answer, in seconds: to begin and end that costs as much as a call.
+QUIET = 0.2
 #: A timeout of more seconds than these is as long as none.
 LONGEST = 1e9
 
@@ -34,8 +36,8 @@ class Waiter:
         self._loop = loop
         #: What whoever reads rings, from any thread: an answer is there, or somebody has to read from now on.
         self._bell = Bell(self._look, loop.call_soon_threadsafe)
-        self._waiting: dict[asyncio.Future[None], Answer] = {}
-        self._looking = False
+        self._waiting: dict[Answer, asyncio.Future[None]] = {}
+        self._looking = self._used = self._resting = False
         self._watching = 0
 
     @classmethod
@@ -56,22 +58,25 @@ class Waiter:
         future = self._loop.create_future()
         task, timer = asyncio.current_task(), None
         cancelled = task.cancelling() if task is not None else 0
-        answer = self._waiting[future] = client.endpoint.start(message.id, data, holds, self._bell)
+        self._used = True
+        answer = client.endpoint.start(message.id, data, holds, self._bell)
+        self._waiting[answer] = future
         try:
             if timeout is not None:
                 # Cancelled by C: a signal handler that raises in there would be the timer's end.
                 timer = self._loop.call_later(min(timeout, LONGEST), future.cancel)
-            self._look()
-            await future
+            # Who is alone is often answered by now; of many, those are all seen when the loop comes round.
+            if len(self._waiting) == 1 or not (self._watching and client.endpoint.is_armed):
+                self._look()
+            if answer.outcome == ON_ITS_WAY:
+                await future
         except asyncio.CancelledError:
             if task is None or task.cancelling() > cancelled:
                 raise
         finally:
-            self._waiting.pop(future, None)
+            self._waiting.pop(answer, None)
             if timer is not None:
                 timer.cancel()
-            if not self._waiting:
-                self._watch(0)
             if given_up := answer.outcome == ON_ITS_WAY:
                 client.endpoint.give_up(answer)
         if given_up:
@@ -87,22 +92,25 @@ class Waiter:
         self._looking = True
         try:
             watch = self._client.endpoint.read(self._bell)
-            if not self._wake_those_answered():
-                watch = 0
+            while (answer := self._bell.first()) is not None:
+                future = self._waiting.get(answer)
+                if future is not None and not future.done():
+                    future.set_result(None)
+                self._bell.drop(answer)
             self._watch(1 if watch == 3 else watch)
             if watch == 3:
                 self._loop.call_later(SOON, self._bell)
         finally:
             self._looking = False
 
-    def _wake_those_answered(self) -> bool:
-        """Whether anybody waits still."""
-        for future, answer in list(self._waiting.items()):
-            if answer.outcome != ON_ITS_WAY:
-                if not future.done():
-                    future.set_result(None)
-                self._waiting.pop(future, None)
-        return bool(self._waiting)
+    def _rest(self) -> None:
+        """Where nobody has asked for a while, nothing is watched: the loop keeps nobody's connection alive."""
+        self._resting = bool(self._waiting or self._used)
+        self._used = False
+        if self._resting:
+            self._loop.call_later(QUIET, self._rest)
+        else:
+            self._watch(0)
 
     def _watch(self, what: int) -> None:
         """0: nothing; 1: the socket for what comes; 2: and for room to send. Noted when done: a handler may come."""
@@ -115,6 +123,9 @@ class Waiter:
             return
         if what:
             self._loop.add_reader(fd, self._bell)
+            if not self._resting:
+                self._resting = True
+                self._loop.call_later(QUIET, self._rest)
         if what == 2:
             self._loop.add_writer(fd, self._bell)
         elif self._watching == 2:
@@ -133,6 +144,6 @@ class Waiter:
     def abandon(self) -> None:
         """Its loop was closed while tasks waited there."""
         self._bell.close()
-        for answer in self._waiting.values():
+        for answer in self._waiting:
             self._client.endpoint.give_up(answer)
         self._waiting.clear()
