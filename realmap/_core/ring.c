@@ -306,7 +306,7 @@ static PyObject *spin_budget_new(PyTypeObject *type, PyObject *args, PyObject *P
 static PyObject *spin_budget_now(PyObject *op, PyObject *clock)
 {
     uint64_t now;
-    return as_u64(clock, &now) ? NULL : PyLong_FromLongLong(budget_now(budget_of(op), (int64_t)now, crowd));
+    return as_u64(clock, &now) ? NULL : PyLong_FromLongLong(budget_now(budget_of(op), (int64_t)now, 0));
 }
 
 static PyObject *spin_budget_spun(PyObject *op, PyObject *const *args, Py_ssize_t nargs)

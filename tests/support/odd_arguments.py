@@ -24,7 +24,7 @@ from realmap.rights import MappingAccessRights, MemoryType, k_rw, u_rw
 
 PAGES = 16
 #: These wait for others, and have tests of their own.
-WAITS = {"Ring", "spin", "fall_asleep", "wake_up"}
+WAITS = {"Ring", "gather", "fall_asleep", "wake_up"}
 
 
 class Window(_core.Window):
