@@ -24,6 +24,7 @@ static int ring_the_loop(PyObject *op)
     int closed = 0;
     if (as_bell(op)->rung)
         return 1;
+    as_bell(op)->rung = 1; /* before: the loop may call it before this returns */
     for (int tries = 0; tries < 100 && !done && closed < 2; tries++) {
         done = PyObject_CallFunctionObjArgs(as_bell(op)->soon, op, NULL);
         if (done)
@@ -35,7 +36,8 @@ static int ring_the_loop(PyObject *op)
             PyErr_Fetch(&type, &value, &traceback);
     }
     Py_XDECREF(done);
-    as_bell(op)->rung = done != NULL;
+    if (!done)
+        as_bell(op)->rung = 0;
     if (!done && closed) {
         Py_XDECREF(type);
         Py_XDECREF(value);

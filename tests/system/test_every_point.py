@@ -91,7 +91,10 @@ WITHIN = {"acall": "/realmap/wire/client/waiter.py"}
 
 
 #: Where the handler's frame is while it waits in the core, by how: alone, or while another thread reads.
-ASLEEP = {"reads": points.PPOLL, "stands by": points.FUTEX}
+ASLEEP = {
+    "reads": lambda me: points.FUTEX if me.client.endpoint.has_ring else points.PPOLL,
+    "stands by": lambda me: points.FUTEX,
+}
 
 
 @pytest.fixture
@@ -300,7 +303,7 @@ def test_a_handler_while_it_waits(stage: Stage, how: str, inner: str) -> None:
     handler = raiser(kinds[inner]) if inner in kinds else nester(stage, inner)
     signal.signal(points.SIGNAL, lambda *_: handler())
     ended: list[BaseException] = []
-    with points.while_asleep(ASLEEP[how]) as point:
+    with points.while_asleep(ASLEEP[how](me)) as point:
         try:
             assert me.call("sleep", 0.2) == 0.2
         except BaseException as error:

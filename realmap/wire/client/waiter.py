@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 #: When it is tried again where Linux had no memory or no descriptor, in seconds.
 SOON = 0.05
-#: Its socket is watched for so long after the last answer, in seconds: to begin and end that costs as much as a call.
-QUIET = 0.2
 #: A timeout of more seconds than these is as long as none.
 LONGEST = 1e9
 
@@ -37,7 +35,7 @@ class Waiter:
         #: What whoever reads rings, from any thread: an answer is there, or somebody has to read from now on.
         self._bell = Bell(self._look, loop.call_soon_threadsafe)
         self._waiting: dict[Answer, asyncio.Future[None]] = {}
-        self._looking = self._used = self._resting = False
+        self._looking = False
         self._watching = 0
 
     @classmethod
@@ -58,7 +56,6 @@ class Waiter:
         future = self._loop.create_future()
         task, timer = asyncio.current_task(), None
         cancelled = task.cancelling() if task is not None else 0
-        self._used = True
         answer = client.endpoint.start(message.id, data, holds, self._bell)
         self._waiting[answer] = future
         try:
@@ -77,6 +74,8 @@ class Waiter:
             self._waiting.pop(answer, None)
             if timer is not None:
                 timer.cancel()
+            if not self._waiting:
+                self._watch(0)
             if given_up := answer.outcome == ON_ITS_WAY:
                 client.endpoint.give_up(answer)
         if given_up:
@@ -96,21 +95,15 @@ class Waiter:
                 future = self._waiting.get(answer)
                 if future is not None and not future.done():
                     future.set_result(None)
+                self._waiting.pop(answer, None)
                 self._bell.drop(answer)
+            if not self._waiting:
+                watch = 0
             self._watch(1 if watch == 3 else watch)
             if watch == 3:
                 self._loop.call_later(SOON, self._bell)
         finally:
             self._looking = False
-
-    def _rest(self) -> None:
-        """Where nobody has asked for a while, nothing is watched: the loop keeps nobody's connection alive."""
-        self._resting = bool(self._waiting or self._used)
-        self._used = False
-        if self._resting:
-            self._loop.call_later(QUIET, self._rest)
-        else:
-            self._watch(0)
 
     def _watch(self, what: int) -> None:
         """0: nothing; 1: the socket for what comes; 2: and for room to send. Noted when done: a handler may come."""
@@ -123,9 +116,6 @@ class Waiter:
             return
         if what:
             self._loop.add_reader(fd, self._bell)
-            if not self._resting:
-                self._resting = True
-                self._loop.call_later(QUIET, self._rest)
         if what == 2:
             self._loop.add_writer(fd, self._bell)
         elif self._watching == 2:
