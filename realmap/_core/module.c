@@ -120,7 +120,6 @@ static int set_up(void)
 {
     static int counts_forks;
     page_size = (size_t)sysconf(_SC_PAGESIZE);
-    if (getenv("OWED")) owed_max = atoi(getenv("OWED"));
     huge_size = page_size * (page_size / sizeof(uint64_t));
     if (!word_mirror && !(word_mirror = PyUnicode_InternFromString("mirror")))
         return -1;

@@ -53,7 +53,7 @@ static Duplex *duplex_of(PyObject *op) { return &as_ring(op)->duplex; }
 #define OWED 8
 
 static Ring *owed;
-static int owed_count, owed_max = OWED;
+static int owed_count;
 
 static void wake_owed(void)
 {
@@ -70,7 +70,7 @@ static void owe(Ring *ring)
 {
     ring->owed = owed;
     owed = as_ring(Py_NewRef((PyObject *)ring));
-    if (++owed_count >= owed_max)
+    if (++owed_count >= OWED)
         wake_owed();
 }
 

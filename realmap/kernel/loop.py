@@ -140,8 +140,8 @@ class Loop:
     def run(self, rings: list[R], take: Callable[[R], None], patience_in_us: float) -> None:
         """Until `end`: `take(ring)` for each that has a message, and looks at the descriptors now and then.
 
-        `rings` may change meanwhile: `take` is called of one that has gone, too. `patience_in_us`: how long it looks for
-        the next message before it sleeps. OSError: Linux fails a call without which it cannot go on.
+        `rings` may change meanwhile: `take` is called of one that has gone, too. `patience_in_us`: how long it looks
+        for the next message before it sleeps. OSError: Linux fails a call without which it cannot go on.
         """
         budget = SpinBudget(int(patience_in_us * 1000), os.cpu_count() or 1)
         page, clock = self._page, time.monotonic_ns

@@ -3,8 +3,8 @@
     a thread waits    takes its turn, reads for all, hands on (_core/turn.c)
     a task waits      its loop watches the socket; whoever reads an answer tells the loop, which wakes the task
 
-While a loop watches and no thread reads, the kernel is told that this side sleeps. Its first answer comes with a bell by
-the socket, which the loop sees; all that come until the loop has looked come by the ring alone.
+While a loop watches and no thread reads, the kernel is told that this side sleeps. Its first answer comes with a bell
+by the socket, which the loop sees; all that come until the loop has looked come by the ring alone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import resource
@@ -23,6 +24,7 @@ from realmap import InvalidSize, KernelHandle, Process
 from realmap._core import (
     AWAKE,
     ON_SOCKET,
+    ON_WORD,
     OVERLOADED,
     RING_BYTES,
     SAME_CPU,
@@ -150,8 +152,6 @@ def test_the_memory_of_a_ring_cannot_be_truncated() -> None:
 
 
 def test_indices_that_lie_are_found_out() -> None:
-    import mmap
-
     rng = random.Random(7)
     lies = 0
     for _ in range(300):
@@ -328,6 +328,42 @@ def test_who_waits_for_its_socket_is_rung_once(pair: tuple[RingEnd, RingEnd]) ->
     assert (kernel._takes(LONGEST), kernel._takes(LONGEST + 1)) == (True, False)
     bell.close()
     waker.close()
+
+
+@pytest.mark.parametrize("end", ["says so", "closes"])
+def test_who_sleeps_on_its_word_is_woken_by_what_comes_by_the_socket(kernel: KernelHandle, end: str) -> None:
+    """A long answer does not fit the ring; the end of a connection says nothing there."""
+    with kernel.connect() as me:
+        if end == "says so":
+            for _ in range(20):
+                assert me.call("echo", "x" * 5000) == ["x" * 5000]
+            return
+        thread = threading.Timer(0.1, me.close)
+        thread.start()
+        with pytest.raises(realmap.ProcessKilled):
+            me.call("sleep", BOUND)
+        thread.join()
+
+
+def test_who_sleeps_on_its_word_is_woken_once() -> None:
+    """Without a bell: it has said so, and of several messages one wakes it."""
+    kernel, fd = RingEnd.create()
+    user = RingEnd.join(fd)
+    with mmap.mmap(fd, RING_BYTES) as memory:
+        asleep = RING_BYTES // 2 + 2 * 64
+        memory[asleep] = ON_WORD
+        assert [kernel._send(b"x", -1) for _ in range(3)] == [ON_WORD, AWAKE, AWAKE]
+        assert memory[asleep] == AWAKE
+        memory[asleep] = ON_WORD
+        kernel._mailed()
+        assert memory[asleep] == AWAKE, "and what comes by the socket does"
+        memory[asleep] = ON_SOCKET
+        kernel._mailed()
+        assert memory[asleep] == ON_SOCKET, "who waits for that has it, and may wait anew by now"
+    wake_owed()
+    os.close(fd)
+    kernel._close()
+    user._close()
 
 
 def test_nobody_spins_on_the_cpu_of_who_is_waited_for(pair: tuple[RingEnd, RingEnd]) -> None:
