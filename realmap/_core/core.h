@@ -303,7 +303,8 @@ typedef struct Ring {
     PyObject_HEAD
     Queue *queues; /* NULL once it is closed */
     Duplex duplex;
-    struct Ring *owed; /* the next of those whose wake-up is owed */
+    struct Ring *owed; /* the next of those whose wake-up is owed, where this is one of them */
+    int is_owed;
     unsigned long epoch;
 } Ring;
 

@@ -59,6 +59,7 @@ static void wake_owed(void)
 {
     for (Ring *ring; (ring = owed);) {
         owed = ring->owed;
+        ring->is_owed = 0;
         if (ring->queues && ring->epoch == fork_epoch)
             queue_wake(&ring->duplex, ON_WORD, -1);
         Py_DECREF((PyObject *)ring);
@@ -68,6 +69,9 @@ static void wake_owed(void)
 
 static void owe(Ring *ring)
 {
+    if (ring->is_owed) /* it woke by itself meanwhile, and sleeps again */
+        return;
+    ring->is_owed = 1;
     ring->owed = owed;
     owed = as_ring(Py_NewRef((PyObject *)ring));
     if (++owed_count >= OWED)

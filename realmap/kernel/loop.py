@@ -30,6 +30,9 @@ Handler = Callable[[int], None]
 R = TypeVar("R", bound=Ring)
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
+#: A message that took longer makes the loop wake everybody as soon as they are answered, for so long. Else those who were
+#: answered before it would wait for it. Nanoseconds.
+LONG, HASTE = 50_000, 1_000_000_000
 
 
 class Lost(BaseException):
@@ -146,7 +149,7 @@ class Loop:
         budget = SpinBudget(int(patience_in_us * 1000), os.cpu_count() or 1)
         page, clock = self._page, time.monotonic_ns
         last: R | None = None
-        looked = asleep = 0
+        looked = asleep = hasty = 0
         paid = False  # whether spinning has, since the last look
         patience = budget.now(clock())
         while not self.ending:
@@ -165,7 +168,11 @@ class Loop:
                 for last in found:
                     page.words[TURN] = now
                     take(last)
-                    now = clock()
+                    before, now = now, clock()
+                    if now - before > LONG:
+                        hasty = now + HASTE
+                    if now < hasty:
+                        wake_owed()
                 if now - looked > LOOK:
                     looked = now
                     self._attend(self._poll(0))

@@ -360,6 +360,9 @@ def test_who_sleeps_on_its_word_is_woken_once() -> None:
         memory[asleep] = ON_SOCKET
         kernel._mailed()
         assert memory[asleep] == ON_SOCKET, "who waits for that has it, and may wait anew by now"
+        for _ in range(3):
+            memory[asleep] = ON_WORD
+            assert kernel._send(b"y", -1) == ON_WORD, "it woke by itself, and sleeps again"
     wake_owed()
     os.close(fd)
     kernel._close()
