@@ -30,8 +30,8 @@ Handler = Callable[[int], None]
 R = TypeVar("R", bound=Ring)
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
-#: A message that took longer makes the loop wake everybody as soon as they are answered, for so long. Else those who were
-#: answered before it would wait for it. Nanoseconds.
+#: A message that took longer makes the loop wake everybody as soon as they are answered, for so long: else those who
+#: were answered before the next such one would wait for it. Nanoseconds.
 LONG, HASTE = 50_000, 1_000_000_000
 
 
