@@ -32,7 +32,7 @@ R = TypeVar("R", bound=Ring)
 LOOK = 200_000
 #: A message that took longer makes the loop wake everybody as soon as they are answered, for so long: else those who
 #: were answered before the next such one would wait for it. Nanoseconds.
-LONG, HASTE = 50_000, 1_000_000_000
+LONG, HASTE = 300_000, 100_000_000
 
 
 class Lost(BaseException):
