@@ -37,6 +37,8 @@ VARIABLE = "REALMAP_KERNEL"
 TREE = "REALMAP_TREE"
 #: How often it is tried to boot it, while others of the tree seem to do the same.
 ATTEMPTS = 20
+#: How long a kernel may take to make its socket anew, in seconds.
+ANEW = 1.0
 T = TypeVar("T")
 
 _booted: KernelHandle | None = None
@@ -157,15 +159,36 @@ def is_of_the_tree(path: str) -> bool:
     return path == os.environ.get(TREE)
 
 
+def _connected() -> str | None:
+    """The path of the ambient kernel, where this process has a connection to it: nothing else has to be asked then."""
+    path = os.environ.get(VARIABLE) or os.environ.get(TREE)
+    known = travel.made(path) if path else None
+    return path if known is not None and not known._is_lost else None
+
+
 def running() -> str | None:
     """The path of the ambient kernel, if there may be one already."""
+    connected = _connected()
+    if connected is not None:
+        return connected
     known = os.environ.get(VARIABLE) or _tree()
-    return known if known and os.path.exists(known) else None
+    if not known:
+        return None
+    until = time.monotonic() + ANEW
+    while not os.path.exists(known):
+        # One that this process, or its parent, is connected to makes its socket anew where somebody has removed it.
+        if travel.made(known) is None or time.monotonic() > until:
+            return None
+        time.sleep(0.002)
+    return known
 
 
 def find() -> str:
     """The path of the ambient kernel, which is booted if need be. Errors as `connect`."""
     global _booted
+    connected = _connected()
+    if connected is not None:
+        return connected
     with _lock:
         known = os.environ.get(VARIABLE)
         if known:

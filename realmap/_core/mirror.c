@@ -130,7 +130,7 @@ static void tell_caller(Mirror *self)
     if (!at)
         return;
     PyObject *caller = Py_NewRef(self->caller); /* it may have itself replaced */
-    PyObject *told = PyObject_CallMethod(caller, "note_fault", "OK", self, (unsigned long long)at);
+    PyObject *told = PyObject_CallMethod(caller, "_note_fault", "OK", self, (unsigned long long)at);
     if (!told)
         PyErr_Clear();
     Py_XDECREF(told);
@@ -369,7 +369,7 @@ static void mirror_dealloc(PyObject *op)
     window_dealloc(op);
 }
 
-/* _tell(caller): whose `note_fault` is called where bytes of it are gone when it is dropped; None: nobody's. */
+/* _tell(caller): whose `_note_fault` is called where bytes of it are gone when it is dropped; None: nobody's. */
 static PyObject *mirror_tell(PyObject *op, PyObject *caller)
 {
     PyObject *before = as_mirror(op)->caller;

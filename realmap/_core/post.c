@@ -51,12 +51,20 @@ static int post_connect(const Post *self, const char *path, size_t length, int64
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct timeval limit = {.tv_sec = wait / 1000000000, .tv_usec = wait % 1000000000 / 1000 + 1};
-    if (length >= sizeof address.sun_path)
-        return ENAMETOOLONG;
-    memcpy(address.sun_path, path, length);
+    int held = -1, error = 0;
     if (setsockopt(self->fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit))
         return errno;
-    return connect(self->fd, (struct sockaddr *)&address, sizeof address) ? errno : 0;
+    if (length < sizeof address.sun_path)
+        memcpy(address.sun_path, path, length);
+    else if ((held = open(path, O_PATH | O_CLOEXEC)) >= 0) /* too long: by a descriptor of the socket */
+        snprintf(address.sun_path, sizeof address.sun_path, "/proc/self/fd/%d", held);
+    else
+        return errno;
+    if (connect(self->fd, (struct sockaddr *)&address, sizeof address))
+        error = errno;
+    if (held >= 0)
+        close(held);
+    return error;
 }
 
 /* Sends a datagram, now or not at all; 0, or an errno. */

@@ -277,6 +277,16 @@ static PyObject *window_unmap(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_RETURN_TRUE;
 }
 
+/* _fault_in(): has every page there, zeroed, where that may be written, in one call of Linux instead of a fault each. It is
+ * for speed alone: what cannot be had now is had at first touch. */
+static PyObject *window_fault_in(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Window *self = as_window(op);
+    if (is_alive(self))
+        populate_range(self->base, self->span, self->prot & PROT_WRITE ? PROT_WRITE : self->prot);
+    Py_RETURN_NONE;
+}
+
 static void window_dealloc(PyObject *op)
 {
     Window *self = as_window(op);
@@ -362,6 +372,7 @@ static PyMethodDef window_methods[] = {
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
     {"_farewell", FASTCALL(window_set_farewell), METH_FASTCALL, NULL},
+    {"_fault_in", window_fault_in, METH_NOARGS, NULL},
     {"_memory_fault", window_memory_fault, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

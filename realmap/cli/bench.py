@@ -16,7 +16,7 @@ from realmap.cli.output import require_writable
 from realmap.lab import bench as lab
 from realmap.lab.bench.access import PAGES, WORKS
 from realmap.lab.bench.measure import Absent
-from realmap.lab.bench.report import Figure, Report, Spread
+from realmap.lab.bench.report import Figure, Reached, Report, Spread
 from realmap.observe import words
 
 WORDS = {**WORKS, PAGES: "write a byte in every page"}
@@ -31,8 +31,8 @@ PICTURES = (".png", ".svg")
 def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path: str | None) -> None:
     """Measure what reaching memory, calling and making cost on this machine.
 
-    NAME is access, call, make, handover or scale; all of them by default. Times are medians of interleaved
-    rounds with the 10th and 90th percentile; "x floor" compares with the named floor in the same rounds.
+    NAME is access, call, many, make, attach, touch, handover or scale; all of them by default. Times are medians of
+    interleaved rounds with the 10th and 90th percentile; "x floor" compares with the named floor in the same rounds.
 
     Example: realmap bench --quick access --plot access.svg
     """
@@ -78,6 +78,19 @@ def _ratio(ratio: Spread | None) -> str:
     return "" if ratio is None else f"{words.three(ratio.median)} ({words.three(ratio.p10)}-{words.three(ratio.p90)})"
 
 
+def _found(reached: Reached) -> str:
+    if reached.found is None:
+        return escape(reached.why)
+    if reached.unit:
+        return f"{_amount(reached.found.median, reached.unit)}  ≤ {_amount(reached.limit, reached.unit)}"
+    ours, theirs = words.duration(reached.ours or 0), words.duration(reached.theirs or 0)
+    return f"{ours} / {theirs} = {_ratio(reached.found)}  ≤ {reached.limit:g}"
+
+
+def _amount(number: float, unit: str) -> str:
+    return {"ns": words.duration, "B": words.size, "": words.three}[unit](number)
+
+
 def render(console: Console, report: Report) -> None:
     """The report for people."""
     machine = report.machine
@@ -98,12 +111,10 @@ def render(console: Console, report: Report) -> None:
             for figure in figures:
                 console.print("  " + "  ".join(cell for cell in _cells(figure) if cell))
     if report.reach:
-        console.print("\n[bold]what the project holds itself to[/] (ratios in this run)")
+        console.print("\n[bold]what the project holds itself to[/] (medians in this run)")
         for reached in report.reach:
             mark = {True: "[green]met[/]", False: "[bold red]MISSED[/]", None: "not measured"}[reached.met]
-            console.print(
-                f"  {mark}  {reached.what}: {_ratio(reached.ratio) or escape(reached.why)}  ≤ {reached.limit:g}"
-            )
+            console.print(f"  {mark}  {reached.what}: {_found(reached)}")
     for missing in report.missing:
         console.print(f"left out: {missing.what}: {escape(missing.why)}")
     for doubt in report.doubts:
@@ -116,8 +127,8 @@ def _cells(figure: Figure) -> list[str]:
     took = figure.time
     return [
         f"{figure.name}{' ~' if figure.unsteady else ''}",
-        words.duration(took.median),
-        f"{words.duration(took.p10)} - {words.duration(took.p90)}",
+        _amount(took.median, figure.unit),
+        f"{_amount(took.p10, figure.unit)} - {_amount(took.p90, figure.unit)}",
         _ratio(figure.ratio),
         f"x {figure.floor}" if figure.ratio is not None else "",
     ]

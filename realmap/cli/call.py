@@ -43,6 +43,9 @@ def call(path: str | None, timeout: float | None, out: int | None, name: str, ar
 
     Example: realmap call sha256 @/etc/services
     """
+    for each in ("--kernel", "--timeout", "--out"):
+        if each in args:
+            raise click.UsageError(f"{each} comes before {name}; as an argument of it, write '\"{each}\"'")
     wanted = sum(_is_file(text) for text in args)
     if out is not None and out > wanted:
         raise click.UsageError(f"--out {out}: among the arguments there are {wanted} of the form @FILE")

@@ -16,7 +16,7 @@ from realmap.host.signals import Living
 class LostInChild(Protocol):
     """Something that a forked child must not keep."""
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """Called in the child, right after the fork."""
 
 
@@ -24,7 +24,7 @@ _things: Living[LostInChild] = Living()
 
 
 def lose_in_child(thing: LostInChild) -> None:
-    """Has `thing.after_fork_in_child()` called in every forked child, for as long as it lives."""
+    """Has `thing._after_fork_in_child()` called in every forked child, for as long as it lives."""
     _things.add(thing)
 
 
@@ -37,7 +37,7 @@ def fork() -> int:
 def _after_fork() -> None:
     for thing in _things.all():
         with contextlib.suppress(Exception):  # one that is half made must not keep the others from it
-            thing.after_fork_in_child()
+            thing._after_fork_in_child()
 
 
 os.register_at_fork(after_in_child=_after_fork)

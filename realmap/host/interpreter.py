@@ -53,6 +53,8 @@ _BOOTSTRAP = (
 )
 
 
+#: Whether this process was just started, and reads what it is to run: modules are imported for that.
+_is_reading = False
 #: Of multiprocessing, unless it is told otherwise.
 _at_import = sys.executable or ""
 #: Of multiprocessing's locks, queues and barriers.
@@ -73,7 +75,15 @@ def call_itself(name: str) -> None:
 
 
 def dumps(value: Any, what: str) -> bytes:
-    """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named."""
+    """`value` by cloudpickle. Unsendable: it cannot be; `what` and the culprit among its globals are named.
+
+    KernelError: this process was itself just started, and imports a module that starts one: that would go on for ever.
+    """
+    if _is_reading:
+        raise KernelError(
+            why=f"{what} is to run in a process that a module starts while it is imported, and that has to import it "
+            "itself; start processes in a function, or have the handlers in a module that imports nothing of that"
+        )
     try:
         return source.dumps(value)
     except Exception as error:
@@ -137,10 +147,10 @@ class Child:
 
         `silent`: it has no stdout and no stderr of ours, whose readers would wait for its end.
 
-        Unsendable: `function` or an argument cannot be pickled. KernelError: there is no Python to run it. OSError: no
+        What `dumps` has said nothing against can be sent. KernelError: there is no Python to run it. OSError: no
         process could be started.
         """
-        payload = dumps((function, args), "what it is to run")
+        payload = source.dumps((function, args))
         path = marshal.dumps(_search_path())
         #: The Python that runs it.
         self.executable = executable()
@@ -149,7 +159,7 @@ class Child:
         try:
             booter = os.pidfd_open(os.getpid())
             argv = [self.executable, *_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), str(len(path)), str(booter)]
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL if silent else None,
@@ -168,7 +178,8 @@ class Child:
             files.shut(theirs)
             if booter >= 0:
                 files.close(booter)
-        self.pid = self._process.pid
+        process.returncode = 0  # it is reaped here: else its collection, in a cycle with ours, would warn that it runs
+        self.pid = process.pid
         self._owner = os.getpid()
         self._exitcode: int | None = None
         try:
@@ -215,7 +226,6 @@ class Child:
                 os.waitpid(self.pid, os.WNOHANG)
             except ChildProcessError:  # somebody else has reaped it: another thread, or who waits for any child
                 self._exitcode = self._exitcode or 0
-            self._process.returncode = self._exitcode
         return self._exitcode
 
     def wait(self, timeout: float | None) -> int | None:
@@ -244,7 +254,6 @@ class Child:
     def leave(self) -> None:
         """Leaves it to itself: it may outlive this process, which does not wait for it."""
         files.shut(self.report)
-        self._process.returncode = 0  # else its collection would warn that it still runs, and look after it
 
     def close(self) -> None:
         """Closes the report and, if the process still runs, kills it and what it has started; reaps it in any case."""
@@ -336,10 +345,13 @@ def _main(fd: int, booter: int) -> None:
             stream.reconfigure(line_buffering=True)
     payload = exactly(struct.unpack("=Q", exactly(8))[0])
     sys.argv = ["realmap"]
+    global _is_reading
+    _is_reading = True
     try:
         function, args = pickle.loads(payload)
     except Exception as error:
         why = f"what was sent cannot be read there: {type(error).__name__}: {error}"
         report.sendall(pickle.dumps((False, Unsendable(why), "")))  # as `outcome` has it
         os._exit(1)
+    _is_reading = False
     function(report, booter, *args)

@@ -23,6 +23,8 @@ import os
 import resource
 import socket
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from realmap._core import read_file
@@ -35,7 +37,15 @@ from realmap.host.translate import SHM
 VARIABLE = "REALMAP_DIR"
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
+#: What the name of a socket ends with until it can be connected to.
+NEW = ".new"
+#: Of the name of a socket in its directory: a longer path is reached by way of /proc/self/fd/N/NAME.
+LONGEST_NAME = LONGEST_PATH - len("/proc/self/fd/2147483647/" + NEW)
 SEGMENT_PREFIX = "realmap."
+#: A directory changed so long ago (ns) that the next change has another time: Linux counts in ticks.
+SETTLED = 100_000_000
+#: The directory (its inode, and when it was changed), and the sockets that were in it then.
+_listed: tuple[tuple[int, int], list[str]] = ((-1, -1), [])
 _serial = itertools.count()
 _stamp: tuple[int, str] = (0, "")
 
@@ -87,12 +97,16 @@ def maker_lives(text: str) -> bool:
     return namespace != procfs.pid_namespace() or liveness.same_process_lives(pid, start)
 
 
+def _place() -> str:
+    return os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+
+
 def directory() -> Path:
     """The private directory, made if it is not there.
 
     AccessDenied: it cannot be made, belongs to somebody else, or others may enter it.
     """
-    place = os.environ.get(VARIABLE) or f"{SHM}/realmap-{os.geteuid()}"
+    place = _place()
     try:
         path = Path(place).absolute()
         with contextlib.suppress(FileExistsError):
@@ -119,6 +133,20 @@ def tree_path(root: int) -> str:
     return str(directory() / f"{stamp(root)}.tree.sock")
 
 
+@contextlib.contextmanager
+def in_short(path: str) -> Iterator[str]:
+    """A path of the same socket that fits into sun_path, for as long as the block lasts. OSError: no such directory."""
+    if len(os.fsencode(path)) <= LONGEST_PATH:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        files.close(fd)
+
+
 def raise_descriptor_limit() -> None:
     """Raises this process's limit of open descriptors to what it may be: a segment takes one each."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -131,16 +159,15 @@ class SocketLock:
     def __init__(self, path: str) -> None:
         """Takes the path, and unlinks the socket that a dead kernel left on it.
 
-        InvalidHandle: the path is too long, or not UTF-8, its directory is missing, a living kernel holds it, or
+        InvalidHandle: its name is too long, or not UTF-8, its directory is missing, a living kernel holds it, or
         something that is no socket lies there. AccessDenied: it is not ours.
         """
         self.path = path
         self._lock = path + ".lock"
-        if len(os.fsencode(path)) > LONGEST_PATH:
-            raise InvalidHandle(
-                path,
-                why=f"socket path {path!r} is longer than the {LONGEST_PATH} bytes Linux allows; use a shorter one",
-            )
+        name = os.path.basename(path)
+        if len(os.fsencode(path + NEW)) > LONGEST_PATH and len(os.fsencode(name)) > LONGEST_NAME:
+            most = f"at most {LONGEST_PATH - len(NEW)} bytes, or else its name alone {LONGEST_NAME}"
+            raise InvalidHandle(path, why=f"a socket's path has {most}; shorten {name!r}")
         if os.fsencode(path) != path.encode(errors="replace"):
             raise InvalidHandle(path, why=f"socket path {path!r} is not UTF-8, and is sent as text; use another path")
         try:
@@ -167,14 +194,25 @@ class SocketLock:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.fchmod(fd, 0o600)  # whatever the umask says
                 # Whoever swept the file meanwhile took it from under us: then what we locked has no name.
-                if os.path.exists(self._lock) and os.path.samestat(os.fstat(fd), os.stat(self._lock)):
+                if self._is_at(fd):
                     return fd
             except BaseException:
                 files.close(fd)
                 raise
             files.close(fd)
 
+    def _is_at(self, fd: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(fd), os.stat(self._lock))
+        return False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether socket and lock still have their names: somebody may have removed them."""
+        return self._fd >= 0 and self._is_at(self._fd) and os.path.lexists(self.path)
+
     def _clear(self) -> None:
+        self._unlink_new()
         try:
             mode = os.lstat(self.path)
         except FileNotFoundError:
@@ -186,12 +224,17 @@ class SocketLock:
         self._require_dead()
         os.unlink(self.path)
 
+    def _unlink_new(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path + NEW)
+
     def _require_dead(self) -> None:
         """InvalidHandle: somebody listens on the socket, who has never heard of our locks."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
             probe.setblocking(False)
             try:
-                probe.connect(self.path)
+                with in_short(self.path) as short:
+                    probe.connect(short)
             except (ConnectionRefusedError, FileNotFoundError):
                 return
             except OSError:  # of another type, or too busy: alive
@@ -205,7 +248,7 @@ class SocketLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{stamp()}.{descriptor}".encode(), 0)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: a lock belongs to the open file, which the child must not keep open."""
         if self._fd >= 0:
             files.close(self._fd)
@@ -215,6 +258,7 @@ class SocketLock:
         """Unlinks socket and lock, and gives the path free. Again: nothing."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):  # where the socket stays, so does the lock: it is swept by that
+                self._unlink_new()
                 with contextlib.suppress(FileNotFoundError):
                     if stat.S_ISSOCK(os.lstat(self.path).st_mode):
                         os.unlink(self.path)
@@ -283,11 +327,24 @@ def sweep_socket(path: str) -> list[str]:
 
 def sockets() -> list[str]:
     """The sockets of this user's kernels that live, in the private directory: those that were given no path."""
-    found = []
-    for lock in sorted(directory().glob("*.sock.lock")):
-        path = str(lock)[: -len(".lock")]
-        if maker_lives(lock.name) and os.path.exists(path):
-            found.append(path)
+    return [path for path in _sockets() if maker_lives(path)]
+
+
+def _sockets() -> list[str]:
+    """What sockets are there, listed again where the directory has changed."""
+    global _listed
+    try:
+        status = os.stat(_place())
+        now = (status.st_ino, status.st_mtime_ns)
+    except OSError:
+        now = (0, 0)
+    if _listed[0] == now:
+        return _listed[1]
+    folder = directory()
+    locks = [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.endswith(".sock.lock")]
+    found = [path for lock in locks if os.path.exists(path := lock.removesuffix(".lock"))]
+    if time.time_ns() - now[1] > SETTLED and now[0]:
+        _listed = (now, found)
     return found
 
 

@@ -91,7 +91,8 @@ class Segment:
         Errors: PhysicalMemoryExhaustion (no space, no descriptors), AccessDenied (/dev/shm is not ours to use),
         InvalidHandle (`name` is taken), ProcessKilled (cancelled). None leaves anything behind.
         """
-        demand(length > 0 and length % PAGE_SIZE == 0, f"a segment is whole pages, not {length} bytes")
+        if length <= 0 or length % PAGE_SIZE:
+            demand(False, f"a segment is whole pages, not {length} bytes")
         self.length = length
         self.name: str | None = None
         self._maker = os.getpid()

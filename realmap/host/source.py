@@ -1,18 +1,21 @@
 """cloudpickle, and beside each function that it sends by value where that was written: for tracebacks.
 
 By itself it forgets the file (`<dynamic-code>`). A file that is there is named; what was typed into a notebook or a
-shell is in this process alone (`linecache`), and goes along.
+shell is in this process alone (`linecache`), and goes along. What stands in a module that is just being imported goes
+by value, too: to import it there would start the same process again, and again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import linecache
 import operator
 import sys
 import types
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, ClassVar
 
 import cloudpickle
@@ -39,7 +42,12 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
     dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: _reduce_code}, cloudpickle.CloudPickler.dispatch_table)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Of a layout of ctypes that is no module's: cloudpickle cannot take its fields."""
+        """Of a layout of ctypes that is no module's: cloudpickle cannot take its fields. Of an end of a pipe: it would
+        take the number of its descriptor, which is another's there.
+        """
+        pipes: Any = sys.modules.get("multiprocessing.connection")
+        if pipes is not None and isinstance(obj, pipes._ConnectionBase):
+            raise TypeError(f"{type(obj).__name__} objects should only be shared through inheritance")
         ctypes: Any = sys.modules.get("ctypes")
         if ctypes is not None and isinstance(obj, type):
             if issubclass(obj, ctypes.Structure | ctypes.Union):
@@ -77,6 +85,32 @@ def _fill(layout: type, own: dict[str, Any]) -> None:
 
 def dumps(value: Any) -> bytes:
     """`value` as `pickle.loads` takes it, in a process that has this module. Errors as `cloudpickle.dumps`."""
-    with io.BytesIO() as file:
+    with io.BytesIO() as file, _by_value(_being_imported()):
         _Pickler(file).dump(value)
         return file.getvalue()
+
+
+def _being_imported() -> list[str]:
+    """The modules whose own statements this thread is at."""
+    found = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            found.append(str(frame.f_globals.get("__name__")))
+        frame = frame.f_back
+    return found
+
+
+@contextlib.contextmanager
+def _by_value(names: list[str]) -> Iterator[None]:
+    """Meanwhile cloudpickle takes those of these modules, and of what is in them where they are packages, by value."""
+    already = cloudpickle.list_registry_pickle_by_value()
+    modules = [sys.modules[name] for name in set(names) - already - {"__main__"} if name in sys.modules]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            with contextlib.suppress(ValueError):  # another thread's, which was quicker
+                cloudpickle.unregister_pickle_by_value(module)

@@ -11,6 +11,7 @@ from realmap.host import files, liveness
 from realmap.host.translate import shortage
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
+from realmap.kernel.limits import first_reserved
 from realmap.kernel.workers import Workers
 from realmap.wire import messages
 from realmap.wire.messages import PROTOCOL, VERSION
@@ -56,7 +57,7 @@ class Admission:
 
     def _require_descriptors(self, connection: Connection, pidfd: int) -> None:
         limits = self._books.limits
-        first = limits.first_reserved
+        first = first_reserved(limits)
         if max(connection.sock.fileno(), pidfd) >= first:
             why = f"the kernel has {first} descriptors in use, and keeps the others for commands (reserve)"
             raise LimitReached("descriptors", first, why=f"{why}: unmap or close some, or raise ulimit -n")

@@ -9,7 +9,7 @@ from realmap.errors import LimitReached
 from realmap.kernel.budgets import Peers
 from realmap.kernel.handles import Handles
 from realmap.kernel.inheritance import Inheritance
-from realmap.kernel.limits import Limits
+from realmap.kernel.limits import Limits, first_reserved, segments_of
 from realmap.kernel.observer import Observer
 from realmap.kernel.processes import ProcessTable, UserProcess
 from realmap.kernel.registry import Syscall
@@ -35,7 +35,7 @@ class Books:
         self.limits = limits
         #: KernelLand, and every mirror in it.
         self.memory = memory
-        self.frames = FrameAllocator(_limit(memory_limit, "memory_limit"), reserved=limits.first_reserved)
+        self.frames = FrameAllocator(_limit(memory_limit, "memory_limit"), reserved=first_reserved(limits))
         #: Bytes of frames for each process; None: as many as there are.
         self.process_limit = _limit(process_limit, "process_limit")
         self.peers = Peers(limits)
@@ -50,7 +50,7 @@ class Books:
         limit = self.limits.processes
         if len(self.processes) >= limit:
             raise LimitReached("processes", limit, why=f"the kernel serves {limit} processes already, its limit")
-        frames = FrameAllocator(self.process_limit, parent=self.frames, segments=self.limits.segments_or_default)
+        frames = FrameAllocator(self.process_limit, parent=self.frames, segments=segments_of(self.limits))
         return self.processes.add(pid, uid, frames, self.peers)
 
     def adopt(self, process: UserProcess, request: messages.Adopt) -> list[bool]:

@@ -20,6 +20,7 @@ from realmap.kernel.admission import Admission
 from realmap.kernel.books import Books
 from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.heirs import Heirs
+from realmap.kernel.limits import first_reserved
 from realmap.kernel.logs import log
 from realmap.kernel.loop import Loop
 from realmap.wire import channel, messages
@@ -99,7 +100,7 @@ class Clients:
     def _keep_room_for_commands(self) -> None:
         """Of the descriptors in reserve, half are the most that those have who have not said that they are commands."""
         limits = self._books.limits
-        first = limits.first_reserved
+        first = first_reserved(limits)
         inside = [each for each in self._strangers if each.sock.fileno() >= first]
         if len(inside) > max(1, limits.reserve // 2):
             self.drop(min(inside, key=lambda each: each.since))

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 from realmap.errors import AccessDenied, KernelError, LimitReached, SyscallTimeout, UnknownSyscall
-from realmap.kernel import syscalls
+from realmap.kernel import syscalls, user_buffer
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
 from realmap.kernel.connection import Connection
 from realmap.kernel.given_up import GivenUp
 from realmap.kernel.logs import log
-from realmap.kernel.loop import Lost
+from realmap.kernel.loop import Loop, Lost
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.registry import Syscall
 from realmap.kernel.services import SERVICES, Answer, Begun, Later
@@ -45,6 +45,7 @@ class Dispatch:
         self,
         books: Books,
         clients: Clients,
+        loop: Loop,
         asks: Mapping[str, Ask],
         kernel: RunningKernel,
         relay: Relay[Away],
@@ -55,6 +56,7 @@ class Dispatch:
         """
         self._books = books
         self._clients = clients
+        self._loop = loop
         self._asks = asks
         self._kernel = kernel
         self._relay = relay
@@ -63,8 +65,8 @@ class Dispatch:
         self.busy: Callable[[], None]
         #: Those at work on worker threads, or waiting for one, and those that lost the loop.
         self.running: set[Running] = set()
-        #: The latter, by serial.
-        self._late: dict[int, Running] = {}
+        #: The latter, by their calls.
+        self._late: dict[Call, Running] = {}
         self.given_up = GivenUp(books.limits.given_up)
 
     def handle(self, connection: Connection, request: messages.Request, places: Sequence[messages.Place]) -> None:
@@ -138,10 +140,10 @@ class Dispatch:
                 finish(later.work())
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # what was taken is given back before anybody hears of it
-                self._kernel.post(partial(end, error))
+                self._loop.post(partial(end, error))
 
         def finish(frames: SharedFrames) -> None:
-            self._kernel.post(lambda: end(frames))
+            self._loop.post(lambda: end(frames))
 
         def end(got: SharedFrames | BaseException) -> None:
             process.coming -= 1
@@ -176,63 +178,58 @@ class Dispatch:
             self.given_up.check(process, syscall)
         buffers = self._buffers(process, places) if places else ()
         call = Call(process, syscall.name, self._kernel)
+        page, relay = self._page, self._relay
+        away = relay.away
+        began = page.now  # when the loop took it up: the clock is dear to read
         if request.timeout is not None:
-            call.deadline = time.monotonic() + request.timeout
+            call.deadline = began / 1e9 + request.timeout
         if syscall.blocking:
             self._call_on_worker(connection, syscall, call, request, buffers)
             return
         if books.limits.seconds is not None:
-            self._bound(call, time.monotonic())
-        page, relay = self._page, self._relay
+            _bound(call, began / 1e9 + books.limits.seconds)
         if page.named is not syscall.label:
             page.name(syscall.label)
         page.words[CALLER] = process.pid
-        away = relay.away
-        serial = relay.serial = relay.serial + 1
-        away[serial] = (connection, call, syscall, request, buffers)
+        away[call] = (connection, call, syscall, request, buffers)
         if relay.parked:
             relay.wake()
-        began = time.monotonic_ns()
         answer = syscalls.run(syscall, call, request, buffers)
         syscall.durations.since(began)
         try:
-            del away[serial]
+            del away[call]
         except KeyError:
-            self._come_late(serial, process, request, answer)
+            self._come_late(call, request, answer)
         page.words[CALLER] = 0
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
-            buffer.end(pinned=False)
+            user_buffer.end(buffer, pinned=False)
         self.send(connection, request.id, answer)
 
-    def _come_late(self, serial: int, process: UserProcess, request: messages.Call, answer: bytes) -> NoReturn:
+    def _come_late(self, call: Call, request: messages.Call, answer: bytes) -> NoReturn:
         """On a thread that has lost the loop."""
         observer = self._books.observer
         if observer is not None:
-            observer.ended(process, request.name, request.id, answer)
-        self._kernel.post(lambda: self._end(self._late.pop(serial), answer))
+            observer.ended(call.process, call.name, request.id, answer)
+        self._loop.post(lambda: self._end(self._late.pop(call), answer))
         raise Lost
-
-    def _bound(self, call: Call, began: float) -> None:
-        """The kernel lets its handler take until then, if its caller does not wait less long."""
-        seconds = self._books.limits.seconds
-        if seconds is not None and not (call.deadline is not None and call.deadline < began + seconds):
-            call.deadline = began + seconds
 
     def take_over(self, taken: Taken[Away], thread: int) -> None:
         """The handler of a call has lost the loop: it goes on, on that thread, as those of workers do. On the new
         thread, before anything else.
         """
         connection, call, syscall, request, buffers = taken.work
-        self._page.words[CALLER] = 0
         call.process.calls += 1  # nobody could see that it was at work before
         # What the handler itself has unmapped cannot be kept.
-        buffers = [buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in buffer.parts())]
+        buffers = [
+            buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in user_buffer.parts_of(buffer))
+        ]
+        self._page.words[CALLER] = 0
         running = self._run_beside(connection, call, syscall, request, buffers)
         running.began, running.thread = taken.since, thread
         running.place = self._page.begin(call.process.pid, syscall.label, taken.since)
-        self._late[taken.serial] = running
+        self._late[call] = running
         syscall.late += 1
         self.given_up.add(running)
         log.info("the syscall %r of %r has lost the loop", syscall.name, call.process, extra=running.facts)
@@ -254,7 +251,7 @@ class Dispatch:
         buffers: Sequence[UserBuffer],
     ) -> Running:
         for buffer in buffers:
-            buffer.pin()
+            user_buffer.pin(buffer)
         send = partial(self.send, connection, request.id)
         running = Running(connection, call, syscall, request.id, buffers, send)
         self.running.add(running)
@@ -273,7 +270,7 @@ class Dispatch:
         if syscalls.has_failed(answer):
             running.syscall.failed += 1
         for buffer in running.buffers:
-            buffer.end(pinned=True)
+            user_buffer.end(buffer, pinned=True)
         running.answer(answer)
 
     def _buffers(self, process: UserProcess, places: Sequence[messages.Place]) -> list[UserBuffer]:
@@ -307,13 +304,14 @@ class Dispatch:
 
         def work() -> None:
             if call.cancelled:  # while it waited for its turn
-                self._kernel.post(
+                self._loop.post(
                     lambda: end(syscalls.failed(request.id, SyscallTimeout(syscall.name, request.timeout or 0.0)))
                 )
                 return
             running.thread = threading.get_ident()
             running.began = time.monotonic()
-            self._bound(call, running.began)
+            if self._books.limits.seconds is not None:
+                _bound(call, running.began + self._books.limits.seconds)
             observer = self._books.observer
             if observer is not None:
                 observer.began(process, syscall.name, request.id, running.thread)
@@ -323,6 +321,12 @@ class Dispatch:
             syscall.durations.since(began)
             if observer is not None:
                 observer.ended(process, syscall.name, request.id, answer)
-            self._kernel.post(lambda: end(answer))
+            self._loop.post(lambda: end(answer))
 
         connection.calls.submit(work, partial(self._end, running))
+
+
+def _bound(call: Call, until: float) -> None:
+    """The kernel lets its handler take until then; its caller may wait less long."""
+    if call.deadline is None or until < call.deadline:
+        call.deadline = until

@@ -19,8 +19,10 @@ import psutil
 from realmap._core import holders_of
 from realmap.kernel.books import Books
 from realmap.kernel.handles import FOR_EVER, Shared
+from realmap.kernel.limits import segments_of
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.syscalls import Running, encode
+from realmap.kernel.user_buffer import parts_of
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts, KeptWindow
@@ -96,7 +98,7 @@ def limits(books: Books) -> dict[str, float | None]:
     found = books.limits
     return {
         **{name: getattr(found, name) for name in found.__slots__},
-        "segments": found.segments_or_default,
+        "segments": segments_of(found),
         "memory_limit": books.frames.limit,
         "process_limit": books.process_limit,
         "kernel_land": books.memory.length,
@@ -135,7 +137,7 @@ class Picture:
             mapping
             for running in around.running
             for buffer in running.buffers
-            for mapping, _, _ in buffer.parts()
+            for mapping, _, _ in parts_of(buffer)
             if mapping.released
         )
         loose = [*pinned, *books.inheritance.mappings()]

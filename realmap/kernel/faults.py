@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from threading import get_native_id
 
 from realmap.errors import MemoryFault
-from realmap.kernel.user_buffer import UserBuffer, late_faults
+from realmap.kernel.user_buffer import UserBuffer, late_faults, parts_of
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.userspace_ptr import fault_in
@@ -41,7 +41,7 @@ def of_call(
                 return mirror._memory_fault(mirror.fault)
     for buffer in buffers:
         if buffer.process.is_here:
-            for mapping, offset, length in buffer.parts():
+            for mapping, offset, length in parts_of(buffer):
                 fault = fault_in(mapping, offset, length)
                 if fault is not None:
                     return fault
@@ -53,7 +53,7 @@ def of_call(
 def _short(buffers: Sequence[UserBuffer]) -> MemoryFault | None:
     """A system call of the handler found nothing at an address (EFAULT): which buffer's segment is short."""
     for buffer in buffers:
-        for mapping, offset, length in buffer.parts():
+        for mapping, offset, length in parts_of(buffer):
             fault = mapping.truncated_at(offset, length)
             if fault is not None:
                 return fault

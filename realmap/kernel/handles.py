@@ -43,6 +43,7 @@ class Shared:
         "kind",
         "length",
         "maker",
+        "more",
         "name",
         "rights",
         "start",
@@ -63,6 +64,7 @@ class Shared:
         keep: float,
         uses: int | None,
         until: float | None,
+        more: bool,
     ) -> None:
         self.name = name
         self.frames = frames
@@ -80,6 +82,8 @@ class Shared:
         self.uses = uses
         #: When it ends, in seconds of the monotonic clock; None: never.
         self.until = until
+        #: Whether it may be given more uses.
+        self.more = more
         #: Of one with a name: who has attached it.
         self.holders: set[UserProcess] = set()
         frames.hold(self, "handle", self.label, f"of process {maker.number}")
@@ -107,6 +111,8 @@ class Handles:
         self._by_name: dict[str, Shared] = {}
         #: Those of the same frames.
         self._of: dict[int, set[Shared]] = {}
+        #: Called where one with a name ends.
+        self.name_ended: Callable[[], None] = lambda: None
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
         self._gone: dict[str, str] = {}
 
@@ -128,8 +134,8 @@ class Handles:
         AccessDenied: more rights than the process has. LimitReached: it has as many handles as it may.
         InvalidHandle: one of this name exists.
         """
-        if request.name is not None and NAMED + request.name in self._by_name:
-            raise InvalidHandle(request.name, why=f"memory named {request.name!r} exists already")
+        if request.name is not None:
+            self.require_free(request.name)
         mapping = process.memory.mapping_at(request.address)
         if mapping is None:
             raise InvalidAddress(request.address, why="nothing is mapped there")
@@ -149,13 +155,18 @@ class Handles:
             raise InvalidSize(0, why=f"a handle is good for some time: above 0 and below {FOR_EVER:g} seconds")
         if not request.keep >= 0:
             raise InvalidSize(0, why="a handle outlives its maker by no less than 0 seconds")
+        start = mapping.phys_offset + offset
+        alike = self._alike(process, mapping.frames, start, request) if request.more else None
+        if alike is not None and alike.uses is not None:
+            alike.uses += 1
+            return alike.name
         process.peer.take("handles")
         until = None if request.seconds is None else now + request.seconds
         name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
         shared = self._by_name[name] = Shared(
             name,
             mapping.frames,
-            mapping.phys_offset + offset,
+            start,
             request.length,
             mapping.type,
             rights,
@@ -163,10 +174,26 @@ class Handles:
             request.keep,
             request.uses,
             until,
+            request.more,
         )
         self._of.setdefault(shared.frames.serial, set()).add(shared)
         process.handles[shared] = None
         return name
+
+    def _alike(self, process: UserProcess, frames: SharedFrames, start: int, request: messages.Share) -> Shared | None:
+        wanted = process, start, request.length, request.rights, request.keep, True
+        for each in self._of.get(frames.serial, ()):
+            if (
+                wanted == (each.maker, each.start, each.length, each.rights, each.keep, each.more)
+                and each.until is None
+            ):
+                return each
+        return None
+
+    def require_free(self, name: str) -> None:
+        """InvalidHandle: memory of this name exists."""
+        if NAMED + name in self._by_name:
+            raise InvalidHandle(name, why=f"memory named {name!r} exists already")
 
     def find(self, name: str, now: float) -> Shared:
         """The one that a token names. InvalidHandle: there is none, or no more, and why."""
@@ -202,9 +229,8 @@ class Handles:
         at = shared.start + request.offset
         unit = HUGE_SIZE if shared.frames.huge else PAGE_SIZE
         start, end = align_down(at, unit), min(align_up(at + length, unit), shared.frames.length)
-        memory = process.memory
-        address = memory.find_available_space(end - start, unit if unit > PAGE_SIZE else 1)
-        mapping = memory.map_partial_shared_mapping(shared.frames, address, start, end - start, shared.kind, rights)
+        alignment = unit if unit > PAGE_SIZE else 1
+        mapping = process.memory.enter_anywhere(shared.frames, end - start, shared.kind, rights, alignment, start)
         return mapping, at - start, length, lambda: self._spend(shared, process)
 
     def _spend(self, shared: Shared, process: UserProcess) -> None:
@@ -261,11 +287,11 @@ class Handles:
         """The process has unmapped a part of these frames. Once it has none, what it made for a time lasts as long."""
         if not isinstance(frames, SharedFrames) or frames.serial not in self._of:
             return
-        if any(mapping.frames is frames for mapping in process.memory):
+        ending = [each for each in self._of[frames.serial] if each.maker is process and 0 < each.keep < FOR_EVER]
+        if not ending or any(mapping.frames is frames for mapping in process.memory):
             return
-        for shared in self._of[frames.serial]:
-            if shared.maker is process and 0 < shared.keep < FOR_EVER:
-                shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+        for shared in ending:
+            shared.until = min(now + shared.keep, shared.until or now + shared.keep)
 
     def leave(self, process: UserProcess) -> None:
         """The process is about to end in good order: what it gave a name stays."""
@@ -297,6 +323,7 @@ class Handles:
                 segment.unlink()
         shared.frames.let_go(shared)
         if shared.is_named:  # another may get that name
+            self.name_ended()
             return
         while len(self._gone) >= 1000:  # told of for a while, not for ever
             del self._gone[next(iter(self._gone))]

@@ -111,6 +111,7 @@ class Kernel:
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self._spin = checked_spin(spin)
         self.page = Page()
+        self.handles.name_ended = self.page.end_name
         self.loop = Loop(self.page)
         self.workers = Workers()
         self.registration = Registration(self.books, self.loop, self.workers)
@@ -119,7 +120,7 @@ class Kernel:
         admission = Admission(self.books, self.workers)
         self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self._lose_client)
         self.relay: Relay[Away] = Relay(self._run)
-        self.dispatch = Dispatch(self.books, self.clients, self._asks(), self, self.relay, self.page)
+        self.dispatch = Dispatch(self.books, self.clients, self.loop, self._asks(), self, self.relay, self.page)
         self.clients.handle = self.dispatch.handle
         self.snapshots = Snapshots(self.loop, self._picture)
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
@@ -163,10 +164,10 @@ class Kernel:
         the main thread no signal is blocked meanwhile, and every handler of a signal runs at once; a program that waits
         for signals by sigwait wants `start`.
 
-        `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken,
-        too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has no
-        descriptors, no memory or no thread for it. KernelError: Linux does not allow it, or fails a call without which
-        no kernel goes on.
+        `booter`: a pidfd; when its process ends, the kernel does. InvalidHandle: the path is taken, its
+        name too long, not UTF-8, or no socket. AccessDenied: the path is not ours. PhysicalMemoryExhaustion: Linux has
+        no descriptors, no memory or no thread for it. KernelError: Linux does not allow it, or fails a call without
+        which no kernel goes on.
         """
         self._open()
         wait: Callable[[], object] = self._ended.wait
@@ -256,10 +257,6 @@ class Kernel:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def post(self, job: Callable[[], None]) -> None:
-        """Has `job` run on the kernel's thread, soon; here and now where that has ended. From any thread."""
-        self.loop.post(job)
-
     @property
     def ending(self) -> bool:
         """Whether it ends, or has."""
@@ -336,7 +333,7 @@ class Kernel:
             with contextlib.suppress(OSError):
                 self.loop.attend(left)
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """A fork of the kernel's process is no kernel: it keeps nobody's memory, socket or connection alive."""
         self.frames.after_fork_in_child()
         if self._listener is None or not self.loop.is_open:

@@ -92,19 +92,19 @@ class Limits:
             raise ValueError(f"seconds must be above 0, or None for no limit: {seconds!r}")
         self.seconds = seconds
 
-    @property
-    def segments_or_default(self) -> int:
-        """`segments`; by default half of how many descriptors this process may open."""
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 if self.segments is None else self.segments
-
-    @property
-    def first_reserved(self) -> int:
-        """The lowest descriptor of the reserve, which is an eighth at most of what this process may open."""
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return most - min(self.reserve, most // 8)
-
     def __repr__(self) -> str:
         return f"Limits({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+
+
+def segments_of(limits: Limits) -> int:
+    """Its `segments`; by default half of how many descriptors this process may open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 if limits.segments is None else limits.segments
+
+
+def first_reserved(limits: Limits) -> int:
+    """The lowest descriptor of the reserve, which is an eighth at most of what this process may open."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most - min(limits.reserve, most // 8)
 
 
 def _some(number: SupportsIndex, what: str) -> int:

@@ -33,6 +33,8 @@ LOOK = 200_000
 #: A message that took longer makes the loop wake everybody as soon as they are answered, for so long: else those who
 #: were answered before the next such one would wait for it. Nanoseconds.
 LONG, HASTE = 300_000, 100_000_000
+#: The status page says to this many nanoseconds what the loop is at since when: writing there costs.
+TELL = 1_000_000
 
 
 class Lost(BaseException):
@@ -149,7 +151,7 @@ class Loop:
         budget = SpinBudget(int(patience_in_us * 1000), os.cpu_count() or 1)
         page, clock = self._page, time.monotonic_ns
         last: R | None = None
-        looked = asleep = hasty = 0
+        looked = asleep = told = hasty = 0
         paid = False  # whether spinning has, since the last look
         patience = budget.now(clock())
         while not self.ending:
@@ -166,7 +168,9 @@ class Loop:
                 else:
                     paid = True
                 for last in found:
-                    page.words[TURN] = now
+                    page.now = now
+                    if now - told > TELL:
+                        page.words[TURN] = told = now
                     take(last)
                     before, now = now, clock()
                     if now - before > LONG:

@@ -30,7 +30,7 @@ class Syscall:
     late: int = 0
     #: How many are `GivenUp` now.
     given_up: int = 0
-    #: How long its handler took.
+    #: How long its calls took: from when the loop took them up, or a worker thread began.
     durations: Durations = field(default_factory=Durations)
     #: Its name on the status page.
     label: bytes = field(init=False)

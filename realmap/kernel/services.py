@@ -19,14 +19,13 @@ from realmap.errors import (
     ProcessKilled,
     VirtualMemoryExhaustion,
 )
-from realmap.host import files
 from realmap.kernel.books import Books
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import OwnedFrames, SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, USIZE_MAX, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, prot_of, rights_of, type_of, u_rw
-from realmap.wire import messages
+from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_DESCRIPTORS, MemoryInfo
 
 #: Frames of more bytes, or of more segments, are taken on a worker thread: nobody else waits for them.
@@ -107,6 +106,26 @@ def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Ans
     return Later(allocate, enter, size)
 
 
+def publish(books: Books, process: UserProcess, request: messages.Publish) -> Answer | Later:
+    """Memory, and a name for all of it: both or none. Errors as those of the two."""
+    handles, memory = books.handles, request.memory
+    handles.require_free(request.name)
+
+    def name(answer: Answer) -> Answer:
+        (address, size, *_), descriptors = answer
+        share = messages.Share(0, address, memory.length, memory.rights, None, None, request.keep, request.name)
+        try:
+            handles.share(process, share, time.monotonic())
+        except BaseException:
+            channel.close_all(descriptors)
+            process.memory.unmap(address, size).release()
+            raise
+        return answer
+
+    got = map_memory(books, process, memory)
+    return Later(got.work, lambda frames: name(got.end(frames)), got.size) if isinstance(got, Later) else name(got)
+
+
 def _enter(
     process: UserProcess, frames: SharedFrames | OwnedFrames, size: int, kind: MemoryType, rights: Any
 ) -> Answer:
@@ -129,17 +148,19 @@ def _descriptors(mapping: Mapping, first: int) -> list[int]:
     Each is opened anew: of a description that the kernel uses itself, a user that sets O_APPEND on it changes where the
     kernel writes, for everybody.
     """
-    if not isinstance(mapping.frames, SharedFrames):
+    frames, writable = mapping.frames, allows(mapping.rights, k_w)
+    if not isinstance(frames, SharedFrames):
         return []
-    begin = mapping.frames.index_of(mapping.phys_offset) + first
-    end = mapping.frames.index_of(mapping.phys_offset + mapping.length - 1) + 1
+    if len(frames.segments) == 1 and not first:  # the common case
+        return [frames.segments[0].open_anew(writable=writable)]
+    begin = frames.index_of(mapping.phys_offset) + first
+    end = frames.index_of(mapping.phys_offset + mapping.length - 1) + 1
     opened: list[int] = []
     try:
-        for segment in mapping.frames.segments[begin : min(end, begin + MAX_DESCRIPTORS)]:
-            opened.append(segment.open_anew(writable=allows(mapping.rights, k_w)))
+        for segment in frames.segments[begin : min(end, begin + MAX_DESCRIPTORS)]:
+            opened.append(segment.open_anew(writable=writable))
     except BaseException:
-        for descriptor in opened:
-            files.close(descriptor)
+        channel.close_all(opened)
         raise
     return opened
 
@@ -251,4 +272,5 @@ SERVICES: dict[type, Callable[[Books, UserProcess, Any], Answer | Later | None]]
     messages.Adopt: adopt,
     messages.Forked: forked,
     messages.Leave: leave,
+    messages.Publish: publish,
 }

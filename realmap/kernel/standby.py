@@ -1,10 +1,10 @@
 """`Relay`: one thread has the loop, another one stands by, to take it from a handler that does not come back.
 
-    the owner     away[serial] = its call ──▶ the handler … ──▶ del away[serial]: it was still there, so it goes on
-    the standby   looks every 10 ms: the same serial three times ──▶ away.pop(serial): now it has the loop
+    the owner     away[call] = what it is at ──▶ the handler … ──▶ del away[call]: it was still there, so it goes on
+    the standby   looks every 10 ms: the same call three times ──▶ away.pop(call): now it has the loop
     the late one  returns, finds nothing there, posts its answer, raises `Lost`; and is the next standby
 
-Whoever takes the serial out has the loop. That is one step of a dict under the GIL, so there is always exactly one.
+Whoever takes the call out has the loop. That is one step of a dict under the GIL, so there is always exactly one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -28,7 +28,7 @@ LOOK = 0.01
 #: A handler that is seen this often loses the loop: after 20 to 30 ms. Counted and not timed, so that a process which
 #: was stopped meanwhile does not seem late.
 LOOKS = 3
-#: After so many looks without a call the standby sleeps until there is one.
+#: After so many looks that saw no call the standby sleeps until there is one.
 QUIET = 20
 #: What its thread is called.
 STANDBY = "realmap-standby"
@@ -38,7 +38,6 @@ STANDBY = "realmap-standby"
 class Taken(Generic[W]):
     """What a thread was away at that has just lost the loop, and since when (monotonic, to `LOOK` seconds)."""
 
-    serial: int
     work: W
     since: float
 
@@ -49,10 +48,8 @@ class Relay(Generic[W]):
     def __init__(self, run: Callable[[Taken[W] | None], None]) -> None:
         """`run(taken)` runs the loop to its end, or raises Lost. `taken`: from whom it was taken; None: nobody."""
         self._run = run
-        #: What the thread that has the loop is away at: at most one, by serial.
-        self.away: dict[int, W] = {}
-        #: Of the last one.
-        self.serial = 0
+        #: What the thread that has the loop is away at: at most one, by an object of its own.
+        self.away: dict[Hashable, W] = {}
         #: Whether the standby sleeps until somebody wakes it.
         self.parked = False
         self._bell: SimpleQueue[None] = SimpleQueue()
@@ -122,32 +119,32 @@ class Relay(Generic[W]):
 
     def _wait_for_loss(self) -> Taken[W] | None:
         """Stands by; the call whose loop this thread has then. None: nobody needs it any more."""
-        seen = looks = quiet = 0
+        looks = quiet = 0
         since = 0.0
+        seen = None
         while not self._ended:
-            serial = self.serial
-            if serial in self.away:
-                quiet = 0
-                looks = looks + 1 if serial == seen else 1
+            at = next(iter(tuple(self.away)), None)
+            if at is None:
+                looks, quiet = 0, quiet + 1
+            else:
+                looks, quiet = looks + 1 if at is seen else 1, 0
                 if looks == 1:
                     since = time.monotonic()
-                work = self.away.pop(serial, None) if looks >= LOOKS else None
+                work = self.away.pop(at, None) if looks >= LOOKS else None
                 if work is not None:
                     self._standby = None
-                    return Taken(serial, work, since)
-            else:
-                looks, quiet = 0, quiet + 1 if serial == seen else 0
-            seen = serial
+                    return Taken(work, since)
+            seen = at  # held, so that no other is at its address
             if quiet < QUIET:
                 time.sleep(LOOK)
             else:
                 quiet = 0
-                self._park(seen)
+                self._park()
         self._standby = None
         return None
 
-    def _park(self, seen: int) -> None:
+    def _park(self) -> None:
         self.parked = True
-        if self.serial == seen and not self._ended:  # asked again: who enters from here on finds it parked
+        if not self.away and not self._ended:  # asked again: who enters from here on finds it parked
             self._bell.get()
         self.parked = False

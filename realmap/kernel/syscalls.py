@@ -17,7 +17,7 @@ from realmap.kernel.handles import Handles
 from realmap.kernel.logs import log
 from realmap.kernel.processes import ProcessTable, UserProcess
 from realmap.kernel.registry import Syscall
-from realmap.kernel.user_buffer import UserBuffer
+from realmap.kernel.user_buffer import UserBuffer, require_gone, shown
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.wire import plain
@@ -40,9 +40,6 @@ class RunningKernel(Protocol):
     @property
     def ending(self) -> bool:
         """Whether it ends, or has."""
-
-    def post(self, job: Callable[[], None]) -> None:
-        """Has `job` run on the kernel's thread, soon. From any thread."""
 
     def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
         """Ends it. From any thread."""
@@ -146,13 +143,17 @@ def run(syscall: Syscall, call: Call, request: Request, buffers: Sequence[UserBu
         value = syscall.function(call, *args) if names is None else syscall.function(call, *args, **kwargs)
         if type(value) not in PLAIN:
             plain.check((value,), None, f"the answer of {syscall.name!r}")
-        answer = _encoder.encode(Done(id, value))
+        if shown:
+            require_gone(buffers, syscall.function)
+        answer = _encoder.encode((DONE, id, value, 0))  # a Done: a tuple costs less than a Struct
         if host_faults() != before:
             fault = _fault(call, buffers, None, before)
             if fault is not None:
                 return failed(id, fault)
         return answer
     except BaseException as error:  # SystemExit too: a handler ends its call and nothing else
+        for buffer in buffers if shown else ():
+            shown.pop(buffer, None)
         try:
             return _failed(syscall.name, call, id, buffers, error, before)
         except BaseException as odd:  # no memory for its words, say: the thread must go on
@@ -168,7 +169,7 @@ def _failed(name: str, call: Call, id: int, buffers: Sequence[UserBuffer], error
         return failed(id, error)
     # From the handler's own frame on; without any where it had returned.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
-    returned = frames is not None and frames.tb_frame.f_code is plain.check.__code__
+    returned = frames is not None and frames.tb_frame.f_code in (plain.check.__code__, require_gone.__code__)
     text = "".join(traceback.format_exception(type(error), error, frames)) if frames and not returned else ""
     return failed(id, error, name, text)
 

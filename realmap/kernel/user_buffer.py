@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, SupportsIndex
+from weakref import ref
 
 from realmap._core import copy_in, faults
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
 from realmap.kernel.observer import Observer
 from realmap.kernel.processes import UserProcess
-from realmap.memory.cross_process import CrossProcessMapping, Part
+from realmap.memory import views
+from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_for, mirror_parts
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.mapping import Mapping
-from realmap.memory.userspace_ptr import UserspacePtr
+from realmap.memory.userspace_ptr import UserspacePtr, point_at
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of, rights_of
 
 #: Faults of mirrors that were kept beyond their call: by thread, with the count of faults when it was noted.
 late_faults: dict[int, tuple[int, MemoryFault]] = {}
+#: What the arrays of handlers show that lived on at the end of their blocks: as variables, until the handler returns.
+shown: dict[UserBuffer, list[ref[Any]]] = {}
 
 
 class UserBuffer:
@@ -67,29 +71,12 @@ class UserBuffer:
         else:
             self._parts = memory.parts(address, length, most)
 
-    def pin(self) -> None:
-        """Keeps its memory until `end`, whatever its process does."""
-        for mapping, _, _ in self._parts or ():
-            mapping.pin()
-
-    def end(self, *, pinned: bool) -> None:
-        """Its call has ended: it is of no use any more, and holds nothing (a mirror of it that is kept holds it)."""
-        parts, self._parts = self._parts, None
-        del self.process, self._kernel
-        if pinned:
-            for mapping, _, _ in parts or ():
-                mapping.unpin()
-
     @property
     def has_ended(self) -> bool:
         """Whether its call has ended."""
         return self._parts is None
 
-    def parts(self) -> list[Part]:
-        """The ranges of mappings that it lies in: (mapping, offset, length). Of an ended call: none."""
-        return self._parts or []
-
-    def note_fault(self, mirror: CrossProcessMapping, address: int) -> None:
+    def _note_fault(self, mirror: CrossProcessMapping, address: int) -> None:
         """A mirror of it is being dropped, and from `address` of KernelLand on its bytes were gone."""
         if self.has_ended:  # it was kept: what is told is the call that is at work on the thread which touched it
             late_faults[mirror._fault_thread] = (faults(), mirror._memory_fault(address))
@@ -168,13 +155,13 @@ class UserBuffer:
         """
         parts = self._parts
         if length is None and not offset and not populate and parts is not None and len(parts) == 1:
-            mirror = CrossProcessMapping.for_owner(*parts[0], self._kernel, rights, self)
+            mirror = mirror_for(self, *parts[0], self._kernel, rights)
             if mirror is not None:
                 return mirror
         parts = self._range(offset, length, rights)
         if not parts:
             raise InvalidSize(0, why="a mirror of no bytes")
-        made = CrossProcessMapping.mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
+        made = mirror_parts(parts, kernel=self._kernel, rights=rights, populate=populate)
         made._tell(self)
         return made
 
@@ -189,16 +176,20 @@ class UserBuffer:
         and `array` of that.
 
         After the block it is unmapped with the last array that shows it: where the block's is still a variable of
-        the handler, that is when it returns.
+        the handler, that is when it returns. One that lives on then is a BufferError to the caller.
         """
         mirror = self.mirror(rights)
         values = mirror.array(dtype, shape)
+        whole = ref(values.base)  # of whatever is made of it, too
         try:
             yield values
         finally:
             del values
-            with suppress(BufferError):
+            try:
                 mirror.drop()
+            except BufferError:
+                if not self.has_ended:
+                    shown.setdefault(self, []).append(whole)
 
     def access(
         self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -211,7 +202,7 @@ class UserBuffer:
                 mapping, at, _ = parts[0]
                 total = sum(part[2] for part in parts)
                 try:
-                    return UserspacePtr.over([part[0] for part in parts], mapping.address + at, total, rights=rights)
+                    return point_at([part[0] for part in parts], mapping.address + at, total, rights=rights)
                 except InvalidAddress:
                     pass  # its thread has unmapped it meanwhile: the frames are still there for a mirror
         return self.mirror(rights, offset, length)
@@ -284,6 +275,37 @@ class UserBuffer:
 
     def __repr__(self) -> str:
         return f"<UserBuffer {self.address:#x}, {self._length} bytes>"
+
+
+def parts_of(buffer: UserBuffer) -> list[Part]:
+    """The ranges of mappings that it lies in: (mapping, offset, length). Of an ended call: none."""
+    return buffer._parts or []
+
+
+def pin(buffer: UserBuffer) -> None:
+    """Keeps its memory until `end`, whatever its process does."""
+    for mapping, _, _ in parts_of(buffer):
+        mapping.pin()
+
+
+def end(buffer: UserBuffer, *, pinned: bool) -> None:
+    """Its call has ended: it is of no use any more, and holds nothing (a mirror of it that is kept holds it)."""
+    parts, buffer._parts = buffer._parts, None
+    del buffer.process, buffer._kernel
+    if pinned:
+        for mapping, _, _ in parts or ():
+            mapping.unpin()
+
+
+def require_gone(buffers: Sequence[UserBuffer], function: Callable[..., Any]) -> None:
+    """Once a handler has returned. BufferError: an array that it was lent lives on; where that is, if it is found."""
+    for buffer in buffers:
+        for whole in shown.pop(buffer, ()):
+            if (array := whole()) is not None:
+                names = views.in_module(function, array.base.obj)
+                where = f" as {', and '.join(names)}" if names else ""
+                why = f"an array of the caller's buffer lives on{where} when its handler has returned"
+                raise BufferError(f"{why}: keep a copy (`values.copy()`)")
 
 
 def _frames_of(mapping: Mapping) -> SharedFrames:

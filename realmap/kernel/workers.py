@@ -78,14 +78,15 @@ class Workers:
 
     def _next(self) -> Job | None:
         """The next job of an idle thread; None: it is to end."""
-        try:
-            return self._queue.get(timeout=IDLE)
-        except Empty:
-            with self._lock:
-                if self._idle:  # one of the idle threads may go: this one
-                    self._idle -= 1
-                    return None
-        return self._queue.get()  # each of them was promised a job this very moment
+        while True:
+            try:
+                return self._queue.get(timeout=IDLE)
+            except Empty:
+                with self._lock:
+                    if self._idle:  # one of the idle threads may go: this one
+                        self._idle -= 1
+                        return None
+            # Each of them was promised a job this very moment; it waits, or another has just taken it.
 
     def close(self) -> None:
         """Ends the idle threads; the others end with their job."""

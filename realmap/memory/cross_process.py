@@ -134,22 +134,6 @@ class CrossProcessMapping(Mirror, ByteAccess):
             self._prefault()
         return self
 
-    @classmethod
-    def for_owner(
-        cls,
-        mapping: Mapping,
-        offset: int,
-        length: int,
-        kernel: KernelMemory,
-        rights: MappingAccessRights,
-        caller: object,
-    ) -> Self | None:
-        """As `mirror_mapping`, where the mapping's own rights allow it. None: they do not, or not this short way.
-
-        `caller.note_fault(mirror, address)` is called where bytes of it were gone by the time that it is dropped.
-        """
-        return cls._open(kernel, mapping, offset, length, rights, caller)
-
     @staticmethod
     def _checked(mapping: Mapping, offset: Any, length: Any) -> tuple[int, int]:
         """The long way of the checks, for integers that are no plain `int` too."""
@@ -158,26 +142,6 @@ class CrossProcessMapping(Mirror, ByteAccess):
             if size > 0 and start >= 0 and start + size <= mapping.length:
                 return start, size
         raise refuse(mapping, offset, length)
-
-    @classmethod
-    def mirror_parts(
-        cls,
-        parts: list[Part],
-        *,
-        kernel: KernelMemory,
-        rights: MappingAccessRights = k_rw,
-        populate: bool = False,
-    ) -> Self:
-        """One contiguous mirror of ranges that lie side by side in a process: each but the last ends its mapping.
-
-        Errors as `mirror_mapping`; all of it is mirrored, or nothing.
-        """
-        if len(parts) == 1:
-            return cls.mirror_mapping(*parts[0], kernel=kernel, rights=rights, populate=populate)
-        self = cls._mirror(parts, kernel, rights)
-        if populate:
-            self._prefault()
-        return self
 
     @classmethod
     def _mirror(cls, parts: list[tuple[Mapping, Any, Any]], kernel: KernelMemory, rights: MappingAccessRights) -> Self:
@@ -282,3 +246,28 @@ class CrossProcessMapping(Mirror, ByteAccess):
         if not self.alive:
             return f"<CrossProcessMapping, dropped, {len(self)} bytes>"
         return f"<CrossProcessMapping {self.address:#x}, {len(self)} bytes, {self.rights}, of {self.mapping!r}>"
+
+
+def mirror_for(
+    caller: object, mapping: Mapping, offset: int, length: int, kernel: KernelMemory, rights: MappingAccessRights
+) -> CrossProcessMapping | None:
+    """As `mirror_mapping`, where the mapping's own rights allow it. None: they do not, or not this short way.
+
+    `caller._note_fault(mirror, address)` is called where bytes of it were gone by the time that it is dropped.
+    """
+    return CrossProcessMapping._open(kernel, mapping, offset, length, rights, caller)
+
+
+def mirror_parts(
+    parts: list[Part], *, kernel: KernelMemory, rights: MappingAccessRights = k_rw, populate: bool = False
+) -> CrossProcessMapping:
+    """One contiguous mirror of ranges that lie side by side in a process: each but the last ends its mapping.
+
+    Errors as `mirror_mapping`; all of it is mirrored, or nothing.
+    """
+    if len(parts) == 1:
+        return CrossProcessMapping.mirror_mapping(*parts[0], kernel=kernel, rights=rights, populate=populate)
+    mirror = CrossProcessMapping._mirror(parts, kernel, rights)
+    if populate:
+        mirror._prefault()
+    return mirror

@@ -253,7 +253,7 @@ class KernelMemory(Land):
     def __repr__(self) -> str:
         return f"<KernelMemory [{self.start:#x}, {self.land.end:#x}), {self.live} mirrors>"
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: the child has no part in what the kernel had mapped."""
         self._lose()
         self.__init__(self.start, self.length, lazy_unmap=self._budget)  # type: ignore[misc]

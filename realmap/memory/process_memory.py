@@ -14,7 +14,7 @@ from realmap.errors import (
     VirtualMemoryExhaustion,
 )
 from realmap.memory.bookkeeping import Space
-from realmap.memory.cross_process import CrossProcessMapping, Part
+from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, whole_pages
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
@@ -115,13 +115,19 @@ class ProcessMemory:
         return self._enter(start, None, 0, size, type, NO_RIGHTS)
 
     def enter_anywhere(
-        self, frames: Frames, length: int, type: MemoryType, rights: MappingAccessRights, alignment: int = 1
+        self,
+        frames: Frames,
+        length: int,
+        type: MemoryType,
+        rights: MappingAccessRights,
+        alignment: int = 1,
+        offset: int = 0,
     ) -> Mapping:
-        """Enters a mapping of all of `frames`, `length` bytes, where there is space.
+        """Enters a mapping of `length` bytes of `frames`, from `offset` on, where there is space.
 
         Errors as `find_available_space` and `Mapping`.
         """
-        return self._enter(self.find_available_space(length, alignment), frames, 0, length, type, rights)
+        return self._enter(self.find_available_space(length, alignment), frames, offset, length, type, rights)
 
     def _vacant(self, address: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         start, size = page_range(address, length)
@@ -175,8 +181,8 @@ class ProcessMemory:
         """
         self._remove(mapping)
         # Where nothing is in the way any more by the time its process looked, its own place is avoided.
-        start, end = taken if taken[0] < mapping.end and mapping.address < taken[1] else (mapping.address, mapping.end)
-        self._space.note_obstacle(start, end)
+        in_the_way = max(taken[0], mapping.address) < min(taken[1], mapping.end)
+        self._space.note_obstacle(*(taken if in_the_way else (mapping.address, mapping.end)))
         try:
             huge = isinstance(mapping.frames, SharedFrames) and mapping.frames.huge
             address = self.find_available_space(mapping.length, HUGE_SIZE if huge else 1)
@@ -339,7 +345,7 @@ class ProcessMemory:
             if mapping is not None and 0 < length <= mapping.length - (offset := address - mapping.address):
                 # In one mapping: the common case.
                 return CrossProcessMapping.mirror_mapping(mapping, offset, length, kernel=kernel, rights=rights)
-        return CrossProcessMapping.mirror_parts(self.parts(address, length), kernel=kernel, rights=rights)
+        return mirror_parts(self.parts(address, length), kernel=kernel, rights=rights)
 
     def release_all(self) -> None:
         """Takes every mapping out of the books and releases it: the process has ended."""

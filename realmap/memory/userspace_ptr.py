@@ -65,27 +65,6 @@ class UserspacePtr(View, ByteAccess):
 
     mapping: Mapping
 
-    @classmethod
-    def over(
-        cls, mappings: Iterable[Mapping], address: int, length: int, *, rights: MappingAccessRights = k_rw
-    ) -> Self:
-        """Points at [address, address + length), bytes, which lies in `mappings` side by side.
-
-        InvalidAddress: this process has not (or no longer) mapped it. AccessDenied, InvalidRights:
-        `rights` beyond k_rw, or none.
-        """
-        mirror_prot(rights)
-        windows = []
-        books = tuple(mappings)
-        for mapping in books:
-            window = _window_at(mapping.address)
-            if window is None or not window.alive or window._span != mapping.length:
-                raise InvalidAddress(mapping.address, why="this process has nothing mapped there")
-            windows.append(window)
-        self = cls._over(tuple(windows), address, length, int(allows(rights, k_w)))
-        self.mapping = books[0]
-        return self
-
     @property
     def rights(self) -> MappingAccessRights:
         """What may be done through it: k_r or k_rw."""
@@ -109,3 +88,24 @@ class UserspacePtr(View, ByteAccess):
 
     def __repr__(self) -> str:
         return f"<UserspacePtr {self.address:#x}, {len(self)} bytes, {self.rights}>"
+
+
+def point_at(
+    mappings: Iterable[Mapping], address: int, length: int, *, rights: MappingAccessRights = k_rw
+) -> UserspacePtr:
+    """Points at [address, address + length), bytes, which lies in `mappings` side by side.
+
+    InvalidAddress: this process has not (or no longer) mapped it. AccessDenied, InvalidRights: `rights` beyond k_rw, or
+    none.
+    """
+    mirror_prot(rights)
+    windows = []
+    books = tuple(mappings)
+    for mapping in books:
+        window = _window_at(mapping.address)
+        if window is None or not window.alive or window._span != mapping.length:
+            raise InvalidAddress(mapping.address, why="this process has nothing mapped there")
+        windows.append(window)
+    pointer = UserspacePtr._over(tuple(windows), address, length, int(allows(rights, k_w)))
+    pointer.mapping = books[0]
+    return pointer

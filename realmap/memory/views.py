@@ -28,6 +28,12 @@ def named(error: BufferError, owner: object) -> BufferError:
     return BufferError(f"{error}: {', and '.join(found)} (`del {first}`)")
 
 
+def in_module(function: Any, owner: object) -> list[str]:
+    """The variables of the function's module that show the memory of `owner`."""
+    variables = getattr(function, "__globals__", {})
+    return [f"the global {name}" for name, value in list(variables.items()) if _shows(value, owner)]
+
+
 def _names(frame: FrameType, owner: object) -> list[str]:
     variables = frame.f_locals
     try:

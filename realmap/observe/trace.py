@@ -106,7 +106,7 @@ class Trace:
         if failed is not None:
             raise failed
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: the trace is the parent's."""
         self._file.close()
         self._over = Flag()  # its thread is the parent's as well

@@ -15,6 +15,7 @@ from typing import Any
 from realmap.host import files
 from realmap.host.translate import SHM
 from realmap.shared_memory import lookup, tracker
+from realmap.shared_memory.kept import Attached
 from realmap.user.buffer import Buffer
 from realmap.user.windows import open_segment
 
@@ -138,7 +139,10 @@ class SharedMemory(standard.SharedMemory):
                 self._map.close()
                 self._map = None
             if self._buffer is not None:
-                self._buffer.unmap()
+                if isinstance(self._buffer, Attached):
+                    self._buffer.close()
+                else:
+                    self._buffer._unmap_soon()
                 self._buffer = None
         except BufferError:
             self._buf = memoryview(self._memory)
@@ -188,6 +192,8 @@ class SharedMemory(standard.SharedMemory):
 
     @_fd.setter
     def _fd(self, fd: int) -> None:
+        if fd < 0 and self._opened is None:
+            return
         before, self._opened = self._opened, _identified(fd)
         if before is not None and before[0] != fd and before == _identified(before[0]):
             files.close(before[0])

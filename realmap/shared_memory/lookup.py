@@ -18,6 +18,7 @@ from realmap.host.segment import checked_name
 from realmap.host.signals import Living
 from realmap.host.translate import SHM
 from realmap.rights import u_r
+from realmap.shared_memory import kept
 from realmap.user import names, travel
 from realmap.user.buffer import Buffer
 from realmap.user.process import Process
@@ -58,21 +59,17 @@ def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bo
     """A new block, with a name that nobody has."""
 
     def make(process: Process) -> tuple[str, Buffer]:
-        if name is not None and _is_taken(checked(name)):
+        if name is not None and _is_taken_elsewhere(checked(name), process.path):
             raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name)
+        _makers.add(process)
         while True:
             chosen = _make_filename() if name is None else name
             bare = checked(chosen)
             try:
-                buffer = process.map(size, name=_checked_visible(bare) if visible else None, commit=commit)
-                try:
-                    # In the tree's kernel it ends soon enough.
-                    names.publish(process, buffer, bare, keep=keep or ambient.is_of_the_tree(process.path))
-                except BaseException:
-                    buffer.unmap()
-                    raise
-                _makers.add(process)
-                return chosen, buffer
+                # In the tree's kernel it ends soon enough.
+                lasting = keep or ambient.is_of_the_tree(process.path)
+                segment = _checked_visible(bare) if visible else None
+                return chosen, names.make(process, size, bare, keep=lasting, segment=segment, commit=commit)
             except InvalidHandle:
                 if name is not None:
                     raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name) from None
@@ -87,8 +84,9 @@ def _checked_visible(bare: str) -> str:
         raise OSError(errno.EINVAL, str(error), bare) from None
 
 
-def _is_taken(bare: str) -> bool:
-    found = _look(lambda process, timeout: names.attach(process, bare, u_r, timeout=timeout))
+def _is_taken_elsewhere(bare: str, mine: str) -> bool:
+    """Whether it is a name of another kernel than the one at `mine`, or of none."""
+    found = _look_elsewhere(mine, lambda process, timeout: names.attach(process, bare, u_r, timeout=timeout))
     return found is not None or _is_outside(bare)
 
 
@@ -98,7 +96,7 @@ def attach(name: str, readonly: bool) -> Buffer | int | None:
     OSError: it may not be opened.
     """
     bare, rights = checked(name), u_r if readonly else None
-    found = _look(lambda process, timeout: names.attach(process, bare, rights, timeout=timeout))
+    found = _look(lambda process, timeout: kept.attach(process, bare, rights, timeout=timeout))
     if found is None and _is_outside(bare):
         flags = os.O_RDONLY if readonly else os.O_RDWR
         with contextlib.suppress(FileNotFoundError):
@@ -120,6 +118,7 @@ def unlink(name: str) -> bool:
 
     def end(process: Process, timeout: float | None) -> bool:
         names.unlink(process, bare, timeout=timeout)
+        kept.clear(process)
         return True
 
     return bool(_look(end))
@@ -131,6 +130,10 @@ def _look(ask: Callable[[Process, float | None], T]) -> T | None:
     if mine is not None:
         with contextlib.suppress(InvalidHandle, KernelDied):
             return ask(travel.own_process_of(mine), None)
+    return _look_elsewhere(mine, ask)
+
+
+def _look_elsewhere(mine: str | None, ask: Callable[[Process, float | None], T]) -> T | None:
     for path in runtime.sockets():
         if path != mine and _silent.get(path, 0.0) < time.monotonic():
             with contextlib.suppress(InvalidHandle, KernelDied):
@@ -162,8 +165,7 @@ def _ask_another(path: str, ask: Callable[[Process, float | None], T]) -> T:
 
 def _leave() -> None:
     for process in _makers.all():
-        if not process.is_lost:
-            names.leave(process)
+        names.leave(process)
 
 
 def _leave_at_exit(_: object = None) -> None:

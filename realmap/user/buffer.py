@@ -39,12 +39,12 @@ class UserWindow(Window):
         Where the kernel is gone, that is all.
         """
         process = self.process
-        if process.is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
+        if process._is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
             self._unmap()
             return
-        client = process.client
+        client = process._own_client
         number = client.next_id()
-        answer = client.endpoint.unmap(self, number, process.farewell(self._base, self._span, number))
+        answer = client.endpoint.unmap(self, number, process._farewell(self._base, self._span, number))
         if isinstance(answer, int):
             raise translate.window_error(OSError(answer, os.strerror(answer)), self._base, self._span, self._prot)
         if answer is not None and answer.outcome == ANSWERED:
@@ -75,14 +75,6 @@ class Buffer(View, ByteAccess):
 
     process: Process
     rights: MappingAccessRights
-
-    @classmethod
-    def part(cls, window: UserWindow, address: int, length: int) -> Self:
-        """`length` bytes at `address` of a window."""
-        self = cls._over((window,), address, length, int(allows(window.rights, k_w)))
-        self.process = window.process
-        self.rights = window.rights
-        return self
 
     @property
     def _window(self) -> UserWindow:
@@ -115,7 +107,7 @@ class Buffer(View, ByteAccess):
             raise InvalidSize(size, why=f"offset {start} + length {size} is no part of a buffer of {len(self)} bytes")
         if not self.alive:
             raise InvalidAddress(self.address, why="the buffer is unmapped")
-        return Buffer.part(self._window, self.address + start, size)
+        return part_of(self._window, self.address + start, size)
 
     def check(self) -> None:
         """InvalidAddress: it is unmapped. MemoryFault: bytes of it are gone."""
@@ -136,6 +128,13 @@ class Buffer(View, ByteAccess):
         except BufferError as error:
             raise views.named(error, self) from None
 
+    def _unmap_soon(self) -> None:
+        """`unmap`, but the kernel is only told, and gives back its frames a moment later. OSError: as munmap(2)."""
+        try:
+            self._window._unmap()
+        except BufferError as error:
+            raise views.named(error, self) from None
+
     def __enter__(self) -> Self:
         return self
 
@@ -145,12 +144,14 @@ class Buffer(View, ByteAccess):
             self.unmap()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels as a handle that is good once: whoever unpickles it has the same memory, mapped as its own.
+        """Travels as a handle: whoever unpickles it has the same memory, mapped as its own.
 
-        It may be unpickled in any process that can reach the kernel, also after this one has ended or unmapped it
-        (within `realmap.user.travel.TRANSIT` seconds). InvalidAddress: it is unmapped. Errors as `Process.share`.
+        It may be unpickled as often as it was pickled, in any process that can reach the kernel, also after this one
+        has ended or unmapped it (within `realmap.user.travel.TRANSIT` seconds). InvalidAddress: it is unmapped. Errors
+        as `Process.share`.
         """
-        return travel.load, (self.process.share(self, uses=1, keep=travel.TRANSIT),)
+        self.check()
+        return travel.load, (self.process._share(self, self.rights, 1, None, travel.TRANSIT, more=True),)
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a Buffer is memory, not a value: bytes(buffer) is a copy, buffer.slice(…) the same memory")
@@ -163,6 +164,14 @@ class Buffer(View, ByteAccess):
 
     def __repr__(self) -> str:
         return f"<Buffer {self.address:#x}, {len(self)} bytes, {self.rights}{'' if self.alive else ', unmapped'}>"
+
+
+def part_of(window: UserWindow, address: int, length: int) -> Buffer:
+    """`length` bytes at `address` of a window."""
+    buffer = Buffer._over((window,), address, length, int(allows(window.rights, k_w)))
+    buffer.process = window.process
+    buffer.rights = window.rights
+    return buffer
 
 
 def encode_buffer(process: Process, value: Any) -> Any:

@@ -6,11 +6,15 @@ is killed takes it along, as soon as no process lives that has attached it by th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
-from realmap.errors import KernelError
-from realmap.rights import MappingAccessRights
-from realmap.user.buffer import Buffer
+from realmap.errors import KernelError, VirtualMemoryExhaustion
+from realmap.memory.lands import USER_LAND
+from realmap.pages import align_up, usize
+from realmap.rights import MappingAccessRights, MemoryType, u_rw
+from realmap.user.buffer import Buffer, part_of
+from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.messages import NAMED
 
@@ -21,13 +25,36 @@ if TYPE_CHECKING:
 PATIENCE = 2.0
 
 
-def publish(process: Process, buffer: Buffer, name: str, *, keep: bool = False) -> None:
-    """Gives the bytes of a buffer a name. `keep`: it does not end with its maker, whatever way that dies.
+def make(
+    process: Process, size: int, name: str, *, keep: bool = False, segment: str | None = None, commit: bool = True
+) -> Buffer:
+    """Memory of `size` bytes with a name. `keep`: that does not end with its maker, whatever way it dies.
+    `segment`: its name in /dev/shm, if it is to have one.
 
-    InvalidHandle: the name is taken. LimitReached: too many handles and names. Else as `Process.share`.
+    InvalidHandle: a name is taken. LimitReached: too many handles and names. Else as `Process.map`.
     """
-    buffer.check()
-    process._share(buffer, buffer.rights, None, None, keep, name)
+    size = usize(size, "size")
+    if align_up(size) > USER_LAND.length:
+        raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
+    client = process._own_client
+    number = client.next_id()
+    memory = messages.Map(number, size, int(MemoryType.HEAP), int(u_rw), None, segment, commit)
+    end = messages.Revoke(0, NAMED + name)
+
+    def give_back(place: Any) -> bytes:
+        client.notice(end)
+        return process._farewell(place[0], place[1])
+
+    request = messages.Publish(number, memory, name, math.inf if keep else 0.0)
+    place, answer = client.request(request, name="map", late=give_back)
+    window = map_window(process, place, lambda _: (0, place[1]), answer, u_rw)
+    try:
+        if commit:
+            fault_in(window)
+        return part_of(window, window._base, size)
+    except BaseException:  # a signal handler's: nobody will ever have it
+        client.notice(end)
+        raise
 
 
 def attach(
@@ -39,12 +66,15 @@ def attach(
 
 def unlink(process: Process, name: str, *, timeout: float | None = None) -> None:
     """Ends the name; the memory lives on where it is mapped. InvalidHandle: there is none. SyscallTimeout."""
-    process.client.request(messages.Revoke(process.client.next_id(), NAMED + name), timeout=timeout, name="unlink")
+    client = process._own_client
+    client.request(messages.Revoke(client.next_id(), NAMED + name), timeout=timeout, name="unlink")
 
 
 def leave(process: Process) -> None:
     """This process is about to end in good order. A kernel that does not hear of it takes it for killed."""
+    if process._is_lost:  # a forked child that has not used it
+        return
     try:
-        process.client.request(messages.Leave(process.client.next_id()), timeout=PATIENCE, name="leave")
+        process._own_client.request(messages.Leave(process._own_client.next_id()), timeout=PATIENCE, name="leave")
     except KernelError:
         pass  # with the kernel, its names have ended

@@ -20,9 +20,9 @@ from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, u_rw
 from realmap.user import shown
-from realmap.user.buffer import Buffer, UserWindow, encode_buffer
+from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
-from realmap.user.windows import map_window
+from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
@@ -53,7 +53,7 @@ def _tell_of_fork() -> None:
 
 def _after_fork() -> None:
     for process in _living.all():
-        process.after_fork_in_child()
+        process._after_fork_in_child()
 
 
 os.register_at_fork(before=_tell_of_fork, after_in_child=_after_fork)
@@ -87,7 +87,7 @@ class Process:
         return Client(path, timeout=timeout, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
 
     @property
-    def client(self) -> Client:
+    def _own_client(self) -> Client:
         """The connection. In a forked child: one of its own, made now."""
         client = self._client
         if client.lost_in_child:  # for every call: so without another property
@@ -96,7 +96,7 @@ class Process:
         return client
 
     @property
-    def is_lost(self) -> bool:
+    def _is_lost(self) -> bool:
         """Whether this is a forked child that has not used it yet."""
         return self._client.lost_in_child
 
@@ -133,12 +133,12 @@ class Process:
             for window, known in zip(windows, adopted, strict=True):
                 # What the parent had unmapped by now is memory still, but none that the kernel knows.
                 if known:
-                    window._farewell(client.endpoint, self.farewell(window._base, window._span), None)
+                    window._farewell(client.endpoint, self._farewell(window._base, window._span), None)
                 else:
                     window._farewell(None, None, None)
             self._client = client
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: another thread of the parent may have held the lock."""
         self._lock = Lock()
 
@@ -178,7 +178,7 @@ class Process:
             raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
         kind, allowed = type_of(type), rights_of(rights)
         step = None if fragment is None else whole_pages(fragment, "fragment")
-        client = self.client
+        client = self._own_client
         request = messages.Map(
             client.next_id(),
             size,
@@ -192,7 +192,9 @@ class Process:
         place, answer = client.request(request, name="map", late=self._unmap_late)
         span, piece = place[1], step or place[1]
         window = map_window(self, place, lambda index: (0, min(piece, span - index * piece)), answer, allowed)
-        return Buffer.part(window, window._base, size)
+        if commit:
+            fault_in(window)
+        return part_of(window, window._base, size)
 
     def share(
         self,
@@ -224,7 +226,7 @@ class Process:
         if buffer.process is not self:
             raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, which is who may share it")
         allowed = buffer.rights if rights is None else rights_of(rights)
-        return self._share(buffer, allowed, uses, seconds, keep, None)
+        return self._share(buffer, allowed, uses, seconds, keep)
 
     def _share(
         self,
@@ -233,24 +235,28 @@ class Process:
         uses: SupportsIndex | None,
         seconds: float | None,
         keep: bool | float,
-        name: str | None,
+        *,
+        more: bool = False,
     ) -> Handle:
         request = messages.Share(
-            self.client.next_id(),
+            self._own_client.next_id(),
             buffer.address,
             len(buffer),
             int(allowed),
             None if uses is None else index(uses),
             None if seconds is None else float(seconds),
             (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
-            name,
+            None,
+            more,
         )
-        token, answer = self.client.request(request, name="share", late=self._revoke_late)
+        late = None if more else self._revoke_late  # of one that others have as well, a use is lost
+        token, answer = self._own_client.request(request, name="share", late=late)
         try:
             handle = Handle(self.path, token, len(buffer), allowed)
             answer.take()
         except BaseException:  # a signal handler's: nobody will ever have it
-            self.client.notice(messages.Revoke(0, token))
+            if not more:
+                self._own_client.notice(messages.Revoke(0, token))
             raise
         return handle
 
@@ -293,11 +299,11 @@ class Process:
         timeout: float | None = None,
     ) -> Buffer:
         allowed = None if rights is None else int(rights_of(rights))
-        request = messages.Attach(self.client.next_id(), token, offset, length, allowed)
-        value, answer = self.client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
+        request = messages.Attach(self._own_client.next_id(), token, offset, length, allowed)
+        value, answer = self._own_client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
         *_, lead, size, given, pieces = value
         window = map_window(self, value[:5], lambda index: tuple(pieces[index]), answer, rights_of(given))
-        return Buffer.part(window, window._base + lead, size)
+        return part_of(window, window._base + lead, size)
 
     def revoke(self, handle: Handle | str) -> None:
         """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.
@@ -305,13 +311,13 @@ class Process:
         InvalidHandle: it has ended. AccessDenied: it is another process's. KernelDied, ProcessKilled: no kernel.
         """
         token = (Handle.parse(handle) if isinstance(handle, str) else handle).token
-        self.client.request(messages.Revoke(self.client.next_id(), token))
+        self._own_client.request(messages.Revoke(self._own_client.next_id(), token))
 
     def _unmap_late(self, place: Any) -> bytes:
         """Of a mapping that nobody waited for."""
-        return self.farewell(place[0], place[1])
+        return self._farewell(place[0], place[1])
 
-    def farewell(self, address: int, span: int, number: int = 0) -> bytes:
+    def _farewell(self, address: int, span: int, number: int = 0) -> bytes:
         """What the kernel is told of a window that is unmapped. `number`: of a request for its answer."""
         return self._client.encode(messages.Unmap(number, address, span))
 
@@ -326,7 +332,7 @@ class Process:
         InvalidAddress: outside of UserLand, or negative. TypeError: no integer.
         """
         number = address_of(address)
-        value, _ = self.client.request(messages.Query(self.client.next_id(), number))
+        value, _ = self._own_client.request(messages.Query(self._own_client.next_id(), number))
         return msgspec.convert(value, MemoryInfo)
 
     # ---- syscalls ---------------------------------------------------------------------------
@@ -346,10 +352,12 @@ class Process:
         arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that cannot travel, a
         dict whose keys are no text, or lists and dicts more than 60 deep. KernelDied, ProcessKilled: no kernel.
         """
-        client = self._client if not self._client.lost_in_child else self.client  # most often without a call
+        client = self._client
+        if client.lost_in_child:  # asked here: a property costs a call
+            client = self._own_client
         request = self._call(name, args, timeout, kwargs)
         try:
-            return client.request(request, timeout=timeout, name=name, holds=request)[0]
+            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
         except OverflowError:
             raise TypeError(BEYOND) from None
 
@@ -361,18 +369,20 @@ class Process:
         """
         from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
 
-        client = self.client
+        client = self._own_client
         request = self._call(name, args, timeout, kwargs)
         try:
-            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=request)
+            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=request.args)
         except OverflowError:
             raise TypeError(BEYOND) from None
 
     def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
         if not isinstance(name, str):
             raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
+        if timeout is not None:
+            if not timeout >= 0:
+                raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
+            timeout = float(timeout) if timeout < LONGEST else LONGEST
         names = None
         if kwargs:
             names = tuple(kwargs)
@@ -381,8 +391,7 @@ class Process:
             if type(value) not in _SENT:
                 plain.check(args, Buffer, f"an argument of {name!r}")
                 break
-        seconds = None if timeout is None else float(min(timeout, LONGEST))
-        return messages.Call(self._client.next_id(), name, args, seconds, names)
+        return messages.Call(self._client.next_id(), name, args, timeout, names)
 
     # ---- the end ----------------------------------------------------------------------------
 
@@ -418,6 +427,6 @@ class Process:
         return shown.of_process(self, [] if self.has_ended else self._windows())
 
     def __repr__(self) -> str:
-        which = "inherited by a fork" if self.is_lost else str(self._client.number)  # nothing connects to be printed
+        which = "inherited by a fork" if self._is_lost else str(self._client.number)  # nothing connects to be printed
         ended = ", ended" if self.has_ended else ""
         return f"<Process {which} (pid {self.pid}) of the kernel at {self.path!r}{ended}>"

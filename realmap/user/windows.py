@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 PieceAt = Callable[[int], tuple[int, int]]
 #: How many places for a mapping may turn out to be taken before there is none.
 PLACES = 100
+#: Windows of so many bytes, from and to, are faulted in at once: for fewer it does not pay, and a longer one would keep
+#: signals waiting (20 ms for 64 MiB).
+FAULTED_IN = (32 << 10, 64 << 20)
 
 
 def map_window(
@@ -40,7 +43,7 @@ def map_window(
     """
     address, span, count, in_huge, serial = place
     prot = prot_of(rights)
-    client, duty = process.client, answer
+    client, duty = process._own_client, answer
     try:
         for _ in range(PLACES):
             try:
@@ -55,17 +58,23 @@ def map_window(
                 window.huge = in_huge
                 window.serial = serial
                 register_window(window)
-                window._farewell(client.endpoint, process.farewell(address, span), duty)  # has it from here on
+                window._farewell(client.endpoint, process._farewell(address, span), duty)  # has it from here on
                 return window
             start, end = procfs.obstacle(address, span)
             move = messages.Move(client.next_id(), address, start, end)
-            address, moved = client.request(move, late=lambda to: process.farewell(to, span))
+            address, moved = client.request(move, late=lambda to: process._farewell(to, span))
             duty.take()
             duty = moved
         raise VirtualMemoryExhaustion(span, why=f"at {PLACES} places in UserLand something else is mapped")
     except BaseException:
         duty.refuse()
         raise
+
+
+def fault_in(window: UserWindow) -> None:
+    """Of fresh frames whose space is taken: what touching each page would cost is paid at once, and is less so."""
+    if FAULTED_IN[0] <= window._span <= FAULTED_IN[1]:
+        window._fault_in()
 
 
 def _map_segments(
@@ -86,7 +95,7 @@ def _map_segments(
     first = sum(piece_at(number)[1] for number in range(expected))
     window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
     mapped = len(descriptors)
-    client = process.client
+    client = process._own_client
     while mapped < count:
         _, answer = client.request(messages.More(client.next_id(), address, mapped))
         more = answer.descriptors
@@ -107,7 +116,7 @@ def open_segment(buffer: Buffer) -> int:
 
     PhysicalMemoryExhaustion: no descriptors. KernelDied, ProcessKilled: no kernel to ask for it.
     """
-    window, client = buffer._window, buffer.process.client
+    window, client = buffer._window, buffer.process._own_client
     _, answer = client.request(messages.More(client.next_id(), window._base, 0))
     _require_all(answer.descriptors, 1, window._span)
     try:

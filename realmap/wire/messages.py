@@ -26,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 8
+PROTOCOL = 9
 VERSION = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -85,7 +85,7 @@ class Refused(msgspec.Struct, tag="refused"):
     error: Error
 
 
-class _Request(msgspec.Struct, array_like=True, frozen=True):
+class _Request(msgspec.Struct, array_like=True, frozen=True, gc=False):  # none refers to anything that refers to it
     id: int
 
 
@@ -156,7 +156,8 @@ class Share(_Request, tag=8, frozen=True):
     """A handle for `length` bytes at `address`, good for `uses` and `seconds`, or without such an end (None).
 
     `keep`: how many seconds it outlives its maker (infinity: for ever). `name`: it can be attached by that as well as
-    by a token, and by everybody who is let in. Done: its token, or its name.
+    by a token, and by everybody who is let in. `more`: one more use of the one that was made alike, with
+    this, if it is not spent yet. Done: its token, or its name.
     """
 
     address: int
@@ -166,6 +167,7 @@ class Share(_Request, tag=8, frozen=True):
     seconds: float | None
     keep: float
     name: str | None = None
+    more: bool = False
 
 
 class Attach(_Request, tag=9, frozen=True):
@@ -207,7 +209,15 @@ class Leave(_Request, tag=13, frozen=True):
     """This process ends in good order: the names that it gave stay without it. Done: None."""
 
 
-Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave
+class Publish(_Request, tag=14, frozen=True):
+    """`memory`, and a name for all of it, as by `Share`: both or none. `keep`: as there. Done: as `Map`."""
+
+    memory: Map
+    name: str
+    keep: float
+
+
+Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave | Publish
 #: How a name is written where a token may be.
 NAMED = "name:"
 
@@ -216,7 +226,7 @@ NAMED = "name:"
 DONE = 1
 
 
-class Done(msgspec.Struct, array_like=True, tag=DONE):
+class Done(msgspec.Struct, array_like=True, tag=DONE, gc=False):
     """The answer, and how many descriptors belong to it."""
 
     id: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -12,18 +13,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, long, wait_until
 from rich.console import Console
 
 from realmap.cli.bench import bench as command
 from realmap.cli.bench import render
 from realmap.lab import bench
-from realmap.lab.bench import programs
+from realmap.lab.bench import machine, make, many, programs
 from realmap.lab.bench.access import SIZES, WAYS, sentence
 from realmap.lab.bench.measure import Absent, Contender, Plan, Race, spread
 from realmap.lab.bench.programs import Program
 from realmap.lab.bench.report import FORM, Reached, Report, Spread
-from realmap.lab.bench.scale import CROWDS, QUICK_CROWDS
+from realmap.system import boot
 
 SHORT = Plan(rounds=3, batch_ns=200_000, race_seconds=0.2, least_rounds=3)
 #: What each program is asked in the bench.
@@ -34,15 +35,25 @@ ASKED = {
         *(f"{way} 65536 3 {work}" for way in ("own", "pread", "readv", "pipe") for work in WORKS),
         "spin 100 0", "socket 100 0", "make 4096 3", "make_commit 4096 3", "null 10",
     ],
-    "drop_in": ["make 4096 3", "attach 4096 3"],
-    "shared_memory": ["make 4096 3", "attach 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
-    "posix_ipc": ["make 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
+    "drop_in": ["make 4096 3", "make_touched 5000 3", "attach 4096 3"],
+    "shared_memory": [
+        "make 4096 3", "make_touched 5000 3", "attach 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep",
+    ],
+    "posix_ipc": ["make 4096 3", "attach 4096 3", "handover 1048576 2 attach", "handover 1048576 2 keep"],
+    "asyncio": ["call 3", "hundred 150"],
     "pipe": [
         "call 10 0", "bytes 64 10 0", "handover 1048576 2", *(f"access 4096 3 {work}" for work in WORKS),
     ],
     "seqpacket": ["call 10 0"],
     "vm_readv": [f"access 4096 3 {work}" for work in WORKS],
 }  # fmt: skip
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick run in this process only sees that all is there: few rounds, one size."""
+    monkeypatch.setattr(importlib.import_module("realmap.lab.bench.run"), "QUICK", SHORT)
+    monkeypatch.setattr(make, "QUICK_SIZES", make.QUICK_SIZES[:1])
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -109,7 +120,15 @@ def test_limits_are_met_or_not() -> None:
     ratio = Spread(1.5, 1.0, 2.0)
     assert Reached("x", 1.6, ratio).met is True
     assert Reached("x", 1.4, ratio).met is False
-    assert Reached("x", 1.6, None, "left out").met is None
+    assert Reached("x", 1.6, None, why="left out").met is None
+
+
+@pytest.mark.parametrize(("load", "doubts"), [(1000.0, 1), (0.0, 0)])
+def test_a_loaded_machine_is_a_doubt(load: float, doubts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    found = [doubt for doubt in machine.Disturbance().doubts() if "load" in doubt]
+    assert len(found) == doubts
+    assert all("1000.0" in doubt for doubt in found)
 
 
 def test_the_sentence_for_the_reader() -> None:
@@ -151,15 +170,18 @@ def test_a_program_that_is_not_there_or_dies_is_absent() -> None:
             program.ask("call", 1)
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("terminal", [False, True])
 def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(programs, "TOOLS", tmp_path / "none")
-    report = bench.run(["make"], quick=True)
+    monkeypatch.setattr(many, "CROWDS", (1, 2))
+    report = bench.run(["make", "attach", "many"], quick=True)
     assert (report.missing, report.reach) == ([], [])
     assert {(figure.name, figure.ratio) for figure in report.figures} == {
         ("map + unmap", None), ("map + unmap, commit=False", None), ("attach + unmap", None),
+        ("1 process, call", None), ("2 processes, call", None), ("a process", None),
     }  # fmt: skip
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
     render(console, report)
@@ -171,10 +193,16 @@ def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
         assert word not in said + str(command.help), word
 
 
+@pytest.mark.usefixtures("short")
 def test_in_a_checkout_it_is_held_to_limits() -> None:
-    (reached,) = bench.run(["make"], quick=True).reach
-    assert reached.what == "map + unmap 4 KiB / SharedMemory create + close + unlink"
-    assert reached.ratio is not None
+    report = bench.run(["attach"], quick=True)
+    assert {figure.size for figure in report.figures} == {PAGE, 1 << 20}
+    by_name, by_handle = report.reach
+    assert by_name.what == "attach by name + close, 4 KiB / SharedMemory"
+    assert by_handle.what == "attach(handle) + unmap, 4 KiB / SharedMemory(name) + close"
+    for reached in (by_name, by_handle):
+        assert reached.found and reached.ours and reached.theirs
+        assert reached.found.median == reached.ours / reached.theirs
 
 
 def test_without_a_compiler_there_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +211,43 @@ def test_without_a_compiler_there_is_no_floor(monkeypatch: pytest.MonkeyPatch) -
         programs.floor().ask("null", 10)
 
 
+@pytest.mark.parametrize("server", [None, "seqpacket", "pyzmq"])
+def test_a_crowd_calls_and_is_gone_afterwards(server: str | None) -> None:
+    if server == "pyzmq":
+        pytest.importorskip("zmq")
+    with boot(syscalls=[many.bench_nop]) as kernel:
+        with contextlib.closing(programs.crowd(3, kernel.path, server)) as crowd:
+            assert crowd.ask("all", 30) > 0
+            assert 0 <= crowd.ask("share", 1000) <= 1000
+            assert kernel.stats()["processes"] == (0 if server else 3)
+            assert crowd._process is not None
+            pid = crowd._process.pid
+            members = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            assert len(members) == (4 if server else 3)
+        wait_until(lambda: not any(Path(f"/proc/{member}").exists() for member in members), "the end of the crowd")
+
+
+def test_a_crowd_that_loses_a_member_is_absent() -> None:
+    with contextlib.closing(programs.crowd(2, "", "seqpacket")) as crowd:
+        assert crowd.ask("all", 10) > 0
+        assert crowd._process is not None
+        pid = crowd._process.pid
+        os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1]), 9)
+        with pytest.raises(Absent, match="it ended"):
+            crowd.ask("all", 10)
+
+
+def test_a_crowd_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "crowd_other.py").write_text("import no_such_package")
+    monkeypatch.setattr(programs, "TOOLS", tmp_path)
+    with contextlib.closing(programs.crowd(2, "", "other")) as crowd:
+        with pytest.raises(Absent, match="no_such_package is not installed"):
+            crowd.ask("all", 10)
+
+
 def test_unknown_groups() -> None:
-    with pytest.raises(ValueError, match="access, call, make, handover, scale"):
+    with pytest.raises(ValueError, match="access, call, many, make, attach, touch, handover, scale"):
         bench.run(["speed"])
 
 
@@ -226,12 +289,18 @@ def test_all_of_it_in_short(tmp_path: Path) -> None:
     }
     assert report.sentences[0].startswith("On this machine: to touch a little, take ")
     assert re.search(r"^On this machine: to touch a little", done.stdout, re.M)
-    # Each limit belongs to a race, and to contenders that were in it, but for who was left out and for crowds that a
-    # short run passes over.
+    # Each limit belongs to a race, and to contenders that were in it, but for who was left out.
     assert {reached.what for reached in report.reach} == {limit.what for limit in programs.limits()}
     away = {f"{missing.what} was left out" for missing in report.missing}
-    away |= {f"a call, {size} processes calling was left out" for size in set(CROWDS) - set(QUICK_CROWDS)}
     assert {reached.why for reached in report.reach} <= {"", *away}
+    for figure in report.figures:
+        assert 0 < figure.time.p10 <= figure.time.median or figure.unit == "", figure
+    assert {f"{size}{way}" for size in ("1 process", "8 processes") for way in (", call", ", bare SEQPACKET")} <= {
+        figure.name for figure in report.figures if figure.group == "many"
+    }
+    assert {figure.name for figure in report.figures if figure.group == "touch"} == {
+        f"{memory}{way}" for memory in ("bytearray", "Buffer") for way in ("[0]", "[0] = 1", "[8:24]")
+    }
 
 
 @pytest.mark.parametrize(
@@ -239,10 +308,10 @@ def test_all_of_it_in_short(tmp_path: Path) -> None:
     [
         (["speed"], 2, "speed"),
         (["make", "--json", "/nonexistent/folder/file"], 1, "cannot write /nonexistent/folder/file"),
-        (["make", "--json", "/"], 1, "cannot write /"),
+        long(["make", "--json", "/"], 1, "cannot write /"),
         (["--plot", "curves.pdf"], 1, ".png or an .svg"),
         (["make", "--plot", "curves.svg"], 1, "add access"),
-        (["--plot", "/nonexistent/folder/file.svg"], 1, "cannot write"),
+        long(["--plot", "/nonexistent/folder/file.svg"], 1, "cannot write"),
     ],
 )
 def test_bad_arguments_are_told_before_the_run(arguments: list[str], status: int, said: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import click
 import msgspec
 import pytest
 import syscalls
-from conftest import BOUND, PAGE, ROOT, wait_until
+from conftest import BOUND, PAGE, ROOT, long, wait_until
 from rich.console import Console
 from terminal import on_a_terminal
 
@@ -87,7 +87,7 @@ def test_the_command_of_the_readme(files: list[str]) -> None:
     assert json.loads(done.stdout)["ok"] is True
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [60, long(80), long(200)])
 def test_the_demo_in_a_pipe_is_plain(files: list[str], width: int) -> None:
     done = realmap("demo", "--ranges", *files, env=os.environ | {"COLUMNS": str(width)})
     assert (done.returncode, done.stderr) == (0, "")
@@ -112,7 +112,7 @@ def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
     assert report.balance["descriptors"] == 0
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [long(60), long(80), 200])
 def test_the_demo_on_a_terminal_has_a_picture_and_colour(files: list[str], width: int) -> None:
     out = on_a_terminal(["demo", *files], {"COLUMNS": str(width)})
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
@@ -377,11 +377,10 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
             for kernel in (killed, at_path):
                 os.kill(kernel.pid, signal.SIGKILL)
                 kernel._child.wait(BOUND)
-            assert json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout) == [
-                name,
-                killed.path,
-                path,
-            ]
+            gone = json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout)
+            # The segment may be swept by a kernel of somebody else's that starts just now.
+            assert gone in ([name, killed.path, path], [killed.path, path])
+            assert not os.path.exists(f"/dev/shm/{name}")
             assert not os.path.exists(path)
             assert not os.path.exists(path + ".lock")
             done = realmap("gc", running.path)
@@ -397,7 +396,7 @@ def test_gc_gives_back_what_was_to_outlive_its_maker(running: KernelHandle) -> N
     with running.connect() as me, running.connect() as other:
         labels = [other.share(other.map(PAGE), keep=True).token[:8] for _ in range(2)]
         mine, name = me.share(me.map(PAGE), keep=True), f"kept-{os.getpid()}"
-        names.publish(other, other.map(PAGE), name, keep=True)
+        names.make(other, PAGE, name, keep=True)
         other.close()
         wait_until(lambda: running.stats()["orphans"] == 3)
         done = realmap("gc", "--orphans", "--kernel", running.path)

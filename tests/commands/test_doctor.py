@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BOUND
+from conftest import BOUND, long
 
 from realmap.observe import doctor
 
@@ -58,8 +58,8 @@ def test_this_machine() -> None:
     ("options", "name", "status", "words"),
     [
         ("size=64m", "/dev/shm", "warn", "--shm-size"),
-        ("size=256m,noexec", "/dev/shm noexec", "warn", "remount,exec"),
-        ("size=1m", "MADV_COLLAPSE", "warn", "make room"),
+        long("size=256m,noexec", "/dev/shm noexec", "warn", "remount,exec"),
+        long("size=1m", "MADV_COLLAPSE", "warn", "make room"),
         ("size=256m,ro", "a segment", "bad", "you may write"),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_process_shows_its_mappings() -> None:
         assert f"<td>{buffers[0].address:#x}</td><td>{PAGE:,}</td><td>u_rw</td>" in text
         assert text.count("<tr>") == 22
         assert "and 6 more" in text
-        in_a_fork(lambda: "inherited by a fork" in me._repr_html_() and me.is_lost)
+        in_a_fork(lambda: "inherited by a fork" in me._repr_html_() and me._is_lost)
         assert kernel.stats()["processes"] == 1  # nobody connects to be shown
         os.kill(kernel.pid, signal.SIGKILL)
         assert "<table>" in me._repr_html_()  # it has them still
@@ -125,7 +125,7 @@ def test_a_buffer_shows_its_first_bytes() -> None:
         assert ".&lt;b&gt;&amp;...&#x27;." in text
         assert "… and 3,205 bytes more" in text
         assert "more" not in buffer.slice(5, 8)._repr_html_()
-        in_a_fork(lambda: buffer._repr_html_() == text and me.is_lost)
+        in_a_fork(lambda: buffer._repr_html_() == text and me._is_lost)
         os.kill(kernel.pid, signal.SIGKILL)
         assert buffer._repr_html_() == text
         buffer.unmap()

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import BOUND, scaled, wait_until
+from conftest import BOUND, long, scaled, wait_until
 from rich.console import Console
 
 import realmap
@@ -76,7 +76,7 @@ def test_the_same_seed_makes_the_same_choices() -> None:
 def test_a_full_shm() -> None:
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace of its own (unshare)")
-    done = command("quick", "--full", "--seconds", 2, "--seed", 2)
+    done = command("quick", "--full", "--ops", 1200, "--seed", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     refused = next(line for line in done.stdout.splitlines() if "refused" in line)
     assert " 0 refused" not in refused
@@ -142,9 +142,9 @@ def test_what_is_left_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         (["--full", "--kernel", "x"], "own"),
-        (["--kill", "2"], "kill"),
+        long(["--kill", "2"], "kill"),
         (["nothing"], "nothing"),
-        (["--users", "0"], "users"),
+        long(["--users", "0"], "users"),
         (["--kernel", "/nowhere"], "no kernel listens"),
     ],
 )

@@ -23,9 +23,6 @@ from realmap.cli import command
 from realmap.cli.top.feed import NONE, Feed, Seen
 from realmap.wire.status import look
 
-#: A second, an interpreter's start, and all of them at once on a loaded machine. Seconds.
-SOON = 20.0
-
 
 @realmap.syscall
 def hold(call: realmap.Call, seconds: float) -> None:
@@ -75,7 +72,7 @@ def run_all(kernel: KernelHandle, folder: Path) -> dict[str, tuple[int, str, str
     found = {}
     for name, process in began.items():
         try:
-            out, err = process.communicate(timeout=SOON)
+            out, err = process.communicate(timeout=BOUND)
         finally:
             process.kill()  # nothing, where it has ended
         found[name] = (process.returncode, out, err)

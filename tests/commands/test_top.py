@@ -17,7 +17,7 @@ from rich.segment import Segment
 
 import realmap
 from realmap.cli.top import paint
-from realmap.cli.top.app import Top
+from realmap.cli.top.app import Fresh, Top
 from realmap.cli.top.feed import Feed, Seen
 from realmap.cli.top.screens import Help, Main, OneProcess, OneSegment
 from realmap.cli.top.view import fitting
@@ -85,6 +85,17 @@ def loaded(kernel: realmap.KernelHandle) -> Iterator[realmap.KernelHandle]:
         user.kill()
         user.join(BOUND)
     wait_until(lambda: kernel.stats()["processes"] == before, "the end of the users")
+
+
+def test_a_view_that_comes_as_it_ends(kernel: realmap.KernelHandle) -> None:
+    async def run() -> None:
+        app = Top(kernel.path, 0.1)
+        async with app.run_test() as pilot:
+            await until(pilot, lambda: app.view is not None, "the first view")
+        assert app.view is not None
+        app.on_fresh(Fresh(app.view))
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("size", [(80, 24), (20, 10), (200, 60), (1, 1)])

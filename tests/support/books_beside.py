@@ -21,6 +21,7 @@ from realmap.errors import (
     PhysicalMemoryExhaustion,
 )
 from realmap.host import files
+from realmap.kernel import user_buffer
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits
 from realmap.kernel.services import SERVICES, Answer, Later
@@ -194,7 +195,7 @@ class Beside:
         try:
             yield buffer, parts
         finally:
-            buffer.end(pinned=False)
+            user_buffer.end(buffer, pinned=False)
 
     def resolved(self) -> tuple[UserBuffer, list[Part]]:
         person = self.person()

@@ -20,6 +20,7 @@ from realmap.errors import (
     LimitReached,
     VirtualMemoryExhaustion,
 )
+from realmap.kernel import user_buffer
 from realmap.kernel.services import LONG_BYTES, LONG_COUNT, Later
 from realmap.memory.frames import SharedFrames
 from realmap.memory.lands import USER_LAND
@@ -329,7 +330,7 @@ class Driver(Beside):
     def begin_call(self) -> None:
         if len(self.calls) < 4:
             buffer, parts = self.resolved()
-            buffer.pin()
+            user_buffer.pin(buffer)
             self.calls.append((buffer, parts))
             self.model.pinned.append(parts)
 
@@ -337,7 +338,7 @@ class Driver(Beside):
         if self.calls:
             index = self.rng.randrange(len(self.calls))
             buffer, _ = self.calls.pop(index)
-            buffer.end(pinned=True)
+            user_buffer.end(buffer, pinned=True)
             del self.model.pinned[index]
 
     def mirror(self) -> None:

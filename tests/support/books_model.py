@@ -23,7 +23,7 @@ from realmap.errors import (
     VirtualMemoryExhaustion,
 )
 from realmap.kernel.handles import FOR_EVER
-from realmap.kernel.limits import Limits
+from realmap.kernel.limits import Limits, segments_of
 from realmap.kernel.processes import UserProcess
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
@@ -303,7 +303,7 @@ class Model:
         (mine, segments), (everybodys, _) = self.used(person), self.used()
         if (
             mine + size > (USIZE_MAX if self.process_limit is None else self.process_limit)
-            or segments + -(-size // step) > self.limits.segments_or_default
+            or segments + -(-size // step) > segments_of(self.limits)
             or everybodys + size > (USIZE_MAX if self.memory_limit is None else self.memory_limit)
         ):
             return PhysicalMemoryExhaustion

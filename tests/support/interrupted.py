@@ -42,7 +42,7 @@ from realmap.shared_memory import ShareableList, SharedMemory
 
 PAGE = realmap.PAGE_SIZE
 #: How long one pair may take before it is said to hang, in seconds.
-HANGS = 20.0
+HANGS = 60.0
 #: How often the outer operation runs at most, until the handler has run within it often enough.
 PATIENCE = 2000
 
@@ -323,7 +323,7 @@ def boot_and_shut_down(world: Any) -> None:
 @operation(connected=True, long=True)
 def serve_here(world: Any) -> None:
     with realmap.Kernel(path=world.new_path(), kernel_land=1 << 30) as other:
-        other.post(lambda: None)
+        other.loop.post(lambda: None)
         other.stop()
 
 
@@ -499,6 +499,8 @@ def main() -> None:
     pairs = json.load(sys.stdin)
     connected = any(OPERATIONS[name].connected for pair in pairs for name in pair if name in OPERATIONS)
     world = Connected() if connected else Pieces()
+    gc.collect()
+    gc.freeze()  # what is looked through after each pair is what that left
     before = world.state()
     for number, (outer, inner) in enumerate(pairs):
         print(json.dumps({"begins": number}), flush=True)

@@ -46,7 +46,7 @@ class Evil:
         number = self.fuzz.odd()
         return number if type(number) is int else 1
 
-    def note_fault(self, *_: object) -> None:
+    def _note_fault(self, *_: object) -> None:
         self.fuzz.disturb()
 
     def __iter__(self) -> Any:

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import defaultdict
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
@@ -18,6 +19,7 @@ from realmap import Call, UserBuffer, syscall
 from realmap.memory import SharedFrames
 
 gate: SimpleQueue[Any] = SimpleQueue()
+gates: defaultdict[str, SimpleQueue[Any]] = defaultdict(SimpleQueue)
 kept: dict[str, Any] = {}
 by_process: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -208,6 +210,19 @@ def wait(call: Call) -> None:
 def go(call: Call) -> None:
     """Lets one waiting handler go on."""
     gate.put(None)
+
+
+@syscall(blocking=True)
+def wait_for(call: Call, name: str, *held: UserBuffer) -> str:
+    """Waits to be let go on by that name; buffers are held meanwhile."""
+    gates[name].get()
+    return name
+
+
+@syscall
+def go_by_name(call: Call, name: str) -> None:
+    """Lets one go on that waits for that name, now or later."""
+    gates[name].put(None)
 
 
 @syscall

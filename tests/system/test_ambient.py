@@ -22,7 +22,7 @@ from realmap.user import travel
 
 def kernel_pid() -> int:
     """Of the ambient kernel."""
-    return ambient.process().client.kernel_pid
+    return ambient.process()._own_client.kernel_pid
 
 
 def kill_kernel() -> None:
@@ -82,7 +82,7 @@ def test_connect_finds_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable, "")  # so that it is as before afterwards
         monkeypatch.delenv(variable)
     with realmap.connect() as me:
-        os.kill(me.client.kernel_pid, signal.SIGKILL)
+        os.kill(me._own_client.kernel_pid, signal.SIGKILL)
         with realmap.connect() as other:
             assert other.path != me.path and os.environ[ambient.VARIABLE] == other.path
             assert other.map(3) == bytes(3)
@@ -135,7 +135,7 @@ def test_sigterm_to_all_leaves_it_serving_until_its_booter_has_ended() -> None:
     block = SharedMemory(create=True, size=64)
     block.buf[:3] = b"abc"
     signal.signal(signal.SIGTERM, lambda *_: None)
-    print(ambient.process().client.kernel_pid, flush=True)
+    print(ambient.process()._own_client.kernel_pid, flush=True)
     sys.stdin.readline()
     other = SharedMemory(block.name)
     print(bytes(other.buf[:3]), SharedMemory(create=True, size=8).size)

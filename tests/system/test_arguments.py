@@ -339,5 +339,7 @@ def test_a_list_within_itself(me: Process) -> None:
 @pytest.mark.parametrize("names", [("a", "b"), ("a", "a", "a"), ("call",)])
 def test_a_peer_that_names_more_than_there_is(me: Process, names: tuple[str, ...]) -> None:
     with pytest.raises(realmap.KernelError):
-        me.client.request(messages.Call(me.client.next_id(), "untyped", msgspec.Raw(b"\x91\x01"), None, names))
+        me._own_client.request(
+            messages.Call(me._own_client.next_id(), "untyped", msgspec.Raw(b"\x91\x01"), None, names)
+        )
     assert me.call("nop") is None

@@ -28,7 +28,7 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 def pending(me: Process) -> int:
     """Requests whose answers have not come."""
-    return me.client.endpoint.pending
+    return me._own_client.endpoint.pending
 
 
 def test_calls(me: Process) -> None:
@@ -38,7 +38,7 @@ def test_calls(me: Process) -> None:
         assert await me.acall("sha256", buffer.slice(0, 5)) == hashlib.sha256(b"hello").hexdigest()
         assert await me.acall("echo", 1, "a", b"x" * 5000, None) == [1, "a", b"x" * 5000, None]
         assert await me.acall("echo", "x" * 1_000_000) == ["x" * 1_000_000]
-        assert await me.acall("nop", timeout=5) is None
+        assert await me.acall("nop", timeout=BOUND) is None
         assert pending(me) == 0
 
     threads = set(threading.enumerate())
@@ -106,12 +106,13 @@ def test_a_timeout(kernel: KernelHandle, me: Process) -> None:
     async def work() -> None:
         buffer = me.map(PAGE)
         with pytest.raises(SyscallTimeout, match=r"within 0\.05 s"):
-            await me.acall("sleep", 0.3, buffer, timeout=0.05)
+            await me.acall("wait_for", "nobody", buffer, timeout=0.05)
         assert pending(me) == 1
         assert await me.acall("echo", 2) == [2]
+        await me.acall("go_by_name", "nobody")
         while pending(me):  # its answer comes, and is thrown away
             await me.acall("sleep", 0.01)
-        assert await me.acall("echo", 3, timeout=5) == [3]
+        assert await me.acall("echo", 3, timeout=BOUND) == [3]
 
     run(work())
 
@@ -119,7 +120,7 @@ def test_a_timeout(kernel: KernelHandle, me: Process) -> None:
 def test_cancelled_tasks_leave_both_sides_clean(kernel: KernelHandle, me: Process) -> None:
     async def work() -> None:
         buffer = me.map(5 * PAGE, fragment=PAGE)
-        tasks = [asyncio.create_task(me.acall("sleep", 0.2, buffer)) for _ in range(5)]
+        tasks = [asyncio.create_task(me.acall("wait_for", "cancelled", buffer)) for _ in range(5)]
         tasks += [asyncio.create_task(me.acall("echo", bytes(300_000))) for _ in range(5)]
         await asyncio.sleep(0)
         await asyncio.sleep(0.01)
@@ -129,6 +130,8 @@ def test_cancelled_tasks_leave_both_sides_clean(kernel: KernelHandle, me: Proces
         assert all(isinstance(result, asyncio.CancelledError | list) for result in results)
         assert await me.acall("echo", 4) == [4]
         buffer.unmap()
+        for _ in range(5):
+            await me.acall("go_by_name", "cancelled")
         while pending(me):
             await me.acall("sleep", 0.01)
 
@@ -191,7 +194,7 @@ def test_loops_that_share_wake_each_other(me: Process) -> None:
 
     async def work() -> None:
         for number in range(rounds):
-            assert await me.acall("echo", number, timeout=5) == [number]
+            assert await me.acall("echo", number, timeout=BOUND) == [number]
 
     threads = [threading.Thread(target=lambda: run(asyncio.wait_for(work(), BOUND))) for _ in range(3)]
     for thread in threads:
@@ -230,8 +233,9 @@ def test_closed_while_tasks_wait(kernel: KernelHandle) -> None:
 
     async def work() -> None:
         mine = kernel.connect()
-        task = asyncio.create_task(mine.acall("sleep", 0.2))
-        await asyncio.sleep(0.05)
+        task = asyncio.create_task(mine.acall("wait_for", "closed"))
+        while pending(mine) != 1:
+            await asyncio.sleep(0.001)
         mine.close()
         left, right = socket.socketpair()
         seen = asyncio.Event()
@@ -245,6 +249,8 @@ def test_closed_while_tasks_wait(kernel: KernelHandle) -> None:
         right.close()
 
     run(work())
+    with kernel.connect() as other:
+        other.call("go_by_name", "closed")
     wait_until(lambda: kernel.stats()["processes"] == 0)
 
 
@@ -260,12 +266,13 @@ def test_a_closed_loop(me: Process) -> None:
         call.send(None)
     # Closed while a call was on its way: whoever comes next throws its answer away.
     loop = asyncio.new_event_loop()
-    task = loop.create_task(me.acall("sleep", 0.05))
+    task = loop.create_task(me.acall("wait_for", "loop"))
     loop.run_until_complete(asyncio.sleep(0.01))
     loop.close()
     assert pending(me) == 1
 
     async def work() -> None:
+        await me.acall("go_by_name", "loop")
         while pending(me):
             await me.acall("sleep", 0.01)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import syscalls
-from conftest import PAGE, wait_until
+from conftest import PAGE, scaled, wait_until
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,7 +32,7 @@ from realmap.lab.stress import handlers
 from realmap.memory import USER_LAND
 
 #: So many steps at least, in examples of 50 at most; hypothesis ends some of them early.
-FLOOR, STEPS = 2000, 50
+FEW, FULL, STEPS = 200, 10_000, 50
 counted = 0
 #: Keeping is done here, beyond the end of a process; and a fork is kept until its parent's end.
 MIX = workload.Mix(
@@ -164,19 +164,28 @@ class Play(RuleBasedStateMachine):
         assert set(report.unregistered) <= mapping
 
 
-def test_the_books_equal_linux_after_every_step(stage: KernelHandle) -> None:
+def play(stage: KernelHandle, floor: int) -> None:
     class Here(Play):
         kernel = stage
 
     global counted
     counted = 0
-    while counted < FLOOR:
-        before, examples = counted, max(4, (FLOOR - counted) // STEPS)
+    while counted < floor:
+        before, examples = counted, max(4, (floor - counted) // STEPS)
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
             Here, settings=settings(max_examples=examples, stateful_step_count=STEPS, deadline=None)
         )
         assert counted > before
     print(f"{counted} steps, after each of which the books equalled /proc/PID/maps")
+
+
+def test_the_books_equal_linux_after_every_step(stage: KernelHandle) -> None:
+    play(stage, FEW)
+
+
+@pytest.mark.slow
+def test_the_books_equal_linux_after_every_step_full_count(stage: KernelHandle) -> None:
+    play(stage, scaled(FULL))
 
 
 def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle) -> None:
@@ -197,5 +206,5 @@ def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle)
     other = Foreign._map(USER_LAND.start + (1 << 40), PAGE, 3, -1, 0, 0, PAGE, 1)
     assert len(kernel.audit().differences) == 2
     other._unmap()
-    me.client.request(realmap.wire.messages.Unmap(me.client.next_id(), buffer.address, 3 * PAGE))  # type: ignore[attr-defined]
+    me._own_client.request(realmap.wire.messages.Unmap(me._own_client.next_id(), buffer.address, 3 * PAGE))  # type: ignore[attr-defined]
     assert kernel.audit()

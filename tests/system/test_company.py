@@ -66,7 +66,7 @@ def test_a_killed_kernels_path_is_taken_over(tmp_path: Path) -> None:
     first._child.wait(BOUND)
     assert path.exists()
     with realmap.boot(path=path) as second, realmap.connect(path) as me:
-        assert me.client.kernel_pid == second.pid
+        assert me._own_client.kernel_pid == second.pid
     first.shutdown()
 
 

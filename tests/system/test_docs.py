@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from conftest import BOUND, PAGE, ROOT, SUPPORT
 
 import realmap
-from realmap import ambient
+from realmap import ambient, shared_memory
 
 CLIENT = SUPPORT / "typed_client.py"
 MODULES = [
@@ -66,6 +67,45 @@ def test_everything_public_says_what_it_is() -> None:
                 if not key.startswith("_") and callable(value) and not inspect.getdoc(value):
                     silent.append(f"{name}.{key}")
     assert silent == []
+
+
+#: What is public: `help(realmap)` shows no more. What is new here is documented, and stays.
+BYTES = "address alive array cast exports fault rights"
+FACE = {
+    "Buffer": f"{BYTES} check huge process refcount slice unmap writable",
+    "Call": "cancelled deadline kernel name process",
+    "CrossProcessMapping": f"{BYTES} drop mapping mappings mirror_mapping offset",
+    "Handle": "length parse path rights token",
+    "Kernel": "ending register serve start stop unregister",
+    "KernelHandle": "audit connect has_ended pid register settle shutdown snapshot spawn stats trace unregister",
+    "Limits": "buffers calls connections estates given_up half_sent handles mappings orphans processes reserve running "
+    "seconds segments undecoded unread",
+    "MappingAccessRights": " ".join(realmap.MappingAccessRights.__members__),
+    "MemoryInfo": "address length phys_offset refcount rights type",
+    "MemoryType": " ".join(realmap.MemoryType.__members__),
+    "Process": "acall attach call close has_ended map path pid query revoke share",
+    "ShareableList": "count format index",
+    "SharedMemory": "buf close name size unlink",
+    "SharedMemoryManager": "ShareableList SharedMemory",
+    "SpawnedProcess": "exitcode join kill pid result",
+    "UserBuffer": "access address array copy_in copy_out fault has_ended mappings mirror process rights",
+    "UserspacePtr": f"{BYTES} drop mapping writable",
+}
+
+
+def test_nothing_private_is_in_the_public_face() -> None:
+    theirs = {*dir(int), *dir(SyncManager)}  # what an enum of integers and a manager have anyway
+    found = {}
+    for module in realmap, shared_memory:
+        for name in module.__all__:
+            each = getattr(module, name)
+            if isinstance(each, type) and issubclass(each, realmap.KernelError):
+                own = {key for key in vars(each) if key[0] != "_"}
+                assert own <= {"code", "fields", "facts"}, name
+            elif isinstance(each, type) and each is not realmap.KernelPanic:
+                found[name] = {key for key in dir(each) if key[0] != "_"} - theirs
+    expected = {name: set(text.split()) for name, text in FACE.items()}
+    assert found == {name: keys - theirs for name, keys in expected.items()}
 
 
 def test_help_can_be_asked_for() -> None:

@@ -58,7 +58,7 @@ def test_what_was_never_sent_is_forgotten(me: Process) -> None:
     with pytest.raises(realmap.SyscallTimeout):
         for _ in range(100_000):
             me.call("echo", "x" * 60_000, timeout=0)
-    wait_until(lambda: me.call("nop") is None and not me.client.endpoint.pending)
+    wait_until(lambda: me.call("nop") is None and not me._own_client.endpoint.pending)
 
 
 def test_an_account_is_charged_as_a_whole_or_not_at_all() -> None:
@@ -133,7 +133,7 @@ def test_what_a_handle_made_keeps_it() -> None:
     me = realmap.boot(syscalls=syscalls.ALL).connect()
     gc.collect()
     assert me.call("echo", 1) == [1]
-    pid = me.client.kernel_pid
+    pid = me._own_client.kernel_pid
     me.close()
     del me
     gc.collect()
@@ -223,7 +223,7 @@ def test_a_bug_of_ours_ends_nobody_but_its_caller(
         with pytest.raises(SyscallFailed, match="a bug"):
             me.query(0x2000_0000_0000)
         with caplog.at_level(logging.ERROR, "realmap"):
-            kernel.post(lambda: broken())
+            kernel.loop.post(lambda: broken())
             assert other.map(5)[:] == bytes(5)
             wait_until(lambda: "failed at something" in caplog.text)
 
@@ -234,7 +234,7 @@ def test_stop_before_and_after() -> None:
     done = []
     with realmap.Kernel() as served:
         pass
-    served.post(lambda: done.append(1))
+    served.loop.post(lambda: done.append(1))
     assert done == [1]
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import points
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, wait_until
@@ -37,7 +38,7 @@ def in_thread(work: Callable[..., Any], *args: Any) -> threading.Thread:
 def reading(me: Process) -> Any:
     """Another thread has the turn until `go` is called: it waits for an answer of its own."""
     thread = in_thread(me.call, "wait")
-    wait_until(lambda: me.client.endpoint.pending == 1, "the other's request")
+    wait_until(lambda: me._own_client.endpoint.pending == 1, "the other's request")
     yield thread
     me.call("go")
     thread.join(BOUND)
@@ -92,7 +93,7 @@ def test_a_forked_child_does_not_keep_its_parents_connection(kernel: KernelHandl
 
             async def main() -> None:
                 waiting = asyncio.create_task(me.acall("sleep", BOUND))
-                while me.client.endpoint.pending != 1:
+                while me._own_client.endpoint.pending != 1:
                     await asyncio.sleep(0.001)
                 child = os.fork()
                 if child:
@@ -112,19 +113,24 @@ def test_a_forked_child_does_not_keep_its_parents_connection(kernel: KernelHandl
     os.close(writer)
 
 
-def test_a_closed_loop_that_is_first_in_line_is_passed_over(me: Process) -> None:
+def test_a_closed_loop_that_is_first_in_line_is_passed_over(me: Process, kernel: KernelHandle) -> None:
     other = asyncio.new_event_loop()
     thread = in_thread(other.run_forever)
     asyncio.run_coroutine_threadsafe(me.acall("nop"), other).result(BOUND)
     closed = asyncio.new_event_loop()
-    forgotten = closed.create_task(me.acall("sleep", 0.3))
+    forgotten = closed.create_task(me.acall("wait_for", "the closed one"))
     closed.run_until_complete(asyncio.sleep(0.01))
     closed.close()
-    reading = in_thread(me.call, "sleep", 0.1)
-    wait_until(lambda: me.client.endpoint.pending == 2)
-    waiting = asyncio.run_coroutine_threadsafe(me.acall("sleep", 0.2), other)
-    reading.join()
-    assert waiting.result(BOUND) == 0.2
+    reading = in_thread(me.call, "wait_for", "the reader")
+    wait_until(lambda: me._own_client.endpoint.pending == 2)
+    waiting = asyncio.run_coroutine_threadsafe(me.acall("wait_for", "the other"), other)
+    wait_until(lambda: me._own_client.endpoint.pending == 3)
+    with kernel.connect() as beside:  # who says so by the same connection would read for all
+        beside.call("go_by_name", "the reader")
+        reading.join(BOUND)
+        beside.call("go_by_name", "the other")
+        assert waiting.result(BOUND) == "the other"
+        beside.call("go_by_name", "the closed one")
     other.call_soon_threadsafe(other.stop)
     thread.join()
     other.close()
@@ -147,7 +153,7 @@ def test_a_handler_of_who_is_woken_to_read_does_not_keep_others_waiting(me: Proc
 
     try:
         reader = in_thread(first)
-        wait_until(lambda: me.client.endpoint.pending == 1)
+        wait_until(lambda: me._own_client.endpoint.pending == 1)
         other = in_thread(second)
         assert me.call("sleep", 0.3) == 0.3
         reader.join()
@@ -163,19 +169,18 @@ def test_an_unmap_that_is_interrupted_before_it_was_sent_is_told_all_the_same(
     def raises(*_: object) -> None:
         raise Stop
 
-    before = signal.signal(signal.SIGALRM, raises)
+    before = signal.signal(points.SIGNAL, raises)
     buffer = me.map(PAGE)
     try:
         os.kill(kernel.pid, signal.SIGSTOP)
         for _ in range(2000):  # until neither ring nor socket takes any more
-            me.client.notice(messages.Forked(0))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(Stop):
+            me._own_client.notice(messages.Forked(0))
+        with points.while_asleep(points.PPOLL) as point, pytest.raises(Stop):
             buffer.unmap()
+        assert point.reached
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         os.kill(kernel.pid, signal.SIGCONT)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(points.SIGNAL, before)
     assert not buffer.alive
     wait_until(lambda: me.call("nop") is None and not kernel.stats()["mappings"], "the end of the mapping")
 
@@ -200,12 +205,12 @@ def test_a_connection_that_one_thread_finds_ended_ends_for_those_that_wait(me: P
             ended.append(error)
 
     thread = in_thread(wait)
-    wait_until(lambda: me.client.endpoint.pending == 1)
-    me.client.endpoint.reject()
+    wait_until(lambda: me._own_client.endpoint.pending == 1)
+    me._own_client.endpoint.reject()
     thread.join(BOUND)
     assert [type(error) for error in ended] == [realmap.VersionMismatch]
     me.close()
-    assert me.client.endpoint.fileno() == -1
+    assert me._own_client.endpoint.fileno() == -1
 
 
 PROGRAM = """
@@ -220,7 +225,7 @@ class Last:
         print("unmapped")
 last = Last()
 threading.Thread(target=me.call, args=("sleep", 100), daemon=True).start()
-while me.client.endpoint.pending != 1:
+while me._own_client.endpoint.pending != 1:
     time.sleep(0.001)
 """
 
@@ -255,7 +260,8 @@ def test_a_timeout_of_a_task_that_cleans_up_after_it_was_cancelled(me: Process) 
             await asyncio.sleep(BOUND)
         except asyncio.CancelledError:
             with pytest.raises(realmap.SyscallTimeout):
-                await me.acall("sleep", 0.2, timeout=0.01)
+                await me.acall("wait_for", "nobody", timeout=0.01)
+            await me.acall("go_by_name", "nobody")
         return "cleaned up"
 
     async def main() -> None:
@@ -276,7 +282,7 @@ def test_a_timeout_beyond_all_bounds_is_none(me: Process, timeout: float) -> Non
 def test_descriptors_that_somebody_else_closed_and_used_again(me: Process) -> None:
     """As a daemonizer does: the connection says so; what has its number now is neither read, written nor closed."""
 
-    number = me.client.endpoint.fileno()
+    number = me._own_client.endpoint.fileno()
     os.close(number)
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours = [sock for sock in pair if sock.fileno() == number]

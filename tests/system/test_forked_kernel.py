@@ -106,7 +106,7 @@ class Company:
 
     def _ask_and_do_not_read(self, path: str) -> None:
         """Copies of what it should have read wait in the kernel."""
-        self.silent.sock.settimeout(1.0)
+        self.silent.sock.settimeout(0.5)
         with contextlib.suppress(TimeoutError):  # it is not listened to any more
             for number in range(1, 2000):
                 ask = messages.Map(number, PAGE, int(realmap.MemoryType.HEAP), int(realmap.u_rw), None, None, False)

@@ -101,6 +101,8 @@ def test_signals_at_any_moment(
     last.start()
     last.join(BOUND)
     assert result == [[2]], "this thread kept its turn"
-    wait_until(lambda: me.call("echo", 3) == [3] and not me.client.endpoint.pending, "the answers to what was given up")
+    wait_until(
+        lambda: me.call("echo", 3) == [3] and not me._own_client.endpoint.pending, "the answers to what was given up"
+    )
     buffer.unmap()
     wait_until(lambda: not kernel.stats()["mappings"], "the end of what calls held")

@@ -88,7 +88,7 @@ def test_everybody_else_is_served(late: KernelHandle, kind: str) -> None:
         assert asked.is_alive()
         other.call("go")
         assert asked.result() == "came back"
-        assert late.stats()["late"] == 2
+        assert late.stats()["late"] >= 2  # a short one may be, too, where another program has its CPU
         again = Asked(other, kind)  # for the end of the block
     again.result()
 
@@ -187,7 +187,7 @@ def test_shutdown_does_not_wait_for_it(kind: str) -> None:
         began = time.monotonic()
         kernel._child.signal(END)
         assert kernel._child.wait(BOUND) == 0, "it ended by itself"
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < BOUND
         assert asked.result() is None or isinstance(asked.result(), KernelDied)
 
 
@@ -239,6 +239,10 @@ def test_those_of_dead_processes_are_bounded_by_their_uid() -> None:
             assert asked.result() == "came back"
 
 
+#: Of calls that are to begin in that time, and end by it. Seconds.
+LIMIT = 1.0
+
+
 def cancel_by(how: str, kernel: KernelHandle) -> None:
     """Has a call of `until_cancelled` that nobody waits for."""
     if how == "death":
@@ -249,7 +253,7 @@ def cancel_by(how: str, kernel: KernelHandle) -> None:
     with kernel.connect() as me:
         if how == "its timeout":
             with suppress(realmap.SyscallTimeout):  # or its answer: it stops at that moment
-                me.call("until_cancelled", timeout=0.4)
+                me.call("until_cancelled", timeout=LIMIT)
             return
         asked = Asked(me, "until_cancelled")
         wait_until(lambda: at_work(kernel) == 1 or not asked.is_alive())
@@ -260,13 +264,13 @@ def cancel_by(how: str, kernel: KernelHandle) -> None:
 
 @pytest.mark.parametrize("how", ["death", "close", "the kernel's limit", "its timeout"])
 def test_a_handler_is_told_that_nobody_waits(how: str) -> None:
-    limit = 0.4 if how == "the kernel's limit" else None
+    limit = LIMIT if how == "the kernel's limit" else None
     with realmap.boot(syscalls=stuck.ALL, limits=Limits(seconds=limit)) as kernel:
         cancel_by(how, kernel)
         with kernel.connect() as me:
             wait_until(lambda: me.call("tell")[-1:] == ["cancelled"])
             left = me.call("tell")[0]
-            assert left is None if how in ("death", "close") else 0 < left <= 0.4
+            assert left is None if how in ("death", "close") else 0 < left <= LIMIT
             left = me.call("deadline")
             assert left is None if limit is None else 0 < left <= limit
             assert 0 < me.call("deadline", timeout=0.9 * (limit or 1)) <= 0.9 * (limit or 1)
@@ -291,7 +295,7 @@ def test_a_call_that_was_given_up_before_its_turn_is_not_begun() -> None:
 def test_one_that_nobody_waits_for_is_counted_and_shown() -> None:
     with realmap.boot(syscalls=stuck.ALL) as kernel, kernel.connect() as me:
         with pytest.raises(realmap.SyscallTimeout):
-            me.call("wait_beside", timeout=0.05)
+            me.call("wait_beside", timeout=LIMIT)
         wait_until(lambda: kernel.stats()["given_up"] == 1)
         assert [(row.syscall, row.given_up) for row in kernel.snapshot().running] == [("wait_beside", True)]
         assert kernel.stats()["late"] == 0

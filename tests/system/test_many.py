@@ -61,7 +61,7 @@ def test_one_message_of_each_in_a_pass() -> None:
                     take(last)
             done.set()
 
-        kernel.post(look)
+        kernel.loop.post(look)
         assert done.wait(BOUND)
         assert [sorted(taken[at : at + 3]) for at in range(0, 12, 3)] == [[0, 1, 2]] * 4
         for client in clients:
@@ -74,7 +74,7 @@ def test_a_loop_looks_once_for_many_answers(me: Process) -> None:
     looks = [0]
 
     async def work() -> None:
-        waiter = Waiter.of(me.client)
+        waiter = Waiter.of(me._client)
         look = waiter._look
 
         def counted() -> None:

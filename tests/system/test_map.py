@@ -44,6 +44,20 @@ class Foreign(_core.Window):
     __slots__ = ()
 
 
+@pytest.mark.parametrize(
+    ("options", "faults"), [({}, False), ({"fragment": 32 * PAGE}, False), ({"commit": False}, True)]
+)
+def test_touching_what_was_taken_faults_no_more(me: Process, options: dict[str, Any], faults: bool) -> None:
+    count = 800
+    buffer = me.map(count * PAGE, **options)
+    view = memoryview(buffer)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for at in range(0, len(buffer), PAGE):
+        view[at] = 1
+    assert (resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before >= count // 2) is faults
+    view.release()
+
+
 @pytest.mark.parametrize("length", [1, PAGE - 1, PAGE, PAGE + 1, 3333333])
 @pytest.mark.parametrize("fragment", [None, PAGE, 64 * PAGE])
 def test_any_length_above_zero(me: Process, length: int, fragment: int | None) -> None:

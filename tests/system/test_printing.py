@@ -105,7 +105,7 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
             status = 1
             try:
                 assert set(told(things)) == set(alive)
-                status = int(not things["Process"].is_lost)
+                status = int(not things["Process"]._is_lost)
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import redirected
 from blocks import HERE, clean, end, hear, program, run, start
-from conftest import BOUND, wait_until
+from conftest import BOUND, long, wait_until
 
 from realmap.host import runtime
 from realmap.shared_memory import SharedMemory
 
-BOTH = ["multiprocessing", "realmap"]
+BOTH = [long("multiprocessing"), "realmap"]
 
 
 def names() -> set[str]:

@@ -125,7 +125,7 @@ def test_what_is_left_when_all_are_killed_is_swept(name: str, how: str) -> None:
     text = f"""
     from realmap import ambient
     block = SharedMemory({name!r}, create=True, size=100, visible=True)
-    print(ambient.process().client.kernel_pid, flush=True)
+    print(ambient.process()._own_client.kernel_pid, flush=True)
     time.sleep(1000)
     """
     holder = start(text, "realmap")

@@ -168,15 +168,16 @@ def test_what_cannot_be_spawned(kernel: KernelHandle, args: Any, kwargs: Any, sa
         kernel.spawn(*args, **kwargs)
 
 
-@pytest.mark.parametrize("make", ["Lock", "RLock", "Semaphore", "Condition", "Event", "Queue", "SimpleQueue"])
+@pytest.mark.parametrize("make", ["Lock", "RLock", "Semaphore", "Condition", "Event", "Queue", "SimpleQueue", "Pipe"])
 def test_locks_and_queues_of_multiprocessing(kernel: KernelHandle, make: str) -> None:
-    thing = getattr(multiprocessing, make)()
+    thing, *others = made if isinstance(made := getattr(multiprocessing, make)(), tuple) else (made,)
     with pytest.raises(TypeError, match=r"argument 1 of 'told'.*multiprocessing\.Process"):
         kernel.spawn(told, [thing])
     with pytest.raises(TypeError, match=r"'thing' holds a .*multiprocessing\.Process"):
         kernel.spawn(lambda me: thing)
-    for queue in (thing,) if hasattr(thing, "close") else ():
-        queue.close()
+    for each in (thing, *others):
+        if hasattr(each, "close"):
+            each.close()
 
 
 # ---- settle -------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def hold(me: Process) -> None:
 
 def test_settled_is_what_has_been_given_back(kernel: KernelHandle) -> None:
     kernel.settle(BOUND)
-    for _ in range(5):
+    for _ in range(2):
         spawned = kernel.spawn(hold)
         wait_until(lambda: kernel.stats()["mappings"] == 2, "its mappings")
         spawned.kill()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BOUND, ROOT, wait_until
+from conftest import BOUND, ROOT, long, wait_until
 
 import realmap
 from realmap.host import runtime
@@ -34,10 +34,33 @@ def works(text: str, *before: str, **options: Any) -> None:
     assert (done.stdout, done.stderr) == ("b'\\x00'\n", "")
 
 
+def test_a_small_program_is_quiet_in_development_mode() -> None:
+    """Of a kernel that is collected in a cycle with its process as well: in whatever order that goes."""
+    text = """
+        import gc
+        import realmap, realmap.memory
+        from realmap.shared_memory import ShareableList, SharedMemory, SharedMemoryManager
+        for _ in range(3):
+            kernel = realmap.boot()
+            me = kernel.connect()
+            buffer = me.map(100)
+            kernel.spawn(lambda me: me.map(10)).join()
+            cycle = [kernel, me, buffer]
+            cycle.append(cycle)
+            del kernel, me, buffer, cycle
+            gc.collect()
+        block = SharedMemory(create=True, size=10)
+        kept, left = realmap.boot(), realmap.connect()
+    """
+    command = [sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(text)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # ---- which Python --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", ["", None, "/bin/true", "/nowhere/python"])
+@pytest.mark.parametrize("wrong", [long(""), None, "/bin/true", long("/nowhere/python")])
 @pytest.mark.parametrize("when", ["before the import", "after it"])
 def test_sys_executable_need_not_be_a_python(wrong: str | None, when: str) -> None:
     change = f"import sys; sys.executable = {wrong!r}\n"
@@ -80,7 +103,7 @@ def test_a_frozen_program_is_not_started_again(tmp_path: Path) -> None:
     assert str(app) in done.stdout and "multiprocessing.set_executable" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("told", ["/nowhere/python", "/bin/true", "/dev/null"])
+@pytest.mark.parametrize("told", ["/nowhere/python", "/bin/true", long("/dev/null")])
 def test_what_does_not_start_is_named(told: str) -> None:
     done = run(f"import multiprocessing\nmultiprocessing.set_executable({told!r})" + textwrap.dedent(BOOTS))
     assert f"{told!r}" in done.stderr.splitlines()[-1]
@@ -89,13 +112,66 @@ def test_what_does_not_start_is_named(told: str) -> None:
 # ---- in which surroundings -----------------------------------------------------------------------
 
 
+# ---- programs that start theirs while they are imported, as a web server's workers do ------------------
+
+HANDLER = """
+    import realmap
+    @realmap.syscall
+    def first(call, data):
+        return data.copy_in(1)
+"""
+FROM = """
+    from {} import *
+"""
+AT_IMPORT = """
+    kernel = realmap.boot(syscalls=[first])
+    spawned = kernel.spawn(lambda me: me.call("first", me.map(100)))
+    with open("count", "a") as file:
+        file.write("imported\\n")
+"""
+USE = """
+    from app import kernel, spawned
+    with kernel.connect() as me:
+        assert spawned.result() == me.call("first", me.map(100))
+        print(bytes(me.map(100)[:1]))
+"""
+
+
+def _modules(place: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        path = place / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+
+@pytest.mark.parametrize("shape", ["one file", "a package"])
+def test_a_module_may_start_a_kernel_while_it_is_imported(shape: str, tmp_path: Path) -> None:
+    if shape == "one file":
+        _modules(tmp_path, app=HANDLER + AT_IMPORT)
+    else:
+        _modules(tmp_path, **{"app.handlers": HANDLER, "app.__init__": FROM.format("app.handlers") + AT_IMPORT})
+    works(USE, cwd=tmp_path)
+    assert (tmp_path / "count").read_text() == "imported\n"
+
+
+def test_a_kernel_that_has_to_import_what_starts_it_is_an_error_at_once(tmp_path: Path) -> None:
+    _modules(tmp_path, app=FROM.format("handlers") + AT_IMPORT, handlers=HANDLER + "    import app\n")
+    done = run("import app", cwd=tmp_path)
+    assert "'first' is to run in a process that a module starts while it is imported" in done.stderr
+    assert not (tmp_path / "count").exists()
+
+
 def test_the_working_directory_may_be_gone(tmp_path: Path) -> None:
     here = tmp_path / "gone"
     here.mkdir()
-    works(f"import os\nos.rmdir({str(here)!r})" + textwrap.dedent(BOOTS), cwd=here)
+    leave = f"import os\nos.rmdir({str(here)!r})\n"
+    if run(leave + "import socket", cwd=here).returncode:
+        pytest.skip("this Python (3.13.0, say) cannot import its own modules there")
+    here.mkdir()
+    works(leave + textwrap.dedent(BOOTS), cwd=here)
 
 
-@pytest.mark.parametrize("umask", ["000", "077", "177", "777"])
+@pytest.mark.parametrize("umask", ["000", long("077"), long("177"), "777"])
 def test_any_umask_will_do(umask: str, tmp_path: Path) -> None:
     """Without root's rights, to whom no mode matters."""
     program = f"""
@@ -111,6 +187,94 @@ def test_any_umask_will_do(umask: str, tmp_path: Path) -> None:
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"] if os.geteuid() == 0 else []
     works(program, *drop, env={**os.environ, runtime.VARIABLE: str(tmp_path / "run")})
     assert oct((tmp_path / "run").stat().st_mode & 0o777) == "0o700"
+
+
+@pytest.mark.parametrize("gone", ["socket", "lock", "directory", "directory, by a rename"])
+def test_a_kernel_makes_a_socket_anew_that_somebody_removes(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cleaners of /tmp do, and systemd at a logout."""
+    place = tmp_path / "run"
+    monkeypatch.setenv(runtime.VARIABLE, str(place))
+    with realmap.boot() as kernel, kernel.connect() as me:
+        path, lock = Path(kernel.path), Path(kernel.path + ".lock")
+        for number in range(2):
+            if gone == "directory":
+                shutil.rmtree(place)
+            elif gone == "socket":
+                path.unlink()
+            elif gone == "lock":
+                lock.unlink()
+            else:
+                place.rename(tmp_path / f"elsewhere-{number}")
+            wait_until(lambda: path.exists() and lock.exists() and lock.stat().st_size)
+            assert realmap.connect(path).map(100)[:1] == me.map(100)[:1]
+            assert runtime.kernel_at(str(path))[0] == kernel.pid
+            with pytest.raises(realmap.InvalidHandle, match="a kernel serves"):
+                realmap.boot(path=path)
+    assert list(place.iterdir()) == []
+
+
+def test_a_kernel_goes_on_where_its_socket_cannot_be_made_anew(tmp_path: Path) -> None:
+    place = tmp_path / "mine"
+    place.mkdir()
+    with realmap.boot(path=place / "sock") as kernel, kernel.connect() as me:
+        assert kernel.stats()["processes"] == 1
+        shutil.rmtree(place)
+        with pytest.raises(realmap.KernelDied):
+            realmap.connect(place / "sock")
+        assert me.map(100)[:1] == b"\0" and kernel.stats()["processes"] == 1
+    assert not place.exists()
+
+
+def test_blocks_are_found_by_workers_after_the_directory_was_removed(tmp_path: Path) -> None:
+    text = """
+        import multiprocessing, os, shutil
+        from realmap.shared_memory import SharedMemory
+        def look(name, there):
+            block = SharedMemory(name)
+            there.send(bytes(block.buf[:3]))
+        if __name__ == "__main__":
+            block = SharedMemory(create=True, size=64)
+            block.buf[:3] = b"abc"
+            for method in "fork", "spawn":
+                shutil.rmtree(os.environ["REALMAP_DIR"])
+                context = multiprocessing.get_context(method)
+                here, there = context.Pipe()
+                worker = context.Process(target=look, args=(block.name, there))
+                worker.start()
+                print(here.recv())
+                worker.join()
+            block.unlink()
+    """
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("REALMAP")}
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(text))
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+        env=bare | {runtime.VARIABLE: str(tmp_path / "run")},
+    )
+    assert (done.stdout, done.stderr) == ("b'abc'\n" * 2, "")
+
+
+def test_a_path_may_be_longer_than_a_socket_s(tmp_path: Path) -> None:
+    place = tmp_path.joinpath(*["a-name-of-27-bytes-or-about"] * 20)
+    place.mkdir(parents=True)
+    with realmap.boot(path=place / "sock") as kernel, realmap.connect(place / "sock") as me:
+        assert len(kernel.path) > 500 and kernel.audit()
+        assert kernel.spawn(lambda me: bytes(me.map(100)[:1])).result() == me.map(100)[:1]
+        with pytest.raises(realmap.InvalidHandle, match="a kernel serves"):
+            realmap.boot(path=place / "sock")
+    assert list(place.iterdir()) == []
+    with pytest.raises(
+        realmap.InvalidHandle, match=f"at most .* bytes, or else its name alone {runtime.LONGEST_NAME}; shorten"
+    ):
+        realmap.boot(path=place / ("x" * 100))
+    with pytest.raises(realmap.KernelDied, match="no kernel listens"):
+        realmap.connect(place / "sock")
 
 
 def test_blocks_are_found_whatever_the_environment_says(tmp_path: Path) -> None:

@@ -81,12 +81,12 @@ def test_a_kernel_that_ends_does_not_wait_for_ever_for_who_traces_it(monkeypatch
             control._ask("trace-read")
 
 
-def test_a_kernel_that_is_busy_is_waited_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_is_busy_is_waited_for(file: Path) -> None:
     """Answers that come after the tracer has given them up bring their events all the same."""
-    monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.1)
     with Kernel(syscalls=[syscalls.nop]) as here, Process(here.path) as me:
         with Trace(here.path, file) as trace:
-            here.post(lambda: time.sleep(0.7))  # no handler: its loop itself
+            trace._control._timeout = 0.1  # less patient, once it has begun
+            here.loop.post(lambda: time.sleep(0.7))  # no handler: its loop itself
             me.call("nop")
     assert len(TraceFile(file).named("nop", "X")) == 2
     assert trace.events == 3  # CONNECT, and two for the call
@@ -95,13 +95,13 @@ def test_a_kernel_that_is_busy_is_waited_for(file: Path, monkeypatch: pytest.Mon
 
 def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_work, end = threading.Event(), threading.Event()
-    monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.05)
     monkeypatch.setattr("realmap.observe.trace.GRACE", 0.2)
     with Kernel(syscalls=[syscalls.nop]) as here, Process(here.path) as me:
         with Trace(here.path, file) as trace:
+            trace._control._timeout = 0.05
             me.call("nop")
             wait_until(lambda: trace.events >= 3)
-            here.post(lambda: at_work.set() or end.wait(BOUND))  # type: ignore[func-returns-value]
+            here.loop.post(lambda: at_work.set() or end.wait(BOUND))  # type: ignore[func-returns-value]
             at_work.wait(BOUND)
         assert isinstance(trace.died, realmap.SyscallTimeout)
         end.set()

@@ -199,6 +199,23 @@ def test_it_is_the_same_memory_and_good_once(kernel: KernelHandle, me: Process) 
     assert kernel.audit()
 
 
+def test_it_is_unpickled_as_often_as_it_was_pickled(kernel: KernelHandle, me: Process) -> None:
+    """Dask, for one, pickles an argument four times, to have a key, a size and a message, and sends one of these."""
+    with me.map(3 * PAGE) as buffer:
+        part = buffer.slice(7, 500)
+        same = {pickle.dumps(part) for _ in range(300)}
+        other = {pickle.dumps(buffer) for _ in range(2)}
+        assert len(same) == len(other) == 1 and kernel.stats()["handles"] == 2
+        for data, times in (same.pop(), 300), (other.pop(), 2):
+            for _ in range(times):
+                pickle.loads(data).unmap()
+            with pytest.raises(InvalidHandle, match="it is spent"):
+                pickle.loads(data)
+        fresh = pickle.dumps(buffer)
+        assert fresh != data and pickle.loads(fresh).refcount == 2
+    assert kernel.stats()["handles"] == 0
+
+
 def test_what_cannot_be_pickled(me: Process) -> None:
     buffer = me.map(PAGE)
     for copied in (copy.copy, copy.deepcopy):
@@ -369,9 +386,9 @@ def test_nobody_adopts_without_the_secret(kernel: KernelHandle, me: Process) -> 
 
     buffer = me.map(PAGE)
     with kernel.connect() as other:
-        for secret in ("", "0" * 32, other.client.secret):
+        for secret in ("", "0" * 32, other._own_client.secret):
             places = [(buffer._window._base, PAGE, buffer._window.serial)]
-            answer, _ = other.client.request(Adopt(other.client.next_id(), secret, places))
+            answer, _ = other._own_client.request(Adopt(other._own_client.next_id(), secret, places))
             assert answer == [False]
         base, serial = buffer._window._base, buffer._window.serial
         places = [
@@ -381,7 +398,7 @@ def test_nobody_adopts_without_the_secret(kernel: KernelHandle, me: Process) -> 
             (base, 2 * PAGE, serial),
             (5, 7, 1),
         ]
-        answer, _ = other.client.request(Adopt(other.client.next_id(), me.client.secret, places))
+        answer, _ = other._own_client.request(Adopt(other._own_client.next_id(), me._own_client.secret, places))
         assert answer == [False, True, False, False, False]
 
 

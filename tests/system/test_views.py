@@ -192,6 +192,30 @@ def let_go(call: Call, data: UserBuffer) -> int:
         return call.kernel.memory.live
 
 
+kept: Any = None
+
+
+@realmap.syscall
+def keep(call: Call, data: UserBuffer, how: str) -> float:
+    """What lives on, or does not."""
+    global kept
+    kept = None
+    with data.array("float64") as values:
+        half = values[::2]
+        if how == "a slice":
+            kept = half
+        elif how == "in a list":
+            kept = [half]
+        elif how == "a memoryview":
+            kept = memoryview(values)
+        elif how == "a copy":
+            kept = values.copy()
+        elif how == "raises":
+            kept = half
+            raise LookupError
+        return float(values.sum())
+
+
 @realmap.syscall
 def keep_views(call: Call, data: UserBuffer) -> list[Any]:
     """What is said of views of a mirror, and whether it goes once they are gone."""
@@ -217,7 +241,7 @@ def keep_views(call: Call, data: UserBuffer) -> list[Any]:
 @pytest.fixture
 def handlers() -> Iterator[Process]:
     """A user of a kernel in this process."""
-    with Kernel(syscalls=[add_one, let_go, keep_views]) as kernel, realmap.connect(kernel.path) as me:
+    with Kernel(syscalls=[add_one, let_go, keep, keep_views]) as kernel, realmap.connect(kernel.path) as me:
         yield me
 
 
@@ -230,6 +254,26 @@ def test_an_array_in_a_handler_is_unmapped_with_the_last_that_shows_it(handlers:
             handlers.call("add_one", buffer.slice(0, 100))
     with handlers.map(160, rights=realmap.u_r) as buffer, pytest.raises(realmap.AccessDenied):
         handlers.call("add_one", buffer)
+
+
+def test_an_array_that_outlives_its_handler_is_told(handlers: Process) -> None:
+    global kept
+    with handlers.map(80) as buffer:
+        for how in "nothing", "a copy":
+            assert handlers.call("keep", buffer, how) == 0.0
+        for how, where in (
+            ("a slice", " as the global kept"),
+            ("a memoryview", " as the global kept"),
+            ("in a list", ""),
+        ):
+            with pytest.raises(realmap.SyscallFailed) as failed:
+                handlers.call("keep", buffer, how)
+            assert failed.value.type == "BufferError"
+            assert f"lives on{where} when its handler has returned: keep a copy" in str(failed.value)
+        with pytest.raises(realmap.SyscallFailed, match="LookupError"):
+            handlers.call("keep", buffer, "raises")
+        kept = None
+        assert handlers.call("keep", buffer, "nothing") == 0.0
 
 
 def test_what_keeps_memory_from_being_unmapped_is_named(handlers: Process) -> None:

@@ -110,6 +110,8 @@ class Top(App[None]):
         return View(seen, self._cells, self._numbers, self._programs)
 
     def on_fresh(self, event: Fresh) -> None:
+        if not self.screen_stack:  # it ends
+            return
         self._why = event.found if isinstance(event.found, str) else ""
         if self._why.startswith(NONE):
             self.view = None

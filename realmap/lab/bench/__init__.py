@@ -4,7 +4,8 @@ programs   what only a checkout has (tools/bench): the C floor and the peers, as
 measure    rounds of many contenders, interleaved; medians, spreads, ratios
 machine    what the figures depend on
 handlers   what runs in the kernel process
-access call make handover scale    what is measured
+crowd      many processes that call one server: a program of its own
+access call many make attach touch handover scale    what is measured
 report     what comes out
 """
 

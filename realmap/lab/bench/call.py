@@ -1,7 +1,8 @@
-"""What a call costs, from one process to another and back: spinning and blocking, pinned to two CPUs and not."""
+"""What a call costs, there and back: spinning and blocking, pinned to two CPUs and not; in asyncio."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import time
@@ -14,6 +15,7 @@ from realmap.lab.bench.run import Bench
 from realmap.system import KernelHandle
 
 SHORT = 64
+TOGETHER = 100
 
 
 @contextlib.contextmanager
@@ -74,3 +76,36 @@ def measure(bench: Bench) -> None:
         with pinned([spinning, blocking], pin):
             bench.race("call", contenders, None, "pinned" if pin else "not pinned")
     buffer.unmap()
+    _in_asyncio(bench)
+
+
+def _in_asyncio(bench: Bench) -> None:
+    bench.say("call: asyncio")
+    _, me = bench.kernel()
+    peer = bench.peer("asyncio")
+
+    def one_by_one(count: int) -> int:
+        async def calls() -> None:
+            for _ in range(count):
+                await me.acall("bench_nop")
+
+        return timed(lambda: runner.run(calls()))(1)
+
+    def together(count: int) -> int:
+        rounds = -(-count // TOGETHER)
+
+        async def calls() -> None:
+            for _ in range(rounds):
+                await asyncio.gather(*[me.acall("bench_nop") for _ in range(TOGETHER)])
+
+        return timed(lambda: runner.run(calls()))(1) * count // (rounds * TOGETHER)
+
+    echo, hundred = "asyncio echo", f"{TOGETHER} at a time, each"
+    with asyncio.Runner() as runner:
+        contenders = [
+            Contender(echo, peer.batch("call")),
+            Contender("acall", one_by_one, echo),
+            Contender(f"asyncio echo, {hundred}", peer.batch("hundred"), echo),
+            Contender(f"acall, {hundred}", together, echo),
+        ]
+        bench.race("call", contenders, None, "asyncio")

@@ -49,12 +49,17 @@ class Disturbance:
 
     def __init__(self) -> None:
         self._before = psutil.cpu_times()
+        self._load = os.getloadavg()[0]
 
     def doubts(self) -> list[str]:
-        """In words: what share of the CPUs the hypervisor took, where that matters."""
+        """In words: who else wanted the CPUs, and what share the hypervisor took, where that matters."""
+        cpus = len(os.sched_getaffinity(0))
+        found = []
+        if self._load > cpus:
+            found.append(f"the load was {self._load:.1f} on {cpus} CPUs when it began: others slowed some rounds down")
         before, after = self._before, psutil.cpu_times()
         total = sum(after) - sum(before)
         stolen = (after.steal - before.steal) / total if total > 0 else 0.0
-        if stolen <= BUSY:
-            return []
-        return [f"the hypervisor took {stolen:.0%} of the CPUs' time away: compare ratios, not times"]
+        if stolen > BUSY:
+            found.append(f"the hypervisor took {stolen:.0%} of the CPUs' time away: compare ratios, not times")
+        return found

@@ -5,7 +5,7 @@
     …
     at last   floor       floor           so that every contender has its floor before and after it
 
-Ratios are taken round by round, against the mean of the floor's neighbours, and then their median.
+Ratios are of the medians; their spread is taken round by round, against the mean of the floor's neighbours.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 from typing import NamedTuple
+
+import msgspec
 
 from realmap.lab.bench.report import Figure, Missing, Spread
 
@@ -40,11 +42,15 @@ class Plan(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Something to be measured, and the name of the contender that it is compared with."""
+    """Something to be measured, and the name of the contender that it is compared with.
+
+    A batch has `fixed` operations; by default as many as fill the plan's time.
+    """
 
     name: str
     batch: Batch
     floor: str | None = None
+    fixed: int | None = None
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -53,6 +59,11 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(values[0], values[0], values[0])
     tenths = quantiles(values, n=10, method="inclusive")
     return Spread(median(values), tenths[0], tenths[8])
+
+
+def unsteady(found: Spread) -> bool:
+    """Whether it says little."""
+    return found.p90 - found.p10 > STEADY * found.median
 
 
 class Race:
@@ -66,7 +77,7 @@ class Race:
         self._counts: dict[str, int] = {}
         for contender in contenders:
             try:
-                self._counts[contender.name] = self._calibrate(contender.batch, plan)
+                self._counts[contender.name] = contender.fixed or self._calibrate(contender.batch, plan)
             except Absent as error:
                 self.missing.append(Missing(contender.name, str(error)))
             else:
@@ -113,7 +124,7 @@ class Race:
         return spread(self._samples[name])
 
     def ratio(self, name: str, floor: str) -> Spread:
-        """How much longer `name` takes than `floor`, which ran right before and right after it in turn.
+        """How much longer `name` takes than `floor`, by their medians; the spread, than right before and after it.
 
         KeyError: one of them was left out.
         """
@@ -124,12 +135,12 @@ class Race:
         for at, mine in enumerate(ours[: self._rounds]):
             around = [theirs[near] for near in (at + first, at + first + 1) if 0 <= near < len(theirs)]
             found.append(mine / (sum(around) / len(around)))
-        return spread(found)
+        return msgspec.structs.replace(spread(found), median=median(ours) / median(theirs))
 
     def figures(self, group: str, size: int | None = None, work: str | None = None) -> list[Figure]:
         """What came out, contender by contender."""
         found = []
-        for name, _, floor in self.contenders:
+        for name, _, floor, _ in self.contenders:
             took = self.time(name)
             found.append(
                 Figure(
@@ -142,7 +153,7 @@ class Race:
                     self.ratio(name, floor) if floor is not None and floor in self else None,
                     len(self._samples[name]),
                     self._counts[name],
-                    took.p90 - took.p10 > STEADY * took.median,
+                    unsteady(took),
                 )
             )
         return found

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import msgspec
@@ -87,7 +88,7 @@ class Program:
             process.wait()
         process.stdout.close()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: it is the parent's, which could not end it while a child holds its stdin."""
         process, self._process = self._process, None
         if process is not None and process.stdin is not None:
@@ -108,6 +109,15 @@ def peer(name: str) -> Program:
     """The peer of that name (`tools/bench/peers/peer_NAME.py`), started."""
     script = TOOLS / "peers" / f"peer_{name}.py"
     return Program([sys.executable, "-B", str(script)] if script.exists() else None)
+
+
+def crowd(clients: int, address: str, server: str | None = None) -> Program:
+    """So many users of the kernel at `address`, or clients of that `server` (`tools/bench/peers/crowd_SERVER.py`)."""
+    command = [sys.executable, "-m", "realmap.lab.bench.crowd", str(clients)]
+    if server is None:
+        return Program([*command, address])
+    script = TOOLS / "peers" / f"crowd_{server}.py"
+    return Program([*command, f"realmap-bench-{uuid.uuid4()}", str(script)] if script.exists() else None)
 
 
 def floor() -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-FORM = 2
+FORM = 3
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -16,10 +16,10 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """One contender: nanoseconds for one operation, and how that compares with its floor in the same rounds.
+    """One contender: what one operation takes, and how that compares with its floor in the same rounds.
 
-    `size` in bytes and `work` where they matter; `count` operations a round. `unsteady`: the middle 80 %
-    of the rounds are wider apart than half of the median.
+    `size` in bytes and `work` where they matter; `count` operations a round; `unit` "ns", "B" for bytes, or "".
+    `unsteady`: the middle 80 % of the rounds are wider apart than half of the median.
     """
 
     group: str
@@ -32,35 +32,43 @@ class Figure(msgspec.Struct, frozen=True):
     rounds: int
     count: int
     unsteady: bool
+    unit: str = "ns"
 
 
 class Limit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the project holds itself to: in the race of `group`, `size`, `work`, `name` takes `limit` times `floor`."""
+    """What the project holds itself to: in the race of `group`, `size`, `work`, `name` takes `limit` times `floor`.
+
+    Without a `floor`, `name` takes `limit` of the figure's unit.
+    """
 
     what: str
     group: str
     name: str
-    floor: str
     limit: float
+    floor: str | None = None
     size: int | None = None
     work: str | None = None
 
 
 class Reached(msgspec.Struct, frozen=True):
-    """How such a limit was held: `what`, the ratio measured, and whether that is met.
+    """How such a limit was held: `what`, what was `found`, and whether that is met.
 
-    `ratio` is None where it could not be measured; `why` then says so.
+    `found` is a ratio, and `ours` and `theirs` the medians behind it; or, with a `unit`, the figure itself. It is None
+    where it could not be measured; `why` then says so.
     """
 
     what: str
     limit: float
-    ratio: Spread | None
+    found: Spread | None
+    ours: float | None = None
+    theirs: float | None = None
+    unit: str = ""
     why: str = ""
 
     @property
     def met(self) -> bool | None:
         """Whether it is; None where it was not measured."""
-        return None if self.ratio is None else self.ratio.median <= self.limit
+        return None if self.found is None else self.found.median <= self.limit
 
 
 class Missing(msgspec.Struct, frozen=True):

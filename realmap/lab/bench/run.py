@@ -11,14 +11,14 @@ from typing import Any
 
 from realmap.errors import KernelError
 from realmap.lab.bench import machine, programs
-from realmap.lab.bench.measure import Absent, Contender, Plan, Race
+from realmap.lab.bench.measure import Absent, Contender, Plan, Race, spread, unsteady
 from realmap.lab.bench.programs import Program
-from realmap.lab.bench.report import FORM, Missing, Reached, Report, Spread
+from realmap.lab.bench.report import FORM, Figure, Missing, Reached, Report
 from realmap.system import KernelHandle, boot
 from realmap.user.process import Process
 from realmap.wire.messages import VERSION
 
-GROUPS = ("access", "call", "make", "handover", "scale")
+GROUPS = ("access", "call", "many", "make", "attach", "touch", "handover", "scale")
 QUICK = Plan(rounds=9, batch_ns=2_000_000, race_seconds=0.35)
 FULL = Plan(rounds=25, batch_ns=8_000_000, race_seconds=5.0)
 #: Of dropped mirrors, what the kernel with kept windows keeps. Bytes.
@@ -61,31 +61,43 @@ class Bench(contextlib.ExitStack):
         return self._kernels[key]
 
     def race(
-        self, group: str, contenders: Sequence[Contender], size: int | None = None, work: str | None = None
+        self,
+        group: str,
+        contenders: Sequence[Contender],
+        size: int | None = None,
+        work: str | None = None,
+        plan: Plan | None = None,
     ) -> Race:
-        """Runs some contenders against each other, and notes what came out."""
-        race = Race(contenders, self.plan)
+        """Runs some contenders against each other, and notes what came out, against the limits of the project too."""
+        race = Race(contenders, plan or self.plan)
         self.report.figures += race.figures(group, size, work)
         for missing in race.missing:
             self.missing(missing.what, missing.why)
-        self.hold(group, size, work, race.ratio)
+        for limit in self._limits:
+            if limit.floor is not None and (limit.group, limit.size, limit.work) == (group, size, work):
+                absent = [name for name in (limit.name, limit.floor) if name not in race]
+                if absent:
+                    reached = Reached(limit.what, limit.limit, None, why=f"{absent[0]} was left out")
+                else:
+                    ours, theirs = race.time(limit.name).median, race.time(limit.floor).median
+                    reached = Reached(limit.what, limit.limit, race.ratio(limit.name, limit.floor), ours, theirs)
+                self.report.reach.append(reached)
         return race
+
+    def note(self, group: str, name: str, work: str, values: Sequence[float], unit: str = "") -> None:
+        """Notes what was measured outside of a race, as far as it goes against a limit, too."""
+        found = spread(values)
+        figure = Figure(group, name, None, work, None, found, None, len(values), 1, unsteady(found), unit)
+        self.report.figures.append(figure)
+        for limit in self._limits:
+            if limit.floor is None and (limit.group, limit.work, limit.name) == (group, work, name):
+                self.report.reach.append(Reached(limit.what, limit.limit, found, unit=unit))
 
     def missing(self, what: str, why: str) -> None:
         """Notes once that something was left out; where there is no `why`, nobody expected it."""
         found = Missing(what, why)
         if why and found not in self.report.missing:
             self.report.missing.append(found)
-
-    def hold(self, group: str, size: int | None, work: str | None, ratio: Callable[[str, str], Spread]) -> None:
-        """Holds what a race found against the limits of the project; `ratio` raises KeyError for who was not in it."""
-        for limit in self._limits:
-            if (limit.group, limit.size, limit.work) == (group, size, work):
-                try:
-                    reached = Reached(limit.what, limit.limit, ratio(limit.name, limit.floor))
-                except KeyError as absent:
-                    reached = Reached(limit.what, limit.limit, None, f"{absent.args[0]} was left out")
-                self.report.reach.append(reached)
 
 
 def run(groups: Sequence[str] = (), *, quick: bool = False, say: Callable[[str], None] = lambda what: None) -> Report:

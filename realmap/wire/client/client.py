@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -82,8 +83,8 @@ class Client:
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self._decode = msgspec.msgpack.Decoder(messages.Reply).decode
         self._bye = msgspec.msgpack.Decoder(messages.Bye)
-        #: A number for a request. Of C, as every call asks for one.
-        self.next_id = itertools.count(1).__next__
+        #: A number for a request.
+        self.next_id: Callable[[], int] = itertools.count(1).__next__
         #: Those who wait for answers in event loops.
         self.waiters: dict[AbstractEventLoop, Waiter] = {}
         self.lost_in_child = False
@@ -125,12 +126,15 @@ class Client:
         SyscallTimeout: no answer (to the syscall `name`) within `timeout` seconds. KernelDied, ProcessKilled: there
         will be none. PhysicalMemoryExhaustion: Linux has no memory to send it. Else the kernel's own error.
         """
-        unwanted = None if late is None else lambda data: late(self._decode(data).value)
+        unwanted = None if late is None else partial(self._give_back, late)
         answer = self.endpoint.request(message.id, self.encode(message), timeout, holds, unwanted)
         if answer.outcome == TIMED_OUT:
             assert not isinstance(timeout, Patience)  # which raises
             raise status.unanswered(self.path, name, timeout)
         return self.value(answer), answer
+
+    def _give_back(self, late: Late, data: bytes) -> object:
+        return late(self._decode(data).value)
 
     def value(self, answer: Answer) -> Any:
         """The value of an answer. KernelDied, ProcessKilled: there is none. Else the kernel's error."""
@@ -198,7 +202,7 @@ class Client:
             if (left := self.waiters.pop(loop, None)) is not None:
                 left.abandon()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """In a forked child: the parent's socket is not held open (`check` says the rest)."""
         self.lost_in_child = True
         self.endpoint.lose()

@@ -19,7 +19,7 @@ from realmap.memory.lands import KERNEL_LAND, USER_LAND
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
-from realmap.wire.messages import Ask, Call, Hello, Map, More, Move, Query, Unmap, buffer_ext
+from realmap.wire.messages import Ask, Call, Hello, Map, More, Move, Publish, Query, Unmap, buffer_ext
 
 #: What a hostile client maps for itself before it says anything else, in bytes; at the start of its UserLand.
 OWN = 16 * PAGE_SIZE
@@ -154,7 +154,7 @@ class Mutator:
         if pick < 0.5:
             return self._call(number)
         if pick < 0.62:
-            return Map(
+            memory = Map(
                 number,
                 self._usually(self.random.randrange(1, 4 * PAGE_SIZE), [*_LENGTHS, *_INTEGERS, 1 << 20], 0.3),
                 self._usually(int(MemoryType.HEAP), list(range(20)), 0.2),
@@ -164,6 +164,8 @@ class Mutator:
                 self.random.random() < 0.8,
                 self.random.random() < 0.02,
             )
+            name, keep = self.random.choice([*self._names, *_TEXTS]), self._usually(0.0, [-1.0, float("nan")], 0.3)
+            return memory if self.random.random() < 0.8 else Publish(number, memory, name, keep)
         if pick < 0.7:
             return More(number, address, self._usually(0, _INTEGERS))
         if pick < 0.77:

@@ -80,7 +80,7 @@ def run(folder: Path, count: int, say: Callable[[str], None]) -> Result:
 
 
 def _look(kernel: Served, before: tuple[dict[str, int], list[str]], when: str) -> list[str]:
-    served.wait_until(lambda: (kernel.books(), served.descriptors(kernel.pid)) == before, 5.0)
+    served.wait_until(lambda: (kernel.books(), served.descriptors(kernel.pid)) == before)
     wrong = []
     if (now := (kernel.books(), served.descriptors(kernel.pid))) != before:
         wrong.append(f"{when}: {before} became {now}")

@@ -27,6 +27,9 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "newfstatat": ("ENOMEM", "EIO"),
     "lstat": ("ENOMEM",),
     "statfs": ("ENOMEM", "EIO", "EINTR"),
+    "rename": ("EIO", "ENOSPC", "ENOMEM"),
+    "inotify_init1": ("EMFILE", "ENFILE", "ENOMEM"),
+    "inotify_add_watch": ("ENOSPC", "ENOMEM"),
     "unlink": ("EIO", "ENOMEM", "EACCES", "EBUSY"),
     "link": ("ENOSPC", "ENOMEM", "EIO", "EEXIST"),
     "mkdir": ("ENOSPC", "EACCES"),
@@ -290,10 +293,10 @@ def _kernel_is_as_before(kernel: Served, open_before: list[str], books_before: d
     """What is not as it was: the books, descriptors, and what Linux says of both; once what is under way has ended."""
     wrong: list[str] = []
     try:
-        served.wait_until(lambda: kernel.books() == books_before, 3.0)
+        served.wait_until(lambda: kernel.books() == books_before)
     except KernelError as error:
         return [f"the kernel died: {error}"]
-    served.wait_until(lambda: served.descriptors(kernel.pid) == open_before, 0.5)
+    served.wait_until(lambda: served.descriptors(kernel.pid) == open_before)
     if (books := kernel.books()) != books_before:
         wrong.append(f"kernel's books: {books_before} became {books}")
     if (now := served.descriptors(kernel.pid)) != open_before:

@@ -154,7 +154,7 @@ class Killer:
                     owner.go()
                 dead = kernel if point.who == "kernel" else owner
                 died = served.wait_until(lambda: dead.ended is not None or (not point.reaping and owner.acted(0)))
-                died = died and served.wait_until(lambda: dead.ended is not None, 0.05)
+                died = died and served.wait_until(lambda: dead.ended is not None, 5.0)
             seen = trace.calls()
             if died and seen and re.search(point.sign, seen[-1].name + seen[-1].text):
                 tally.hits += 1
@@ -170,7 +170,7 @@ class Killer:
         if kernel.ended is not None:
             return [f"the kernel died too (exit status {kernel.ended})"]
         wrong = []
-        served.wait_until(lambda: kernel.books() == books and served.descriptors(kernel.pid) == opened, 5.0)
+        served.wait_until(lambda: kernel.books() == books and served.descriptors(kernel.pid) == opened)
         if (now := kernel.books()) != books:
             wrong.append(f"books: {books} became {now}")
         if (there := served.descriptors(kernel.pid)) != opened:

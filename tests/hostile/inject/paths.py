@@ -74,7 +74,7 @@ class Stage:
 
 def _connect(stage: Stage) -> Steps:
     yield
-    return stage.join().client.number > 0
+    return stage.join()._own_client.number > 0
 
 
 def _mapping(length: int, **options: Any) -> Callable[[Stage], Steps]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 #: How long strace may take to attach, and to let go. Seconds.
-PATIENCE = 10.0
+PATIENCE = 30.0
 _LINE = re.compile(r"^(\d+) +(?:<\.\.\. )?(\w+)(.*)$")
 
 

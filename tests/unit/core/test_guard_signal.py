@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import BOUND
+from conftest import BOUND, long
 
 pytestmark = pytest.mark.process
 
@@ -56,8 +56,8 @@ def _run(code: str, *options: str, before: list[str] | None = None) -> subproces
 @pytest.mark.parametrize(
     "order",
     [
-        "faulthandler.enable(); ours()",
-        "ours(); faulthandler.enable(); ours()",
+        long("faulthandler.enable(); ours()"),
+        long("ours(); faulthandler.enable(); ours()"),
         "ours(); faulthandler.enable(); faulthandler.disable(); ours(); faulthandler.enable(); ours()",
         "faulthandler.enable(); ours(); faulthandler.disable(); ours(); faulthandler.enable(); ours()",
         "ours(); signal.signal(signal.SIGBUS, lambda *_: print('no')); ours()",
@@ -109,12 +109,12 @@ def test_between_two_bytes(foreign: str) -> None:
     ("order", "dumped"),
     [
         ("ours(); foreign()", False),
-        ("faulthandler.enable(); ours(); foreign()", True),
-        ("ours(); faulthandler.enable(); foreign()", True),
+        long("faulthandler.enable(); ours(); foreign()", True),
+        long("ours(); faulthandler.enable(); foreign()", True),
         ("ours(); faulthandler.enable(); ours(); foreign()", True),
         ("faulthandler.enable(); ours(); faulthandler.disable(); ours(); foreign()", False),
         ("ours(); faulthandler.enable(); ours(); faulthandler.disable(); foreign()", False),
-        ("ours(); os.kill(os.getpid(), signal.SIGBUS)", False),
+        long("ours(); os.kill(os.getpid(), signal.SIGBUS)", False),
         ("ours(); faulthandler.enable(); ours(); os.kill(os.getpid(), signal.SIGBUS)", True),
     ],
 )

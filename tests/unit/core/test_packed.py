@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from conftest import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import Ext
@@ -79,15 +80,11 @@ def agree(data: bytes) -> None:
         assert (flaw != SOUND) or not has_odd_key(made)
 
 
-@given(st.binary(max_size=60))
-@settings(max_examples=2000, deadline=None)
-def test_random_bytes(data: bytes) -> None:
+def random_bytes(data: bytes) -> None:
     agree(data)
 
 
-@given(values, st.data())
-@settings(max_examples=400, deadline=None)
-def test_changed_bytes(value: Any, more: st.DataObject) -> None:
+def changed_bytes(value: Any, more: st.DataObject) -> None:
     data = bytearray(encode(value))
     for _ in range(more.draw(st.integers(0, 3))):
         how, at = more.draw(st.integers(0, 3)), more.draw(st.integers(0, len(data)))
@@ -102,10 +99,17 @@ def test_changed_bytes(value: Any, more: st.DataObject) -> None:
     agree(bytes(data))
 
 
-@given(values)
-@settings(max_examples=150, deadline=None)
-def test_what_is_encoded_is_never_broken(value: Any) -> None:
+def what_is_encoded_is_never_broken(value: Any) -> None:
     assert flaw_of(encode(value)) in (SOUND, KEY_NO_TEXT, FOREIGN)
+
+
+FEW, MANY = settings(max_examples=100, deadline=None), settings(max_examples=scaled(5000), deadline=None)
+test_random_bytes = FEW(given(st.binary(max_size=60))(random_bytes))
+test_changed_bytes = FEW(given(values, st.data())(changed_bytes))
+test_what_is_encoded_is_never_broken = FEW(given(values)(what_is_encoded_is_never_broken))
+test_random_bytes_full_count = pytest.mark.slow(MANY(given(st.binary(max_size=60))(random_bytes)))
+test_changed_bytes_full_count = pytest.mark.slow(MANY(given(values, st.data())(changed_bytes)))
+test_what_is_encoded_is_never_broken_full_count = pytest.mark.slow(MANY(given(values)(what_is_encoded_is_never_broken)))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])

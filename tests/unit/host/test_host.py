@@ -110,6 +110,17 @@ def test_memory_is_asked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
         Segment(11 * PAGE)
 
 
+@pytest.mark.parametrize("most", ["max", str((1 << 63) - PAGE)])
+def test_a_group_without_a_limit_is_asked_nothing_more(tmp_path: Path, most: str) -> None:
+    limit, use, stat = tmp_path / "limit", tmp_path / "use", tmp_path / "stat"
+    limit.write_text(most + "\n")
+    assert room._room(limit, use, stat, "") is None  # it has no files for the rest
+    limit.write_text("1000")
+    use.write_text("600\n")
+    stat.write_text("active_file 50\ninactive_file 1\nanon 7\n")
+    assert room._room(limit, use, stat, "") == 451
+
+
 def test_no_descriptors_left() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open("/dev/null", os.O_RDONLY)
@@ -260,6 +271,29 @@ def test_the_directory_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         runtime.directory()
 
 
+def test_sockets_are_listed_again_where_they_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, listed = tmp_path / "sockets", itertools.count()
+    monkeypatch.setenv(runtime.VARIABLE, str(place))
+    find = runtime.directory
+    monkeypatch.setattr(runtime, "directory", lambda: (next(listed), find())[1])
+    found: list[str] = []
+    for _ in range(3):  # one right after the other: its time alone does not tell that it has changed
+        assert runtime.sockets() == found
+        path = str(place / f"{runtime.stamp()}.{len(found)}.sock")
+        Path(path).touch()
+        Path(path + ".lock").touch()
+        found.append(path)
+    os.utime(place, (1e9, 1e9))
+    assert runtime.sockets() == found
+    before = next(listed)
+    assert runtime.sockets() == found
+    assert next(listed) == before + 1
+    monkeypatch.setattr(runtime, "maker_lives", lambda path: path != found[1])
+    assert runtime.sockets() == [found[0], found[2]]
+    os.unlink(found[0])
+    assert runtime.sockets() == [found[2]]
+
+
 def test_there_is_one_directory_whatever_others_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(runtime.VARIABLE)
     found = set()
@@ -298,7 +332,7 @@ def test_paths_that_will_not_do(place: str) -> None:
     Path(place).touch()
     for path, words in [
         (place, "no socket"),
-        ("/tmp/" + "x" * 103, "longer"),
+        ("/tmp/" + "x" * 103, "shorten"),
         ("/tmp/\udcff", "UTF-8"),
         (place + "/k.sock", "directory"),
     ]:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from realmap.errors import AccessDenied, InvalidHandle, LimitReached, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
+from realmap.errors import (
+    AccessDenied,
+    InvalidHandle,
+    InvalidSize,
+    LimitReached,
+    PhysicalMemoryExhaustion,
+    VirtualMemoryExhaustion,
+)
 from realmap.kernel import books as books_
 from realmap.kernel import handles, inheritance, limits, observer, processes, registry
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.services import SERVICES, Later
+from realmap.kernel.services import LONG_BYTES, SERVICES, Later
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.pages import PAGE_SIZE as PAGE
 from realmap.rights import MemoryType, u_r, u_rw
@@ -103,6 +111,66 @@ def test_a_handle_ends_when_the_time_that_is_given_says_so(books: Books) -> None
     books.handles.expire(105.0)
     with pytest.raises(InvalidHandle, match="expired"):
         books.handles.find(token, 105.0)
+
+
+def published(name: str, length: int = PAGE, keep: float = 0.0) -> messages.Publish:
+    memory = messages.Map(1, length, int(MemoryType.HEAP), int(u_rw), None, None, True)
+    return messages.Publish(1, memory, name, keep)
+
+
+def test_memory_and_its_name_come_together(books: Books) -> None:
+    ended: list[str] = []
+    books.handles.name_ended = lambda: ended.append("a name")
+    one, two = books.admit(1, 0), books.admit(2, 0)
+    address, length, *_ = ask(books, one, published("both", 100))
+    assert (length, ask(books, one, messages.Query(1, address)).refcount) == (PAGE, 2)
+    found = ask(books, two, messages.Attach(1, messages.NAMED + "both", 0, None, None))
+    assert (found[6], found[7]) == (100, u_rw)
+    assert not ended
+    ask(books, two, messages.Revoke(1, messages.NAMED + "both"))
+    assert ended == ["a name"]
+    assert ask(books, one, published("both"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (published("taken"), InvalidHandle),
+        (published("other", keep=-1.0), InvalidSize),
+        (published("other", keep=math.nan), InvalidSize),
+        (published("other", 5 * PAGE), PhysicalMemoryExhaustion),
+        (published("other", -1), InvalidSize),
+    ],
+)
+def test_neither_comes_alone(books: Books, request_: messages.Publish, error: type[Exception]) -> None:
+    one = books.admit(1, 0)
+    ask(books, one, published("taken"))
+    with pytest.raises(error):
+        ask(books, one, request_)
+    assert (len(one.memory), len(books.handles), books.frames.used, books.frames.segments) == (1, 1, PAGE, 1)
+
+
+def test_a_name_beyond_the_limit_takes_no_memory(books: Books) -> None:
+    one = books.admit(1, 0)
+    for name in ("one", "two"):
+        ask(books, one, published(name))
+    with pytest.raises(LimitReached, match="handles"):
+        ask(books, one, published("three"))
+    assert (len(one.memory), len(books.handles), books.frames.used) == (2, 2, 2 * PAGE)
+
+
+def test_a_name_that_is_taken_while_its_memory_is(books: Books) -> None:
+    made = Books({}, Limits(), KernelMemory(length=16 * PAGE))
+    one, size = made.admit(1, 0), LONG_BYTES + PAGE
+    got = [SERVICES[messages.Publish](made, one, published("twice", size)) for _ in range(2)]
+    first, second = [(each, each.work()) for each in got if isinstance(each, Later)]
+    channel.close_all(first[0].end(first[1])[1])
+    with pytest.raises(InvalidHandle, match="twice"):
+        second[0].end(second[1])
+    del second, got
+    assert (len(one.memory), len(made.handles), made.frames.used) == (1, 1, size)
+    made.reap(one, 0.0)
+    assert made.frames.used == 0
 
 
 def test_what_is_shared_lives_as_long_as_anybody_has_it(books: Books) -> None:

@@ -48,7 +48,7 @@ def many(count: int) -> None:
 
 
 def test_many_steps() -> None:
-    many(2 * TURN)
+    many(TURN)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from queue import Empty
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from realmap.kernel.connection import BACKLOG
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
-from realmap.kernel.workers import Share, Workers
+from realmap.kernel.workers import IDLE, Share, Workers
 from realmap.memory import USER_LAND, KernelMemory
 from realmap.observe.control import Control
 from realmap.rights import MemoryType, u_rw
@@ -193,10 +194,10 @@ def test_buffers_of_a_call(limited: Callable[..., Kernel]) -> None:
         assert [each.address for each in parts] == [first + number * PAGE for number in range(5)]
         whole = messages.buffer_ext(first, 5 * PAGE)
         with pytest.raises(LimitReached, match="in 4 mappings"):
-            me.client.request(messages.Call(me.client.next_id(), "echo", [whole]))  # type: ignore[arg-type]
+            me._own_client.request(messages.Call(me._own_client.next_id(), "echo", [whole]))  # type: ignore[arg-type]
         two = [messages.buffer_ext(first, 3 * PAGE)] * 2
         with pytest.raises(LimitReached, match="in 2 mappings"):
-            me.client.request(messages.Call(me.client.next_id(), "echo", two))  # type: ignore[arg-type]
+            me._own_client.request(messages.Call(me._own_client.next_id(), "echo", two))  # type: ignore[arg-type]
 
 
 def test_handles_are_counted_by_their_makers_process(limited: Callable[..., Kernel]) -> None:
@@ -231,7 +232,7 @@ def test_what_outlives_its_maker_is_its_uids_can_be_listed_and_revoked(limited: 
             with pytest.raises(realmap.InvalidHandle, match=r"\(orphans\) is 2: revoke some: realmap gc --orphans"):
                 me.attach(gone)
         with pytest.raises(realmap.AccessDenied):
-            me.client.request(messages.Ask(me.client.next_id(), "revoke-orphans", 0))
+            me._own_client.request(messages.Ask(me._own_client.next_id(), "revoke-orphans", 0))
         mine = me.share(me.map(PAGE), keep=True)
         listed = control.snapshot().handles
         assert [(each.maker is None, each.uid) for each in listed] == [
@@ -250,13 +251,13 @@ def test_what_stands_in_the_way_is_remembered_in_bounded_number(limited: Callabl
         (process,) = kernel.processes
         at = buffer.address
         for _ in range(50):
-            at, _ = me.client.request(messages.Move(me.client.next_id(), at, at, at + PAGE))
+            at, _ = me._own_client.request(messages.Move(me._own_client.next_id(), at, at, at + PAGE))
         space = process.memory._space
         assert len(space._obstacles) == 1  # one beside the other
         for number in range(3000):
             space.note_obstacle(USER_LAND.start + (5 * number << 20), USER_LAND.start + (5 * number << 20) + PAGE)
         assert len(space._obstacles) <= 1024
-        me.client.request(messages.Move(me.client.next_id(), at, buffer.address, buffer.address))
+        me._own_client.request(messages.Move(me._own_client.next_id(), at, buffer.address, buffer.address))
 
 
 def test_descriptors_are_kept_for_commands(limited: Callable[..., Kernel]) -> None:
@@ -407,6 +408,20 @@ def test_jobs_wait_for_those_of_their_own_process_alone() -> None:
     assert (len(failed), beside) == (1, [two])
     two.ended()
     assert (len(elsewhere.jobs), beside) == (3, [])
+
+
+def test_an_idle_thread_whose_job_another_one_took_ends_all_the_same() -> None:
+    workers, waits = Workers(), []
+
+    class Taken:
+        def get(self, timeout: float | None = None) -> None:
+            waits.append(timeout)
+            workers._idle = len(waits) - 1  # at first the job is promised, then the other one has it
+            raise Empty
+
+    workers._queue = Taken()  # type: ignore[assignment]
+    assert workers._next() is None
+    assert waits == [IDLE] * 2
 
 
 def test_any_number_of_jobs_fail_one_after_the_other_and_not_within_one_another() -> None:

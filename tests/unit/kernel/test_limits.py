@@ -95,7 +95,7 @@ def test_what_was_unmapped_counts_no_longer_whichever_way_that_was_said(limited:
     thread.start()
     try:
         with realmap.connect(kernel.path) as me:
-            for _ in range(300):
+            for _ in range(100):
                 buffer = me.map(3 * PAGE, fragment=PAGE)
                 stop.wait(0.0003)
                 del buffer
@@ -198,8 +198,15 @@ def test_a_handler_that_does_not_return_is_told_of(
     monkeypatch.setattr(watchdog, "REPORT", 0.2)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
     kernel = limited()
+
+    @realmap.syscall(name="spin")
+    def spin_until_told(call: realmap.Call) -> None:
+        while not caplog.records:
+            pass
+
+    kernel.register(spin_until_told, replace=True)
     with realmap.connect(kernel.path) as me, me.map(PAGE) as buffer, caplog.at_level(logging.WARNING, "realmap"):
-        me.call("spin", 0.6)
+        me.call("spin")
         said = [record.getMessage() for record in caplog.records]
         assert len(said) == 1
         assert "'spin'" in said[0]

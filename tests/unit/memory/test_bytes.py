@@ -16,7 +16,7 @@ from conftest import PAGE
 import realmap
 from realmap import AccessDenied, InvalidSize
 from realmap.memory import USER_LAND, CrossProcessMapping, KernelMemory, ProcessMemory, byte_access
-from realmap.memory.userspace_ptr import UserspacePtr
+from realmap.memory.userspace_ptr import point_at
 from realmap.rights import MemoryType, k_r, k_rw, u_rw
 
 SIZE = 3333
@@ -62,7 +62,7 @@ def make(request: pytest.FixtureRequest, local: realmap.Kernel) -> Iterator[Make
             if request.param == "pointer":
                 (process,) = local.processes
                 mapping = process.memory.query_memory(buffer.address)
-                return UserspacePtr.over([mapping], buffer.address, SIZE, rights=k_r if read_only else k_rw)
+                return point_at([mapping], buffer.address, SIZE, rights=k_r if read_only else k_rw)
             return buffer
 
         yield other

@@ -261,6 +261,12 @@ def test_line_13_a_part_that_is_not_shared(memory: ProcessMemory, kernel_memory:
     assert (land_maps(), kernel_memory.live) == ([], 0)
 
 
+def test_moving_away_from_nothing(memory: ProcessMemory) -> None:
+    """Its own place is avoided, also where the nothing lies in it."""
+    mapping = memory.create_regular_mapping(AT, 2 * PAGE, HEAP, u_rw)
+    assert memory.move(mapping, (AT + PAGE, AT + PAGE)).address == AT + 2 * PAGE
+
+
 def test_moving_away_from_an_obstacle(memory: ProcessMemory) -> None:
     mapping = memory.create_regular_mapping(AT, 2 * PAGE, HEAP, u_rw)
     moved = memory.move(mapping, (AT + PAGE, AT + 5 * PAGE))

@@ -4,6 +4,7 @@ SharedMemory() for a descriptor, mmap.mmap() of it, close_fd() as soon as it is 
 stays until it is unlinked.
 
     make LENGTH COUNT             create, mmap, close the descriptor, close the map, unlink
+    attach LENGTH COUNT           open, mmap, close the descriptor, close the map
     handover LENGTH COUNT MODE    the name is sent through a Pipe, the partner attaches (or has kept it), sums, answers
 """
 
@@ -73,6 +74,12 @@ def segment(length: int) -> tuple[str, int]:
     return name, total(view, length)
 
 
+def attach_once(length: int, count: int) -> int:
+    require("posix_ipc", "numpy")
+    name, _ = segment(length)
+    return timed(lambda: attach(name).close(), count)
+
+
 def handover(length: int, count: int, mode: str) -> int:
     require("posix_ipc", "numpy")
     channel = partner(sum_anew if mode == "attach" else sum_kept).channel
@@ -87,4 +94,4 @@ def handover(length: int, count: int, mode: str) -> int:
 
 
 if __name__ == "__main__":
-    serve({"make": make, "handover": handover}, watched=True)
+    serve({"make": make, "attach": attach_once, "handover": handover}, watched=True)

@@ -6,39 +6,60 @@ every attach too, tells it so. From 3.13 on, who attaches says track=False, as t
 else does the bookkeeping.
 
     make LENGTH COUNT             create, close, unlink
-    attach LENGTH COUNT           attach by name, read a byte, close
+    make_touched LENGTH COUNT     the same, with a byte written in every page
+    attach LENGTH COUNT           attach by name, close
     handover LENGTH COUNT MODE    the name is sent, the partner attaches (or has kept it attached), sums, answers
 """
 
 import functools
+import mmap
 import sys
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
+from typing import Any
 
 from _protocol import PREFIX, at_end, numpy, partner, require, serve, timed, total
 
+PAGE = mmap.PAGESIZE
 UNTRACKED = {"track": False} if sys.version_info >= (3, 13) else {}
 
 
-def make(length: int, count: int) -> int:
-    def operation() -> None:
-        memory = SharedMemory(f"{PREFIX}make", create=True, size=length)
-        memory.close()
-        memory.unlink()
+def operations(SharedMemory: Any, **attached: bool) -> dict[str, Callable[..., int]]:
+    """What is measured of such a class, which attaches with those options."""
 
-    return timed(operation, count)
+    @functools.cache
+    def segment(length: int) -> str:
+        memory = SharedMemory(f"{PREFIX}attach-{length}", create=True, size=length)
+        at_end.callback(memory.unlink)
+        at_end.callback(memory.close)
+        return str(memory.name)
 
+    def make(length: int, count: int) -> int:
+        def operation() -> None:
+            memory = SharedMemory(create=True, size=length)
+            memory.close()
+            memory.unlink()
 
-def attach(length: int, count: int) -> int:
-    name = segment(length).name
+        return timed(operation, count)
 
-    def operation() -> None:
-        memory = SharedMemory(name, **UNTRACKED)
-        memory.buf[length - 1]
-        memory.close()
+    def make_touched(length: int, count: int) -> int:
+        ones = bytes(-(-length // PAGE))
 
-    return timed(operation, count)
+        def operation() -> None:
+            memory = SharedMemory(create=True, size=length)
+            memory.buf[:length:PAGE] = ones
+            memory.close()
+            memory.unlink()
+
+        return timed(operation, count)
+
+    def attach(length: int, count: int) -> int:
+        name = segment(length)
+        return timed(lambda: SharedMemory(name, **attached).close(), count)
+
+    return {"make": make, "make_touched": make_touched, "attach": attach}
 
 
 def sum_anew(channel: Connection) -> None:
@@ -86,4 +107,4 @@ if __name__ == "__main__":
     # Before any partner is forked, so that all share the one tracker; given back last, since it is told of the rest.
     resource_tracker.ensure_running()
     at_end.callback(resource_tracker._resource_tracker._stop)
-    serve({"make": make, "attach": attach, "handover": handover}, watched=True)
+    serve({**operations(SharedMemory, **UNTRACKED), "handover": handover}, watched=True)
