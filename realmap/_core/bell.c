@@ -1,4 +1,5 @@
-/* Bell: how an event loop is told, from any thread, that an answer is there, or that it has to read from now on.
+/* Bell: how an event loop is told, from any thread, that answers are there, or that it has to read from now on: once,
+ * however many there are by the time that it comes.
  *
  * The loop calls it, and it calls `look`. Where a signal handler raises in there the loop only notes that, and goes on;
  * so the bell has itself called once more, and nobody is forgotten. */
@@ -8,6 +9,8 @@ typedef struct {
     PyObject_HEAD
     PyObject *look;
     PyObject *soon;
+    Answer *over, **last; /* what its loop has not taken note of yet, the first one first */
+    int rung;             /* the loop will call it */
     Post post; /* what the loop watches: the connection's socket, by a descriptor of its own */
 } Bell;
 
@@ -19,6 +22,9 @@ static int ring_the_loop(PyObject *op)
 {
     PyObject *type = NULL, *value = NULL, *traceback = NULL, *done = NULL;
     int closed = 0;
+    if (as_bell(op)->rung)
+        return 1;
+    as_bell(op)->rung = 1; /* before: the loop may call it before this returns */
     for (int tries = 0; tries < 100 && !done && closed < 2; tries++) {
         done = PyObject_CallFunctionObjArgs(as_bell(op)->soon, op, NULL);
         if (done)
@@ -30,6 +36,8 @@ static int ring_the_loop(PyObject *op)
             PyErr_Fetch(&type, &value, &traceback);
     }
     Py_XDECREF(done);
+    if (!done)
+        as_bell(op)->rung = 0;
     if (!done && closed) {
         Py_XDECREF(type);
         Py_XDECREF(value);
@@ -51,12 +59,14 @@ static PyObject *bell_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSE
         as_bell(op)->look = Py_NewRef(PyTuple_GetItem(args, 0));
         as_bell(op)->soon = Py_NewRef(PyTuple_GetItem(args, 1));
         as_bell(op)->post.fd = -1;
+        as_bell(op)->last = &as_bell(op)->over;
     }
     return op;
 }
 
 static PyObject *bell_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
 {
+    as_bell(op)->rung = 0;
     PyObject *type, *value, *traceback, *done = PyObject_CallNoArgs(as_bell(op)->look);
     if (done)
         return done;
@@ -65,6 +75,36 @@ static PyObject *bell_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py
     PyErr_Clear();
     PyErr_Restore(type, value, traceback);
     return NULL;
+}
+
+/* An answer is over: its loop takes note of it. The reference is the bell's from now on. */
+static void bell_add(PyObject *op, Answer *answer)
+{
+    answer->after = NULL;
+    *as_bell(op)->last = answer;
+    as_bell(op)->last = &answer->after;
+}
+
+/* first() -> the first answer that was not taken note of, or None. It stays the first until `drop`: a signal handler may
+ * raise in between. */
+static PyObject *bell_first(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Answer *first = as_bell(op)->over;
+    return Py_NewRef(first ? (PyObject *)first : Py_None);
+}
+
+/* drop(answer): it was taken note of. Again: nothing. */
+static PyObject *bell_drop(PyObject *op, PyObject *answer)
+{
+    Bell *self = as_bell(op);
+    Answer *first = self->over;
+    if (first && (PyObject *)first == answer) {
+        self->over = first->after;
+        if (!self->over)
+            self->last = &self->over;
+        Py_DECREF((PyObject *)first);
+    }
+    Py_RETURN_NONE;
 }
 
 /* watch(endpoint) -> a descriptor of its socket for the loop to watch; -1 where there is none any more. One of the bell's
@@ -99,11 +139,15 @@ static int bell_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(as_bell(op)->look);
     Py_VISIT(as_bell(op)->soon);
+    for (Answer *at = as_bell(op)->over; at; at = at->after)
+        Py_VISIT((PyObject *)at);
     return 0;
 }
 
 static int bell_clear(PyObject *op)
 {
+    for (Answer *at; (at = as_bell(op)->over);)
+        Py_XDECREF(bell_drop(op, (PyObject *)at));
     Py_CLEAR(as_bell(op)->look);
     Py_CLEAR(as_bell(op)->soon);
     return 0;
@@ -118,6 +162,8 @@ static void bell_dealloc(PyObject *op)
 }
 
 static PyMethodDef bell_methods[] = {
+    {"first", bell_first, METH_NOARGS, "The first answer that was not taken note of, or None."},
+    {"drop", bell_drop, METH_O, "drop(answer): it was taken note of, if it is the first one. Again: nothing."},
     {"watch", bell_watch, METH_O, "watch(endpoint): a descriptor of its socket for the loop to watch, or -1."},
     {"fileno", bell_fileno, METH_NOARGS, "That descriptor, or -1."},
     {"close", bell_close, METH_NOARGS, "Closes it."},

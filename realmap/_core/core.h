@@ -26,6 +26,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
@@ -113,6 +114,7 @@ typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
     _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
     _Atomic uint32_t mailed;
+    _Atomic uint32_t crowd; /* how many others the producer is at work for */
     _Alignas(LINE) _Atomic uint32_t head;
     _Alignas(LINE) _Atomic uint32_t asleep;
     _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
@@ -125,7 +127,11 @@ typedef struct {
     uint32_t in_head;
     uint32_t out_tail;
     uint32_t in_mailed; /* as far as the socket was read */
+    uint32_t counted;   /* when it was last counted into the crowd */
 } Duplex;
+
+/* What the consumer of a queue says in `asleep`: it looks by itself, sleeps on that very word, or waits for its socket. */
+enum { AWAKE, ON_WORD, ON_SOCKET };
 
 /* How long to look for the next message: spin.c. Nanoseconds. */
 typedef struct {
@@ -134,7 +140,7 @@ typedef struct {
     int64_t busy_until; /* 0: nobody else wants the CPU */
     int64_t seen_busy;
     int64_t pause;
-    int several;
+    uint32_t cpus;
 } Budget;
 
 #define MAX_DESCRIPTORS 64  /* that one message brings: wire/messages.py */
@@ -313,10 +319,12 @@ typedef struct {
     char held; /* from when it is set until it is released */
 } Mapping;
 
-typedef struct {
+typedef struct Ring {
     PyObject_HEAD
     Queue *queues; /* NULL once it is closed */
     Duplex duplex;
+    struct Ring *owed; /* the next of those whose wake-up is owed, where this is one of them */
+    int is_owed;
     unsigned long epoch;
 } Ring;
 
@@ -430,6 +438,7 @@ typedef struct Endpoint {
     int busy;        /* threads that use the socket without the GIL */
     int end;
     int closed;      /* by this side: who uses the socket last closes it */
+    int armed;       /* what comes is seen by who watches the socket: nobody has read since its loop did */
     int stalled;     /* Linux had no memory to send: not at once again */
 } Endpoint;
 

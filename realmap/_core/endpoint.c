@@ -168,22 +168,22 @@ static PyObject *endpoint_give_up(PyObject *op, PyObject *answer)
 
 /* read(bell) -> what the loop of that bell is to watch the socket for: 0: nothing, another thread reads, and wakes who
  * waits; 1: what comes; 2: and room to send; 3: what comes, and it is to look again soon: Linux had no memory to send.
- * Hands on all that is there, and waits for nothing. */
+ * Hands on what is there, and waits for nothing. */
 static PyObject *endpoint_read(PyObject *op, PyObject *bell)
 {
     Endpoint *self = as_endpoint(op);
-    int empty = !is_open(self);
-    if (self->reader && !empty)
+    if (is_here(self) && self->reader)
         return PyLong_FromLong(0);
     self->reader = PyThread_get_thread_ident();
-    while (!empty) {
-        Duplex *pair = self->ring ? &self->ring->duplex : NULL;
-        if (pair)
-            queue_say(pair, 0);
-        while (take_from_ring(self) | receive_one(self))
-            ;
-        empty = self->end || !self->waiting || !pair || fall_asleep(&pair, 1);
-    }
+    Duplex *pair = self->ring && !self->end ? &self->ring->duplex : NULL;
+    if (pair)
+        queue_say(pair, AWAKE);
+    while (receive_one(self) && !pair)
+        ; /* beside a ring one at a time: what else there is the loop is told again, and most often it is a bell alone */
+    do
+        take_from_ring(self);
+    while (!self->end && pair && !fall_asleep(&pair, 1, ON_SOCKET));
+    self->armed = !self->end;
     flush(self);
     int watch = !self->letters ? 1 : self->stalled ? 3 : 2;
     give_turn_back(self, bell);
@@ -263,7 +263,7 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
         return PyLong_FromLong(error);
     }
     self->ring = ring;
-    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), sysconf(_SC_NPROCESSORS_ONLN) > 1);
+    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), (int)sysconf(_SC_NPROCESSORS_ONLN));
     return PyLong_FromLong(0);
 }
 
@@ -309,6 +309,11 @@ static PyObject *endpoint_end(PyObject *op, void *Py_UNUSED(closure))
 {
     Endpoint *self = as_endpoint(op);
     return PyLong_FromLong(self->end ? self->end : self->epoch == fork_epoch ? OPEN : LOST_IN_CHILD);
+}
+
+static PyObject *endpoint_is_armed(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(as_endpoint(op)->armed && !as_endpoint(op)->letters);
 }
 
 static PyObject *endpoint_has_ring(PyObject *op, void *Py_UNUSED(closure))
@@ -389,6 +394,7 @@ static PyMemberDef endpoint_members[] = {
 
 static PyGetSetDef endpoint_getset[] = {
     {"end", endpoint_end, NULL, "OPEN, or why it is of no use any more.", NULL},
+    {"is_armed", endpoint_is_armed, NULL, "Whether a loop that watches the socket sees what comes.", NULL},
     {"has_ring", endpoint_has_ring, NULL, "Whether there is a ring beside the socket.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

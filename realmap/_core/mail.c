@@ -72,6 +72,8 @@ static void end_connection(Endpoint *self, int end)
     if (self->end)
         return;
     self->end = end;
+    if (self->ring && self->epoch == fork_epoch)
+        queue_stir(&self->ring->duplex); /* who reads, on another thread */
     while (self->letters)
         drop_letter(self, &self->letters);
     for (size_t i = 0; i <= self->table.mask; i++)
@@ -79,12 +81,18 @@ static void end_connection(Endpoint *self, int end)
             finish(self, OWNER(Answer, node, self->table.buckets[i]), ENDED);
 }
 
-/* Whether the socket may be used: it is this connection's, here, and nobody has taken its number. */
-static int is_open(Endpoint *self)
+/* Whether it has not ended, and this is no forked child. */
+static int is_here(Endpoint *self)
 {
     if (!self->end && self->epoch != fork_epoch)
         end_connection(self, LOST_IN_CHILD);
-    if (!self->end && !post_is_ours(&self->post))
+    return !self->end;
+}
+
+/* Whether the socket may be used: it is this connection's, here, and nobody has taken its number. */
+static int is_open(Endpoint *self)
+{
+    if (is_here(self) && !post_is_ours(&self->post))
         end_connection(self, STOLEN);
     return !self->end;
 }
@@ -146,8 +154,9 @@ static int post_message(Endpoint *self, PyObject *message, Answer *answer)
         return 0; /* nobody is there to be told */
     if (!self->letters && self->ring && size <= queue_room(&self->ring->duplex) &&
         !peer_sleeps(&self->ring->duplex)) {
-        if (queue_push(&self->ring->duplex, PyBytes_AsString(message), size) == 2 && is_open(self))
-            ring_bell(self->post.fd);
+        int asleep = queue_push(&self->ring->duplex, PyBytes_AsString(message), size);
+        if (asleep != AWAKE && is_open(self)) /* it fell asleep this moment */
+            queue_wake(&self->ring->duplex, ON_SOCKET, self->post.fd);
         if (answer)
             answer->sent = 1;
         return 0;

@@ -76,7 +76,8 @@ static PyMethodDef host_methods[] = {
     {"word_of", FASTCALL(host_word_of), METH_FASTCALL, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"holders_of", core_holders_of, METH_O, NULL},
-    {"spin", FASTCALL(core_spin), METH_FASTCALL, NULL},
+    {"gather", FASTCALL(core_gather), METH_FASTCALL, NULL},
+    {"wake_owed", core_wake_owed, METH_NOARGS, NULL},
     {"fall_asleep", core_fall_asleep, METH_O, NULL},
     {"wake_up", core_wake_up, METH_O, NULL},
     {"flaw_of", core_flaw_of, METH_O, NULL},
@@ -94,6 +95,7 @@ static const struct {
     CONSTANT(STOLEN),     CONSTANT(LOST_IN_CHILD), CONSTANT(ERRNO),  CONSTANT(OVERLOADED), CONSTANT(SAME_CPU),
     CONSTANT(BROKEN),     CONSTANT(TOO_DEEP),   CONSTANT(KEY_NO_TEXT), CONSTANT(FOREIGN), CONSTANT(TOO_MUCH),
     CONSTANT(TOO_LONG),   {"DEEPEST", PACKED_DEPTH},
+    CONSTANT(AWAKE),      CONSTANT(ON_WORD),    CONSTANT(ON_SOCKET),
     {"RING_BYTES", 2 * sizeof(Queue)},
     {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
 };

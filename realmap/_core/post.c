@@ -116,21 +116,16 @@ static int post_wait(const Post *self, short events, int64_t until)
 
 /* ---- parking -------------------------------------------------------------------------------- */
 
-static long futex(_Atomic uint32_t *word, int what, uint32_t value, const struct timespec *until)
-{
-    return syscall(SYS_futex, word, what | FUTEX_PRIVATE_FLAG, value, until, NULL, FUTEX_BITSET_MATCH_ANY);
-}
-
 /* Waits until somebody unparks it (at once where that was before), a signal comes, or `until` (monotonic clock). */
 static void park(_Atomic uint32_t *word, int64_t until)
 {
     struct timespec limit = {.tv_sec = until / 1000000000, .tv_nsec = until % 1000000000};
     if (!atomic_load_explicit(word, memory_order_acquire))
-        futex(word, FUTEX_WAIT_BITSET, 0, &limit);
+        futex(word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, 0, &limit);
 }
 
 static void unpark(_Atomic uint32_t *word)
 {
     atomic_store_explicit(word, 1, memory_order_release);
-    futex(word, FUTEX_WAKE, 1, NULL);
+    futex(word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1, NULL);
 }

@@ -5,7 +5,7 @@
  *      user    ── calls ────▶  kernel        queue 0
  *      user    ◀── answers ──  kernel        queue 1
  *
- *      tail ─▶ the producer's count of messages     asleep ─▶ 1 while the consumer sleeps, or is about to
+ *      tail ─▶ the producer's count of messages     asleep ─▶ how the consumer sleeps, or is about to; 0: it does not
  *      head ─▶ the consumer's count                 mailed ─▶ the producer's count of what it sent by the socket
  *
  * Each side keeps its own counts where the other cannot reach them; what the other side wrote is
@@ -19,30 +19,41 @@
  * tail, so whoever sees that tail reads the socket first. */
 #include "core.h"
 
-/* 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. */
+static long futex(_Atomic uint32_t *word, int what, uint32_t value, const struct timespec *until)
+{
+    return syscall(SYS_futex, word, what, value, until, NULL, FUTEX_BITSET_MATCH_ANY);
+}
+
+/* Whoever sees it asleep wakes it; of several, one. The word it sleeps on is not waited for any more then, so that who
+ * is about to sleep on it does not; how it is to be woken. */
+static uint32_t queue_rouse(Duplex *self)
+{
+    atomic_thread_fence(memory_order_seq_cst);
+    if (!atomic_load_explicit(&self->out->asleep, memory_order_relaxed))
+        return AWAKE;
+    return atomic_exchange(&self->out->asleep, AWAKE);
+}
+
+/* -1: it does not fit (now, or ever); else it is there, and how the other side must be woken. */
 static int queue_push(Duplex *self, const char *data, size_t length)
 {
     uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
     if (length > RING_SLOT - sizeof(uint32_t) || used >= RING_SLOTS)
-        return 0;
+        return -1;
     unsigned char *slot = self->out->slots[self->out_tail % RING_SLOTS];
     uint32_t size = (uint32_t)length;
     memcpy(slot, &size, sizeof size);
     memcpy(slot + sizeof size, data, size);
     self->out_tail++;
+    atomic_store_explicit(&self->out->cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
     atomic_store_explicit(&self->out->tail, self->out_tail, memory_order_release);
-    atomic_thread_fence(memory_order_seq_cst);
-    if (!atomic_load_explicit(&self->out->asleep, memory_order_relaxed))
-        return 1;
-    /* Of several that see it asleep, one wakes it. */
-    return atomic_exchange(&self->out->asleep, 0) ? 2 : 1;
+    return (int)(queue_rouse(self) & INT_MAX);
 }
 
-/* Whether the other side sleeps: it must be woken by the socket in any case, so a message had better go there. */
-static int peer_sleeps(Duplex *self)
+/* Whether the other side sleeps: where it must be woken by the socket in any case, a message had better go there. */
+static int peer_sleeps(const Duplex *self)
 {
-    atomic_store_explicit(&self->out->cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
-    return atomic_load_explicit(&self->out->asleep, memory_order_relaxed) != 0;
+    return atomic_load_explicit(&self->out->asleep, memory_order_relaxed) != AWAKE;
 }
 
 static int queue_ready(const Duplex *self)
@@ -81,9 +92,47 @@ static size_t queue_room(const Duplex *self)
 /* Something was sent by the socket, before whatever goes by the queue from now on: tail, stored later, releases it. */
 static void queue_mailed(Duplex *self) { atomic_fetch_add_explicit(&self->out->mailed, 1, memory_order_relaxed); }
 
+/* Something was sent by the socket, to one that may sleep on its word: it counts that after it has said so, as it looks
+ * for messages, so either sees the other. Who waits for its socket is not touched: it may have read, and wait anew. */
+static void queue_tell_of_mail(Duplex *self)
+{
+    uint32_t on_word = ON_WORD;
+    queue_mailed(self);
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_compare_exchange_strong(&self->out->asleep, &on_word, AWAKE))
+        futex(&self->out->asleep, FUTEX_WAKE, 1, NULL);
+}
+
+/* Whether something was sent by the socket since this was asked. */
+static int queue_has_mail(Duplex *self)
+{
+    uint32_t before = self->in_mailed;
+    self->in_mailed = atomic_load_explicit(&self->in->mailed, memory_order_acquire);
+    return self->in_mailed != before;
+}
+
+/* For how many others the other side is at work. */
+static uint32_t crowd_of(const Duplex *self) { return atomic_load_explicit(&self->in->crowd, memory_order_relaxed); }
+
 static void queue_say(Duplex *self, uint32_t asleep)
 {
     atomic_store_explicit(&self->in->asleep, asleep, memory_order_relaxed);
+}
+
+/* Sleeps on the word until the other side wakes this one, a signal comes, or `until` (monotonic clock); whether it was
+ * woken. */
+static int queue_sleep(Duplex *self, int64_t until)
+{
+    struct timespec limit = {.tv_sec = until / 1000000000, .tv_nsec = until % 1000000000};
+    futex(&self->in->asleep, FUTEX_WAIT_BITSET, ON_WORD, &limit);
+    return atomic_load_explicit(&self->in->asleep, memory_order_relaxed) != ON_WORD;
+}
+
+/* Wakes this side's own sleeper, from another thread. */
+static void queue_stir(Duplex *self)
+{
+    if (atomic_exchange(&self->in->asleep, AWAKE) == ON_WORD)
+        futex(&self->in->asleep, FUTEX_WAKE, 1, NULL);
 }
 
 static int64_t nanoseconds(void)
@@ -93,10 +142,16 @@ static int64_t nanoseconds(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Wakes who sleeps, through its socket. Where that cannot be sent there is unread mail, which wakes as well, or nobody
- * any more. */
-static void ring_bell(int socket)
+/* Wakes who sleeps, as it said. Where a bell cannot be sent there is unread mail, which wakes as well, or nobody any
+ * more. */
+static void queue_wake(Duplex *self, uint32_t asleep, int socket)
 {
+    if (asleep == AWAKE)
+        return;
+    if (asleep == ON_WORD) {
+        futex(&self->out->asleep, FUTEX_WAKE, 1, NULL);
+        return;
+    }
     int tries = BELL_TRIES; /* Linux may have no memory this moment */
     while (send(socket, (const char[]){BELL}, 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && tries-- &&
            (errno == ENOBUFS || errno == ENOMEM || errno == EINTR))

@@ -48,18 +48,45 @@ static int ring_is_here(Ring *self)
 
 static Duplex *duplex_of(PyObject *op) { return &as_ring(op)->duplex; }
 
-/* _push(bytes) -> 0: it does not fit (now, or ever); 1: it is there; 2: and the other side must be woken. */
-static PyObject *ring_push(PyObject *op, PyObject *message)
+/* Those who sleep on a word and have been answered since. They are woken some at a time: who is woken at once takes the
+ * CPU from whoever is at work for the others. */
+#define OWED 8
+
+static Ring *owed;
+static int owed_count;
+
+static void wake_owed(void)
 {
-    char *data;
-    Py_ssize_t length;
-    if (!ring_is_here(as_ring(op)) || PyBytes_AsStringAndSize(message, &data, &length))
-        return NULL;
-    return PyLong_FromLong(queue_push(duplex_of(op), data, (size_t)length));
+    for (Ring *ring; (ring = owed);) {
+        owed = ring->owed;
+        ring->is_owed = 0;
+        if (ring->queues && ring->epoch == fork_epoch)
+            queue_wake(&ring->duplex, ON_WORD, -1);
+        Py_DECREF((PyObject *)ring);
+    }
+    owed_count = 0;
 }
 
-/* _send(bytes, socket) -> bool: pushes, and wakes the other side by a bell through its socket where it sleeps. False:
- * it does not fit. */
+static void owe(Ring *ring)
+{
+    if (ring->is_owed) /* it woke by itself meanwhile, and sleeps again */
+        return;
+    ring->is_owed = 1;
+    ring->owed = owed;
+    owed = as_ring(Py_NewRef((PyObject *)ring));
+    if (++owed_count >= OWED)
+        wake_owed();
+}
+
+/* wake_owed(): wakes who has been answered and was left asleep until now. */
+static PyObject *core_wake_owed(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    wake_owed();
+    Py_RETURN_NONE;
+}
+
+/* _send(bytes, socket) -> -1: it does not fit (now, or ever); else it is there, and how the other side slept (AWAKE: it
+ * did not; ON_SOCKET: it was woken by a bell through its socket; ON_WORD: it is woken by `wake_owed` at the latest). */
 static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     int socket;
@@ -68,18 +95,24 @@ static PyObject *ring_send(PyObject *op, PyObject *const *args, Py_ssize_t nargs
     if (wants(nargs, 2, "Ring._send") || as_int(args[1], &socket) || !ring_is_here(as_ring(op)) ||
         PyBytes_AsStringAndSize(args[0], &data, &length))
         return NULL;
-    int pushed = queue_push(duplex_of(op), data, (size_t)length);
-    if (pushed == 2)
-        ring_bell(socket);
-    return PyBool_FromLong(pushed);
+    Duplex *self = duplex_of(op);
+    atomic_store_explicit(&self->out->crowd, crowd, memory_order_relaxed);
+    int asleep = queue_push(self, data, (size_t)length);
+    if (asleep == ON_WORD)
+        owe(as_ring(op));
+    else if (asleep > 0)
+        queue_wake(self, (uint32_t)asleep, socket);
+    return PyLong_FromLong(asleep);
 }
 
-/* _offer(bytes, socket) -> bool: as _send, but False also where the other side sleeps. */
-static PyObject *ring_offer(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+/* _mailed(): something was sent by the socket: who sleeps on its word wakes. */
+static PyObject *ring_mailed(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    if (nargs == 2 && ring_is_here(as_ring(op)) && peer_sleeps(duplex_of(op)))
-        Py_RETURN_FALSE;
-    return PyErr_Occurred() ? NULL : ring_send(op, args, nargs);
+    Ring *self = as_ring(op);
+    wake_owed();
+    if (self->queues && self->epoch == fork_epoch)
+        queue_tell_of_mail(&self->duplex);
+    Py_RETURN_NONE;
 }
 
 /* _pop() -> bytes, or None where nothing is there, or b"" where the socket must be read to its end before (said once
@@ -107,13 +140,13 @@ static PyObject *ring_pop(PyObject *op, PyObject *Py_UNUSED(ignored))
     return message;
 }
 
-/* _takes(length): whether _offer would take a message of so many bytes now; _push will, once this was true. */
+/* _takes(length): whether a message of so many bytes fits now; _send will take it, once this was true. */
 static PyObject *ring_takes(PyObject *op, PyObject *length)
 {
     uint64_t size;
     if (!ring_is_here(as_ring(op)) || as_u64(length, &size))
         return NULL;
-    return PyBool_FromLong(size <= queue_room(duplex_of(op)) && !peer_sleeps(duplex_of(op)));
+    return PyBool_FromLong(size <= queue_room(duplex_of(op)));
 }
 
 static PyObject *ring_close(PyObject *op, PyObject *Py_UNUSED(ignored))
@@ -133,9 +166,8 @@ static void ring_dealloc(PyObject *op)
 
 static PyMethodDef ring_methods[] = {
     {"_open", FASTCALL(ring_open), METH_FASTCALL | METH_CLASS, NULL},
-    {"_push", ring_push, METH_O, NULL},
     {"_send", FASTCALL(ring_send), METH_FASTCALL, NULL},
-    {"_offer", FASTCALL(ring_offer), METH_FASTCALL, NULL},
+    {"_mailed", ring_mailed, METH_NOARGS, NULL},
     {"_takes", ring_takes, METH_O, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},
@@ -184,53 +216,75 @@ static Py_ssize_t all_rings(PyObject *list, Duplex ***pairs)
     return count;
 }
 
-/* spin(rings, start, ns) -> the index of a ring that has a message, looked for from `start` on; -1 where none
- * has within `ns` nanoseconds, which are spent without the GIL; -2 where others want this CPU, -3 where who was heard
- * last wants it. Only who closes the rings may call it: none may go meanwhile. */
-static PyObject *core_spin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+/* Where the ring that was heard last is in the list: one behind it; 0 where it is not there any more. */
+static ptrdiff_t behind(Duplex **pairs, ptrdiff_t count, PyObject *last)
 {
-    uint64_t start, budget;
+    for (ptrdiff_t i = 0; PyObject_TypeCheck(last, ring_type) && i < count; i++)
+        if (pairs[i] == duplex_of(last))
+            return i + 1 < count ? i + 1 : 0;
+    return 0;
+}
+
+/* gather(rings, last, ns) -> those that have a message, from the one behind `last` on: so nobody is starved by a
+ * talker. Where none has, one is looked for, for `ns` nanoseconds, which are spent without the GIL; -1 where none came,
+ * -2 where others want this CPU, -3 where who was heard last wants it. Only who closes the rings may call it: none may go
+ * meanwhile. */
+static PyObject *core_gather(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t budget;
     Duplex **pairs;
-    if (wants(nargs, 3, "spin") || as_u64(args[1], &start) || as_u64(args[2], &budget))
+    if (wants(nargs, 3, "gather") || as_u64(args[2], &budget))
         return NULL;
     Py_ssize_t count = all_rings(args[0], &pairs);
     if (count < 0)
         return NULL;
-    Py_ssize_t from = count ? (Py_ssize_t)(start % (uint64_t)count) : 0;
-    Py_ssize_t found = find_ready(pairs, count, from);
-    if (found < 0 && budget && count) {
-        PyObject *held = PyList_GetSlice(args[0], 0, count);
-        if (!held) {
-            PyMem_Free(pairs);
-            return NULL;
-        }
+    wake_owed();
+    PyObject *found = NULL;
+    Py_ssize_t from = behind(pairs, count, args[1]), first = find_ready(pairs, count, from);
+    if (first < 0 && budget && count && (found = PyList_GetSlice(args[0], 0, count))) { /* so that none goes */
         Py_BEGIN_ALLOW_THREADS
-        found = spin_for(pairs, count, from, budget > INT64_MAX / 2 ? INT64_MAX / 2 : (int64_t)budget);
+        first = spin_for(pairs, count, from, budget > INT64_MAX / 2 ? INT64_MAX / 2 : (int64_t)budget);
         Py_END_ALLOW_THREADS
-        Py_DECREF(held);
+        Py_CLEAR(found);
+    }
+    if (!PyErr_Occurred())
+        found = first < 0 ? PyLong_FromSsize_t(first) : PyList_New(0);
+    for (Py_ssize_t i = 0; found && first >= 0 && i < count; i++) {
+        Py_ssize_t at = first + i < count ? first + i : first + i - count;
+        if (!queue_ready(pairs[at]))
+            continue;
+        count_into_crowd(pairs[at]);
+        if (PyList_Append(found, PyList_GetItem(args[0], at)))
+            Py_CLEAR(found);
     }
     PyMem_Free(pairs);
-    return PyLong_FromSsize_t(found);
+    return found;
 }
 
-/* What is done with all rings of a list at once, as a bool. */
-static PyObject *with_all(PyObject *list, int (*act)(Duplex **, ptrdiff_t))
+/* fall_asleep(rings) -> bool: says to every producer that it has to wake us, by our socket. False: a message is there
+ * already, and nobody has been told. */
+static PyObject *core_fall_asleep(PyObject *Py_UNUSED(module), PyObject *list)
 {
     Duplex **pairs;
     Py_ssize_t count = all_rings(list, &pairs);
     if (count < 0)
         return NULL;
-    int done = act(pairs, count);
+    int done = fall_asleep(pairs, count, ON_SOCKET);
     PyMem_Free(pairs);
     return PyBool_FromLong(done);
 }
 
-/* fall_asleep(rings) -> bool: says to every producer that it has to wake us. False: a message is there already, and
- * nobody has been told. */
-static PyObject *core_fall_asleep(PyObject *Py_UNUSED(module), PyObject *list) { return with_all(list, fall_asleep); }
-
-/* wake_up(rings) -> True: nobody needs to wake us any more. */
-static PyObject *core_wake_up(PyObject *Py_UNUSED(module), PyObject *list) { return with_all(list, wake_up); }
+/* wake_up(rings): nobody needs to wake us any more. */
+static PyObject *core_wake_up(PyObject *Py_UNUSED(module), PyObject *list)
+{
+    Duplex **pairs;
+    Py_ssize_t count = all_rings(list, &pairs);
+    if (count < 0)
+        return NULL;
+    wake_up(pairs, count);
+    PyMem_Free(pairs);
+    Py_RETURN_NONE;
+}
 
 typedef struct {
     PyObject_HEAD
@@ -249,14 +303,14 @@ static PyObject *spin_budget_new(PyTypeObject *type, PyObject *args, PyObject *P
         return NULL;
     PyObject *self = new_object(type);
     if (self)
-        budget_set(budget_of(self), (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus > 1);
+        budget_set(budget_of(self), (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus);
     return self;
 }
 
 static PyObject *spin_budget_now(PyObject *op, PyObject *clock)
 {
     uint64_t now;
-    return as_u64(clock, &now) ? NULL : PyLong_FromLongLong(budget_now(budget_of(op), (int64_t)now));
+    return as_u64(clock, &now) ? NULL : PyLong_FromLongLong(budget_now(budget_of(op), (int64_t)now, 0));
 }
 
 static PyObject *spin_budget_spun(PyObject *op, PyObject *const *args, Py_ssize_t nargs)

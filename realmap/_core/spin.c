@@ -55,20 +55,47 @@ static ptrdiff_t spin_for(Duplex **pairs, ptrdiff_t count, ptrdiff_t start, int6
 }
 
 /* Nobody needs to wake us any more. */
-static int wake_up(Duplex **pairs, ptrdiff_t count)
+static void wake_up(Duplex **pairs, ptrdiff_t count)
 {
     for (ptrdiff_t i = 0; i < count; i++)
-        queue_say(pairs[i], 0);
-    return 1;
+        queue_say(pairs[i], AWAKE);
 }
 
-/* Says to every producer that it has to wake us. 0: a message is there already, and nobody has been told. */
-static int fall_asleep(Duplex **pairs, ptrdiff_t count)
+/* Says to every producer that it has to wake us, and how. 0: a message is there already, and nobody has been told. */
+static int fall_asleep(Duplex **pairs, ptrdiff_t count, uint32_t how)
 {
     for (ptrdiff_t i = 0; i < count; i++)
-        queue_say(pairs[i], 1);
+        queue_say(pairs[i], how);
     atomic_thread_fence(memory_order_seq_cst);
-    return find_ready(pairs, count, 0) < 0 || !wake_up(pairs, count);
+    if (find_ready(pairs, count, 0) < 0)
+        return 1;
+    wake_up(pairs, count);
+    return 0;
+}
+
+/* ---- for how many ------------------------------------------------------------------------- */
+
+/* Of so many messages it is counted how many clients they came from; these are said to each of them, with its answer:
+ * where they and the kernel are more than there are CPUs, who spins keeps somebody from working. */
+#define CROWD_OF 32
+
+static uint32_t crowd, crowd_now, crowd_turn = 1, crowd_left = CROWD_OF;
+
+/* A message of this client is about to be taken. */
+static void count_into_crowd(Duplex *self)
+{
+    if (self->counted != crowd_turn) {
+        self->counted = crowd_turn;
+        crowd_now++;
+    }
+    if (crowd_now > crowd)
+        crowd = crowd_now;
+    if (!--crowd_left) {
+        crowd = crowd_now;
+        crowd_now = 0;
+        crowd_turn++;
+        crowd_left = CROWD_OF;
+    }
 }
 
 /* ---- how long ----------------------------------------------------------------------------- */
@@ -82,13 +109,16 @@ static int fall_asleep(Duplex **pairs, ptrdiff_t count)
 #define PAUSE 10000000
 #define LONGEST_PAUSE 1280000000
 
-static void budget_set(Budget *self, int64_t most, int several)
+static void budget_set(Budget *self, int64_t most, int cpus)
 {
-    *self = (Budget){.most = most, .now = several ? most : 0, .several = several, .pause = PAUSE};
+    *self = (Budget){.most = most, .now = cpus > 1 ? most : 0, .cpus = (uint32_t)cpus, .pause = PAUSE};
 }
 
-static int64_t budget_now(Budget *self, int64_t clock)
+/* `crowd`: for how many others the kernel is at work. */
+static int64_t budget_now(Budget *self, int64_t clock, uint32_t crowd)
 {
+    if (crowd >= self->cpus)
+        return 0;
     if (self->busy_until && clock < self->busy_until)
         return 0;
     self->busy_until = 0;
@@ -113,6 +143,6 @@ static void budget_spun(Budget *self, ptrdiff_t found, int64_t clock)
 /* It came after a sleep of this length, which is one wake-up more than until it came. */
 static void budget_slept(Budget *self, int64_t length)
 {
-    if (length < PAYS * self->most && self->several)
+    if (length < PAYS * self->most && self->cpus > 1)
         self->now = self->most;
 }

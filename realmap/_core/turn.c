@@ -79,7 +79,10 @@ static int settle(Endpoint *self, PyObject *own)
             self->over = answer->after;
         else
             self->bell = NULL;
-        Py_XDECREF((PyObject *)answer);
+        if (answer && bell)
+            bell_add(bell, answer);
+        else
+            Py_XDECREF((PyObject *)answer);
         if (bell)
             tell_loop(self, bell, own);
         put_aside(first);
@@ -103,12 +106,20 @@ static void endpoint_leave_late(Endpoint *self, PyObject *function, PyObject *da
 /* ---- waiting ---------------------------------------------------------------------------------- */
 
 /* Signal handlers run in the main thread alone. */
-static int is_main_thread(void) { return syscall(SYS_gettid) == getpid(); }
+static int is_main_thread(void)
+{
+    static _Thread_local unsigned long asked; /* one more than how many forks there were when Linux was asked */
+    static _Thread_local int is_main;
+    if (asked != fork_epoch + 1)
+        is_main = syscall(SYS_gettid) == getpid();
+    asked = fork_epoch + 1;
+    return is_main;
+}
 
 /* Looks for a message while that is worth it, and until `until`; whether one is there. */
 static int look(Endpoint *self, int64_t until)
 {
-    int64_t clock = nanoseconds(), patience = self->ring ? budget_now(&self->budget, clock) : 0;
+    int64_t clock = nanoseconds(), patience = self->ring ? budget_now(&self->budget, clock, crowd_of(&self->ring->duplex)) : 0;
     if (patience > until - clock)
         patience = until - clock;
     if (patience <= 0)
@@ -122,22 +133,36 @@ static int look(Endpoint *self, int64_t until)
     return found >= 0;
 }
 
-/* Sleeps until the socket has something, or takes something, or `until`, for a slice at most: then others may have left
- * letters, or ended the connection. 0: a signal, or the time, ended it. */
-static int doze(Endpoint *self, int64_t until)
+static void receive_all(Endpoint *self)
+{
+    if (self->ring)
+        queue_has_mail(&self->ring->duplex); /* what has come by now is taken here */
+    while (receive_one(self))
+        ;
+}
+
+/* How it sleeps: on the ring's word, for one system call; where something is to be sent, or there is no ring, by the
+ * socket. */
+static uint32_t way_to_sleep(const Endpoint *self) { return self->ring && !self->letters ? ON_WORD : ON_SOCKET; }
+
+/* Sleeps until there may be a message, or the socket takes something, or `until`, for a slice at most: then others may
+ * have left letters, or the kernel has died. 0: a signal, or the time, ended it. */
+static int doze(Endpoint *self, uint32_t how, int64_t until)
 {
     int64_t before = nanoseconds();
     if (before + SLICE < until)
         until = before + SLICE;
-    short events = self->letters && !self->stalled ? POLLIN | POLLOUT : POLLIN, got;
+    short events = self->letters && !self->stalled ? POLLIN | POLLOUT : POLLIN;
     Post post = self->post;
+    Duplex *pair = how == ON_WORD ? &self->ring->duplex : NULL;
+    int got;
     self->busy++;
     Py_BEGIN_ALLOW_THREADS
-    got = (short)post_wait(&post, events, until);
+    got = !pair ? post_wait(&post, events, until) : queue_has_mail(pair) || queue_sleep(pair, until);
     Py_END_ALLOW_THREADS
     self->busy--;
     if (self->ring) {
-        queue_say(&self->ring->duplex, 0);
+        queue_say(&self->ring->duplex, AWAKE);
         budget_slept(&self->budget, nanoseconds() - before);
     }
     if (self->closed && !self->busy)
@@ -151,6 +176,9 @@ static int lead(Endpoint *self, Answer *answer, int64_t until, int ask)
 {
     int asked = 0;
     self->reader = PyThread_get_thread_ident();
+    if (self->armed && self->ring)
+        queue_say(&self->ring->duplex, AWAKE);
+    self->armed = 0;
     while (answer->outcome == ON_ITS_WAY && !self->end) {
         if (take_from_ring(self))
             continue;
@@ -162,11 +190,16 @@ static int lead(Endpoint *self, Answer *answer, int64_t until, int ask)
             break;
         }
         Duplex *pair = self->ring ? &self->ring->duplex : NULL;
-        if (!is_open(self) || (pair && !fall_asleep(&pair, 1)))
+        uint32_t how = way_to_sleep(self);
+        if ((how == ON_SOCKET && !is_open(self)) || (pair && !fall_asleep(&pair, 1, how)))
             continue;
-        int got = doze(self, until);
+        int got = doze(self, how, until);
         flush(self);
-        if (self->end || !got || ((got & ~POLLOUT) && !receive_one(self)))
+        if (how == ON_WORD && got && queue_ready(pair))
+            continue;
+        if (how == ON_WORD) /* there is mail, or the kernel may have died */
+            receive_all(self);
+        if (self->end || !got || (how == ON_SOCKET && (got & ~POLLOUT) && !receive_one(self)))
             break;
     }
     give_turn_back(self, NULL);
@@ -228,7 +261,7 @@ static int wait_for(Endpoint *self, Answer *answer, int64_t until)
         }
         if (settle(self, NULL) || (answer->outcome == ON_ITS_WAY && PyErr_CheckSignals()))
             return -1;
-        if (answer->outcome == ON_ITS_WAY && is_open(self) && nanoseconds() >= until)
+        if (answer->outcome == ON_ITS_WAY && is_here(self) && nanoseconds() >= until)
             answer->outcome = TIMED_OUT;
     }
     return 0;

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from realmap._core import Ring, look_over
+from realmap._core import look_over
 from realmap.errors import KernelError, LimitReached, ProcessKilled
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
@@ -58,11 +58,10 @@ class Clients:
         self._by_fd: dict[int, Connection] = {}
         #: Those that have not said who they are.
         self._strangers: set[Connection] = set()
-        #: Those that have a ring and are listened to, and their rings, in the same order.
-        self._ringed: list[Connection] = []
         #: Who had a message from its ring last: its socket waits once, or it would have two a turn.
         self._served: Connection | None = None
-        self.rings: list[Ring] = []
+        #: Those of everybody who is listened to.
+        self.rings: list[RingEnd] = []
 
     def all(self) -> list[Connection]:
         """Everybody."""
@@ -160,23 +159,24 @@ class Clients:
 
     def listen_to_ring(self, connection: Connection, listen: bool) -> None:
         """Takes calls from its ring from now on, or no longer."""
-        if connection.ring is None or listen == (connection in self._ringed):
+        ring = connection.ring
+        if ring is None or listen == (ring.owner is connection):
             return
         if listen:
-            self._ringed.append(connection)
-            self.rings.append(connection.ring)
+            ring.owner = connection
+            self.rings.append(ring)
         else:
-            index = self._ringed.index(connection)
-            del self._ringed[index], self.rings[index]
+            ring.owner = None
+            self.rings.remove(ring)
 
-    def take_from_ring(self, index: int) -> None:
-        """Does what the next message of the client with the ring of that index asks for: one, and others have theirs.
+    def take_from_ring(self, ring: RingEnd) -> None:
+        """Does what the next message there asks for, if its client is still listened to: one, and others have theirs.
 
         What came by the socket comes first: where its client says so, the ring waits until the socket is empty.
         """
-        self._served = connection = self._ringed[index]
-        ring = connection.ring
-        assert ring is not None
+        self._served = connection = ring.owner
+        if connection is None:
+            return
         try:
             if connection.behind and self._catch_up(connection):
                 return
@@ -253,7 +253,8 @@ class Clients:
             return
         finally:
             channel.close_all(rights)
-        connection.ring = ring
+        if ring is not None:
+            connection.ring, ring.owner = ring, None
         self.listen_to_ring(connection, True)
         self.rearm(connection)
 

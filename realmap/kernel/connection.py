@@ -115,6 +115,12 @@ class Connection:
             rights = descriptors if part is parts[-1] else ()
             if self._outbox or not self._try(part, rights):
                 self._wait(part, rights)
+        self._tell_of_mail()
+
+    def _tell_of_mail(self) -> None:
+        """Something was sent by the socket: who sleeps on its ring looks there."""
+        if self.ring is not None:
+            self.ring._mailed()
 
     def _wait(self, part: bytes, rights: Sequence[int]) -> None:
         """It is sent when the peer has read what comes before."""
@@ -129,14 +135,14 @@ class Connection:
 
     def send_short(self, message: bytes) -> bool:
         """Sends a message without descriptors by the ring; False where it does not go that way now."""
-        return self.ring is not None and not self._outbox and self.ring._offer(message, self.sock.fileno())
+        return self.ring is not None and not self._outbox and self.ring._send(message, self.sock.fileno()) >= 0
 
     def _send_by_ring(self, message: bytes, descriptors: Sequence[int], id: int) -> bool:
         """A message whose descriptors go by the socket, right before it: it is known then that it will follow."""
         ring = self.ring
         if ring is None or self._outbox or not ring._takes(len(message)):
             return False
-        return self._try(b"\0" + encode(Carrier(id)), descriptors) and ring._send(message, self.sock.fileno())
+        return self._try(b"\0" + encode(Carrier(id)), descriptors) and ring._send(message, self.sock.fileno()) >= 0
 
     def _try(self, datagram: bytes, descriptors: Sequence[int]) -> bool:
         try:
@@ -158,6 +164,7 @@ class Connection:
     def flush(self) -> None:
         """Goes on sending what waits. OSError: the peer is gone."""
         while self._outbox and self._try(*self._outbox[0]):
+            self._tell_of_mail()
             datagram, descriptors = self._outbox.popleft()
             weight = _weight(datagram, descriptors)
             self.backlog -= weight
@@ -176,12 +183,13 @@ class Connection:
             self.maps.cancel()
             files.close(self.pidfd)
             self.pidfd = -1
-        if self.ring is not None:
-            self.ring._close()
-            self.ring = None
         while self._outbox:
             channel.close_all(self._outbox.popleft()[1])
         files.shut(self.sock)
+        if self.ring is not None:
+            self.ring._mailed()
+            self.ring._close()
+            self.ring = None
 
     def after_fork_in_child(self) -> None:
         """It is the parent's alone."""

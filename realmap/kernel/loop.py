@@ -19,15 +19,20 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TypeVar
 
-from realmap._core import Lock, Ring, SpinBudget, fall_asleep, spin, wake_up
+from realmap._core import Lock, Ring, SpinBudget, fall_asleep, gather, wake_owed, wake_up
 from realmap.host import files
 from realmap.kernel.logs import log
 from realmap.wire.status import TURN, Page
 
 Handler = Callable[[int], None]
+R = TypeVar("R", bound=Ring)
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
+#: A message that took longer makes the loop wake everybody as soon as they are answered, for so long: else those who
+#: were answered before the next such one would wait for it. Nanoseconds.
+LONG, HASTE = 300_000, 100_000_000
 #: The status page says to this many nanoseconds what the loop is at since when: writing there costs.
 TELL = 1_000_000
 
@@ -137,41 +142,46 @@ class Loop:
             with contextlib.suppress(OSError):  # whoever is being dropped is dropped to the end
                 self._epoll.unregister(fd)
 
-    def run(self, rings: list[Ring], take: Callable[[int], None], patience_in_us: float) -> None:
-        """Until `end`: `take(index)` where a ring has a message, and looks at the descriptors now and then.
+    def run(self, rings: list[R], take: Callable[[R], None], patience_in_us: float) -> None:
+        """Until `end`: `take(ring)` for each that has a message, and looks at the descriptors now and then.
 
-        `rings` may change meanwhile. `patience_in_us`: how long it looks for the next message before it sleeps.
-        OSError: Linux fails a call without which it cannot go on.
+        `rings` may change meanwhile: `take` is called of one that has gone, too. `patience_in_us`: how long it looks
+        for the next message before it sleeps. OSError: Linux fails a call without which it cannot go on.
         """
         budget = SpinBudget(int(patience_in_us * 1000), os.cpu_count() or 1)
-        page = self._page
-        turn = looked = asleep = told = 0
+        page, clock = self._page, time.monotonic_ns
+        last: R | None = None
+        looked = asleep = told = hasty = 0
         paid = False  # whether spinning has, since the last look
-        patience = budget.now(time.monotonic_ns())
+        patience = budget.now(clock())
         while not self.ending:
             if not rings:
                 page.rest()
-                self._attend(self._epoll.poll(self._timeout()))
+                self._attend(self._poll(self._timeout()))
                 continue
-            # From the one behind the last one on: nobody is starved by a talker.
-            found = spin(rings, turn, patience)
-            now = time.monotonic_ns()
-            if found >= 0:
+            found = gather(rings, last, patience)
+            now = clock()
+            if isinstance(found, list):
                 if asleep:
                     budget.slept(now - asleep)
                     asleep = 0
                 else:
                     paid = True
-                turn = found + 1
-                page.now = now
-                if now - told > TELL:
-                    page.words[TURN] = told = now
-                take(found)
+                for last in found:
+                    page.now = now
+                    if now - told > TELL:
+                        page.words[TURN] = told = now
+                    take(last)
+                    before, now = now, clock()
+                    if now - before > LONG:
+                        hasty = now + HASTE
+                    if now < hasty:
+                        wake_owed()
                 if now - looked > LOOK:
                     looked = now
-                    self._attend(self._epoll.poll(0))
+                    self._attend(self._poll(0))
                     if paid:
-                        budget.spun(found, now)
+                        budget.spun(0, now)
                         paid = False
                     patience = budget.now(now)
             else:
@@ -179,16 +189,20 @@ class Loop:
                     budget.spun(found, now)
                 asleep = looked = now
                 self._sleep(rings)
-                patience = budget.now(time.monotonic_ns())
+                patience = budget.now(clock())
 
-    def _sleep(self, rings: list[Ring]) -> None:
+    def _sleep(self, rings: list[R]) -> None:
         if fall_asleep(rings):
             self._page.rest()
             try:
-                events = self._epoll.poll(self._timeout())
+                events = self._poll(self._timeout())
             finally:
                 wake_up(rings)
             self._attend(events)
+
+    def _poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        wake_owed()
+        return self._epoll.poll(timeout)
 
     def _timeout(self) -> float | None:
         """Seconds until the next job's time; None: there is none."""
@@ -196,7 +210,7 @@ class Loop:
 
     def attend(self, timeout: float) -> None:
         """Looks at the descriptors alone, for at most so many seconds. OSError: as `run`."""
-        self._attend(self._epoll.poll(timeout))
+        self._attend(self._poll(timeout))
 
     def _attend(self, events: list[tuple[int, int]]) -> None:
         for fd, _ in events:

@@ -1,8 +1,9 @@
 """The fast path: short messages through memory that both sides share, and spinning for a moment before sleeping.
 
     push ──▶ queue ──▶ pop        no system call while the other side is awake
-      ├─ the other side sleeps: the message takes the socket, one system call, which wakes it
-      └─ it falls asleep this very moment: a BELL through the socket wakes it
+      ├─ a client's thread sleeps on a word of the queue: one system call to sleep, and one to wake it
+      ├─ a client's event loop waits for its socket: a BELL there wakes it, once for all that comes meanwhile
+      └─ the kernel sleeps: the message itself takes the socket, and wakes it; or a BELL, if it falls asleep this moment
 
 The memory is a sealed memfd, not a segment: it is no page frame of anybody's, and a ring that its
 user could truncate would be a way to kill the kernel. There is no eventfd: both sides wait for
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import Self
+from typing import Any, Self
 
 from realmap._core import RING_BYTES, RING_MESSAGE, Ring
 from realmap.errors import InvalidSize
@@ -39,7 +40,9 @@ def checked_spin(value: float) -> float:
 class RingEnd(Ring):
     """One side's end of a ring. What it does is the C core's."""
 
-    __slots__ = ()
+    __slots__ = ("owner",)
+    #: Whose calls come by it: set by the kernel.
+    owner: Any
 
     @classmethod
     def create(cls) -> tuple[Self, int]:

@@ -24,7 +24,7 @@ from realmap.rights import MappingAccessRights, MemoryType, k_rw, u_rw
 
 PAGES = 16
 #: These wait for others, and have tests of their own.
-WAITS = {"Ring", "spin", "fall_asleep", "wake_up"} | {name for name in vars(_core) if name.startswith("Shared")}
+WAITS = {"Ring", "gather", "fall_asleep", "wake_up"} | {name for name in vars(_core) if name.startswith("Shared")}
 
 
 class Window(_core.Window):

@@ -91,7 +91,10 @@ WITHIN = {"acall": "/realmap/wire/client/waiter.py"}
 
 
 #: Where the handler's frame is while it waits in the core, by how: alone, or while another thread reads.
-ASLEEP = {"reads": points.PPOLL, "stands by": points.FUTEX}
+ASLEEP = {
+    "reads": lambda me: points.FUTEX if me._client.endpoint.has_ring else points.PPOLL,
+    "stands by": lambda me: points.FUTEX,
+}
 
 
 @pytest.fixture
@@ -313,7 +316,7 @@ def test_a_handler_while_it_waits(stage: Stage, how: str, inner: str) -> None:
     ends = threading.Thread(target=let_go)
     ends.start()
     ended: list[BaseException] = []
-    with points.while_asleep(ASLEEP[how]) as point:
+    with points.while_asleep(ASLEEP[how](me)) as point:
         try:
             assert me.call("wait_for", "main") == "main"
         except BaseException as error:

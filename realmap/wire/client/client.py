@@ -49,7 +49,7 @@ from realmap.host import forks
 from realmap.host.translate import shortage
 from realmap.wire import messages, status
 from realmap.wire.client import handshake
-from realmap.wire.messages import FLAWS, VERSION
+from realmap.wire.messages import FLAWS, VERSION, Done
 from realmap.wire.status import Patience
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Client:
         self.path = path
         self.pid = os.getpid()
         self._encoder = encoder or msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(messages.Reply)
+        self._decode = msgspec.msgpack.Decoder(messages.Reply).decode
         self._bye = msgspec.msgpack.Decoder(messages.Bye)
         #: A number for a request.
         self.next_id: Callable[[], int] = itertools.count(1).__next__
@@ -134,22 +134,23 @@ class Client:
         return self.value(answer), answer
 
     def _give_back(self, late: Late, data: bytes) -> object:
-        return late(self._decoder.decode(data).value)
+        return late(self._decode(data).value)
 
     def value(self, answer: Answer) -> Any:
         """The value of an answer. KernelDied, ProcessKilled: there is none. Else the kernel's error."""
-        if answer.outcome == FAILED:
-            raise shortage(OSError(answer.error, os.strerror(answer.error)), "cannot speak with the kernel")
         if answer.outcome != ANSWERED:
+            if answer.outcome == FAILED:
+                raise shortage(OSError(answer.error, os.strerror(answer.error)), "cannot speak with the kernel")
             self.check()
         try:
-            reply = self._decoder.decode(answer.data or b"")
+            reply = self._decode(answer.data or b"")
         except msgspec.MsgspecError:
             self.endpoint.reject()
             raise self._ended() from None
-        if isinstance(reply, messages.Failed):
-            raise messages.exception_of(reply.error)
-        return reply.value
+        if type(reply) is Done:
+            return reply.value
+        assert isinstance(reply, messages.Failed)
+        raise messages.exception_of(reply.error)
 
     def notice(self, message: Any) -> None:
         """Sends a request that wants no answer; later if it cannot be sent now. Safe in a destructor: never waits."""

@@ -1,10 +1,10 @@
 """Waiting for answers in an asyncio event loop: the same requests and the same answers, no thread of its own.
 
     a thread waits    takes its turn, reads for all, hands on (_core/turn.c)
-    a task waits      its loop watches the socket; whoever reads an answer wakes it
+    a task waits      its loop watches the socket; whoever reads an answer tells the loop, which wakes the task
 
-While tasks wait and no thread reads, the kernel is told that this side sleeps, so that what it answers comes by the
-socket, which the loop sees.
+While a loop watches and no thread reads, the kernel is told that this side sleeps. Its first answer comes with a bell
+by the socket, which the loop sees; all that come until the loop has looked come by the ring alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Waiter:
         self._loop = loop
         #: What whoever reads rings, from any thread: an answer is there, or somebody has to read from now on.
         self._bell = Bell(self._look, loop.call_soon_threadsafe)
-        self._waiting: dict[asyncio.Future[None], Answer] = {}
+        self._waiting: dict[Answer, asyncio.Future[None]] = {}
         self._looking = False
         self._watching = 0
 
@@ -56,18 +56,22 @@ class Waiter:
         future = self._loop.create_future()
         task, timer = asyncio.current_task(), None
         cancelled = task.cancelling() if task is not None else 0
-        answer = self._waiting[future] = client.endpoint.start(message.id, data, holds, self._bell)
+        answer = client.endpoint.start(message.id, data, holds, self._bell)
+        self._waiting[answer] = future
         try:
             if timeout is not None:
                 # Cancelled by C: a signal handler that raises in there would be the timer's end.
                 timer = self._loop.call_later(min(timeout, LONGEST), future.cancel)
-            self._look()
-            await future
+            # Who is alone is often answered by now; of many, those are all seen when the loop comes round.
+            if len(self._waiting) == 1 or not (self._watching and client.endpoint.is_armed):
+                self._look()
+            if answer.outcome == ON_ITS_WAY:
+                await future
         except asyncio.CancelledError:
             if task is None or task.cancelling() > cancelled:
                 raise
         finally:
-            self._waiting.pop(future, None)
+            self._waiting.pop(answer, None)
             if timer is not None:
                 timer.cancel()
             if not self._waiting:
@@ -87,22 +91,19 @@ class Waiter:
         self._looking = True
         try:
             watch = self._client.endpoint.read(self._bell)
-            if not self._wake_those_answered():
+            while (answer := self._bell.first()) is not None:
+                future = self._waiting.get(answer)
+                if future is not None and not future.done():
+                    future.set_result(None)
+                self._waiting.pop(answer, None)
+                self._bell.drop(answer)
+            if not self._waiting:
                 watch = 0
             self._watch(1 if watch == 3 else watch)
             if watch == 3:
                 self._loop.call_later(SOON, self._bell)
         finally:
             self._looking = False
-
-    def _wake_those_answered(self) -> bool:
-        """Whether anybody waits still."""
-        for future, answer in list(self._waiting.items()):
-            if answer.outcome != ON_ITS_WAY:
-                if not future.done():
-                    future.set_result(None)
-                self._waiting.pop(future, None)
-        return bool(self._waiting)
 
     def _watch(self, what: int) -> None:
         """0: nothing; 1: the socket for what comes; 2: and for room to send. Noted when done: a handler may come."""
@@ -133,6 +134,6 @@ class Waiter:
     def abandon(self) -> None:
         """Its loop was closed while tasks waited there."""
         self._bell.close()
-        for answer in self._waiting.values():
+        for answer in self._waiting:
             self._client.endpoint.give_up(answer)
         self._waiting.clear()

@@ -2,31 +2,22 @@
  *
  *      main thread ── numbered messages ──▶ echo thread ── the same ──▶ main thread
  *
- * Each side sleeps (a read from a pipe) where it finds nothing, and is woken as in the core: what is lost shows as
- * an alarm. Usage: ring_threads [MESSAGES]. Exit status 0: all of them came back, in order and whole. */
+ * Each side sleeps on its word where it finds nothing, and is woken as in the core: what is lost shows as an alarm.
+ * Usage: ring_threads [MESSAGES]. Exit status 0: all of them came back, in order and whole. */
 #define REALMAP_NO_PYTHON
 #include "../../../realmap/_core/queue.c"
 #include "../../../realmap/_core/spin.c"
 
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 typedef struct {
     Duplex ring;
-    int bell[2]; /* what wakes this side */
-    int *other;  /* what wakes the other one */
 } Side;
 
 static Queue queues[2];
 static Side sides[2];
 static long messages;
-
-static void ring_the_bell(const int *bell)
-{
-    if (write(bell[1], "!", 1) != 1)
-        abort();
-}
 
 static size_t make(unsigned char *message, uint64_t number)
 {
@@ -39,11 +30,10 @@ static size_t make(unsigned char *message, uint64_t number)
 
 static void put(Side *side, const unsigned char *message, size_t size)
 {
-    int done;
-    while (!(done = queue_push(&side->ring, (const char *)message, size)))
+    int asleep;
+    while ((asleep = queue_push(&side->ring, (const char *)message, size)) < 0)
         sched_yield();
-    if (done == 2)
-        ring_the_bell(side->other);
+    queue_wake(&side->ring, (uint32_t)asleep, -1);
 }
 
 static uint32_t take(Side *side, unsigned char *message)
@@ -61,16 +51,11 @@ static uint32_t take(Side *side, unsigned char *message)
             pause_cpu();
             continue;
         }
-        queue_say(ring, 1);
+        queue_say(ring, ON_WORD);
         atomic_thread_fence(memory_order_seq_cst);
-        if (!queue_ready(ring)) {
-            struct pollfd bell = {.fd = side->bell[0], .events = POLLIN};
-            poll(&bell, 1, -1);
-            char rung[64];
-            if (read(side->bell[0], rung, sizeof rung) < 1)
-                abort();
-        }
-        queue_say(ring, 0);
+        if (!queue_ready(ring))
+            queue_sleep(ring, nanoseconds() + 1000000000000);
+        queue_say(ring, AWAKE);
         spins = 0;
     }
     memcpy(message, data, size);
@@ -93,11 +78,8 @@ int main(int count, char **arguments)
 {
     messages = count > 1 ? atol(arguments[1]) : 100000;
     for (int i = 0; i < 2; i++) {
-        if (pipe(sides[i].bell))
-            return 2;
         sides[i].ring.in = &queues[1 - i];
         sides[i].ring.out = &queues[i];
-        sides[i].other = sides[1 - i].bell;
     }
     alarm(600);
     pthread_t thread;

@@ -235,7 +235,7 @@ class Ring:
         if lie is not None:
             self.next = (self.next + lie) % 2**32
         self._set(CALLS, TAIL, self.next)
-        if state.bell or self._word(CALLS, ASLEEP) == 1:
+        if state.bell or self._word(CALLS, ASLEEP):
             self._set(CALLS, ASLEEP, 0)
             self.peer.send(channel.BELL)
         if race is not None:

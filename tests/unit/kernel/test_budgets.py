@@ -366,14 +366,14 @@ def test_one_message_a_turn_and_what_came_by_the_socket_first() -> None:
         with clients[0] as client:
             for number in range(4):
                 client.sock.send(bytes([channel.WHOLE]) + packed(f"socket {number}"))
-            kernel.clients._ringed[0].behind = True  # as its ring says
-            assert client.ring._push(packed("ring"))
+            kernel.clients.rings[0].owner.behind = True  # as its ring says
+            assert client.ring._send(packed("ring"), -1) >= 0
             for turn in range(1, 6):
-                kernel.clients.take_from_ring(0)
+                kernel.clients.take_from_ring(kernel.clients.rings[0])
                 assert len(noted) == turn
             client.sock.send(bytes([channel.WHOLE]) + packed("socket 4"))
-            assert client.ring._push(packed("ring"))
-            kernel.clients.take_from_ring(0)
+            assert client.ring._send(packed("ring"), -1) >= 0
+            kernel.clients.take_from_ring(kernel.clients.rings[0])
             kernel.loop.attend(0)  # it has had its turn
             assert noted[5:] == ["ring"]
             kernel.loop.attend(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import resource
@@ -20,18 +21,35 @@ from raw_client import RawClient
 
 import realmap
 from realmap import InvalidSize, KernelHandle, Process
-from realmap._core import OVERLOADED, RING_BYTES, SAME_CPU, SpinBudget, fall_asleep, spin, wake_up
+from realmap._core import (
+    AWAKE,
+    ON_SOCKET,
+    ON_WORD,
+    OVERLOADED,
+    RING_BYTES,
+    SAME_CPU,
+    SpinBudget,
+    fall_asleep,
+    gather,
+    wake_owed,
+    wake_up,
+)
 from realmap.wire.ring import LONGEST, RingEnd
 
 FULL_WAKES = 2_000_000
 SLOTS = 32
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[RingEnd, RingEnd]]:
+def ring_pair() -> tuple[RingEnd, RingEnd]:
     kernel, fd = RingEnd.create()
     user = RingEnd.join(fd)
     os.close(fd)
+    return kernel, user
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[RingEnd, RingEnd]]:
+    kernel, user = ring_pair()
     yield kernel, user
     kernel._close()
     user._close()
@@ -45,7 +63,7 @@ def test_messages_arrive_in_order_both_ways(pair: tuple[RingEnd, RingEnd]) -> No
         for _ in range(2000):
             if len(sent) < SLOTS and rng.random() < 0.6:
                 message = rng.randbytes(rng.choice((0, 1, 17, LONGEST)))
-                assert giver._push(message) == 1
+                assert giver._send(message, -1) == AWAKE
                 sent.append(message)
             elif sent:
                 assert taker._pop() == sent.pop(0)
@@ -55,54 +73,64 @@ def test_messages_arrive_in_order_both_ways(pair: tuple[RingEnd, RingEnd]) -> No
 
 def test_what_does_not_fit_is_not_taken(pair: tuple[RingEnd, RingEnd]) -> None:
     kernel, user = pair
-    assert user._push(bytes(LONGEST + 1)) == 0
-    assert [user._push(b"x") for _ in range(SLOTS + 1)] == [1] * SLOTS + [0]
+    assert user._send(bytes(LONGEST + 1), -1) == -1
+    assert [user._send(b"x", -1) for _ in range(SLOTS + 1)] == [AWAKE] * SLOTS + [-1]
     assert [kernel._pop() for _ in range(SLOTS + 1)] == [b"x"] * SLOTS + [None]
-    assert user._push(b"again") == 1
+    assert user._send(b"again", -1) == AWAKE
     with pytest.raises(TypeError):
-        user._push("text")  # type: ignore[arg-type]
+        user._send("text", -1)  # type: ignore[arg-type]
 
 
 def test_sleeping_and_waking(pair: tuple[RingEnd, RingEnd]) -> None:
     kernel, user = pair
     assert fall_asleep([kernel]) is True
-    assert [user._push(b"x"), user._push(b"y")] == [2, 1], "one wakes it, once"
+    assert [user._send(b"x", -1), user._send(b"y", -1)] == [ON_SOCKET, AWAKE], "one wakes it, once"
     assert fall_asleep([kernel]) is False, "with a message there, nobody sleeps"
     kernel._pop()
     kernel._pop()
     assert fall_asleep([kernel]) is True
     wake_up([kernel])
-    assert user._push(b"z") == 1
+    assert user._send(b"z", -1) == AWAKE
 
 
-def test_spinning_finds_from_where_it_is_told(pair: tuple[RingEnd, RingEnd]) -> None:
+def test_all_that_have_a_message_are_found_from_behind_the_last_one_on(pair: tuple[RingEnd, RingEnd]) -> None:
     kernel, user = pair
-    other, fd = RingEnd.create()
-    other_user = RingEnd.join(fd)
-    os.close(fd)
-    rings = [kernel, other]
-    assert spin(rings, 0, 1000) == -1
-    user._push(b"x")
-    assert [spin(rings, start, 0) for start in (0, 1, 2, 7)] == [0] * 4
-    other_user._push(b"y")
-    assert [spin(rings, start, 0) for start in (0, 1, 2)] == [0, 1, 0]
-    assert spin([], 0, 1000) == -1
+    ends = [pair, *[ring_pair() for _ in range(2)]]
+    rings = [end[0] for end in ends]
+    assert gather(rings, None, 1000) in (-1, OVERLOADED)
+    for _, each in ends:
+        each._send(b"x", -1)
+    found = [gather(rings, last, 0) for last in (None, *rings)]
+    assert found == [rings, [*rings[1:], rings[0]], [rings[2], *rings[:2]], rings]
+    rings[1]._pop()
+    assert gather(rings, rings[0], 0) == [rings[2], rings[0]]
+    assert gather([rings[1]], rings[2], 0) == -1, "the last one is not in the list any more"
+    assert gather([], None, 1000) == -1
     for nonsense in ((rings[0],), [1], None):
         with pytest.raises(TypeError):
-            spin(nonsense, 0, 0)  # type: ignore[arg-type]
-    thread = threading.Timer(0.02, kernel._push, (b"late",))
+            gather(nonsense, None, 0)  # type: ignore[type-var]
+    thread = threading.Timer(0.02, kernel._send, (b"late", -1))
     thread.start()
-    while (found := spin([user], 0, int(BOUND * 1e9))) == OVERLOADED:
+    while (late := gather([user], None, int(BOUND * 1e9))) == OVERLOADED:
         pass  # others wanted the CPU
-    assert found == 0
+    assert late == [user]
     thread.join()
+    for end in ends[1:]:
+        for ring in end:
+            ring._close()
 
 
 def test_a_closed_ring_says_so(pair: tuple[RingEnd, RingEnd]) -> None:
     kernel, _ = pair
     kernel._close()
     kernel._close()
-    for use in (lambda: kernel._push(b"x"), kernel._pop, lambda: spin([kernel], 0, 0), lambda: fall_asleep([kernel])):
+    uses = (
+        lambda: kernel._send(b"x", -1),
+        kernel._pop,
+        lambda: gather([kernel], None, 0),
+        lambda: fall_asleep([kernel]),
+    )
+    for use in uses:
         with pytest.raises(ValueError, match="closed"):
             use()
 
@@ -124,22 +152,20 @@ def test_the_memory_of_a_ring_cannot_be_truncated() -> None:
 
 
 def test_indices_that_lie_are_found_out() -> None:
-    import mmap
-
     rng = random.Random(7)
     lies = 0
     for _ in range(300):
         kernel, fd = RingEnd.create()
         user = RingEnd.join(fd)
         with mmap.mmap(fd, RING_BYTES) as memory:
-            user._push(b"x" * 20)
+            user._send(b"x" * 20, -1)
             for _ in range(rng.randrange(1, 4)):
                 at = rng.choice((0, 64, 128, 192, rng.randrange(RING_BYTES - 4)))
                 memory[at : at + 4] = rng.randbytes(4)
             try:
                 for _ in range(40):
                     kernel._pop()
-                kernel._push(b"answer")
+                kernel._send(b"answer", -1)
             except ValueError as error:
                 lies += "lie" in str(error)
         os.close(fd)
@@ -159,11 +185,9 @@ def wakes(count: int) -> int:
             ours.close()
             seen = 0
             while seen < count:
-                said = user._push(b"wake")
-                if said == 2:
-                    theirs.send(b"!")
-                    seen += 1
-                elif said == 0:
+                said = user._send(b"wake", theirs.fileno())
+                seen += said == ON_SOCKET
+                if said < 0:
                     os.sched_yield()
         finally:
             os._exit(0)
@@ -263,7 +287,7 @@ def test_a_client_that_scribbles_hurts_only_itself(kernel: KernelHandle, me: Pro
     for _ in range(40):
         with RawClient(kernel.path) as hostile:
             for _ in range(rng.randrange(1, 6)):
-                hostile.ring._push(rng.randbytes(rng.randrange(LONGEST)))
+                hostile.ring._send(rng.randbytes(rng.randrange(LONGEST)), -1)
             with contextlib.suppress(BrokenPipeError):  # an awake kernel has read it, and sent the client away already
                 hostile.sock.send(b"\4")
             hostile.sock.settimeout(BOUND)
@@ -287,24 +311,62 @@ def test_calls_go_by_the_ring(me: Process) -> None:
     wait_until(silent, "calls by the ring alone")
 
 
-def test_who_sleeps_is_sent_the_message_itself(pair: tuple[RingEnd, RingEnd]) -> None:
-    """Not a bell and then the message: one system call, and one less to look for it."""
+def test_who_waits_for_its_socket_is_rung_once(pair: tuple[RingEnd, RingEnd]) -> None:
+    """However many messages come until it has looked: a loop is woken once for all of them."""
     kernel, user = pair
     bell, waker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    fd = waker.fileno()
-    assert kernel._offer(b"awake", fd)
-    assert user._pop() == b"awake"
+    bell.setblocking(False)
     assert fall_asleep([user])
-    assert (kernel._offer(b"asleep", fd), kernel._takes(10)) == (False, False)
-    assert user._pop() is None
-    assert kernel._send(b"all the same", fd)
+    sent = [str(number).encode() for number in range(SLOTS)]
+    assert [kernel._send(each, waker.fileno()) for each in sent] == [ON_SOCKET] + [AWAKE] * (SLOTS - 1)
     assert bell.recv(10) == b"\4"
-    wake_up([user])
-    assert (kernel._offer(b"again", fd), kernel._takes(10)) == (True, True)
+    with pytest.raises(BlockingIOError):
+        bell.recv(10)
+    assert kernel._takes(0) is True
+    assert kernel._takes(1) is False
+    assert [user._pop() for _ in sent] == sent
     assert (kernel._takes(LONGEST), kernel._takes(LONGEST + 1)) == (True, False)
-    assert [user._pop(), user._pop()] == [b"all the same", b"again"]
     bell.close()
     waker.close()
+
+
+@pytest.mark.parametrize("end", ["says so", "closes"])
+def test_who_sleeps_on_its_word_is_woken_by_what_comes_by_the_socket(kernel: KernelHandle, end: str) -> None:
+    """A long answer does not fit the ring; the end of a connection says nothing there."""
+    with kernel.connect() as me:
+        if end == "says so":
+            for _ in range(20):
+                assert me.call("echo", "x" * 5000) == ["x" * 5000]
+            return
+        thread = threading.Timer(0.1, me.close)
+        thread.start()
+        with pytest.raises(realmap.ProcessKilled):
+            me.call("sleep", BOUND)
+        thread.join()
+
+
+def test_who_sleeps_on_its_word_is_woken_once() -> None:
+    """Without a bell: it has said so, and of several messages one wakes it."""
+    kernel, fd = RingEnd.create()
+    user = RingEnd.join(fd)
+    with mmap.mmap(fd, RING_BYTES) as memory:
+        asleep = RING_BYTES // 2 + 2 * 64
+        memory[asleep] = ON_WORD
+        assert [kernel._send(b"x", -1) for _ in range(3)] == [ON_WORD, AWAKE, AWAKE]
+        assert memory[asleep] == AWAKE
+        memory[asleep] = ON_WORD
+        kernel._mailed()
+        assert memory[asleep] == AWAKE, "and what comes by the socket does"
+        memory[asleep] = ON_SOCKET
+        kernel._mailed()
+        assert memory[asleep] == ON_SOCKET, "who waits for that has it, and may wait anew by now"
+        for _ in range(3):
+            memory[asleep] = ON_WORD
+            assert kernel._send(b"y", -1) == ON_WORD, "it woke by itself, and sleeps again"
+    wake_owed()
+    os.close(fd)
+    kernel._close()
+    user._close()
 
 
 def test_nobody_spins_on_the_cpu_of_who_is_waited_for(pair: tuple[RingEnd, RingEnd]) -> None:
@@ -312,14 +374,14 @@ def test_nobody_spins_on_the_cpu_of_who_is_waited_for(pair: tuple[RingEnd, RingE
     kernel, user = pair
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        kernel._offer(b"heard here", -1)
+        kernel._send(b"heard here", -1)
         assert user._pop() == b"heard here"
         before = time.monotonic_ns()
-        assert spin([user], 0, 10**9) == SAME_CPU
+        assert gather([user], None, 10**9) == SAME_CPU
         assert time.monotonic_ns() - before < 10**9
         if len(allowed) > 1:
             os.sched_setaffinity(0, {max(allowed)})
-            assert spin([user], 0, 1000) in (-1, OVERLOADED)
+            assert gather([user], None, 1000) in (-1, OVERLOADED)
     finally:
         os.sched_setaffinity(0, allowed)
 

@@ -1,0 +1,89 @@
+"""Many processes at once: everybody has its turn, and a loop is told once of many answers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from conftest import BOUND, in_threads
+from raw_client import RawClient
+
+import realmap
+from realmap import KernelHandle, Process
+from realmap._core import Bell, gather
+from realmap.wire.client.waiter import Waiter
+
+CLIENTS = 13
+
+
+def test_a_talker_starves_nobody(kernel: KernelHandle) -> None:
+    """While one client never stops asking, each of the others has as many answers as it asks for, one a turn."""
+    talker, stop = kernel.connect(), threading.Event()
+    talked = [0]
+
+    def talk() -> None:
+        while not stop.is_set():
+            talker.call("nop")
+            talked[0] += 1
+
+    def work(seed: int) -> None:
+        with kernel.connect() as me:
+            for turn in range(100):
+                assert me.call("echo", seed, turn, timeout=BOUND) == [seed, turn]
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    try:
+        in_threads(CLIENTS, work)
+    finally:
+        stop.set()
+        thread.join(BOUND)
+        talker.close()
+    assert talked[0]
+
+
+def test_one_message_of_each_in_a_pass() -> None:
+    """Of three clients with four messages each, everyone's first is taken before anybody's second."""
+    with realmap.Kernel(syscalls=[]) as kernel:
+        clients = [RawClient(kernel.path) for _ in range(3)]
+        done = threading.Event()
+        taken: list[int] = []
+
+        def look() -> None:  # on the loop: nobody else takes a message meanwhile
+            rings, take = list(kernel.clients.rings), kernel.clients.take_from_ring
+            for client in clients:
+                for _ in range(4):
+                    assert client.ring._send(b"\x94\x01\x00\xa3nop\x90", client.sock.fileno()) >= 0
+            last = None
+            while isinstance(found := gather(rings, last, 0), list):
+                for last in found:
+                    taken.append(rings.index(last))
+                    take(last)
+            done.set()
+
+        kernel.loop.post(look)
+        assert done.wait(BOUND)
+        assert [sorted(taken[at : at + 3]) for at in range(0, 12, 3)] == [[0, 1, 2]] * 4
+        for client in clients:
+            client.ring._close()
+            client.sock.close()
+
+
+def test_a_loop_looks_once_for_many_answers(me: Process) -> None:
+    """Fewer looks than answers: what has come by the time that the loop comes round is seen at once."""
+    looks = [0]
+
+    async def work() -> None:
+        waiter = Waiter.of(me._client)
+        look = waiter._look
+
+        def counted() -> None:
+            looks[0] += 1
+            look()
+
+        waiter._bell = Bell(counted, asyncio.get_running_loop().call_soon_threadsafe)
+        answers = await asyncio.gather(*(me.acall("echo", number) for number in range(30)))
+        assert answers == [[number] for number in range(30)]
+
+    asyncio.run(work())
+    assert looks[0] < 30
