@@ -92,7 +92,7 @@ static int doze_off(Wait *wait, int64_t until)
  * It stays mapped meanwhile, but Python code may have forked: who goes on afterwards enters again. */
 static int shared_wait(Shared *self, Wait *wait, int64_t deadline)
 {
-    int64_t began = nanoseconds(), patience = budget_now(&self->budget, began), now = began;
+    int64_t began = nanoseconds(), patience = budget_now(&self->budget, began, 0), now = began;
     if (patience > deadline - began)
         patience = deadline - began;
     int ready = 0;
@@ -234,7 +234,7 @@ static PyObject *shared_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     self->span = SPOT;
     if (!cpus)
         cpus = sysconf(_SC_NPROCESSORS_ONLN);
-    budget_set(&self->budget, SHARED_SPIN, cpus > 1);
+    budget_set(&self->budget, SHARED_SPIN, (int)cpus);
     if (shared_enter(self) || claim(self, self->spot, kinds[kind].kind, (uint32_t)argument)) {
         Py_DECREF((PyObject *)self);
         return NULL;
