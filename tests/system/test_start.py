@@ -89,6 +89,7 @@ def test_what_does_not_start_is_named(told: str) -> None:
 # ---- in which surroundings -----------------------------------------------------------------------
 
 
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="CPython 3.13.0 cannot even import socket there")
 def test_the_working_directory_may_be_gone(tmp_path: Path) -> None:
     here = tmp_path / "gone"
     here.mkdir()
