@@ -254,6 +254,8 @@ class Clients:
         finally:
             channel.close_all(rights)
         connection.ring = ring
+        if ring is not None and connection.process is not None:
+            connection.process.memory.stock.join(ring)
         self.listen_to_ring(connection, True)
         self.rearm(connection)
 
