@@ -62,12 +62,14 @@ def in_threads(count: int, work: Callable[[int], object]) -> None:
         list(pool.map(work, range(count)))
 
 
-def land_maps() -> list[procfs.Map]:
-    """What this process has mapped in the two lands, without stakes: those stand as long as their land does."""
+def land_maps(*, parked: bool = False) -> list[procfs.Map]:
+    """What this process has mapped in the two lands, without stakes, and without what is `parked`: those stand as long
+    as their land, or their connection, does.
+    """
     return [
         entry
         for entry in procfs.maps("self", USER_LAND.start, KERNEL_LAND.end)
-        if entry.perms != "---p" or entry.end % (1 << 39)
+        if (entry.perms != "---p" or entry.end % (1 << 39)) and (entry.perms != "---s" or parked)
     ]
 
 
@@ -91,7 +93,7 @@ def remains() -> dict[str, Any]:
     """What a test could leave behind."""
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "maps": land_maps(),
+        "maps": land_maps(parked=True),
         "children": children(),
     }
 

@@ -73,6 +73,12 @@ static unsigned long fork_epoch;
 
 static void count_fork(void) { fork_epoch++; }
 
+/* Counts the forks of this process itself, each twice, before and after: what was mapped at one number and is there at
+ * another may be in a child as well. */
+static _Atomic unsigned long forks;
+
+static void note_fork(void) { atomic_fetch_add(&forks, 1); }
+
 /* What the guard knows of a window. Written by whoever has the GIL, read by a signal handler on any thread. */
 typedef struct {
     _Atomic uintptr_t base;
@@ -104,6 +110,8 @@ typedef struct {
     Node *few[FEW];
 } Table;
 
+#define PLACES 16 /* memory/stock.py */
+
 #define RING_SLOTS 32u
 #define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
 #define LINE 64
@@ -117,6 +125,7 @@ typedef struct {
     _Atomic uint32_t crowd; /* how many others the producer is at work for */
     _Alignas(LINE) _Atomic uint32_t head;
     _Alignas(LINE) _Atomic uint32_t asleep;
+    _Alignas(LINE) _Atomic uint32_t places[PLACES]; /* of windows that the producer has parked: places.c */
     _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
 } Queue;
 
@@ -194,6 +203,9 @@ typedef struct {
     PyObject *told;   /* a weak reference to the endpoint that is told of its end, in these bytes; NULL: nobody is */
     PyObject *farewell;
     unsigned long epoch;
+    unsigned long forks;
+    unsigned long long serial; /* whoever made it knows it by that */
+    uint64_t used; /* of a parked window that is used again: which one */
     int prot;
     char inherited;
     char state;
@@ -392,6 +404,7 @@ typedef struct Answer {
     char pending;    /* in the table */
     char sent;
     char carried;    /* its descriptors have come, by the socket */
+    char ordered;    /* what is said later is heard later */
     char abandoned;  /* nobody waits any more */
     char taken;      /* what it brought is somebody's */
 } Answer;
@@ -403,6 +416,22 @@ typedef struct Letter {
     size_t at;      /* so many bytes of it went */
     Answer *answer; /* NULL: none is wanted */
 } Letter;
+
+/* A window that was unmapped, and is parked: stock.c. */
+typedef struct {
+    uintptr_t base; /* 0: there is none; NOWHERE: there never will be one */
+    size_t span;
+    uint64_t kind;  /* what it can be used for again */
+    uint64_t serial;
+    uint64_t since; /* the last one has the highest; */
+    uint64_t used;  /* of the window that it is used as again; 0: it is not */
+    unsigned long forks;
+    PyObject *told; /* its farewell, while it is not */
+    PyObject *farewell;
+    int prot;
+} Parked;
+
+#define NOWHERE 1
 
 /* An answer that nobody took: what is said to the kernel then. */
 typedef struct Late {
@@ -427,6 +456,8 @@ typedef struct Endpoint {
     Answer *waiting; /* who waits for an answer and does not read; first come, first served */
     Answer *over;    /* answered, or ended; let go once the turn is given back */
     Late *late;
+    Parked stock[PLACES];
+    uint64_t parked; /* how often a window was, or was used again */
     PyObject *bell;  /* of the loop that is to read from now on; called once the turn is given back */
     PyObject *bye;
     char *datagram;
@@ -447,6 +478,9 @@ ACCESSOR(Answer, as_answer)
 ACCESSOR(Endpoint, as_endpoint)
 
 static void endpoint_notice(PyObject *endpoint, PyObject *message);
+static PyObject *endpoint_send_notice(PyObject *endpoint, PyObject *message);
+static PyObject *tell_of_end(Endpoint *self, PyObject *number, PyObject *message, PyObject *farewell);
+static void unmap_stock(Endpoint *self);
 static int settle(Endpoint *self, PyObject *own);
 static void endpoint_leave_late(Endpoint *self, PyObject *function, PyObject *data);
 

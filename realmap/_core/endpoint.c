@@ -10,8 +10,10 @@
 
 /* ---- requests ----------------------------------------------------------------------------------- */
 
-/* A request that is sent, or about to be. NULL with an exception set: no memory. */
-static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObject *holds, PyObject *late, PyObject *bell)
+/* A request that is sent, or about to be. `ordered`: nothing that is said later is heard before it. NULL with an exception
+ * set: no memory. */
+static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObject *holds, PyObject *late,
+                     PyObject *bell, int ordered)
 {
     uint64_t key;
     if (as_u64(number, &key))
@@ -21,6 +23,7 @@ static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObje
     Answer *answer = new_answer(self, key, holds, late, bell);
     if (!answer)
         return NULL;
+    answer->ordered = (char)ordered;
     if (self->end || self->epoch != fork_epoch) {
         answer->outcome = ENDED;
         return answer;
@@ -91,7 +94,7 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
     if (wants(nargs, 5, "Endpoint.request"))
         return NULL;
     int64_t until = deadline_of(args[2]);
-    Answer *answer = until < 0 ? NULL : start(self, args[0], args[1], args[3], args[4], NULL);
+    Answer *answer = until < 0 ? NULL : start(self, args[0], args[1], args[3], args[4], NULL, 0);
     if (!answer)
         return NULL;
     int failed = wait_for(self, answer, until);
@@ -104,11 +107,28 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
     return leave_with(self, answer, failed);
 }
 
+/* Tells the kernel of the end of a window, and waits for its answer: whatever comes in between, it is told once. Where there
+ * is no memory to send `message` now, `farewell` is sent some other time, and the answer FAILED. */
+static PyObject *tell_of_end(Endpoint *self, PyObject *number, PyObject *message, PyObject *farewell)
+{
+    Answer *answer = start(self, number, message, NULL, Py_None, NULL, 1);
+    int failed = answer ? wait_for(self, answer, INT64_MAX) : -1;
+    if (!answer || answer->outcome == FAILED)
+        endpoint_notice((PyObject *)self, farewell);
+    if (!answer)
+        return NULL;
+    for (Letter *at = failed ? self->letters : NULL; at; at = at->next)
+        if (at->answer == answer) { /* nobody waits for the answer, but the kernel is told */
+            at->answer = NULL;
+            answer->sent = 1;
+        }
+    return leave_with(self, answer, failed);
+}
+
 /* unmap(window, number, message) -> Answer; None: it was unmapped before; an errno: Linux did not. Unmaps it and tells
- * the kernel, in one step: whatever comes in between, the kernel is told once. BufferError: a view lives. */
+ * the kernel, in one step. BufferError: a view lives. */
 static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    Endpoint *self = as_endpoint(op);
     if (wants(nargs, 3, "Endpoint.unmap"))
         return NULL;
     if (!PyBytes_Check(args[2]))
@@ -120,24 +140,16 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
         Py_RETURN_NONE;
     if (window->exports)
         return still_viewed("unmap", window->exports);
-    int told = window->farewell != NULL, error = close_window(window);
+    int error = close_window(window);
     if (error)
         return PyLong_FromLong(error);
+    PyObject *farewell = Py_XNewRef(window->farewell);
     window_forget(window);
-    if (!told) /* nobody knows of it */
+    if (!farewell) /* nobody knows of it */
         Py_RETURN_NONE;
-    Answer *answer = start(self, args[1], args[2], NULL, Py_None, NULL);
-    if (!answer || answer->outcome == FAILED) /* no memory to send it now: some other time */
-        endpoint_notice(op, args[2]);
-    if (!answer)
-        return NULL;
-    int failed = wait_for(self, answer, INT64_MAX);
-    for (Letter *at = failed ? self->letters : NULL; at; at = at->next)
-        if (at->answer == answer) { /* nobody waits for the answer, but the kernel is told */
-            at->answer = NULL;
-            answer->sent = 1;
-        }
-    return leave_with(self, answer, failed);
+    PyObject *answer = tell_of_end(as_endpoint(op), args[1], args[2], farewell);
+    Py_DECREF(farewell);
+    return answer;
 }
 
 /* start(number, message, holds, bell) -> Answer, on its way. The bell is rung, from any thread, when it is over or when
@@ -148,7 +160,7 @@ static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t 
         return NULL;
     if (!PyObject_TypeCheck(args[3], bell_type))
         return PyErr_Format(PyExc_TypeError, "a loop is told by a Bell");
-    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3]);
+    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3], 0);
     if (!answer || !settle(as_endpoint(op), args[3])) /* it may have found out that all is over */
         return (PyObject *)answer;
     Py_DECREF((PyObject *)answer);
@@ -288,8 +300,10 @@ static PyObject *endpoint_close(PyObject *op, PyObject *Py_UNUSED(ignored))
 /* lose(): in a forked child, whose it is not: the descriptor is closed. */
 static PyObject *endpoint_lose(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    if (as_endpoint(op)->epoch != fork_epoch)
+    if (as_endpoint(op)->epoch != fork_epoch) {
         post_close(&as_endpoint(op)->post);
+        unmap_stock(as_endpoint(op)); /* this process's copies */
+    }
     Py_RETURN_NONE;
 }
 
@@ -374,6 +388,9 @@ static PyMethodDef endpoint_methods[] = {
     {"join", FASTCALL(endpoint_join), METH_FASTCALL, "join(fd, spin): a ring beside the socket."},
     {"request", FASTCALL(endpoint_request), METH_FASTCALL, "request(number, message, timeout, holds, late) -> Answer"},
     {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
+    {"park", FASTCALL(endpoint_park), METH_FASTCALL, "park(window, number, kind) -> Answer, True, or False"},
+    {"unpark", FASTCALL(endpoint_unpark), METH_FASTCALL, "unpark(type, kind, span) -> a Window, or None"},
+    {"empty_stock", endpoint_empty_stock, METH_O, "empty_stock(message): unmaps all that is parked, and says so."},
     {"start", FASTCALL(endpoint_start), METH_FASTCALL, "start(number, message, holds, bell) -> Answer"},
     {"give_up", endpoint_give_up, METH_O, "give_up(answer): nobody waits for it any more."},
     {"read", endpoint_read, METH_O, "read(bell): hands on what is there; 0: another reads; 1, 2: what to watch for."},
@@ -395,6 +412,7 @@ static PyMemberDef endpoint_members[] = {
 static PyGetSetDef endpoint_getset[] = {
     {"end", endpoint_end, NULL, "OPEN, or why it is of no use any more.", NULL},
     {"is_armed", endpoint_is_armed, NULL, "Whether a loop that watches the socket sees what comes.", NULL},
+    {"has_stock", endpoint_has_stock, NULL, "Whether anything is parked.", NULL},
     {"has_ring", endpoint_has_ring, NULL, "Whether there is a ring beside the socket.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

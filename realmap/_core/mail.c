@@ -79,6 +79,7 @@ static void end_connection(Endpoint *self, int end)
     for (size_t i = 0; i <= self->table.mask; i++)
         while (self->table.buckets[i])
             finish(self, OWNER(Answer, node, self->table.buckets[i]), ENDED);
+    unmap_stock(self);
 }
 
 /* Whether it has not ended, and this is no forked child. */
@@ -120,7 +121,7 @@ static void flush(Endpoint *self)
                 continue;
             if (answer)
                 answer->sent = 1;
-            else if (self->ring)
+            if (self->ring && (!answer || answer->ordered))
                 queue_mailed(&self->ring->duplex); /* a request that goes by the ring later does not come before it */
             drop_letter(self, &self->letters);
         } else if (self->stalled && answer) { /* its sender may know what to do */

@@ -54,9 +54,11 @@
 #include "frames.c"
 #include "mapping.c"
 #include "mirror.c"
+#include "places.c"
 #include "ring.c"
 #include "mail.c"
 #include "turn.c"
+#include "stock.c"
 #include "endpoint.c"
 #include "account.c"
 #include "lock.c"
@@ -159,7 +161,7 @@ static int set_up(void)
         if (!*types[i].type && !(*types[i].type = as_type(PyType_FromSpecWithBases(types[i].spec, base))))
             return -1;
     }
-    int error = counts_forks ? 0 : pthread_atfork(NULL, NULL, count_fork);
+    int error = counts_forks ? 0 : pthread_atfork(note_fork, note_fork, count_fork);
     if (error) {
         os_error(error);
         return -1;

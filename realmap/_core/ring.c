@@ -170,6 +170,10 @@ static PyMethodDef ring_methods[] = {
     {"_mailed", ring_mailed, METH_NOARGS, NULL},
     {"_takes", ring_takes, METH_O, NULL},
     {"_pop", ring_pop, METH_NOARGS, NULL},
+    {"_say", FASTCALL(ring_say), METH_FASTCALL, NULL},
+    {"_see", ring_see, METH_NOARGS, NULL},
+    {"_reclaim", ring_reclaim, METH_O, NULL},
+    {"_is_gone", ring_is_gone, METH_O, NULL},
     {"_close", ring_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

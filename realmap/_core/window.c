@@ -70,6 +70,7 @@ static Window *new_window(PyTypeObject *type, uintptr_t base, int prot, int inhe
         self->prot = prot;
         self->inherited = (char)inherited;
         self->epoch = fork_epoch;
+        self->forks = atomic_load(&forks);
         self->state = NOT_READY;
     }
     return self;
@@ -381,6 +382,7 @@ static PyMemberDef window_members[] = {
     {"_base", T_ULONGLONG, offsetof(Window, base), READONLY, NULL},
     {"_span", T_ULONGLONG, offsetof(Window, span), READONLY, NULL},
     {"_prot", T_INT, offsetof(Window, prot), READONLY, NULL},
+    {"_serial", T_ULONGLONG, offsetof(Window, serial), 0, "What whoever made it knows it by."},
     {"exports", T_PYSSIZET, offsetof(Window, exports), READONLY, "How many views of it live; it cannot be unmapped before 0."},
     {NULL, 0, 0, 0, NULL},
 };

@@ -52,7 +52,7 @@ def render(taken: Snapshot) -> None:
     click.echo(
         f"{words.counted(len(taken.processes), 'process')}, {words.counted(stats['mappings'], 'mapping')}, "
         f"{words.counted(stats['segments'], 'segment')} of {stats['bytes']} bytes, "
-        f"{words.counted(len(taken.handles), 'handle')}"
+        f"{words.counted(len(taken.handles), 'handle')}, {stats['stock']} parked"
     )
     shown = sum(mirror.length for mirror in taken.mirrors)
     click.echo(

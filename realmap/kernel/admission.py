@@ -58,6 +58,8 @@ class Admission:
     def _require_descriptors(self, connection: Connection, pidfd: int) -> None:
         limits = self._books.limits
         first = first_reserved(limits)
+        if pidfd >= first // 2:  # stocks give way before descriptors are scarce
+            self._books.give_way()
         if max(connection.sock.fileno(), pidfd) >= first:
             why = f"the kernel has {first} descriptors in use, and keeps the others for commands (reserve)"
             raise LimitReached("descriptors", first, why=f"{why}: unmap or close some, or raise ulimit -n")

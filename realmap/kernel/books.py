@@ -51,7 +51,13 @@ class Books:
         if len(self.processes) >= limit:
             raise LimitReached("processes", limit, why=f"the kernel serves {limit} processes already, its limit")
         frames = FrameAllocator(self.process_limit, parent=self.frames, segments=segments_of(self.limits))
-        return self.processes.add(pid, uid, frames, self.peers)
+        return self.processes.add(pid, uid, frames, self.peers, self.limits.stock)
+
+    def give_way(self, process: UserProcess | None = None) -> bool:
+        """Gives up the stock of a process; where it has none, everybody's. Whether there was any."""
+        if process is not None and process.memory.stock.give_up():
+            return True
+        return sum(each.memory.stock.give_up() for each in self.processes) > 0
 
     def adopt(self, process: UserProcess, request: messages.Adopt) -> list[bool]:
         """Enters what a forked child inherited; which of that there is still."""
@@ -64,6 +70,7 @@ class Books:
         """
         self.handles.reap(process, now)
         self.processes.remove(process)
+        process.memory.stock.clear()
         if process.forked and any(isinstance(mapping.frames, SharedFrames) for mapping in process.memory):
             with contextlib.suppress(LimitReached):  # its uid has too many of these: its children come too late
                 process.user.take("estates")

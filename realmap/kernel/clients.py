@@ -255,6 +255,8 @@ class Clients:
             channel.close_all(rights)
         if ring is not None:
             connection.ring, ring.owner = ring, None
+            assert connection.process is not None
+            connection.process.memory.stock.join(ring)
         self.listen_to_ring(connection, True)
         self.rearm(connection)
 

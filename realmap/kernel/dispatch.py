@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
-from realmap.errors import AccessDenied, KernelError, LimitReached, SyscallTimeout, UnknownSyscall
+from realmap.errors import (
+    AccessDenied,
+    KernelError,
+    LimitReached,
+    PhysicalMemoryExhaustion,
+    SyscallTimeout,
+    UnknownSyscall,
+)
 from realmap.kernel import syscalls, user_buffer
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
@@ -19,7 +26,7 @@ from realmap.kernel.logs import log
 from realmap.kernel.loop import Loop, Lost
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.registry import Syscall
-from realmap.kernel.services import SERVICES, Answer, Begun, Later
+from realmap.kernel.services import Answer, Begun, Later, serve
 from realmap.kernel.standby import Relay, Taken
 from realmap.kernel.syscalls import Call, Running, RunningKernel
 from realmap.kernel.user_buffer import UserBuffer
@@ -86,7 +93,7 @@ class Dispatch:
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
             else:
-                got = SERVICES[type(request)](self._books, process, request)
+                got = serve(self._books, process, request)
                 if isinstance(got, Later):
                     self._answer_later(connection, process, request.id, got)
                 elif got is not None:
@@ -146,6 +153,10 @@ class Dispatch:
             self._loop.post(lambda: end(frames))
 
         def end(got: SharedFrames | BaseException) -> None:
+            if isinstance(got, PhysicalMemoryExhaustion) and process.alive and self._books.give_way(process):
+                connection.maps.submit(work, failed)  # once more
+                connection.maps.ended()
+                return
             process.coming -= 1
             connection.maps.ended()
             try:

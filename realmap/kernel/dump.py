@@ -53,6 +53,8 @@ class Around(NamedTuple):
 def stats(books: Books, around: Around) -> dict[str, int]:
     """Totals. What there is: processes, mappings, live mirrors, segments and their bytes, descriptors, threads.
 
+    `stock`: segments besides, with their `stock_bytes`, of small mappings that were unmapped and may be mapped again.
+
     `given_up`: handlers at work that nobody waits for, or that lost the loop (`GivenUp`).
 
     What was done so far: calls (how many of them failed, and how many were `late`, having lost the loop), mirrors made
@@ -61,19 +63,24 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     memory, syscalls = books.memory, books.syscalls.values()
     peers = books.peers.totals()
     kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
+    mappings = sum(len(process.memory) for process in books.processes)  # first: it finds what of a stock is used again
+    stocks = [process.memory.stock for process in books.processes]
+    stock, stock_bytes = sum(each.count for each in stocks), sum(each.bytes for each in stocks)
     return {
         "processes": len(books.processes),
         "handles": len(books.handles),
         "estates": len(books.inheritance),
-        "mappings": sum(len(process.memory) for process in books.processes),
+        "mappings": mappings,
         "mirrors": memory.live,
         "kept_windows": kept.windows,
         "kept_bytes": kept.bytes,
         "kept_hits": kept.hits,
         "kept_misses": kept.misses,
         "kept_evictions": kept.evictions,
-        "segments": books.frames.segments,
-        "bytes": books.frames.used,
+        "segments": books.frames.segments - stock,
+        "bytes": books.frames.used - stock_bytes,
+        "stock": stock,
+        "stock_bytes": stock_bytes,
         "calls": sum(syscall.calls for syscall in syscalls),
         "failed": sum(syscall.failed for syscall in syscalls),
         "late": sum(syscall.late for syscall in syscalls),
@@ -115,8 +122,9 @@ def _descriptors() -> int:
         return -1
 
 
-#: What changes of a handle; and of a mirror all that is told: it may be gone by the time that it is written.
+#: What changes of a handle; and of a mirror, or a parked window, all that is told: they may be gone by then.
 _OF_HANDLE = attrgetter("maker", "keep", "uses", "until")
+_OF_PARKED = attrgetter("address", "end", "inode", "frames")
 _OF_MIRROR = attrgetter("address", "_base", "_span", "_zeros", "_prot", "_start", "mappings")
 _FRAMES = attrgetter("frames")
 
@@ -127,7 +135,10 @@ class Picture:
     def __init__(self, books: Books, around: Around) -> None:
         """Takes it: about 0.3 ms for a thousand mappings of frames of their own."""
         self._now = time.monotonic()
-        self._processes = [(_process_facts(process), list(process.memory)) for process in books.processes]
+        self._processes = [
+            (list(process.memory), _process_facts(process), list(map(_OF_PARKED, process.memory.stock.windows())))
+            for process in books.processes
+        ]
         mirrors = [mirror for mirror in books.memory.mirrors() if isinstance(mirror, CrossProcessMapping)]
         self._mirrors = list(zip(map(_OF_MIRROR, mirrors), map(len, mirrors), strict=True))
         self._handles = list(books.handles)
@@ -142,11 +153,12 @@ class Picture:
         )
         loose = [*pinned, *books.inheritance.mappings()]
         mapped = chain(
-            chain.from_iterable(mappings for _, mappings in self._processes),
+            chain.from_iterable(mappings for mappings, _, _ in self._processes),
             loose,
             chain.from_iterable(mappings for (*_, mappings), _ in self._mirrors),
         )
         found = dict.fromkeys(map(_FRAMES, chain(mapped, self._handles)))
+        found.update(dict.fromkeys(frames for *_, parked in self._processes for *_, frames in parked))
         self._frames = [frames for frames in found if type(frames) is SharedFrames]
         self._holders = holders_of(self._frames)
         self._kept = books.memory.kept.windows() if books.memory.kept else []
@@ -180,9 +192,10 @@ class Picture:
         for name, value in self._plain.items():
             yield encode(name) + encode(value)
         yield encode("processes") + _list_of(len(self._processes))
-        for facts, mappings in self._processes:
-            yield _row_with(1, facts)
+        for mappings, facts, parked in self._processes:
+            yield _row_with(2, facts)
             yield from _list(len(mappings), map(_mapping_row, mappings))
+            yield from _list(len(parked), map(_parked_row, parked))
         yield encode("handles")
         yield from _list(len(self._handles), map(self._handle_row, self._handles, self._of_handles))
         yield encode("mirrors")
@@ -228,14 +241,19 @@ class Picture:
 
 
 def _process_facts(process: UserProcess) -> Row:
-    frames = process.memory.allocator
-    return process.number, process.pid, process.uid, process.calls, frames.used, frames.limit
+    frames, stock = process.memory.allocator, process.memory.stock
+    return process.number, process.pid, process.uid, process.calls, frames.used - stock.bytes, frames.limit
 
 
 def _mapping_row(mapping: Mapping) -> Row:
     frames = mapping.frames
     serial = frames.serial if type(frames) is SharedFrames else None
     return mapping.address, mapping.length, mapping.type, mapping.rights, mapping.phys_offset, serial
+
+
+def _parked_row(told: Row) -> Row:
+    address, end, inode, frames = told
+    return address, end - address, inode, None if frames is None else frames.serial
 
 
 def _mirror_row(told: tuple[Row, int]) -> Row:

@@ -60,7 +60,8 @@ class Inheritance:
         if not donors or not request.secret:
             return [False] * len(request.places)
         donor = donors[0]
-        most -= process.coming
+        process.memory.stock.give_up()  # which may come back without asking
+        most -= process.coming + process.memory.stock.count
         found = [len(process.memory) < most and _adopt(process, donor, *place) for place in request.places]
         if donor in self._dead and not request.more:
             self.came(donor, process.pid)

@@ -14,6 +14,8 @@ class Limits:
 
     `processes`: connected at a time (LimitReached). For each connection: `mappings` (VirtualMemoryExhaustion),
     `segments` (one descriptor of the kernel each; by default half of what it may open; PhysicalMemoryExhaustion).
+    `stock`: bytes of small mappings that it has unmapped and that are kept for its next ones (0: none); they are given
+    up, before anybody is refused anything.
     For each call: `buffers`, and mappings that they lie in (LimitReached).
 
     For each pid, over all its connections: `connections`, `handles`, `calls` of blocking handlers that have not ended,
@@ -49,6 +51,7 @@ class Limits:
         "running",
         "seconds",
         "segments",
+        "stock",
         "undecoded",
         "unread",
     )
@@ -72,6 +75,7 @@ class Limits:
         orphans: SupportsIndex = 4096,
         estates: SupportsIndex = 256,
         reserve: SupportsIndex = 32,
+        stock: SupportsIndex = 1 << 20,
     ) -> None:
         self.processes = _some(processes, "processes")
         self.mappings = _some(mappings, "mappings")
@@ -86,6 +90,7 @@ class Limits:
         self.orphans = _some(orphans, "orphans")
         self.estates = _some(estates, "estates")
         self.reserve = _some(reserve, "reserve")
+        self.stock = usize(stock, "stock")
         self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
         self.given_up = _some(given_up, "given_up")
         if seconds is not None and not seconds > 0:

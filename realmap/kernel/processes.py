@@ -21,13 +21,15 @@ class UserProcess:
     Linux says of it, `memory` its `ProcessMemory`.
     """
 
-    def __init__(self, number: int, pid: int, uid: int, frames: FrameAllocator, peer: Peer, user: Peer) -> None:
+    def __init__(
+        self, number: int, pid: int, uid: int, frames: FrameAllocator, peer: Peer, user: Peer, stock: int = 0
+    ) -> None:
         self.number = number
         #: What it has, with all other connections of its pid; and what is left of its uid's processes that have ended.
         self.peer, self.user = peer, user
         self.pid = pid
         self.uid = uid
-        self.memory = ProcessMemory(allocator=frames, owner=f"of process {number} (pid {pid})")
+        self.memory = ProcessMemory(allocator=frames, owner=f"of process {number} (pid {pid})", stock=stock)
         self.alive = True
         #: What its forked children show; and whether it has any.
         self.secret = secrets.token_hex(16)
@@ -82,9 +84,9 @@ class ProcessTable:
     def __iter__(self) -> Iterator[UserProcess]:
         return iter(list(self._processes.values()))
 
-    def add(self, pid: int, uid: int, frames: FrameAllocator, peers: Peers) -> UserProcess:
-        """Takes a process in."""
-        process = UserProcess(next(self._numbers), pid, uid, frames, peers.process(pid), peers.user(uid))
+    def add(self, pid: int, uid: int, frames: FrameAllocator, peers: Peers, stock: int) -> UserProcess:
+        """Takes a process in. `stock`: bytes of parked windows that are kept for it."""
+        process = UserProcess(next(self._numbers), pid, uid, frames, peers.process(pid), peers.user(uid), stock)
         self._processes[process.number] = process
         return process
 

@@ -26,14 +26,11 @@ from realmap.memory.mapping import Mapping
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, USIZE_MAX, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, prot_of, rights_of, type_of, u_rw
 from realmap.wire import channel, messages
-from realmap.wire.messages import MAX_DESCRIPTORS, MemoryInfo
+from realmap.wire.messages import MAX_DESCRIPTORS, RECYCLED, MemoryInfo
 
 #: Frames of more bytes, or of more segments, are taken on a worker thread: nobody else waits for them.
 LONG_BYTES = 4 << 20
 LONG_COUNT = 64
-#: Frames of up to so many bytes take the short way.
-SMALL = 64 << 10
-
 #: An answer: its value, and the descriptors to send with it, which are closed afterwards.
 Answer = tuple[Any, list[int]]
 
@@ -83,8 +80,10 @@ def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Ans
             raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name, no huge frames")
         return _enter(process, OwnedFrames(size), size, kind, rights)
     allocator = process.memory.allocator
-    if request.fragment is None and request.name is None and request.commit and size <= SMALL:
-        return _enter(process, allocator.take(size, size), size, kind, rights)
+    if size <= RECYCLED and request.commit and request.fragment is None and request.name is None and not request.huge:
+        frames = allocator.take(size, size)
+        frames.recycles = True
+        return _enter(process, frames, size, kind, rights)
 
     def allocate() -> SharedFrames:
         return allocator.allocate(
@@ -183,11 +182,13 @@ def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answ
 
 
 def _require_room(books: Books, process: UserProcess, length: int) -> None:
-    limit, coming = books.limits.mappings, process.coming
+    limit, coming, memory = books.limits.mappings, process.coming, process.memory
     if coming >= books.limits.calls:
         why = f"process {process.pid} waits for {coming} mappings already, the kernel's limit"
         raise LimitReached("calls", books.limits.calls, why=why)
-    if len(process.memory) + coming >= limit:
+    if len(memory) + memory.stock.count + coming >= limit:  # what is parked may come back without asking
+        memory.stock.give_up()
+    if len(memory) + memory.stock.count + coming >= limit:
         raise VirtualMemoryExhaustion(length, why=f"the process has {limit} mappings, the kernel's limit; unmap some")
 
 
@@ -198,6 +199,8 @@ def more(books: Books, process: UserProcess, request: messages.More) -> Answer:
         raise InvalidAddress(request.address, why="no mapping starts there")
     if not 0 <= request.first <= USIZE_MAX:
         raise InvalidSize(request.first, why="no such segment")
+    if isinstance(mapping.frames, SharedFrames):
+        mapping.frames.recycles = False  # its program may hand the descriptor to anybody
     return None, _descriptors(mapping, request.first)
 
 
@@ -216,11 +219,19 @@ def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
 
 
 def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer:
-    """Takes a mapping out of the books. Its frames go when the last reference does."""
-    mapping = process.memory.unmap(request.address, request.length)
-    frames = mapping.frames
-    mapping.release()
-    books.handles.unmapped(process, frames, time.monotonic())
+    """Takes a mapping out of the books. Its frames go when the last reference does, or are kept for its next use."""
+    memory, place = process.memory, request.place
+    if place < 0:
+        mapping = memory.unmap(request.address, request.length)
+        mapping.release()
+        books.handles.unmapped(process, mapping.frames, time.monotonic())
+        return None, []
+    stock = memory.stock
+    stock.require(place)
+    mapping = memory.unmap(request.address, request.length)
+    if not stock.enter(place, mapping):
+        books.handles.unmapped(process, mapping.frames, time.monotonic())
+    stock.say(place)
     return None, []
 
 
@@ -255,8 +266,20 @@ def adopt(books: Books, process: UserProcess, request: messages.Adopt) -> Answer
 
 
 def forked(books: Books, process: UserProcess, request: messages.Forked) -> None:
-    """The process has forked. There is no answer."""
-    process.forked = True
+    """The process forks. There is no answer."""
+    process.forked = process.forked or request.inherits
+    process.memory.empty_stock()
+
+
+def serve(books: Books, process: UserProcess, request: messages.Request) -> Answer | Later | None:
+    """Does what is asked for. Where there is too little of something, stocks are given up before that is an error."""
+    service = SERVICES[type(request)]
+    while True:
+        try:
+            return service(books, process, request)
+        except PhysicalMemoryExhaustion:
+            if not books.give_way(process):
+                raise
 
 
 #: The service for each type of message.

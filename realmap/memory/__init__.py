@@ -15,7 +15,7 @@ and its end, always in this order:
     view (memoryview, numpy) released → mirror unmapped → mapping released → segments closed, at refcount 0
 
 Invariants: a `Mapping` is valid for as long as it exists · ranges in a land never overlap ·
-`frames.refcount` is the number of mappings, mirrors and handles of it, no more and no less ·
+`frames.refcount` is the number of mappings, parked windows, mirrors and handles of it, no more and no less ·
 what the books say is mapped is what /proc/PID/maps says, by inode and offset.
 
 Locks, signal handlers and destructors: the rule for all of realmap is in realmap/host/signals.py.

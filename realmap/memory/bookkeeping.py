@@ -13,7 +13,7 @@ leaf whose widest hole is too narrow (kept per leaf, found anew only after it ch
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Generic, TypeVar
 
@@ -178,7 +178,7 @@ class Space(Generic[T]):
     said EEXIST): it is passed over, until space would otherwise be called exhausted.
     """
 
-    __slots__ = ("_gap", "_high", "_obstacles", "cursor", "tree")
+    __slots__ = ("_gap", "_high", "_obstacles", "besides", "cursor", "tree")
 
     def __init__(self, low: int, high: int, *, gap: int = 0, search_below: int | None = None) -> None:
         """Ranges of [low, high), `gap` bytes apart; the search stays below `search_below` (by default high)."""
@@ -187,6 +187,8 @@ class Space(Generic[T]):
         self._gap = gap
         self._high = high if search_below is None else search_below
         self.cursor = low
+        #: Where something else ends that has a byte of [start, end); None: nothing has.
+        self.besides: Callable[[int, int], int | None] = lambda start, end: None
 
     def find(self, length: int, residue: int = 0, modulus: int = 1) -> int | None:
         """Where `length` bytes fit, from the cursor on and around; the cursor then stands behind them.
@@ -200,10 +202,11 @@ class Space(Generic[T]):
                 if at is None:
                     break
                 obstacle = self._obstacles.overlap(at, at + length)
-                if obstacle is None:
+                beyond = obstacle[1] if obstacle is not None else self.besides(at, at + length)
+                if beyond is None:
                     self.cursor = at + length + self._gap
                     return at
-                at = obstacle[1]
+                at = beyond
         return None
 
     def hole_end(self, address: int) -> int:

@@ -64,10 +64,12 @@ class SharedFrames(FramesCore):
     they are collected without ever having been mapped.
     """
 
-    __slots__ = ("__weakref__", "_charges", "_starts", "length", "segments")
+    __slots__ = ("__weakref__", "_charges", "_starts", "length", "recycles", "segments")
 
     def __init__(self, segments: list[Segment], charge: Charge) -> None:
         self.segments = segments
+        #: Whether they are of a kind for a stock, and only the process that they were made for has ever had them.
+        self.recycles = False
         if len(segments) == 1:  # the common case
             (only,) = segments
             self.length, self._starts = only.length, [0]

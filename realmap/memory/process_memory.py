@@ -13,12 +13,13 @@ from realmap.errors import (
     LimitReached,
     VirtualMemoryExhaustion,
 )
-from realmap.memory.bookkeeping import Space
+from realmap.memory.bookkeeping import Bookkeeping, Space
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, whole_pages
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
 from realmap.memory.mapping import Frames, Mapping
+from realmap.memory.stock import Stock
 from realmap.pages import HUGE_SIZE, address_of, align_down, page_range, usize
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, k_rw, rights_of, type_of, u_rw
 
@@ -39,10 +40,12 @@ class ProcessMemory:
         *,
         allocator: FrameAllocator | None = None,
         owner: str = "",
+        stock: int = 0,
     ) -> None:
         """Books for [start, start + length), whole pages inside of UserLand; its upper quarter is the heap's.
 
-        `allocator` gives the frames that are not passed in; `owner` names the process in words.
+        `allocator` gives the frames that are not passed in; `owner` names the process in words. `stock`: bytes of
+        parked windows that are kept.
         InvalidAddress, InvalidSize: the range is no part of UserLand.
         """
         self.land = USER_LAND.part(start, length)
@@ -50,17 +53,20 @@ class ProcessMemory:
         self.owner = owner
         self.allocator = allocator if allocator is not None else FrameAllocator()
         self.heap_start = align_down(self.land.end - self.length // HEAP_SHARE)
+        #: What its process has parked, which has no place for anything else.
+        self.stock = Stock(stock, self.allocator._reserved // 2)
         self._space: Space[Mapping] = Space(self.start, self.land.end, search_below=self.heap_start)
+        self._space.besides = self.stock.overlap
         self._heap: Mapping | None = None
         #: told(mapping, comes): told of every mapping that comes or goes; None while nobody listens.
         self.told: Callable[[Mapping, bool], None] | None = None
 
     def __len__(self) -> int:
-        return len(self._space.tree)
+        return len(self._tree())
 
     def __iter__(self) -> Iterator[Mapping]:
         """The mappings, in order of address."""
-        return iter(self._space.tree)
+        return iter(self._tree())
 
     # ---- making mappings --------------------------------------------------------------------
 
@@ -129,13 +135,30 @@ class ProcessMemory:
         """
         return self._enter(self.find_available_space(length, alignment), frames, offset, length, type, rights)
 
+    def _tree(self) -> Bookkeeping[Mapping]:
+        """The mappings by address, with what its process uses again of its stock."""
+        if self.stock.count and (seen := self.stock.see()):
+            for each in self.stock.take(seen):
+                frames = each.frames
+                assert frames is not None
+                mapping = self._enter(each.address, frames, 0, each.length, each.type, each.rights)
+                mapping.serial = each.serial
+                frames.let_go(each)
+                frames.recycles = True  # as before: nobody else has had them
+        return self._space.tree
+
+    def empty_stock(self) -> None:
+        """Its process has unmapped what it had parked; what it uses again it has."""
+        self._tree()
+        self.stock.clear()
+
     def _vacant(self, address: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         start, size = page_range(address, length)
         if not self.land.holds(start, size):
             raise InvalidAddress(start, why=f"{size} bytes there do not lie in UserLand")
-        other = self._space.tree.overlap(start, start + size)
-        if other is not None:
-            raise InvalidAddress(start, why=f"overlaps {other!r}")
+        if not self.is_vacant(start, size):
+            other = self._tree().overlap(start, start + size)
+            raise InvalidAddress(start, why=f"overlaps {other!r}" if other else "its process has parked a window there")
         return start, size
 
     def _enter(
@@ -147,6 +170,8 @@ class ProcessMemory:
         type: MemoryType,
         rights: MappingAccessRights,
     ) -> Mapping:
+        if isinstance(frames, SharedFrames) and frames.refcount:  # it is not the first to have them
+            frames.recycles = False
         mapping = Mapping(address, frames, offset, length, type, rights, owner=self.owner)  # type: ignore[arg-type]
         self._space.tree.add(address, mapping.end, mapping)
         if self.told is not None:
@@ -164,7 +189,7 @@ class ProcessMemory:
         InvalidAddress: no mapping starts there. InvalidSize: it has another length; mappings are never split.
         """
         start, size = address_of(address), usize(length, "length")
-        mapping = self._space.tree.at(start)
+        mapping = self._tree().at(start)
         if mapping is None or mapping.address != start:
             raise InvalidAddress(start, why="no mapping starts there")
         if mapping.length != size:
@@ -184,12 +209,13 @@ class ProcessMemory:
         in_the_way = max(taken[0], mapping.address) < min(taken[1], mapping.end)
         self._space.note_obstacle(*(taken if in_the_way else (mapping.address, mapping.end)))
         try:
-            huge = isinstance(mapping.frames, SharedFrames) and mapping.frames.huge
+            frames = mapping.frames
+            huge, recycles = (frames.huge, frames.recycles) if isinstance(frames, SharedFrames) else (0, False)
             address = self.find_available_space(mapping.length, HUGE_SIZE if huge else 1)
-            moved = self._enter(
-                address, mapping.frames, mapping.phys_offset, mapping.length, mapping.type, mapping.rights
-            )
+            moved = self._enter(address, frames, mapping.phys_offset, mapping.length, mapping.type, mapping.rights)
             moved.serial = mapping.serial
+            if isinstance(frames, SharedFrames):
+                frames.recycles = recycles  # they are whose they were
             return moved
         finally:
             mapping.release()
@@ -209,7 +235,7 @@ class ProcessMemory:
         new = whole_pages(new, "size")
         if new < before:
             raise InvalidSize(new, why=f"the heap has {before} bytes, and only grows")
-        other = self._space.tree.overlap(self.heap_start + before, self.heap_start + new)
+        other = self._tree().overlap(self.heap_start + before, self.heap_start + new)
         if new > self.land.end - self.heap_start or other is not None:
             raise VirtualMemoryExhaustion(
                 new, why=f"{other!r} is in the way" if other is not None else "the heap's part of UserLand is smaller"
@@ -244,23 +270,24 @@ class ProcessMemory:
         return found
 
     def is_vacant(self, start: int, length: int) -> bool:
-        """Whether no mapping has a byte of [start, start + length)."""
-        return self._space.tree.overlap(start, start + length) is None
+        """Whether neither a mapping nor a parked window has a byte of [start, start + length)."""
+        end = start + length
+        return self._tree().overlap(start, end) is None and self.stock.overlap(start, end) is None
 
     def mapping_at(self, address: int) -> Mapping | None:
         """The mapping that `address` falls in, or None."""
-        return self._space.tree.at(address)
+        return (self._tree() if self.stock.count else self._space.tree).at(address)
 
     def query_memory(self, address: SupportsIndex) -> Mapping:
         """The mapping that `address` falls in; in a hole, the whole hole as a mapping of type UNMAPPED.
 
         InvalidAddress: outside of UserLand.
         """
-        at = self._inside(address)
-        mapping = self._space.tree.at(at)
+        at, tree = self._inside(address), self._tree()
+        mapping = tree.at(at)
         if mapping is not None:
             return mapping
-        start, end = self._space.tree.hole(at)
+        start, end = tree.hole(at)
         return Mapping(start, None, 0, end - start, MemoryType.UNMAPPED, NO_RIGHTS, owner=self.owner)
 
     def check_range(
@@ -314,7 +341,7 @@ class ProcessMemory:
             raise InvalidSize(size, why=f"address ({at:#x}) + length overflows 64 bits")
         found: list[Part] = []
         while size:
-            mapping = self._space.tree.at(at)
+            mapping = self._tree().at(at)
             if mapping is None:
                 raise InvalidAddress(
                     at, why="nothing is mapped there" if not found else "the buffer runs into a hole there"
@@ -341,7 +368,7 @@ class ProcessMemory:
         whose frames are not Shared.
         """
         if address.__class__ is int and length.__class__ is int:
-            mapping = self._space.tree.at(address)
+            mapping = self.mapping_at(address)
             if mapping is not None and 0 < length <= mapping.length - (offset := address - mapping.address):
                 # In one mapping: the common case.
                 return CrossProcessMapping.mirror_mapping(mapping, offset, length, kernel=kernel, rights=rights)
@@ -349,6 +376,7 @@ class ProcessMemory:
 
     def release_all(self) -> None:
         """Takes every mapping out of the books and releases it: the process has ended."""
+        self.stock.clear()
         for mapping in list(self):
             self._remove(mapping)
             mapping.release()

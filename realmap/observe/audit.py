@@ -155,6 +155,7 @@ def user_ranges(snapshot: Snapshot, linux: dict[int, list[Range]]) -> tuple[dict
                 end = mapping.address + mapping.length
                 faulted.append(Faulted(f"UserLand of pid {process.pid}", zeros, end - zeros))
             ranges += found_here
+        ranges += [(each.address, each.address + each.length, "---", each.inode, 0) for each in process.stock]
     return {pid: merged(ranges) for pid, ranges in found.items()}, faulted
 
 
@@ -220,6 +221,9 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
         for mapping in process.mappings:
             if mapping.frames is not None:
                 counted[mapping.frames] += 1
+        for parked in process.stock:
+            if parked.frames is not None:
+                counted[parked.frames] += 1
     for mirror in snapshot.mirrors:
         for serial in {part.frames for part in mirror.parts}:
             counted[serial] += 1

@@ -95,6 +95,10 @@ def _mappings(snapshot: Snapshot, pid: int, frames: dict[int, FramesInfo], linux
             books, _ = mapping_ranges(each, frames, places.ranges(each.address, each.address + each.length))
             parts = [PartInfo(each.frames, each.phys_offset, each.length)] if each.frames is not None else []
             rows.append(places.row(each.address, each.length, each.type, each.rights, parts, books, process.number))
+        for parked in process.stock if process.pid == pid else ():
+            start, end = parked.address, parked.address + parked.length
+            parts = [PartInfo(parked.frames, 0, parked.length)] if parked.frames is not None else []
+            rows.append(places.row(start, parked.length, "parked", 0, parts, [(start, end, "---", parked.inode, 0)]))
     return rows
 
 

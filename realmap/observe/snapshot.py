@@ -29,6 +29,7 @@ from realmap.wire.records import (
     LimitsInfo,
     MappingInfo,
     MirrorInfo,
+    ParkedInfo,
     PartInfo,
     ProcessInfo,
     RunningInfo,
@@ -99,8 +100,8 @@ class Snapshot(msgspec.Struct, frozen=True):
             calls=[CallInfo(*row) for row in books["calls"]],
             running=[RunningInfo(*row) for row in books["running"]],
             processes=[
-                _filled(ProcessInfo, row, [_mapping(*each) for each in mappings])
-                for *row, mappings in books["processes"]
+                _filled(ProcessInfo, row, [_mapping(*each) for each in mappings], [ParkedInfo(*each) for each in stock])
+                for *row, mappings, stock in books["processes"]
             ],
             outbox=[(device, inode) for device, inode in books["outbox"]],
             handles=[HandleInfo(*row) for row in books["handles"]],

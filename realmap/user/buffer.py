@@ -24,26 +24,30 @@ class UserWindow(Window):
     """The whole mapping that a buffer and its slices are parts of. When it is unmapped the kernel is told, in the same
     call of the C core, whoever does that: `unmap`, the end of its process, the collector."""
 
-    __slots__ = ("__weakref__", "huge", "process", "rights", "serial")
+    __slots__ = ("__weakref__", "huge", "process", "recycles", "rights")
 
     process: Process
     rights: MappingAccessRights
     #: Bytes of its frames that huge pages back.
     huge: int
-    #: Which mapping it is, in the kernel's books.
-    serial: int
+    #: What it can be used for again; 0: nothing, it is not parked.
+    recycles: int
 
     def unmap(self) -> None:
-        """Unmaps it, and waits until the kernel has given back its frames. BufferError: a view lives.
+        """Unmaps it, and waits until the kernel has given back its frames, or keeps them. BufferError: a view lives.
 
         Where the kernel is gone, that is all.
         """
         process = self.process
-        if process._is_lost:  # a forked child that has not said a word yet: its copy is nobody else's business
+        client = process._client
+        if client.lost_in_child:  # a forked child that has not said a word yet: its copy is nobody else's business
             self._unmap()
             return
-        client = process._own_client
         number = client.next_id()
+        if self.recycles and (parked := client.endpoint.park(self, number, self.recycles)):
+            if parked is not True and parked.outcome == ANSWERED:
+                client.value(parked)
+            return
         answer = client.endpoint.unmap(self, number, process._farewell(self._base, self._span, number))
         if isinstance(answer, int):
             raise translate.window_error(OSError(answer, os.strerror(answer)), self._base, self._span, self._prot)
@@ -118,6 +122,8 @@ class Buffer(View, ByteAccess):
 
     def unmap(self) -> None:
         """Unmaps the whole mapping, also under its slices, and gives back its frames. Again: nothing.
+
+        Small ones that nobody else ever had may be kept for the next `map` of their kind (`Limits.stock`).
 
         BufferError: a memoryview, a numpy array or the like of it still lives (nothing is unmapped).
         VirtualMemoryExhaustion: at Linux's limit of mappings (nothing is unmapped).

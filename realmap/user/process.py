@@ -18,11 +18,11 @@ from realmap.memory.frames import whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
 from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
-from realmap.rights import MappingAccessRights, MemoryType, rights_of, type_of, u_rw
+from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_of, type_of, u_rw
 from realmap.user import shown
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
-from realmap.user.windows import fault_in, map_window
+from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
@@ -47,8 +47,10 @@ def living() -> list[Process]:
 def _tell_of_fork() -> None:
     """In the parent, before it forks: what it has may be somebody else's, too, from then on. Not after: it may die."""
     for process in living():
-        if not process._client.lost_in_child and process._windows():
-            process._client.notice(messages.Forked(0))
+        client = process._client
+        inherits = not client.lost_in_child and bool(process._windows())
+        if inherits or client.endpoint.has_stock:
+            client.endpoint.empty_stock(client.encode(messages.Forked(0, inherits)))
 
 
 def _after_fork() -> None:
@@ -127,7 +129,7 @@ class Process:
             windows = self._windows()
             adopted: list[bool] = []
             for start in range(0, max(1, len(windows)), AT_ONCE):  # once at least: it wants no more
-                places = [(each._base, each._span, each.serial) for each in windows[start : start + AT_ONCE]]
+                places = [(each._base, each._span, each._serial) for each in windows[start : start + AT_ONCE]]
                 more = start + AT_ONCE < len(windows)
                 adopted += client.request(messages.Adopt(client.next_id(), before.secret, places, more))[0]
             for window, known in zip(windows, adopted, strict=True):
@@ -174,11 +176,18 @@ class Process:
         size = usize(length, "length")
         if not size:
             raise InvalidSize(0, why="a buffer has at least one byte")
+        kind, allowed = type_of(type), rights_of(rights)
+        client, recycles = self._own_client, 0
+        if size <= messages.RECYCLED and fragment is None and name is None and commit and not huge:
+            if kind.is_counted and allows(allowed, k_w):
+                recycles = kind << 8 | int(allowed)
+                window = client.endpoint.unpark(UserWindow, recycles, align_up(size))
+                if window is not None:
+                    describe(window, self, allowed, 0, recycles)
+                    return part_of(window, window._base, size)
         if align_up(size, HUGE_SIZE if huge else PAGE_SIZE) > USER_LAND.length:
             raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
-        kind, allowed = type_of(type), rights_of(rights)
         step = None if fragment is None else whole_pages(fragment, "fragment")
-        client = self._own_client
         request = messages.Map(
             client.next_id(),
             size,
@@ -194,6 +203,7 @@ class Process:
         window = map_window(self, place, lambda index: (0, min(piece, span - index * piece)), answer, allowed)
         if commit:
             fault_in(window)
+        window.recycles = recycles
         return part_of(window, window._base, size)
 
     def share(

@@ -53,11 +53,8 @@ def map_window(
                 if error.errno != errno.EEXIST:
                     raise known from None
             else:
-                window.process = process
-                window.rights = rights
-                window.huge = in_huge
-                window.serial = serial
-                register_window(window)
+                window._serial = serial
+                describe(window, process, rights, in_huge)
                 window._farewell(client.endpoint, process._farewell(address, span), duty)  # has it from here on
                 return window
             start, end = procfs.obstacle(address, span)
@@ -69,6 +66,15 @@ def map_window(
     except BaseException:
         duty.refuse()
         raise
+
+
+def describe(window: UserWindow, process: Process, rights: MappingAccessRights, huge: int, recycles: int = 0) -> None:
+    """Whose it is, and what."""
+    window.process = process
+    window.rights = rights
+    window.huge = huge
+    window.recycles = recycles
+    register_window(window)
 
 
 def fault_in(window: UserWindow) -> None:

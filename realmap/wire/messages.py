@@ -41,6 +41,8 @@ FLAWS = {
     TOO_MUCH: f"as objects its values take more than {MAX_OBJECTS} bytes: put them into a buffer",
     TOO_LONG: f"a message carries at most {MAX_MESSAGE} bytes; put more into a buffer",
 }
+#: Mappings of up to so many bytes are recycled: their windows are parked when they are unmapped, for their next use.
+RECYCLED = 64 << 10
 #: Descriptors that one answer brings at most (Linux takes 253; an ordinary process may open 1024 in all).
 MAX_DESCRIPTORS = 64
 #: Text of errors is cut to this many characters.
@@ -133,10 +135,15 @@ class Move(_Request, tag=4, frozen=True):
 
 
 class Unmap(_Request, tag=5, frozen=True):
-    """The mapping is gone from the user's side. Done: None; with id 0 there is no answer."""
+    """The mapping is gone from the user's side. Done: None; with id 0 there is no answer.
+
+    `place`: where its window is parked, which is still there, without rights. What becomes of it is said beside the
+    ring (`_core/stock.c`).
+    """
 
     address: int
     length: int
+    place: int = -1
 
 
 class Query(_Request, tag=6, frozen=True):
@@ -202,7 +209,12 @@ class Adopt(_Request, tag=11, frozen=True):
 
 
 class Forked(_Request, tag=12, frozen=True):
-    """This process has forked. No answer is sent."""
+    """This process is about to fork, and has unmapped what was parked. No answer is sent.
+
+    `inherits`: it has something mapped, which the child has as well.
+    """
+
+    inherits: bool = True
 
 
 class Leave(_Request, tag=13, frozen=True):

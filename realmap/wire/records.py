@@ -95,7 +95,7 @@ class Event(NamedTuple):
 # ---- the books ----------------------------------------------------------------------------
 
 #: Raised with every change of what follows.
-FORM = 7
+FORM = 8
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):
@@ -141,11 +141,24 @@ class MappingInfo(msgspec.Struct, frozen=True):
     frames: int | None
 
 
-class ProcessInfo(msgspec.Struct, frozen=True):
-    """A user process, its calls that are running, and its mappings in order of address.
+class ParkedInfo(msgspec.Struct, frozen=True):
+    """A window of a small mapping that its process has unmapped: still there, without rights, for its next use.
 
-    `bytes`: of the frames that it made and that live, whoever holds them; `limit`: how many it may have, None for
-    any number.
+    `inode`: what /proc/PID/maps shows of it. `frames`: their serial; None where they are not kept, and the process
+    unmaps it as soon as it looks.
+    """
+
+    address: int
+    length: int
+    inode: int
+    frames: int | None
+
+
+class ProcessInfo(msgspec.Struct, frozen=True):
+    """A user process, its calls that are running, its mappings in order of address, and what it has parked.
+
+    `bytes`: of the frames that it made and that live, whoever holds them, without those of `stock`; `limit`: how many
+    it may have, None for any number.
     """
 
     number: int
@@ -155,6 +168,7 @@ class ProcessInfo(msgspec.Struct, frozen=True):
     bytes: int
     limit: int | None
     mappings: list[MappingInfo]
+    stock: list[ParkedInfo]
 
 
 class PartInfo(msgspec.Struct, frozen=True):
@@ -236,6 +250,7 @@ class LimitsInfo(msgspec.Struct, frozen=True):
     orphans: int = 0
     estates: int = 0
     reserve: int = 0
+    stock: int = 0
 
 
 class CallInfo(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ def books(
     processes: list[list[MappingInfo]], mirrors: tuple[MirrorInfo, ...] = (), kept: tuple[KeptInfo, ...] = ()
 ) -> Snapshot:
     """A snapshot with these mappings and mirrors."""
-    found = [ProcessInfo(at + 1, 1000 + at, 0, 0, 0, None, mappings) for at, mappings in enumerate(processes)]
+    found = [ProcessInfo(at + 1, 1000 + at, 0, 0, 0, None, mappings, []) for at, mappings in enumerate(processes)]
     land = (KERNEL_LAND.start, KERNEL_LAND.length)
     limits = LimitsInfo(1, 1, 1, 1, 1, 1, None, None, None, KERNEL_LAND.length, 0)
     return Snapshot(

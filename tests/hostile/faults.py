@@ -168,6 +168,8 @@ def run(kinds: list[str], count: int, seed: int, say: Callable[[str], None]) -> 
         report = kernel.audit()
         require(report, f"the books equal Linux: {report}")
         after = kernel.stats()
+        for stats in (before, after):
+            stats["descriptors"] -= stats["stock"]
         for name in ("processes", "mappings", "mirrors", "segments", "bytes", "descriptors"):
             require(after[name] == before[name], f"{name} as before: {before[name]} and {after[name]}")
     return found

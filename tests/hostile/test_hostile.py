@@ -136,7 +136,7 @@ def test_random_bytes(kernel: KernelHandle, me: Process) -> None:
         client.sock.close()
     assert me.call("echo", 1) == [1]
     wait_until(lambda: kernel.stats()["processes"] == 1)
-    assert kernel.stats()["segments"] == 0
+    wait_until(lambda: not kernel.stats()["segments"])  # large ones may still be on their way to somebody who has gone
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from books_model import Frames, Model, Part, Person, Place, Wrong
+from books_model import Frames, Model, Part, Person, Place, Wrong, recycles
 from conftest import PAGE, land_maps
 
 from realmap.errors import (
@@ -24,7 +24,7 @@ from realmap.host import files
 from realmap.kernel import user_buffer
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits
-from realmap.kernel.services import SERVICES, Answer, Later
+from realmap.kernel.services import Answer, Later, serve
 from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
@@ -63,6 +63,7 @@ class Beside:
             segments=rng.choice((10, 150)),
             calls=2,
             handles=rng.choice((3, 30)),
+            stock=rng.choice((0, 7 * PAGE, 200 * PAGE, 200 * PAGE)),
         )
         quotas = rng.choice((None, 300 * PAGE)), rng.choice((None, 60 * PAGE))
         land = rng.choice((24 * PAGE, 200 * PAGE, 1 << 40))
@@ -75,6 +76,8 @@ class Beside:
         self.told: dict[Person, dict[int, int]] = {}
         self.later: list[Coming] = []
         self.calls: list[tuple[UserBuffer, list[Part]]] = []
+        #: What processes use again, by place, and nobody has looked.
+        self.used: dict[tuple[Person, int], Place] = {}
         #: How many descriptors can still be had, until the next one fails; None: enough.
         self.left: int | None = None
         self.errors = 0
@@ -108,8 +111,8 @@ class Beside:
         """The value of an answer, or what makes it later."""
         self.what = f"{request} of process {person.real.number}"
         allowed = (wrong,) if self.left is None else (wrong, PhysicalMemoryExhaustion)
-        with self.right(*allowed), self.descriptors():
-            answer = SERVICES[type(request)](self.books, person.real, request)
+        with self.right(*allowed), self.given_up(), self.descriptors():
+            answer = serve(self.books, person.real, request)
         return answer if answer is None or isinstance(answer, Later) else self.received(person, answer)
 
     @contextmanager
@@ -126,6 +129,17 @@ class Beside:
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Where descriptors may be short, stocks may go at any moment."""
+        try:
+            yield
+        finally:
+            for person in self.model.people if self.left is not None else ():
+                for at, place in person.stock.items():
+                    if person.words.state[at] == "gone":
+                        place.frames = None
 
     def received(self, person: Person, answer: Answer) -> Any:
         """What came is the user's to close, and a description of its own."""
@@ -181,6 +195,7 @@ class Beside:
             real.serial,
             real.huge,
             coming,
+            recycles(request, real.length),
         )
         self.model.frames.append(frames)
         return frames
@@ -226,6 +241,8 @@ class Beside:
     def recount(self) -> None:
         model, books = self.model, self.books
         model.forget()
+        for person in model.people:
+            len(person.real.memory)  # who looks finds what is used again
         while model.gone:
             real = model.gone.pop().real()
             assert real is None or real.freed, (self.what, real and real.holders())
@@ -234,7 +251,7 @@ class Beside:
             real = frames.real()
             assert real is not None
             kinds = [str(who[0]) for who in real.who_holds()]
-            for kind in ("mapping", "handle", "mirror"):
+            for kind in ("mapping", "handle", "mirror", "stock"):
                 assert kinds.count(kind) == references[frames, kind], (self.what, real.holders())
             assert real.refcount == len(kinds)
         assert (books.frames.used, books.frames.segments) == model.used()
@@ -244,6 +261,11 @@ class Beside:
             there = {mapping.address: mapping.length for mapping in person.real.memory}
             assert there == {place.address: place.length for place in person.places.values()} == self.told[person]
             assert len(there) + person.coming <= model.limits.mappings
+            stock = person.real.memory.stock
+            parked = [(each.address, each.frames is not None) for each in stock.windows()]
+            assert parked == [(each.address, each.frames is not None) for each in person.parked()], self.what
+            kept = person.kept()
+            assert (stock.count, stock.bytes) == (len(kept), sum(each.length for each in kept))
         assert [each.real for each in model.people] == list(books.processes)
         assert [each.real for each in model.estates] == list(books.inheritance)
         assert {each.name for each in books.handles} == set(model.handles)

@@ -24,6 +24,7 @@ from realmap.kernel import user_buffer
 from realmap.kernel.services import LONG_BYTES, LONG_COUNT, Later
 from realmap.memory.frames import SharedFrames
 from realmap.memory.lands import USER_LAND
+from realmap.memory.stock import PLACES
 from realmap.pages import HUGE_SIZE, align_up
 from realmap.rights import MemoryType, k_r, k_rw, k_w, u_r, u_rw, u_rx, u_w
 from realmap.wire import messages
@@ -40,7 +41,8 @@ STEPS = {
     "map": 14,
     "go_on": 3,
     "more": 3,
-    "unmap": 7,
+    "unmap": 9,
+    "use_again": 9,
     "move": 3,
     "query": 6,
     "share": 14,
@@ -65,6 +67,7 @@ class Driver(Beside):
         self.what = "admit"
         with self.right(LimitReached if full else None):
             person = Person(self.books.admit(pid, 0))
+            person.real.memory.stock.join(person.words)
             told = self.told[person] = {}
 
             def tell(mapping: Any, comes: bool) -> None:
@@ -104,7 +107,7 @@ class Driver(Beside):
         wrong = self.model.map_error(person, request)
         is_long = size > LONG_BYTES or huge or size // (fragment or size or 1) > LONG_COUNT
         if wrong is None and kind.is_counted and not is_long:
-            wrong = self.model.frames_error(person, request, size) or self.model.enter_error(person, size, 0)
+            wrong = self.model.frames_error_in_need(person, request, size) or self.model.enter_error(person, size, 0)
         got = self.ask(person, request, wrong)
         if isinstance(got, Later):
             assert is_long
@@ -162,6 +165,8 @@ class Driver(Beside):
         place = self.place(person)
         first = self.rng.choice((0, 1, 64, 1 << 63))
         self.ask(person, messages.More(1, place.address, first), self.starts(person, place))
+        if place.frames is not None:
+            place.frames.recycles = False
         self.brought(place, first)
 
     def starts(self, person: Person, place: Place) -> Wrong:
@@ -172,12 +177,38 @@ class Driver(Beside):
         place = self.place(person)
         length = place.length if self.rng.random() < 0.95 else place.length + PAGE
         wrong = self.starts(person, place) or (None if length == place.length else InvalidSize)
-        self.ask(person, messages.Unmap(1, place.address, length), wrong)
+        free = [at for at, state in enumerate(person.words.state) if state == "free"]
+        at = self.rng.choice(free) if free and self.rng.random() < 0.7 else -1
+        self.ask(person, messages.Unmap(1, place.address, length, at), wrong)
         self.model.leave_place(person, place)
+        if at >= 0:
+            self.model.park(person, place, at)
+            kept = person.stock[at].frames is not None
+            assert person.words.state[at] == ("kept" if kept else "gone"), self.what
+            if kept:
+                return
         if not any(each.frames is place.frames for each in person.places.values()):
             for handle in self.model.handles.values():
                 if handle.maker is person and handle.frames is place.frames:
                     handle.ends_after(self.model.now)
+
+    def use_again(self) -> None:
+        """A process uses what it has parked, or parks again what it has so used, and says nothing."""
+        person = self.person()
+        for at, place in list(person.stock.items()):
+            if person.words.state[at] == "gone" and self.rng.random() < 0.5:
+                person.words.state[at] = "free"  # it has unmapped it
+                del person.stock[at]
+            elif person.words.change(at, "kept", "used"):
+                del person.stock[at]
+                self.used[person, at] = person.places[place.address] = place
+                break
+        for (who, at), place in list(self.used.items()):
+            if who is person and self.rng.random() < 0.5:
+                del self.used[who, at]
+                if person.words.change(at, "used", "kept"):
+                    del person.places[place.address]
+                    person.stock[at] = place
 
     def move(self) -> None:
         person = self.person()
@@ -199,7 +230,7 @@ class Driver(Beside):
         if found is None:
             assert (info.type, info.rights, info.refcount) == (MemoryType.UNMAPPED, 0, 0)
             assert info.address <= address < info.address + info.length
-            assert person.is_free(info.address, info.length)
+            assert person.is_hole(info.address, info.length)
         else:
             count = self.model.refcount(found.frames) if found.frames else 0
             wanted = (found.address, found.length, found.kind, found.rights, found.start, count)
@@ -258,6 +289,7 @@ class Driver(Beside):
         assert real is not None
         assert (size, lead, bytes_, given) == (end - start, handle.start + offset - start, asked, allowed)
         assert (huge, pieces) == (real.huge, [list(piece[1:]) for piece in real.pieces(start, end - start)])
+        handle.frames.recycles = False
         self.brought(self.entered(person, address, size, handle.frames, start, handle.kind, allowed, serial))
         if handle.is_named:
             handle.holders.add(person)
@@ -292,8 +324,11 @@ class Driver(Beside):
 
     def fork(self) -> None:
         person = self.person()
-        assert self.ask(person, messages.Forked(0)) is None
-        person.forked = True
+        inherits = self.rng.random() < 0.5
+        assert self.ask(person, messages.Forked(0, inherits)) is None
+        person.forked = person.forked or inherits
+        person.stock.clear()
+        person.words.state = ["free"] * PLACES
 
     def adopt(self) -> None:
         rng, person = self.rng, self.person()

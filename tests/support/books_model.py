@@ -29,10 +29,11 @@ from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import GUARD, USER_LAND
+from realmap.memory.stock import PLACES
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, USIZE_MAX, align_down, align_up
 from realmap.rights import MemoryType
 from realmap.wire import messages
-from realmap.wire.messages import NAMED
+from realmap.wire.messages import NAMED, RECYCLED
 
 #: The error that is right; None: none.
 Wrong = type[KernelError] | None
@@ -54,6 +55,8 @@ class Frames:
     huge: int
     #: An answer that is to come has them.
     coming: bool = False
+    #: Whether they are of a kind for the stock, and nobody else ever had them.
+    recycles: bool = False
     written: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -70,31 +73,78 @@ class Place:
     #: Which one it is: what a forked child knows it by.
     serial: int = 0
     gone: bool = False
+    #: When the kernel was asked to keep it, where it is parked: those asked first come first.
+    asked: int = 0
 
     @property
     def end(self) -> int:
         return self.address + self.length
 
 
+class Words:
+    """What a process and the kernel say of each place, without the C core."""
+
+    def __init__(self) -> None:
+        self.state = ["free"] * PLACES
+
+    def change(self, place: int, before: str, after: str) -> bool:
+        if self.state[place] != before:
+            return False
+        self.state[place] = after
+        return True
+
+    def _say(self, place: int, keeps: bool, /) -> None:
+        self.state[place] = "kept" if keeps else "gone"
+
+    def _see(self) -> int:
+        return sum(self.change(place, "used", "free") << place for place in range(PLACES))
+
+    def _reclaim(self, place: int, /) -> bool:
+        return self.change(place, "kept", "gone")
+
+    def _is_gone(self, place: int, /) -> bool:
+        return self.state[place] == "gone"
+
+
 @dataclass(eq=False)
 class Person:
-    """A process, or what it left."""
+    """A process, or what it left. `stock`: what it has parked, by place."""
 
     real: UserProcess
     places: dict[int, Place] = field(default_factory=dict)
     forked: bool = False
     coming: int = 0
+    stock: dict[int, Place] = field(default_factory=dict)
+    words: Words = field(default_factory=Words)
+
+    def kept(self) -> list[Place]:
+        """What of its stock was not given up."""
+        return [each for each in self.parked() if each.frames is not None]
+
+    def parked(self) -> list[Place]:
+        return sorted(self.stock.values(), key=lambda each: each.asked)
+
+    def give_up(self) -> bool:
+        """Whether there was anything."""
+        kept = self.kept()
+        for place in kept:
+            place.frames = None
+        return bool(kept)
 
     def at(self, address: int) -> Place | None:
         return next((each for each in self.places.values() if each.address <= address < each.end), None)
 
-    def is_free(self, start: int, length: int) -> bool:
+    def is_hole(self, start: int, length: int) -> bool:
         return not any(each.address < start + length and start < each.end for each in self.places.values())
+
+    def is_free(self, start: int, length: int) -> bool:
+        stock = any(each.address < start + length and start < each.end for each in self.stock.values())
+        return self.is_hole(start, length) and not stock
 
     def has_room(self, size: int, alignment: int = PAGE_SIZE) -> bool:
         """Whether so many bytes fit anywhere between its mappings."""
         at = USER_LAND.start
-        for place in sorted(self.places.values(), key=lambda each: each.address):
+        for place in sorted([*self.places.values(), *self.stock.values()], key=lambda each: each.address):
             if align_up(at, alignment) + size <= place.address:
                 return True
             at = place.end
@@ -147,6 +197,12 @@ class Handle:
             self.until = min(now + self.keep, math.inf if self.until is None else self.until)
 
 
+def recycles(request: messages.Map, size: int) -> bool:
+    """Whether it is of a kind that is recycled."""
+    special = request.fragment is not None or request.name is not None or request.huge or not request.commit
+    return MemoryType(request.kind).is_counted and size <= RECYCLED and not special
+
+
 @dataclass(eq=False)
 class Mirror:
     """A live mirror, of these parts."""
@@ -163,6 +219,7 @@ class Model:
         self.limits = limits
         self.memory_limit, self.process_limit = memory_limit, process_limit
         self.now = 1000.0
+        self.asked = 0
         self.people: list[Person] = []
         self.estates: list[Person] = []
         self.frames: list[Frames] = []
@@ -186,6 +243,10 @@ class Model:
         for place in self.places():
             if place.frames is not None:
                 found[place.frames, "mapping"] += 1
+        for person in self.people:
+            for place in person.kept():
+                assert place.frames is not None
+                found[place.frames, "stock"] += 1
         for handle in self.handles.values():
             found[handle.frames, "handle"] += 1
         for mirror in self.mirrors:
@@ -225,6 +286,28 @@ class Model:
         del person.places[place.address]
         place.gone = True
 
+    def give_way(self, person: Person) -> bool:
+        """Its stock is given up, or else everybody's; whether there was any."""
+        return person.give_up() or sum(each.give_up() for each in self.people) > 0
+
+    def park(self, person: Person, place: Place, at: int) -> None:
+        """It was unmapped, and is parked."""
+        frames = place.frames
+        keeps = (
+            frames is not None
+            and frames.recycles
+            and place.length <= self.limits.stock
+            and not any(which is frames for which, _ in self.references())
+        )
+        for oldest in person.kept() if keeps else ():
+            if sum(each.length for each in person.kept()) + place.length <= self.limits.stock:
+                break
+            oldest.frames = None
+        kept = frames if keeps else None
+        parked = Place(place.address, place.length, kept, 0, place.kind, place.rights, place.serial)
+        parked.asked = self.asked = self.asked + 1
+        person.stock[at] = parked
+
     def reap(self, person: Person) -> bool:
         """Whether its memory stays for its children."""
         for handle in list(self.handles.values()):
@@ -238,6 +321,7 @@ class Model:
                 self.end_handle(handle)
             handle.ends_after(self.now)
         self.people.remove(person)
+        person.stock.clear()
         if person.forked and any(place.frames for place in person.places.values()):
             self.estates.append(person)
             return True
@@ -251,6 +335,8 @@ class Model:
     def adopt(self, person: Person, secret: str, places: list[tuple[int, int, int]]) -> list[bool]:
         """Which of them a child inherits."""
         donor = next((each for each in (*self.people, *self.estates) if each.real.secret == secret), None)
+        if donor is not None and secret:
+            person.give_up()
         found = []
         for address, length, serial in places:
             place = donor.places.get(address) if donor is not None else None
@@ -260,6 +346,8 @@ class Model:
             if good and place is not None:
                 copy = Place(address, length, place.frames, place.start, place.kind, place.rights, serial)
                 person.places[address] = copy
+                if place.frames is not None:
+                    place.frames.recycles = False
             found.append(good)
         return found
 
@@ -268,6 +356,8 @@ class Model:
     def room_error(self, person: Person) -> Wrong:
         if person.coming >= self.limits.calls:
             return LimitReached
+        if len(person.places) + len(person.kept()) + person.coming >= self.limits.mappings:
+            person.give_up()
         return VirtualMemoryExhaustion if len(person.places) + person.coming >= self.limits.mappings else None
 
     def map_error(self, person: Person, request: messages.Map) -> Wrong:
@@ -289,6 +379,12 @@ class Model:
         if request.fragment is not None or request.name is not None or request.huge:
             return InvalidMemState
         return None if person.has_room(size) else VirtualMemoryExhaustion
+
+    def frames_error_in_need(self, person: Person, request: messages.Map, size: int) -> Wrong:
+        """The same, where stocks are given up for it."""
+        while (wrong := self.frames_error(person, request, size)) is PhysicalMemoryExhaustion and self.give_way(person):
+            pass
+        return wrong
 
     def frames_error(self, person: Person, request: messages.Map, size: int) -> Wrong:
         """Of taking the frames."""

@@ -55,7 +55,7 @@ def test_paths_of_kernels(tmp_path: Path) -> None:
         realmap.boot(path=path)
     with pytest.raises(InvalidHandle, match="directory"):
         realmap.boot(path=tmp_path / "none" / "a.sock")
-    with pytest.raises(InvalidHandle, match="longer"):
+    with pytest.raises(InvalidHandle, match="shorten"):
         realmap.boot(path=tmp_path / ("x" * 108))
 
 

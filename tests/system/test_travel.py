@@ -387,10 +387,10 @@ def test_nobody_adopts_without_the_secret(kernel: KernelHandle, me: Process) -> 
     buffer = me.map(PAGE)
     with kernel.connect() as other:
         for secret in ("", "0" * 32, other._own_client.secret):
-            places = [(buffer._window._base, PAGE, buffer._window.serial)]
+            places = [(buffer._window._base, PAGE, buffer._window._serial)]
             answer, _ = other._own_client.request(Adopt(other._own_client.next_id(), secret, places))
             assert answer == [False]
-        base, serial = buffer._window._base, buffer._window.serial
+        base, serial = buffer._window._base, buffer._window._serial
         places = [
             (base, PAGE, serial + 1),
             (base, PAGE, serial),

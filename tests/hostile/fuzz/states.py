@@ -20,7 +20,7 @@ from mutations import Mutator, is_request
 from realmap._core import RING_BYTES, RING_MESSAGE
 
 #: The layout of a queue: realmap/_core/ring.c.
-TAIL, CPU, HEAD, ASLEEP, SLOTS = 0, 4, 64, 128, 192
+TAIL, CPU, HEAD, ASLEEP, PLACES, SLOTS = 0, 4, 64, 128, 192, 256
 SLOT_COUNT, SLOT_BYTES = 32, 2048
 QUEUE_BYTES = RING_BYTES // 2
 assert QUEUE_BYTES == SLOTS + SLOT_COUNT * SLOT_BYTES and RING_MESSAGE == SLOT_BYTES - 4
@@ -81,15 +81,20 @@ class Scribbler:
         for _ in range(self.random.randrange(1, 5)):
             queue = self.random.randrange(2)
             word = self.random.choice(
-                (CPU, HEAD, ASLEEP) if queue == CALLS else (TAIL, CPU, HEAD, HEAD, ASLEEP, ASLEEP)
+                (CPU, HEAD, ASLEEP, self._place()) if queue == CALLS else (TAIL, CPU, HEAD, HEAD, ASLEEP, ASLEEP)
             )
-            if word == HEAD and queue == ANSWERS and self.random.random() < 0.5:
+            if word >= PLACES:
+                writes.append(("word", queue, word, "is", self.random.choice((*range(7), 2**32 - 1))))
+            elif word == HEAD and queue == ANSWERS and self.random.random() < 0.5:
                 writes.append(("word", queue, word, "tail", self.random.choice((0, 1, -1, 32, -32, -33, 2**31))))
             else:
                 value = self.random.choice(_WORDS) if self.random.random() < 0.8 else self.random.getrandbits(32)
                 writes.append(("word", queue, word, "is", value))
         # The kernel puts its own head right with the next call that it takes: how far it is can be read there again.
         return [*writes, ("call", QUIET)]
+
+    def _place(self) -> int:
+        return PLACES + 4 * self.random.randrange(16)
 
     def _bytes(self) -> list[Write]:
         writes: list[Write] = []

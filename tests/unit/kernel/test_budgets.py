@@ -287,6 +287,30 @@ def test_descriptors_are_kept_for_commands(limited: Callable[..., Kernel]) -> No
                 os.close(fd)
 
 
+def test_stocks_give_way_before_descriptors_are_scarce() -> None:
+    kernel = Kernel(spin=100).start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    with realmap.connect(kernel.path) as me, Control(kernel.path) as control:
+        for buffer in [me.map(PAGE) for _ in range(3)]:
+            buffer.unmap()
+        assert control.stats()["stock"] == 3
+        probe = os.open("/dev/null", os.O_RDONLY)
+        os.close(probe)
+        top = 2 * probe + 100
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+            while not taken or taken[-1] < top // 2:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+            with realmap.connect(kernel.path):
+                assert control.stats()["stock"] == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in taken:
+                os.close(fd)
+    kernel.stop()
+
+
 def test_segments_get_none_of_the_reserve() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     probe = os.open("/dev/null", os.O_RDONLY)

@@ -1,0 +1,241 @@
+/* Stock: small windows that were unmapped, parked where they are, without rights, for their next use.
+ *
+ * What is in a place is mapped without rights, and is nobody's but the endpoint's. Whoever takes it out unmaps it, or makes
+ * a window of it, in the same call. All of it goes with the connection, and before a fork. */
+#include "core.h"
+
+/* The words; NULL: there is no ring, and nothing is ever parked. */
+static _Atomic uint32_t *places_of(Endpoint *self)
+{
+    return self->ring && self->epoch == fork_epoch && !self->end ? self->ring->duplex.out->places : NULL;
+}
+
+static void empty_place(Parked *parked)
+{
+    if (parked->base <= NOWHERE)
+        return;
+    if (!parked->used && munmap((void *)parked->base, parked->span))
+        munmap((void *)parked->base, parked->span); /* Linux may have had no memory that moment */
+    Py_CLEAR(parked->told);
+    Py_CLEAR(parked->farewell);
+    parked->base = 0;
+}
+
+static void unmap_stock(Endpoint *self)
+{
+    for (int i = 0; i < PLACES; i++)
+        empty_place(&self->stock[i]);
+}
+
+/* Unmaps what is not kept, and gives places free. */
+static void sweep_stock(Endpoint *self)
+{
+    _Atomic uint32_t *places = places_of(self);
+    for (int i = 0; places && i < PLACES; i++) {
+        uint32_t now = self->stock[i].base > NOWHERE ? atomic_load_explicit(&places[i], memory_order_acquire) : FREE;
+        if (now == GONE || now == SEEN) {
+            empty_place(&self->stock[i]);
+            atomic_store_explicit(&places[i], FREE, memory_order_release);
+        }
+    }
+}
+
+/* messages.Unmap: [5, number, address, length, place]. */
+static PyObject *unmap_message(uint64_t number, const Window *window, int place)
+{
+    unsigned char data[30] = {0x95, 5};
+    uint64_t numbers[] = {number, window->base, window->span};
+    for (int i = 0; i < 3; i++) {
+        data[2 + 9 * i] = 0xcf;
+        for (int j = 0; j < 8; j++)
+            data[3 + 9 * i + j] = (unsigned char)(numbers[i] >> (56 - 8 * j));
+    }
+    data[29] = (unsigned char)place;
+    return PyBytes_FromStringAndSize((const char *)data, sizeof data);
+}
+
+/* The window has no rights any more: it is in that place from now on. */
+static void move_in(Endpoint *self, Window *window, int place, uint64_t kind)
+{
+    self->stock[place] = (Parked){window->base,  window->span, kind,         window->serial,   ++self->parked, 0,
+                                  window->forks, window->told, window->farewell, window->prot};
+    window->told = window->farewell = NULL;
+}
+
+static int free_place(const Endpoint *self)
+{
+    int place = 0;
+    while (place < PLACES && self->stock[place].base)
+        place++;
+    return place;
+}
+
+/* The place of what was parked first, of a kind or (but for this kind) of any other, and is kept: it is used from here on.
+ * PLACES: there is none. */
+static int claim_place(Endpoint *self, uint64_t kind, size_t span, int same)
+{
+    _Atomic uint32_t *places = places_of(self);
+    int found = PLACES;
+    for (int i = 0; places && i < PLACES; i++) {
+        const Parked *at = &self->stock[i];
+        if (at->base > NOWHERE && !at->used && (at->kind == kind && at->span == span) == same &&
+            (found == PLACES || at->since < self->stock[found].since) && atomic_load(&places[i]) == KEPT)
+            found = i;
+    }
+    return found < PLACES && change_place(&places[found], KEPT, USED) ? found : PLACES; /* the kernel may be quicker */
+}
+
+/* Unmaps what was parked first of another kind, and tells the kernel: then there is room for this one. */
+static void make_place(Endpoint *self, uint64_t kind, size_t span)
+{
+    int place = claim_place(self, kind, span, 0);
+    PyObject *farewell = place < PLACES ? Py_XNewRef(self->stock[place].farewell) : NULL;
+    if (!farewell)
+        return;
+    munmap((void *)self->stock[place].base, self->stock[place].span);
+    self->stock[place].used = ++self->parked; /* by nobody: so the place is free once the kernel has seen that */
+    endpoint_notice((PyObject *)self, farewell);
+    Py_DECREF(farewell);
+}
+
+/* Parks a window without rights in a free place, and asks the kernel whether it keeps it. NULL with an exception set: a
+ * signal handler's, or there is no memory, and nothing is parked. */
+static PyObject *ask_for_place(Endpoint *self, Window *window, PyObject *number, uint64_t kind)
+{
+    uint64_t id;
+    int place = free_place(self);
+    PyObject *message = as_u64(number, &id) ? NULL : unmap_message(id, window, place);
+    if (!message)
+        return NULL;
+    PyObject *farewell = Py_NewRef(window->farewell);
+    move_in(self, window, place, kind);
+    uint64_t since = self->stock[place].since;
+    atomic_store_explicit(&places_of(self)[place], ASKED, memory_order_release);
+    PyObject *answer = tell_of_end(self, number, message, farewell);
+    if (answer && as_answer(answer)->outcome == FAILED && self->stock[place].since == since)
+        empty_place(&self->stock[place]); /* the kernel knows of no place */
+    sweep_stock(self);
+    Py_DECREF(message);
+    Py_DECREF(farewell);
+    return answer;
+}
+
+/* park(window, number, kind) -> False: it cannot be, and is as it was; True: it is, and there is nothing to ask; or the
+ * Answer of the kernel to this number, who has been told. A child may have what was there at a fork; what cannot be written
+ * cannot be zeroed; and zero pages are no shared memory. BufferError: a view lives. */
+static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    uint64_t kind;
+    if (wants(nargs, 3, "Endpoint.park") || as_u64(args[2], &kind))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], window_type) || PyObject_TypeCheck(args[0], mirror_type))
+        return PyErr_Format(PyExc_TypeError, "what is parked is a Window");
+    Window *window = as_window(args[0]);
+    if (!is_alive(window))
+        Py_RETURN_TRUE;
+    if (window->exports)
+        return still_viewed("unmap", window->exports);
+    _Atomic uint32_t *places = places_of(self);
+    sweep_stock(self);
+    int own = 0;
+    while (own < PLACES && (!window->used || self->stock[own].used != window->used || !self->stock[own].base))
+        own++;
+    int crowded = own == PLACES && free_place(self) == PLACES;
+    if (crowded)
+        make_place(self, kind, window->span);
+    if (!places || crowded || window->forks != atomic_load(&forks) || !(window->prot & PROT_WRITE) || !window->farewell)
+        Py_RETURN_FALSE;
+    window->state = DEAD; /* for good: what is made of it is another window */
+    disarm(window);
+    if (zeros_of(window) || mprotect((void *)window->base, window->span, PROT_NONE)) {
+        window->state = ALIVE;
+        arm(window);
+        Py_RETURN_FALSE;
+    }
+    unguard(window);
+    if (own < PLACES && atomic_load(&places[own]) == USED) {
+        Parked before = self->stock[own];
+        move_in(self, window, own, kind); /* first: the kernel may have it given up at once */
+        if (change_place(&places[own], USED, KEPT))
+            Py_RETURN_TRUE;
+        window->told = self->stock[own].told; /* it has looked this very moment: the place is free */
+        window->farewell = self->stock[own].farewell;
+        self->stock[own] = before;
+        sweep_stock(self);
+    }
+    PyObject *answer = ask_for_place(self, window, args[1], kind);
+    if (!answer && window->farewell) { /* no memory to ask: it goes */
+        munmap((void *)window->base, window->span);
+        window_tell(window);
+    }
+    return answer;
+}
+
+/* unpark(type, kind, span) -> a Window of that type over what was parked first of that kind, all zeros, with the farewell
+ * that it had; None: nothing is. */
+static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    uint64_t kind, span;
+    if (wants(nargs, 3, "Endpoint.unpark") || as_u64(args[1], &kind) || as_u64(args[2], &span))
+        return NULL;
+    if (!PyType_Check(args[0]) || !PyType_IsSubtype(as_type(args[0]), window_type))
+        return PyErr_Format(PyExc_TypeError, "what is unparked is a Window");
+    if (!is_no_mirror(args[0]))
+        return NULL;
+    Window *window = new_window(as_type(args[0]), 0, 0, 1); /* first: that may collect garbage, which may run anything */
+    int place = window ? claim_place(self, kind, span, 1) : PLACES;
+    if (place == PLACES) {
+        Py_XDECREF((PyObject *)window);
+        return none_unless(!window);
+    }
+    Parked *parked = &self->stock[place];
+    int same = parked->forks == window->forks;
+    parked->used = window->used = ++self->parked;
+    window->base = parked->base;
+    window->span = parked->span;
+    window->prot = parked->prot;
+    window->serial = parked->serial;
+    window->length = (Py_ssize_t)parked->span;
+    window->told = parked->told; /* from here on the window's end is told, whatever it comes to */
+    window->farewell = parked->farewell;
+    parked->told = parked->farewell = NULL;
+    window->state = ALIVE;
+    stand_guard();
+    window->guarded = guard_take(window->base, window->prot, 1);
+    int whole = window->guarded && same && !mprotect((void *)window->base, window->span, window->prot);
+    if (whole) {
+        arm(window);
+        memset((void *)window->base, 0, window->span);
+        whole = !zeros_of(window); /* else its segment was truncated */
+    }
+    if (whole)
+        return (PyObject *)window;
+    Py_DECREF((PyObject *)window);
+    Py_RETURN_NONE;
+}
+
+/* empty_stock(message): unmaps all that is parked, and says so, as `notice`: before a fork. A place of which the kernel has
+ * not said yet is not used again: what it will say would be of another window. */
+static PyObject *endpoint_empty_stock(PyObject *op, PyObject *message)
+{
+    Endpoint *self = as_endpoint(op);
+    _Atomic uint32_t *places = places_of(self);
+    sweep_stock(self);
+    for (int i = 0; places && i < PLACES; i++)
+        if (self->stock[i].base > NOWHERE && !self->stock[i].used) {
+            empty_place(&self->stock[i]);
+            if (atomic_exchange(&places[i], FREE) == ASKED)
+                self->stock[i].base = NOWHERE;
+        }
+    return endpoint_send_notice(op, message);
+}
+
+static PyObject *endpoint_has_stock(PyObject *op, void *Py_UNUSED(closure))
+{
+    int found = 0;
+    for (int i = 0; i < PLACES; i++)
+        found |= as_endpoint(op)->stock[i].base > NOWHERE && !as_endpoint(op)->stock[i].used;
+    return PyBool_FromLong(found);
+}
