@@ -117,7 +117,7 @@ static void budget_set(Budget *self, int64_t most, int cpus)
 /* `crowd`: for how many others the kernel is at work. */
 static int64_t budget_now(Budget *self, int64_t clock, uint32_t crowd)
 {
-    if (crowd >= self->cpus)
+    if (crowd > self->cpus)
         return 0;
     if (self->busy_until && clock < self->busy_until)
         return 0;

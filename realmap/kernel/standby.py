@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from realmap._core import Lock
+from realmap._core import Lock, wake_owed
 from realmap.kernel.loop import Lost
 
 W = TypeVar("W")
@@ -130,6 +130,7 @@ class Relay(Generic[W]):
                 looks, quiet = looks + 1 if at is seen else 1, 0
                 if looks == 1:
                     since = time.monotonic()
+                    wake_owed()  # those answered just before it do not wait for its end
                 work = self.away.pop(at, None) if looks >= LOOKS else None
                 if work is not None:
                     self._standby = None
