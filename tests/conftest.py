@@ -63,7 +63,7 @@ def in_threads(count: int, work: Callable[[int], object]) -> None:
 
 
 def land_maps(*, parked: bool = False) -> list[procfs.Map]:
-    """What this process has mapped in the two lands, without stakes, and without what is `parked`: those stand as long
+    """What this process has mapped in the two lands, without anchors, and without what is `parked`: those stand as long
     as their land, or their connection, does.
     """
     return [

@@ -258,7 +258,7 @@ typedef struct Kept {
 #define LANDS_START ((uint64_t)0x2000 << 32)
 #define LANDS_END ((uint64_t)0x4000 << 32)
 
-#define STAKES 64 /* as many as there are 512 GiB between the two */
+#define ANCHORS 64 /* as many as there are 512 GiB between the two */
 
 typedef struct Land {
     PyObject_HEAD
@@ -266,7 +266,7 @@ typedef struct Land {
     unsigned long long hole_end;
     unsigned long long start;
     unsigned long long end;
-    unsigned long long staked; /* up to where stakes have been seen to */
+    unsigned long long anchored; /* up to where anchors have been seen to */
     unsigned long long budget;
     unsigned long long kept_bytes;
     unsigned long long maps; /* that live mirrors and kept windows take, zeros that came into them not counted, */
@@ -284,8 +284,8 @@ typedef struct Land {
     PyObject *gone; /* a list of bases that the tree still has */
     unsigned long long edition; /* of the news that the tree was last told; from 1 on */
     Events *events; /* NULL while nobody listens */
-    size_t stake_count;
-    uintptr_t stakes[STAKES]; /* a page each */
+    size_t anchor_count;
+    uintptr_t anchors[ANCHORS]; /* a page each */
     struct Land *other; /* the next of all lands */
     unsigned long epoch;
 } Land;

@@ -28,7 +28,7 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     PyObject *gone = PyList_New(0);
     if (!gone)
         return NULL;
-    pull_stakes(land);
+    pull_anchors(land);
     Py_XDECREF((PyObject *)land->events);
     land->events = NULL;
     clear_kept(land); /* first: the GIL may go away meanwhile, and what comes then is lost below, too */
@@ -43,7 +43,7 @@ static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t na
     land->oldest = land->newest = NULL;
     land->cursor = land->start = start;
     land->hole_end = land->end = end;
-    land->staked = 0;
+    land->anchored = 0;
     land->budget = budget;
     land->most = most;
     land->maps = land->kept_bytes = land->hits = land->misses = land->evictions = land->made = land->made_bytes = 0;
@@ -90,7 +90,7 @@ static void land_dealloc(PyObject *op)
             break;
         }
     clear_kept(land);
-    pull_stakes(land);
+    pull_anchors(land);
     table_reset(&land->live);
     table_reset(&land->exact);
     table_reset(&land->of);
@@ -216,13 +216,13 @@ static PyObject *land_mirrors(PyObject *op, PyObject *Py_UNUSED(ignored))
     return found;
 }
 
-/* _stakes() -> [address]: single pages without rights, where stakes stand. */
-static PyObject *land_stakes(PyObject *op, PyObject *Py_UNUSED(ignored))
+/* _anchors() -> [address]: single pages without rights, where anchors stand. */
+static PyObject *land_anchors(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Land *land = as_land(op);
-    PyObject *found = PyList_New((Py_ssize_t)land->stake_count);
-    for (size_t i = 0; found && i < land->stake_count; i++) {
-        PyObject *address = PyLong_FromUnsignedLongLong(land->stakes[i]);
+    PyObject *found = PyList_New((Py_ssize_t)land->anchor_count);
+    for (size_t i = 0; found && i < land->anchor_count; i++) {
+        PyObject *address = PyLong_FromUnsignedLongLong(land->anchors[i]);
         if (!address || PyList_SetItem(found, (Py_ssize_t)i, address))
             Py_CLEAR(found);
     }
@@ -290,7 +290,7 @@ static PyMethodDef land_methods[] = {
     {"_news", land_news, METH_O, NULL},
     {"_move", FASTCALL(land_move), METH_FASTCALL, NULL},
     {"_mirrors", land_mirrors, METH_NOARGS, NULL},
-    {"_stakes", land_stakes, METH_NOARGS, NULL},
+    {"_anchors", land_anchors, METH_NOARGS, NULL},
     {"_mirror_at", land_mirror_at, METH_O, NULL},
     {"_kept", land_kept, METH_NOARGS, NULL},
     {"_make_room", land_make_room, METH_O, NULL},

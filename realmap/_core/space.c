@@ -4,29 +4,29 @@
 static Land *all_lands;
 
 
-/* A stake is a page without rights at the top of the 512 GiB that one entry of the top page table covers. With a
+/* An anchor is a page without rights at the top of the 512 GiB that one entry of the top page table covers. With a
  * mapping above it, Linux gives up no page tables when a mirror goes, and does not flush the TLB for it: measured,
  * that is half the cost of mapping and unmapping an untouched page. Where it cannot be had, it is only slower. */
-static void stake(Land *land, uint64_t at)
+static void anchor(Land *land, uint64_t at)
 {
     uint64_t slot = (uint64_t)1 << 39;
-    land->staked = page_size == 4096 ? (at / slot + 1) * slot : UINT64_MAX;
-    uintptr_t address = (uintptr_t)(land->staked - page_size);
+    land->anchored = page_size == 4096 ? (at / slot + 1) * slot : UINT64_MAX;
+    uintptr_t address = (uintptr_t)(land->anchored - page_size);
     /* In a small land, or right below it, every page counts. */
-    if (land->staked > land->end || address - at < (uint64_t)1 << 30)
+    if (land->anchored > land->end || address - at < (uint64_t)1 << 30)
         return;
-    if (land->stake_count == STAKES || map_piece(address, page_size, PROT_NONE, -1, 0))
+    if (land->anchor_count == ANCHORS || map_piece(address, page_size, PROT_NONE, -1, 0))
         return;
-    land->stakes[land->stake_count++] = address;
+    land->anchors[land->anchor_count++] = address;
     if (land->hole_end > address)
         land->hole_end = address;
 }
 
-static void pull_stakes(Land *land)
+static void pull_anchors(Land *land)
 {
-    for (size_t i = 0; i < land->stake_count && land->epoch == fork_epoch; i++)
-        munmap((void *)land->stakes[i], page_size);
-    land->stake_count = 0;
+    for (size_t i = 0; i < land->anchor_count && land->epoch == fork_epoch; i++)
+        munmap((void *)land->anchors[i], page_size);
+    land->anchor_count = 0;
 }
 
 /* A place in the current hole, with a free page behind it; 0 where it has none. */
@@ -35,8 +35,8 @@ static int reserve(Land *land, size_t span, uint64_t residue, uintptr_t *base)
     uint64_t at = land->cursor;
     if (span >= huge_size)
         at += (residue - at) & (huge_size - 1);
-    if (at >= land->staked && at < land->hole_end)
-        stake(land, at);
+    if (at >= land->anchored && at < land->hole_end)
+        anchor(land, at);
     if (at > land->hole_end || span > land->hole_end - at)
         return 0;
     land->cursor = at + span + page_size;

@@ -33,7 +33,7 @@ def maps(pid: int, path: str | None, as_json: bool) -> None:
     touched, and what of them others have, too (a dash where Linux has joined it with its neighbour); segments: their
     inodes (on a terminal, of many the first, and how many); linux: "agrees", "changing" (it was at work meanwhile), or
     what Linux has there instead. For the kernel's own pid: KernelLand with its mirrors, its kept windows, and the
-    stakes that keep its page tables.
+    anchors that keep its page tables.
 
     Example: realmap maps 4711
     """

@@ -18,7 +18,7 @@ GAUGES = [
     ("mappings", "mappings", "Mappings of all user processes."),
     ("mirrors", "mirrors", "Mirrors that live in KernelLand."),
     ("handles", "handles", "Handles that can be attached."),
-    ("estates", "estates", "Ended processes whose forks may still come for what they had."),
+    ("inheritances", "inheritances", "Ended processes whose forks may still come for what they had."),
     ("segments", "segments", "Segments of shared memory."),
     ("frames_bytes", "bytes", "Bytes of frames."),
     ("stock_segments", "stock", "Segments of small mappings that were unmapped and may be mapped again."),

@@ -73,7 +73,7 @@ class Books:
         process.memory.stock.clear()
         if process.forked and any(isinstance(mapping.frames, SharedFrames) for mapping in process.memory):
             with contextlib.suppress(LimitReached):  # its uid has too many of these: its children come too late
-                process.user.take("estates")
+                process.user.take("inheritances")
                 self.inheritance.add(process)
                 return True
         process.memory.release_all()

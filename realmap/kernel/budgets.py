@@ -24,7 +24,7 @@ OF_PROCESS = {
 #: And of a uid: what its processes left that have ended.
 OF_USER = {
     "orphans": ("handles that outlive their makers", "revoke some: realmap gc --orphans"),
-    "estates": ("ended processes whose forked children may still come for what they had", "let the children end"),
+    "inheritances": ("ended processes whose forked children may still come for what they had", "let the children end"),
 }
 
 

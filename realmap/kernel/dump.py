@@ -69,7 +69,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     return {
         "processes": len(books.processes),
         "handles": len(books.handles),
-        "estates": len(books.inheritance),
+        "inheritances": len(books.inheritance),
         "mappings": mappings,
         "mirrors": memory.live,
         "kept_windows": kept.windows,
@@ -169,7 +169,7 @@ class Picture:
             "alone": around.alone,
             "time": time.time(),
             "kernel_land": [books.memory.start, books.memory.length],
-            "stakes": books.memory.stakes,
+            "anchors": books.memory.anchors,
             "limits": limits(books),
             "stats": stats(books, around),
             "calls": [

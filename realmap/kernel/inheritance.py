@@ -47,7 +47,7 @@ class Inheritance:
     def end(self, dead: UserProcess) -> None:
         """Nobody comes for it any more: it goes."""
         self._dead.remove(dead)
-        dead.user.give_back("estates")
+        dead.user.give_back("inheritances")
         dead.memory.release_all()
 
     def adopt(self, process: UserProcess, request: messages.Adopt, processes: ProcessTable, most: int) -> list[bool]:

@@ -24,9 +24,11 @@ class Limits:
     part has not come (`half_sent`), and of answers that it has not read (`unread`): beyond, that connection is ended,
     and told why.
 
-    For each uid: `orphans`, handles that outlive their makers, and `estates`, ended processes whose forked children may
-    still come for what they had: what would go beyond ends with its process. `reserve`: descriptors of the kernel's
-    that neither processes nor segments get, so that commands always work (LimitReached, PhysicalMemoryExhaustion).
+    For each uid: `orphans`, handles that outlive their makers, and `inheritances`, ended processes whose forked
+    children may still come for what they had: what would go beyond ends with its process.
+
+    `reserve`: descriptors of the kernel's that neither processes nor segments get, so that commands always work
+    (LimitReached, PhysicalMemoryExhaustion).
 
     `seconds`: how long a handler may take, before its caller gets a SyscallTimeout in its place (None: for ever; the
     handler itself goes on). `given_up`: handlers at work that nobody waits for any more, or that have lost the loop; of
@@ -40,10 +42,10 @@ class Limits:
         "buffers",
         "calls",
         "connections",
-        "estates",
         "given_up",
         "half_sent",
         "handles",
+        "inheritances",
         "mappings",
         "orphans",
         "processes",
@@ -73,7 +75,7 @@ class Limits:
         undecoded: SupportsIndex = 16 << 20,
         buffers: SupportsIndex = 1024,
         orphans: SupportsIndex = 4096,
-        estates: SupportsIndex = 256,
+        inheritances: SupportsIndex = 256,
         reserve: SupportsIndex = 32,
         stock: SupportsIndex = 1 << 20,
     ) -> None:
@@ -88,7 +90,7 @@ class Limits:
         self.undecoded = _some(undecoded, "undecoded")
         self.buffers = _some(buffers, "buffers")
         self.orphans = _some(orphans, "orphans")
-        self.estates = _some(estates, "estates")
+        self.inheritances = _some(inheritances, "inheritances")
         self.reserve = _some(reserve, "reserve")
         self.stock = usize(stock, "stock")
         self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")

@@ -74,9 +74,9 @@ class KernelMemory(Land):
         return KeptWindows(self)
 
     @property
-    def stakes(self) -> list[int]:
+    def anchors(self) -> list[int]:
         """Single pages without rights that keep Linux from giving up page tables above them (_core/space.c)."""
-        return self._stakes()
+        return self._anchors()
 
     # ---- space ------------------------------------------------------------------------------
 
@@ -140,8 +140,8 @@ class KernelMemory(Land):
                     space.tree.remove(start)
                 for start, end in sorted(taken):
                     space.tree.add(start, end, start)
-                for stake in self._stakes():
-                    space.note_obstacle(stake, stake + PAGE_SIZE)
+                for anchor in self._anchors():
+                    space.note_obstacle(anchor, anchor + PAGE_SIZE)
                 answer = question(space)
                 if self._edition == edition:
                     self._at_rest["tree"] = edition, space

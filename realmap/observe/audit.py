@@ -167,7 +167,7 @@ def kernel_ranges(snapshot: Snapshot) -> list[Range]:
         ranges += window_ranges(mirror.base, mirror.rights, mirror.parts, mirror.zeros, frames)
     for kept in snapshot.kept:
         ranges += window_ranges(kept.base, kept.rights, [kept.part], 0, frames)
-    ranges += [(at, at + PAGE_SIZE, "---", 0, 0) for at in snapshot.stakes]
+    ranges += [(at, at + PAGE_SIZE, "---", 0, 0) for at in snapshot.anchors]
     return merged(ranges)
 
 

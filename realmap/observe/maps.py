@@ -25,7 +25,7 @@ MANY = 20
 
 
 class MapView(msgspec.Struct, frozen=True):
-    """One mapping of a user process; or a mirror, a kept window or a stake of KernelLand (`type` says so).
+    """One mapping of a user process; or a mirror, a kept window or an anchor of KernelLand (`type` says so).
 
     Addresses, offsets and lengths in bytes. `process`: its number in the books, None in KernelLand. `segments`: the
     inodes of those that it shows, `offset` where in its frames it starts. `resident`, `shared`: bytes in memory, and
@@ -110,7 +110,7 @@ def _windows(snapshot: Snapshot, frames: dict[int, FramesInfo], linux: list[Resi
         places.row(base, span, type, rights, parts, window_ranges(base, rights, parts, zeros, frames))
         for type, base, span, rights, parts, zeros in windows
     ]
-    rows += [places.row(at, PAGE_SIZE, "stake", 0, [], [(at, at + PAGE_SIZE, "---", 0, 0)]) for at in snapshot.stakes]
+    rows += [places.row(at, PAGE_SIZE, "anchor", 0, [], [(at, at + PAGE_SIZE, "---", 0, 0)]) for at in snapshot.anchors]
     return sorted(rows, key=lambda row: row.address)
 
 

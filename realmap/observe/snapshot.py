@@ -39,7 +39,7 @@ from realmap.wire.status import Patience
 
 T = TypeVar("T")
 #: What comes from the kernel as it is in the snapshot.
-_PLAIN = ("form", "pid", "path", "alone", "time", "stakes", "stats", "pinned")
+_PLAIN = ("form", "pid", "path", "alone", "time", "anchors", "stats", "pinned")
 _TYPES = {int(kind): kind.name for kind in MemoryType}
 
 
@@ -54,7 +54,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     time: float
     kernel_land: tuple[int, int]
     #: Pages of KernelLand without rights, which keep page tables in place.
-    stakes: list[int]
+    anchors: list[int]
     limits: LimitsInfo
     #: Totals by name: what there is, and what was done so far.
     stats: dict[str, int]

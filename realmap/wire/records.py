@@ -248,7 +248,7 @@ class LimitsInfo(msgspec.Struct, frozen=True):
     undecoded: int = 0
     buffers: int = 0
     orphans: int = 0
-    estates: int = 0
+    inheritances: int = 0
     reserve: int = 0
     stock: int = 0
 

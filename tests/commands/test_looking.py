@@ -183,8 +183,8 @@ def test_maps_of_the_kernel_itself(busy: tuple[KernelHandle, int]) -> None:
     (first, *_) = json.loads(good(kernel, "maps", str(pid), "--json"))
     assert kept["segments"] == first["segments"]
     assert kept["process"] is None
-    assert {"mirror", "stake"} <= {row["type"] for row in found} <= {"mirror", "stake", "kept"}
-    assert "stake" in good(kernel, "maps", str(kernel.pid))
+    assert {"mirror", "anchor"} <= {row["type"] for row in found} <= {"mirror", "anchor", "kept"}
+    assert "anchor" in good(kernel, "maps", str(kernel.pid))
 
 
 def test_maps_tells_where_linux_disagrees(busy: tuple[KernelHandle, int]) -> None:

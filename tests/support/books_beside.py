@@ -255,7 +255,7 @@ class Beside:
                 assert kinds.count(kind) == references[frames, kind], (self.what, real.holders())
             assert real.refcount == len(kinds)
         assert (books.frames.used, books.frames.segments) == model.used()
-        for person in (*model.people, *model.estates):
+        for person in (*model.people, *model.inheritances):
             allocator = person.real.memory.allocator
             assert (allocator.used, allocator.segments) == model.used(person)
             there = {mapping.address: mapping.length for mapping in person.real.memory}
@@ -267,7 +267,7 @@ class Beside:
             kept = person.kept()
             assert (stock.count, stock.bytes) == (len(kept), sum(each.length for each in kept))
         assert [each.real for each in model.people] == list(books.processes)
-        assert [each.real for each in model.estates] == list(books.inheritance)
+        assert [each.real for each in model.inheritances] == list(books.inheritance)
         assert {each.name for each in books.handles} == set(model.handles)
         for shared in books.handles:
             handle = model.handles[shared.name]

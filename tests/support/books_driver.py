@@ -332,7 +332,7 @@ class Driver(Beside):
 
     def adopt(self) -> None:
         rng, person = self.rng, self.person()
-        donor = rng.choice((*self.model.people, *self.model.estates))
+        donor = rng.choice((*self.model.people, *self.model.inheritances))
         places = [self.place(donor) for _ in range(rng.randrange(4))]
         odd = (0, 0, 0, 0, 1)
         asked = [
@@ -343,7 +343,7 @@ class Driver(Beside):
         wanted = self.model.adopt(person, secret, asked)
         more = rng.random() < 0.2
         assert self.ask(person, messages.Adopt(1, secret, asked, more)) == wanted, self.what
-        comes = not more and donor in self.model.estates and secret == donor.real.secret
+        comes = not more and donor in self.model.inheritances and secret == donor.real.secret
         assert self.came == ([(donor.real.number, person.real.pid)] if comes else [])
 
     def reap(self) -> None:
@@ -355,8 +355,8 @@ class Driver(Beside):
         assert not person.real.alive
 
     def nobody_comes(self) -> None:
-        if self.model.estates:
-            dead = self.model.estates.pop(self.rng.randrange(len(self.model.estates)))
+        if self.model.inheritances:
+            dead = self.model.inheritances.pop(self.rng.randrange(len(self.model.inheritances)))
             self.books.inheritance.end(dead.real)
             self.model.clear(dead)
 
@@ -378,7 +378,7 @@ class Driver(Beside):
 
     def mirror(self) -> None:
         with self.buffer() as (buffer, parts):
-            if len(buffer) > 1 << 30:  # far beyond what KernelLand has between its stakes
+            if len(buffer) > 1 << 30:  # far beyond what KernelLand has between its anchors
                 return
             rights = self.rng.choice((k_rw, k_rw, k_rw, k_r, k_r, k_w, k_r & 0, u_rw))
             make = self.rng.choice((buffer.mirror, buffer.access))
@@ -468,7 +468,7 @@ class Driver(Beside):
             self.end_call()
         while self.model.people:
             self.reap()
-        while self.model.estates:
+        while self.model.inheritances:
             self.nobody_comes()
         self.books.handles.clear()
         self.model.handles.clear()

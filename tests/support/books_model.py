@@ -221,7 +221,7 @@ class Model:
         self.now = 1000.0
         self.asked = 0
         self.people: list[Person] = []
-        self.estates: list[Person] = []
+        self.inheritances: list[Person] = []
         self.frames: list[Frames] = []
         self.gone: list[Frames] = []
         self.handles: dict[str, Handle] = {}
@@ -233,7 +233,7 @@ class Model:
 
     def places(self) -> Iterator[Place]:
         """Each mapping that holds a reference."""
-        for person in (*self.people, *self.estates):
+        for person in (*self.people, *self.inheritances):
             yield from person.places.values()
         yield from {place: None for parts in self.pinned for place, _, _ in parts if place.gone}
 
@@ -323,7 +323,7 @@ class Model:
         self.people.remove(person)
         person.stock.clear()
         if person.forked and any(place.frames for place in person.places.values()):
-            self.estates.append(person)
+            self.inheritances.append(person)
             return True
         self.clear(person)
         return False
@@ -334,7 +334,7 @@ class Model:
 
     def adopt(self, person: Person, secret: str, places: list[tuple[int, int, int]]) -> list[bool]:
         """Which of them a child inherits."""
-        donor = next((each for each in (*self.people, *self.estates) if each.real.secret == secret), None)
+        donor = next((each for each in (*self.people, *self.inheritances) if each.real.secret == secret), None)
         if donor is not None and secret:
             person.give_up()
         found = []

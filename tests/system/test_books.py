@@ -145,7 +145,7 @@ class Play(RuleBasedStateMachine):
 
         def settled() -> bool:
             stats = self.kernel.stats()
-            return (stats["mappings"], stats["processes"], stats["estates"]) == (count, processes, 0)
+            return (stats["mappings"], stats["processes"], stats["inheritances"]) == (count, processes, 0)
 
         wait_until(settled, f"{count} mappings of {processes} processes")
 

@@ -78,8 +78,8 @@ FACE = {
     "Handle": "length parse path rights token",
     "Kernel": "ending register serve start stop unregister",
     "KernelHandle": "audit connect has_ended pid register settle shutdown snapshot spawn stats trace unregister",
-    "Limits": "buffers calls connections estates given_up half_sent handles mappings orphans processes reserve running "
-    "seconds segments undecoded unread",
+    "Limits": "buffers calls connections given_up half_sent handles inheritances mappings orphans processes reserve "
+    "running seconds segments stock undecoded unread",
     "MappingAccessRights": " ".join(realmap.MappingAccessRights.__members__),
     "MemoryInfo": "address length phys_offset refcount rights type",
     "MemoryType": " ".join(realmap.MemoryType.__members__),

@@ -113,7 +113,7 @@ class Company:
                 self.silent.sock.send(b"\0" + msgspec.msgpack.encode(ask))
         with Control(path) as control:
             wait_until(lambda: len(control.snapshot().outbox) > 3, "copies that wait")
-            wait_until(lambda: control.stats()["estates"] == control.stats()["running"] == 1, "the others")
+            wait_until(lambda: control.stats()["inheritances"] == control.stats()["running"] == 1, "the others")
 
     def _inherits(self, path: str) -> None:
         """A child whose parent has died, and which maps what that had."""

@@ -59,7 +59,7 @@ def test_limits_are_told_as_they_are_in_force(limited: KernelHandle) -> None:
         "undecoded": 16 << 20,
         "buffers": 1024,
         "orphans": 4096,
-        "estates": 256,
+        "inheritances": 256,
         "reserve": 32,
         "stock": 1 << 20,
     }

@@ -146,7 +146,7 @@ class Runner:
             except (psutil.Error, KernelError, OSError) as error:
                 self._failures.append(f"the kernel died: {error}")
             if self._deadline is not None and now > self._deadline + PATIENCE:
-                self._failures.append(f"users died not: {PATIENCE} s after the end some are still at work")
+                self._failures.append(f"users are left: {PATIENCE} s after the end some are still at work")
 
     def _hear(self, user: User) -> None:
         assert user.sock is not None

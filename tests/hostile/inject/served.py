@@ -108,7 +108,7 @@ def names(*pids: int) -> list[str]:
 
 
 def land_maps() -> list[str]:
-    """What this process has mapped in the two lands, but stakes."""
+    """What this process has mapped in the two lands, but anchors."""
     return [
         f"{entry.start:#x} {entry.perms}"
         for entry in procfs.maps("self", USER_LAND.start, KERNEL_LAND.end)

@@ -328,8 +328,8 @@ def test_segments_get_none_of_the_reserve() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_estates_of_a_uid() -> None:
-    books = Books({}, Limits(estates=2), KernelMemory(length=16 * PAGE))
+def test_inheritances_of_a_uid() -> None:
+    books = Books({}, Limits(inheritances=2), KernelMemory(length=16 * PAGE))
     made: list[UserProcess] = []
     for pid in range(1, 5):
         made.append(books.admit(pid, 7))
@@ -338,10 +338,10 @@ def test_estates_of_a_uid() -> None:
         channel.close_all(answer[1])
         SERVICES[messages.Forked](books, made[-1], messages.Forked(0))
     assert [books.reap(process, 0.0) for process in made] == [True, True, False, False]
-    assert (len(books.inheritance), books.frames.segments, books.peers.user(7).used["estates"]) == (2, 2, 2)
+    assert (len(books.inheritance), books.frames.segments, books.peers.user(7).used["inheritances"]) == (2, 2, 2)
     for dead in books.inheritance:
         books.inheritance.end(dead)
-    assert (books.frames.segments, books.peers.user(7).used["estates"]) == (0, 0)
+    assert (books.frames.segments, books.peers.user(7).used["inheritances"]) == (0, 0)
 
 
 def test_a_handle_that_nobody_could_count_is_not_made() -> None:

@@ -216,12 +216,12 @@ def test_a_forked_child_has_no_kernelland(make_mapping: Make, kernel_memory: Ker
     mirror.drop()
 
 
-# ---- stakes -------------------------------------------------------------------------------
+# ---- anchors -------------------------------------------------------------------------------
 
 SLOT = 1 << 39
 
 
-def stakes() -> list[int]:
+def anchors() -> list[int]:
     return [
         entry.start
         for entry in procfs.maps("self", KERNEL_LAND.start, KERNEL_LAND.end)
@@ -229,50 +229,50 @@ def stakes() -> list[int]:
     ]
 
 
-def test_a_stake_stands_above_the_mirrors_for_as_long_as_the_land(make_mapping: Callable[..., Mapping]) -> None:
+def test_an_anchor_stands_above_the_mirrors_for_as_long_as_the_land(make_mapping: Callable[..., Mapping]) -> None:
     kernel = KernelMemory()
-    assert (kernel.stakes, stakes()) == ([], []), "not before there is a mirror"
+    assert (kernel.anchors, anchors()) == ([], []), "not before there is a mirror"
     CrossProcessMapping.mirror_mapping(make_mapping(PAGE), 0, 1, kernel=kernel).drop()
-    assert kernel.stakes == stakes() == [kernel.start + SLOT - PAGE]
+    assert kernel.anchors == anchors() == [kernel.start + SLOT - PAGE]
     pid = os.fork()
     if not pid:
-        os._exit(len(stakes()) + len(kernel.stakes))
+        os._exit(len(anchors()) + len(kernel.anchors))
     assert os.waitpid(pid, 0)[1] == 0, "a fork has no part in it"
     del kernel
     gc.collect()
-    assert stakes() == []
+    assert anchors() == []
 
 
-def test_a_stake_is_never_in_the_way(make_mapping: Callable[..., Mapping]) -> None:
+def test_an_anchor_is_never_in_the_way(make_mapping: Callable[..., Mapping]) -> None:
     """Mirrors up to it, across it (they go behind it), and where it stands."""
     mapping = make_mapping(8 * PAGE)
     kernel = KernelMemory(KERNEL_LAND.start, 2 * SLOT)
-    stake = KERNEL_LAND.start + SLOT - PAGE
+    anchor = KERNEL_LAND.start + SLOT - PAGE
     CrossProcessMapping.mirror_mapping(mapping, 0, 1, kernel=kernel).drop()
-    assert kernel._move(kernel._cursor, stake - 39 * PAGE, kernel._hole_end)
+    assert kernel._move(kernel._cursor, anchor - 39 * PAGE, kernel._hole_end)
     made = [CrossProcessMapping.mirror_mapping(mapping, 0, 5 * PAGE, kernel=kernel) for _ in range(12)]
-    assert kernel.stakes == [stake, stake + SLOT]
+    assert kernel.anchors == [anchor, anchor + SLOT]
     for mirror in made:
-        assert mirror._base + 5 * PAGE <= stake or mirror._base >= stake + PAGE
-    assert sum(mirror._base > stake for mirror in made) == 12 - 39 // 6
+        assert mirror._base + 5 * PAGE <= anchor or mirror._base >= anchor + PAGE
+    assert sum(mirror._base > anchor for mirror in made) == 12 - 39 // 6
     address = kernel.find_virtual_space(3 * PAGE)
-    assert not address <= stake < address + 3 * PAGE
+    assert not address <= anchor < address + 3 * PAGE
     for mirror in made:
         mirror.drop()
     assert land_maps() == []
 
 
-def test_a_small_land_has_no_stake(make_mapping: Callable[..., Mapping]) -> None:
+def test_a_small_land_has_no_anchor(make_mapping: Callable[..., Mapping]) -> None:
     kernel = KernelMemory(KERNEL_LAND.start, 64 * PAGE)
     CrossProcessMapping.mirror_mapping(make_mapping(PAGE), 0, 1, kernel=kernel).drop()
-    assert (kernel.stakes, stakes()) == ([], [])
+    assert (kernel.anchors, anchors()) == ([], [])
 
 
-def test_what_stands_where_a_stake_would_is_left_alone(make_mapping: Callable[..., Mapping]) -> None:
+def test_what_stands_where_an_anchor_would_is_left_alone(make_mapping: Callable[..., Mapping]) -> None:
     there = Window._map(KERNEL_LAND.start + SLOT - PAGE, PAGE, 3, -1, 0, 0, PAGE, 0)
     memoryview(there)[0] = 7
     kernel = KernelMemory()
     CrossProcessMapping.mirror_mapping(make_mapping(PAGE), 0, 1, kernel=kernel).drop()
-    assert kernel.stakes == []
+    assert kernel.anchors == []
     assert memoryview(there)[0] == 7
     there._unmap()
