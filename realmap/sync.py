@@ -112,7 +112,8 @@ class Lock(_InBuffer, _core.SharedLock):
 
     The thread that has acquired it releases it, by the same object. A forked child does not hold what its parent
     does. A buffer is not unmapped under a lock that is held (BufferError). An object that is forgotten while it holds
-    its lock leaves it held until the thread ends, and the buffer mapped.
+    its lock leaves it held until the thread ends, and the buffer mapped; one whose thread has ended with it leaves the
+    buffer mapped until it is acquired again. Of a thread that dies Linux sees to 2,048 locks (ROBUST_LIST_LIMIT).
     """
 
     __slots__ = ()
@@ -240,12 +241,14 @@ class Queue(_core.SharedQueue):
         if owner.path != self.buffer.process.path:
             raise InvalidHandle(owner.path, why="the buffer is of another kernel than the queue")
         handle = owner.share(buffer, uses=1, keep=travel.TRANSIT)
+        there = [False]
         try:
             told = _HANDLE.pack(bytes.fromhex(handle.token), handle.length, int(handle.rights))
-            if not self._put_handle(told, timeout):
+            if not self._put_handle(told, timeout, there):
                 raise queue.Full("no room in the queue")
         except BaseException:  # nobody will ever have it
-            owner.revoke(handle)
+            if not there[0]:
+                owner.revoke(handle)
             raise
 
     def _attached(self, told: bytes) -> Buffer:

@@ -56,6 +56,9 @@ static int take_back(Shared *lock, PyObject *first[3])
         tried = take_mutex(lock, &lock->spot->mutex, INT64_MAX);
         if (tried >= 0)
             taken = lock_taken(lock, tried) < 0 && !has_lock(lock) ? -1 : 0;
+        if (tried == EOWNERDEAD && !taken) /* to be told of that matters more than what a handler has raised */
+            for (int i = 0; i < 3; i++)
+                Py_CLEAR(first[i]);
         put_aside(first);
     }
     put_aside(first);
@@ -83,13 +86,9 @@ static void set_permits(Spot *spot, uint32_t count)
     atomic_store_explicit(&spot->argument, ruined | count, memory_order_relaxed);
 }
 
-static PyObject *condition_wait(PyObject *op, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
+static PyObject *wait_entered(Shared *self, Shared *lock, int64_t deadline)
 {
-    Shared *self = as_shared(op), *lock = lock_of(op);
     Spot *spot = self->spot;
-    int64_t deadline = timeout_of(args, nargs, names);
-    if (deadline < 0 || condition_enter(op))
-        return NULL;
     PyObject *first[3] = {NULL};
     _Atomic uint32_t unseen = 0; /* all who wait are counted, not only those asleep */
     uint32_t began = atomic_load_explicit(&spot->word, memory_order_relaxed), seen = began;
@@ -113,6 +112,18 @@ static PyObject *condition_wait(PyObject *op, PyObject *const *args, Py_ssize_t 
     return raise_first(first) ? NULL : PyBool_FromLong(permitted);
 }
 
+static PyObject *condition_wait(PyObject *op, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
+{
+    Shared *self = as_shared(op), *lock = lock_of(op);
+    int64_t deadline = timeout_of(args, nargs, names);
+    if (deadline < 0 || condition_enter(op))
+        return NULL;
+    self->window->exports++; /* also while its lock is waited for, which may lie in another buffer */
+    PyObject *answer = wait_entered(self, lock, deadline);
+    self->window->exports--;
+    return answer;
+}
+
 static PyObject *condition_notify(PyObject *op, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
     Shared *self = as_shared(op);
@@ -122,9 +133,10 @@ static PyObject *condition_notify(PyObject *op, PyObject *const *args, Py_ssize_
     if (arguments_of(args, nargs, names, (const char *[]){"n"}, &given, 1) || (given && as_i64(given, &count)) ||
         condition_enter(op))
         return NULL;
-    uint32_t waiting = atomic_load_explicit(&spot->sleepers, memory_order_relaxed), free = waiting - permits_of(spot);
+    uint32_t waiting = atomic_load_explicit(&spot->sleepers, memory_order_relaxed), given_out = permits_of(spot);
+    uint32_t most = waiting < INT32_MAX ? waiting : INT32_MAX, free = most > given_out ? most - given_out : 0;
     if (count > 0 && waiting) {
-        set_permits(spot, permits_of(spot) + (count < free ? (uint32_t)count : free));
+        set_permits(spot, given_out + (count < free ? (uint32_t)count : free));
         atomic_fetch_add(&spot->word, 1);
         wake_sleepers(&spot->word, &spot->sleepers, count < INT32_MAX ? (int)count : INT32_MAX);
     }

@@ -39,9 +39,17 @@ static int lost_mutex(Shared *self)
     return shared_leave(self);
 }
 
+/* Not a pthread_t, which the next thread has again. */
+static unsigned long this_thread(void)
+{
+    static _Thread_local unsigned long mine;
+    static unsigned long last;
+    return mine ? mine : (mine = ++last);
+}
+
 static int has_lock(const Shared *self)
 {
-    return self->held && self->thread == PyThread_get_thread_ident() && self->epoch == fork_epoch;
+    return self->held && self->thread == this_thread() && self->epoch == fork_epoch;
 }
 
 /* What is said of it is not left to the C library: glibc's trylock keeps a mutex that it says is not recoverable. */
@@ -70,7 +78,7 @@ static int lock_taken(Shared *self, int outcome)
     if (!self->held) /* else its thread has died, or it was the parent's */
         self->window->exports++;
     self->held = 1;
-    self->thread = PyThread_get_thread_ident();
+    self->thread = this_thread();
     self->epoch = fork_epoch;
     self->orphaned = outcome == EOWNERDEAD;
     return self->orphaned ? raise_owner_died(self) : 1;

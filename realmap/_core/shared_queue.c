@@ -26,6 +26,7 @@ typedef struct {
     uint32_t count; /* messages that it holds */
     uint32_t mask;  /* of a message's number: which slot */
     uint32_t size;  /* bytes that a message has at most */
+    uint32_t own_put, own_taken; /* where this object left its own side: moved since, what was seen is of old */
     uint32_t seen_put, seen_taken; /* as last seen of the other side: not to share its cache line each time */
 } SharedQueue;
 
@@ -143,7 +144,7 @@ static int queue_put_item(SharedQueue *self, const void *data, uint32_t length, 
         if (taken <= 0)
             return taken;
         uint32_t put = atomic_load_explicit(&side->word, memory_order_relaxed);
-        if (put - self->seen_taken >= self->count)
+        if (put != self->own_put || put - self->seen_taken >= self->count)
             self->seen_taken = atomic_load_explicit(&takers->word, memory_order_acquire);
         uint32_t full_at = self->seen_taken;
         if (put - full_at < self->count) {
@@ -151,6 +152,7 @@ static int queue_put_item(SharedQueue *self, const void *data, uint32_t length, 
             item->length = length;
             item->what = what;
             move(item->bytes, data, length);
+            self->own_put = put + 1;
             atomic_store_explicit(&side->word, put + 1, memory_order_release);
             if (queue_give_back(self, side))
                 return -1;
@@ -186,13 +188,13 @@ static PyObject *queue_get_item(SharedQueue *self, uint32_t *what, int64_t deadl
         if (queue_take(self, side, deadline) <= 0)
             return NULL;
         uint32_t taken = atomic_load_explicit(&side->word, memory_order_relaxed);
-        if (self->seen_put - taken - 1 >= self->count) /* none, or others have taken what was seen */
+        if (taken != self->own_taken || self->seen_put - taken - 1 >= self->count) /* none, or others have taken what was seen */
             self->seen_put = atomic_load_explicit(&putters->word, memory_order_acquire);
         uint32_t empty_at = self->seen_put;
         if (empty_at != taken) {
             PyObject *bytes = copy_item(self, item_at(self, taken), what);
             if (bytes)
-                atomic_store_explicit(&side->word, taken + 1, memory_order_release);
+                self->own_taken = taken + 1, atomic_store_explicit(&side->word, taken + 1, memory_order_release);
             if (queue_give_back(self, side))
                 Py_CLEAR(bytes);
             else if (bytes)
@@ -238,12 +240,14 @@ static PyObject *queue_put_handle(PyObject *op, PyObject *const *args, Py_ssize_
     SharedQueue *self = as_queue(op);
     char *data;
     Py_ssize_t length;
-    if (wants(nargs, 2, "_put_handle") || PyBytes_AsStringAndSize(args[0], &data, &length))
+    if (wants(nargs, 3, "_put_handle") || !PyList_Check(args[2]) || PyBytes_AsStringAndSize(args[0], &data, &length))
         return NULL;
     int64_t deadline = deadline_given(args[1]);
     if ((size_t)length > self->stride - sizeof(Item))
         return PyErr_Format(PyExc_ValueError, "the queue has no room for that");
     int done = deadline < 0 ? -1 : queue_put_item(self, data, (uint32_t)length, BUFFER, deadline);
+    if (done > 0)
+        PyList_SetItem(args[2], 0, Py_NewRef(Py_True)); /* before a signal handler can raise */
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 

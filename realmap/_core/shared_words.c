@@ -77,6 +77,7 @@ static PyObject *event_set(PyObject *op, PyObject *Py_UNUSED(ignored))
     Shared *self = as_shared(op);
     if (shared_enter(self))
         return NULL;
+    atomic_thread_fence(memory_order_seq_cst);
     uint32_t word = atomic_load_explicit(&self->spot->word, memory_order_relaxed);
     do {
         if (word & 1)
@@ -95,6 +96,7 @@ static PyObject *event_clear(PyObject *op, PyObject *Py_UNUSED(ignored))
     uint32_t word = atomic_load_explicit(&self->spot->word, memory_order_relaxed);
     while (word & 1 && !atomic_compare_exchange_weak(&self->spot->word, &word, word + 1))
         ;
+    atomic_thread_fence(memory_order_seq_cst);
     return none_unless(shared_leave(self));
 }
 

@@ -74,6 +74,19 @@ static int mutex_tried(Wait *self)
 
 static void sleep_on_mutex(Wait *self, const struct timespec *until)
 {
+#ifdef __GLIBC__
+    /* It aborts the process where Linux says EFAULT, of a segment that was cut short. So its word, which the robust list
+     * makes known to Linux, is slept on by hand. */
+    _Static_assert(!offsetof(pthread_mutex_t, __data.__lock), "the word of a mutex is its first");
+    _Atomic uint32_t *word = (_Atomic uint32_t *)(void *)self->mutex;
+    uint32_t seen = atomic_load(word);
+    if (!mutex_tried(self) && seen & FUTEX_TID_MASK && !(seen & FUTEX_OWNER_DIED) &&
+        (seen & FUTEX_WAITERS || atomic_compare_exchange_strong(word, &seen, seen | FUTEX_WAITERS)))
+        syscall(SYS_futex, word, FUTEX_WAIT_BITSET, seen | FUTEX_WAITERS, until, NULL, FUTEX_BITSET_MATCH_ANY);
+    if (mutex_tried(self) && (self->outcome == 0 || self->outcome == EOWNERDEAD))
+        atomic_fetch_or(word, FUTEX_WAITERS); /* others may sleep as well */
+    return;
+#endif
     if (HAS_CLOCKLOCK) {
         self->outcome = pthread_mutex_clocklock(self->mutex, CLOCK_MONOTONIC, until);
     } else {

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from types import FrameType
 
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, in_threads, wait_until
 from held import held_elsewhere
 
 import realmap
-from realmap import Buffer, KernelPanic, Process
+from realmap import Buffer, KernelPanic, OwnerDied, Process
 from realmap.sync import Barrier, Condition, Event, Lock, Queue, Semaphore
 
 #: What waits for an event that never comes, on a page of its own.
@@ -140,6 +140,118 @@ def test_a_handler_that_raises_at_any_moment_leaves_nothing_held(
         signal.signal(signal.SIGALRM, before)
     page.unmap()
     box.buffer.unmap()
+
+
+def test_that_an_owner_died_comes_before_what_a_handler_raised(page: Buffer) -> None:
+    condition, raised = Condition(page), threading.Event()
+
+    def stop(*_: object) -> None:
+        raised.set()
+        raise Stop
+
+    def die() -> None:
+        condition.acquire()  # once the other one waits
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        assert raised.wait(BOUND)  # and with it
+
+    before = signal.signal(signal.SIGALRM, stop)
+    thread = threading.Thread(target=die)
+    try:
+        condition.acquire()
+        thread.start()
+        with pytest.raises(OwnerDied):
+            condition.wait(BOUND)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        thread.join(BOUND)
+    condition.recovered()
+    condition.release()
+    with condition:
+        pass
+
+
+def test_a_fork_in_a_wait_leaves_the_condition_as_it_was() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=BOUND)
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+
+
+FORKED = """
+import os, signal, realmap
+from realmap.sync import Condition
+with realmap.boot() as kernel, kernel.connect() as me:
+    condition, top = Condition(me.map(100)), os.getpid()
+    signal.signal(signal.SIGALRM, lambda *_: os.fork())
+    with condition:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        condition.wait(0.2)
+    if os.getpid() != top:
+        os._exit(0)
+    os.wait()
+    for _ in range(2):
+        with condition:
+            condition.notify_all()
+    with condition:
+        print("fine")
+"""
+
+
+# ---- threads and buffers that are not those that were --------------------------------------------
+
+
+def test_a_later_thread_has_not_what_a_dead_one_held(page: Buffer) -> None:
+    """Python gives the ident of a thread that has ended to the next one."""
+    lock, other = Lock(page), Lock(page)
+    in_threads(1, lambda _: lock.acquire())
+    with pytest.raises(OwnerDied):
+        other.acquire()
+    other.recovered()
+
+    def release(_: int) -> None:
+        with pytest.raises(KernelPanic):
+            lock.release()
+
+    in_threads(1, release)
+    other.release()
+    with lock:
+        pass
+
+
+def test_a_condition_is_not_unmapped_while_its_lock_is_waited_for(me: Process, page: Buffer) -> None:
+    lock, beside = Lock(page), me.map(PAGE)
+    condition, waiting = Condition(beside, 0, Lock(page)), threading.Event()
+
+    def wait() -> None:
+        with condition:
+            waiting.set()
+            assert condition.wait(BOUND)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert waiting.wait(BOUND)
+    with lock:
+        Condition(beside, 0, lock).notify()
+        end = time.monotonic() + 0.1  # by then it has woken, and wants its lock
+        while time.monotonic() < end:
+            with pytest.raises(BufferError):
+                beside.unmap()
+    thread.join(BOUND)
+    beside.unmap()
+
+
+def test_a_buffer_that_was_put_is_there_whatever_comes_then(kernel: realmap.KernelHandle, me: Process) -> None:
+    class Interrupted(Queue):
+        __slots__ = ()
+
+        def _put_handle(self, *arguments: object) -> bool:
+            super()._put_handle(*arguments)  # type: ignore[arg-type]
+            raise Stop  # a signal handler's, as it returns
+
+    sent = me.map(100)
+    sent[:5] = b"hello"
+    filled = Interrupted(me, slots=2, size=8)
+    with pytest.raises(Stop):
+        filled.put(sent)
+    assert filled.get(BOUND)[:5] == b"hello"
 
 
 # ---- memory that goes -----------------------------------------------------------------------
