@@ -275,6 +275,11 @@ def too_long(size: int, most: int) -> InvalidSize:
     return InvalidSize(size, why=f"a message of this queue has {most} bytes at most")
 
 
+def unmapped(address: int) -> InvalidAddress:
+    """Of a buffer that is used after its end."""
+    return InvalidAddress(address, why="the buffer is unmapped")
+
+
 def not_here(address: int, why: str) -> InvalidMemState:
     """For who would synchronize by bytes that are no such thing, or not any more."""
     return InvalidMemState(address, why=why)

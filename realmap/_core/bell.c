@@ -5,12 +5,16 @@
  * so the bell has itself called once more, and nobody is forgotten. */
 #include "core.h"
 
+/* After so many nanoseconds a loop is told again. */
+#define LOST 5000000
+
 typedef struct {
     PyObject_HEAD
     PyObject *look;
     PyObject *soon;
+    PyObject *closed;
     Answer *over, **last; /* what its loop has not taken note of yet, the first one first */
-    int rung;             /* the loop will call it */
+    int64_t rung;         /* when the loop was told to call it; 0: it has */
     Post post; /* what the loop watches: the connection's socket, by a descriptor of its own */
 } Bell;
 
@@ -22,9 +26,17 @@ static int ring_the_loop(PyObject *op)
 {
     PyObject *type = NULL, *value = NULL, *traceback = NULL, *done = NULL;
     int closed = 0;
-    if (as_bell(op)->rung)
-        return 1;
-    as_bell(op)->rung = 1; /* before: the loop may call it before this returns */
+    /* It will call, unless it has been closed since; or a signal handler that raised in the loop has lost it. */
+    if (as_bell(op)->rung && nanoseconds() - as_bell(op)->rung < LOST) {
+        PyErr_Fetch(&type, &value, &traceback);
+        done = PyObject_CallNoArgs(as_bell(op)->closed);
+        closed = done && PyObject_IsTrue(done) == 1;
+        Py_XDECREF(done);
+        if (type)
+            PyErr_Restore(type, value, traceback);
+        return !closed;
+    }
+    as_bell(op)->rung = nanoseconds(); /* before: the loop may call it before this returns */
     for (int tries = 0; tries < 100 && !done && closed < 2; tries++) {
         done = PyObject_CallFunctionObjArgs(as_bell(op)->soon, op, NULL);
         if (done)
@@ -49,15 +61,17 @@ static int ring_the_loop(PyObject *op)
     return 1;
 }
 
-/* Bell(look, soon): `look()` is what the loop does then; `soon(bell)` has it call the bell, from any thread. */
+/* Bell(look, soon, closed): `look()` is what the loop does then; `soon(bell)` has it call the bell, from any thread;
+ * `closed()` whether it never will again. */
 static PyObject *bell_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(keywords))
 {
-    if (wants(PyTuple_Size(args), 2, "Bell"))
+    if (wants(PyTuple_Size(args), 3, "Bell"))
         return NULL;
     PyObject *op = new_object(type);
     if (op) {
         as_bell(op)->look = Py_NewRef(PyTuple_GetItem(args, 0));
         as_bell(op)->soon = Py_NewRef(PyTuple_GetItem(args, 1));
+        as_bell(op)->closed = Py_NewRef(PyTuple_GetItem(args, 2));
         as_bell(op)->post.fd = -1;
         as_bell(op)->last = &as_bell(op)->over;
     }
@@ -139,6 +153,7 @@ static int bell_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(as_bell(op)->look);
     Py_VISIT(as_bell(op)->soon);
+    Py_VISIT(as_bell(op)->closed);
     for (Answer *at = as_bell(op)->over; at; at = at->after)
         Py_VISIT((PyObject *)at);
     return 0;
@@ -150,6 +165,7 @@ static int bell_clear(PyObject *op)
         Py_XDECREF(bell_drop(op, (PyObject *)at));
     Py_CLEAR(as_bell(op)->look);
     Py_CLEAR(as_bell(op)->soon);
+    Py_CLEAR(as_bell(op)->closed);
     return 0;
 }
 

@@ -103,12 +103,16 @@ static void queue_tell_of_mail(Duplex *self)
         futex(&self->out->asleep, FUTEX_WAKE, 1, NULL);
 }
 
-/* Whether something was sent by the socket since this was asked. */
-static int queue_has_mail(Duplex *self)
+/* Whether something was sent by the socket since that was noted. */
+static int queue_has_mail(const Duplex *self)
 {
-    uint32_t before = self->in_mailed;
+    return atomic_load_explicit(&self->in->mailed, memory_order_acquire) != self->in_mailed;
+}
+
+/* It is about to be read. */
+static void queue_note_mail(Duplex *self)
+{
     self->in_mailed = atomic_load_explicit(&self->in->mailed, memory_order_acquire);
-    return self->in_mailed != before;
 }
 
 /* For how many others the other side is at work. */

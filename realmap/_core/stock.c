@@ -141,7 +141,9 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
     int own = 0;
     while (own < PLACES && (!window->used || self->stock[own].used != window->used || !self->stock[own].base))
         own++;
-    int crowded = own == PLACES && free_place(self) == PLACES;
+    /* Not while anything is on its way: it may name these bytes, and the kernel is to hear of that first. */
+    int silent = own < PLACES && !self->table.count;
+    int crowded = !silent && free_place(self) == PLACES;
     if (crowded)
         make_place(self, kind, window->span);
     if (!places || crowded || window->forks != atomic_load(&forks) || !(window->prot & PROT_WRITE) || !window->farewell)
@@ -154,7 +156,7 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
         Py_RETURN_FALSE;
     }
     unguard(window);
-    if (own < PLACES && atomic_load(&places[own]) == USED) {
+    if (silent) {
         Parked before = self->stock[own];
         move_in(self, window, own, kind); /* first: the kernel may have it given up at once */
         if (change_place(&places[own], USED, KEPT))
@@ -163,6 +165,11 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
         window->farewell = self->stock[own].farewell;
         self->stock[own] = before;
         sweep_stock(self);
+    }
+    if (free_place(self) == PLACES) { /* the kernel has looked this moment */
+        munmap((void *)window->base, window->span);
+        window_tell(window);
+        Py_RETURN_TRUE;
     }
     PyObject *answer = ask_for_place(self, window, args[1], kind);
     if (!answer && window->farewell) { /* no memory to ask: it goes */

@@ -136,7 +136,7 @@ static int look(Endpoint *self, int64_t until)
 static void receive_all(Endpoint *self)
 {
     if (self->ring)
-        queue_has_mail(&self->ring->duplex); /* what has come by now is taken here */
+        queue_note_mail(&self->ring->duplex); /* what has come by now is taken here */
     while (receive_one(self))
         ;
 }
@@ -180,6 +180,10 @@ static int lead(Endpoint *self, Answer *answer, int64_t until, int ask)
         queue_say(&self->ring->duplex, AWAKE);
     self->armed = 0;
     while (answer->outcome == ON_ITS_WAY && !self->end) {
+        if (self->ring && queue_has_mail(&self->ring->duplex)) { /* first: others may keep the ring busy for ever */
+            receive_all(self);
+            continue;
+        }
         if (take_from_ring(self))
             continue;
         if (ask) {

@@ -38,7 +38,7 @@ VARIABLE = "REALMAP_DIR"
 #: sun_path of unix(7) holds 108 bytes with the final NUL.
 LONGEST_PATH = 107
 #: What the name of a socket ends with until it can be connected to.
-NEW = ".new"
+NEW = ".lock.new"
 #: Of the name of a socket in its directory: a longer path is reached by way of /proc/self/fd/N/NAME.
 LONGEST_NAME = LONGEST_PATH - len("/proc/self/fd/2147483647/" + NEW)
 SEGMENT_PREFIX = "realmap."
@@ -226,7 +226,8 @@ class SocketLock:
 
     def _unlink_new(self) -> None:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path + NEW)
+            if stat.S_ISSOCK(os.lstat(self.path + NEW).st_mode):
+                os.unlink(self.path + NEW)
 
     def _require_dead(self) -> None:
         """InvalidHandle: somebody listens on the socket, who has never heard of our locks."""
@@ -258,11 +259,12 @@ class SocketLock:
         """Unlinks socket and lock, and gives the path free. Again: nothing."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):  # where the socket stays, so does the lock: it is swept by that
-                self._unlink_new()
-                with contextlib.suppress(FileNotFoundError):
-                    if stat.S_ISSOCK(os.lstat(self.path).st_mode):
-                        os.unlink(self.path)
-                os.unlink(self._lock)
+                if self._is_at(self._fd):  # else the path is another's by now
+                    self._unlink_new()
+                    with contextlib.suppress(FileNotFoundError):
+                        if stat.S_ISSOCK(os.lstat(self.path).st_mode):
+                            os.unlink(self.path)
+                    os.unlink(self._lock)
             files.close(self._fd)
             self._fd = -1
 

@@ -142,6 +142,8 @@ class Dispatch:
         return ask(connection, request.about)
 
     def _answer_later(self, connection: Connection, process: UserProcess, id: int, later: Later) -> None:
+        tries = 2
+
         def work() -> None:
             try:
                 finish(later.work())
@@ -153,7 +155,9 @@ class Dispatch:
             self._loop.post(lambda: end(frames))
 
         def end(got: SharedFrames | BaseException) -> None:
-            if isinstance(got, PhysicalMemoryExhaustion) and process.alive and self._books.give_way(process):
+            nonlocal tries
+            if isinstance(got, PhysicalMemoryExhaustion) and process.alive and tries and self._books.give_way(process):
+                tries -= 1
                 connection.maps.submit(work, failed)  # once more
                 connection.maps.ended()
                 return

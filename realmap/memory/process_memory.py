@@ -149,6 +149,7 @@ class ProcessMemory:
 
     def empty_stock(self) -> None:
         """Its process has unmapped what it had parked; what it uses again it has."""
+        self.stock.withdraw()  # first: what it has taken again by then stays taken
         self._tree()
         self.stock.clear()
 

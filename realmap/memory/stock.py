@@ -161,6 +161,13 @@ class Stock:
         frames.let_go(parked)
         return True
 
+    def withdraw(self) -> None:
+        """Nothing of it is used again from here on, but for what is used already."""
+        for place, parked in list(self._windows.items()):
+            if parked.frames is not None and self._words is not None and self._words._reclaim(place):
+                self._remove(place, parked)
+                parked.frames.let_go(parked)
+
     def clear(self) -> None:
         """Its process has unmapped them all, or has ended."""
         for place, parked in list(self._windows.items()):

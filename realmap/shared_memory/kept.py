@@ -54,7 +54,7 @@ class _Keeper:
         """ValueError, OSError: its kernel has no status page, or not for us."""
         self.names = Names(client.path)
         self._fd = client.endpoint.fileno()
-        self._windows: dict[tuple[str, MappingAccessRights | None], tuple[UserWindow, int]] = {}
+        self._windows: dict[tuple[str, MappingAccessRights | None], tuple[UserWindow, int, int]] = {}
         #: In which edition of the names they were attached.
         self._edition = -1
 
@@ -66,7 +66,7 @@ class _Keeper:
             self.clear()
             return None
         found = self._windows.pop(key, None)
-        return found if found is not None and found[0].alive else None
+        return found[:2] if found is not None and found[2] == self._edition and found[0].alive else None
 
     def put(self, block: Attached) -> bool:
         """Keeps a block, if nobody sees it and its name has not ended."""
@@ -81,11 +81,11 @@ class _Keeper:
                 break
             self._windows.pop(key, None)
         block._drop()
-        self._windows[block._key] = window, length
+        self._windows[block._key] = window, length, block._edition
         return True
 
     def _size(self) -> int:
-        return sum(window._span for window, _ in list(self._windows.values()))
+        return sum(window._span for window, *_ in list(self._windows.values()))
 
     def _is_quiet(self) -> bool:
         """Whether the kernel lives, as far as can be seen, and says nothing."""

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 from realmap._core import ANSWERED, View, Window
-from realmap.errors import InvalidAddress, InvalidSize
+from realmap.errors import InvalidAddress, InvalidSize, unmapped
 from realmap.host import translate
 from realmap.memory import views
 from realmap.memory.byte_access import ByteAccess
@@ -110,13 +110,13 @@ class Buffer(View, ByteAccess):
         if not size or start + size > len(self):
             raise InvalidSize(size, why=f"offset {start} + length {size} is no part of a buffer of {len(self)} bytes")
         if not self.alive:
-            raise InvalidAddress(self.address, why="the buffer is unmapped")
+            raise unmapped(self.address)
         return part_of(self._window, self.address + start, size)
 
     def check(self) -> None:
         """InvalidAddress: it is unmapped. MemoryFault: bytes of it are gone."""
         if not self.alive:
-            raise InvalidAddress(self.address, why="the buffer is unmapped")
+            raise unmapped(self.address)
         if self.fault is not None:
             raise self._memory_fault(self.fault)
 

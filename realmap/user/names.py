@@ -41,19 +41,24 @@ def make(
     memory = messages.Map(number, size, int(MemoryType.HEAP), int(u_rw), None, segment, commit)
     end = messages.Revoke(0, NAMED + name)
 
+    ended = False
+
     def give_back(place: Any) -> bytes:
+        nonlocal ended
+        ended = True
         client.notice(end)
         return process._farewell(place[0], place[1])
 
     request = messages.Publish(number, memory, name, math.inf if keep else 0.0)
     place, answer = client.request(request, name="map", late=give_back)
-    window = map_window(process, place, lambda _: (0, place[1]), answer, u_rw)
     try:
+        window = map_window(process, place, lambda _: (0, place[1]), answer, u_rw)
         if commit:
             fault_in(window)
         return part_of(window, window._base, size)
     except BaseException:  # a signal handler's: nobody will ever have it
-        client.notice(end)
+        if not ended:
+            client.notice(end)
         raise
 
 

@@ -74,14 +74,14 @@ def test_a_loop_looks_once_for_many_answers(me: Process) -> None:
     looks = [0]
 
     async def work() -> None:
-        waiter = Waiter.of(me._client)
+        waiter, loop = Waiter.of(me._client), asyncio.get_running_loop()
         look = waiter._look
 
         def counted() -> None:
             looks[0] += 1
             look()
 
-        waiter._bell = Bell(counted, asyncio.get_running_loop().call_soon_threadsafe)
+        waiter._bell = Bell(counted, loop.call_soon_threadsafe, loop.is_closed)
         answers = await asyncio.gather(*(me.acall("echo", number) for number in range(30)))
         assert answers == [[number] for number in range(30)]
 

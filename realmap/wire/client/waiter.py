@@ -33,7 +33,7 @@ class Waiter:
         self._client = client
         self._loop = loop
         #: What whoever reads rings, from any thread: an answer is there, or somebody has to read from now on.
-        self._bell = Bell(self._look, loop.call_soon_threadsafe)
+        self._bell = Bell(self._look, loop.call_soon_threadsafe, loop.is_closed)
         self._waiting: dict[Answer, asyncio.Future[None]] = {}
         self._looking = False
         self._watching = 0
