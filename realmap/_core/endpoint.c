@@ -14,7 +14,7 @@
  * now. An exception is set then. */
 static int has_gone(PyObject *holds)
 {
-    Py_ssize_t count = PyTuple_Check(holds) ? PyTuple_Size(holds) : 0;
+    Py_ssize_t count = holds && PyTuple_Check(holds) ? PyTuple_Size(holds) : 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *held = PyTuple_GetItem(holds, i);
         if (PyObject_TypeCheck(held, view_type) && !view_is_alive(held)) {
