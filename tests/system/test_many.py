@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
+import time
 
-from conftest import BOUND, in_threads
+from conftest import BOUND, in_threads, wait_until
 from raw_client import RawClient
 
 import realmap
@@ -87,3 +89,40 @@ def test_a_loop_looks_once_for_many_answers(me: Process) -> None:
 
     asyncio.run(work())
     assert looks[0] < 30
+
+
+def test_a_long_answer_comes_however_busy_the_ring_is(me: Process) -> None:
+    """It goes by the socket, which whoever reads for all has to look at, too."""
+    ended = threading.Event()
+
+    def work(number: int) -> None:
+        if number:
+            while not ended.is_set():
+                me.call("nop")
+            return
+        began = time.monotonic()
+        while (count := next(counted)) < 300 and time.monotonic() - began < BOUND:
+            assert len(me.call("long_text", 6000)) == 6000
+        ended.set()
+        assert count == 300
+
+    counted = itertools.count()
+    in_threads(3, work)
+
+
+def test_a_loop_that_ends_with_its_bell_rung_leaves_the_others_theirs(me: Process) -> None:
+    first, answers = asyncio.new_event_loop(), []
+    forgotten = first.create_task(me.acall("wait_for", "nobody"))
+    first.run_until_complete(asyncio.sleep(0.05))
+    thread = threading.Thread(target=lambda: answers.append(asyncio.run(me.acall("wait_for", "the second loop"))))
+    thread.start()
+    wait_until(lambda: me._client.endpoint.pending == 2)
+    me.call("nop")  # rings the first one, which does not run
+    first.close()
+    me.call("nop")
+    with Process(me.path) as other:
+        other.call("go_by_name", "the second loop")
+        thread.join(BOUND)
+        other.call("go_by_name", "nobody")
+    assert answers == ["the second loop"]
+    forgotten._log_destroy_pending = False  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -268,6 +269,57 @@ def test_many_threads(me: Process, kernel: KernelHandle) -> None:
     in_threads(4, work)
     assert not kernel.stats()["mappings"]
     assert kernel.stats()["stock"] == len(parked()) > 0
+
+
+def test_the_kernel_looks_while_all_places_are_taken_again(me: Process, kernel: KernelHandle) -> None:
+    """What it looks at while it is parked goes back by a message, or away; never into a place beyond the last."""
+    ended = threading.Event()
+
+    def look(_: int) -> None:
+        while not ended.is_set():
+            kernel.stats()
+
+    def use(_: int) -> None:
+        try:
+            for _ in range(300):
+                buffers = [me.map(PAGE) for _ in range(PLACES)]
+                assert not any(buffer[0] for buffer in buffers)
+                for buffer in buffers:
+                    buffer[0] = 1
+                    buffer.unmap()
+        finally:
+            ended.set()
+
+    in_threads(2, lambda number: (look, use)[number](number))
+    assert not kernel.stats()["mappings"]
+    assert kernel.stats()["stock"] == len(parked()) > 0
+
+
+def test_a_call_that_was_given_up_never_has_the_next_buffer(me: Process, kernel: KernelHandle) -> None:
+    """It names an address that is somebody else's by the time that it is heard: only a message says so in time."""
+    park(me, PAGE)
+    with kernel.connect() as other, ThreadPoolExecutor(1) as pool:
+        for _ in range(20):
+            buffer = me.map(PAGE)
+            buffer[:] = bytes(PAGE)
+            busy = pool.submit(other.call, "spin", 0.015)
+            with suppress(realmap.SyscallTimeout):
+                me.call("poke", buffer, b"late", 0, timeout=0.002)
+            buffer.unmap()
+            with me.map(PAGE) as later:
+                busy.result(BOUND)
+                me.call("nop")  # whatever was said before has been heard
+                assert bytes(later) == bytes(PAGE)
+
+
+def test_a_buffer_that_was_unmapped_since_it_was_looked_at_is_not_sent(me: Process) -> None:
+    """Another thread may have done that: its place may be another one's by now."""
+    buffer, client = me.map(PAGE), me._client
+    number = client.next_id()
+    message = client.encode(messages.Call(number, "nop", (buffer,), None, None))
+    buffer.unmap()
+    with pytest.raises(InvalidAddress, match="unmapped"):
+        client.endpoint.request(number, message, 1.0, (buffer,), None)
 
 
 def test_forks_beside_threads_that_map_and_unmap(me: Process, kernel: KernelHandle) -> None:
