@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 
-from conftest import BOUND, in_threads, wait_until
+from conftest import BOUND, in_threads
 from raw_client import RawClient
 
 import realmap
@@ -114,9 +114,15 @@ def test_a_loop_that_ends_with_its_bell_rung_leaves_the_others_theirs(me: Proces
     first, answers = asyncio.new_event_loop(), []
     forgotten = first.create_task(me.acall("wait_for", "nobody"))
     first.run_until_complete(asyncio.sleep(0.05))
-    thread = threading.Thread(target=lambda: answers.append(asyncio.run(me.acall("wait_for", "the second loop"))))
+    watching = threading.Event()
+
+    async def wait() -> None:
+        asyncio.get_running_loop().call_later(0.05, watching.set)
+        answers.append(await me.acall("wait_for", "the second loop"))
+
+    thread = threading.Thread(target=asyncio.run, args=(wait(),))
     thread.start()
-    wait_until(lambda: me._client.endpoint.pending == 2)
+    assert watching.wait(BOUND)
     me.call("nop")  # rings the first one, which does not run
     first.close()
     me.call("nop")
