@@ -288,7 +288,8 @@ def test_the_demo_against_its_own_report(tmp_path: Path) -> None:
             assert mirror["args"]["pid"] == file["pid"]
         assert len(found.named("reap", pid=file["pid"])) == 1
         dead = found.named("death", pid=file["pid"])
-        assert len(dead) == (file["pid"] == report["killed"]["pid"])
+        # One that has closed its connection may have ended, too, by the time that a busy kernel sees that.
+        assert len(dead) == 1 if file["pid"] == report["killed"]["pid"] else len(dead) <= 1
     (death,) = found.named("death", pid=report["killed"]["pid"])
     # A mirror outlives its owner.
     (held,) = [mirror for mirror in found.mirrors() if mirror["begin"] < death["begin"] < mirror["end"]]
