@@ -73,7 +73,7 @@ class _InBuffer(_core.Shared):
     @classmethod
     def _at(cls, buffer: Buffer, offset: SupportsIndex, number: int = 0) -> Self:
         if not isinstance(buffer, Buffer):
-            raise TypeError(f"this lies in a Buffer, not in {buffer!r}")
+            raise TypeError(f"this lies in a Buffer, as me.map(4096) makes one, not in {buffer!r}")
         start = usize(offset, "offset")
         buffer.check()
         if start % SIZE or buffer.address % SIZE:
@@ -195,7 +195,7 @@ class Barrier(_InBuffer, _core.SharedBarrier):
 class Counter(_InBuffer, _core.SharedCounter):
     """An integer from -2**63 to 2**63 - 1, at first 0, that processes change in one step.
 
-    `value`; `add(number)`: its value afterwards (OverflowError: it has 64 bits); `compare_exchange(old, new)`: whether
+    `value` (it is changed by `add` alone); `add(number)`: its value afterwards (OverflowError: it has 64 bits); `compare_exchange(old, new)`: whether
     it was `old`, and is `new` now.
     """
 

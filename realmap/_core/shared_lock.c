@@ -67,7 +67,7 @@ static int lock_taken(Shared *self, int outcome)
 {
     if (outcome && outcome != EOWNERDEAD) {
         if (outcome == EDEADLK)
-            return raise_panic("this thread holds the lock already, and would wait for itself");
+            return raise_panic("this thread holds the lock already (after OwnerDied, too), and would wait for itself");
         os_error(outcome);
         return -1;
     }
