@@ -195,8 +195,8 @@ class Barrier(_InBuffer, _core.SharedBarrier):
 class Counter(_InBuffer, _core.SharedCounter):
     """An integer from -2**63 to 2**63 - 1, at first 0, that processes change in one step.
 
-    `value` (it is changed by `add` alone); `add(number)`: its value afterwards (OverflowError: it has 64 bits); `compare_exchange(old, new)`: whether
-    it was `old`, and is `new` now.
+    `value` (it is changed by `add` alone); `add(number)`: its value afterwards (OverflowError: it has 64 bits);
+    `compare_exchange(old, new)`: whether it was `old`, and is `new` now.
     """
 
     __slots__ = ()
