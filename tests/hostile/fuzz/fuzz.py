@@ -32,6 +32,7 @@ from peer import Notes
 
 import realmap
 from realmap.host import procfs, runtime
+from realmap.user import names
 from realmap.wire import messages
 
 HERE = Path(__file__).parent
@@ -191,6 +192,13 @@ class Run:
         if not report:
             self.fail(f"the books are wrong, {when}: {report}")
 
+    def _end_names(self) -> None:
+        """Who has said that it ends in good order leaves its names to all others; any of them may end one."""
+        with self.kernel.connect() as me:
+            for handle in self.kernel.snapshot().handles:
+                if handle.is_named:
+                    names.unlink(me, handle.name.removeprefix(messages.NAMED))
+
     def _afterwards(self, before: dict[str, int], size: int) -> None:
         log = self._log.read_text(errors="replace")
         if log:
@@ -204,7 +212,9 @@ class Run:
             stats = self.kernel.stats()
             return not any(stats[name] for name in empty)
 
-        if not self._wait(gone, "all of the clients to be gone from the books"):
+        self._wait(lambda: not self.kernel.stats()["processes"], "all of the clients to be gone")
+        self._end_names()
+        if not self._wait(gone, "all that they had to be gone from the books"):
             self.fail(str(self.kernel.stats()))
         if not self._wait(lambda: self.facts() == before, "the kernel's descriptors and threads to be as before"):
             self.fail(f"before {before}, after {self.facts()}")
