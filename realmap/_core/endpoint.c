@@ -10,21 +10,6 @@
 
 /* ---- requests ----------------------------------------------------------------------------------- */
 
-/* Whether one of the buffers that a request names was unmapped since they were looked at: its place may be another's by
- * now. An exception is set then. */
-static int has_gone(PyObject *holds)
-{
-    Py_ssize_t count = holds && PyTuple_Check(holds) ? PyTuple_Size(holds) : 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *held = PyTuple_GetItem(holds, i);
-        if (PyObject_TypeCheck(held, view_type) && !view_is_alive(held)) {
-            raise_made(made_error("unmapped", Py_BuildValue("(K)", (unsigned long long)as_view(held)->start)));
-            return 1;
-        }
-    }
-    return 0;
-}
-
 /* A request that is sent, or about to be. `ordered`: nothing that is said later is heard before it. NULL with an exception
  * set: no memory, or a buffer that is unmapped. */
 static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObject *holds, PyObject *late,

@@ -65,6 +65,21 @@ static int view_is_alive(PyObject *op)
     return 1;
 }
 
+/* Whether one of the buffers that a request names was unmapped since they were looked at: its place may be another's by
+ * now. An exception is set then. */
+static int has_gone(PyObject *holds)
+{
+    Py_ssize_t count = holds && PyTuple_Check(holds) ? PyTuple_Size(holds) : 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *held = PyTuple_GetItem(holds, i);
+        if (PyObject_TypeCheck(held, view_type) && !view_is_alive(held)) {
+            raise_made(made_error("unmapped", Py_BuildValue("(K)", (unsigned long long)as_view(held)->start)));
+            return 1;
+        }
+    }
+    return 0;
+}
+
 static uintptr_t view_fault_at(PyObject *op)
 {
     View *self = as_view(op);

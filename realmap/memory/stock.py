@@ -165,14 +165,16 @@ class Stock:
         """Nothing of it is used again from here on, but for what is used already."""
         for place, parked in list(self._windows.items()):
             if parked.frames is not None and self._words is not None and self._words._reclaim(place):
-                self._remove(place, parked)
-                parked.frames.let_go(parked)
+                self._release(place, parked)
 
     def clear(self) -> None:
         """Its process has unmapped them all, or has ended."""
+        self.withdraw()
         for place, parked in list(self._windows.items()):
-            if parked.frames is not None and self._words is not None:
-                self._words._reclaim(place)
-                self._remove(place, parked)
-                parked.frames.let_go(parked)
+            self._release(place, parked)
         self._windows.clear()
+
+    def _release(self, place: int, parked: Parked) -> None:
+        if parked.frames is not None:
+            self._remove(place, parked)
+            parked.frames.let_go(parked)
