@@ -15,14 +15,14 @@ from realmap._core import look_over
 from realmap.errors import KernelError, LimitReached, ProcessKilled
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
-from realmap.kernel import syscalls
 from realmap.kernel.admission import Admission
 from realmap.kernel.books import Books
 from realmap.kernel.connection import BACKLOG, Connection
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.limits import first_reserved
-from realmap.kernel.logs import log
-from realmap.kernel.loop import Loop
+from realmap.serving import syscalls
+from realmap.serving.logs import log
+from realmap.serving.loop import Loop
 from realmap.wire import channel, messages
 from realmap.wire.messages import FLAWS, PROTOCOL, VERSION, Forked
 from realmap.wire.ring import RingEnd

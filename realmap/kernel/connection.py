@@ -15,8 +15,8 @@ from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY
 from realmap.kernel.budgets import Peer
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.syscalls import encode
-from realmap.kernel.workers import Share, Workers
+from realmap.serving.syscalls import encode
+from realmap.serving.workers import Share, Workers
 from realmap.wire import channel
 from realmap.wire.messages import Carrier
 from realmap.wire.ring import RingEnd
