@@ -265,6 +265,18 @@ class OwnerDied(KernelError):
     address: int
 
 
+class ServerDied(KernelError, ConnectionError):
+    """Process `pid`, which served `name`, has ended or serves no more, and has not answered. Call again: others may serve.
+
+    `began`: whether its handler may have begun; False: nothing was done.
+    """
+
+    code = 20
+    name: str
+    pid: int
+    began: bool
+
+
 def owner_died(address: int) -> OwnerDied:
     """For who takes a lock after its holder's death."""
     return OwnerDied(address, why="who held this lock has died; it is yours now: mend what it guards, then recovered()")

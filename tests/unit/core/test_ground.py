@@ -28,6 +28,7 @@ def example(kind: type[KernelError]) -> KernelError:
         "allowed": realmap.u_r,
         "timeout": 0.5,
         "pid": 7,
+        "began": True,
     }
     if kind is errors.SyscallFailed:
         return kind("sha256", "ValueError", "text", "traceback")
@@ -57,6 +58,7 @@ def test_codes_are_stable() -> None:
         "LimitReached",
         "WrongArguments",
         "OwnerDied",
+        "ServerDied",
     ]
     assert [kind.code for kind in ALL_ERRORS] == list(range(20))
 
