@@ -19,7 +19,8 @@
     ├── VersionMismatch                   16
     ├── LimitReached                      17
     ├── WrongArguments                    18  TypeError
-    └── OwnerDied                         19
+    ├── OwnerDied                         19
+    └── ServerDied                        20  ConnectionError
     KernelPanic                               RuntimeError; no KernelError: the caller broke a precondition
 
 Each error carries its facts as attributes (what its class annotates, named in ``fields``), and a wire code that
@@ -266,7 +267,7 @@ class OwnerDied(KernelError):
 
 
 class ServerDied(KernelError, ConnectionError):
-    """Process `pid`, which served `name`, has ended or serves no more, and has not answered. Call again: others may serve.
+    """Process `pid` served `name`, and has ended, or serves no more, without an answer. Call again: others may serve.
 
     `began`: whether its handler may have begun; False: nothing was done.
     """
