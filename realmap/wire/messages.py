@@ -451,7 +451,7 @@ def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error
 
 def _plain(fact: Any) -> Any:
     """A fact as MessagePack can carry it: integers of at most 64 bits, text without lone surrogates."""
-    if fact is None or isinstance(fact, float):
+    if fact is None or isinstance(fact, bool | float):
         return fact
     if isinstance(fact, int) and -(1 << 63) <= fact < 1 << 64:
         return int(fact)
