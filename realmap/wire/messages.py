@@ -368,7 +368,7 @@ class Revoked(msgspec.Struct, array_like=True, frozen=True, tag=3):
 
 
 class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
-    """The caller of a session has ended it, or has died."""
+    """The caller of a session has ended it, or has died. From a server: it has ended it."""
 
     session: int
 
@@ -377,7 +377,7 @@ class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
 News = Opened | Granted | Revoked | Gone
 
 
-class Served(msgspec.Struct, array_like=True, frozen=True):
+class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     """What a server tells the kernel of itself by that socket, where that has changed, a few times a second at most."""
 
     #: By name: [calls, failed, durations as `Durations` counts them].
