@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -34,13 +34,15 @@ from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
-from realmap.user.service.tasks import Tasks
 from realmap.user.service.told import served
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
 from realmap.wire.ring import SPIN
 from realmap.wire.seat import BUSY, WAITING
 from realmap.wire.status import Page
+
+if TYPE_CHECKING:
+    from realmap.user.service.tasks import Tasks
 
 #: How often the kernel is told what has changed, in seconds.
 TELL = 0.2
@@ -389,6 +391,8 @@ class Server(Lines[Session]):
         try:
             if syscall.is_async:
                 if self._tasks is None:
+                    from realmap.user.service.tasks import Tasks  # asyncio takes a while to import
+
                     self._tasks = Tasks()
                 self._tasks.submit(syscall, call, request, buffers, waiting, end)
             else:
