@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 from realmap._core import Lock
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import runtime
-from realmap.kernel.logs import log
+from realmap.serving.logs import log
 from realmap.system import KernelHandle, boot, boot_for
 from realmap.user import travel
 from realmap.user.process import Process

@@ -19,7 +19,8 @@
     ├── VersionMismatch                   16
     ├── LimitReached                      17
     ├── WrongArguments                    18  TypeError
-    └── OwnerDied                         19
+    ├── OwnerDied                         19
+    └── ServerDied                        20  ConnectionError
     KernelPanic                               RuntimeError; no KernelError: the caller broke a precondition
 
 Each error carries its facts as attributes (what its class annotates, named in ``fields``), and a wire code that
@@ -263,6 +264,18 @@ class OwnerDied(KernelError):
 
     code = 19
     address: int
+
+
+class ServerDied(KernelError, ConnectionError):
+    """Process `pid` served `name`, and has ended, or serves no more, without an answer. Call again: others may serve.
+
+    `began`: whether its handler may have begun; False: nothing was done.
+    """
+
+    code = 20
+    name: str
+    pid: int
+    began: bool
 
 
 def owner_died(address: int) -> OwnerDied:

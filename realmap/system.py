@@ -17,17 +17,17 @@ from realmap.host import files, forks, interpreter, liveness, outcome, runtime, 
 from realmap.host.interpreter import Child
 from realmap.host.signals import Living
 from realmap.host.translate import shortage
-from realmap.kernel import logs
 from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
-from realmap.kernel.registry import registry
-from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.lands import KERNEL_LAND
 from realmap.observe.announce import announce
 from realmap.observe.audit import AuditReport
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.trace import CAPACITY, Trace
+from realmap.serving import logs
+from realmap.serving.registry import registry
+from realmap.serving.user_buffer import UserBuffer
 from realmap.user.process import Process
 from realmap.user.spawned import SpawnedProcess as SpawnedProcess
 from realmap.user.spawned import spawn

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from realmap.host import interpreter, runtime, signals
-from realmap.kernel import Kernel, logs
-from realmap.kernel.registry import marked
+from realmap.kernel import Kernel
+from realmap.serving import logs
+from realmap.serving.registry import marked
 from realmap.system import LINGER
 
 

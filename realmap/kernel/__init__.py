@@ -2,46 +2,39 @@
 
 kernel        Kernel: puts the parts together; nobody here imports it
 
-loop          waits, and calls what it was handed: it knows nobody
-standby       the threads of the loop: who takes it from a handler that does not come back
 listener      the path, and the socket there
 admission     who is let in
-connection    one client's socket: what it said so far, what it has not read yet
-clients       everybody who is connected: listening, reading, dropping
+connection    one client: its line, and what it is to the books
+clients       everybody who is connected: greeting, dropping
 dispatch      what answers a request: a service or a handler
 registration  handlers that come and go while it runs
 heirs         who may still come for what a dead process left
 snapshots     writes the books for whoever asks, a little at a time
 tracer        tells one listener of everything that happens
 watchdog      tells of handlers that do not return
-workers       threads for handlers that take long, and each process's share of them
 
 services      map, unmap, query and the like: a table of functions (books, process, request)
 given_up      handlers that nobody waits for any more, bounded
-syscalls      Call, and how a handler is run
-user_buffer   UserBuffer: a handler's buffer argument
-faults        whether a call touched bytes that were gone
+running       a call that does not have the loop
 dump          stats, and the books as plain data
 
 books         Books: what the kernel knows. No sockets, no threads, no clock
 processes     who is connected, and what each holds
 handles       what is shared between processes, and until when
 inheritance   what a process that had forked left to its children
-registry      the @syscall decorator, and the handlers by name
 budgets       what each peer has at a time, and what a uid's ended processes left
-signature     what a handler takes
 limits        what each may have
 observer      what is told of while somebody looks
-logs          what a kernel has to say besides
 
+The loop itself, its threads, and how a handler is run, are in `realmap/serving/`, which serves user processes as well.
 Only whoever has the loop changes or reads the books. A worker thread, or one that has lost the loop, sees a call's
 buffers (pinned before anybody else has the loop) and KernelMemory (made for that), and leaves word when it is done.
 """
 
 from realmap.kernel.kernel import Kernel
 from realmap.kernel.limits import Limits
-from realmap.kernel.registry import syscall
-from realmap.kernel.syscalls import Call
-from realmap.kernel.user_buffer import UserBuffer
+from realmap.serving.registry import syscall
+from realmap.serving.syscalls import Call
+from realmap.serving.user_buffer import UserBuffer
 
 __all__ = ["Call", "Kernel", "Limits", "UserBuffer", "syscall"]

@@ -12,7 +12,7 @@ from realmap.host.translate import shortage
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
 from realmap.kernel.limits import first_reserved
-from realmap.kernel.workers import Workers
+from realmap.serving.workers import Workers
 from realmap.wire import messages
 from realmap.wire.messages import PROTOCOL, VERSION
 

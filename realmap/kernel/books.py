@@ -12,10 +12,10 @@ from realmap.kernel.inheritance import Inheritance
 from realmap.kernel.limits import Limits, first_reserved, segments_of
 from realmap.kernel.observer import Observer
 from realmap.kernel.processes import ProcessTable, UserProcess
-from realmap.kernel.registry import Syscall
 from realmap.memory.frames import FrameAllocator, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.pages import usize
+from realmap.serving.registry import Syscall
 from realmap.wire import messages
 
 

@@ -17,20 +17,22 @@ from realmap.errors import (
     SyscallTimeout,
     UnknownSyscall,
 )
-from realmap.kernel import syscalls, user_buffer
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
 from realmap.kernel.connection import Connection
 from realmap.kernel.given_up import GivenUp
-from realmap.kernel.logs import log
-from realmap.kernel.loop import Loop, Lost
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.registry import Syscall
+from realmap.kernel.running import Running
 from realmap.kernel.services import Answer, Begun, Later, serve
-from realmap.kernel.standby import Relay, Taken
-from realmap.kernel.syscalls import Call, Running, RunningKernel
-from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
+from realmap.serving import syscalls, user_buffer
+from realmap.serving.caller import RunningKernel
+from realmap.serving.logs import log
+from realmap.serving.loop import Loop, Lost
+from realmap.serving.registry import Syscall
+from realmap.serving.standby import Relay, Taken
+from realmap.serving.syscalls import Call
+from realmap.serving.user_buffer import UserBuffer
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE
 from realmap.wire.status import CALLER, Page
@@ -199,7 +201,7 @@ class Dispatch:
         if request.timeout is not None:
             call.deadline = began / 1e9 + request.timeout
         if syscall.blocking:
-            self._call_on_worker(connection, syscall, call, request, buffers)
+            self._call_on_worker(connection, process, syscall, call, request, buffers)
             return
         if books.limits.seconds is not None:
             _bound(call, began / 1e9 + books.limits.seconds)
@@ -214,7 +216,7 @@ class Dispatch:
         try:
             del away[call]
         except KeyError:
-            self._come_late(call, request, answer)
+            self._come_late(process, call, request, answer)
         page.words[CALLER] = 0
         if answer[1] != DONE:
             syscall.failed += 1
@@ -222,11 +224,11 @@ class Dispatch:
             user_buffer.end(buffer, pinned=False)
         self.send(connection, request.id, answer)
 
-    def _come_late(self, call: Call, request: messages.Call, answer: bytes) -> NoReturn:
+    def _come_late(self, process: UserProcess, call: Call, request: messages.Call, answer: bytes) -> NoReturn:
         """On a thread that has lost the loop."""
         observer = self._books.observer
         if observer is not None:
-            observer.ended(call.process, call.name, request.id, answer)
+            observer.ended(process, call.name, request.id, answer)
         self._loop.post(lambda: self._end(self._late.pop(call), answer))
         raise Lost
 
@@ -235,21 +237,23 @@ class Dispatch:
         thread, before anything else.
         """
         connection, call, syscall, request, buffers = taken.work
-        call.process.calls += 1  # nobody could see that it was at work before
+        process = connection.process
+        assert process is not None
+        process.calls += 1  # nobody could see that it was at work before
         # What the handler itself has unmapped cannot be kept.
         buffers = [
             buffer for buffer in buffers if not any(mapping.released for mapping, _, _ in user_buffer.parts_of(buffer))
         ]
         self._page.words[CALLER] = 0
-        running = self._run_beside(connection, call, syscall, request, buffers)
+        running = self._run_beside(connection, process, call, syscall, request, buffers)
         running.began, running.thread = taken.since, thread
-        running.place = self._page.begin(call.process.pid, syscall.label, taken.since)
+        running.place = self._page.begin(process.pid, syscall.label, taken.since)
         self._late[call] = running
         syscall.late += 1
         self.given_up.add(running)
-        log.info("the syscall %r of %r has lost the loop", syscall.name, call.process, extra=running.facts)
+        log.info("the syscall %r of %r has lost the loop", syscall.name, process, extra=running.facts)
         if self._books.observer is not None:
-            self._books.observer.began(call.process, syscall.name, request.id, thread)
+            self._books.observer.began(process, syscall.name, request.id, thread)
 
     def lose(self, connection: Connection) -> None:
         """A client is gone: nobody waits for its handlers that are at work."""
@@ -260,6 +264,7 @@ class Dispatch:
     def _run_beside(
         self,
         connection: Connection,
+        process: UserProcess,
         call: Call,
         syscall: Syscall,
         request: messages.Call,
@@ -268,7 +273,7 @@ class Dispatch:
         for buffer in buffers:
             user_buffer.pin(buffer)
         send = partial(self.send, connection, request.id)
-        running = Running(connection, call, syscall, request.id, buffers, send)
+        running = Running(connection, process, call, syscall, request.id, buffers, send)
         self.running.add(running)
         self.busy()
         return running
@@ -303,14 +308,15 @@ class Dispatch:
     def _call_on_worker(
         self,
         connection: Connection,
+        process: UserProcess,
         syscall: Syscall,
         call: Call,
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> None:
-        process, size = call.process, len(memoryview(request.args))
+        size = len(memoryview(request.args))
         process.begin_call(size)
-        running = self._run_beside(connection, call, syscall, request, buffers)
+        running = self._run_beside(connection, process, call, syscall, request, buffers)
         running.size = size
 
         def end(answer: bytes) -> None:

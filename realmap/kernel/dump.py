@@ -21,12 +21,13 @@ from realmap.kernel.books import Books
 from realmap.kernel.handles import FOR_EVER, Shared
 from realmap.kernel.limits import segments_of
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.syscalls import Running, encode
-from realmap.kernel.user_buffer import parts_of
+from realmap.kernel.running import Running
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kept import KeptCounts, KeptWindow
 from realmap.memory.mapping import Mapping
+from realmap.serving.syscalls import encode
+from realmap.serving.user_buffer import parts_of
 from realmap.wire.records import FORM
 
 Row = tuple[Any, ...]

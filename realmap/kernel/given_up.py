@@ -6,8 +6,8 @@ from collections import Counter
 
 from realmap.errors import LimitReached
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.registry import Syscall
-from realmap.kernel.syscalls import Running
+from realmap.kernel.running import Running
+from realmap.serving.registry import Syscall
 
 
 class GivenUp:

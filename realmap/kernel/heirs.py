@@ -9,11 +9,11 @@ from functools import partial
 
 from realmap.host import files, liveness, procfs
 from realmap.kernel.books import Books
-from realmap.kernel.loop import Loop
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.workers import Workers
 from realmap.memory.frames import SharedFrames
 from realmap.memory.lands import USER_LAND
+from realmap.serving.loop import Loop
+from realmap.serving.workers import Workers
 
 #: After a search nobody searches for so many times as long as it took, and for so many seconds at most: it takes the
 #: interpreter from whoever has the loop.

@@ -40,20 +40,20 @@ from realmap.kernel.dispatch import Away, Dispatch
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.limits import Limits
 from realmap.kernel.listener import Listener
-from realmap.kernel.logs import log, urgent
-from realmap.kernel.loop import Loop
 from realmap.kernel.registration import Registration
-from realmap.kernel.registry import registry
 from realmap.kernel.snapshots import Snapshots
-from realmap.kernel.standby import Relay, Taken
-from realmap.kernel.syscalls import encode
 from realmap.kernel.tracer import Tracer
-from realmap.kernel.user_buffer import UserBuffer
 from realmap.kernel.watchdog import Watchdog
-from realmap.kernel.workers import Workers
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
 from realmap.pages import usize
+from realmap.serving.logs import log, urgent
+from realmap.serving.loop import Loop
+from realmap.serving.registry import registry
+from realmap.serving.standby import Relay, Taken
+from realmap.serving.syscalls import encode
+from realmap.serving.user_buffer import UserBuffer
+from realmap.serving.workers import Workers
 from realmap.wire import messages
 from realmap.wire.ring import SPIN, checked_spin
 from realmap.wire.status import Page

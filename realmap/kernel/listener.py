@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from realmap._core import watch_directory
 from realmap.errors import KernelError
 from realmap.host import files, runtime
-from realmap.kernel.logs import log, urgent
-from realmap.kernel.loop import Loop
+from realmap.serving.logs import log, urgent
+from realmap.serving.loop import Loop
 
 #: Who removes the socket may be about to remove its directory: that is waited for so often, so many seconds each time.
 LOOKS, PAUSE = 20, 0.001

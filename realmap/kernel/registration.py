@@ -12,11 +12,11 @@ from realmap.errors import AccessDenied, KernelError, PhysicalMemoryExhaustion, 
 from realmap.host import liveness
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
-from realmap.kernel.loop import Loop
-from realmap.kernel.registry import Syscall, registry
 from realmap.kernel.services import Begun, Reply
-from realmap.kernel.user_buffer import UserBuffer
-from realmap.kernel.workers import Workers
+from realmap.serving.loop import Loop
+from realmap.serving.registry import Syscall, registry
+from realmap.serving.user_buffer import UserBuffer
+from realmap.serving.workers import Workers
 
 
 class Registration:

@@ -18,8 +18,8 @@ from realmap.host import files, room
 from realmap.host.translate import shortage
 from realmap.kernel.connection import Connection
 from realmap.kernel.dump import Picture
-from realmap.kernel.loop import Loop
 from realmap.kernel.services import Begun, Reply
+from realmap.serving.loop import Loop
 
 #: How long it is written before others have their turn, in nanoseconds.
 SLICE = 1_000_000

@@ -19,7 +19,7 @@ from realmap.errors import AccessDenied, InvalidHandle, InvalidSize, LimitReache
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
 from realmap.kernel.processes import UserProcess
-from realmap.kernel.syscalls import Running
+from realmap.kernel.running import Running
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping

@@ -11,9 +11,10 @@ from realmap.errors import SyscallTimeout
 from realmap.kernel.books import Books
 from realmap.kernel.clients import Clients
 from realmap.kernel.dispatch import Dispatch
-from realmap.kernel.logs import urgent
-from realmap.kernel.loop import Loop
-from realmap.kernel.syscalls import Running, run
+from realmap.kernel.running import Running
+from realmap.serving.logs import urgent
+from realmap.serving.loop import Loop
+from realmap.serving.syscalls import run
 
 #: How long a handler is at work before it is told of. Seconds.
 REPORT = 10.0

@@ -26,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 9
+PROTOCOL = 10
 VERSION = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -229,7 +229,70 @@ class Publish(_Request, tag=14, frozen=True):
     keep: float
 
 
-Request = Call | Map | More | Move | Unmap | Query | Ask | Share | Attach | Revoke | Adopt | Forked | Leave | Publish
+class NestedCall(Call, tag=15, frozen=True):
+    """A call that a handler of a service makes: `seats`, in order, of the services that wait for it."""
+
+    seats: tuple[int, ...] = ()
+
+
+class Serve(_Request, tag=16, frozen=True):
+    """This process serves calls of these names, so many at a time, and lets so many wait. See `Opened`.
+
+    Done: the number of its seat. Descriptors: the seat's socket, its page.
+    """
+
+    names: list[str]
+    threads: int
+    queue: int
+
+
+class Open(_Request, tag=17, frozen=True):
+    """A session with a server of `name`, but none of these seats.
+
+    Done: [session, seat, the server's pid, microseconds to spin]. Descriptors: the session's socket, its ring, the
+    seat's page, which may only be read.
+    """
+
+    name: str
+    but: list[int] = []
+
+
+class Close(_Request, tag=18, frozen=True):
+    """The caller ends a session. No answer."""
+
+    session: int
+
+
+class Lend(_Request, tag=19, frozen=True):
+    """The server of a session may map the frames of the mapping at `address`, for as long as that is there.
+
+    Done: None, once the server can know of it (`Granted`).
+    """
+
+    session: int
+    address: int
+
+
+Request = (
+    Call
+    | Map
+    | More
+    | Move
+    | Unmap
+    | Query
+    | Ask
+    | Share
+    | Attach
+    | Revoke
+    | Adopt
+    | Forked
+    | Leave
+    | Publish
+    | Serve
+    | Open
+    | Close
+    | Lend
+)
 #: How a name is written where a token may be.
 NAMED = "name:"
 
@@ -266,6 +329,65 @@ class Carrier(msgspec.Struct, array_like=True, tag=4):
 
 
 Reply = Done | Failed | Bye | Carrier
+
+
+# ---- what the kernel tells a server by its seat's socket, one datagram each --------------------------
+
+
+class Opened(msgspec.Struct, array_like=True, frozen=True, tag=1):
+    """A caller has opened a session. Descriptors: the server's end of its socket, and of its ring."""
+
+    session: int
+    number: int
+    pid: int
+    uid: int
+
+
+class Granted(msgspec.Struct, array_like=True, frozen=True, tag=2):
+    """The frames of a caller's mapping, from piece `first` of `count` on. Descriptors: one a piece; read-only ones
+    where the caller may not write.
+    """
+
+    session: int
+    serial: int
+    address: int
+    length: int
+    kind: int
+    rights: int
+    #: Which part of its segment each is: [offset, length], in bytes.
+    pieces: list[tuple[int, int]]
+    first: int
+    count: int
+
+
+class Revoked(msgspec.Struct, array_like=True, frozen=True, tag=3):
+    """The caller has unmapped that mapping."""
+
+    session: int
+    serial: int
+
+
+class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
+    """The caller of a session has ended it, or has died."""
+
+    session: int
+
+
+#: What a server hears.
+News = Opened | Granted | Revoked | Gone
+
+
+class Served(msgspec.Struct, array_like=True, frozen=True):
+    """What a server tells the kernel of itself by that socket, where that has changed, a few times a second at most."""
+
+    #: By name: [calls, failed, durations as `Durations` counts them].
+    names: dict[str, list[Any]]
+    #: Calls at work or waiting: [session, id, name, since when (seconds, monotonic) or None while it waits].
+    running: list[tuple[int, int, str, float | None]]
+    #: Windows of lent pages: [session, the caller's address, length, where it is mapped in the server, rights].
+    lent: list[tuple[int, int, int, int, int]]
+    #: It ends in good order: no new sessions, and those that there are go on until its socket is closed.
+    closing: bool = False
 
 
 class MemoryInfo(msgspec.Struct, frozen=True):
@@ -331,7 +453,7 @@ def error_of(error: BaseException, name: str = "", traceback: str = "") -> Error
 
 def _plain(fact: Any) -> Any:
     """A fact as MessagePack can carry it: integers of at most 64 bits, text without lone surrogates."""
-    if fact is None or isinstance(fact, float):
+    if fact is None or isinstance(fact, bool | float):
         return fact
     if isinstance(fact, int) and -(1 << 63) <= fact < 1 << 64:
         return int(fact)

@@ -21,15 +21,15 @@ from realmap.errors import (
     PhysicalMemoryExhaustion,
 )
 from realmap.host import files
-from realmap.kernel import user_buffer
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits
 from realmap.kernel.services import Answer, Later, serve
-from realmap.kernel.user_buffer import UserBuffer
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import USER_LAND
 from realmap.pages import align_up
+from realmap.serving import user_buffer
+from realmap.serving.user_buffer import UserBuffer
 from realmap.wire import messages
 from realmap.wire.messages import MAX_DESCRIPTORS
 

@@ -20,13 +20,13 @@ from realmap.errors import (
     LimitReached,
     VirtualMemoryExhaustion,
 )
-from realmap.kernel import user_buffer
 from realmap.kernel.services import LONG_BYTES, LONG_COUNT, Later
 from realmap.memory.frames import SharedFrames
 from realmap.memory.lands import USER_LAND
 from realmap.memory.stock import PLACES
 from realmap.pages import HUGE_SIZE, align_up
 from realmap.rights import MemoryType, k_r, k_rw, k_w, u_r, u_rw, u_rx, u_w
+from realmap.serving import user_buffer
 from realmap.wire import messages
 from realmap.wire.messages import NAMED
 

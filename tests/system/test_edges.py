@@ -20,9 +20,9 @@ import realmap
 from realmap import InvalidSize, KernelHandle, PhysicalMemoryExhaustion, Process, SyscallFailed
 from realmap.host import procfs, runtime
 from realmap.host.segment import Segment
-from realmap.kernel import workers
 from realmap.memory import CrossProcessMapping, FrameAllocator, KernelMemory, Mapping, MemoryType
 from realmap.rights import u_rw
+from realmap.serving import workers
 
 CARRIERS = ("ring", "socket")
 

@@ -19,10 +19,11 @@ from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import Kernel, KernelHandle, VersionMismatch
-from realmap.kernel import logs, snapshots
+from realmap.kernel import snapshots
 from realmap.memory import MemoryType, OwnedFrames
 from realmap.observe import Control
 from realmap.observe.snapshot import FORM, Snapshot
+from realmap.serving import logs
 from realmap.wire import messages
 from realmap.wire.records import CallInfo
 

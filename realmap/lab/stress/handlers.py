@@ -7,9 +7,9 @@ import os
 
 from realmap.errors import InvalidHandle
 from realmap.kernel import Call, UserBuffer, syscall
-from realmap.kernel.registry import marked
 from realmap.memory import CrossProcessMapping, SharedFrames
 from realmap.rights import k_r
+from realmap.serving.registry import marked
 
 _kept: dict[tuple[int, int], CrossProcessMapping] = {}
 

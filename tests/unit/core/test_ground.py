@@ -28,6 +28,7 @@ def example(kind: type[KernelError]) -> KernelError:
         "allowed": realmap.u_r,
         "timeout": 0.5,
         "pid": 7,
+        "began": True,
     }
     if kind is errors.SyscallFailed:
         return kind("sha256", "ValueError", "text", "traceback")
@@ -57,8 +58,9 @@ def test_codes_are_stable() -> None:
         "LimitReached",
         "WrongArguments",
         "OwnerDied",
+        "ServerDied",
     ]
-    assert [kind.code for kind in ALL_ERRORS] == list(range(20))
+    assert [kind.code for kind in ALL_ERRORS] == list(range(21))
 
 
 def test_every_error_is_exported_and_in_the_tree() -> None:
@@ -87,6 +89,7 @@ def test_every_exported_name_is_there() -> None:
         (errors.UnknownSyscall, LookupError),
         (errors.SyscallTimeout, TimeoutError),
         (errors.KernelDied, ConnectionError),
+        (errors.ServerDied, ConnectionError),
     ],
 )
 def test_errors_are_also_what_python_calls_them(kind: type[KernelError], also: type[Exception]) -> None:

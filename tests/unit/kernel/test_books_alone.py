@@ -20,7 +20,7 @@ from realmap.errors import (
     VirtualMemoryExhaustion,
 )
 from realmap.kernel import books as books_
-from realmap.kernel import handles, inheritance, limits, observer, processes, registry
+from realmap.kernel import handles, inheritance, limits, observer, processes
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits
 from realmap.kernel.processes import UserProcess
@@ -28,6 +28,7 @@ from realmap.kernel.services import LONG_BYTES, SERVICES, Later
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.pages import PAGE_SIZE as PAGE
 from realmap.rights import MemoryType, u_r, u_rw
+from realmap.serving import registry
 from realmap.wire import channel, messages
 
 FLOOR = [books_, handles, inheritance, limits, observer, processes, registry]

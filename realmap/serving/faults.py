@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from threading import get_native_id
 
 from realmap.errors import MemoryFault
-from realmap.kernel.user_buffer import UserBuffer, late_faults, parts_of
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.userspace_ptr import fault_in
+from realmap.serving.user_buffer import UserBuffer, late_faults, parts_of
 
 
 def of_call(

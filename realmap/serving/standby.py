@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from realmap._core import Lock, wake_owed
-from realmap.kernel.loop import Lost
+from realmap.serving.loop import Lost
 
 W = TypeVar("W")
 

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread, get_native_id
 
 from realmap._core import Lock
-from realmap.kernel.loop import Lost
+from realmap.serving.loop import Lost
 
 #: How much more modest a worker is than the kernel's own thread, in steps of niceness.
 NICE = 10

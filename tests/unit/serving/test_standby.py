@@ -18,10 +18,10 @@ from conftest import BOUND, scaled, wait_until
 import realmap
 from realmap import Call, Kernel, Limits, syscall
 from realmap.kernel import kernel as kernel_module
-from realmap.kernel import standby
 from realmap.kernel.connection import Connection
-from realmap.kernel.loop import Loop, Lost
-from realmap.kernel.standby import Relay, Taken
+from realmap.serving import standby
+from realmap.serving.loop import Loop, Lost
+from realmap.serving.standby import Relay, Taken
 from realmap.wire import messages
 from realmap.wire.status import Page
 

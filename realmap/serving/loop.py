@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from realmap._core import Lock, Ring, SpinBudget, fall_asleep, gather, wake_owed, wake_up
 from realmap.host import files
-from realmap.kernel.logs import log
+from realmap.serving.logs import log
 from realmap.wire.status import TURN, Page
 
 Handler = Callable[[int], None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
 from realmap._core import Durations
-from realmap.kernel.signature import Signature
+from realmap.serving.signature import Signature
 from realmap.wire import status
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -5,44 +5,22 @@ from __future__ import annotations
 import errno
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from realmap._core import faults as host_faults
 from realmap.errors import KernelError, MemoryFault, WrongArguments
-from realmap.kernel import faults
-from realmap.kernel.handles import Handles
-from realmap.kernel.logs import log
-from realmap.kernel.processes import ProcessTable, UserProcess
-from realmap.kernel.registry import Syscall
-from realmap.kernel.user_buffer import UserBuffer, require_gone, shown
-from realmap.memory.frames import FrameAllocator
-from realmap.memory.kernel_memory import KernelMemory
+from realmap.serving import faults
+from realmap.serving.caller import Caller, RunningKernel
+from realmap.serving.logs import log
+from realmap.serving.registry import Syscall
+from realmap.serving.user_buffer import UserBuffer, require_gone, shown
 from realmap.wire import plain
 from realmap.wire.messages import DONE, Done, Failed, arguments, arguments_of, by_position, error_of
 from realmap.wire.messages import Call as Request
 from realmap.wire.plain import PLAIN
-
-Send: TypeAlias = Callable[[bytes], None]
-
-
-class RunningKernel(Protocol):
-    """What a handler sees of the `Kernel` that runs it."""
-
-    path: str
-    memory: KernelMemory
-    frames: FrameAllocator
-    processes: ProcessTable
-    handles: Handles
-
-    @property
-    def ending(self) -> bool:
-        """Whether it ends, or has."""
-
-    def stop(self, *, wait: bool = True, timeout: float = 10.0) -> None:
-        """Ends it. From any thread."""
 
 
 class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one for every call
@@ -52,7 +30,7 @@ class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one f
     until when the caller waits, or the kernel (`Limits.seconds`) lets it; seconds of time.monotonic(), or None.
     """
 
-    process: UserProcess
+    process: Caller
     name: str
     kernel: RunningKernel
     deadline: float | None = None
@@ -63,51 +41,6 @@ class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one f
         or the kernel ends. For handlers that can stop early."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return late or not self.process.alive or self.kernel.ending
-
-
-class Running:
-    """A call that is not at work on the thread that has the loop: on a worker thread, waiting for one, or on a thread
-    that it made lose the loop. It is answered once.
-    """
-
-    def __init__(
-        self, client: object, call: Call, syscall: Syscall, id: int, buffers: Sequence[UserBuffer], send: Send
-    ) -> None:
-        #: Whose request it is.
-        self.client = client
-        self.call = call
-        self.process = call.process
-        self.syscall = syscall
-        self.name = syscall.name
-        #: Of the request.
-        self.id = id
-        #: What it works on, pinned.
-        self.buffers = buffers
-        self._send = send
-        #: When its handler began, in seconds of the monotonic clock; None while it waits for its turn. And where.
-        self.began: float | None = None
-        self.thread = 0
-        #: On the status page.
-        self.place = -1
-        #: Bytes of its arguments, which its peer has a budget of; None: it began as one on the loop.
-        self.size: int | None = None
-        #: Whether it was told of in the log.
-        self.told = False
-        self.answered = False
-        #: Whether it is among those that are `GivenUp`, and of a client that is gone.
-        self.given_up = False
-        self.orphan = False
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a record of `logging` about it carries."""
-        return self.process.facts | {"syscall": self.name}
-
-    def answer(self, answer: bytes | BaseException) -> None:
-        """Sends its answer, or the error that takes its place. Again: nothing."""
-        if not self.answered:
-            self.answered = True
-            self._send(failed(self.id, answer, self.name) if isinstance(answer, BaseException) else answer)
 
 
 #: What `check` of `plain` has let through and MessagePack does not know: one of numpy's numbers.

@@ -10,8 +10,6 @@ from weakref import ref
 
 from realmap._core import copy_in, faults
 from realmap.errors import AccessDenied, InvalidAddress, InvalidMemState, InvalidSize, MemoryFault
-from realmap.kernel.observer import Observer
-from realmap.kernel.processes import UserProcess
 from realmap.memory import views
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_for, mirror_parts
 from realmap.memory.frames import SharedFrames
@@ -20,6 +18,7 @@ from realmap.memory.mapping import Mapping
 from realmap.memory.userspace_ptr import UserspacePtr, point_at
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of, rights_of
+from realmap.serving.caller import Caller, Copies
 
 #: Faults of mirrors that were kept beyond their call: by thread, with the count of faults when it was noted.
 late_faults: dict[int, tuple[int, MemoryFault]] = {}
@@ -40,7 +39,7 @@ class UserBuffer:
 
     __slots__ = ("_kernel", "_length", "_observer", "_parts", "address", "fault", "process")
 
-    process: UserProcess
+    process: Caller
     #: What a mirror of it ran into that was dropped since.
     fault: MemoryFault | None
     _parts: list[Part] | None
@@ -48,9 +47,9 @@ class UserBuffer:
 
     def __init__(
         self,
-        process: UserProcess,
+        process: Caller,
         kernel: KernelMemory,
-        observer: Observer | None,
+        observer: Copies | None,
         address: int,
         length: int,
         most: int | None = None,
@@ -267,7 +266,7 @@ class UserBuffer:
         kernel.bytes_out += done
         return done
 
-    def _tell(self, observer: Observer, began: int, offset: SupportsIndex, copied: int, out: bool) -> None:
+    def _tell(self, observer: Copies, began: int, offset: SupportsIndex, copied: int, out: bool) -> None:
         """Of a copy of so many bytes; below 0: it failed."""
         if not self.has_ended:
             at = self.address if copied < 0 else self.address + offset.__index__()
