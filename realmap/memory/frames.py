@@ -113,11 +113,13 @@ class SharedFrames(FramesCore):
         """Which segment the byte at `offset` is in, counted from 0."""
         return bisect_right(self._starts, offset) - 1
 
-    def pieces(self, offset: int, length: int) -> list[Piece]:
-        """Where [offset, offset + length) lies, as parts of the segments' files. The caller has checked the range."""
-        found = []
+    def pieces(self, offset: int, length: int, most: int = USIZE_MAX) -> list[Piece]:
+        """Where [offset, offset + length) lies, as parts of the segments' files: the first `most` of them. The caller
+        has checked the range.
+        """
+        found: list[Piece] = []
         index = self.index_of(offset)
-        while length:
+        while length and len(found) < most:
             segment = self.segments[index]
             inside = offset - self._starts[index]
             size = min(length, segment.length - inside)
