@@ -347,6 +347,8 @@ class Seats:
                 for _, _, counts in told.names.values():
                     Durations().add(counts)
                 desk.seat.served = told
+            elif isinstance(told, messages.Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
+                self._end_session(session)
         except (msgspec.MsgspecError, ValueError, OverflowError, IndexError, RecursionError) as error:
             self._expel(desk, f"it told what is no message: {error}")
 

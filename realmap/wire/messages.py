@@ -368,7 +368,7 @@ class Revoked(msgspec.Struct, array_like=True, frozen=True, tag=3):
 
 
 class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
-    """The caller of a session has ended it, or has died. From a server: it has ended it."""
+    """The caller of a session has ended it, or has died. From a server: it could not take it in."""
 
     session: int
 
@@ -384,10 +384,8 @@ class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     names: dict[str, tuple[int, int, list[int]]]
     #: Calls at work or waiting: [session, id, name, since when (seconds, monotonic) or None while it waits].
     running: list[tuple[int, int, str, float | None]]
-    #: Windows of lent pages: [session, the caller's address, length, where it is mapped in the server, rights].
+    #: Windows of lent pages: [the caller's number, its address, length, where it is mapped in the server, rights].
     lent: list[tuple[int, int, int, int, int]]
-    #: It ends in good order: no new sessions, and those that there are go on until its socket is closed.
-    closing: bool = False
 
 
 class Worked(msgspec.Struct, array_like=True, frozen=True, tag=6):

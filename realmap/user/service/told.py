@@ -20,7 +20,6 @@ def served(
     beside: Iterable[tuple[Work, float]],
     turns: Iterable[Session],
     land: KernelMemory,
-    closing: bool,
 ) -> Served:
     """As it is now. `beside`: calls at work, and since when; `turns`: the sessions with calls that wait."""
     running: list[tuple[int, int, str, float | None]] = [
@@ -28,9 +27,9 @@ def served(
     ]
     for session in turns:
         running += [(session.number, work.request.id, work.syscall.name, None) for work in session.waiting]
-    names = {name: [each.calls, each.failed, *each.durations.summary()] for name, each in handlers.items()}
+    names = {name: (each.calls, each.failed, each.durations.counts()) for name, each in handlers.items()}
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
-    return Served(names, running[:MOST], lent[:MOST], closing)
+    return Served(names, running[:MOST], lent[:MOST])
 
 
 def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:
