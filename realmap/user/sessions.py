@@ -285,9 +285,10 @@ def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
         request = messages.NestedCall(request.id, request.name, request.args, request.timeout, request.names, seats)
     for buffer in buffers_in(request.args):
         require_own(process, buffer)
-        window = buffer._window
-        if server.number not in window.lent_to:
-            yield from _lend(process, server, window)
+        for window in buffer._windows:
+            assert isinstance(window, UserWindow)
+            if server.number not in window.lent_to:
+                yield from _lend(process, server, window)
     value, _ = yield Step(server, request, holds=request.args)
     return value
 
