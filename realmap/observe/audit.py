@@ -12,7 +12,7 @@ import msgspec
 
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
-from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
+from realmap.memory.lands import KERNEL_LAND, OWN_LAND, USER_LAND, Land
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
@@ -188,7 +188,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     linux: dict[int, list[Range]] = {}
     for process in snapshot.processes:
         with contextlib.suppress(ProcessLookupError):
-            linux[process.pid] = linux_ranges(process.pid, USER_LAND, snapshot.pid)
+            linux[process.pid] = linux_ranges(process.pid, OWN_LAND, snapshot.pid)
     books, faulted = user_ranges(snapshot, linux)
     for pid, ranges in books.items():
         differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))
