@@ -73,6 +73,7 @@ from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
 from realmap.system import KernelHandle, boot
 from realmap.user import Buffer, Handle, Process
+from realmap.user.service import Service
 from realmap.user.spawned import SpawnedProcess
 from realmap.wire.messages import VERSION as __version__
 from realmap.wire.messages import MemoryInfo
@@ -105,6 +106,7 @@ __all__ = [
     "Process",
     "ProcessKilled",
     "ServerDied",
+    "Service",
     "SpawnedProcess",
     "SyscallFailed",
     "SyscallTimeout",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from operator import index
-from typing import Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import msgspec
 
@@ -26,6 +27,9 @@ from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
+
+if TYPE_CHECKING:
+    from realmap.user.service import Service
 
 #: A timeout of more seconds than these is told as that.
 LONGEST = 1e9
@@ -402,6 +406,32 @@ class Process:
                 plain.check(args, Buffer, f"an argument of {name!r}")
                 break
         return messages.Call(self._client.next_id(), name, args, timeout, names)
+
+    def serve(
+        self,
+        *handlers: Callable[..., Any],
+        threads: SupportsIndex = 1,
+        queue: SupportsIndex = 64,
+        lazy_unmap: SupportsIndex = 0,
+    ) -> Service:
+        """Runs `handlers` here, for every process that calls them by their names, until the service is closed.
+
+        They are the same functions that a kernel runs; `async` ones run in an event loop. Several processes may serve
+        one name. `threads`: so many calls are at work at a time, and `queue` wait at most; who comes then is told
+        LimitReached. A handler that is not `blocking` is moved to a thread of its own once it takes long (2 to 3 ms
+        where there are several threads, 20 to 30 with one). `lazy_unmap`: bytes of lent pages that are kept mapped for
+        their next use.
+
+        What a caller lends is mapped here by whole pages; the rest of its first and last page is copied, both ways.
+        Whoever serves could keep pages that it was lent: Linux cannot take them back.
+
+        InvalidHandle: the kernel has a handler of that name. TypeError, ValueError: as `syscall`; or no threads.
+        LimitReached: too many services. PhysicalMemoryExhaustion: no descriptors, or no thread. KernelDied,
+        ProcessKilled: no kernel.
+        """
+        from realmap.user.service import Service  # most programs serve nobody
+
+        return Service(self, handlers, threads, queue, lazy_unmap)
 
     # ---- the end ----------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def test_caller_and_server_get_two_ends_of_a_line(run: Callable[..., Kernel], sp
             assert session.sock.recv(10) == b"you"
             assert len(ring) == bool(spin) and len(session.fds) == 1 + bool(spin)
             if spin:
-                ours, theirs = RingEnd.serve(ring[0]), RingEnd.join(session.fds[0])
+                ours, theirs = RingEnd.over(ring[0]), RingEnd.join(session.fds[0])
                 theirs._send(b"by the ring", session.sock.fileno())
                 assert ours._pop() == b"by the ring"
                 ours._close()
@@ -213,7 +213,7 @@ def test_a_page_tells_that_a_seat_of_its_names_comes_or_goes(stage: Stage) -> No
         assert word(page, CHANGES) == 1
     with RawServer(stage.host, "another", "name") as rival:
         assert word(page, CHANGES) == 2
-        rival.sock.shutdown(socket.SHUT_WR)  # it closes in good order
+        rival.tell(messages.Served({}, [], [], closing=True))
         wait_until(lambda: word(page, CHANGES) == 3)
     wait_until(lambda: word(page, CHANGES) == 4)
 
@@ -284,15 +284,16 @@ def test_what_cannot_be_lent(stage: Stage) -> None:
 @pytest.mark.parametrize(
     "told",
     [
+        b"",
         b"\xc1",
-        b"x" * (channel.CHUNK + 100),
+        b"\x90" * (channel.CHUNK + 100),
         msgspec.msgpack.encode(messages.Served({}, [], [])) + b"\0",
         msgspec.msgpack.encode(messages.Opened(1, 2, 3, 4)),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [5, 496, 1]]}, [], []]),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [5, 3]]}, [], []]),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [-5, 3, 1]]}, [], []]),
-        b"\x94\x01" + b"\x91" * 5000,
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 496, 1]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [-5, 3, 1]]}, [], []]),
+        b"\x94\x05" + b"\x91" * 5000,
     ],
     ids=str,
 )
@@ -376,6 +377,10 @@ def end_of_line(stage: Stage) -> None:
     stage.line.shutdown(socket.SHUT_RDWR)
 
 
+def end_by_a_word(stage: Stage) -> None:
+    stage.server.tell(messages.Gone(stage.session.number))
+
+
 def end_of_caller(stage: Stage) -> None:
     stage.caller.sock.close()
 
@@ -392,7 +397,7 @@ def end_of_kernel(stage: Stage) -> None:
     stage.kernel.stop()
 
 
-@pytest.mark.parametrize("end", [end_of_server, end_of_seat, end_of_line])
+@pytest.mark.parametrize("end", [end_of_server, end_of_seat, end_of_line, end_by_a_word])
 def test_whatever_ends_a_server_ends_its_callers_sessions(stage: Stage, end: Callable[[Stage], None]) -> None:
     """Also while a forked child has the sockets."""
     stage.session.lend(stage.address)
@@ -432,7 +437,7 @@ def test_the_end_of_the_kernel_ends_everything(stage: Stage) -> None:
 
 
 def test_a_server_that_closes_in_good_order_gets_no_new_sessions_and_keeps_those_it_has(stage: Stage) -> None:
-    stage.server.sock.shutdown(socket.SHUT_WR)
+    stage.server.tell(messages.Served({}, [], [], closing=True))
     wait_until(lambda: not stage.kernel.books.ports.is_served("name"))
     with pytest.raises(UnknownSyscall):
         stage.caller.ask(messages.Open, "name", [])
