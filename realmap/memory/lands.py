@@ -5,6 +5,7 @@
     0x2000_0000_0000  ├──────────────────────────────┤  UserLand, in every user process
                       │  mappings, by find_available_space
     0x2c00_0000_0000  │  - - - - - - - - - - - - - - │  heap: resize_heap grows it from here
+    0x2e00_0000_0000  │  - - - - - - - - - - - - - - │  LentLand, in a process that serves: what others lend it
     0x3000_0000_0000  ├──────────────────────────────┤  KernelLand, in the kernel process
                       │  mirrors, one free page between neighbours
     0x4000_0000_0000  ├──────────────────────────────┤
@@ -51,8 +52,9 @@ class Land(NamedTuple):
 
 
 USER_LAND = Land("UserLand", 0x2000_0000_0000, 0x1000_0000_0000)
+LENT_LAND = Land("LentLand", 0x2E00_0000_0000, 0x0200_0000_0000)
 KERNEL_LAND = Land("KernelLand", 0x3000_0000_0000, 0x1000_0000_0000)
-#: Where the heap of a process starts: the upper quarter of its UserLand is the heap's alone.
+#: Where the heap of a process starts: in the upper quarter of its UserLand; LentLand is the upper half of that.
 HEAP_SHARE = 4
 #: Left unmapped between neighbouring mirrors, so that running off the end faults. Bytes.
 GUARD = PAGE_SIZE
