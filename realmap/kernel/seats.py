@@ -178,7 +178,7 @@ class Seats:
                 undo.callback(line.close)
                 rights.append(theirs.detach())
                 if self._spin:
-                    line.ring = RingEnd.memory()
+                    line.ring = RingEnd.make()
                     rights.append(os.dup(line.ring))
                 page = f"/proc/self/fd/{self._desks[session.seat].page_fd}"
                 rights.append(os.open(page, os.O_RDONLY | os.O_CLOEXEC))
@@ -229,13 +229,13 @@ class Seats:
             self._rearm(desk)
 
     def _rearm(self, desk: _Desk) -> None:
-        events = select.EPOLLIN | (select.EPOLLOUT if desk.news else 0)
+        events = (0 if desk.seat.closing else select.EPOLLIN) | (select.EPOLLOUT if desk.news else 0)
         if events != desk.events:
             desk.events = events
             try:
                 self._loop.rewatch(desk.sock.fileno(), events)
             except OSError as error:  # nobody would ever hear of it again
-                self._expel(desk.seat, str(error))
+                self._expel(desk, str(error))
 
     def _say(self, desk: _Desk, news: News) -> bool:
         """Tells one thing, or a part of it; whether it could be said."""
@@ -288,7 +288,7 @@ class Seats:
     def _send(self, desk: _Desk, message: messages.News, rights: list[int]) -> bool:
         """Whether it was sent. Where it never can be, the server has gone."""
         try:
-            channel.send_one(desk.sock, b"\0" + encode(message), rights)
+            channel.send_one(desk.sock, encode(message), rights)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -319,6 +319,10 @@ class Seats:
             self._flush(desk)
         if desk.seat not in self._desks:
             return
+        if desk.seat.closing:
+            if _hung_up(desk.sock):
+                self._end_seat(desk.seat)
+            return
         try:
             data = desk.sock.recv(channel.DATAGRAM)
         except (BlockingIOError, InterruptedError):
@@ -326,32 +330,33 @@ class Seats:
         except OSError:
             data = b""
         if data:
-            self._hear(desk.seat, data)
-        else:
+            self._hear(desk, data)
+        elif _hung_up(desk.sock):
             self._end_seat(desk.seat)
+        else:  # it closes in good order: what runs goes on
+            self._books.ports.withdraw(desk.seat)
+            self._count_change(desk.seat)
+            self._rearm(desk)
 
-    def _hear(self, seat: Seat, data: bytes) -> None:
+    def _hear(self, desk: _Desk, data: bytes) -> None:
         try:
-            if data[0] != channel.WHOLE or isinstance(look_over(data[1:]), int):
-                raise ValueError("it is none, or too large a one")
-            told = self._decode(data[1:])
+            if isinstance(look_over(data), int):
+                raise ValueError("it is no message, or too large a one")
+            told = self._decode(data)
             if isinstance(told, messages.Served):
                 for _, _, counts in told.names.values():
                     Durations().add(counts)
         except (msgspec.MsgspecError, ValueError, OverflowError, IndexError, RecursionError) as error:
-            self._expel(seat, f"it told what is no message: {error}")
+            self._expel(desk, f"it told what is no message: {error}")
             return
         if isinstance(told, messages.Served):
-            seat.served = told
-            if told.closing and not seat.closing:  # what runs goes on
-                self._books.ports.withdraw(seat)
-                self._count_change(seat)
-        elif isinstance(told, messages.Gone) and told.session in seat.sessions:
-            self._end_session(seat.sessions[told.session])
+            desk.seat.served = told
+        elif isinstance(told, messages.Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
+            self._end_session(session)
 
-    def _expel(self, seat: Seat, why: str) -> None:
-        log.warning("a service of %s ends: %s", seat.label, why, extra=seat.process.facts)
-        self._end_seat(seat)
+    def _expel(self, desk: _Desk, why: str) -> None:
+        log.warning("a service of %s ends: %s", desk.seat.label, why, extra=desk.seat.process.facts)
+        self._end_seat(desk.seat)
 
     def _on_line(self, session: Session) -> None:
         # Asked again: the event may be of an earlier session whose socket had this number.

@@ -21,10 +21,12 @@ How others use it: a `LentLand` in the place of the `KernelMemory` that a `UserB
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self, SupportsIndex
 
-from realmap.errors import KernelError, MemoryFault
+from realmap.errors import KernelError, KernelPanic, MemoryFault
 from realmap.host.translate import frames_error
 from realmap.memory.cross_process import CrossProcessMapping, mirror_prot
 from realmap.memory.frames import FrameAllocator, Piece, SharedFrames
@@ -32,7 +34,7 @@ from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import LENT_LAND
 from realmap.memory.mapping import Mapping
 from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, align_down, align_up, demand
-from realmap.rights import MappingAccessRights, k_w
+from realmap.rights import MappingAccessRights
 
 #: So many scratch pages are made at once. Those of one set are given back to Linux together.
 SCRATCH_PAGES = 32
@@ -73,10 +75,10 @@ class _Edge:
 
         MemoryFault: the segment was truncated. PhysicalMemoryExhaustion: no scratch page can be had.
         """
-        assert isinstance(mapping.frames, SharedFrames)
+        self._page: list[int] = []  # its number; empty once it is given back
         #: Whether what is changed there is copied back: where its window is there, and may be written.
         self.writable = False
-        self._page: list[int] = []  # its number; empty once it is given back
+        assert isinstance(mapping.frames, SharedFrames)
         self._offset, self._frames = offset, mapping.frames
         self._address = mapping.address + offset - mapping.phys_offset
         # Also for a window that is only written: what is not written there must come back as it was.
@@ -95,35 +97,48 @@ class _Edge:
         """The scratch page, as part of a file."""
         return self._scratch.frames._fd, self._page[0] * PAGE_SIZE, PAGE_SIZE
 
-    def end(self) -> None:
-        """Copies back what was changed, and gives the page back, zeroed. Again: nothing.
+    def copy_back(self) -> None:
+        """Writes what was changed into the frames, as far as it was not already.
 
-        MemoryFault, PhysicalMemoryExhaustion: it cannot be copied back; the page is given back all the same.
+        MemoryFault, PhysicalMemoryExhaustion: it cannot be.
         """
+        with contextlib.suppress(IndexError):  # another thread ends it
+            page = self._page.pop()
+            try:
+                self._write(page)
+            finally:
+                self._page.append(page)
+
+    def end(self) -> None:
+        """Copies back, and gives the page back, zeroed, in any case. Again: nothing. Errors as `copy_back`."""
         try:
             page = self._page.pop()  # whoever gets it does the rest
         except IndexError:
             return
-        fd = self._scratch.frames._fd
         try:
-            if fd >= 0:  # else in a forked child: it is the parent's
-                if self.writable:
-                    self._copy_back(os.pread(fd, len(self._before), page * PAGE_SIZE + (self._offset & PAGE_MASK)))
-                os.pwrite(fd, ZEROS, page * PAGE_SIZE)
+            self._write(page)
         finally:
             self._frames.let_go(self)
+            if self._scratch.frames._fd >= 0:
+                os.pwrite(self._scratch.frames._fd, ZEROS, page * PAGE_SIZE)  # where this fails it is not used again
             self._scratch.free.append(page)
 
-    def _copy_back(self, after: bytes) -> None:
-        changed = int.from_bytes(after, "little") ^ int.from_bytes(self._before, "little")
-        if changed:
+    def _write(self, page: int) -> None:
+        fd = self._scratch.frames._fd
+        if not self.writable or fd < 0:  # in a forked child: it is the parent's
+            return
+        before, after = self._before, os.pread(fd, len(self._before), page * PAGE_SIZE + (self._offset & PAGE_MASK))
+        if after != before:
+            changed = int.from_bytes(after, "little") ^ int.from_bytes(before, "little")
             first = ((changed & -changed).bit_length() - 1) // 8
             end = (changed.bit_length() + 7) // 8
             self._frames.write(self._offset + first, memoryview(after)[first:end], self._address + first)
+            self._before = after
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # nobody is left to be told
-            self.end()
+        if self._page:
+            with contextlib.suppress(Exception):  # nobody is left to be told
+                self.end()
 
 
 class LentMapping(CrossProcessMapping):
@@ -139,14 +154,17 @@ class LentMapping(CrossProcessMapping):
         if type(offset) is int and type(length) is int and isinstance(mapping.frames, SharedFrames):
             step = HUGE_SIZE if mapping.frames.huge else PAGE_SIZE  # a mirror of huge frames shows whole huge pages
             if not ((mapping.phys_offset + offset) | length) & (step - 1):
-                return super()._open(kernel, mapping, offset, length, rights, caller)
+                made = super()._open(kernel, mapping, offset, length, rights, caller)
+                if made is not None:
+                    made._edges = []
+                return made
         return None
 
     @classmethod
     def _mirror(cls, parts: list[tuple[Mapping, Any, Any]], kernel: KernelMemory, rights: MappingAccessRights) -> Self:
         """The long way: by the plan of each part."""
-        demand(isinstance(kernel, LentLand), f"what is lent is mapped in a LentLand, not in {kernel!r}")
-        assert isinstance(kernel, LentLand)
+        if not isinstance(kernel, LentLand):
+            raise KernelPanic(f"what is lent is mapped in a LentLand, not in {kernel!r}")
         ranges = [(mapping, *cls._checked(mapping, offset, length)) for mapping, offset, length in parts]
         prot = mirror_prot(rights)
         frames: dict[int, SharedFrames] = {}
@@ -180,7 +198,7 @@ class LentMapping(CrossProcessMapping):
             raise
         made._edges = edges
         for edge in edges:
-            edge.writable = bool(prot & k_w)
+            edge.writable = bool(prot & mmap.PROT_WRITE)
         return made
 
     def drop(self) -> None:
@@ -194,17 +212,27 @@ class LentMapping(CrossProcessMapping):
             super().drop()
         except MemoryFault as fault:  # it is dropped all the same
             first = fault
-        for edge in reversed(getattr(self, "_edges", ())):
+        self._at_edges(_Edge.end, first)
+
+    def copy_back(self) -> None:
+        """Copies back now what was changed at its edges, while it lives on. Errors as `drop`, of the edges."""
+        self._at_edges(_Edge.copy_back)
+
+    def _at_edges(self, do: Callable[[_Edge], None], first: KernelError | None = None) -> None:
+        for edge in self._edges:
             try:
-                edge.end()
+                do(edge)
             except KernelError as error:
                 first = first or error
+            except OSError as error:
+                first = first or frames_error(error, PAGE_SIZE)
         if first is not None:
             raise first
 
     def __del__(self) -> None:
         try:
-            self.drop()
+            if self.alive:
+                self.drop()
         except KernelError:  # the call that it was made in has to end in that
             if self._caller is not None:
                 self._caller._note_fault(self, self.address)
@@ -232,6 +260,27 @@ class LentLand(KernelMemory):
         super().__init__(start, length, lazy_unmap=lazy_unmap)
         self._allocator = FrameAllocator()
         self._scratch: _Scratch | None = None
+
+    def settle(self, buffers: Sequence[Any]) -> None:
+        """The call of these `UserBuffer`s is about to be answered: its windows are dropped, where it has not, and all
+        edges are copied back by then.
+
+        BufferError: a view of a window lives on; so does that until the view has gone. MemoryFault: bytes of a buffer
+        were gone when they were used. PhysicalMemoryExhaustion: as `drop`. All of them are settled; the first is told.
+        """
+        first: Exception | None = next((each.fault for each in buffers if each.fault is not None), None)
+        for mirror in self.mirrors() if self.live else ():
+            if isinstance(mirror, LentMapping) and mirror._caller in buffers:
+                try:
+                    try:
+                        mirror.drop()
+                    except BufferError as error:
+                        first = first or error
+                        mirror.copy_back()
+                except KernelError as error:
+                    first = first or error
+        if first is not None:
+            raise first
 
     def take_page(self, into: list[int]) -> _Scratch:
         """Puts the number of a scratch page `into` a list; the set that it is of.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 import msgspec
 
 from realmap._core import Lock
-from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
+from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, UnknownSyscall, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
 from realmap.memory.frames import whole_pages
@@ -23,6 +23,7 @@ from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_
 from realmap.user import shown
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
+from realmap.user.sessions import Routes, Session, arun, run
 from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
@@ -87,6 +88,8 @@ class Process:
         self.keeper: object = None
         self._client = self._connect(path, timeout)
         self._lock = Lock()
+        self._routes = Routes(self)
+        self._known = self._routes.known  # looked into at every call
         _living.add(self)
 
     def _connect(self, path: str, timeout: float | None = None) -> Client:
@@ -145,8 +148,9 @@ class Process:
             self._client = client
 
     def _after_fork_in_child(self) -> None:
-        """In a forked child: another thread of the parent may have held the lock."""
+        """In a forked child: another thread of the parent may have held the lock; the sessions are the parent's."""
         self._lock = Lock()
+        self._known.clear()
 
     # ---- memory -----------------------------------------------------------------------------
 
@@ -369,9 +373,14 @@ class Process:
         client = self._client
         if client.lost_in_child:  # asked here: a property costs a call
             client = self._own_client
-        request = self._call(name, args, timeout, kwargs)
+        request, refusal = self._call(name, args, timeout, kwargs), None
         try:
-            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+            if name not in self._known:
+                try:
+                    return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+                except UnknownSyscall as error:
+                    refusal = error.with_traceback(None)
+            return run(self._routes.steps(request, refusal), name, timeout)
         except OverflowError:
             raise TypeError(BEYOND) from None
 
@@ -384,11 +393,28 @@ class Process:
         from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
 
         client = self._own_client
-        request = self._call(name, args, timeout, kwargs)
+        request, refusal = self._call(name, args, timeout, kwargs), None
         try:
-            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=request.args)
+            if name not in self._known:
+                try:
+                    waiter = Waiter.of(client)
+                    return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
+                except UnknownSyscall as error:
+                    refusal = error.with_traceback(None)
+            return await arun(self._routes.steps(request, refusal), name, timeout)
         except OverflowError:
             raise TypeError(BEYOND) from None
+
+    def session(self, name: str, *, timeout: float | None = None) -> Session:
+        """One server of `name`, the least busy one, for all calls that are made by the `Session`.
+
+        UnknownSyscall: no process serves this. LimitReached: more sessions than a process may have.
+        PhysicalMemoryExhaustion: no descriptors. SyscallTimeout: the kernel has not answered within `timeout` seconds.
+        TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a service is a str, not {type(name).__name__}")
+        return Session(self, run(self._routes.open(name, []), name, timeout))
 
     def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
         if not isinstance(name, str):
@@ -452,6 +478,7 @@ class Process:
                 except OSError as error:
                     pass_on(error)
         finally:
+            self._routes.close()
             self._client.close()
 
     def __enter__(self) -> Self:

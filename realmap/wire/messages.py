@@ -368,7 +368,7 @@ class Revoked(msgspec.Struct, array_like=True, frozen=True, tag=3):
 
 
 class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
-    """The caller of a session has ended it, or has died. From a server: it has ended it."""
+    """The caller of a session has ended it, or has died. From a server: it could not take it in."""
 
     session: int
 
@@ -387,8 +387,6 @@ class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     #: Windows of lent pages: [the caller's number (0: its call has ended), its address, length, where that is mapped in
     #: the server, rights].
     lent: list[tuple[int, int, int, int, int]]
-    #: It ends in good order: no new sessions, and those that there are go on until its socket is closed.
-    closing: bool = False
     #: Whole pages that are kept mapped for their next use (`lazy_unmap`): where, and how many bytes.
     kept: list[tuple[int, int]] = []
 

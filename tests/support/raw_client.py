@@ -105,11 +105,11 @@ class RawServer:
         data, fds = receive(self.sock)
         if not data:
             raise EOFError
-        return _news(data[1:]), fds
+        return _news(data), fds
 
     def tell(self, told: messages.Told | bytes) -> None:
         """Tells the kernel of itself."""
-        self.sock.send(b"\0" + (told if isinstance(told, bytes) else msgspec.msgpack.encode(told)))
+        self.sock.send(told if isinstance(told, bytes) else msgspec.msgpack.encode(told))
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ import msgspec
 
 from realmap.host import files
 from realmap.wire import channel, messages
-from realmap.wire.seat import BUSY, GRANTS, WAITING, SeatPage
+from realmap.wire.seat import GRANTS, SeatPage
 
 _DESCRIPTORS = messages.MAX_DESCRIPTORS
 _decode = msgspec.msgpack.Decoder(messages.News).decode
@@ -60,7 +60,7 @@ class Seat:
                     return
                 if not data:
                     raise EOFError("the kernel has ended")
-                yield _decode(memoryview(data)[1:]), descriptors
+                yield _decode(data), descriptors
             finally:
                 channel.close_all(descriptors)
 
@@ -82,18 +82,17 @@ class Seat:
     def tell(self, message: messages.Served | messages.Gone) -> None:
         """Says it, where the kernel has room for it now."""
         with contextlib.suppress(OSError):
-            channel.send_one(self.sock, b"\0" + _encode(message))
-
-    def say(self, busy: int, waiting: int) -> None:
-        """How many calls are at work, and wait: for those who choose a server."""
-        words = self._page.words
-        words[BUSY] = busy
-        words[WAITING] = waiting
+            channel.send_one(self.sock, _encode(message))
 
     @property
     def words(self) -> Any:
-        """Those of the page: written to where a call of `say` would cost more than the store."""
+        """Those of the page: how many calls are at work, and wait, for those who choose a server."""
         return self._page.words
+
+    def leave(self) -> None:
+        """No new sessions come from here on; those that there are go on until `close`."""
+        with contextlib.suppress(OSError):  # the kernel has ended
+            self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """The kernel sees that nobody sits here any more. Again: nothing."""

@@ -118,6 +118,7 @@ class Server(Lines[Session]):
             return
         self.closing = self._elsewhere.ending = True
         self._tell()
+        self._seat.leave()
         while self._waiting:
             self._refuse(self._pop())
         if not self._beside:
@@ -205,7 +206,6 @@ class Server(Lines[Session]):
         self._remove(line)
         del self._sessions[line.number]
         line.shut()
-        self._seat.tell(messages.Gone(line.number))
         while line.waiting:
             for buffer in line.waiting.popleft().buffers:
                 user_buffer.end(buffer, pinned=True)
@@ -439,6 +439,6 @@ class Server(Lines[Session]):
 
     def _tell(self) -> None:
         self._is_told = True
-        self._seat.tell(served(self._handlers, self._beside.values(), self._turns, self._land, self.closing))
+        self._seat.tell(served(self._handlers, self._beside.values(), self._turns, self._land))
         if self._beside or self._waiting:
             self._tell_soon()

@@ -82,7 +82,7 @@ class Session(Line):
         """Takes both descriptors out. OSError: no memory, or they have not come (no descriptor was left)."""
         if len(descriptors) < 2:
             raise OSError("no descriptors are left")
-        ring = RingEnd.over(descriptors[1])
+        ring = RingEnd.serve(descriptors[1])
         super().__init__(socket.socket(fileno=descriptors.pop(0)), Budget())
         self.ring, ring.owner = ring, None
         self.number = opened.session

@@ -20,7 +20,6 @@ def served(
     beside: Iterable[tuple[Work, float]],
     turns: Iterable[Session],
     land: KernelMemory,
-    closing: bool,
 ) -> Served:
     """As it is now. `beside`: calls at work, and since when; `turns`: the sessions with calls that wait."""
     running: list[tuple[int, int, str, float | None]] = [
@@ -31,7 +30,7 @@ def served(
     names = {name: (each.calls, each.failed, each.durations.counts()) for name, each in handlers.items()}
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
     kept = [(window.base, window.span) for window in land.kept.windows()] if land.kept is not None else []
-    return Served(names, running[:MOST], lent[:MOST], closing, kept[:MOST])
+    return Served(names, running[:MOST], lent[:MOST], kept[:MOST])
 
 
 def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:

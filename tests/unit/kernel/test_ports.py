@@ -118,7 +118,7 @@ def test_caller_and_server_get_two_ends_of_a_line(run: Callable[..., Kernel], sp
             assert session.sock.recv(10) == b"you"
             assert len(ring) == bool(spin) and len(session.fds) == 1 + bool(spin)
             if spin:
-                ours, theirs = RingEnd.over(ring[0]), RingEnd.join(session.fds[0])
+                ours, theirs = RingEnd.serve(ring[0]), RingEnd.join(session.fds[0])
                 theirs._send(b"by the ring", session.sock.fileno())
                 assert ours._pop() == b"by the ring"
                 ours._close()
@@ -217,7 +217,7 @@ def test_a_page_tells_that_a_seat_of_its_names_comes_or_goes(stage: Stage) -> No
         assert word(page, CHANGES) == 1
     with RawServer(stage.host, "another", "name") as rival:
         assert word(page, CHANGES) == 2
-        rival.tell(messages.Served({}, [], [], closing=True))
+        rival.sock.shutdown(socket.SHUT_WR)  # it closes in good order
         wait_until(lambda: word(page, CHANGES) == 3)
     wait_until(lambda: word(page, CHANGES) == 4)
 
@@ -288,7 +288,6 @@ def test_what_cannot_be_lent(stage: Stage) -> None:
 @pytest.mark.parametrize(
     "told",
     [
-        b"",
         b"\xc1",
         b"\x90" * (channel.CHUNK + 100),
         msgspec.msgpack.encode(messages.Served({}, [], [])) + b"\0",
@@ -441,7 +440,7 @@ def test_the_end_of_the_kernel_ends_everything(stage: Stage) -> None:
 
 
 def test_a_server_that_closes_in_good_order_gets_no_new_sessions_and_keeps_those_it_has(stage: Stage) -> None:
-    stage.server.tell(messages.Served({}, [], [], closing=True))
+    stage.server.sock.shutdown(socket.SHUT_WR)
     wait_until(lambda: not stage.kernel.books.ports.is_served("name"))
     with pytest.raises(UnknownSyscall):
         stage.caller.ask(messages.Open, "name", [])
