@@ -10,10 +10,13 @@ Several seats of a name are a pool. Rights only ever narrow: a server gets no mo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Collection, Container, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+from realmap._core import Durations
 from realmap.errors import InvalidAddress, InvalidMemState, InvalidSize, KernelError, ServerDied, UnknownSyscall
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
@@ -48,6 +51,23 @@ class Grant:
             self.ended = True
             self.session.process.peer.give_back("grants")
             self.frames.let_go(self)
+
+
+@dataclass(slots=True)
+class Total:
+    """What was called by one name, so far, of so many servers, as they say; those that have ended are counted on."""
+
+    servers: int = 0
+    calls: int = 0
+    failed: int = 0
+    durations: Durations = field(default_factory=Durations)
+
+    def add(self, calls: int, failed: int, counts: list[int]) -> None:
+        """What one server says."""
+        self.calls += calls
+        self.failed += failed
+        with contextlib.suppress(ValueError):  # more than can be counted
+            self.durations.add(counts)
 
 
 class Session:
@@ -91,6 +111,11 @@ class Seat:
         """Whose it is, in words."""
         return f"process {self.process.number} (pid {self.process.pid})"
 
+    def running(self) -> list[tuple[Session, str, float | None]]:
+        """Calls that it said to be at work (since when, in seconds of the monotonic clock), or waiting (None)."""
+        told, there = self.served.running, self.sessions
+        return [(there[number], name, began) for number, _, name, began in told if number in there]
+
 
 class Ports:
     """Everybody who serves, by name, and all sessions."""
@@ -98,6 +123,8 @@ class Ports:
     def __init__(self) -> None:
         self._seats: dict[int, Seat] = {}
         self._by_name: dict[str, list[Seat]] = {}
+        #: What those did that have ended, of names that others still serve.
+        self._past: dict[str, Total] = {}
         self._seat_numbers, self._session_numbers = itertools.count(1), itertools.count(1)
         #: Told of each grant that ends before its session does.
         self.revoked: Callable[[Grant], None] = Grant.end
@@ -148,8 +175,12 @@ class Ports:
             seat.closing = True
             for name in seat.names:
                 self._by_name[name].remove(seat)
-                if not self._by_name[name]:
+                if self._by_name[name]:
+                    if name in seat.served.names:
+                        self._past.setdefault(name, Total()).add(*seat.served.names[name])
+                else:
                     del self._by_name[name]
+                    self._past.pop(name, None)
 
     def end(self, seat: Seat) -> None:
         """It is no more; its sessions have ended. Again: nothing."""
@@ -157,6 +188,18 @@ class Ports:
         if self._seats.pop(seat.number, None) is not None:
             del seat.process.seats[seat.number]
             seat.process.peer.give_back("seats")
+
+    def totals(self) -> dict[str, Total]:
+        """What was called so far, by name."""
+        found: dict[str, Total] = {}
+        for name, seats in self._by_name.items():
+            total = found[name] = Total(len(seats))
+            if (past := self._past.get(name)) is not None:
+                total.add(past.calls, past.failed, past.durations.counts())
+            for seat in seats:
+                if name in seat.served.names:
+                    total.add(*seat.served.names[name])
+        return found
 
     # ---- sessions ---------------------------------------------------------------------------
 

@@ -346,11 +346,13 @@ class Seats:
             if isinstance(told, messages.Served):
                 for _, _, counts in told.names.values():
                     Durations().add(counts)
-                desk.seat.served = told
-            elif isinstance(told, messages.Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
-                self._end_session(session)
         except (msgspec.MsgspecError, ValueError, OverflowError, IndexError, RecursionError) as error:
             self._expel(desk, f"it told what is no message: {error}")
+            return
+        if isinstance(told, messages.Served):
+            desk.seat.served = told
+        elif isinstance(told, messages.Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
+            self._end_session(session)
 
     def _expel(self, desk: _Desk, why: str) -> None:
         log.warning("a service of %s ends: %s", desk.seat.label, why, extra=desk.seat.process.facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,12 +13,14 @@ import msgspec
 
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
-from realmap.memory.lands import KERNEL_LAND, OWN_LAND, USER_LAND, Land
+from realmap.memory.lands import KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
-from realmap.pages import PAGE_SIZE
-from realmap.wire.records import FramesInfo, MappingInfo, PartInfo
+from realmap.pages import PAGE_SIZE, align_down, align_up
+from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, PartInfo
 
+#: Servers say a few times a second what they have mapped: what differs there is looked at for longer, in seconds each.
+PAUSE = 0.1
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
 
@@ -42,12 +45,22 @@ class Faulted(msgspec.Struct, frozen=True):
     length: int
 
 
+class Withheld(msgspec.Struct, frozen=True):
+    """Lent pages that a server, process `pid`, has still mapped at `address`: `why` it should not."""
+
+    pid: int
+    address: int
+    length: int
+    why: str
+
+
 class AuditReport(msgspec.Struct, frozen=True):
     """What an audit found. Clean: `differences` is empty, and the report is true as a bool.
 
     `processes`, `mappings`, `mirrors`, `frames`: how many were held against Linux. `unregistered`: pids
     that map segments of the kernel without being in its books (forks that never connected). `faulted`: what
-    shows zeros since its segment was truncated; no difference, the mapping is there.
+    shows zeros since its segment was truncated; no difference, the mapping is there. `withheld`: lent pages that
+    servers did not give back: Linux cannot take them away. No difference, where they say so.
     """
 
     differences: list[Difference]
@@ -57,6 +70,7 @@ class AuditReport(msgspec.Struct, frozen=True):
     frames: int
     unregistered: list[int]
     faulted: list[Faulted]
+    withheld: list[Withheld]
 
     def __bool__(self) -> bool:
         return not self.differences
@@ -200,6 +214,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     differences += _compare(
         "KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND, snapshot.pid)
     )
+    differences += _lent(snapshot)
     differences += _recount(snapshot)
     differences += _descriptors(snapshot)
     differences += _names(snapshot)
@@ -211,7 +226,79 @@ def compare(snapshot: Snapshot) -> AuditReport:
         len(snapshot.frames),
         _unregistered(snapshot),
         faulted,
+        _withheld(snapshot),
     )
+
+
+def lent_ranges(snapshot: Snapshot, lent: LentInfo, frames: dict[int, FramesInfo]) -> list[Range]:
+    """What is mapped for a window of lent pages, as far as it shows whole pages of what its process has mapped now."""
+    found: list[Range] = []
+    first, last = align_up(lent.address), align_down(lent.address + lent.length)
+    for process in snapshot.processes:
+        for mapping in process.mappings if process.number == lent.process else ():
+            low, high = max(first, mapping.address), min(last, mapping.address + mapping.length)
+            if low < high and mapping.frames is not None:
+                part = PartInfo(mapping.frames, mapping.phys_offset + low - mapping.address, high - low)
+                found += window_ranges(lent.at + low - lent.address, lent.rights, [part], 0, frames)
+    return merged(found)
+
+
+def clipped(linux: list[Range], start: int, end: int) -> list[Range]:
+    """What of that is in [start, end)."""
+    found: list[Range] = []
+    for low, high, perms, inode, offset in linux:
+        if low < end and start < high:
+            at = max(low, start)
+            found.append((at, min(high, end), perms, inode, offset + at - low if inode else 0))
+    return found
+
+
+def _lent(snapshot: Snapshot) -> list[Difference]:
+    """LentLand of each process that serves: what it says is mapped there, and nothing else of the kernel's frames."""
+    frames, seats = snapshot.frames_by_serial(), {seat.number: seat.process for seat in snapshot.seats}
+    found: list[Difference] = []
+    for process in snapshot.processes:
+        if process.number not in seats.values():
+            continue
+        try:
+            linux = linux_ranges(process.pid, LENT_LAND, snapshot.pid)
+        except ProcessLookupError:
+            continue
+        where = f"{LENT_LAND.name} of pid {process.pid}"
+        told = [each for each in snapshot.lent if seats[each.seat] == process.number]
+        for each in told:
+            for entry in lent_ranges(snapshot, each, frames):
+                found += _compare(where, [entry], clipped(linux, entry[0], entry[1]))
+        covered = [(align_down(each.at), align_up(each.at + each.length)) for each in told]
+        found += _compare(where, [], [entry for entry in linux if entry[3] and not _covers(covered, entry)])
+    return found
+
+
+def _covers(windows: list[tuple[int, int]], entry: Range) -> bool:
+    """Whether some of these, side by side or not, have all of it."""
+    at = entry[0]
+    for start, end in sorted(windows):
+        if start <= at < end:
+            at = end
+    return at >= entry[1]
+
+
+def _withheld(snapshot: Snapshot) -> list[Withheld]:
+    """Windows of calls that have ended, or of what is not lent any more."""
+    pids = {process.number: process.pid for process in snapshot.processes}
+    seats = {seat.number: pids[seat.process] for seat in snapshot.seats}
+    sessions = {session.number: (session.seat, session.process) for session in snapshot.sessions}
+    granted: dict[tuple[int, int | None], list[GrantInfo]] = {}
+    for grant in snapshot.grants:
+        granted.setdefault(sessions[grant.session], []).append(grant)
+    found: list[Withheld] = []
+    for each in snapshot.lent:
+        there = granted.get((each.seat, each.process), ())
+        end = each.address + each.length
+        if not each.kept and not any(own.address < end and each.address < own.address + own.length for own in there):
+            why = "the call that had it has ended" if each.process is None else "it is lent no more"
+            found.append(Withheld(seats[each.seat], each.at, each.length, why))
+    return found
 
 
 def _recount(snapshot: Snapshot) -> list[Difference]:
@@ -227,7 +314,8 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
     for mirror in snapshot.mirrors:
         for serial in {part.frames for part in mirror.parts}:
             counted[serial] += 1
-    for serial in [*snapshot.pinned, *(handle.frames for handle in snapshot.handles)]:
+    held = [*(handle.frames for handle in snapshot.handles), *(grant.frames for grant in snapshot.grants)]
+    for serial in [*snapshot.pinned, *held]:
         counted[serial] += 1
     return [
         Difference(
@@ -305,6 +393,8 @@ def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:
     for _ in range(tries):
         if report:
             break
+        if any(each.where.startswith(LENT_LAND.name) for each in report.differences):
+            time.sleep(PAUSE)
         again = compare(take())
         before = set(report.differences)
         still = [difference for difference in again.differences if difference in before]

@@ -384,8 +384,11 @@ class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     names: dict[str, tuple[int, int, list[int]]]
     #: Calls at work or waiting: [session, id, name, since when (seconds, monotonic) or None while it waits].
     running: list[tuple[int, int, str, float | None]]
-    #: Windows of lent pages: [the caller's number, its address, length, where it is mapped in the server, rights].
+    #: Windows of lent pages: [the caller's number (0: its call has ended), its address, length, where that is mapped in
+    #: the server, rights].
     lent: list[tuple[int, int, int, int, int]]
+    #: Whole pages that are kept mapped for their next use (`lazy_unmap`): where, and how many bytes.
+    kept: list[tuple[int, int]] = []
 
 
 class Worked(msgspec.Struct, array_like=True, frozen=True, tag=6):

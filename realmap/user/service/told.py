@@ -29,7 +29,8 @@ def served(
         running += [(session.number, work.request.id, work.syscall.name, None) for work in session.waiting]
     names = {name: (each.calls, each.failed, each.durations.counts()) for name, each in handlers.items()}
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
-    return Served(names, running[:MOST], lent[:MOST])
+    kept = [(window.base, window.span) for window in land.kept.windows()] if land.kept is not None else []
+    return Served(names, running[:MOST], lent[:MOST], kept[:MOST])
 
 
 def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:

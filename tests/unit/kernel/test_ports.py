@@ -9,13 +9,14 @@ import mmap
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 import pytest
 import syscalls
-from conftest import PAGE, wait_until
+from conftest import BOUND, PAGE, wait_until
 from raw_client import RawClient, RawServer, RawSession
 
 import realmap
@@ -30,9 +31,12 @@ from realmap import (
     ServerDied,
     UnknownSyscall,
 )
+from realmap._core import Durations
 from realmap.kernel.ports import MOST, NAMES
+from realmap.observe import Control
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
+from realmap.wire.records import GrantInfo, SessionInfo
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, THREADS, WAITING, SeatPage
 
@@ -285,14 +289,14 @@ def test_what_cannot_be_lent(stage: Stage) -> None:
     "told",
     [
         b"\xc1",
-        b"x" * (channel.CHUNK + 100),
+        b"\x90" * (channel.CHUNK + 100),
         msgspec.msgpack.encode(messages.Served({}, [], [])) + b"\0",
         msgspec.msgpack.encode(messages.Opened(1, 2, 3, 4)),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [5, 496, 1]]}, [], []]),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [5, 3]]}, [], []]),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
-        msgspec.msgpack.encode([1, {"name": [1, 0, [-5, 3, 1]]}, [], []]),
-        b"\x94\x01" + b"\x91" * 5000,
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 496, 1]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [-5, 3, 1]]}, [], []]),
+        b"\x94\x05" + b"\x91" * 5000,
     ],
     ids=str,
 )
@@ -376,6 +380,10 @@ def end_of_line(stage: Stage) -> None:
     stage.line.shutdown(socket.SHUT_RDWR)
 
 
+def end_by_a_word(stage: Stage) -> None:
+    stage.server.tell(messages.Gone(stage.session.number))
+
+
 def end_of_caller(stage: Stage) -> None:
     stage.caller.sock.close()
 
@@ -392,7 +400,7 @@ def end_of_kernel(stage: Stage) -> None:
     stage.kernel.stop()
 
 
-@pytest.mark.parametrize("end", [end_of_server, end_of_seat, end_of_line])
+@pytest.mark.parametrize("end", [end_of_server, end_of_seat, end_of_line, end_by_a_word])
 def test_whatever_ends_a_server_ends_its_callers_sessions(stage: Stage, end: Callable[[Stage], None]) -> None:
     """Also while a forked child has the sockets."""
     stage.session.lend(stage.address)
@@ -535,3 +543,48 @@ def test_what_was_lent_is_not_used_again(run: Callable[..., Kernel]) -> None:
         wait_until(lambda: mapping.frames.freed, "the end of its frames")
         assert not process.memory.stock.count
         del answer
+
+
+def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kernel]) -> None:
+    kernel = run()
+    with Stage(kernel) as stage, Control(kernel.path) as control, RawServer(stage.host, "name", "more") as other:
+        stage.session.lend(stage.address)
+        stage.hear()
+        number, caller = stage.session.number, stage.caller.number
+        lent = [(caller, stage.address + 5, 100, 4096, 3), (0, 0, 5, 8192, 1)]
+        calls = [(number, 7, "name", time.monotonic() - 1.0), (number, 8, "name", None), (number + 1, 9, "name", None)]
+        counts = Durations()
+        counts.since(time.monotonic_ns() - 10**9)
+        for server in (stage.server, other):
+            told = {"name": (5, 2, counts.counts()), "nop": (1, 1, [0])}
+            server.tell(messages.Served(told, calls if server is stage.server else [], lent, kept=[(12288, PAGE)]))
+        wait_until(lambda: control.stats()["lent"] == 4)
+        found = control.snapshot()
+        assert [msgspec.structs.astuple(each) for each in found.seats] == [
+            (stage.server.number, stage.host.number, ["name"], 2, 0, False, 1, 1),
+            (other.number, stage.host.number, ["name", "more"], 1, 0, False, 0, 0),
+        ]
+        assert found.sessions == [SessionInfo(number, stage.server.number, caller)]
+        (grant,) = found.grants
+        (process,) = [each for each in found.processes if each.number == caller]
+        (mapping,) = process.mappings
+        assert grant == GrantInfo(number, mapping.frames, 0, stage.address, 3 * PAGE, mapping.rights)
+        assert [(each.process, each.address, each.at, each.kept) for each in found.lent[:3]] == [
+            (caller, stage.address + 5, 4096, False),
+            (None, 0, 8192, False),
+            (None, 0, 12288, True),
+        ]
+        one, two = [each for each in found.running if each.server is not None]
+        assert (one.process, one.syscall, one.server, two.seconds) == (caller, "name", stage.host.number, None)
+        assert one.seconds is not None and 1.0 <= one.seconds < BOUND
+        by_name = {each.name: each for each in found.calls}
+        assert by_name["nop"].servers == 0 and not by_name["nop"].count
+        assert (by_name["name"].count, by_name["name"].failed, by_name["name"].servers) == (10, 4, 2)
+        assert by_name["name"].p50 == pytest.approx(1.0, rel=0.2)
+        assert by_name["more"].p50 is None and by_name["more"].servers == 1
+        stats = control.stats()
+        assert [stats[name] for name in (*TOTALS, "lent", "lent_bytes")] == [2, 1, 1, 4, 210]
+        stage.server.sock.close()
+        wait_until(lambda: control.stats()["seats"] == 1)
+        (left,) = [each for each in control.snapshot().calls if each.name == "name"]
+        assert (left.count, left.servers) == (10, 1)  # what was done is not undone
