@@ -53,6 +53,8 @@ class Land(NamedTuple):
 
 USER_LAND = Land("UserLand", 0x2000_0000_0000, 0x1000_0000_0000)
 LENT_LAND = Land("LentLand", 0x2E00_0000_0000, 0x0200_0000_0000)
+#: Where a process has mappings of its own: UserLand without what others lend it.
+OWN_LAND = USER_LAND._replace(length=LENT_LAND.start - USER_LAND.start)
 KERNEL_LAND = Land("KernelLand", 0x3000_0000_0000, 0x1000_0000_0000)
 #: Where the heap of a process starts: in the upper quarter of its UserLand; LentLand is the upper half of that.
 HEAP_SHARE = 4

@@ -26,6 +26,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self, SupportsIndex
 
+from realmap._core import Lock
 from realmap.errors import KernelError, KernelPanic, MemoryFault
 from realmap.host.translate import frames_error
 from realmap.memory.cross_process import CrossProcessMapping, mirror_prot
@@ -68,13 +69,14 @@ class _Scratch(NamedTuple):
 class _Edge:
     """A part of a page that was copied into a scratch page. It holds its frames until that is given back."""
 
-    __slots__ = ("_address", "_before", "_frames", "_offset", "_page", "_scratch", "writable")
+    __slots__ = ("_address", "_before", "_frames", "_lock", "_offset", "_page", "_scratch", "writable")
 
     def __init__(self, land: LentLand, mapping: Mapping, offset: int, length: int) -> None:
         """Copies `length` bytes from `offset` of the mapping's frames on.
 
         MemoryFault: the segment was truncated. PhysicalMemoryExhaustion: no scratch page can be had.
         """
+        self._lock = Lock()  # of its page, which must not be another's while it is copied back
         self._page: list[int] = []  # its number; empty once it is given back
         #: Whether what is changed there is copied back: where its window is there, and may be written.
         self.writable = False
@@ -102,38 +104,42 @@ class _Edge:
 
         MemoryFault, PhysicalMemoryExhaustion: it cannot be.
         """
-        with contextlib.suppress(IndexError):  # another thread ends it
-            page = self._page.pop()
-            try:
-                self._write(page)
-            finally:
-                self._page.append(page)
+        with self._lock:
+            self._write()
 
-    def end(self) -> None:
-        """Copies back, and gives the page back, zeroed, in any case. Again: nothing. Errors as `copy_back`."""
-        try:
-            page = self._page.pop()  # whoever gets it does the rest
-        except IndexError:
-            return
-        try:
-            self._write(page)
-        finally:
-            self._frames.let_go(self)
-            if self._scratch.frames._fd >= 0:
-                os.pwrite(self._scratch.frames._fd, ZEROS, page * PAGE_SIZE)  # where this fails it is not used again
-            self._scratch.free.append(page)
-
-    def _write(self, page: int) -> None:
+    def _write(self) -> None:
         fd = self._scratch.frames._fd
-        if not self.writable or fd < 0:  # in a forked child: it is the parent's
+        if not self._page or not self.writable or fd < 0:  # in a forked child: it is the parent's
             return
-        before, after = self._before, os.pread(fd, len(self._before), page * PAGE_SIZE + (self._offset & PAGE_MASK))
-        if after != before:
+        at = self._page[0] * PAGE_SIZE + (self._offset & PAGE_MASK)
+        before, after = self._before, os.pread(fd, len(self._before), at)
+        if after != before and self._page:  # else a signal handler has ended it meanwhile
             changed = int.from_bytes(after, "little") ^ int.from_bytes(before, "little")
             first = ((changed & -changed).bit_length() - 1) // 8
             end = (changed.bit_length() + 7) // 8
             self._frames.write(self._offset + first, memoryview(after)[first:end], self._address + first)
             self._before = after
+
+    def end(self) -> None:
+        """Copies back, and gives the page back, zeroed. Again: nothing. Errors as `copy_back`, when it is given back.
+
+        Where a signal handler raised, it is as it was.
+        """
+        with self._lock:
+            try:
+                self._write()
+            except (KernelError, OSError):
+                self._give_back()
+                raise
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._frames.let_go(self)
+        with contextlib.suppress(IndexError):
+            page = self._page.pop()
+            if self._scratch.frames._fd >= 0:
+                os.pwrite(self._scratch.frames._fd, ZEROS, page * PAGE_SIZE)  # where this fails it is not used again
+            self._scratch.free.append(page)
 
     def __del__(self) -> None:
         if self._page:

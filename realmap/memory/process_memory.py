@@ -17,7 +17,7 @@ from realmap.memory.bookkeeping import Bookkeeping, Space
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, whole_pages
 from realmap.memory.kernel_memory import KernelMemory
-from realmap.memory.lands import HEAP_SHARE, LENT_LAND, USER_LAND
+from realmap.memory.lands import HEAP_SHARE, OWN_LAND, USER_LAND
 from realmap.memory.mapping import Frames, Mapping
 from realmap.memory.stock import Stock
 from realmap.pages import HUGE_SIZE, address_of, align_down, page_range, usize
@@ -263,7 +263,7 @@ class ProcessMemory:
         if new < before:
             raise InvalidSize(new, why=f"the heap has {before} bytes, and only grows")
         other = self._tree().overlap(self.heap_start + before, self.heap_start + new)
-        if new > min(self.land.end, LENT_LAND.start) - self.heap_start or other is not None:
+        if new > min(self.land.end, OWN_LAND.end) - self.heap_start or other is not None:
             raise VirtualMemoryExhaustion(
                 new, why=f"{other!r} is in the way" if other is not None else "the heap's part of UserLand is smaller"
             )

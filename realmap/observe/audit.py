@@ -13,14 +13,12 @@ import msgspec
 
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
-from realmap.memory.lands import KERNEL_LAND, LENT_LAND, USER_LAND, Land
+from realmap.memory.lands import KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE, align_down, align_up
 from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, PartInfo
 
-#: UserLand without LentLand.
-_OWN = USER_LAND.part(USER_LAND.start, LENT_LAND.start - USER_LAND.start)
 #: Servers say a few times a second what they have mapped: what differs there is looked at for longer, in seconds each.
 PAUSE = 0.1
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
@@ -204,7 +202,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     linux: dict[int, list[Range]] = {}
     for process in snapshot.processes:
         with contextlib.suppress(ProcessLookupError):
-            linux[process.pid] = linux_ranges(process.pid, _OWN, snapshot.pid)
+            linux[process.pid] = linux_ranges(process.pid, OWN_LAND, snapshot.pid)
     books, faulted = user_ranges(snapshot, linux)
     for pid, ranges in books.items():
         differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))

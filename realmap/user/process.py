@@ -373,13 +373,14 @@ class Process:
         client = self._client
         if client.lost_in_child:  # asked here: a property costs a call
             client = self._own_client
-        request, refusal = self._call(name, args, timeout, kwargs), None
+        request = self._call(name, args, timeout, kwargs)
         try:
-            if name not in self._known:
-                try:
-                    return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
-                except UnknownSyscall as error:
-                    refusal = error.with_traceback(None)
+            if name in self._known:
+                return self._routes.call(request, timeout)
+            try:
+                return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+            except UnknownSyscall as error:
+                refusal = error.with_traceback(None)
             return run(self._routes.steps(request, refusal), name, timeout)
         except OverflowError:
             raise TypeError(BEYOND) from None

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from realmap._core import CLOSED, DIED, ERRNO, NONSENSE, SAID_BYE, STOLEN, Answer, Endpoint
@@ -21,9 +21,8 @@ from realmap.host import procfs
 from realmap.host.signals import Living
 from realmap.host.translate import shortage
 from realmap.serving import nesting
-from realmap.user.buffer import UserWindow, buffers_in, require_own
+from realmap.user.buffer import Buffer, UserWindow, buffers_in, require_own
 from realmap.wire import messages
-from realmap.wire.client.client import Client
 from realmap.wire.client.requester import Late, Requester
 from realmap.wire.seat import BUSY, CHANGES, THREADS, WAITING, SeatPage
 
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Of so many sessions, the last ones, a mapping knows that it is lent to them; one more is told again.
 LENT_TO = 64
+#: What the page of a session that was closed says: nobody is there.
+NONE: Sequence[int] = (0,) * 8
 
 
 class Step(NamedTuple):
@@ -88,7 +89,7 @@ async def arun(steps: Steps, name: str, timeout: float | None) -> Any:
 class Server(Requester):
     """A session with one seat of a server, as its caller has it."""
 
-    def __init__(self, client: Client, name: str, opened: list[Any], descriptors: list[int]) -> None:
+    def __init__(self, process: Process, name: str, opened: list[Any], descriptors: list[int]) -> None:
         """By what `Open` was answered. PhysicalMemoryExhaustion: no descriptors are left, or no memory."""
         #: Of the session, of the server's seat, and the server's pid.
         self.number: int
@@ -96,8 +97,8 @@ class Server(Requester):
         self.server: int
         self.number, self.seat, self.server, spin = opened
         self.name = name
-        self._kernel = client
-        self._closed = False
+        self.process = process
+        client = self._kernel = process._own_client
         try:
             if len(descriptors) < (3 if spin else 2):  # Linux delivers what it has room for, and cuts off the rest
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -107,7 +108,8 @@ class Server(Requester):
                 raise OSError(endpoint, os.strerror(endpoint))
             if ring and (number := endpoint.join(ring[0], int(spin * 1000))):
                 raise OSError(number, os.strerror(number))
-            self._page = SeatPage(page, writable=False)
+            #: Of the seat's page, which is unmapped with this.
+            self.words: Sequence[int] = SeatPage(page, writable=False).words
         except OSError as error:
             raise shortage(error, f"cannot open a session with a server of {name!r}") from None
         super().__init__(endpoint, client.encoder, client.next_id)
@@ -115,27 +117,28 @@ class Server(Requester):
     @property
     def load(self) -> int:
         """How many calls more than its threads it has; below 0: a thread is free."""
-        try:
-            words = self._page.words
-            return int(max(words[BUSY] + words[WAITING], self.endpoint.pending) - words[THREADS])
-        except ValueError:  # it was closed this moment
-            return 0
+        words = self.words
+        calls, pending = words[BUSY] + words[WAITING], self.endpoint.pending
+        return (calls if calls > pending else pending) - words[THREADS]
 
-    @property
-    def changes(self) -> int:
-        """Changes with every server that comes or goes, of a name that this one serves."""
-        try:
-            return int(self._page.words[CHANGES])
-        except ValueError:
-            return -1
+    def has(self, args: Any) -> bool:
+        """Whether it needs nothing more for these arguments; False also where that takes a closer look."""
+        for value in args:
+            kind = type(value)
+            if kind is Buffer:
+                windows = value._windows
+                if len(windows) > 1 or self.number not in windows[0].lent_to or value.process is not self.process:
+                    return False
+            elif kind is list or kind is dict or kind is tuple:
+                return False
+        return True
 
     def close(self) -> None:
         """Ends the session. Again: nothing."""
-        if not self._closed:
-            self._closed = True
+        if self.words is not NONE:
+            self.words = NONE
             self._kernel.notice(messages.Close(0, self.number))
         super().close()
-        self._page.close()
 
     def __del__(self) -> None:
         if hasattr(self, "endpoint"):
@@ -143,7 +146,7 @@ class Server(Requester):
 
     def _after_fork_in_child(self) -> None:
         super()._after_fork_in_child()
-        self._page.close()
+        self.words = NONE
 
     # ---- what its end is called -------------------------------------------------------------
 
@@ -204,14 +207,42 @@ class Routes:
         for server in self._all.all():
             server.close()
 
-    def steps(self, request: messages.Call, refusal: KernelError | None = None) -> Steps:
+    def call(self, request: messages.Call, timeout: float | None) -> Any:
+        """Makes a call; as `steps` has it, but in one go where a server is free, and has what it needs."""
+        server = self._free(request)
+        if server is None:
+            return run(self.steps(request), request.name, timeout)
+        try:
+            return server.request(request, timeout=timeout, name=request.name, holds=request.args)[0]
+        except ServerDied as error:
+            refusal = self._lost(server, request.name, error)
+        return run(self.steps(request, refusal, server), request.name, timeout)
+
+    def _free(self, request: messages.Call) -> Server | None:
+        route = self.known.get(request.name)
+        if route is None or nesting.seats.get():
+            return None
+        for server in route.servers:
+            if server.load < 0 and not server.endpoint.end:
+                return server if server.has(request.args) else None
+        return None
+
+    def _lost(self, server: Server, name: str, error: ServerDied) -> ServerDied:
+        """The call to `name` goes to another server where that one has ended before it began; else this raises."""
+        if (error.pid, error.name) != (server.server, name):  # another's, that its handler called
+            raise error
+        self._forget(name, server)
+        if error.began:
+            raise error
+        return error.with_traceback(None)  # which would hold the arguments
+
+    def steps(self, request: messages.Call, refusal: KernelError | None = None, lost: Server | None = None) -> Steps:
         """Of a call to whichever server is least busy; to another one where that has ended before it began.
 
-        `refusal`: what the kernel has said, which is raised where nobody serves this name. Without its traceback: that
-        would hold the arguments.
+        `refusal`: what has been said so far, which is raised where nobody (else) serves this name. `lost`: was tried.
         """
         process, name = self._process, request.name
-        tried: list[int] = []
+        tried = [lost.seat] if lost is not None else []
         while True:
             try:
                 server = yield from self._choose(name, tried)
@@ -220,13 +251,8 @@ class Routes:
             try:
                 return (yield from steps_of(process, server, request))
             except ServerDied as error:
-                if (error.pid, error.name) != (server.server, name):  # another's, that its handler called
-                    raise
-                self._forget(name, server)
-                if error.began:
-                    raise
+                refusal = self._lost(server, name, error)
                 tried.append(server.seat)
-                refusal = error.with_traceback(None)
 
     def _choose(self, name: str, tried: list[int]) -> Generator[Step, tuple[Any, Answer], Server]:
         route = self.known.get(name) or Route()
@@ -240,7 +266,7 @@ class Routes:
                     return server
                 if best is None or load < least:
                     best, least = server, load
-        changes = sum(server.changes for server in route.servers)
+        changes = sum(server.words[CHANGES] for server in route.servers)
         if best is not None and route.nobody_else == changes:
             return best
         try:
@@ -265,7 +291,7 @@ class Routes:
             return client.encode(messages.Close(0, opened[0]))
 
         opened, answer = yield Step(client, messages.Open(client.next_id(), name, but), late=close)
-        server = Server(client, name, opened, answer.descriptors)
+        server = Server(self._process, name, opened, answer.descriptors)
         answer.take()
         self._all.add(server)
         return server

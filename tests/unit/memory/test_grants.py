@@ -67,28 +67,31 @@ def test_a_range_goes_on_through_what_follows_and_a_hole_is_named(make_mapping: 
 
 def test_what_cannot_be_entered_leaves_no_descriptor_open(make_mapping: Callable[..., Mapping]) -> None:
     mapping = make_mapping(2 * PAGE, PAGE)
-    granted = Granted(allocator=FrameAllocator(limit=4 * PAGE))
-    granted.enter(AT, PAGE, HEAP, u_r, [(0, PAGE)], descriptors(mapping, 1), 1)
+    granted = Granted(allocator=FrameAllocator(limit=5 * PAGE))
+    granted.enter(AT + PAGE, 2 * PAGE, HEAP, u_r, [(0, PAGE), (0, PAGE)], descriptors(mapping), 1)
     one, two = [(0, PAGE)], [(0, PAGE), (0, PAGE)]
+    free = AT + 3 * PAGE
     wrong: list[tuple[int, int, list[tuple[int, int]], int, type[KernelError]]] = [
-        (AT, PAGE, one, 1, InvalidAddress),  # overlaps
+        (AT, 2 * PAGE, two, 2, InvalidAddress),  # overlaps
+        (AT + 2 * PAGE, PAGE, one, 1, InvalidAddress),  # overlaps one that begins below
         (AT - PAGE, 2 * PAGE, two, 2, InvalidAddress),  # not in UserLand
-        (AT + PAGE, 2 * PAGE, one, 1, InvalidSize),
-        (AT + PAGE, 2 * PAGE, two, 1, InvalidSize),
-        (AT + PAGE, PAGE, one, 2, InvalidSize),
-        (AT + PAGE, 0, [], 0, InvalidSize),
-        (AT + PAGE + 1, PAGE, one, 1, InvalidAddress),
-        (AT + PAGE, 2 * PAGE, [(0, PAGE), (PAGE, PAGE)], 2, InvalidAddress),
-        (AT + PAGE, 9 * PAGE, [(0, 9 * PAGE)], 1, PhysicalMemoryExhaustion),
+        (free, 2 * PAGE, one, 1, InvalidSize),
+        (free, 2 * PAGE, two, 1, InvalidSize),
+        (free, PAGE, one, 2, InvalidSize),
+        (free, 0, [], 0, InvalidSize),
+        (free + 1, PAGE, one, 1, InvalidAddress),
+        (free, 2 * PAGE, [(0, PAGE), (PAGE, PAGE)], 2, InvalidAddress),
+        (free, 9 * PAGE, [(0, 9 * PAGE)], 1, PhysicalMemoryExhaustion),
     ]
     before = len(os.listdir("/proc/self/fd"))
     for address, length, pieces, count, error in wrong:
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             granted.enter(address, length, HEAP, u_r, pieces, descriptors(mapping, count), 2)
-        assert (len(granted), granted.allocator.used) == (1, PAGE)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert (len(granted), granted.allocator.segments) == (1, 2)
+        assert len(os.listdir("/proc/self/fd")) == before, "also while its error is kept"
+    del caught
     with pytest.raises(OSError, match="Bad file descriptor"):
-        granted.enter(AT + PAGE, PAGE, HEAP, u_r, one, [1 << 20], 2)
+        granted.enter(free, PAGE, HEAP, u_r, one, [1 << 20], 2)
     granted.clear()
 
 
@@ -113,10 +116,12 @@ def test_threads_enter_look_and_leave_at_once(make_mapping: Callable[..., Mappin
 def test_a_forked_child_holds_none_of_the_descriptors(make_mapping: Callable[..., Mapping]) -> None:
     mapping, granted = make_mapping(PAGE), Granted()
     mine = descriptors(mapping)
-    granted.enter(AT, PAGE, HEAP, u_r, [(0, PAGE)], list(mine), 1)
+    granted.enter(AT, PAGE, HEAP, u_rw, [(0, PAGE)], list(mine), 1)
+    window = mirror_parts(granted.parts(AT, PAGE), kernel=LentLand())  # which holds them, too
     child = os.fork()
     if not child:
         os._exit(len(granted) + os.path.exists(f"/proc/self/fd/{mine[0]}"))
     assert os.waitpid(child, 0)[1] == 0
-    assert len(granted) == 1
+    assert (len(granted), window.alive) == (1, True)
     granted.clear()
+    window.drop()

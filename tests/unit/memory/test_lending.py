@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import PAGE, land_maps, scaled
+from conftest import PAGE, in_threads, land_maps, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -334,6 +334,21 @@ def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(
     assert bytes_of(mapping)[100:102] == bytes(2)
     window.drop()
     assert bytes_of(mapping)[100:102] == b"hi"
+
+
+def test_threads_that_drop_one_window_at_once_do_not_take_the_page_of_another(
+    make_mapping: Callable[..., Mapping], land: LentLand
+) -> None:
+    mapping = make_mapping(4 * PAGE)
+    model = filled(mapping)
+    for turn in range(50):
+        windows = [lend(mapping, 10 + 100 * number, 90, land) for number in range(8)]
+        for number, window in enumerate(windows):
+            content = bytes([turn, number])
+            window[5:7] = model[15 + 100 * number : 17 + 100 * number] = content
+        in_threads(4, lambda _, windows=windows: [each.drop() for each in windows])  # type: ignore[misc]
+        assert bytes_of(mapping) == model
+    assert (land.live, sorted(land._scratch.free)) == (0, list(range(SCRATCH_PAGES)))  # type: ignore[union-attr]
 
 
 # ---- against a model ------------------------------------------------------------------------
