@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -141,6 +142,7 @@ def _run(
         repeat = 1
     plan = Plan(command, arguments, secrets.randbits(32) if seed is None else seed, repeat, hours)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    logging.disable()  # by the cluster's own library: what it has to tell is told by us
     where: Here | Cluster = Here(local or 1) if scheduler is None else Cluster(scheduler, patience)
     with closing(where), _progress() as say:
         report = run(plan, where, say)

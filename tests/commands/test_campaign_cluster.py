@@ -118,8 +118,9 @@ def test_a_scheduler_that_dies(cluster: Cluster, tmp_path: Path) -> None:
     with subprocess.Popen(arguments(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         started = beginning_of_a_run(worker)
         cluster.scheduler.kill()
-        stdout, _ = running.communicate(timeout=BOUND)
+        stdout, stderr = running.communicate(timeout=BOUND)
     assert running.returncode == 1
+    assert "Traceback" not in stderr
     assert json.loads(out.read_text())["hosts"][0]["state"] == "lost"
     assert f"replay on {socket.gethostname()}: realmap stress --seconds 30 --seed" in stdout
     worker.kill()
@@ -133,8 +134,9 @@ def test_ctrl_c_ends_the_runs(cluster: Cluster, tmp_path: Path) -> None:
     with subprocess.Popen(arguments(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         started = beginning_of_a_run(worker)
         running.send_signal(signal.SIGINT)
-        stdout, _ = running.communicate(timeout=BOUND)
+        stdout, stderr = running.communicate(timeout=BOUND)
     assert running.returncode == 1
+    assert "Traceback" not in stderr
     assert "the campaign was interrupted" in stdout
     wait_until(lambda: not any(process.is_running() for process in started), "the end of the run")
 
@@ -188,7 +190,7 @@ def by_address(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_three_hosts_of_which_one_is_cut_off_and_one_is_killed(fleet: Fleet, tmp_path: Path) -> None:
     out, xml = tmp_path / "out.json", tmp_path / "out.xml"
-    command = fleet.campaign("--seconds", 8, "--patience", 3, "--users", 1, "--json", out, "--junit", xml)
+    command = fleet.campaign("--seconds", 8, "--patience", 8, "--users", 1, "--json", out, "--junit", xml)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         for worker in fleet.workers:
             wait_until(lambda worker=worker: psutil.Process(worker.pid).children(), "a run")  # type: ignore[misc]
@@ -199,7 +201,7 @@ def test_three_hosts_of_which_one_is_cut_off_and_one_is_killed(fleet: Fleet, tmp
     assert running.returncode == 1, stdout + stderr
     found = json.loads(out.read_text())
     hosts = by_address(found)
-    assert (hosts["2"]["state"], hosts["2"]["why"]) == ("lost", "nothing was heard of it for 3 s")
+    assert (hosts["2"]["state"], hosts["2"]["why"]) == ("lost", "nothing was heard of it for 8 s")
     assert (hosts["3"]["state"], hosts["3"]["why"]) == ("lost", "its worker has left the scheduler")
     assert (hosts["4"]["state"], hosts["4"]["report"]["failures"]) == ("ok", [])
     assert not found["ok"]
@@ -210,8 +212,7 @@ def test_three_hosts_of_which_one_is_cut_off_and_one_is_killed(fleet: Fleet, tmp
 
 @pytest.mark.slow
 def test_three_hosts_take_as_long_as_the_slowest_alone(fleet: Fleet, tmp_path: Path) -> None:
-    out, seconds = tmp_path / "out.json", max(10, scaled(20))
-    given = ["--seconds", str(seconds), "--users", "1"]
+    out, given = tmp_path / "out.json", ["--seconds", str(max(20, scaled(40))), "--users", "1"]
     alone: dict[int, float] = {}
 
     def run_alone(pid: int) -> None:

@@ -8,12 +8,12 @@ Lost is who has left the scheduler, or was not heard of for a while: a cable tha
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from realmap.lab.campaign import work
@@ -39,7 +39,6 @@ class Cluster:
             import distributed
         except ImportError:
             raise NoCluster("--scheduler needs distributed: pip install 'realmap[cluster]'") from None
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it would say is said by us
         self._patience = patience
         self._campaign = f"realmap-{uuid.uuid4()}"
         self._heard: dict[int, float] = {}
@@ -90,7 +89,7 @@ class Cluster:
         for worker in hosts.values():
             who = found[worker]
             self.hosts.append(who.name if names.count(who.name) == 1 else f"{who.name} ({worker})")
-            ahead = who.clock - (before if who.clock < before else after if who.clock > after else who.clock)
+            ahead = who.clock - min(max(who.clock, before), after)
             side = "ahead of" if ahead > 0 else "behind"
             self.notes.append(f"its clock is {abs(ahead):.0f} s {side} ours" if abs(ahead) > OFF else "")
         return list(hosts.values())
@@ -101,13 +100,8 @@ class Cluster:
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK):
-            try:
+            with suppress(OSError, RuntimeError):  # the scheduler has gone: a future says so, or silence
                 self._present = self._workers()
-            except (
-                OSError,
-                TimeoutError,
-            ):  # the scheduler has gone: whoever waits is told by its future, or by silence
-                pass
 
     def _hear(self, event: tuple[float, Any]) -> None:
         host, line = event[1]
@@ -137,7 +131,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends what runs, wherever it can be told."""
-        there = [worker for worker in self._addresses if worker in self._present]
+        recent = time.monotonic() - self._patience
+        there = [worker for host, worker in enumerate(self._addresses) if self._heard.get(host, 0.0) > recent]
         self._client.run(work.stop, self._campaign, workers=there, on_error="ignore")
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Protocol
 
@@ -15,6 +15,9 @@ from realmap.lab.campaign.plan import Plan, replay
 from realmap.lab.campaign.report import FAILED, FORM, LOST, OK, Host, Report, merged
 from realmap.lab.campaign.work import Lost, Outcome
 from realmap.wire.messages import VERSION
+
+#: Between two requests to end. Seconds.
+SOON = 0.5
 
 
 class Hosts(Protocol):
@@ -55,6 +58,8 @@ class Campaign:
             except KeyboardInterrupt:
                 self._stopped = True
                 self._where.stop()
+                while wait(running, SOON).not_done:  # one may have begun just now
+                    self._where.stop()
                 hosts = [each.result() for each in running]
         kinds = merged(hosts) if self._plan.command == "stress" else {}
         ok = all(host.state == OK for host in hosts)
@@ -72,7 +77,7 @@ class Campaign:
             self._say(host.name, host.replay, True)
             try:
                 outcome = self._where.run(at, arguments, lambda line: self._say(host.name, line, False))
-            except Lost as error:
+            except (Lost, OSError) as error:
                 host.state, host.why = LOST, str(error)
             else:
                 self._take(host, outcome)

@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from realmap.lab import PROGRESS
 from realmap.lab.bench import machine
 
 BEAT = 1.0
-#: Of what a run says on stderr, so many lines are kept: the last ones say why it failed.
-KEPT = 20
 _running: set[tuple[str, subprocess.Popen[bytes]]] = set()
 
 
@@ -36,7 +33,7 @@ class Lost(Exception):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a run ended: its exit status (a signal: negative), its report as JSON (or nothing), what it said at last."""
+    """How a run ended: its exit status (a signal: negative), its report as JSON (or nothing), its last line."""
 
     status: int
     report: bytes
@@ -89,24 +86,23 @@ def run(campaign: str, arguments: list[str], tell: Callable[[str], None]) -> Out
 
 
 def _listen(process: subprocess.Popen[bytes], tell: Callable[[str], None]) -> str:
-    """Passes its lines on until it closes its stderr; the last ones."""
+    """Passes its lines on until it closes its stderr; the last one."""
     assert process.stderr is not None
-    last: deque[str] = deque(maxlen=KEPT)
-    rest, told = b"", 0.0
+    last, rest, told = "", b"", 0.0
     with selectors.DefaultSelector() as selector:
         selector.register(process.stderr, selectors.EVENT_READ)
         while True:
             if selector.select(BEAT):
                 data = os.read(process.stderr.fileno(), 1 << 16)
                 if not data:
-                    return "\n".join(last)
+                    return last
                 *lines, rest = (rest + data).split(b"\n")
-                last.extend(line.decode(errors="replace") for line in lines)
+                last = lines[-1].decode(errors="replace") if lines else last
             elif process.poll() is not None:  # something that it left behind has its stderr
-                return "\n".join(last)
+                return last
             if time.monotonic() - told > BEAT / 2:
                 told = time.monotonic()
-                tell(last[-1] if last else "")
+                tell(last)
 
 
 def stop(campaign: str) -> None:
