@@ -33,13 +33,13 @@ OWN = ("json_path", "junit_path", "plot_path", "seed")
 #: Of no use to it: a kernel is on one machine.
 LEFT_OUT = ("kernel",)
 CHANGES = [
-    Column("kind"),
-    Column("A", "number", spare=1),
-    Column("B", "number", spare=1),
+    Column("verdict"),
     Column("change", "number"),
     Column("interval", "number"),
     Column("effect", "number", spare=2),
-    Column("verdict"),
+    Column("A", "seconds", spare=1),
+    Column("B", "seconds", spare=1),
+    Column("kind"),
 ]
 HOSTS = [Column("host"), Column("state"), Column("runs", "number"), Column("seconds", "seconds"), Column("why")]
 
@@ -186,12 +186,12 @@ def _show(found: lab.Comparison) -> None:
     verdicts = dict.fromkeys(found.slower, "slower") | dict.fromkeys(found.faster, "faster")
     rows = [
         [
-            each.name,
-            *([words.duration(each.before), words.duration(each.after)] if each.name != lab.PACE else ["", ""]),
+            verdicts.get(each.name, "same"),
             f"{each.change:+.1%}",
             f"{each.low:+.1%}..{each.high:+.1%}",
             f"{each.effect:+.2f}",
-            verdicts.get(each.name, "as before"),
+            *([each.before / 1e9, each.after / 1e9] if each.name != lab.PACE else [None, None]),
+            each.name,
         ]
         for each in found.changes
     ]

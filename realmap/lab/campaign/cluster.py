@@ -19,7 +19,7 @@ from typing import Any
 from realmap.lab.campaign import work
 
 #: How long a scheduler may take to answer at first. Seconds.
-CONNECT = 10.0
+CONNECT = 5.0
 #: Between two looks at who is still there. Seconds.
 LOOK = 0.5
 #: A clock may be off by so much before it is said. Seconds.
@@ -88,7 +88,7 @@ class Cluster:
         self.hosts, self.notes = [], []
         for worker in hosts.values():
             who = found[worker]
-            self.hosts.append(who.name if names.count(who.name) == 1 else f"{who.name} ({worker})")
+            self.hosts.append(who.name if names.count(who.name) == 1 else f"{who.name}/{worker.partition('://')[2]}")
             ahead = who.clock - min(max(who.clock, before), after)
             side = "ahead of" if ahead > 0 else "behind"
             self.notes.append(f"its clock is {abs(ahead):.0f} s {side} ours" if abs(ahead) > OFF else "")

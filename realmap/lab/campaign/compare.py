@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from realmap.lab.campaign.report import FORM, Host, Report
+from realmap.observe import words
 
 #: Of runs on each side: of fewer nobody knows how much they differ by themselves.
 FEWEST = 5
@@ -104,7 +105,7 @@ def _took(command: str, report: Any) -> Iterator[tuple[str, float]]:
         return
     for figure in report["figures"]:
         if figure["unit"] == "ns":
-            size = f"{figure['size']} B" if figure["size"] else None
+            size = words.size(figure["size"]) if figure["size"] else None
             yield (
                 f"{' '.join(filter(None, [figure['group'], size, figure['work']]))}: {figure['name']}",
                 figure["time"]["p10"],

@@ -113,7 +113,7 @@ def _dots(rows: Mapping[str, Mapping[str, float]], hosts: Sequence[str]) -> byte
 
     matplotlib.use("agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     names = list(rows)
     figure, panel = pyplot.subplots(figsize=(10, 1.2 + 0.22 * len(names)), layout="constrained")
@@ -123,10 +123,12 @@ def _dots(rows: Mapping[str, Mapping[str, float]], hosts: Sequence[str]) -> byte
             panel.plot(*zip(*points, strict=True), "o", label=host, alpha=0.7)
     panel.set(xscale="log", yticks=range(len(names)), yticklabels=names)
     panel.invert_yaxis()
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.minorticks_off()
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.duration(value)))
     panel.grid(alpha=0.3)
     if len(hosts) <= 10:
-        panel.legend(fontsize="small")
+        figure.legend(loc="outside upper center", ncols=min(4, len(hosts)), fontsize="small")
     file = io.BytesIO()
     figure.savefig(file, format="svg")
     pyplot.close(figure)
