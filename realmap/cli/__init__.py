@@ -33,6 +33,7 @@ GROUPS = {
         "audit": "Hold a kernel's books against /proc.",
         "stress": "Users that map, call, fork and are killed; every byte verified.",
         "bench": "Measure it on this machine, beside a C program and the peers.",
+        "campaign": "Stress or bench on many machines; what became slower or faster.",
         "gc": "Sweep what killed kernels left.",
     },
 }
