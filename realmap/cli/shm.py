@@ -185,8 +185,8 @@ def reclaim(names: tuple[str, ...], dry_run: bool, yes: bool, force: bool, older
     """Unlink the names in /dev/shm that nobody has mapped or open and whose makers are gone; asks first.
 
     Without a NAME: all that `realmap shm --orphans` lists there. A NAME is taken also where it cannot be told who made
-    it (exit status 1 where one stays). What anybody uses never goes, whoever and wherever that is: Linux itself is asked,
-    right before the unlink, and whoever comes meanwhile finds it in place. `realmap gc` sweeps realmap's sockets, too.
+    it (exit status 1 where one stays). What anybody uses never goes, whoever and wherever that is: Linux is asked right
+    before the unlink, and whoever comes meanwhile finds it in place. `realmap gc` sweeps realmap's sockets, too.
 
     Example: realmap shm reclaim --dry-run
     """

@@ -74,9 +74,8 @@ class HolderRow(msgspec.Struct, frozen=True):
 class SegmentRow(msgspec.Struct, frozen=True):
     """A segment. `size`, `resident` in bytes; `exact`: all that it takes, else at least so much is known of.
 
-    `age`: seconds since anything of it last changed, None where Linux does not tell. `family`: whose names look like
-    that. `maker`: its pid, as far as the name or Linux tells. `state`: USED, or whether its maker can still need it, and
-    `why`.
+    `age`: seconds since anything of it last changed, None where Linux does not tell. `family`: whose names look so.
+    `maker`: its pid, as far as the name or Linux tells. `state`: USED, or whether its maker may need it, and `why`.
     """
 
     kind: str
