@@ -42,7 +42,7 @@ class Kept(Exception):
 
 
 class _Taken:
-    """A file under a lease, its names out of reach. `give_back` undoes it; closing the descriptor ends the lease."""
+    """A file under a lease, its names out of reach. `give_back` undoes it."""
 
     def __init__(self, folder: str, file: Named) -> None:
         """Kept: it is in use, is another one by now, or is not ours."""
@@ -101,6 +101,8 @@ class _Taken:
             os.unlink(aside)
         self.moved.clear()
         if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # a child forked meanwhile has it open, too
             files.close(self.fd)
             self.fd = -1
 

@@ -293,7 +293,7 @@ def test_every_byte_is_explained_in_a_storm(uid: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("uid", ["0", "65534"])
 def test_every_byte_is_explained_in_a_long_storm(uid: str) -> None:
-    assert "all explained" in private(STORM, str(scaled(2000)), "2", uid)
+    assert "all explained" in private(STORM, str(scaled(1000)), "2", uid)
 
 
 def test_a_full_one() -> None:
