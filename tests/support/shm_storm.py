@@ -20,7 +20,7 @@ from realmap.host.shared_segments import look
 from realmap.observe import shm
 
 SHM, PAGE = "/dev/shm", mmap.PAGESIZE
-PR_SET_DUMPABLE = 4
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,6 +68,7 @@ def make(draw: random.Random, held: list[object], name: str) -> None:
 
 def child(seed: int, ready: int) -> None:
     """Makes segments, says so, and waits for its end."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     draw, held = random.Random(seed), []
     folder = f"folder{seed}/"
     os.mkdir(f"{SHM}/{folder}")
@@ -103,6 +104,7 @@ def start_looking() -> int:
     """A process that looks without end while others come and go."""
     if pid := os.fork():
         return pid
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         while True:
             look()

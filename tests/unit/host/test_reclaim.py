@@ -12,9 +12,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
-from conftest import BOUND, PAGE, scaled
+from conftest import BOUND, PAGE, scaled, wait_until
 
 from realmap.host import reclaim, runtime
 from realmap.host.reclaim import IN_USE, Named, unlink_unused
@@ -173,10 +174,9 @@ def test_whoever_opens_it_meanwhile_gets_it_and_it_stays(name: str, monkeypatch:
 
     def rename(old: str, new: str) -> None:
         children.append(opening(name))
-        with open(f"/proc/{children[0]}/stat") as stat:  # it waits for the lease
-            while "S" not in stat.read().split(")")[1].split()[0]:
-                stat.seek(0)
-        time.sleep(0.05)
+        if len(children) == 1:  # it waits for the lease, in open(2)
+            place = Path(f"/proc/{children[0]}/wchan")
+            wait_until(lambda: "break_lease" in place.read_text(), "the wait of whoever opens it")
         real(old, new)
 
     monkeypatch.setattr(reclaim.os, "rename", rename)
