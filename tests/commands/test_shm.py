@@ -259,3 +259,19 @@ def test_the_totals_of_one_of_its_own() -> None:
     assert (ours["named"], ours["unlinked"], ours["other"]) == (PAGE, PAGE, PAGE)
     (mine,) = [row for row in found["segments"] if (row["kind"], row["name"]) == ("unlinked", "mine")]
     assert {holder["descriptors"] for holder in mine["holders"]} == {1}
+
+
+def test_drawn_with_who_shares_it(held: str) -> None:
+    with subprocess.Popen(
+        ["sh", "-c", 'exec 3< "$0"; exec "$@"', f"/dev/shm/{held}", sys.executable, "-c",
+         "import mmap; kept = mmap.mmap(3, 0, prot=mmap.PROT_READ); print(flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        child.stdout.readline()
+        done = realmap("snapshot", "--machine", "--svg", "-")
+        child.communicate("\n", timeout=BOUND)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f" {pid}</text>" in done.stdout for pid in (os.getpid(), child.pid))
+    for wrong in ([], ["--json"], ["--svg", "-", "--kernel", "x"]):
+        assert realmap("snapshot", "--machine", *wrong).returncode == 2
