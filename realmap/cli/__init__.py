@@ -29,6 +29,9 @@ GROUPS = {
         "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
         "trace": "Everything that happens, into a file for Perfetto.",
     },
+    "To look at this machine": {
+        "shm": "Every shared-memory segment, who holds it; reclaim what nobody needs.",
+    },
     "To see that it holds": {
         "audit": "Hold a kernel's books against /proc.",
         "stress": "Users that map, call, fork and are killed; every byte verified.",

@@ -6,9 +6,11 @@ without blanks inside (but for the last one), so that grep and awk have an easy 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from realmap.lab import PROGRESS
+from realmap.host import signals
 from realmap.observe import words
 
 #: A longer cell sticks out, and does not push all others aside.
@@ -186,3 +189,11 @@ def require_writable(path: str) -> None:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
     if not there:
         os.unlink(path)
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[Callable[[float], bool]]:
+    """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
+    over = signals.Flag()
+    with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
+        yield over.wait
