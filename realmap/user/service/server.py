@@ -21,7 +21,7 @@ import msgspec
 from realmap._core import look_over
 from realmap.errors import KernelError, LimitReached, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
 from realmap.host import forks
-from realmap.memory.kernel_memory import KernelMemory
+from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
 from realmap.serving.lines import Lines
 from realmap.serving.logs import log
@@ -54,7 +54,7 @@ _decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
 class Server(Lines[Session]):
     """Only on the thread that has its loop, but for `start`, `end_soon` and what the loop is for."""
 
-    def __init__(self, seat: Seat, handlers: dict[str, Syscall], land: KernelMemory, threads: int, queue: int) -> None:
+    def __init__(self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int) -> None:
         self._page = Page()  # a loop writes there; nobody looks
         super().__init__(Loop(self._page))
         self.loop = self._loop
@@ -342,6 +342,8 @@ class Server(Lines[Session]):
         if nested:
             nesting.seats.set(self._mine)
         words[BUSY] = len(self._beside)
+        if buffers:
+            answer = self._settled(request.id, answer, buffers)
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
@@ -406,7 +408,17 @@ class Server(Lines[Session]):
         self._answer(work, answer)
         self._next()
 
+    def _settled(self, id: int, answer: bytes, buffers: Sequence[UserBuffer]) -> bytes:
+        """The answer to a request, now that all which its handler changed is the caller's; or why it is not."""
+        try:
+            self._land.settle(buffers)
+        except KernelError as error:
+            if not has_failed(answer):
+                return failed(id, error)
+        return answer
+
     def _answer(self, work: Work, answer: bytes) -> None:
+        answer = self._settled(work.request.id, answer, work.buffers)
         if has_failed(answer):
             work.syscall.failed += 1
         for buffer in work.buffers:
