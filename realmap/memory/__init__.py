@@ -23,6 +23,7 @@ Locks, signal handlers and destructors: the rule for all of realmap is in realma
 
 from realmap.memory.bookkeeping import Bookkeeping
 from realmap.memory.cross_process import CrossProcessMapping
+from realmap.memory.foreign import ForeignMapping, ForeignProcess
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames
 from realmap.memory.kernel_memory import AddressState, KernelMemory
 from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
@@ -37,6 +38,8 @@ __all__ = [
     "AddressState",
     "Bookkeeping",
     "CrossProcessMapping",
+    "ForeignMapping",
+    "ForeignProcess",
     "FrameAllocator",
     "KernelMemory",
     "Land",
