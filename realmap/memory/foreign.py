@@ -97,15 +97,16 @@ class ForeignProcess:
     a descriptor, which keeps the memory) is kept until it is closed. For many threads; `with` closes it.
 
     >>> import mmap, os
-    >>> from multiprocessing import shared_memory
-    >>> block = shared_memory.SharedMemory(create=True, size=5000)
-    >>> block.buf[4000:4005] = b"hello"
+    >>> fd = os.memfd_create("letters")
+    >>> os.write(fd, b"hello")
+    5
+    >>> shown = mmap.mmap(fd, 5)
     >>> with ForeignProcess(os.getpid()) as process:
-    ...     (place,) = [each for each in process.mappings() if each.name == f"/dev/shm/{block.name.lstrip('/')}"]
-    ...     with process.mirror(place.address + 4000, 5) as mirror:
+    ...     (place,) = [each for each in process.mappings() if each.name.startswith("/memfd:letters")]
+    ...     with process.mirror(place.address + 1, 3) as mirror:
     ...         place.kind, place.length, bytes(mirror)
-    ('posix', 8192, b'hello')
-    >>> block.close(); block.unlink()
+    ('memfd', 4096, b'ell')
+    >>> shown.close(); os.close(fd)
     """
 
     def __init__(self, pid: SupportsIndex) -> None:

@@ -91,6 +91,7 @@ static void race(unsigned seed)
 {
     static const char *kinds[] = {"memfd", "posix", "anonymous", "file", "memfd"};
     int fds[SLOTS];
+    size_t pages[SLOTS]; /* it only ever shrinks: what grew again would be zeros that are right */
     memset(fds, -1, sizeof fds);
     puts("racing");
     for (unsigned round = 1;; round++) {
@@ -105,10 +106,11 @@ static void race(unsigned seed)
             if (fds[slot] >= 0)
                 close(fds[slot]);
             fds[slot] = fd;
+            pages[slot] = SLOT_PAGES;
         } else if (what < 80) {
             munmap(SLOT(slot), (size_t)(1 + rand_r(&seed) % SLOT_PAGES) * PAGE);
         } else if (what < 99) {
-            if (fds[slot] >= 0 && ftruncate(fds[slot], (off_t)(rand_r(&seed) % SLOT_PAGES) * (off_t)PAGE))
+            if (fds[slot] >= 0 && ftruncate(fds[slot], (off_t)((pages[slot] = (size_t)rand_r(&seed) % (pages[slot] + 1)) * PAGE)))
                 die("ftruncate");
         } else {
             char text[16];
