@@ -109,7 +109,7 @@ class Stranger:
             if liveness.is_dead(self._pidfd) or error.errno in (errno.ENOENT, errno.ESRCH):
                 raise self._ended() from None
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise AccessDenied(why=f"cannot {doing} process {self.pid}: it takes {self.missing()}") from None
+                raise AccessDenied(why=f"cannot {doing} process {self.pid}: it takes {self._missing()}") from None
             raise shortage(error, f"cannot {doing} process {self.pid}") from None
 
     def _ended(self) -> ProcessKilled:
@@ -201,7 +201,8 @@ class Stranger:
         if not self.still_has([entry]):
             raise LookupError(entry)
         what = f"what process {self.pid} has mapped there ({entry.path}) cannot be opened{refused}"
-        why = f"{what}: it takes {self.missing()}, or that the process has it open as well, or a name of it"
+        takes = "CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (for /proc/PID/map_files)"
+        why = f"{what}: it takes {' and '.join([takes, *obstacles()])}, or that the process has it open as well, or its name"
         raise AccessDenied(None, None, entry.start, why=why)
 
     def _by_map_files(self, entry: Map) -> Iterator[int]:
@@ -243,24 +244,21 @@ class Stranger:
                     self._file_systems[f"{int(major):02x}:{int(minor):02x}"] = after.split()[0]
         return self._file_systems.setdefault(device, "")
 
-    def missing(self) -> str:
+    def _missing(self) -> str:
         """What it takes to look into it that this process has not, by name."""
-        lacks = []
-        if not may_open_map_files():
-            lacks.append("CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (for /proc/PID/map_files)")
-        with suppress(OSError, ValueError):
-            owner = int(self._field("Uid"))
-            if owner != os.geteuid():
-                lacks.append(f"its uid, {owner} (this is {os.geteuid()})")
-            elif os.stat(f"/proc/{self._proc}").st_uid != owner:
-                lacks.append("CAP_SYS_PTRACE (it is not dumpable: prctl(2))")
+        lacks = obstacles()
+        with suppress(OSError, StopIteration):
+            with open(f"/proc/{self._proc}/status", errors="replace") as lines:
+                owner = [
+                    int(next(line for line in lines if line.startswith(each)).split()[1]) for each in ("Uid", "Gid")
+                ]
+            if owner != [os.geteuid(), os.getegid()]:
+                lacks.insert(0, "its uid and gid, {} and {}, or CAP_SYS_PTRACE".format(*owner))
             elif not has_capability(CAP_SYS_PTRACE):
-                lacks.append("CAP_SYS_PTRACE (where it has capabilities that this process has not)")
-        return " or ".join([*lacks, *obstacles()]) or "rights that this process has not"
-
-    def _field(self, name: str) -> str:
-        with open(f"/proc/{self._proc}/status", errors="replace") as lines:
-            return next((line.split()[1] for line in lines if line.startswith(name + ":")), "")
+                lacks.append(
+                    "CAP_SYS_PTRACE, as it is not dumpable (prctl(2)), or has more capabilities than this process"
+                )
+        return " and ".join(lacks) or "rights that this process has not"
 
 
 def _is_file_of(fd: int, entry: Map) -> bool:

@@ -122,10 +122,10 @@ class ForeignProcess:
         if not 0 < number < 1 << 31:
             raise InvalidHandle(number, why=f"there is no process {number}")
         self._lock = Lock()
-        self._land = _kernel()
         #: By what Linux says of each: where that is said again, it is the same.
         self._known: dict[bytes | tuple[Any, ...] | None, _Known] = {}
         self._stranger = Stranger(number)
+        self._land = _kernel()
         self._name = ""
 
     @property

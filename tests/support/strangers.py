@@ -57,6 +57,8 @@ class Stranger:
             text=True,
             env=os.environ | {"TMPDIR": str(folder)},
             user=user,
+            group=user,
+            extra_groups=None if user is None else [],
             bufsize=1,
         )
         self.pid = self.process.pid
