@@ -112,7 +112,7 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
         raise click.UsageError("--prometheus goes with neither --watch nor --json: Prometheus asks by itself")
     with control(path) as kernel:
         if watch is not None:
-            with _until_interrupted() as is_over:
+            with until_interrupted() as is_over:
                 _watch(kernel, watch, as_json, is_over)
             return
         now = kernel.snapshot()
@@ -137,7 +137,7 @@ def _exposition(now: Snapshot) -> str:
 
 
 @contextlib.contextmanager
-def _until_interrupted() -> Iterator[Callable[[float], bool]]:
+def until_interrupted() -> Iterator[Callable[[float], bool]]:
     """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
     over = signals.Flag()
     with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):

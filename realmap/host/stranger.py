@@ -200,10 +200,11 @@ class Stranger:
                     pass_on(error)
         if not self.still_has([entry]):
             raise LookupError(entry)
-        what = f"what process {self.pid} has mapped there ({entry.path}) cannot be opened{refused}"
-        takes = "CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (for /proc/PID/map_files)"
-        why = f"{what}: it takes {' and '.join([takes, *obstacles()])}, or that the process has it open as well, or its name"
-        raise AccessDenied(None, None, entry.start, why=why)
+        takes = " and ".join(["CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (for /proc/PID/map_files)", *obstacles()])
+        why = (
+            f"what process {self.pid} has mapped there ({entry.path}) cannot be opened{refused}: it takes {takes}, or "
+        )
+        raise AccessDenied(None, None, entry.start, why=f"{why}that the process has it open as well, or a name of it")
 
     def _by_map_files(self, entry: Map) -> Iterator[int]:
         yield os.open(f"map_files/{entry.start:x}-{entry.end:x}", _LOOK, dir_fd=self._folder)
@@ -247,17 +248,13 @@ class Stranger:
     def _missing(self) -> str:
         """What it takes to look into it that this process has not, by name."""
         lacks = obstacles()
-        with suppress(OSError, StopIteration):
+        with suppress(OSError):
             with open(f"/proc/{self._proc}/status", errors="replace") as lines:
-                owner = [
-                    int(next(line for line in lines if line.startswith(each)).split()[1]) for each in ("Uid", "Gid")
-                ]
+                owner = [int(line.split()[1]) for line in lines if line.startswith(("Uid:", "Gid:"))]
             if owner != [os.geteuid(), os.getegid()]:
                 lacks.insert(0, "its uid and gid, {} and {}, or CAP_SYS_PTRACE".format(*owner))
             elif not has_capability(CAP_SYS_PTRACE):
-                lacks.append(
-                    "CAP_SYS_PTRACE, as it is not dumpable (prctl(2)), or has more capabilities than this process"
-                )
+                lacks.append("CAP_SYS_PTRACE (it is not dumpable: prctl(2), or has capabilities that this one has not)")
         return " and ".join(lacks) or "rights that this process has not"
 
 
