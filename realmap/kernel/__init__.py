@@ -4,8 +4,8 @@ kernel        Kernel: puts the parts together; nobody here imports it
 
 listener      the path, and the socket there
 admission     who is let in
-connection    one client's socket: what it said so far, what it has not read yet
-clients       everybody who is connected: listening, reading, dropping
+connection    one client: its line, and what it is to the books
+clients       everybody who is connected: greeting, dropping
 dispatch      what answers a request: a service or a handler
 registration  handlers that come and go while it runs
 heirs         who may still come for what a dead process left

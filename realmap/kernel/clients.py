@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +16,11 @@ from realmap.host import files, liveness
 from realmap.host.translate import shortage
 from realmap.kernel.admission import Admission
 from realmap.kernel.books import Books
-from realmap.kernel.connection import BACKLOG, Connection
+from realmap.kernel.connection import Connection
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.limits import first_reserved
 from realmap.serving import syscalls
+from realmap.serving.lines import Lines
 from realmap.serving.logs import log
 from realmap.serving.loop import Loop
 from realmap.wire import channel, messages
@@ -32,7 +32,7 @@ Handle: TypeAlias = Callable[[Connection, messages.Request, Sequence[messages.Pl
 LAST_WORDS = 512
 
 
-class Clients:
+class Clients(Lines[Connection]):
     """Everybody who is connected. Only on the kernel's thread."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Clients:
     ) -> None:
         """`spin`: microseconds that a client spins for an answer; 0: no rings. `gone`: told of each that is dropped."""
         self._books = books
-        self._loop = loop
+        super().__init__(loop)
         self._admission = admission
         self._heirs = heirs
         self._spin = spin
@@ -55,17 +55,8 @@ class Clients:
         #: What is done with a request, whose arguments have buffers there.
         self.handle: Handle
         self._decode = msgspec.msgpack.Decoder(messages.Request).decode
-        self._by_fd: dict[int, Connection] = {}
         #: Those that have not said who they are.
         self._strangers: set[Connection] = set()
-        #: Who had a message from its ring last: its socket waits once, or it would have two a turn.
-        self._served: Connection | None = None
-        #: Those of everybody who is listened to.
-        self.rings: list[RingEnd] = []
-
-    def all(self) -> list[Connection]:
-        """Everybody."""
-        return list(self._by_fd.values())
 
     def after_fork_in_child(self) -> None:
         """They are the parent's alone."""
@@ -88,12 +79,11 @@ class Clients:
             files.shut(sock)
             return
         try:
-            self._loop.watch(sock.fileno(), self._on_socket)
+            self._add(connection)
         except OSError as error:  # nobody would ever hear of it
             log.warning("a client was turned away: %s", error.strerror)
             connection.close()
             return
-        self._by_fd[sock.fileno()] = connection
         self._strangers.add(connection)
         self._keep_room_for_commands()
 
@@ -105,120 +95,28 @@ class Clients:
         if len(inside) > max(1, limits.reserve // 2):
             self.drop(min(inside, key=lambda each: each.since))
 
-    def _on_socket(self, fd: int) -> None:
-        connection = self._by_fd[fd]
-        try:
-            if connection.backlog:
-                try:
-                    connection.flush()
-                except OSError:
-                    self.drop(connection)
-                    return
-            if connection is self._served:
-                self._served = None
-            elif connection.backlog <= BACKLOG:
-                self._receive(connection)
-            self.rearm(connection)
-        except Exception:
-            self._fail(connection)
+    def _held(self, line: Connection, held: bool) -> None:
+        if line.process is not None:
+            line.calls.hold(held)
 
-    def _receive(self, connection: Connection) -> bool:
-        """Does what the next message by its socket asks for, where all of it is there; whether anything was."""
-        try:
-            data = connection.receive()
-        except EOFError:
-            self.drop(connection)
-            return False
-        except channel.NotAMessage as error:
-            self.expel(connection, f"it sent what is no message: {error}")
-            return False
-        except LimitReached as error:
-            self.expel(connection, str(error))
-            return False
-        if data:
-            self._take(connection, data)
-        return data is not None
+    def _facts(self, line: Connection) -> dict[str, int]:
+        return line.process.facts if line.process is not None else {}
 
-    def rearm(self, connection: Connection) -> None:
-        """Listens to a client while its backlog is small, and for it to read while there is one."""
-        if connection.closed or (not connection.backlog and connection.events == select.EPOLLIN):
-            return
-        self.listen_to_ring(connection, connection.backlog <= BACKLOG)
-        reading = select.EPOLLIN if connection.backlog <= BACKLOG else 0
-        events = reading | (select.EPOLLOUT if connection.backlog else 0)
-        if events != connection.events:
-            try:
-                self._loop.rewatch(connection.sock.fileno(), events)
-            except OSError as error:  # nobody would ever hear of it again
-                log.warning("a client is dropped: %s", error.strerror, extra=_facts(connection))
-                self.drop(connection)
-                return
-            connection.events = events
-        if connection.process is not None:  # last: what begins then may fail, and end the connection
-            connection.calls.hold(connection.backlog > BACKLOG)
-
-    def listen_to_ring(self, connection: Connection, listen: bool) -> None:
-        """Takes calls from its ring from now on, or no longer."""
-        ring = connection.ring
-        if ring is None or listen == (ring.owner is connection):
-            return
-        if listen:
-            ring.owner = connection
-            self.rings.append(ring)
-        else:
-            ring.owner = None
-            self.rings.remove(ring)
-
-    def take_from_ring(self, ring: RingEnd) -> None:
-        """Does what the next message there asks for, if its client is still listened to: one, and others have theirs.
-
-        What came by the socket comes first: where its client says so, the ring waits until the socket is empty.
-        """
-        self._served = connection = ring.owner
-        if connection is None:
-            return
-        try:
-            if connection.behind and self._catch_up(connection):
-                return
-            try:
-                data = ring._pop()
-            except ValueError as error:
-                self.expel(connection, f"it sent what is no message: {error}")
-                return
-            if data:
-                self._take(connection, data)
-            elif data is not None:
-                connection.behind = True
-                self._catch_up(connection)
-        except Exception:
-            self._fail(connection)
-
-    def _catch_up(self, connection: Connection) -> bool:
-        """Whether there was something by the socket, or it must not be listened to any more."""
-        connection.behind = self._receive(connection)
-        self.rearm(connection)
-        return connection.behind or connection.closed or connection.backlog > BACKLOG
-
-    def _fail(self, connection: Connection) -> None:
-        """A bug of ours ends one client at worst, never the kernel."""
-        log.exception("the kernel failed at something", extra=_facts(connection))
-        self.drop(connection)
-
-    def _take(self, connection: Connection, data: bytes) -> None:
+    def _take(self, line: Connection, data: bytes) -> None:
         """Does what a message asks for."""
         try:
             places = look_over(data)
             if places is not None and isinstance(places, int):
                 raise channel.NotAMessage(FLAWS[places])
-            if connection.process is None and not connection.control:
-                self._greet(connection, data)
-                self._strangers.discard(connection)
+            if line.process is None and not line.control:
+                self._greet(line, data)
+                self._strangers.discard(line)
                 return
             request = self._decode(data)
         except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
-            self.expel(connection, f"it sent what is no message: {error}")
+            self.expel(line, f"it sent what is no message: {error}")
             return
-        self.handle(connection, request, places or ())
+        self.handle(line, request, places or ())
 
     def _greet(self, connection: Connection, data: bytes) -> None:
         """Takes in who says Hello, or refuses in words. MsgspecError: it says something else."""
@@ -287,7 +185,7 @@ class Clients:
     def expel(self, connection: Connection, why: str) -> None:
         """Sends a client away that does not speak as it should."""
         pid = connection.process.pid if connection.process else 0
-        log.warning("process %d is sent away: %s", pid, why, extra=_facts(connection))
+        log.warning("process %d is sent away: %s", pid, why, extra=self._facts(connection))
         error = messages.error_of(ProcessKilled(pid, why=f"the kernel sent this process away: {why}"))
         with contextlib.suppress(Exception):
             connection.send(syscalls.encode(messages.Bye(error)))
@@ -298,13 +196,8 @@ class Clients:
         if connection.closed:
             return
         process, observer = connection.process, self._books.observer
-        fd = connection.sock.fileno()
-        self._loop.unwatch(fd)
-        self.listen_to_ring(connection, False)
+        self._remove(connection)
         self._hear_of_forks(connection)
-        if connection is self._served:
-            self._served = None
-        del self._by_fd[fd]
         self._strangers.discard(connection)
         if process is not None:
             log.info("%r has ended, or closed its connection", process, extra=process.facts)
@@ -322,7 +215,3 @@ class Clients:
 
 def _refusal(error: KernelError) -> bytes:
     return syscalls.encode(messages.Refused(PROTOCOL, VERSION, messages.error_of(error)))
-
-
-def _facts(connection: Connection) -> dict[str, int]:
-    return connection.process.facts if connection.process is not None else {}

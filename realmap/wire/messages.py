@@ -386,6 +386,8 @@ class Served(msgspec.Struct, array_like=True, frozen=True):
     running: list[tuple[int, int, str, float | None]]
     #: Windows of lent pages: [session, the caller's address, length, where it is mapped in the server, rights].
     lent: list[tuple[int, int, int, int, int]]
+    #: It ends in good order: no new sessions, and those that there are go on until its socket is closed.
+    closing: bool = False
 
 
 class MemoryInfo(msgspec.Struct, frozen=True):

@@ -44,22 +44,37 @@ class RingEnd(Ring):
     #: Whose calls come by it: set by the kernel.
     owner: Any
 
-    @classmethod
-    def create(cls) -> tuple[Self, int]:
-        """The kernel's end of a new ring, and the descriptor that the other side opens it by; the caller's to close.
-
-        OSError: no memory, or no descriptors.
-        """
+    @staticmethod
+    def memory() -> int:
+        """A descriptor of a new ring's memory, the caller's to close. OSError: no memory, or no descriptors."""
         fd = os.memfd_create("realmap-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, RING_BYTES)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            return cls._open(fd, 1), fd
+            return fd
+        except BaseException:
+            files.close(fd)
+            raise
+
+    @classmethod
+    def over(cls, fd: int) -> Self:
+        """The end of who answers, the kernel or a server. OSError: no memory."""
+        return cls._open(fd, 1)
+
+    @classmethod
+    def create(cls) -> tuple[Self, int]:
+        """That of a new ring, and the descriptor that the other side opens it by; the caller's to close.
+
+        OSError: no memory, or no descriptors.
+        """
+        fd = cls.memory()
+        try:
+            return cls.over(fd), fd
         except BaseException:
             files.close(fd)
             raise
 
     @classmethod
     def join(cls, fd: int) -> Self:
-        """The user's end."""
+        """The end of who asks."""
         return cls._open(fd, 0)

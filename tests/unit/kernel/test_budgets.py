@@ -22,13 +22,13 @@ import realmap
 from realmap import Kernel, LimitReached, Limits, PhysicalMemoryExhaustion
 from realmap.host import procfs
 from realmap.kernel.books import Books
-from realmap.kernel.connection import BACKLOG
 from realmap.kernel.heirs import Heirs
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
 from realmap.memory import USER_LAND, KernelMemory
 from realmap.observe.control import Control
 from realmap.rights import MemoryType, u_rw
+from realmap.serving.line import BACKLOG
 from realmap.serving.workers import IDLE, Share, Workers
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_MESSAGE
