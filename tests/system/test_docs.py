@@ -78,7 +78,7 @@ FACE = {
     "CrossProcessMapping": f"{BYTES} drop mapping mappings mirror_mapping offset",
     "ForeignProcess": "close copy_in copy_out mappings mirror name pid",
     "Handle": "length parse path rights token",
-    "Kernel": "ending register serve start stop unregister",
+    "Kernel": "ending process processes register serve start stop unregister",
     "KernelHandle": "audit connect has_ended pid register settle shutdown snapshot spawn stats trace unregister",
     "Limits": "buffers calls connections given_up half_sent handles inheritances mappings orphans processes reserve "
     "running seconds segments stock undecoded unread",
