@@ -18,6 +18,8 @@ Invariants: a `Mapping` is valid for as long as it exists · ranges in a land ne
 `frames.refcount` is the number of mappings, parked windows, mirrors and handles of it, no more and no less ·
 what the books say is mapped is what /proc/PID/maps says, by inode and offset.
 
+Of a process that is no user of any kernel the mapping is found in Linux, and made when it is mirrored: foreign.py.
+
 Locks, signal handlers and destructors: the rule for all of realmap is in realmap/host/signals.py.
 """
 
