@@ -13,7 +13,7 @@ import msgspec
 
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
-from realmap.memory.lands import KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
+from realmap.memory.lands import FOREIGN_LAND, KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE, align_down, align_up
@@ -211,9 +211,9 @@ def compare(snapshot: Snapshot) -> AuditReport:
         for mirror in snapshot.mirrors
         if mirror.zeros
     ]
-    differences += _compare(
-        "KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND, snapshot.pid)
-    )
+    own = KERNEL_LAND.part(KERNEL_LAND.start, FOREIGN_LAND.start - KERNEL_LAND.start)
+    books_there = [each for each in kernel_ranges(snapshot) if each[0] < own.end]
+    differences += _compare("KernelLand", books_there, linux_ranges(snapshot.pid, own, snapshot.pid))
     differences += _lent(snapshot)
     differences += _recount(snapshot)
     differences += _descriptors(snapshot)
