@@ -15,14 +15,8 @@ from rich.markup import escape
 from realmap.cli.output import Column, Seconds, plain, require_writable, table
 from realmap.lab import stress as lab
 from realmap.lab.stress.antagonists import ALL as ANTAGONISTS
-from realmap.lab.workload import MIXES
+from realmap.lab.stress.report import DEFAULTS
 
-#: What a mix takes for the options that are not given.
-DEFAULTS: dict[str, dict[str, float]] = {
-    "quick": {"users": 4, "seconds": 10.0},
-    "soak": {"users": 4, "seconds": 600.0, "kill": 0.001, "truncate": 0.001},
-    "storm": {"users": 8, "seconds": 60.0, "kill": 0.02, "truncate": 0.01},
-}
 #: Set in the run whose /dev/shm is a small one of its own.
 INSIDE = "REALMAP_STRESS_FULL"
 SMALL = "1m"
@@ -37,7 +31,7 @@ KINDS = [
 
 
 @click.command()
-@click.argument("mix", default="quick", type=click.Choice(sorted(MIXES)))
+@click.argument("mix", default="quick", type=click.Choice(sorted(DEFAULTS)))
 @click.option("--users", type=click.IntRange(1, 256), help="User processes at a time.")
 @click.option("--seconds", type=Seconds(0.1), help="How long.")
 @click.option(

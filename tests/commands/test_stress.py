@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import BOUND, long, scaled, wait_until
+from conftest import BOUND, SUPPORT, long, scaled, wait_until
 from rich.console import Console
 
 import realmap
@@ -109,6 +110,22 @@ def test_what_is_wrong_is_noticed(kind: str, words: str, tmp_path: Path) -> None
         assert words.lower() in done.stdout.lower()
         assert f"replay: realmap stress quick --users 4 --seed 3 --seconds 20 --kernel {kernel.path}" in done.stdout
         assert ElementTree.parse(tmp_path / "x").getroot().get("failures") != "0"
+
+
+@pytest.mark.parametrize("mix", sorted(workload.MIXES))
+def test_a_wrong_byte_is_found_by_each_mix_and_again_by_its_seed(mix: str, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    found = []
+    arguments = [mix, "--ops", SUPPORT / "wrong_byte.py", "--users", 1, "--seconds", 30, "--seed", 6, "--kill", 0]
+    for _ in range(2):
+        done = command(*arguments, "--json", out)
+        assert done.returncode == 1, done.stdout + done.stderr
+        report = json.loads(out.read_text())
+        assert report["seconds"] < 10
+        found.append(report["failures"])
+        arguments = shlex.split(report["replay"])[2:]
+    assert "wrong bytes: Step(" in found[0][0]
+    assert found[0] == found[1]
 
 
 def test_what_is_left_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

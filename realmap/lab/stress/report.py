@@ -18,6 +18,14 @@ STEPS_PER_OCTAVE = 10
 RISE = 16 << 20
 
 
+#: What a mix takes for what is not given.
+DEFAULTS: dict[str, dict[str, float]] = {
+    "quick": {"users": 4, "seconds": 10.0},
+    "soak": {"users": 4, "seconds": 600.0, "kill": 0.001, "truncate": 0.001},
+    "storm": {"users": 8, "seconds": 60.0, "kill": 0.02, "truncate": 0.01},
+}
+
+
 class Options(msgspec.Struct, frozen=True):
     """What was asked for. `kill`, `truncate`: the share of steps at which a user is killed, or loses a segment."""
 
@@ -41,8 +49,8 @@ class Options(msgspec.Struct, frozen=True):
         """What runs the same again."""
         parts = ["realmap stress", self.mix, f"--users {self.users} --seed {self.seed}"]
         parts.append(f"--ops {self.ops}" if self.ops is not None else f"--seconds {self.seconds:g}")
-        parts += [f"--kill {self.kill:g}"] if self.kill else []
-        parts += [f"--truncate {self.truncate:g}"] if self.truncate else []
+        for name, share in (("kill", self.kill), ("truncate", self.truncate)):
+            parts += [f"--{name} {share:g}"] if share or DEFAULTS[self.mix].get(name) else []
         parts += ["--full"] if self.full else []
         parts += [f"--kernel {self.kernel}"] if self.kernel else []
         parts += [f"--antagonists {','.join(self.antagonists)}"] if self.antagonists else []
