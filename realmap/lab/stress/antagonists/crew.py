@@ -23,7 +23,7 @@ from realmap.lab.stress.actor import WrongBytes
 from realmap.lab.stress.antagonists.antagonist import Antagonist, Target
 from realmap.lab.stress.report import Antagonism
 
-#: It rests so many times as long as its last step took, for so many seconds at most: users have to get on as well.
+#: It rests so many times as long as its last step was on a CPU, for so many seconds at most: users have to get on, too.
 SHARE, LONGEST_REST = 3, 0.25
 TELL = 0.25
 #: How long one may take to end, in seconds.
@@ -145,10 +145,10 @@ def _run(antagonist: Antagonist, rng: random.Random, sock: socket.socket, runner
 def _steps(antagonist: Antagonist, rng: random.Random, sock: socket.socket, runner: int, now: Antagonism) -> None:
     told = took = 0.0
     ends = [sock.fileno(), runner]
-    while not select.select(ends, [], [], min(LONGEST_REST, max(antagonist.rest, SHARE * took)))[0]:
-        began = time.monotonic()
+    while not select.select(ends, [], [], max(antagonist.rest, min(LONGEST_REST, SHARE * took)))[0]:
+        began = time.process_time()
         now.count += antagonist.step(rng)
-        took = time.monotonic() - began
+        took = time.process_time() - began
         if time.monotonic() - told > TELL:
             told = time.monotonic()
             sock.send(msgspec.msgpack.encode(now))
