@@ -158,7 +158,7 @@ class Limits(Antagonist):
         with self.target.board.held(rng) as user:
             if user is None:
                 return False
-            with suppress(FileNotFoundError, ProcessLookupError):
+            with suppress(FileNotFoundError, PermissionError, ProcessLookupError):  # one that ends is root's
                 most = max(0, len(os.listdir(f"/proc/{user.pid}/fd")) + rng.randint(-2, 4))
                 self._limit(user.pid, min(most, self._before[0]))
                 try:
