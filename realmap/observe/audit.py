@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,6 +21,9 @@ from realmap.wire.records import FramesInfo, MappingInfo, PartInfo
 
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
+#: How long to wait before each further look, in seconds: who has been given memory, and is stopped or starved just
+#: then, has not mapped it yet.
+PAUSES = (0.0, 0.01, 0.05, 0.15, 0.3)
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -296,15 +300,16 @@ def _unregistered(snapshot: Snapshot) -> list[int]:
     return procfs.who_maps(snapshot.segments(), USER_LAND.start, USER_LAND.end, known)
 
 
-def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:
+def audit(take: Callable[[], Snapshot]) -> AuditReport:
     """Audits a kernel that is at work: a difference counts where every further look finds it again.
 
-    `take` gives a new snapshot; `tries` how often a difference is looked at again while the books change.
+    `take` gives a new snapshot.
     """
     report = compare(take())
-    for _ in range(tries):
+    for pause in PAUSES:
         if report:
             break
+        time.sleep(pause)
         again = compare(take())
         before = set(report.differences)
         still = [difference for difference in again.differences if difference in before]
