@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from conftest import BOUND
@@ -201,6 +203,20 @@ def test_bad_options(arguments: list[str], words: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_want_of_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a limit of descriptors that is too low for a look at them, for a moment."""
+
+    def large(user: realmap.Process, rng: random.Random) -> None:
+        user.map(1 << 20)
+
+    answers = [OSError(errno.EMFILE, "none left"), ["0", "1"], ["0", "1"]]
+    monkeypatch.setattr(operations.os, "listdir", MagicMock(side_effect=answers))
+    with realmap.boot(memory_limit=1 << 16) as kernel, kernel.connect() as me:
+        outcome = operations.attempt(operations.Own("large", large, 1, 1.0), me, 1)
+        monkeypatch.undo()
+        assert outcome == (None, False, 0, True)
+
+
 def test_a_leak_of_a_cycle_is_none() -> None:
     def cyclic(user: realmap.Process, rng: random.Random) -> None:
         held: list[Any] = [user.map(999)]
@@ -208,4 +224,4 @@ def test_a_leak_of_a_cycle_is_none() -> None:
 
     with realmap.boot() as kernel, kernel.connect() as me:
         outcome = operations.attempt(operations.Own("cyclic", cyclic, 1, 1.0), me, 1)
-        assert outcome == (None, False, 0)
+        assert outcome == (None, False, 0, False)

@@ -12,20 +12,24 @@
 
 Each is in the mix by its weight, and in the report by its name. One that raises, gives something else than expected,
 does not come back, ends its process, or keeps a mapping or a descriptor has failed: the run goes on, and is not ok.
+Where there is no room for it (`PhysicalMemoryExhaustion`, `VirtualMemoryExhaustion`), it was refused, as steps may be.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.util
 import os
 import random
+import time
 import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from realmap.lab.stress.actor import NO_ROOM
 from realmap.lab.workload import MIXES
 from realmap.memory.userspace_ptr import user_windows
 from realmap.user import Process
@@ -83,17 +87,18 @@ def load(path: str) -> list[Own]:
 
 
 class Outcome(NamedTuple):
-    """`why` it failed, or None. `left`: it kept something, so that its process is not as it was before."""
+    """`why` it failed, or None. `left`: its process is not as it was before. `verified`: bytes. `refused`: no room."""
 
     why: str | None
     left: bool
-    verified: int
+    verified: int = 0
+    refused: bool = False
 
 
 def attempt(own: Own, user: Process, seed: int) -> Outcome:
     """Does it once, whatever it does."""
     pid, before = os.getpid(), _belongings()
-    why, verified = None, 0
+    why, verified, refused = None, 0, False
     try:
         given = own.function(user, random.Random(seed))
         if isinstance(given, tuple) and len(given) == 2:
@@ -103,30 +108,44 @@ def attempt(own: Own, user: Process, seed: int) -> Outcome:
                 why = f"wrong: it got {shortened(got)}, not {shortened(expected)}"
         elif given is not None:
             why = f"it gave {type(given).__name__}, where None or (got, expected) was due"
+    except NO_ROOM:
+        refused = True
     except BaseException as error:
         why = in_words(error)
     if os.getpid() != pid:  # a child that it has forked
         os._exit(1)
     left = _left(user, before)
-    return Outcome(why or left, left is not None, verified)
+    return Outcome(why or left, left is not None, verified, refused)
 
 
 def _belongings() -> dict[str, set[Any]]:
     return {
         "mapping": {window._base for window in user_windows() if window.alive},
-        "descriptor": set(os.listdir("/proc/self/fd")),
+        "descriptor": _descriptors(),
     }
+
+
+def _descriptors() -> set[str]:
+    while True:
+        try:
+            return set(os.listdir("/proc/self/fd"))
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            time.sleep(0.001)  # an antagonist keeps the limit down for a moment
 
 
 def _left(user: Process, before: dict[str, set[Any]]) -> str | None:
     """What it left behind, or took away, in words."""
     if user.has_ended:
         return "it closed its user"
-    if _belongings() != before:
+    after = _belongings()
+    if after != before:
         gc.collect()
-    for what, after in _belongings().items():
-        if after != before[what]:
-            kept, gone = len(after - before[what]), len(before[what] - after)
+        after = _belongings()
+    for what, had in before.items():
+        if after[what] != had:
+            kept, gone = len(after[what] - had), len(had - after[what])
             return f"it leaks: {kept} {what}(s) more than before, {gone} gone"
     return None
 

@@ -54,6 +54,7 @@ class Worker:
         """Works until `deadline` (of the monotonic clock), or for so many steps, or until it is killed."""
         with connect(self._path) as me:
             actor = Actor(me)
+            self._board.enter(self._index)  # from here on it can bear what antagonists do
             while (steps is None or self._tally.steps < steps) and (deadline is None or time.monotonic() < deadline):
                 self._step(actor)
                 if self._tally.again:
@@ -135,6 +136,7 @@ class Worker:
         done.add(Operation(1, longest=took / 1e9))
         if outcome.why is not None:
             done.fail(f"{own.name}(user, random.Random({step.seed})): {outcome.why}")
+        self._tally.refused += outcome.refused
         self._tally.again = outcome.left
         if not outcome.left:  # who has lost the way to say so is known by it
             self._board.end(self._index)
@@ -186,7 +188,6 @@ def run(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, lambda *_: None)  # an antagonist sends it
     worker = Worker(sock, options, path, board, index, life)
-    board.enter(index)
     try:
         worker.live(deadline, steps)
         status = 0
