@@ -23,6 +23,9 @@ from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, P
 PAUSE = 0.1
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
+#: How long to wait before each further look, in seconds: who has been given memory, and is stopped or starved just
+#: then, has not mapped it yet.
+PAUSES = (0.0, 0.01, 0.05, 0.15, 0.3)
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -389,17 +392,17 @@ def _unregistered(snapshot: Snapshot) -> list[int]:
     return procfs.who_maps(snapshot.segments(), USER_LAND.start, USER_LAND.end, known)
 
 
-def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:
+def audit(take: Callable[[], Snapshot]) -> AuditReport:
     """Audits a kernel that is at work: a difference counts where every further look finds it again.
 
-    `take` gives a new snapshot; `tries` how often a difference is looked at again while the books change.
+    `take` gives a new snapshot.
     """
     report = compare(take())
-    for _ in range(tries):
+    for pause in PAUSES:
         if report:
             break
-        if any(each.where.startswith(LENT_LAND.name) for each in report.differences):
-            time.sleep(PAUSE)
+        of_lent = any(each.where.startswith(LENT_LAND.name) for each in report.differences)
+        time.sleep(max(pause, PAUSE) if of_lent else pause)
         again = compare(take())
         before = set(report.differences)
         still = [difference for difference in again.differences if difference in before]
