@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from conftest import BOUND, long, wait_until
 from realmap.host import cgroups, paging
 from realmap.lab import stress
 from realmap.lab.stress.antagonists import ALL, machine, pages, processes
+from realmap.lab.stress.antagonists.antagonist import Target
+from realmap.lab.stress.board import Board
 from realmap.lab.stress.report import Antagonism
 
 KSM = machine.KSM / "run"
@@ -158,6 +161,30 @@ def test_two_runs_do_not_take_each_others_settings_for_what_was_before() -> None
     finally:
         two.close()
         one.close()
+
+
+def test_a_user_that_has_just_ended_is_nothing_to_work_on() -> None:
+    """It is not reaped: so it is still held."""
+    board = Board(1)
+    child = os.fork()
+    if not child:
+        board.enter(0)
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    rng = random.Random(1)
+    target = Target("", os.getpid(), False, board)
+    for kind in (processes.Affinity, processes.Stops, processes.Signals, processes.Limits):
+        kind(target).step(rng)
+    pageout, numa = pages.PageOut(target), machine.Numa(target)
+    with board.held(rng) as held:
+        assert held is not None
+        assert held.pid == child
+        assert not pageout._advise(held.pidfd, child, 0, 1 << 47, paging.MADV_COLD, rng)
+    assert not numa.step(rng)
+    board.leave(0)
+    os.waitpid(child, 0)
+    with board.held(rng) as held:
+        assert held is None
 
 
 def test_its_own_wrong_bytes_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
