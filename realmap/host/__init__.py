@@ -6,6 +6,8 @@ files        closing, whatever close(2) says
 room         how much memory may still be taken, asked before it is taken
 procfs       what /proc says: maps by inode and offset, start times, page frame numbers
 liveness     who is at the other end of a socket, and when a process dies (pidfds)
+shared_segments  every segment of shared memory of the machine, and who has it
+reclaim      unlinking names that nobody uses, by a lease
 runtime      the directory of sockets, locks and name markers; sweeping what the dead left
 interpreter  a fresh Python that runs a function of ours
 """
