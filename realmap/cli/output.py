@@ -14,6 +14,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from realmap.host import signals
+from realmap.lab import PROGRESS
 from realmap.observe import words
 
 #: A longer cell sticks out, and does not push all others aside.
@@ -159,6 +161,19 @@ def show_json(value: Any, *, line: bool = False) -> None:
     encoded = msgspec.json.encode(value)
     text = (encoded if line else msgspec.json.format(encoded)).decode()
     click.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """What is to be called with a line about how it goes: on a terminal the newest stands there, on stderr."""
+    console = Console(stderr=True, highlight=False)
+    if PROGRESS in os.environ:
+        yield lambda line: click.echo(line, err=True)
+    elif console.is_terminal:
+        with console.status("starting") as shown:
+            yield shown.update
+    else:
+        yield lambda line: None
 
 
 def require_writable(path: str) -> None:

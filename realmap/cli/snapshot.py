@@ -12,7 +12,7 @@ from realmap.observe import machine, shm, words
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.svg import svg
 from realmap.observe.tables import programs
-from realmap.wire.records import CallInfo, ProcessInfo
+from realmap.wire.records import CallInfo, LentInfo, ProcessInfo, SeatInfo
 
 #: How many syscalls it tells of.
 MOST = 10
@@ -69,11 +69,18 @@ def render(taken: Snapshot) -> None:
     click.echo(f"{words.counted(stats['calls'], 'call')} so far, {stats['running']} running")
     called = sorted((call for call in taken.calls if call.count), key=lambda call: -call.count)
     for call in called[:MOST]:
-        click.echo(words.harmless(call.name) + f": {words.counted(call.count, 'call')}" + _took(call))
+        by = f" of {words.counted(call.servers, 'server')}" if call.servers else ""
+        click.echo(words.harmless(call.name) + f": {words.counted(call.count, 'call')}{by}" + _took(call))
     if len(called) > MOST:
         click.echo(f"and {len(called) - MOST} other syscalls: realmap stats")
     for process in taken.processes:
         click.echo(_line(process))
+    pids = {process.number: process.pid for process in taken.processes}
+    for seat in taken.seats:
+        callers = sorted({pids[each.process] for each in taken.sessions if each.seat == seat.number})
+        click.echo(
+            _service(seat, pids[seat.process], callers, [each for each in taken.lent if each.seat == seat.number])
+        )
 
 
 def _took(call: CallInfo) -> str:
@@ -81,6 +88,14 @@ def _took(call: CallInfo) -> str:
         return ""
     took = [words.duration(1e9 * each) for each in (call.p50, call.p99, call.longest)]
     return f", p50 {took[0]}, p99 {took[1]}, longest {took[2]}"
+
+
+def _service(seat: SeatInfo, pid: int, callers: list[int], lent: list[LentInfo]) -> str:
+    names = ", ".join(map(words.harmless, seat.names))
+    state = f"{seat.busy} of {words.counted(seat.threads, 'thread')} at work, {seat.waiting} waiting"
+    shown = f"{words.counted(len(lent), 'window')} of {sum(each.length for each in lent)} bytes lent to it"
+    who = f"called by pid {', '.join(map(str, callers))}" if callers else "called by nobody"
+    return f"pid {pid} serves {names}: {state}, {shown}, {who}{', closing' * seat.closing}"
 
 
 def _line(process: ProcessInfo) -> str:

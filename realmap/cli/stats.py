@@ -52,7 +52,8 @@ CALLS = [
     Column("p50", "seconds"),
     Column("p99", "seconds"),
     Column("longest", "seconds", spare=2),
-    Column("blocking", spare=3),
+    Column("blocking", spare=4),
+    Column("servers", "number", optional=True, spare=3),
     Column("syscall"),
 ]
 #: The columns of a line for each interval, in a pipe.
@@ -80,7 +81,7 @@ def rates_between(before: Snapshot, now: Snapshot, seconds: float) -> Rates:
         seconds,
         now.stats,
         {name: (now.stats[name] - before.stats[name]) / seconds for name in DONE},
-        {call.name: (call.count - counts[call.name]) / seconds for call in now.calls},
+        {call.name: (call.count - counts.get(call.name, 0)) / seconds for call in now.calls},
     )
 
 
@@ -100,8 +101,8 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
     """Show a kernel's totals: what there is, what was done so far, and what the limits are.
 
     A per-second figure is what was done since the look before. Of each syscall: how long its handler took, so far
-    (p50, p99: what half of the calls, and 99 of 100, did not exceed; in seconds in a pipe). With --json --watch, a JSON
-    object per line.
+    (p50, p99: what half of the calls, and 99 of 100, did not exceed; in seconds in a pipe); servers: how many services
+    of processes answer it, all of them together (none: the kernel does). With --json --watch, a JSON object per line.
 
     Example: realmap stats --watch 5 | tee my.log
     """
@@ -194,6 +195,7 @@ def _calls(now: Snapshot, found: Rates | None) -> list[list[Any]]:
             call.p99,
             call.longest,
             "yes" if call.blocking else "no",
+            call.servers or None,
             call.name,
         ]
         for call in sorted(now.calls, key=lambda call: (-call.count, call.name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable, Iterable
-from queue import SimpleQueue
 from typing import Any
 
 from realmap.errors import AccessDenied, KernelError, PhysicalMemoryExhaustion, UnknownSyscall
@@ -46,6 +45,8 @@ class Registration:
                 if not replace:
                     raise KernelError(why=f"the kernel has a syscall {name!r} already: unregister it, or replace=True")
                 syscall.calls, syscall.failed, syscall.late = before.calls, before.failed, before.late
+            elif self._books.ports.is_served(name):
+                raise KernelError(why=f"a process serves {name!r} already: register it by another name")
         self._books.syscalls = known | found  # who is at it, a snapshot say, goes on with what there was
 
     def _remove(self, name: str) -> None:
@@ -58,19 +59,7 @@ class Registration:
         if self._loop.thread == threading.get_ident() or not self._loop.is_open:
             job()
             return
-        outcome: SimpleQueue[Exception | None] = SimpleQueue()
-
-        def run() -> None:
-            try:
-                job()
-            except Exception as error:
-                outcome.put(error)
-            else:
-                outcome.put(None)
-
-        self._loop.post(run)
-        if (error := outcome.get()) is not None:
-            raise error
+        self._loop.ask(job)
 
     # ---- for the booter ---------------------------------------------------------------------
 

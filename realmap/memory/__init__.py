@@ -18,14 +18,18 @@ Invariants: a `Mapping` is valid for as long as it exists · ranges in a land ne
 `frames.refcount` is the number of mappings, parked windows, mirrors and handles of it, no more and no less ·
 what the books say is mapped is what /proc/PID/maps says, by inode and offset.
 
+Of a process that is no user of any kernel the mapping is found in Linux, and made when it is mirrored: foreign.py.
+
 Locks, signal handlers and destructors: the rule for all of realmap is in realmap/host/signals.py.
 """
 
 from realmap.memory.bookkeeping import Bookkeeping
 from realmap.memory.cross_process import CrossProcessMapping
+from realmap.memory.foreign import ForeignMapping, ForeignProcess
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames
 from realmap.memory.kernel_memory import AddressState, KernelMemory
-from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
+from realmap.memory.lands import KERNEL_LAND, LENT_LAND, USER_LAND, Land
+from realmap.memory.lending import LentLand, LentMapping
 from realmap.memory.mapping import Mapping
 from realmap.memory.process_memory import ProcessMemory
 from realmap.memory.userspace_ptr import UserspacePtr
@@ -33,13 +37,18 @@ from realmap.rights import MappingAccessRights, MemoryState, MemoryType
 
 __all__ = [
     "KERNEL_LAND",
+    "LENT_LAND",
     "USER_LAND",
     "AddressState",
     "Bookkeeping",
     "CrossProcessMapping",
+    "ForeignMapping",
+    "ForeignProcess",
     "FrameAllocator",
     "KernelMemory",
     "Land",
+    "LentLand",
+    "LentMapping",
     "Mapping",
     "MappingAccessRights",
     "MemoryState",

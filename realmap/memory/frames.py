@@ -10,11 +10,12 @@ exactly as long as what it was made for.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import SupportsIndex
 
 from realmap._core import Account, Charge
@@ -23,7 +24,7 @@ from realmap.errors import InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
 from realmap.host.signals import pass_on
-from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, usize
+from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, align_up, usize
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
@@ -58,7 +59,8 @@ class OwnedFrames:
 
 
 class SharedFrames(FramesCore):
-    """A list of segments in order, and who refers to them. Made by `FrameAllocator.allocate`.
+    """A list of segments in order, and who refers to them. Made by `FrameAllocator.allocate`; or of a file that a
+    process has mapped, which is charged to nobody.
 
     `length` is the sum of the segments, in bytes. Fresh frames have a refcount of 0, and go when
     they are collected without ever having been mapped.
@@ -66,8 +68,8 @@ class SharedFrames(FramesCore):
 
     __slots__ = ("__weakref__", "_charges", "_starts", "length", "recycles", "segments")
 
-    def __init__(self, segments: list[Segment], charge: Charge) -> None:
-        self.segments = segments
+    def __init__(self, segments: Sequence[Segment], charge: Charge | None = None) -> None:
+        self.segments = list(segments)
         #: Whether they are of a kind for a stock, and only the process that they were made for has ever had them.
         self.recycles = False
         if len(segments) == 1:  # the common case
@@ -78,7 +80,7 @@ class SharedFrames(FramesCore):
             self.length = sum(segment.length for segment in segments)
             self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
             self._set(-1, sum(segment.huge for segment in segments))
-        self._charges = [charge]
+        self._charges = [] if charge is None else [charge]
 
     def holders(self) -> list[str]:
         """Everyone who holds a reference, in words; `who_holds` is what was noted."""
@@ -112,11 +114,13 @@ class SharedFrames(FramesCore):
         """Which segment the byte at `offset` is in, counted from 0."""
         return bisect_right(self._starts, offset) - 1
 
-    def pieces(self, offset: int, length: int) -> list[Piece]:
-        """Where [offset, offset + length) lies, as parts of the segments' files. The caller has checked the range."""
-        found = []
+    def pieces(self, offset: int, length: int, most: int = USIZE_MAX) -> list[Piece]:
+        """Where [offset, offset + length) lies, as parts of the segments' files: the first `most` of them. The caller
+        has checked the range.
+        """
+        found: list[Piece] = []
         index = self.index_of(offset)
-        while length:
+        while length and len(found) < most:
             segment = self.segments[index]
             inside = offset - self._starts[index]
             size = min(length, segment.length - inside)
@@ -125,9 +129,10 @@ class SharedFrames(FramesCore):
         return found
 
     def truncated_at(self, offset: int, length: int) -> int | None:
-        """The first byte of [offset, offset + length) whose segment ends before it by now; None: they are all there."""
+        """The first byte of [offset, offset + length) whose segment ends before it by now; None: they are all there.
+        The page that a segment ends in is there, and shared, to its own end."""
         for fd, at, size in self.pieces(offset, length):
-            there = os.fstat(fd).st_size
+            there = align_up(os.fstat(fd).st_size)
             if there < at + size:
                 return offset + max(0, there - at)
             offset += size
@@ -296,6 +301,33 @@ class FrameAllocator(Account):
         """As `allocate`, for who has checked already: `step` bytes a segment."""
         frames = SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
         self._opened[frames.segments[0].fd] = weakref.ref(frames)
+        return frames
+
+    def receive(self, descriptors: list[int], lengths: list[int]) -> SharedFrames:
+        """Frames of segments that another process made: the first so many bytes of each. The descriptors are theirs
+        from here on, and are closed where this fails.
+
+        InvalidSize: they are not as many. PhysicalMemoryExhaustion: the limit does not allow it. OSError: one of them
+        is no descriptor.
+        """
+        made: list[Segment] = []
+        try:
+            size, count = sum(lengths), len(descriptors)
+            if count != len(lengths):
+                raise InvalidSize(size, why=f"{len(lengths)} segments, and {count} descriptors of them")
+            charge = self._charge(size, count)
+            if not isinstance(charge, Charge):  # whose limit it is
+                raise charge._refusal(size, count)
+            made.extend(map(Segment.received, descriptors, lengths))
+            frames = SharedFrames(made, charge)
+        except BaseException:
+            for segment in made:
+                segment.close()
+            for fd in descriptors[len(made) :]:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            raise
+        self._opened.update(dict.fromkeys(descriptors, weakref.ref(frames)))
         return frames
 
     def make_segments(

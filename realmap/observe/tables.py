@@ -17,7 +17,8 @@ class ProcessRow(msgspec.Struct, frozen=True):
     """A user process. `mapped`: bytes of its mappings; `frames`: bytes of the frames that it made and that live.
 
     `program`: its name, or "gone" where it has ended since the snapshot; `handles`: those it made that can be used;
-    `running`: the syscalls that worker threads are at for it.
+    `running`: the syscalls that worker threads are at for it, or services, whose pids are `waits_for`. `serves`: the
+    names that it serves.
     """
 
     number: int
@@ -30,6 +31,8 @@ class ProcessRow(msgspec.Struct, frozen=True):
     handles: int
     calls: int
     running: list[str]
+    waits_for: list[int]
+    serves: list[str]
     program: str
 
 
@@ -54,7 +57,14 @@ class SegmentRow(msgspec.Struct, frozen=True):
 def processes(snapshot: Snapshot) -> list[ProcessRow]:
     """The processes of a snapshot, in order of their numbers."""
     handles = Counter(handle.maker for handle in snapshot.handles)
-    running = snapshot.running_by_process()
+    running, pids = snapshot.running_by_process(), {process.number: process.pid for process in snapshot.processes}
+    serves: dict[int, set[str]] = {}
+    for seat in snapshot.seats:
+        serves.setdefault(seat.process, set()).update(seat.names)
+    waits_for: dict[int, set[int]] = {}
+    for call in snapshot.running:
+        if call.server in pids:
+            waits_for.setdefault(call.process, set()).add(pids[call.server])
     return [
         ProcessRow(
             process.number,
@@ -67,6 +77,8 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
             handles[process.number],
             process.calls,
             sorted(running.get(process.number, ())),
+            sorted(waits_for.get(process.number, ())),
+            sorted(serves.get(process.number, ())),
             program(process.pid),
         )
         for process in sorted(snapshot.processes, key=lambda each: each.number)

@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -45,9 +45,12 @@ class Taken(Generic[W]):
 class Relay(Generic[W]):
     """The threads of a loop."""
 
-    def __init__(self, run: Callable[[Taken[W] | None], None]) -> None:
-        """`run(taken)` runs the loop to its end, or raises Lost. `taken`: from whom it was taken; None: nobody."""
+    def __init__(self, run: Callable[[Taken[W] | None], None], name: str = "kernel", look: float = LOOK) -> None:
+        """`run(taken)` runs the loop to its end, or raises Lost. `taken`: from whom it was taken; None: nobody.
+        `name`: of its threads. `look`: how often the standby looks, in seconds.
+        """
         self._run = run
+        self._name, self._look = f"realmap-{name}", look
         #: What the thread that has the loop is away at: at most one, by an object of its own.
         self.away: dict[Hashable, W] = {}
         #: Whether the standby sleeps until somebody wakes it.
@@ -73,6 +76,21 @@ class Relay(Generic[W]):
                 self._standby = None
                 return False
         return True
+
+    @contextlib.contextmanager
+    def kept(self, is_mine: Callable[[], bool]) -> Iterator[bool]:
+        """For a handler: whether its thread has the loop (`is_mine`: as far as one can see), which nobody takes from it
+        within the block."""
+        at = next(iter(tuple(self.away)), None)
+        # Asked after that look: it was mine then, so what was away is this very handler, or taken already.
+        work = self.away.pop(at, None) if at is not None and is_mine() else None
+        try:
+            yield work is not None
+        finally:
+            if at is not None and work is not None:
+                self.away[at] = work
+                if self.parked:
+                    self.wake()
 
     def wake(self) -> None:
         """For who has entered something and finds the standby parked."""
@@ -106,7 +124,7 @@ class Relay(Generic[W]):
         pid, me = os.getpid(), threading.current_thread()
         taken = None
         while has_loop or (taken := self._wait_for_loss()) is not None:
-            self._owner, me.name = me, "realmap-kernel"
+            self._owner, me.name = me, self._name
             try:
                 self._run(taken)
                 return
@@ -137,7 +155,7 @@ class Relay(Generic[W]):
                     return Taken(work, since)
             seen = at  # held, so that no other is at its address
             if quiet < QUIET:
-                time.sleep(LOOK)
+                time.sleep(self._look)
             else:
                 quiet = 0
                 self._park()
