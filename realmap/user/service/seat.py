@@ -79,7 +79,7 @@ class Seat:
                 descriptors.extend(found)
         return data
 
-    def tell(self, message: messages.Served | messages.Gone) -> None:
+    def tell(self, message: messages.Told) -> None:
         """Says it, where the kernel has room for it now."""
         with contextlib.suppress(OSError):
             channel.send_one(self.sock, _encode(message))
