@@ -32,7 +32,8 @@ def maps(pid: int, path: str | None, as_json: bool) -> None:
     offset: where in its frames it starts; refcount: of these frames; resident, shared: bytes that this process has
     touched, and what of them others have, too (a dash where Linux has joined it with its neighbour); segments: their
     inodes (on a terminal, of many the first, and how many); linux: "agrees", "changing" (it was at work meanwhile), or
-    what Linux has there instead. For the kernel's own pid: KernelLand with its mirrors, its kept windows, and the
+    what Linux has there instead. Of a service also the windows of pages that it was lent, as it says, and that it keeps
+    for their next use. For the kernel's own pid: KernelLand with its mirrors, its kept windows, and the
     anchors that keep its page tables.
 
     Example: realmap maps 4711

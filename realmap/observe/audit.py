@@ -230,17 +230,24 @@ def compare(snapshot: Snapshot) -> AuditReport:
     )
 
 
-def lent_ranges(snapshot: Snapshot, lent: LentInfo, frames: dict[int, FramesInfo]) -> list[Range]:
-    """What is mapped for a window of lent pages, as far as it shows whole pages of what its process has mapped now."""
-    found: list[Range] = []
+def lent_to(snapshot: Snapshot, pid: int) -> list[LentInfo]:
+    """The windows of lent pages that a process says it has."""
+    numbers = {process.number for process in snapshot.processes if process.pid == pid}
+    seats = {seat.number for seat in snapshot.seats if seat.process in numbers}
+    return [each for each in snapshot.lent if each.seat in seats]
+
+
+def lent_parts(snapshot: Snapshot, lent: LentInfo) -> list[tuple[int, PartInfo]]:
+    """The whole pages that a window of lent pages shows, where they are, of what its process has mapped now."""
+    found: list[tuple[int, PartInfo]] = []
     first, last = align_up(lent.address), align_down(lent.address + lent.length)
     for process in snapshot.processes:
         for mapping in process.mappings if process.number == lent.process else ():
             low, high = max(first, mapping.address), min(last, mapping.address + mapping.length)
             if low < high and mapping.frames is not None:
                 part = PartInfo(mapping.frames, mapping.phys_offset + low - mapping.address, high - low)
-                found += window_ranges(lent.at + low - lent.address, lent.rights, [part], 0, frames)
-    return merged(found)
+                found.append((lent.at + low - lent.address, part))
+    return found
 
 
 def clipped(linux: list[Range], start: int, end: int) -> list[Range]:
@@ -255,20 +262,18 @@ def clipped(linux: list[Range], start: int, end: int) -> list[Range]:
 
 def _lent(snapshot: Snapshot) -> list[Difference]:
     """LentLand of each process that serves: what it says is mapped there, and nothing else of the kernel's frames."""
-    frames, seats = snapshot.frames_by_serial(), {seat.number: seat.process for seat in snapshot.seats}
+    frames, serving = snapshot.frames_by_serial(), {seat.process for seat in snapshot.seats}
     found: list[Difference] = []
-    for process in snapshot.processes:
-        if process.number not in seats.values():
-            continue
+    for pid in {process.pid for process in snapshot.processes if process.number in serving}:
         try:
-            linux = linux_ranges(process.pid, LENT_LAND, snapshot.pid)
+            linux = linux_ranges(pid, LENT_LAND, snapshot.pid)
         except ProcessLookupError:
             continue
-        where = f"{LENT_LAND.name} of pid {process.pid}"
-        told = [each for each in snapshot.lent if seats[each.seat] == process.number]
+        where, told = f"{LENT_LAND.name} of pid {pid}", lent_to(snapshot, pid)
         for each in told:
-            for entry in lent_ranges(snapshot, each, frames):
-                found += _compare(where, [entry], clipped(linux, entry[0], entry[1]))
+            for at, part in lent_parts(snapshot, each):
+                books = merged(window_ranges(at, each.rights, [part], 0, frames))
+                found += _compare(where, books, clipped(linux, at, at + part.length))
         covered = [(align_down(each.at), align_up(each.at + each.length)) for each in told]
         found += _compare(where, [], [entry for entry in linux if entry[3] and not _covers(covered, entry)])
     return found
