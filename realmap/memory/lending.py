@@ -69,7 +69,7 @@ class _Scratch(NamedTuple):
 class _Edge:
     """A part of a page that was copied into a scratch page. It holds its frames until that is given back."""
 
-    __slots__ = ("_address", "_before", "_frames", "_lock", "_offset", "_page", "_scratch", "writable")
+    __slots__ = ("_address", "_before", "_frames", "_lock", "_offset", "_page", "scratch", "writable")
 
     def __init__(self, land: LentLand, mapping: Mapping, offset: int, length: int) -> None:
         """Copies `length` bytes from `offset` of the mapping's frames on.
@@ -85,10 +85,10 @@ class _Edge:
         self._address = mapping.address + offset - mapping.phys_offset
         # Also for a window that is only written: what is not written there must come back as it was.
         self._before = self._frames.read(offset, length, self._address)
-        self._scratch = land.take_page(self._page)
+        self.scratch = land.take_page(self._page)
         try:
             self._frames.hold(self, "edge", self._address)
-            os.pwrite(self._scratch.frames._fd, self._before, self._page[0] * PAGE_SIZE + (offset & PAGE_MASK))
+            os.pwrite(self.scratch.frames._fd, self._before, self._page[0] * PAGE_SIZE + (offset & PAGE_MASK))
         except BaseException as error:
             self.end()
             if isinstance(error, OSError) and not isinstance(error, KernelError):
@@ -97,7 +97,7 @@ class _Edge:
 
     def piece(self) -> Piece:
         """The scratch page, as part of a file."""
-        return self._scratch.frames._fd, self._page[0] * PAGE_SIZE, PAGE_SIZE
+        return self.scratch.frames._fd, self._page[0] * PAGE_SIZE, PAGE_SIZE
 
     def copy_back(self) -> None:
         """Writes what was changed into the frames, as far as it was not already.
@@ -108,7 +108,7 @@ class _Edge:
             self._write()
 
     def _write(self) -> None:
-        fd = self._scratch.frames._fd
+        fd = self.scratch.frames._fd
         if not self._page or not self.writable or fd < 0:  # in a forked child: it is the parent's
             return
         at = self._page[0] * PAGE_SIZE + (self._offset & PAGE_MASK)
@@ -137,9 +137,9 @@ class _Edge:
         self._frames.let_go(self)
         with contextlib.suppress(IndexError):
             page = self._page.pop()
-            if self._scratch.frames._fd >= 0:
-                os.pwrite(self._scratch.frames._fd, ZEROS, page * PAGE_SIZE)  # where this fails it is not used again
-            self._scratch.free.append(page)
+            if self.scratch.frames._fd >= 0:
+                os.pwrite(self.scratch.frames._fd, ZEROS, page * PAGE_SIZE)  # where this fails it is not used again
+            self.scratch.free.append(page)
 
     def __del__(self) -> None:
         if self._page:
@@ -177,27 +177,24 @@ class LentMapping(CrossProcessMapping):
         pieces: list[Piece] = []
         edges: list[_Edge] = []
         start = ranges[0][0].phys_offset + ranges[0][1]
-        lead = start & PAGE_MASK
-        residue = start - lead
-        covered = 0
+        lead = covered = start & PAGE_MASK
         try:
             for mapping, offset, length in ranges:
                 assert isinstance(mapping.frames, SharedFrames)
                 frames[id(mapping.frames)] = mapping.frames
-                for stretch in plan(mapping.phys_offset + offset, length):
-                    demand(
-                        not pieces or not (lead + covered) & PAGE_MASK,
-                        "only the first part may start within a page, and only the last may end within one",
-                    )
-                    covered += stretch.length
+                at = mapping.phys_offset + offset
+                demand(not pieces or not (at | covered) & PAGE_MASK, "parts that follow each other do so between pages")
+                covered += length
+                for stretch in plan(at, length):
                     if stretch.lent:
                         pieces += mapping.frames.pieces(stretch.offset, stretch.length)
                     else:
-                        edges.append(_Edge(kernel, mapping, stretch.offset, stretch.length))
-                        pieces.append(edges[-1].piece())
-            for edge in edges:
-                frames[id(edge._scratch.frames)] = edge._scratch.frames
-            made = cls._placed(ranges, kernel, tuple(frames.values()), pieces, start - lead, lead, residue, prot)
+                        edge = _Edge(kernel, mapping, stretch.offset, stretch.length)
+                        edges.append(edge)
+                        pieces.append(edge.piece())
+                        frames[id(edge.scratch.frames)] = edge.scratch.frames
+            start -= lead
+            made = cls._placed(ranges, kernel, tuple(frames.values()), pieces, start, lead, start, prot)
         except BaseException:
             for edge in edges:
                 edge.end()
@@ -280,10 +277,10 @@ class LentLand(KernelMemory):
                 try:
                     try:
                         mirror.drop()
-                    except BufferError as error:
-                        first = first or error
-                        mirror.copy_back()
-                except KernelError as error:
+                    finally:
+                        if mirror.alive:
+                            mirror.copy_back()
+                except (KernelError, BufferError) as error:
                     first = first or error
         if first is not None:
             raise first

@@ -67,7 +67,7 @@ class Seat:
     def _receive(self, descriptors: list[int]) -> bytes | None:
         room = socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
         try:
-            data, ancillary, _, _ = self.sock.recvmsg(channel.DATAGRAM, room, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self.sock.recvmsg(channel.DATAGRAM, room, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
@@ -77,6 +77,8 @@ class Seat:
                 found = array.array("i")
                 found.frombytes(rights[: len(rights) - len(rights) % found.itemsize])
                 descriptors.extend(found)
+        if flags & socket.MSG_CTRUNC:  # some had no room here: then none is of use
+            channel.close_all(descriptors)
         return data
 
     def tell(self, message: messages.Told) -> None:

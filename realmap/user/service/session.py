@@ -80,12 +80,13 @@ class Session(Line):
     __slots__ = ("_coming", "caller", "number", "waiting")
 
     def __init__(self, opened: messages.Opened, descriptors: list[int]) -> None:
-        """Takes both descriptors out. OSError: no memory, or they have not come (no descriptor was left)."""
-        if len(descriptors) < 2:
+        """Takes the descriptor of the socket out. OSError: no memory, or it has not come (none was left)."""
+        if not descriptors:
             raise OSError("no descriptors are left")
-        ring = RingEnd.serve(descriptors[1])
+        ring = RingEnd.serve(descriptors[1]) if len(descriptors) > 1 else None
         super().__init__(socket.socket(fileno=descriptors.pop(0)), Budget())
-        self.ring, ring.owner = ring, None
+        if ring is not None:  # without one everything takes the socket
+            self.ring, ring.owner = ring, None
         self.number = opened.session
         self.caller = Caller(opened)
         #: Its calls that wait for a thread.

@@ -401,7 +401,7 @@ def run(seed: int, pages: int, fragment: int, split: int, turns: int) -> int:
 def test_windows_show_what_a_bytearray_shows_and_zeros(
     seed: int, pages: int, fragment: int, data: st.DataObject
 ) -> None:
-    run(seed, pages, fragment, data.draw(st.integers(0, pages)), 50)
+    run(seed, pages, fragment, data.draw(st.integers(0, pages)), 80)
 
 
 @pytest.mark.slow
