@@ -29,10 +29,14 @@ GROUPS = {
         "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
         "trace": "Everything that happens, into a file for Perfetto.",
     },
+    "To look at this machine": {
+        "shm": "Every shared-memory segment, who holds it; reclaim what nobody needs.",
+    },
     "To see that it holds": {
         "audit": "Hold a kernel's books against /proc.",
         "stress": "Users that map, call, fork and are killed; every byte verified.",
         "bench": "Measure it on this machine, beside a C program and the peers.",
+        "campaign": "Stress or bench on many machines; what became slower or faster.",
         "gc": "Sweep what killed kernels left.",
     },
 }

@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from realmap.cli.output import Column, Seconds, plain, require_writable, table
+from realmap.cli.output import Column, Seconds, plain, progress, require_writable, table
 from realmap.lab import stress as lab
 from realmap.lab.workload import MIXES
 
@@ -74,10 +74,9 @@ def stress(mix: str, json_path: str | None, junit_path: str | None, **given: obj
         if path is not None:  # not found out after the run
             require_writable(path)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    status = Console(stderr=True, highlight=False)
     console.print(escape(options.command()))
-    with status.status("starting") as shown:
-        report = lab.run(options, lambda line: shown.update(line) if status.is_terminal else None)
+    with progress() as say:
+        report = lab.run(options, say)
     for path, data in ((json_path, msgspec.json.format(msgspec.json.encode(report))), (junit_path, lab.junit(report))):
         if path is not None:
             with open(path, "wb") as file:

@@ -32,6 +32,31 @@ LIGHTS = 2000
 
 
 @dataclass(frozen=True, slots=True)
+class Labels:
+    """What the parts of a picture are called: the lane above, in short too; the lanes below; what is lit, and why."""
+
+    above: str
+    short: str
+    below: str
+    lit: str
+    legend: str
+    nobody: str
+
+
+KERNEL = Labels(
+    "KernelLand", "Kernel", "UserLand", "mirror", "a live mirror, and what it mirrors", "no process is connected"
+)
+MACHINE = Labels(
+    "Shared by several", "Shared", "shared memory", "segment", "a segment, and who maps it", "no two share memory"
+)
+
+
+def labels(snapshot: Snapshot) -> Labels:
+    """Those of a kernel, or of the machine (observe/machine.py)."""
+    return KERNEL if snapshot.pid else MACHINE
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Cells of a lane, [left, left + width), and what lies there.
 
@@ -291,6 +316,7 @@ def kinds(lanes: Iterable[Lane]) -> list[str]:
 #: Of blocks: dark enough for white letters, apart from each other by lightness too.
 COLOURS = {
     "HEAP": "#33669e", "SHARED_MEMORY": "#1f7a6d", "IPC": "#46763c", "TRANSFER_MEMORY": "#46763c",
+    "POSIX": "#33669e", "UNLINKED": "#75559f", "MEMFD": "#46763c", "SYSV": "#8d5f2b", "ANONYMOUS": "#5a6575",
     "CODE_STATIC": "#75559f", "CODE_MUTABLE": "#75559f", "STACK": "#8d5f2b", "THREAD_LOCAL": "#8d5f2b",
     KEPT: "#6b6b78",
 }  # fmt: skip

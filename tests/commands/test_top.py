@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import signal
 import threading
@@ -422,3 +423,33 @@ def test_how_long_handlers_took(kernel: realmap.KernelHandle, me: realmap.Proces
         assert isinstance(app.screen, Main)  # there is no more to it
 
     drive(kernel.path, steps)
+
+
+def test_the_machine_in_place_of_a_kernel() -> None:
+    window = mmap.mmap(-1, 3 * PAGE)
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+        os._exit(0)
+
+    async def run() -> None:
+        app = Top("", 0.1, machine=True)
+        async with app.run_test(size=(80, 24)) as pilot:
+            await until(pilot, lambda: "Shared" in screen_text(app), "the first view")
+            assert app.view is not None
+            lit = {row.process.pid: {light.number for light in row.lane.lights} for row in app.view.processes}
+            assert lit[pid] & lit[os.getpid()]
+            assert "this machine" in screen_text(app)
+            assert "mirror" not in screen_text(app)
+            await pilot.press("2")
+            await until(pilot, lambda: "x mapped" in screen_text(app), "the segments")
+            app.screen.table.set_filter(f"{pid} ")
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(app.screen, OneSegment), "its holders")
+
+    try:
+        asyncio.run(run())
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        window.close()

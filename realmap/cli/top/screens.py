@@ -16,6 +16,7 @@ from realmap.cli.top import paint
 from realmap.cli.top.rows import Column, Rows
 from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals, waited
 from realmap.observe import words
+from realmap.observe.picture import labels
 from realmap.wire.records import CallInfo, FramesInfo
 
 if TYPE_CHECKING:
@@ -241,11 +242,13 @@ class Main(Live):
         graph = paint.sparkline(view.seen.history, min(40, width - len(line) - 4))
         self.query_one("#rates", Head).say(f" {line}  {graph}")
         label = self.label()
-        mirrors = len(view.snapshot.mirrors)
-        name = next((each for each in (f"KernelLand, {mirrors} lit", "KernelLand", "Kernel") if len(each) < label), "")
+        names, mirrors = labels(view.snapshot), len(view.snapshot.mirrors)
+        choice = (f"{names.above}, {mirrors} lit", names.above, names.short)
+        name = next((each for each in choice if len(each) < label), "")
         lane = paint.lane(view.picture.kernel, max(1, width - 1 - label))
         self.query_one("#kernel", Head).draw([Segment(f" {name}".ljust(label)), *lane])
-        self.query_one("#legend", Head).draw([Segment(" "), *paint.legend([view.picture.kernel, *view.picture.users])])
+        legend = paint.legend([view.picture.kernel, *view.picture.users], names.lit)
+        self.query_one("#legend", Head).draw([Segment(" "), *legend])
         rows = self.query_one("#processes", Rows)
         rows.show(view.processes)
         shown = self.query_one(ContentSwitcher).current
@@ -333,6 +336,8 @@ Each line is a process; its bar is its UserLand, squeezed:
 mappings as blocks, as long as the logarithm of their pages.
 What is lit is mirrored by the kernel at this moment: the
 number is the mirror's, the same in KernelLand and UserLand.
+With --machine: segments that several processes map, above
+and in each of them.
 A mirror that comes and goes between two looks (that of a
 short call) is only counted.
 

@@ -128,10 +128,15 @@ class View:
 def totals(snapshot: Snapshot) -> list[str]:
     """What there is now, the most telling first."""
     stats = snapshot.stats
-    return [
+    found = [
         words.counted(len(snapshot.processes), "process"),
         words.counted(stats["mappings"], "mapping"),
         f"{words.counted(stats['segments'], 'segment')} {words.size(stats['bytes'])}",
+    ]
+    if not snapshot.pid:  # the machine's
+        return [*found, f"{len(snapshot.mirrors)} of them shared by several"]
+    return [
+        *found,
         words.counted(len(snapshot.mirrors), "mirror"),
         f"{len(snapshot.kept)} kept {words.size(stats['kept_bytes'])}",
         words.counted(len(snapshot.handles), "handle"),
@@ -141,6 +146,8 @@ def totals(snapshot: Snapshot) -> list[str]:
 def rates(seen: Seen) -> list[str]:
     """How fast it goes, and what it took to find out."""
     stats, found = seen.snapshot.stats, []
+    if not seen.snapshot.pid:
+        return [words.counted(stats["descriptors"], "descriptor"), f"looked for {seen.took * 1e3:.0f} ms"]
     if seen.rates is None:
         found.append(f"{words.counted(stats['calls'], 'call')} so far")
     else:

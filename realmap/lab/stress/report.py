@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import msgspec
 
-FORM = 1
-#: Latencies are counted in buckets a tenth of a power of two wide: 7 % of error at most.
-STEPS_PER_OCTAVE = 10
+FORM = 2
+#: Latencies are counted in buckets of a 32nd of a power of two: 2 % wide. Counts of several runs are added, exactly.
+STEPS_PER_OCTAVE = 32
 #: A kernel's memory that rises by less over the second half of a run is no growth: arenas, and logs. Bytes.
 RISE = 16 << 20
 
@@ -71,13 +71,22 @@ class Tally(msgspec.Struct):
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """Steps of one kind: how many, how many a second, and how long they took (seconds)."""
+    """Steps of one kind: how many, how many a second, how long they took (seconds); `buckets`: {bucket: how often}."""
 
     count: int
     per_second: float
     p50: float
     p99: float
     longest: float
+    buckets: dict[int, int] = {}
+
+
+def kind_of(buckets: Mapping[int, int], seconds: float, longest: float) -> Kind:
+    """Of what was counted in so many seconds, by one user or by many machines."""
+    count = sum(buckets.values())
+    # A bucket may reach beyond the longest of its times.
+    p50, p99 = (min(longest, percentile(buckets, share)) for share in (0.5, 0.99))
+    return Kind(count, count / seconds, p50, p99, longest, dict(buckets))
 
 
 class Slope(msgspec.Struct, frozen=True):
@@ -148,14 +157,13 @@ def summed(tallies: Sequence[Tally]) -> dict[str, Counter[int]]:
 
 
 def percentile(buckets: Mapping[int, int], share: float) -> float:
-    """The latency, in seconds, that `share` of those counted do not exceed (the middle of its bucket)."""
+    """The latency, in seconds, that `share` of those counted do not exceed; in a bucket they are taken as even."""
     left = share * sum(buckets.values())
-    number = 0
     for number in sorted(buckets):
-        left -= buckets[number]
-        if left <= 0:
+        if left <= buckets[number]:
             break
-    return float(2 ** ((number + 0.5) / STEPS_PER_OCTAVE)) / 1e9
+        left -= buckets[number]
+    return float(2 ** ((number + left / buckets[number]) / STEPS_PER_OCTAVE)) / 1e9
 
 
 def slope(samples: Sequence[tuple[float, float]]) -> Slope:

@@ -18,7 +18,7 @@ from realmap.ambient import connect
 from realmap.errors import KernelError, UnknownSyscall
 from realmap.host import forks, procfs, runtime, signals
 from realmap.lab.stress import handlers, worker
-from realmap.lab.stress.report import FORM, Kind, Options, Report, Slope, Tally, percentile, slope, summed
+from realmap.lab.stress.report import FORM, Options, Report, Slope, Tally, kind_of, slope, summed
 from realmap.memory import KERNEL_LAND
 from realmap.observe.control import Control
 from realmap.system import boot
@@ -254,11 +254,8 @@ class Runner:
         tallies = self._tallies()
         kinds = {}
         for kind, buckets in sorted(summed(tallies).items()):
-            count = sum(buckets.values())
             longest = max(tally.longest.get(kind, 0) for tally in tallies) / 1e9
-            # A bucket's middle can lie above the longest of its times.
-            p50, p99 = (min(longest, percentile(buckets, share)) for share in (0.5, 0.99))
-            kinds[kind] = Kind(count, count / seconds, p50, p99, longest)
+            kinds[kind] = kind_of(buckets, seconds, longest)
         return Report(
             form=FORM,
             version=VERSION,
