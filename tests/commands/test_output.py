@@ -12,8 +12,7 @@ import pytest
 from conftest import wait_until
 from rich.console import Console
 
-from realmap.cli.output import Column, harmless, plain, show_json, table
-from realmap.cli.stats import _until_interrupted
+from realmap.cli.output import Column, harmless, plain, show_json, table, until_interrupted
 from realmap.observe import tables
 
 
@@ -86,7 +85,7 @@ def test_python_is_called_by_its_script(command: str, script: str) -> None:
 def test_signals_end_a_watch_at_any_moment() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         for _ in range(100):
-            with _until_interrupted() as is_over:
+            with until_interrupted() as is_over:
                 assert not is_over(0)
                 sender = threading.Thread(target=os.kill, args=(os.getpid(), number))
                 sender.start()
