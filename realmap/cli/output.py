@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from realmap.lab import PROGRESS
 from realmap.host import signals
+from realmap.lab import PROGRESS
 from realmap.observe import words
 
 #: A longer cell sticks out, and does not push all others aside.

@@ -41,7 +41,7 @@ def maps(pid: int | str = "self", low: int = 0, high: int = 1 << 64) -> list[Map
     """
     found = []
     try:
-        with open(f"/proc/{pid}/maps", errors="surrogateescape") as lines:
+        with open(f"/proc/{pid}/maps", errors="surrogateescape", newline="\n") as lines:  # a name may hold a \r
             for line in lines:
                 entry = _map_of(line)
                 if entry.start >= high:  # they come in order: the lands lie below whatever Linux maps by itself
@@ -56,8 +56,19 @@ def maps(pid: int | str = "self", low: int = 0, high: int = 1 << 64) -> list[Map
 def _map_of(line: str) -> Map:
     bounds, perms, offset, device, inode, *path = line.split(maxsplit=5)
     start, _, end = bounds.partition("-")
-    place = path[0].strip() if path else ""
+    place = path[0].removesuffix("\n") if path else ""
     return Map(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), place)
+
+
+#: What the core's `map_at` gives of a map.
+_FOUND = struct.Struct("=6Q2I")
+
+
+def is_that(found: bytes, entry: Map) -> bool:
+    """Whether what `map_at` has found is `entry`; their names are not compared."""
+    start, end, flags, _, offset, inode, major, minor = _FOUND.unpack(found)
+    perms = "".join(letter if flags & bit else "-" for bit, letter in ((1, "r"), (2, "w"), (4, "x")))
+    return entry[:6] == (start, end, perms + "ps"[flags >> 3 & 1], offset, f"{major:02x}:{minor:02x}", inode)
 
 
 def setting(path: str) -> str:
@@ -83,14 +94,14 @@ class Resident(NamedTuple):
     shared: int
 
 
-def smaps(pid: int, low: int = 0, high: int = 1 << 64) -> list[Resident]:
+def smaps(pid: int | str, low: int = 0, high: int = 1 << 64) -> list[Resident]:
     """The maps of `pid` that touch [low, high) as /proc/PID/smaps has them. (psutil leaves offset and inode out.)
 
     ProcessLookupError: as `maps`. PermissionError: it is not ours to look at.
     """
     found: list[Resident] = []
     try:
-        with open(f"/proc/{pid}/smaps", errors="surrogateescape") as lines:
+        with open(f"/proc/{pid}/smaps", errors="surrogateescape", newline="\n") as lines:
             entry, amounts = None, {"Rss": 0, "Shared_Clean": 0, "Shared_Dirty": 0}
             for line in lines:
                 key, colon, rest = line.partition(":")
@@ -176,8 +187,8 @@ def inner_pids() -> set[int]:
     return found
 
 
-#: include/linux/sched.h: it is on its way through exit.
-PF_EXITING = 4
+#: include/linux/sched.h: it is on its way through exit; it is a thread of Linux itself.
+PF_EXITING, PF_KTHREAD = 4, 0x20_0000
 
 
 def is_exiting(pid: int) -> bool:
@@ -186,6 +197,11 @@ def is_exiting(pid: int) -> bool:
         return bool(int(_stat(pid)[6]) & PF_EXITING)
     except ProcessLookupError:
         return True
+
+
+def is_kernel_thread(pid: int | str) -> bool:
+    """Whether it is a thread of Linux itself, without memory of its own. ProcessLookupError: as `start_time`."""
+    return bool(int(_stat(pid)[6]) & PF_KTHREAD)
 
 
 def is_stopped(pid: int) -> bool:
@@ -231,10 +247,10 @@ def _script(command: list[bytes]) -> bytes:
     return b""
 
 
-def _stat_line(pid: int) -> bytes:
+def _stat_line(pid: int | str) -> bytes:
     """All of /proc/PID/stat. ProcessLookupError: it has ended."""
     try:
-        text = read_file(b"/proc/%d/stat" % pid, 4096)
+        text = read_file(f"/proc/{pid}/stat".encode(), 4096)
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
     # The name in parentheses may hold spaces and parentheses of its own: count from the last one.
@@ -243,7 +259,7 @@ def _stat_line(pid: int) -> bytes:
     return text
 
 
-def _stat(pid: int) -> list[bytes]:
+def _stat(pid: int | str) -> list[bytes]:
     """/proc/PID/stat from the state on (proc_pid_stat(5): field 3 is the first). ProcessLookupError: it has ended."""
     text = _stat_line(pid)
     return text[text.rindex(b")") + 2 :].split()

@@ -253,7 +253,7 @@ class _Pass:
             for number in os.listdir(folder):
                 try:
                     link = os.readlink(number, dir_fd=folder)
-                    if not link.startswith(starts):
+                    if not link.startswith(starts):  # what else there is may not answer: a FUSE, an NFS
                         continue
                     status = os.stat(number, dir_fd=folder)
                 except GONE:

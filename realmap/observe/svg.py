@@ -14,6 +14,7 @@ from realmap.observe import words
 from realmap.observe.picture import (
     KEPT,
     MIRROR,
+    WINDOW,
     Block,
     Labels,
     Lane,
@@ -41,6 +42,8 @@ LETTER = 6.2
 #: Ribbons beyond these would only cover each other.
 RIBBONS = 200
 LANES = 40
+#: Said of what is lit as well, where there is any.
+LENT_TOO = "; or a window of a service, and the pages that it was lent"
 #: Letters of a program's name that fit beside its pid.
 LONGEST = 12
 
@@ -128,6 +131,8 @@ def _said(snapshot: Snapshot) -> str:
     stats = snapshot.stats
     parts = [words.counted(len(snapshot.processes), "process"), words.counted(stats["mappings"], "mapping")]
     parts += [words.counted(stats["segments"], "segment") + f" of {words.size(stats['bytes'])}"]
+    if snapshot.lent:
+        parts += [words.counted(len(snapshot.lent), "window") + " of lent pages"]
     lit = len(snapshot.mirrors)
     parts += [words.counted(lit, "live mirror") if snapshot.pid else f"{lit} of them shared by several"]
     return f"{snapshot.path}: " + ", ".join(parts)
@@ -177,27 +182,34 @@ def _lights(lane: Lane, top: int, names: Labels) -> Iterator[str]:
     for light in lane.lights:
         if (light.left, light.width) not in seen:  # one would lie upon the other
             seen.add((light.left, light.width))
-            title = f"{names.lit} {light.number}: {words.size(light.bytes)} at {light.address:#x} in {where}"
+            what = names.lit if light.kind == MIRROR else light.kind
+            title = f"{what} {light.number}: {words.size(light.bytes)} at {light.address:#x} in {where}"
             yield _box(light.left, light.width, top, f'class="lit" fill="{lit(light.number)}"', title)
             yield from _letters(light.left, light.width, top, str(light.number), "on")
 
 
 def _ribbons(picture: Picture, users: list[Lane], places: dict[int, int]) -> Iterator[str]:
-    """From each mirror down to what it mirrors."""
-    mirrors = {light.number: light for light in picture.kernel.lights}
-    seen: set[tuple[int, int, int, int]] = set()
+    """From each mirror, and each window of lent pages, to what it shows."""
+    windows = {light.number: (light, TOP) for light in picture.kernel.lights}
+    windows |= {
+        light.number: (light, places[id(lane)]) for lane in users for light in lane.lights if light.kind == WINDOW
+    }
+    seen: set[tuple[int, int, int, int, int]] = set()
     for lane in users:
         for light in lane.lights:
-            mirror, low = mirrors[light.number], places[id(lane)]
-            spot = (mirror.left, light.left, light.width, low)
-            if spot not in seen:
+            if light.kind == WINDOW or light.number not in windows:  # its server is not drawn
+                continue
+            (window, high), low = windows[light.number], places[id(lane)]
+            spot = (window.left, high, light.left, light.width, low)
+            if spot not in seen and high != low:
                 seen.add(spot)
-                yield f'<path class="tie" fill="{lit(light.number)}" d="{_ribbon(mirror, light, TOP + BAR, low)}"/>'
+                edges = (high + BAR, low) if high < low else (high, low + BAR)
+                yield f'<path class="tie" fill="{lit(light.number)}" d="{_ribbon(window, light, *edges)}"/>'
 
 
-def _ribbon(mirror: Light, light: Light, high: int, low: int) -> str:
+def _ribbon(window: Light, light: Light, high: int, low: int) -> str:
     half = (high + low) / 2
-    (a, b), (c, d) = ((LEFT + each.left * CELL, LEFT + (each.left + each.width) * CELL - 1) for each in (mirror, light))
+    (a, b), (c, d) = ((LEFT + each.left * CELL, LEFT + (each.left + each.width) * CELL - 1) for each in (window, light))
     return f"M{a} {high}C{a} {half:g} {c} {half:g} {c} {low}H{d}C{d} {half:g} {b} {half:g} {b} {high}Z"
 
 
@@ -209,11 +221,12 @@ def _foot(picture: Picture, users: list[Lane], height: int, names: Labels) -> It
         yield f'<rect x="{at:g}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour(kind)}"/>'
         yield f'<text class="soft" x="{at + 18:g}" y="{y}">{_text(label)}</text>'
         at += 34 + len(label) * 7.2
-    if picture.kernel.lights:
+    lent = any(light.kind == WINDOW for lane in users for light in lane.lights)
+    if picture.kernel.lights or lent:
         for number in range(1, 4):
             yield f'<rect x="{at:g}" y="{y - 10}" width="12" height="12" rx="2" class="lit" fill="{lit(number)}"/>'
             at += 15
-        yield f'<text class="soft" x="{at + 4:g}" y="{y}">{names.legend}</text>'
+        yield f'<text class="soft" x="{at + 4:g}" y="{y}">{names.legend}{LENT_TOO * lent}</text>'
     left_out = []
     if len(users) < len(picture.users):
         left_out.append(f"{len(picture.users) - len(users)} processes more")
