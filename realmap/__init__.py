@@ -21,6 +21,7 @@ connect, aconnect, Process          this process as a user of a kernel
 Session                             one of the processes that serve a name
 Buffer, Handle, MemoryInfo          its memory, what shares it with others, what the kernel has noted of it
 syscall, Call, UserBuffer           handlers: what makes a function one, who calls, a buffer argument
+ForeignProcess                      any process, of no kernel: what it shares is mirrored, the rest copied
 CrossProcessMapping, UserspacePtr   a mirror; a buffer that is in this very process
 Limits                              what a kernel lets each process have
 MemoryType, MappingAccessRights     and k_r, k_rw, u_rw, … its shorthands
@@ -69,7 +70,7 @@ from realmap.errors import (
     WrongMappingFramesForType,
 )
 from realmap.kernel import Call, Kernel, Limits, UserBuffer, syscall
-from realmap.memory import CrossProcessMapping, UserspacePtr
+from realmap.memory import CrossProcessMapping, ForeignProcess, UserspacePtr
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
 from realmap.system import KernelHandle, boot
@@ -85,6 +86,7 @@ __all__ = [
     "Buffer",
     "Call",
     "CrossProcessMapping",
+    "ForeignProcess",
     "Handle",
     "InvalidAddress",
     "InvalidHandle",

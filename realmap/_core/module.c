@@ -73,6 +73,7 @@ static PyMethodDef host_methods[] = {
     {"faults", host_faults, METH_NOARGS, NULL},
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"read_file", FASTCALL(host_read_file), METH_FASTCALL, NULL},
+    {"map_at", FASTCALL(host_map_at), METH_FASTCALL, NULL},
     {"watch_directory", FASTCALL(host_watch_directory), METH_FASTCALL, NULL},
     {"watch_file", host_watch_file, METH_O, NULL},
     {"word_of", FASTCALL(host_word_of), METH_FASTCALL, NULL},

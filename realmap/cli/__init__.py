@@ -23,16 +23,22 @@ GROUPS = {
     "To look at a running kernel": {
         "top": "Processes, segments and the address space, live.",
         "ps": "Its user processes.",
-        "maps": "A process's mappings, in the books and in Linux.",
+        "maps": "What a process has mapped: of a user in the books, too.",
         "segments": "Every segment, and everyone who holds it.",
         "stats": "Totals, limits and rates; how long handlers took.",
         "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
         "trace": "Everything that happens, into a file for Perfetto.",
     },
+    "To look at this machine": {
+        "shm": "Every shared-memory segment, who holds it; reclaim what nobody needs.",
+        "peek": "Its memory, as hex, numbers or text.",
+        "poke": "Write into its memory.",
+    },
     "To see that it holds": {
         "audit": "Hold a kernel's books against /proc.",
         "stress": "Users that map, call, fork and are killed; every byte verified.",
         "bench": "Measure it on this machine, beside a C program and the peers.",
+        "campaign": "Stress or bench on many machines; what became slower or faster.",
         "gc": "Sweep what killed kernels left.",
     },
 }

@@ -1,12 +1,19 @@
-"""`realmap maps`: the mappings of one process, in the books and in Linux."""
+"""`realmap maps`: the mappings of one process, in Linux; of a kernel's user in the books, too."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
+import msgspec
 
 from realmap.cli.output import Column, json_option, show, show_json
-from realmap.cli.target import BOUND, control, kernel_option
-from realmap.observe.maps import view
+from realmap.cli.target import BOUND, find, kernel_option, named
+from realmap.errors import InvalidHandle, KernelError
+from realmap.host import runtime
+from realmap.memory import ForeignMapping, ForeignProcess
+from realmap.observe.control import Control
+from realmap.observe.maps import MapView, view
 
 COLUMNS = [
     Column("address", "hex"),
@@ -20,6 +27,17 @@ COLUMNS = [
     Column("segments", spare=4),
     Column("linux"),
 ]
+FOREIGN = [
+    Column("address", "hex"),
+    Column("length", "bytes"),
+    Column("kind"),
+    Column("rights"),
+    Column("offset", "hex", spare=3),
+    Column("resident", "bytes", spare=1),
+    Column("inode", "number", spare=2),
+    Column("name"),
+    Column("mirror", spare=4),
+]
 
 
 @click.command(epilog=BOUND)
@@ -27,21 +45,66 @@ COLUMNS = [
 @kernel_option
 @json_option
 def maps(pid: int, path: str | None, as_json: bool) -> None:
-    """Show what process PID has mapped: the kernel's books beside what Linux has there.
+    """Show what process PID has mapped: any, and of a kernel's user the kernel's books beside what Linux has there.
 
-    offset: where in its frames it starts; refcount: of these frames; resident, shared: bytes that this process has
-    touched, and what of them others have, too (a dash where Linux has joined it with its neighbour); segments: their
-    inodes (on a terminal, of many the first, and how many); linux: "agrees", "changing" (it was at work meanwhile), or
-    what Linux has there instead. Of a service also the windows of pages that it was lent, as it says, and that it keeps
-    for their next use. For the kernel's own pid: KernelLand with its mirrors, its kept windows, and the
-    anchors that keep its page tables.
+    \b
+    offset    where in its frames, or its file, it starts
+    resident  bytes that this process has touched (a dash: Linux has joined it with its neighbour)
+    Of a kernel's user, and of the kernel itself (KernelLand: mirrors, kept windows, anchors of its page tables):
+    shared    what of the resident bytes others have, too
+    refcount  of its frames
+    segments  their inodes (on a terminal, of many the first, and how many)
+    linux     "agrees", "changing" (it was at work meanwhile), or what Linux has there instead
+    Of a service also the windows of pages that it was lent, as it says, and that it keeps for their next use.
+    Of any other process:
+    kind      posix, memfd, sysv, anonymous (all of them shared), file (shared), private, device, special
+    mirror    of shared memory: "yes", or why it cannot be mirrored
+
+    With --kernel, PID is one of that kernel's.
 
     Example: realmap maps 4711
     """
-    with control(path) as kernel:
-        rows = view(kernel.snapshot, pid)
-    if as_json:
+    rows = _in_books(pid, path)
+    if rows is None:
+        _foreign(pid, as_json)
+    elif as_json:
         show_json(rows)
+    else:
+        values = [[getattr(row, column.name) for column in COLUMNS] for row in rows]
+        show(COLUMNS, values, "it has no mappings that the kernel knows of")
+
+
+def _in_books(pid: int, path: str | None) -> list[MapView] | None:
+    """What the kernel of which it is a user has; None: it is no user of any that can be asked."""
+    for socket in [find(path)] if named(path) else runtime.sockets():
+        try:
+            with Control(socket) as kernel:
+                return view(kernel.snapshot, pid)
+        except InvalidHandle:
+            if path is not None:
+                raise
+        except KernelError:
+            if named(path):
+                raise
+    return None
+
+
+def _foreign(pid: int, as_json: bool) -> None:
+    with ForeignProcess(pid) as process:
+        found = process.mappings()
+    if as_json:
+        rows = [msgspec.structs.asdict(each) | {"rights": str(each.rights), "name": _text(each.name)} for each in found]
+        show_json([row | {"why_not": _text(str(row["why_not"]))} for row in rows])
         return
-    values = [[getattr(row, column.name) for column in COLUMNS] for row in rows]
-    show(COLUMNS, values, "it has no mappings that the kernel knows of")
+    show(FOREIGN, [_row(each) for each in found])
+
+
+def _row(each: ForeignMapping) -> list[Any]:
+    mirror = "" if each.kind in ("private", "special") else each.why_not or "yes"
+    place = (each.address, each.length, each.kind, str(each.rights)[2:])
+    return [*place, each.offset, each.resident, each.inode, each.name, mirror]
+
+
+def _text(name: str) -> str:
+    """As JSON can have it: of a name that is no UTF-8, the odd bytes as \\x escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

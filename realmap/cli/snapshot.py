@@ -8,7 +8,7 @@ import click
 
 from realmap.cli.output import require_writable, show_json
 from realmap.cli.target import BOUND, control, kernel_option
-from realmap.observe import words
+from realmap.observe import machine, shm, words
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.svg import svg
 from realmap.observe.tables import programs
@@ -20,22 +20,29 @@ MOST = 10
 
 @click.command(epilog=BOUND)
 @kernel_option
+@click.option("--machine", "whole", is_flag=True, help="With --svg: any processes of this machine that share memory.")
 @click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
 @click.option("--svg", "svg_path", metavar="FILE", help="The address space as a drawing; - for standard output.")
-def snapshot(path: str | None, as_json: bool, svg_path: str | None) -> None:
+def snapshot(path: str | None, whole: bool, as_json: bool, svg_path: str | None) -> None:
     """Take a kernel's books at one moment: processes, mappings, mirrors, segments and who holds them.
 
     The drawing has KernelLand with its live mirrors above, and a lane for each process below; ribbons tie each
     mirror to what it mirrors. It needs no script and nothing from elsewhere, and is light or dark as its page is.
+    With --machine no kernel is needed: each segment that several processes have mapped is tied to all of them.
 
     Example: realmap snapshot --svg now.svg
     """
     if as_json and svg_path == "-":
         raise click.UsageError("--json and --svg - would both go to standard output; give --svg a file")
+    if whole and (as_json or svg_path is None or path is not None):
+        raise click.UsageError("--machine goes with --svg FILE alone; as data it is `realmap shm --json`")
     if svg_path not in (None, "-"):
         require_writable(str(svg_path))
-    with control(path) as kernel:
-        taken = kernel.snapshot()
+    if whole:
+        taken = machine.snapshot(shm.look())
+    else:
+        with control(path) as kernel:
+            taken = kernel.snapshot()
     if svg_path is not None:
         with click.open_file(svg_path, "w", encoding="utf-8") as file:
             file.write(svg(taken, programs=programs(taken)))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -14,9 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table
+from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table, until_interrupted
 from realmap.cli.target import BOUND, control, kernel_option
-from realmap.host import signals
 from realmap.observe import words
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
@@ -113,7 +110,7 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
         raise click.UsageError("--prometheus goes with neither --watch nor --json: Prometheus asks by itself")
     with control(path) as kernel:
         if watch is not None:
-            with _until_interrupted() as is_over:
+            with until_interrupted() as is_over:
                 _watch(kernel, watch, as_json, is_over)
             return
         now = kernel.snapshot()
@@ -135,14 +132,6 @@ def _exposition(now: Snapshot) -> str:
     except ImportError:
         raise click.ClickException("--prometheus needs prometheus_client: pip install 'realmap[metrics]'") from None
     return exposition(now)
-
-
-@contextlib.contextmanager
-def _until_interrupted() -> Iterator[Callable[[float], bool]]:
-    """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
-    over = signals.Flag()
-    with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
-        yield over.wait
 
 
 def _watch(kernel: Control, interval: float, as_json: bool, is_over: Callable[[float], bool]) -> None:

@@ -15,6 +15,7 @@ tracer        tells one listener of everything that happens
 watchdog      tells of handlers that do not return
 
 services      map, unmap, query and the like: a table of functions (books, process, request)
+view          ProcessView: a process as handlers see it, by the books
 given_up      handlers that nobody waits for any more, bounded
 running       a call that does not have the loop
 dump          stats, and the books as plain data

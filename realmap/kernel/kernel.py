@@ -20,10 +20,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self, SupportsIndex, TypeVar
 
 from realmap.errors import (
     AccessDenied,
+    InvalidHandle,
     KernelDied,
     KernelError,
     PhysicalMemoryExhaustion,
@@ -44,6 +45,7 @@ from realmap.kernel.registration import Registration
 from realmap.kernel.seats import Seats
 from realmap.kernel.snapshots import Snapshots
 from realmap.kernel.tracer import Tracer
+from realmap.kernel.view import ProcessView
 from realmap.kernel.watchdog import Watchdog
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import KERNEL_LAND
@@ -59,6 +61,7 @@ from realmap.wire import messages
 from realmap.wire.ring import SPIN, checked_spin
 from realmap.wire.status import Page
 
+T = TypeVar("T")
 #: How long a kernel that ends waits for who traces it to take the last that it was told, in seconds.
 LAST = 2.0
 #: Where no thread was to be had to stand by, another try is made so much later, in seconds.
@@ -107,7 +110,6 @@ class Kernel:
         # What a handler sees: `RunningKernel`.
         self.memory = memory
         self.frames = self.books.frames
-        self.processes = self.books.processes
         self.handles = self.books.handles
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self._spin = checked_spin(spin)
@@ -277,6 +279,31 @@ class Kernel:
     def unregister(self, name: str) -> None:
         """Takes a handler away; calls of it that are at work go on to their end. UnknownSyscall: there is none."""
         self.registration.remove(name)
+
+    # ---- for handlers -----------------------------------------------------------------------
+
+    def process(self, pid: int) -> ProcessView:
+        """A connected process, by the books, with the face of `ForeignProcess`. From any thread.
+
+        InvalidHandle: it is not connected.
+        """
+        if pid not in self._pids():
+            raise InvalidHandle(pid, why=f"process {pid} is no user of this kernel; any other: ForeignProcess")
+        return ProcessView(pid, self.books, self._ask_books)
+
+    def processes(self) -> list[ProcessView]:
+        """Everybody who is connected, in the order in which they came. From any thread."""
+        return [ProcessView(pid, self.books, self._ask_books) for pid in self._pids()]
+
+    def _pids(self) -> list[int]:
+        return self._ask_books(lambda: list(dict.fromkeys(process.pid for process in self.books.processes)))
+
+    def _ask_books(self, question: Callable[[], T]) -> T:
+        """What it says, asked by who has the loop: this thread, or another one, for which it waits."""
+        with self.relay.kept(lambda: self.loop.thread == threading.get_ident()) as is_mine:
+            if is_mine:
+                return question()
+        return self.loop.ask(question)
 
     # ---- its clients and its end ------------------------------------------------------------
 

@@ -128,6 +128,8 @@ class Ports:
         self._seat_numbers, self._session_numbers = itertools.count(1), itertools.count(1)
         #: Told of each grant that ends before its session does.
         self.revoked: Callable[[Grant], None] = Grant.end
+        #: Told whether somebody traces from now on: servers say then when each call began and ended.
+        self.traced: Callable[[bool], None] = lambda on: None
 
     def __iter__(self) -> Iterator[Seat]:
         return iter(list(self._seats.values()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable, Iterable
-from queue import SimpleQueue
 from typing import Any
 
 from realmap.errors import AccessDenied, KernelError, PhysicalMemoryExhaustion, UnknownSyscall
@@ -60,19 +59,7 @@ class Registration:
         if self._loop.thread == threading.get_ident() or not self._loop.is_open:
             job()
             return
-        outcome: SimpleQueue[Exception | None] = SimpleQueue()
-
-        def run() -> None:
-            try:
-                job()
-            except Exception as error:
-                outcome.put(error)
-            else:
-                outcome.put(None)
-
-        self._loop.post(run)
-        if (error := outcome.get()) is not None:
-            raise error
+        self._loop.ask(job)
 
     # ---- for the booter ---------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from realmap.serving.syscalls import encode
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_DESCRIPTORS
 from realmap.wire.ring import RingEnd
-from realmap.wire.seat import BUSY, CHANGES, GRANTS, WAITING, SeatPage
+from realmap.wire.seat import BUSY, CHANGES, GRANTS, TRACED, WAITING, SeatPage
 
 #: So many datagrams go to a seat before others have their turn.
 TURN = 16
@@ -107,6 +107,7 @@ class Seats:
             messages.Lend: self._lend,
         }
         books.ports.revoked = self._revoke
+        books.ports.traced = self._trace
 
     # ---- what is asked for ------------------------------------------------------------------
 
@@ -135,6 +136,7 @@ class Seats:
         except OSError as error:
             raise shortage(error, "the kernel cannot make a service") from None
         self._desks[seat] = desk
+        page.words[TRACED] = books.observer is not None
         self._count_change(seat)
         log.info("%r serves %s", process, ", ".join(seat.names), extra=process.facts)
         return seat.number, rights
@@ -353,6 +355,13 @@ class Seats:
             desk.seat.served = told
         elif isinstance(told, messages.Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
             self._end_session(session)
+        elif isinstance(told, messages.Worked) and (observer := self._books.observer) is not None:
+            for caller, id, name, came, began, ended, code in told.calls:
+                observer.served(desk.seat.process, caller, id, name, (came, began, ended), code)
+
+    def _trace(self, on: bool) -> None:
+        for desk in self._desks.values():
+            desk.page.words[TRACED] = on
 
     def _expel(self, desk: _Desk, why: str) -> None:
         log.warning("a service of %s ends: %s", desk.seat.label, why, extra=desk.seat.process.facts)

@@ -18,11 +18,14 @@ Invariants: a `Mapping` is valid for as long as it exists · ranges in a land ne
 `frames.refcount` is the number of mappings, parked windows, mirrors and handles of it, no more and no less ·
 what the books say is mapped is what /proc/PID/maps says, by inode and offset.
 
+Of a process that is no user of any kernel the mapping is found in Linux, and made when it is mirrored: foreign.py.
+
 Locks, signal handlers and destructors: the rule for all of realmap is in realmap/host/signals.py.
 """
 
 from realmap.memory.bookkeeping import Bookkeeping
 from realmap.memory.cross_process import CrossProcessMapping
+from realmap.memory.foreign import ForeignMapping, ForeignProcess
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames
 from realmap.memory.kernel_memory import AddressState, KernelMemory
 from realmap.memory.lands import KERNEL_LAND, LENT_LAND, USER_LAND, Land
@@ -39,6 +42,8 @@ __all__ = [
     "AddressState",
     "Bookkeeping",
     "CrossProcessMapping",
+    "ForeignMapping",
+    "ForeignProcess",
     "FrameAllocator",
     "KernelMemory",
     "Land",

@@ -15,7 +15,7 @@ import itertools
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import SupportsIndex
 
 from realmap._core import Account, Charge
@@ -24,7 +24,7 @@ from realmap.errors import InvalidSize, MemoryFault, PhysicalMemoryExhaustion
 from realmap.host import translate
 from realmap.host.segment import Segment, checked_name
 from realmap.host.signals import pass_on
-from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, usize
+from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, align_up, usize
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
@@ -59,7 +59,8 @@ class OwnedFrames:
 
 
 class SharedFrames(FramesCore):
-    """A list of segments in order, and who refers to them. Made by `FrameAllocator.allocate`.
+    """A list of segments in order, and who refers to them. Made by `FrameAllocator.allocate`; or of a file that a
+    process has mapped, which is charged to nobody.
 
     `length` is the sum of the segments, in bytes. Fresh frames have a refcount of 0, and go when
     they are collected without ever having been mapped.
@@ -67,8 +68,8 @@ class SharedFrames(FramesCore):
 
     __slots__ = ("__weakref__", "_charges", "_starts", "length", "recycles", "segments")
 
-    def __init__(self, segments: list[Segment], charge: Charge) -> None:
-        self.segments = segments
+    def __init__(self, segments: Sequence[Segment], charge: Charge | None = None) -> None:
+        self.segments = list(segments)
         #: Whether they are of a kind for a stock, and only the process that they were made for has ever had them.
         self.recycles = False
         if len(segments) == 1:  # the common case
@@ -79,7 +80,7 @@ class SharedFrames(FramesCore):
             self.length = sum(segment.length for segment in segments)
             self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
             self._set(-1, sum(segment.huge for segment in segments))
-        self._charges = [charge]
+        self._charges = [] if charge is None else [charge]
 
     def holders(self) -> list[str]:
         """Everyone who holds a reference, in words; `who_holds` is what was noted."""
@@ -128,9 +129,10 @@ class SharedFrames(FramesCore):
         return found
 
     def truncated_at(self, offset: int, length: int) -> int | None:
-        """The first byte of [offset, offset + length) whose segment ends before it by now; None: they are all there."""
+        """The first byte of [offset, offset + length) whose segment ends before it by now; None: they are all there.
+        The page that a segment ends in is there, and shared, to its own end."""
         for fd, at, size in self.pieces(offset, length):
-            there = os.fstat(fd).st_size
+            there = align_up(os.fstat(fd).st_size)
             if there < at + size:
                 return offset + max(0, there - at)
             offset += size

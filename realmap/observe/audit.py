@@ -13,7 +13,7 @@ import msgspec
 
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
-from realmap.memory.lands import KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
+from realmap.memory.lands import FOREIGN_LAND, KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE, align_down, align_up
@@ -23,6 +23,9 @@ from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, P
 PAUSE = 0.1
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
+#: How long to wait before each further look, in seconds: who has been given memory, and is stopped or starved just
+#: then, has not mapped it yet.
+PAUSES = (0.0, 0.01, 0.05, 0.15, 0.3)
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -211,9 +214,9 @@ def compare(snapshot: Snapshot) -> AuditReport:
         for mirror in snapshot.mirrors
         if mirror.zeros
     ]
-    differences += _compare(
-        "KernelLand", kernel_ranges(snapshot), linux_ranges(snapshot.pid, KERNEL_LAND, snapshot.pid)
-    )
+    own = KERNEL_LAND.part(KERNEL_LAND.start, FOREIGN_LAND.start - KERNEL_LAND.start)
+    books_there = [each for each in kernel_ranges(snapshot) if each[0] < own.end]
+    differences += _compare("KernelLand", books_there, linux_ranges(snapshot.pid, own, snapshot.pid))
     differences += _lent(snapshot)
     differences += _recount(snapshot)
     differences += _descriptors(snapshot)
@@ -389,17 +392,17 @@ def _unregistered(snapshot: Snapshot) -> list[int]:
     return procfs.who_maps(snapshot.segments(), USER_LAND.start, USER_LAND.end, known)
 
 
-def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:
+def audit(take: Callable[[], Snapshot]) -> AuditReport:
     """Audits a kernel that is at work: a difference counts where every further look finds it again.
 
-    `take` gives a new snapshot; `tries` how often a difference is looked at again while the books change.
+    `take` gives a new snapshot.
     """
     report = compare(take())
-    for _ in range(tries):
+    for pause in PAUSES:
         if report:
             break
-        if any(each.where.startswith(LENT_LAND.name) for each in report.differences):
-            time.sleep(PAUSE)
+        of_lent = any(each.where.startswith(LENT_LAND.name) for each in report.differences)
+        time.sleep(max(pause, PAUSE) if of_lent else pause)
         again = compare(take())
         before = set(report.differences)
         still = [difference for difference in again.differences if difference in before]

@@ -16,7 +16,7 @@ import posix_ipc
 import psutil
 
 from realmap.errors import KernelError
-from realmap.host import files, liveness, procfs, room, runtime
+from realmap.host import files, liveness, procfs, room, runtime, stranger
 from realmap.host.segment import Segment
 from realmap.host.translate import SHM
 from realmap.pages import HUGE_SIZE
@@ -188,6 +188,21 @@ def _kernel_features() -> Iterator[Check]:
         yield Check("memfd with seals", error.strerror or "fails", WARN, "calls go by the socket, not by rings: slower")
 
 
+def _ways() -> Iterator[Check]:
+    """What `ForeignProcess` may do here."""
+    held = [f"it needs {each}" for each in stranger.obstacles()]
+    if stranger.may_open_map_files():
+        found, advice = "of all that it shares", ""
+    else:
+        found = "of this uid's, and of what it has open, too, or under a name"
+        advice = "; ".join(["for all else: root, or setcap cap_checkpoint_restore,cap_sys_ptrace=ep PYTHON", *held])
+    yield _judged("mirrors of any process", found, advice)
+    if stranger.has_capability(stranger.CAP_SYS_PTRACE):
+        yield Check("copies of its private memory", "of anybody's", OK)
+    else:
+        yield _judged("copies of its private memory", "of this uid's" if not held else "none", "; ".join(held))
+
+
 def _container() -> Iterator[Check]:
     signs = {
         "docker": os.path.exists("/.dockerenv"),
@@ -229,6 +244,7 @@ _LOOKS: list[Callable[[], Iterator[Check]]] = [
     _memory,
     _huge_pages,
     _kernel_features,
+    _ways,
     _container,
     _user,
 ]

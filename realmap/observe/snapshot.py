@@ -71,13 +71,14 @@ class Snapshot(msgspec.Struct, frozen=True):
     #: (device, inode) of descriptors on their way to a process that does not read.
     outbox: list[tuple[int, int]]
     handles: list[HandleInfo]
-    seats: list[SeatInfo]
-    sessions: list[SessionInfo]
-    grants: list[GrantInfo]
-    lent: list[LentInfo]
     mirrors: list[MirrorInfo]
     kept: list[KeptInfo]
     frames: list[FramesInfo]
+    #: Services of processes, who calls them, and what is lent to them.
+    seats: list[SeatInfo] = []
+    sessions: list[SessionInfo] = []
+    grants: list[GrantInfo] = []
+    lent: list[LentInfo] = []
 
     @classmethod
     def ask(cls, client: Client, timeout: float | None = None) -> Snapshot:

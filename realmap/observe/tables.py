@@ -6,8 +6,8 @@ import os
 from collections import Counter
 
 import msgspec
-import psutil
 
+from realmap.host import procfs
 from realmap.observe.snapshot import Snapshot
 
 GONE = "gone"
@@ -86,41 +86,16 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
 
 
 def program(pid: int) -> str:
-    """The name of the program that runs as `pid`; "gone" where it has ended.
-
-    What Linux calls it (a spawned process is called by its function); for Python, the script.
-    """
+    """The name of the program that runs as `pid`; "gone" where it has ended."""
     try:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            name = GONE if process.status() == psutil.STATUS_ZOMBIE else process.name()
-            if name.startswith("python"):
-                name = _script(process.cmdline()) or name
-    except psutil.NoSuchProcess:
+        return procfs.program(pid)
+    except ProcessLookupError:
         return GONE
-    except psutil.AccessDenied:
-        name = "python"
-    return name.encode("utf-8", "backslashreplace").decode()  # may be any bytes
 
 
 def programs(snapshot: Snapshot) -> dict[int, str]:
     """The names of what runs as the processes of a snapshot, by pid."""
     return {process.pid: program(process.pid) for process in snapshot.processes}
-
-
-def _script(command: list[str]) -> str:
-    """The script or the module of Python's command line; "" where there is none."""
-    words = iter(command[1:])
-    for word in words:
-        if word == "-m":
-            return next(words, "")
-        if not word.startswith("-"):
-            return os.path.basename(word)
-        if word in ("-W", "-X"):
-            next(words, None)
-        elif word in ("-c", "-"):
-            break
-    return ""
 
 
 def segments(snapshot: Snapshot) -> list[SegmentRow]:

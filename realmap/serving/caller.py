@@ -35,8 +35,13 @@ class RunningKernel(Protocol):
     path: str
     memory: KernelMemory
     frames: FrameAllocator
-    processes: Any
     handles: Any
+
+    def process(self, pid: int) -> Any:
+        """A connected process, with the face of `ForeignProcess`. InvalidHandle: it is not connected."""
+
+    def processes(self) -> list[Any]:
+        """All of them, in the order in which they connected."""
 
     @property
     def ending(self) -> bool:

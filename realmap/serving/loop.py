@@ -19,6 +19,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import TypeVar
 
 from realmap._core import Lock, Ring, SpinBudget, fall_asleep, gather, wake_owed, wake_up
@@ -28,6 +29,7 @@ from realmap.wire.status import TURN, Page
 
 Handler = Callable[[int], None]
 R = TypeVar("R", bound=Ring)
+T = TypeVar("T")
 #: While the rings are busy, the descriptors are looked at this often, in nanoseconds.
 LOOK = 200_000
 #: A message that took longer makes the loop wake everybody as soon as they are answered, for so long: else those who
@@ -112,6 +114,23 @@ class Loop:
         if self._is_forked:
             raise Lost
         job()
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """What `question` says on its thread, or raises there. For any other thread, which waits for it. Lost: as
+        `post`."""
+        outcome: SimpleQueue[tuple[list[T], Exception | None]] = SimpleQueue()
+
+        def run() -> None:
+            try:
+                outcome.put(([question()], None))
+            except Exception as error:
+                outcome.put(([], error))
+
+        self.post(run)
+        said, error = outcome.get()
+        if error is not None:
+            raise error
+        return said[0]
 
     def after(self, seconds: float, job: Callable[[], None]) -> None:
         """Has `job` run once, so many seconds from now. Only on its thread, or before it runs."""

@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -76,6 +76,21 @@ class Relay(Generic[W]):
                 self._standby = None
                 return False
         return True
+
+    @contextlib.contextmanager
+    def kept(self, is_mine: Callable[[], bool]) -> Iterator[bool]:
+        """For a handler: whether its thread has the loop (`is_mine`: as far as one can see), which nobody takes from it
+        within the block."""
+        at = next(iter(tuple(self.away)), None)
+        # Asked after that look: it was mine then, so what was away is this very handler, or taken already.
+        work = self.away.pop(at, None) if at is not None and is_mine() else None
+        try:
+            yield work is not None
+        finally:
+            if at is not None and work is not None:
+                self.away[at] = work
+                if self.parked:
+                    self.wake()
 
     def wake(self) -> None:
         """For who has entered something and finds the standby parked."""

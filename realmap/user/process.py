@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from operator import index
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 LONGEST = 1e9
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
+#: How often it is asked again whether somebody serves by now, in seconds.
+SOON = 0.01
 #: What is sent as it is.
 _SENT = plain.PLAIN | {Buffer}
 #: How much of what it inherited a forked child tells in one message.
@@ -409,13 +412,20 @@ class Process:
     def session(self, name: str, *, timeout: float | None = None) -> Session:
         """One server of `name`, the least busy one, for all calls that are made by the `Session`.
 
-        UnknownSyscall: no process serves this. LimitReached: more sessions than a process may have.
-        PhysicalMemoryExhaustion: no descriptors. SyscallTimeout: the kernel has not answered within `timeout` seconds.
-        TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
+        `timeout`: so many seconds it waits for one to come; None: not at all. UnknownSyscall: no process serves this.
+        LimitReached: more sessions than a process may have.
+        PhysicalMemoryExhaustion: no descriptors. TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
         """
         if not isinstance(name, str):
             raise TypeError(f"the name of a service is a str, not {type(name).__name__}")
-        return Session(self, run(self._routes.open(name, []), name, timeout))
+        end = time.monotonic() + (timeout or 0.0)
+        while True:
+            try:
+                return Session(self, run(self._routes.open(name, []), name, None))
+            except UnknownSyscall:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(SOON)
 
     def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
         if not isinstance(name, str):

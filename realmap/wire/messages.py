@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -377,6 +377,11 @@ class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
 News = Opened | Granted | Revoked | Gone
 
 
+#: As they fit into a record.
+Word: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
 class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     """What a server tells the kernel of itself by that socket, where that has changed, a few times a second at most."""
 
@@ -394,8 +399,9 @@ class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
 class Worked(msgspec.Struct, array_like=True, frozen=True, tag=6):
     """Calls that have ended, told while somebody traces (`seat.TRACED`)."""
 
-    #: [session, id, name, when it came, when its handler began, when it ended (monotonic, ns), its error's code or 0].
-    calls: list[tuple[int, int, str, int, int, int, int]]
+    #: [the caller's number, id, name, when it came, when its handler began, when it ended (monotonic, ns), its error's
+    #: code or 0].
+    calls: list[tuple[Word, int, str, Moment, Moment, Moment, Word]]
 
 
 #: What the kernel hears of a server.

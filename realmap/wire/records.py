@@ -63,6 +63,9 @@ class Kind(enum.IntEnum):
     DEATH = 13
     #: What it held was given back: pid, mappings, their bytes.
     REAP = 14
+    #: A service has answered a call of this process: name, id, when it came, when its handler began, when it ended
+    #: (monotonic, ns), the server's number << 32 | error code (0: none). Told a moment later.
+    SERVED = 15
 
 
 #: Flags of MIRROR, DROP (their lowest two bits are the rights): it took, or left, a kept window; bytes were gone.

@@ -200,10 +200,12 @@ def test_maps_tells_where_linux_disagrees(busy: tuple[KernelHandle, int]) -> Non
 
 def test_maps_of_somebody_else(busy: tuple[KernelHandle, int]) -> None:
     kernel, pid = busy
-    said = refused(kernel, "maps", str(os.getppid()))
+    said = refused(kernel, "maps", str(os.getppid()), "--kernel", kernel.path)
     assert f"process {os.getppid()} is no user" in said
     assert str(pid) in said
     assert "not a valid int" in refused(kernel, "maps", "me")
+    other = json.loads(good(kernel, "maps", str(os.getppid()), "--json"))
+    assert {"private", "special"} <= {row["kind"] for row in other}
 
 
 def test_maps_of_a_process_that_ended_meanwhile(busy: tuple[KernelHandle, int]) -> None:

@@ -26,6 +26,7 @@ MODULES = [
     "realmap.rights",
     "realmap.memory.frames",
     "realmap.memory.cross_process",
+    "realmap.memory.foreign",
     "realmap.user.buffer",
     "realmap.user.handle",
 ]
@@ -75,8 +76,9 @@ FACE = {
     "Buffer": f"{BYTES} check huge process refcount slice unmap writable",
     "Call": "cancelled deadline kernel name process",
     "CrossProcessMapping": f"{BYTES} drop mapping mappings mirror_mapping offset",
+    "ForeignProcess": "close copy_in copy_out mappings mirror name pid",
     "Handle": "length parse path rights token",
-    "Kernel": "ending register serve start stop unregister",
+    "Kernel": "ending process processes register serve start stop unregister",
     "KernelHandle": "audit connect has_ended pid register settle shutdown snapshot spawn stats trace unregister",
     "Limits": "buffers calls connections given_up half_sent handles inheritances mappings orphans processes reserve "
     "running seconds segments stock undecoded unread",

@@ -6,11 +6,13 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from conftest import BOUND, PAGE, wait_until
 from raw_client import RawClient, RawServer, RawSession
+from trace_format import TraceFile
 
 import realmap
 from realmap import KernelHandle, UserBuffer, k_r, k_rw
@@ -85,6 +87,59 @@ def test_a_call_at_work_and_what_is_lent_to_it(kernel: KernelHandle) -> None:
         (call,) = [call for call in kernel.snapshot().calls if call.name == "hold"]
         assert call.p50 is not None and call.count == 1
         assert not kernel.snapshot().running and kernel.audit()
+
+
+def test_a_trace_has_calls_from_caller_to_server_and_back(kernel: KernelHandle, tmp_path: Path) -> None:
+    def fast(call: realmap.Call, number: int) -> int:
+        return number
+
+    @realmap.syscall(blocking=True)
+    def slow(call: realmap.Call) -> None:
+        gate.wait(BOUND)
+
+    def no(call: realmap.Call) -> None:
+        raise realmap.InvalidHandle("x", why="no")
+
+    gate.clear()
+    file = tmp_path / "trace.json"
+    with kernel.connect() as host, kernel.connect() as me, host.serve(fast, slow, no, threads=2) as service:
+        me.call("fast", 0)  # before it
+        threads = [threading.Thread(target=me.call, args=("slow",)) for _ in range(3)]
+        with kernel.trace(file) as trace:
+            for number in range(200):
+                assert me.call("fast", number) == number
+            with pytest.raises(realmap.InvalidHandle):
+                me.call("no")
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: sum(call.seconds is None for call in kernel.snapshot().running) == 1)
+            gate.set()
+            for thread in threads:
+                thread.join(BOUND)
+            wait_until(lambda: trace.events >= 204)
+        me.call("fast", 0)  # and after it
+        assert service.calls == 206
+    found = TraceFile(file)
+    tracks = {
+        (each["pid"], each["tid"]): each["args"]["name"] for each in found.of("M") if each["name"] == "thread_name"
+    }
+    spans = [each for each in found.of("X") if each["args"].get("server") == os.getpid()]
+    asked = [each for each in spans if tracks[each["pid"], each["tid"]].startswith("calls to services")]
+    served = [each for each in spans if tracks[each["pid"], each["tid"]].startswith("serves")]
+    names = ["fast"] * 200 + ["no"] + ["slow"] * 3
+    assert sorted(each["name"] for each in asked) == sorted(each["name"] for each in served) == names
+    (failed,) = [each for each in served if "error" in each["args"]]
+    assert (failed["name"], failed["args"]["error"]) == ("no", "InvalidHandle")
+    by_id = {each["args"]["id"]: each for each in asked}
+    for each in served:
+        mine = by_id[each["args"]["id"]]
+        assert mine["begin"] <= each["begin"] <= each["end"] == mine["end"]
+    waited = [by_id[each["args"]["id"]]["begin"] < each["begin"] for each in served if each["name"] == "slow"]
+    assert sum(waited) >= 1, "one waited for a thread"
+    starts = {(each["pid"], each["tid"], each["begin"]) for each in found.of("s")}
+    steps = {(each["pid"], each["tid"], each["begin"]) for each in found.of("t")}
+    assert starts >= {(each["pid"], each["tid"], each["begin"]) for each in asked}
+    assert steps >= {(each["pid"], each["tid"], each["begin"]) for each in served}
 
 
 def test_a_handler_that_keeps_what_it_was_lent_is_named(kernel: KernelHandle) -> None:

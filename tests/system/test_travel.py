@@ -240,7 +240,7 @@ def test_a_pickle_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, short_trans
     with realmap.Kernel() as kernel:
         with realmap.connect(kernel.path) as me:
             data = pickle.dumps(me.map(PAGE))
-        wait_until(lambda: not len(kernel.processes))
+        wait_until(lambda: not len(kernel.books.processes))
         assert kernel.frames.segments == 1  # on its way
         wait_until(lambda: not kernel.frames.segments, "the end of what nobody reads")
         with realmap.connect(kernel.path), pytest.raises(InvalidHandle, match="expired"):

@@ -81,7 +81,7 @@ class Seat:
             channel.close_all(descriptors)
         return data
 
-    def tell(self, message: messages.Served | messages.Gone) -> None:
+    def tell(self, message: messages.Told) -> None:
         """Says it, where the kernel has room for it now."""
         with contextlib.suppress(OSError):
             channel.send_one(self.sock, _encode(message))

@@ -28,7 +28,7 @@ from realmap.serving.logs import log
 from realmap.serving.loop import Loop, Lost
 from realmap.serving.registry import Syscall
 from realmap.serving.standby import LOOK, Relay, Taken
-from realmap.serving.syscalls import Call, encode, failed, has_failed, run
+from realmap.serving.syscalls import Call, code_of, encode, failed, has_failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
@@ -38,7 +38,7 @@ from realmap.user.service.told import served
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
 from realmap.wire.ring import SPIN
-from realmap.wire.seat import BUSY, WAITING
+from realmap.wire.seat import BUSY, TRACED, WAITING
 from realmap.wire.status import Page
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 #: How often the kernel is told what has changed, in seconds.
 TELL = 0.2
+#: And, while somebody traces it, which calls have ended: after so many seconds, or so many calls.
+TRACE, MOST = 0.01, 64
 #: Buffers of a call, and mappings that they lie in, at most.
 BUFFERS = 1024
 _decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
@@ -75,6 +77,8 @@ class Server(Lines[Session]):
         self._waiting = 0
         self._turns: deque[Session] = deque()
         self._is_told = True
+        #: What is still to be told to who traces: as in `Worked`.
+        self._worked: list[tuple[int, int, str, int, int, int, int]] = []
         self.closing = False
         #: What ended it other than its owner.
         self.error: Exception | None = None
@@ -134,6 +138,7 @@ class Server(Lines[Session]):
                 if data:
                     self._take(session, data)
             self.drop(session)
+        self._tell_worked()
         self._seat.close()
         self._workers.close()
         if self._tasks is not None:
@@ -257,7 +262,7 @@ class Server(Lines[Session]):
         call = Call(session.caller, syscall.name, self._elsewhere)  # type: ignore[arg-type]
         if request.timeout is not None:
             call.deadline = self._page.now / 1e9 + request.timeout
-        work = Work(session, call, syscall, request, buffers, False)
+        work = Work(session, call, syscall, request, buffers, False, self._page.now)
         if len(self._beside) >= self._threads:
             self._line_up(work)
         else:
@@ -320,7 +325,7 @@ class Server(Lines[Session]):
         return ServerDied(name, os.getpid(), False, why=f"the process that served {name!r} serves no more")
 
     def _begin(self, work: Work) -> None:
-        session, call, syscall, request, buffers, pinned = work
+        session, call, syscall, request, buffers, pinned, _ = work
         if syscall.blocking or syscall.is_async:
             self._begin_beside(work)
             return
@@ -342,6 +347,8 @@ class Server(Lines[Session]):
         if nested:
             nesting.seats.set(self._mine)
         words[BUSY] = len(self._beside)
+        if words[TRACED]:
+            self._note(work, began, answer)
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
@@ -376,7 +383,7 @@ class Server(Lines[Session]):
     def _begin_beside(self, work: Work) -> None:
         """Runs a handler on a worker thread, or as a task."""
         work = self._put_beside(work, time.monotonic())
-        _, call, syscall, request, buffers, _ = work
+        _, call, syscall, request, buffers, _, _ = work
         waiting = (*getattr(request, "seats", ()), *self._mine)
         began = time.monotonic_ns()
 
@@ -402,7 +409,9 @@ class Server(Lines[Session]):
 
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""
-        work, _ = self._beside.pop(call)
+        work, since = self._beside.pop(call)
+        if self._seat.words[TRACED]:
+            self._note(work, int(since * 1e9), answer)
         self._answer(work, answer)
         self._next()
 
@@ -432,6 +441,20 @@ class Server(Lines[Session]):
     def _say(self) -> None:
         words = self._seat.words
         words[BUSY], words[WAITING] = len(self._beside), self._waiting
+
+    def _note(self, work: Work, began: int, answer: bytes) -> None:
+        """Somebody traces the kernel, and is to see that this call has ended."""
+        caller, name, now = work.session.caller.number, work.syscall.name, time.monotonic_ns()
+        self._worked.append((caller, work.request.id, name, work.came, began, now, code_of(answer)))
+        if len(self._worked) == 1:
+            self.loop.after(TRACE, self._tell_worked)
+        elif len(self._worked) == MOST:
+            self._tell_worked()
+
+    def _tell_worked(self) -> None:
+        worked, self._worked = self._worked, []
+        if worked:
+            self._seat.tell(messages.Worked(worked))
 
     def _tell_soon(self) -> None:
         self._is_told = False

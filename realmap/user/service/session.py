@@ -23,7 +23,7 @@ LIMITS = {"unread": 32 << 20, "half_sent": 8 << 20}
 
 
 class Work(NamedTuple):
-    """A call that has arrived. `pinned`: whether its buffers are."""
+    """A call that has arrived, and when (monotonic, ns). `pinned`: whether its buffers are."""
 
     session: Session
     call: Call
@@ -31,6 +31,7 @@ class Work(NamedTuple):
     request: messages.Call
     buffers: Sequence[UserBuffer]
     pinned: bool
+    came: int
 
 
 class Budget:

@@ -132,7 +132,7 @@ def test_an_answer_that_cannot_be_sent_at_all_ends_the_connection(monkeypatch: p
                 me.call("echo", 1, timeout=10)
         with realmap.connect(kernel.path) as me:
             assert me.call("echo", 1) == 1
-            assert len(kernel.processes) == 1
+            assert len(kernel.books.processes) == 1
 
 
 @pytest.mark.parametrize("nth", [0, 1])
@@ -152,7 +152,7 @@ def test_a_client_that_cannot_be_watched_is_turned_away(monkeypatch: pytest.Monk
         assert turns == []
         with realmap.connect(kernel.path) as me:
             assert me.call("echo", 1) == 1
-            assert len(kernel.processes) == 1
+            assert len(kernel.books.processes) == 1
 
 
 def test_a_kernel_without_memory_for_a_ring_does_without(monkeypatch: pytest.MonkeyPatch) -> None:

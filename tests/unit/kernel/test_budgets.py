@@ -126,7 +126,7 @@ def test_what_is_unread_is_bounded_for_each_client(limited: Callable[..., Kernel
         for number in range(1, calls + 1):
             client.say(messages.Call(number, "long_answer", msgspec.Raw(msgspec.msgpack.encode([MAX_MESSAGE // 2]))))
         wait_until(lambda: kernel.books.peers.totals()["unread"] > BACKLOG)
-        _, process = kernel.processes
+        _, process = kernel.books.processes
         assert me.call("sleep", 0) == 0
         assert kernel.books.peers.totals()["unread"] <= BACKLOG + 3 * MAX_MESSAGE
         assembler, answers = channel.Assembler(), 0
@@ -161,7 +161,7 @@ def test_unread(limited: Callable[..., Kernel]) -> None:
     with realmap.connect(kernel.path) as me, closing(Raw(kernel.path)) as client:
         for number in range(1, 9):
             client.say(messages.Call(number, "long_answer", msgspec.Raw(msgspec.msgpack.encode([MAX_MESSAGE // 2]))))
-        wait_until(lambda: len(kernel.processes) == 1, "the end of who does not read")
+        wait_until(lambda: len(kernel.books.processes) == 1, "the end of who does not read")
         assert me.call("nop") is None
         assert kernel.books.peers.totals()["unread"] == 0
 
@@ -248,7 +248,7 @@ def test_what_stands_in_the_way_is_remembered_in_bounded_number(limited: Callabl
     kernel = limited()
     with realmap.connect(kernel.path) as me:
         buffer = me.map(PAGE)
-        (process,) = kernel.processes
+        (process,) = kernel.books.processes
         at = buffer.address
         for _ in range(50):
             at, _ = me._own_client.request(messages.Move(me._own_client.next_id(), at, at, at + PAGE))

@@ -172,7 +172,7 @@ def test_where_linux_gives_none_it_works_and_says_so(monkeypatch: pytest.MonkeyP
             assert buffer.huge == 0
             buffer[:4] = b"data"
             assert me.call("sha256", buffer.slice(0, 4)) == syscalls.hashlib.sha256(b"data").hexdigest()
-            mapping = next(iter(next(iter(kernel.processes)).memory))
+            mapping = next(iter(next(iter(kernel.books.processes)).memory))
             with mirror_mapping(mapping, PAGE, 1, kernel=kernel.memory) as mirror:
                 assert mirror._span == PAGE, "nothing to widen it for"
 

@@ -165,7 +165,7 @@ def race(kernel: Kernel, calls: int) -> None:
         thread.join(10 * BOUND)
     assert got == [list(range(which, calls, clients)) for which in range(clients)]
     assert counts == Counter(range(calls))
-    wait_until(lambda: not len(kernel.processes))
+    wait_until(lambda: not len(kernel.books.processes))
     wait_until(lambda: not kernel.dispatch.running)
     (syscall,) = (each for each in kernel.books.syscalls.values() if each.name == "about")
     assert (syscall.calls, syscall.failed, syscall.given_up) == (calls, 0, 0)

@@ -1,0 +1,36 @@
+"""`realmap poke`: writes into the memory of any process."""
+
+from __future__ import annotations
+
+import click
+
+from realmap.cli.output import harmless
+from realmap.cli.peek import lines
+from realmap.cli.values import Form, address_of, form_option, written
+from realmap.memory import ForeignProcess
+
+
+@click.command()
+@click.argument("pid", type=int)
+@click.argument("address", type=address_of)
+@click.argument("data")
+@form_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def poke(pid: int, address: int, data: str, form: Form, yes: bool) -> None:
+    """Write DATA at ADDRESS of process PID, any: hex digits, or with --as numbers (commas between) or text.
+
+    What is there now is shown, and it is asked first. It is written where the process itself may write, and
+    nowhere else. A number below zero is written behind `--`.
+
+    Example: realmap poke 4711 0x7f0012345000 --as f8 2.5,3
+    """
+    content = written(form, data)
+    with ForeignProcess(pid) as process:
+        before = process.copy_in(address, len(content))
+        if not yes:
+            for title, shown in (("there is", before), ("there will be", content)):
+                click.echo("\n".join([title, *(line.plain for line in lines(address, shown))]))
+            what = f"Write {len(content)} bytes into process {pid}, {harmless(process.name)}?"
+            click.confirm(what, abort=True)
+        process.copy_out(address, content)
+    click.echo(f"{len(content)} bytes written")

@@ -1,0 +1,463 @@
+"""`ForeignProcess`: the contract of mirrors (the line of it is in the test's name), over processes that are no users of
+a kernel: a program in C, and the standard library's shared memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import BOUND, PAGE, in_threads, land_maps, wait_until
+from strangers import KINDS, Stranger, pattern, stranger
+
+import realmap
+from realmap import (
+    AccessDenied,
+    ForeignProcess,
+    InvalidAddress,
+    InvalidHandle,
+    InvalidMemState,
+    InvalidRights,
+    InvalidSize,
+    MemoryFault,
+    MemoryType,
+    PhysicalMemoryExhaustion,
+    ProcessKilled,
+    k_r,
+    k_rw,
+    k_rx,
+    k_w,
+)
+from realmap.host import procfs
+from realmap.memory import ForeignMapping, foreign
+from realmap.pages import USIZE_MAX
+
+#: Where nothing is by itself: mappings beside one another, and holes.
+FREE = 0x1000_0000_0000
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Stranger]:
+    with stranger(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def process(other: Stranger) -> Iterator[ForeignProcess]:
+    with ForeignProcess(other.pid) as found:
+        yield found
+
+
+def at(process: ForeignProcess, address: int) -> ForeignMapping:
+    (found,) = [each for each in process.mappings() if each.address == address]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_line_1_shared_memory_of_every_kind_is_mirrored_in_place(
+    other: Stranger, process: ForeignProcess, kind: str
+) -> None:
+    place = other.map(kind, 3, seed=5)
+    with process.mirror(place.address, 3 * PAGE, k_rw) as mirror:
+        assert bytes(mirror) == pattern(3 * PAGE, 5)
+        mirror[4000] = 77
+        assert other.tell("get", place.address + 4000) == "77"
+        other.tell("put", place.address + 4001, 78)
+        assert mirror[4001] == 78
+    assert land_maps() == []
+    entry = at(process, place.address)
+    assert (entry.kind, entry.length, entry.rights, entry.why_not) == (kind, 3 * PAGE, realmap.u_rw, "")
+    assert (entry.resident, entry.offset) == (3 * PAGE, 0)
+    (line,) = procfs.maps(other.pid, place.address, place.address + 1)
+    assert (entry.name, entry.inode, entry.device) == (line.path, line.inode, procfs.device_number(line.device))
+
+
+@pytest.mark.parametrize("kind", ["posix", "memfd", "sysv", "anonymous"])
+def test_line_1_what_is_gone_by_name_and_descriptor_is_mirrored_by_root(
+    other: Stranger, process: ForeignProcess, kind: str
+) -> None:
+    require_map_files()
+    place = other.map(kind, 2, flags="u", seed=9)
+    with process.mirror(place.address + PAGE, 7) as mirror:
+        assert bytes(mirror) == pattern(2 * PAGE, 9)[PAGE : PAGE + 7]
+
+
+def require_map_files() -> None:
+    if not foreign.procfs or not realmap.host.stranger.may_open_map_files():
+        pytest.skip("it takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE")
+
+
+def test_line_1_private_memory_is_no_shared_frames(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("private", 2, seed=3)
+    with pytest.raises(InvalidMemState, match="copy it") as caught:
+        process.mirror(place.address + 5, 7)
+    assert (caught.value.address, caught.value.type) == (place.address, MemoryType.NORMAL)
+    assert process.copy_in(place.address + 5, PAGE) == pattern(2 * PAGE, 3)[5 : PAGE + 5]
+    process.copy_out(place.address + 4090, b"over a border")
+    assert process.copy_in(place.address + 4090, 13) == b"over a border"
+    assert at(process, place.address).kind == "private"
+
+
+def test_line_1_the_mirror_shares_ownership(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("memfd", 2, seed=1)
+    first, second = process.mirror(place.address, PAGE), process.mirror(place.address + PAGE, 1)
+    frames: Any = first.mapping.frames
+    assert frames is second.mapping.frames
+    assert frames.refcount == 3  # and what is known of it
+    first.drop()
+    process.close()
+    assert frames.refcount == 1
+    assert second[0] == pattern(2 * PAGE, 1)[PAGE]
+    second.drop()
+    assert frames.freed
+
+
+def test_line_2_the_offset_of_the_mapping_in_its_file(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("file", 3, flags="lk", seed=21)  # from the second page of the file on
+    with process.mirror(place.address + PAGE + 3, 5) as mirror:
+        assert bytes(mirror) == pattern(3 * PAGE, 21)[PAGE + 3 : PAGE + 8]
+        (seen,) = land_maps()
+        assert (seen.offset, seen.length) == (2 * PAGE, PAGE)
+        assert mirror.offset == PAGE + 3
+    assert at(process, place.address).offset == PAGE
+
+
+def test_lines_3_8_and_9_length_and_address_to_the_byte(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("posix", 2, seed=2)
+    content = pattern(2 * PAGE, 2)
+    for offset, length in [(0, 1), (1, 2), (100, 3333), (4095, 2), (0, PAGE), (5, PAGE), (0, 2 * PAGE)]:
+        with process.mirror(place.address + offset, length) as mirror:
+            assert (len(mirror), mirror.address % PAGE) == (length, offset % PAGE)
+            assert bytes(mirror) == content[offset : offset + length]
+
+
+def test_lines_4_and_6_no_bytes_and_overflow(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("posix", 1)
+    for address in (place.address, place.address + 1, FREE):
+        with pytest.raises(InvalidSize, match="no bytes"):
+            process.mirror(address, 0)
+    for address, length in [(place.address, USIZE_MAX), (USIZE_MAX, 2), (place.address, 1 << 64), (place.address, -1)]:
+        for ask in (process.mirror, process.copy_in):
+            with pytest.raises(InvalidSize):
+                ask(address, length)
+    for address in (-1, 1 << 64):
+        with pytest.raises(InvalidAddress):
+            process.mirror(address, 1)
+    for wrong in (1.0, "1", None):
+        with pytest.raises(TypeError, match="integer"):
+            process.mirror(wrong, 1)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="integer"):
+            process.mirror(place.address, wrong)  # type: ignore[arg-type]
+    with process.mirror(np.int64(place.address), np.uint8(5)) as mirror:
+        assert len(mirror) == 5
+
+
+def test_lines_5_and_13_a_hole_is_named(other: Stranger, process: ForeignProcess) -> None:
+    other.map("posix", 2, FREE)
+    other.map("memfd", 1, FREE + 3 * PAGE)
+    for ask in (process.mirror, process.copy_in):
+        for address, length, hole in [
+            (FREE, 2 * PAGE + 1, FREE + 2 * PAGE),
+            (FREE + PAGE, 3 * PAGE, FREE + 2 * PAGE),
+            (FREE + 2 * PAGE, 1, FREE + 2 * PAGE),
+            (FREE + 3 * PAGE, PAGE + 1, FREE + 4 * PAGE),
+            (FREE - 1, 2, FREE - 1),
+            (0, 1, 0),
+            (USIZE_MAX, 1, USIZE_MAX),
+        ]:
+            with pytest.raises(InvalidAddress) as caught:
+                ask(address, length)
+            assert caught.value.address == hole
+
+
+def test_line_13_over_adjacent_mappings_it_is_one_window(other: Stranger, process: ForeignProcess) -> None:
+    require_map_files()
+    for number, kind in enumerate(KINDS):
+        other.map(kind, 2, FREE + 2 * number * PAGE, seed=number)
+    content = b"".join(pattern(2 * PAGE, number) for number in range(len(KINDS)))
+    with process.mirror(FREE + 100, 10 * PAGE - 200, k_rw) as mirror:
+        assert bytes(mirror) == content[100:-100]
+        mirror[2 * PAGE - 110 : 2 * PAGE - 90] = b"across the border, y"
+        assert len(mirror.mappings) == 5
+    assert process.copy_in(FREE + 2 * PAGE - 10, 20) == b"across the border, y"
+    other.map("private", 1, FREE + 10 * PAGE, seed=9)
+    with pytest.raises(InvalidMemState) as caught:
+        process.mirror(FREE, 11 * PAGE)
+    assert caught.value.address == FREE + 10 * PAGE
+    assert process.copy_in(FREE + 9 * PAGE, 2 * PAGE)[PAGE:] == pattern(PAGE, 9)
+
+
+def test_line_10_rights_are_those_that_the_process_has_itself(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("posix", 1, flags="r")
+    process.mirror(place.address, 1).drop()
+    for rights in (k_w, k_rw):
+        with pytest.raises(AccessDenied, match="itself") as caught:
+            process.mirror(place.address, 1, rights)
+        assert (caught.value.asked, caught.value.allowed) == (rights, realmap.u_r)
+    with pytest.raises(AccessDenied, match="itself"):
+        process.copy_out(place.address, b"x")
+    other.tell("protect", place.address, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+    with process.mirror(place.address, 1, k_w) as mirror:  # it was opened for reading before
+        mirror[0] = 5
+    with process.mirror(place.address, 1, k_r) as mirror, pytest.raises(AccessDenied):
+        mirror[0] = 6
+    other.tell("protect", place.address, PAGE, 0)
+    for ask in (process.mirror, process.copy_in):
+        with pytest.raises(AccessDenied, match="itself"):
+            ask(place.address, 1)
+    with pytest.raises(AccessDenied, match="reads and writes"):
+        process.mirror(place.address, 1, k_rx)
+    with pytest.raises(InvalidRights):
+        process.mirror(place.address, 1, realmap.MappingAccessRights(0))
+
+
+def test_line_11_and_12_it_outlives_the_mapping_and_its_process(other: Stranger, process: ForeignProcess) -> None:
+    places = [other.map(kind, 1, flags="u", seed=number) for number, kind in enumerate(KINDS[:2])]
+    mirrors = [process.mirror(place.address, PAGE) for place in places]
+    other.tell("unmap", places[0].address, PAGE)
+    with pytest.raises(InvalidAddress):
+        process.mirror(places[0].address, 1)
+    other.end()
+    for number, mirror in enumerate(mirrors):
+        assert bytes(mirror) == pattern(PAGE, number)
+        mirror.drop()
+    for ask in (lambda: process.mirror(places[1].address, 1), process.mappings, lambda: process.copy_in(FREE, 1)):
+        with pytest.raises(ProcessKilled, match="has ended"):
+            ask()
+    assert process.name == "stranger" or process.name == ""
+
+
+def test_another_program_of_the_same_process(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("memfd", 1, FREE, seed=4)
+    mirror = process.mirror(place.address, PAGE)
+    assert other.tell("exec") == "ready"
+    assert bytes(mirror) == pattern(PAGE, 4)
+    for ask in (process.mirror, process.copy_in):
+        with pytest.raises(InvalidAddress):
+            ask(FREE, 1)
+    other.map("memfd", 1, FREE, seed=5)
+    with process.mirror(FREE, PAGE) as after:
+        assert bytes(after) == pattern(PAGE, 5) != bytes(mirror)
+    mirror.drop()
+
+
+def test_what_is_known_is_not_what_was_there_before(other: Stranger, process: ForeignProcess) -> None:
+    for seed in range(5):
+        other.map("memfd", 2, FREE, seed=seed)
+        for _ in range(2):
+            with process.mirror(FREE + PAGE, PAGE) as mirror:
+                assert bytes(mirror) == pattern(2 * PAGE, seed)[PAGE:]
+    other.tell("unmap", FREE, PAGE)
+    with process.mirror(FREE + PAGE, PAGE) as mirror:
+        assert bytes(mirror) == pattern(2 * PAGE, 4)[PAGE:]
+    with pytest.raises(InvalidAddress):
+        process.mirror(FREE, 1)
+    gc.collect()
+    assert len(process._known) == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE, PAGE + 7])
+def test_truncated_it_is_a_fault_when_it_is_used(other: Stranger, process: ForeignProcess, size: int) -> None:
+    place = other.map("file", 3, flags="k", seed=8)
+    mirror = process.mirror(place.address, 3 * PAGE)
+    other.tell("truncate", place.fd, size)
+    kept = bytes(mirror)
+    assert kept[:size] == pattern(3 * PAGE, 8)[:size] and not any(kept[size:])
+    with pytest.raises(MemoryFault, match="truncated") as caught:
+        mirror.drop()
+    assert caught.value.address == place.address + -(-size // PAGE) * PAGE
+    with pytest.raises(MemoryFault):
+        process.copy_in(place.address, 3 * PAGE)
+    with pytest.raises(MemoryFault):
+        process.copy_out(place.address, bytes(3 * PAGE))
+    if size:  # the page that it ends in is there to its end, and shared
+        process.copy_out(place.address + 10, b"behind")
+        assert other.tell("get", place.address + 10) == str(ord("b"))
+        assert process.copy_in(place.address + 10, 6) == b"behind"
+
+
+def test_the_standard_librarys_shared_memory() -> None:
+    text = "from multiprocessing.shared_memory import SharedMemory as S; s = S(create=True, size=5000)\n"
+    text += "s.buf[:] = bytes(i % 251 for i in range(len(s.buf))); print(s.name, flush=True); input()\n"
+    text += "s.close(); s.unlink()"
+    with subprocess.Popen([sys.executable, "-c", text], stdin=-1, stdout=-1, text=True) as child:
+        assert child.stdin is not None and child.stdout is not None
+        name = child.stdout.readline().strip()
+        with ForeignProcess(child.pid) as process:
+            (place,) = [each for each in process.mappings() if each.name == f"/dev/shm/{name.lstrip('/')}"]
+            with process.mirror(place.address, 5000) as mirror:
+                assert bytes(mirror) == bytes(i % 251 for i in range(5000))
+                assert mirror.array("uint8")[300] == 49
+        child.communicate("\n", BOUND)
+
+
+def test_every_byte_that_can_be_read_is_read(other: Stranger, process: ForeignProcess) -> None:
+    kinds = set()
+    for each in process.mappings():
+        kinds.add(each.kind)
+        if each.name == "[vsyscall]":
+            with pytest.raises(AccessDenied):
+                process.copy_in(each.address, 1)
+        elif each.name.startswith("[vvar"):
+            with pytest.raises(InvalidMemState, match="cannot be copied"):
+                process.copy_in(each.address, 1)
+        elif each.rights & k_r:
+            assert len(process.copy_in(each.address, each.length)) == each.length
+        else:
+            with pytest.raises(AccessDenied):
+                process.copy_in(each.address, 1)
+        if each.kind in ("private", "special"):
+            assert each.why_not
+            with pytest.raises((InvalidMemState, AccessDenied)):
+                process.mirror(each.address, 1)
+    assert {"private", "special"} <= kinds
+
+
+def test_a_name_that_does_its_worst(tmp_path: Path) -> None:
+    name = "two\nlines \\012 \r and a blank (deleted) "
+    path = tmp_path / name
+    path.write_bytes(b"odd" * 2000)
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 6000) as shown, ForeignProcess(os.getpid()) as process:
+        (place,) = [each for each in process.mappings() if "lines" in each.name and each.kind == "file"]
+        with process.mirror(place.address + 3, 3) as mirror:
+            assert bytes(mirror) == b"odd"
+        assert len(shown) == 6000
+
+
+def test_ourselves(tmp_path: Path) -> None:
+    with mmap.mmap(-1, PAGE) as shown, ForeignProcess(os.getpid()) as process:
+        require_map_files()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(shown))
+        process.copy_out(address, b"mine")
+        assert shown[:4] == b"mine"
+        with process.mirror(address, 4) as mirror:
+            assert bytes(mirror) == b"mine"
+            assert any(each.address == mirror.address for each in process.mappings())
+        assert process.pid == os.getpid() and process.name
+    gc.collect()
+
+
+def test_no_process_is_said_by_name() -> None:
+    ended = subprocess.Popen(["true"])
+    wait_until(lambda: Path(f"/proc/{ended.pid}/stat").read_text().split()[2] == "Z")
+    with pytest.raises(InvalidHandle, match="reaped"):
+        ForeignProcess(ended.pid)
+    ended.wait(BOUND)
+    for pid in (ended.pid, 0, -1, 1 << 22 | 1, 1 << 40):
+        with pytest.raises(InvalidHandle, match="there is no process"):
+            ForeignProcess(pid)
+    for wrong in ("1", 1.0, None):
+        with pytest.raises(TypeError, match="a pid is an integer"):
+            ForeignProcess(wrong)  # type: ignore[arg-type]
+    thread = threading.Thread(target=threading.Event().wait, args=(BOUND,), daemon=True)
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, args=(BOUND,))
+    thread.start()
+    try:
+        with pytest.raises(InvalidHandle, match="thread of one"):
+            ForeignProcess(thread.native_id or 0)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_thread_of_linux_itself() -> None:
+    if not Path("/proc/2/status").exists() or "kthreadd" not in Path("/proc/2/comm").read_text():
+        pytest.skip("they are in another pid namespace")
+    with pytest.raises(InvalidHandle, match="Linux itself"):
+        ForeignProcess(2)
+
+
+def test_a_pid_that_is_reused_is_another_process(other: Stranger, tmp_path: Path) -> None:
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    if not os.access(last, os.W_OK):
+        pytest.skip("to choose a pid takes root")
+    place = other.map("memfd", 1, FREE, seed=1)
+    with ForeignProcess(other.pid) as process:
+        process.mirror(place.address, 1).drop()
+        other.end()
+        for _ in range(1000):
+            last.write_text(str(other.pid - 1))
+            with stranger(tmp_path) as next_one:
+                if next_one.pid == other.pid:
+                    next_one.map("memfd", 1, FREE, seed=2)
+                    for ask in (process.mirror, process.copy_in):
+                        with pytest.raises(ProcessKilled, match="its pid is another process's now"):
+                            ask(FREE, 1)
+                    return
+        pytest.skip("others take every pid")
+
+
+def test_closed_it_says_so(other: Stranger) -> None:
+    place = other.map("memfd", 1)
+    process = ForeignProcess(other.pid)
+    assert process.name == "stranger"
+    assert "stranger" in repr(process)
+    kept = process.mirror(place.address, 1)
+    process.close()
+    process.close()
+    for ask in (lambda: process.mirror(place.address, 1), process.mappings, lambda: process.copy_in(place.address, 1)):
+        with pytest.raises(InvalidHandle, match="closed"):
+            ask()
+    kept.drop()
+
+
+def test_ten_thousand_segments(other: Stranger, process: ForeignProcess) -> None:
+    for number in range(0, 600):
+        other.map("memfd", 1, FREE + 2 * number * PAGE, "", number % 256)
+    for number in range(0, 600):
+        with process.mirror(FREE + 2 * number * PAGE, 3) as mirror:
+            assert bytes(mirror) == pattern(3, number % 256)
+    assert len(process._known) == foreign.KNOWN + 1
+    assert sum(each.kind == "memfd" for each in process.mappings()) == 600
+
+
+def test_without_descriptors(other: Stranger, process: ForeignProcess) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    places = [other.map("memfd", 1, FREE + 2 * number * PAGE, seed=number) for number in range(40)]
+    process.mirror(places[0].address, 1).drop()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
+    try:
+        for number, place in enumerate(places):  # what is known makes room
+            with process.mirror(place.address, 1) as mirror:
+                assert mirror[0] == pattern(1, number)[0]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(PhysicalMemoryExhaustion, match="no descriptors"):
+            process.copy_in(other.map("private", 1).address, 1)
+        with pytest.raises(PhysicalMemoryExhaustion, match="no descriptors"):
+            ForeignProcess(other.pid)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_from_many_threads(other: Stranger, process: ForeignProcess) -> None:
+    places = [other.map("memfd", 1, seed=number) for number in range(8)]
+
+    def work(thread: int) -> None:
+        for turn in range(200):
+            number = (thread * 3 + turn) % 8
+            if turn % 50 == 49:
+                process._forget()
+            with process.mirror(places[number].address, 100) as mirror:
+                assert bytes(mirror) == pattern(100, number)
+
+    in_threads(4, work)
+
+
+def test_stopped_it_can_be_looked_into(other: Stranger, process: ForeignProcess) -> None:
+    place = other.map("memfd", 1, seed=7)
+    os.kill(other.pid, signal.SIGSTOP)
+    with process.mirror(place.address, 5) as mirror:
+        assert bytes(mirror) == pattern(5, 7)
