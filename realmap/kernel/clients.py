@@ -302,6 +302,8 @@ class Clients:
         self._loop.unwatch(fd)
         self.listen_to_ring(connection, False)
         self._hear_of_forks(connection)
+        if process is not None:
+            len(process.memory)  # while its ring is there: it finds what names it gave
         if connection is self._served:
             self._served = None
         del self._by_fd[fd]

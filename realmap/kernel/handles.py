@@ -20,6 +20,7 @@ from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidM
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
+from realmap.memory.stock import Name, Parked
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_down, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, prot_of, rights_of
 from realmap.wire import messages
@@ -113,6 +114,8 @@ class Handles:
         self._of: dict[int, set[Shared]] = {}
         #: Called where one with a name ends.
         self.name_ended: Callable[[], None] = lambda: None
+        #: Called with a name that is not known: a process may have given it without a word, and `enter` is called then.
+        self.look_for: Callable[[str], None] = lambda _: None
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
         self._gone: dict[str, str] = {}
 
@@ -160,10 +163,14 @@ class Handles:
         if alike is not None and alike.uses is not None:
             alike.uses += 1
             return alike.name
+        stock = process.memory.stock
+        if process.peer.would_refuse("handles", 1 + stock.count):  # what is parked may have names without asking
+            len(process.memory)  # which have come by now
+            stock.give_up()
         process.peer.take("handles")
         until = None if request.seconds is None else now + request.seconds
         name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
-        shared = self._by_name[name] = Shared(
+        shared = Shared(
             name,
             mapping.frames,
             start,
@@ -176,9 +183,21 @@ class Handles:
             until,
             request.more,
         )
+        self._add(process, shared)
+        return name
+
+    def enter(self, process: UserProcess, window: Parked, frames: SharedFrames, name: Name) -> None:
+        """A process has given a name to what it had parked; where another has that name, it is none."""
+        full, keep = NAMED + name.text, math.inf if name.lasts else 0.0
+        if full not in self._by_name:
+            process.peer.used["handles"] += 1  # there is room: `share`
+            kind, rights = window.type, window.rights
+            self._add(process, Shared(full, frames, 0, name.length, kind, rights, process, keep, None, None, False))
+
+    def _add(self, process: UserProcess, shared: Shared) -> None:
+        self._by_name[shared.name] = shared
         self._of.setdefault(shared.frames.serial, set()).add(shared)
         process.handles[shared] = None
-        return name
 
     def _alike(self, process: UserProcess, frames: SharedFrames, start: int, request: messages.Share) -> Shared | None:
         wanted = process, start, request.length, request.rights, request.keep, True
@@ -192,12 +211,17 @@ class Handles:
 
     def require_free(self, name: str) -> None:
         """InvalidHandle: memory of this name exists."""
-        if NAMED + name in self._by_name:
+        if self._known(NAMED + name) is not None:
             raise InvalidHandle(name, why=f"memory named {name!r} exists already")
+
+    def _known(self, name: str) -> Shared | None:
+        if name.startswith(NAMED) and name not in self._by_name:
+            self.look_for(name.removeprefix(NAMED))
+        return self._by_name.get(name)
 
     def find(self, name: str, now: float) -> Shared:
         """The one that a token names. InvalidHandle: there is none, or no more, and why."""
-        shared = self._by_name.get(name)
+        shared = self._known(name)
         if shared is not None and shared.until is not None and shared.until <= now:
             self._end(shared, "it has expired")
             shared = None
@@ -295,6 +319,7 @@ class Handles:
 
     def leave(self, process: UserProcess) -> None:
         """The process is about to end in good order: what it gave a name stays."""
+        len(process.memory)  # so all that it gave is known
         for shared in process.handles:
             if shared.maker is process and shared.is_named:
                 shared.keep = math.inf

@@ -19,7 +19,7 @@ from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, who
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
 from realmap.memory.mapping import Frames, Mapping
-from realmap.memory.stock import Stock
+from realmap.memory.stock import Name, Parked, Stock
 from realmap.pages import HUGE_SIZE, address_of, align_down, page_range, usize
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, k_rw, rights_of, type_of, u_rw
 
@@ -60,6 +60,8 @@ class ProcessMemory:
         self._heap: Mapping | None = None
         #: told(mapping, comes): told of every mapping that comes or goes; None while nobody listens.
         self.told: Callable[[Mapping, bool], None] | None = None
+        #: named(window, frames, name): told of each name that its process has given to what it had parked.
+        self.named: Callable[[Parked, SharedFrames, Name], None] | None = None
 
     def __len__(self) -> int:
         return len(self._tree())
@@ -138,14 +140,22 @@ class ProcessMemory:
     def _tree(self) -> Bookkeeping[Mapping]:
         """The mappings by address, with what its process uses again of its stock."""
         if self.stock.count and (seen := self.stock.see()):
-            for each in self.stock.take(seen):
-                frames = each.frames
-                assert frames is not None
-                mapping = self._enter(each.address, frames, 0, each.length, each.type, each.rights)
-                mapping.serial = each.serial
-                frames.let_go(each)
-                frames.recycles = True  # as before: nobody else has had them
+            self._see(seen)
         return self._space.tree
+
+    def look_for(self, name: str) -> None:
+        """Has `named` told of what its process calls so."""
+        if self.stock.count and (seen := self.stock.see(name.encode(errors="replace"))):
+            self._see(seen)
+
+    def _see(self, seen: int) -> None:
+        for parked, frames, is_mapped, name in self.stock.take(seen):
+            if is_mapped:
+                self._enter(parked.address, frames, 0, parked.length, parked.type, parked.rights).serial = parked.serial
+            if name is not None and self.named is not None:
+                self.named(parked, frames, name)
+            frames.let_go(parked)
+            frames.recycles = True  # as before: nobody else has had them
 
     def empty_stock(self) -> None:
         """Its process has unmapped what it had parked; what it uses again it has."""

@@ -4,6 +4,7 @@
                └──────▶ given up, those parked first: the frames are gone, its addresses once they are unmapped
 
 Only frames that one process has ever had are kept. What is in the stock is in nobody's memory: no call reaches it.
+What is used again may have a name, which is looked for here as well, and may outlast its mapping.
 Which of the two sides has a window is a word that both see (`Words`; _core/places.c).
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from realmap.errors import InvalidSize
 from realmap.memory.frames import SharedFrames
@@ -28,8 +29,13 @@ class Words(Protocol):
     def _say(self, place: int, keeps: bool, /) -> None:
         """The window there is kept, or is to be unmapped."""
 
-    def _see(self) -> int:
-        """The places whose windows are used again, as bits. Nothing is said of them any more."""
+    def _see(self, name: bytes = ..., /) -> int:
+        """The places whose windows are used again, as bits, and, `PLACES` bits above, those of what has a name; nothing
+        is said of them any more. With a `name`: of that one alone.
+        """
+
+    def _named(self, place: int, /) -> tuple[bytes, int, bool]:
+        """Its name, its length in bytes, and whether it outlives its maker, as its process says."""
 
     def _reclaim(self, place: int, /) -> bool:
         """Has one unmapped that was kept; False: its process uses it again."""
@@ -54,6 +60,16 @@ class Parked:
         self.inode = frames.segments[0].inode if isinstance(frames, SharedFrames) else 0
 
 
+class Name(NamedTuple):
+    """What a process calls what it uses again."""
+
+    text: str
+    #: Bytes, as they were asked for.
+    length: int
+    #: Whether it outlives its maker.
+    lasts: bool
+
+
 class Stock:
     """The parked windows of a process: at most `most` bytes of them are kept, 0 for none."""
 
@@ -64,7 +80,7 @@ class Stock:
         #: None: its process cannot be told, and parks nothing.
         self._words: Words | None = None
         #: The places whose windows are used again, as bits; once.
-        self.see: Callable[[], int] = int
+        self.see: Callable[..., int] = int
         #: By place, those parked first at the beginning. Those that are not kept as well, until they are unmapped.
         self._windows: dict[int, Parked] = {}
         #: How many of them are kept, and how many bytes these are.
@@ -125,12 +141,30 @@ class Stock:
         assert self._words is not None
         self._words._say(place, self._windows[place].frames is not None)
 
-    def take(self, seen: int) -> list[Parked]:
-        """What its process uses again, of these places. Their frames are held until `let_go` of each."""
-        found = {place: each for place, each in self._windows.items() if seen >> place & 1 and each.frames is not None}
-        for place, parked in found.items():
-            self._remove(place, parked)
-        return list(found.values())
+    def take(self, seen: int) -> list[tuple[Parked, SharedFrames, bool, Name | None]]:
+        """What its process uses again, of these places: its frames, held until `let_go` of each, whether it is mapped,
+        and its name.
+        """
+        found = []
+        for place, parked in list(self._windows.items()):
+            is_mapped, is_named = seen >> place & 1, seen >> place + PLACES & 1
+            if parked.frames is not None and (is_mapped or is_named):
+                found.append(
+                    (parked, parked.frames, bool(is_mapped), self._name_of(place, parked) if is_named else None)
+                )
+                self._remove(place, parked)
+                if not is_mapped:  # its window is to be unmapped yet
+                    parked.frames, self._windows[place] = None, parked
+        return found
+
+    def _name_of(self, place: int, parked: Parked) -> Name | None:
+        """None: what its process has written there is no name."""
+        assert self._words is not None
+        text, length, lasts = self._words._named(place)
+        try:
+            return Name(text.decode(), length, lasts) if 0 < length <= parked.length else None
+        except UnicodeDecodeError:
+            return None
 
     def _remove(self, place: int, parked: Parked) -> None:
         del self._windows[place]

@@ -19,6 +19,8 @@ one is made. Other programs of the same user find them as well.
 * Space is taken at once: a full /dev/shm is a PhysicalMemoryExhaustion (a MemoryError), not a SIGBUS later.
   `commit=False` takes it at first touch, as the standard module does.
 * The size asked for is the size got. `readonly=True` attaches what cannot be written, by page protection.
+* A small block that is made, closed and unlinked leaves its memory to the next one, zeroed, as long as nobody else has
+  attached it: making one again is a matter of microseconds.
 * A small block (1 MiB of them in all) that this process has attached and closed stays mapped for its next use here, as
   long as no name ends: attaching it again is a matter of microseconds. One whose name another process ends meanwhile
   goes when this process next attaches or closes a block, forks or ends.

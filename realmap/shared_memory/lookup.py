@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ PATIENCE = 2.0
 SILENCE = 60.0
 _silent: dict[str, float] = {}
 _SHM_NAME_PREFIX = "/psm_"
+#: A name that `_make_filename` has made: so random that nobody else has it.
+_FRESH = re.compile(_SHM_NAME_PREFIX + "[0-9a-f]{24}")
 T = TypeVar("T")
 
 #: The connections by which this process gave names.
@@ -52,7 +55,7 @@ def checked(name: str) -> str:
 
 
 def _make_filename() -> str:
-    return _SHM_NAME_PREFIX + secrets.token_hex(4)
+    return _SHM_NAME_PREFIX + secrets.token_hex(12)
 
 
 def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bool) -> tuple[str, Buffer]:
@@ -69,7 +72,9 @@ def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bo
                 # In the tree's kernel it ends soon enough.
                 lasting = keep or ambient.is_of_the_tree(process.path)
                 segment = _checked_visible(bare) if visible else None
-                return chosen, names.make(process, size, bare, keep=lasting, segment=segment, commit=commit)
+                fresh = name is None and _FRESH.fullmatch(chosen) is not None
+                made = names.make(process, size, bare, keep=lasting, segment=segment, commit=commit, fresh=fresh)
+                return chosen, made
             except InvalidHandle:
                 if name is not None:
                     raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name) from None
@@ -117,8 +122,8 @@ def unlink(name: str) -> bool:
     bare = checked(name)
 
     def end(process: Process, timeout: float | None) -> bool:
-        names.unlink(process, bare, timeout=timeout)
-        kept.clear(process)
+        if names.unlink(process, bare, timeout=timeout):
+            kept.clear(process)
         return True
 
     return bool(_look(end))

@@ -82,6 +82,8 @@ class Process:
         #: What must live as long as this does: the handle of a kernel that it was made by.
         self.keeper: object = None
         self._client = self._connect(path, timeout)
+        #: Whether a small block that is made is parked at first, where none is: not for those that others attach.
+        self._stocks_up = True
         self._lock = Lock()
         _living.add(self)
 
@@ -181,10 +183,8 @@ class Process:
         if size <= messages.RECYCLED and fragment is None and name is None and commit and not huge:
             if kind.is_counted and allows(allowed, k_w):
                 recycles = kind << 8 | int(allowed)
-                window = client.endpoint.unpark(UserWindow, recycles, align_up(size))
-                if window is not None:
-                    describe(window, self, allowed, 0, recycles)
-                    return part_of(window, window._base, size)
+                if (again := self._map_again(size, allowed, recycles)) is not None:
+                    return again
         if align_up(size, HUGE_SIZE if huge else PAGE_SIZE) > USER_LAND.length:
             raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
         step = None if fragment is None else whole_pages(fragment, "fragment")
@@ -204,6 +204,14 @@ class Process:
         if commit:
             fault_in(window)
         window.recycles = recycles
+        return part_of(window, window._base, size)
+
+    def _map_again(self, size: int, allowed: MappingAccessRights, recycles: int) -> Buffer | None:
+        """What was parked, of that kind and length, if anything was."""
+        window = self._own_client.endpoint.unpark(UserWindow, recycles, align_up(size))
+        if window is None:
+            return None
+        describe(window, self, allowed, 0, recycles)
         return part_of(window, window._base, size)
 
     def share(

@@ -96,8 +96,9 @@ class Words:
     def _say(self, place: int, keeps: bool, /) -> None:
         self.state[place] = "kept" if keeps else "gone"
 
-    def _see(self) -> int:
-        return sum(self.change(place, "used", "free") << place for place in range(PLACES))
+    def _see(self, name: bytes | None = None, /) -> int:
+        """Nothing here has a name."""
+        return 0 if name else sum(self.change(place, "used", "free") << place for place in range(PLACES))
 
     def _reclaim(self, place: int, /) -> bool:
         return self.change(place, "kept", "gone")

@@ -54,9 +54,9 @@ def elsewhere(text: str, name: str) -> None:
     assert done.stderr == ""
 
 
-def test_making_one_is_a_question_and_so_is_its_end(tree: None) -> None:
+def test_one_with_a_name_of_its_own_is_a_question_and_so_is_its_end(tree: None) -> None:
     before = messages()
-    made = SharedMemory(create=True, size=SIZE)
+    made = SharedMemory(f"kept_{os.getpid()}", create=True, size=SIZE)
     assert messages() == before + 2
     made.close()
     assert messages() == before + 3  # the kernel is told, and nobody waits
