@@ -236,6 +236,7 @@ FOREIGN: int
 TOO_MUCH: int
 TOO_LONG: int
 DEEPEST: int
+BARE: int
 RING_BYTES: int
 RING_MESSAGE: int
 

@@ -441,6 +441,7 @@ typedef struct {
 } Parked;
 
 #define NOWHERE 1
+#define BARE 0x10000 /* of a kind: no space was taken for it, and none is kept while it is parked */
 
 /* An answer that nobody took: what is said to the kernel then. */
 typedef struct Late {

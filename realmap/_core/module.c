@@ -98,7 +98,7 @@ static const struct {
     CONSTANT(BROKEN),     CONSTANT(TOO_DEEP),   CONSTANT(KEY_NO_TEXT), CONSTANT(FOREIGN), CONSTANT(TOO_MUCH),
     CONSTANT(TOO_LONG),   {"DEEPEST", PACKED_DEPTH},
     CONSTANT(AWAKE),      CONSTANT(ON_WORD),    CONSTANT(ON_SOCKET),
-    {"RING_BYTES", 2 * sizeof(Queue)},
+    CONSTANT(BARE),       {"RING_BYTES", 2 * sizeof(Queue)},
     {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
 };
 

@@ -158,7 +158,8 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
         Py_RETURN_FALSE;
     window->state = DEAD; /* for good: what is made of it is another window */
     disarm(window);
-    if (zeros_of(window) || mprotect((void *)window->base, window->span, PROT_NONE)) {
+    if (zeros_of(window) || (kind & BARE && madvise((void *)window->base, window->span, MADV_REMOVE)) ||
+        mprotect((void *)window->base, window->span, PROT_NONE)) {
         window->state = ALIVE;
         arm(window);
         Py_RETURN_FALSE;
@@ -222,7 +223,8 @@ static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t
     int whole = window->guarded && same && !mprotect((void *)window->base, window->span, window->prot);
     if (whole) {
         arm(window);
-        memset((void *)window->base, 0, window->span);
+        if (!(kind & BARE)) /* else it has no pages */
+            memset((void *)window->base, 0, window->span);
         whole = !zeros_of(window); /* else its segment was truncated */
     }
     if (whole)

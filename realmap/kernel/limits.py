@@ -77,7 +77,7 @@ class Limits:
         orphans: SupportsIndex = 4096,
         inheritances: SupportsIndex = 256,
         reserve: SupportsIndex = 32,
-        stock: SupportsIndex = 1 << 20,
+        stock: SupportsIndex = 2 << 20,
     ) -> None:
         self.processes = _some(processes, "processes")
         self.mappings = _some(mappings, "mappings")

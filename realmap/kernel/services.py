@@ -80,8 +80,8 @@ def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Ans
             raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name, no huge frames")
         return _enter(process, OwnedFrames(size), size, kind, rights)
     allocator = process.memory.allocator
-    if size <= RECYCLED and request.commit and request.fragment is None and request.name is None and not request.huge:
-        frames = allocator.take(size, size)
+    if size <= RECYCLED and request.fragment is None and request.name is None and not request.huge:
+        frames = allocator.take(size, size, commit=request.commit)
         frames.recycles = True
         return _enter(process, frames, size, kind, rights)
 

@@ -10,7 +10,7 @@ from typing import Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap._core import Lock
+from realmap._core import BARE, Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
@@ -180,9 +180,9 @@ class Process:
             raise InvalidSize(0, why="a buffer has at least one byte")
         kind, allowed = type_of(type), rights_of(rights)
         client, recycles = self._own_client, 0
-        if size <= messages.RECYCLED and fragment is None and name is None and commit and not huge:
+        if size <= messages.RECYCLED and fragment is None and name is None and not huge:
             if kind.is_counted and allows(allowed, k_w):
-                recycles = kind << 8 | int(allowed)
+                recycles = kind << 8 | int(allowed) | (0 if commit else BARE)
                 if (again := self._map_again(size, allowed, recycles)) is not None:
                     return again
         if align_up(size, HUGE_SIZE if huge else PAGE_SIZE) > USER_LAND.length:

@@ -42,7 +42,7 @@ FLAWS = {
     TOO_LONG: f"a message carries at most {MAX_MESSAGE} bytes; put more into a buffer",
 }
 #: Mappings of up to so many bytes are recycled: their windows are parked when they are unmapped, for their next use.
-RECYCLED = 64 << 10
+RECYCLED = 1 << 20
 #: Descriptors that one answer brings at most (Linux takes 253; an ordinary process may open 1024 in all).
 MAX_DESCRIPTORS = 64
 #: Text of errors is cut to this many characters.

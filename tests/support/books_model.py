@@ -200,7 +200,7 @@ class Handle:
 
 def recycles(request: messages.Map, size: int) -> bool:
     """Whether it is of a kind that is recycled."""
-    special = request.fragment is not None or request.name is not None or request.huge or not request.commit
+    special = request.fragment is not None or request.name is not None or request.huge
     return MemoryType(request.kind).is_counted and size <= RECYCLED and not special
 
 
