@@ -441,7 +441,9 @@ typedef struct {
 } Parked;
 
 #define NOWHERE 1
-#define BARE 0x10000 /* of a kind: no space was taken for it, and none is kept while it is parked */
+/* Of a kind. */
+#define BARE 0x10000     /* no space was taken for it, and none is kept while it is parked */
+#define ATTACHED 0x20000 /* others have it as well: its bytes stay */
 
 /* An answer that nobody took: what is said to the kernel then. */
 typedef struct Late {

@@ -98,21 +98,24 @@ static void make_place(Endpoint *self, uint64_t kind, size_t span)
     Py_DECREF(farewell);
 }
 
-/* Parks a window without rights in a free place, and asks the kernel whether it keeps it. NULL with an exception set: a
- * signal handler's, or there is no memory, and nothing is parked. */
+/* Parks a window without rights in a free place, and asks the kernel whether it keeps it; None instead of a number: nobody
+ * waits for that, and it is True. NULL with an exception set: a signal handler's, or there is no memory, and nothing is
+ * parked. */
 static PyObject *ask_for_place(Endpoint *self, Window *window, PyObject *number, uint64_t kind)
 {
-    uint64_t id;
-    int place = free_place(self);
-    PyObject *message = as_u64(number, &id) ? NULL : unmap_message(id, window, place);
+    uint64_t id = 0;
+    int place = free_place(self), waits = number != Py_None;
+    PyObject *message = waits && as_u64(number, &id) ? NULL : unmap_message(id, window, place);
     if (!message)
         return NULL;
     PyObject *farewell = Py_NewRef(window->farewell);
     move_in(self, window, place, kind);
     uint64_t since = self->stock[place].since;
     atomic_store_explicit(&places_of(self)[place], ASKED, memory_order_release);
-    PyObject *answer = tell_of_end(self, number, message, farewell);
-    if (answer && as_answer(answer)->outcome == FAILED && self->stock[place].since == since)
+    PyObject *answer = waits ? tell_of_end(self, number, message, farewell) : Py_NewRef(Py_True);
+    if (!waits)
+        endpoint_notice((PyObject *)self, message);
+    else if (answer && as_answer(answer)->outcome == FAILED && self->stock[place].since == since)
         empty_place(&self->stock[place]); /* the kernel knows of no place */
     sweep_stock(self);
     Py_DECREF(message);
@@ -130,8 +133,9 @@ static int place_of_window(const Endpoint *self, const Window *window)
 }
 
 /* park(window, number, kind) -> False: it cannot be, and is as it was; True: it is, and there is nothing to ask; or the
- * Answer of the kernel to this number (None: it is not asked), who has been told. A child may have what was there at a fork;
- * what cannot be written cannot be zeroed; and zero pages are no shared memory. BufferError: a view lives. */
+ * Answer of the kernel to this number, who has been told; None instead: nobody waits for that, and but for what is ATTACHED
+ * the kernel is not asked at all. A child may have what was there at a fork; what cannot be written cannot be zeroed; and
+ * zero pages are no shared memory. BufferError: a view lives. */
 static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
@@ -147,14 +151,14 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
         return still_viewed("unmap", window->exports);
     _Atomic uint32_t *places = places_of(self);
     sweep_stock(self);
-    int own = place_of_window(self, window), asks = args[1] != Py_None;
+    int own = place_of_window(self, window), asks = args[1] != Py_None || kind & ATTACHED;
     /* Not while anything is on its way: it may name these bytes, and the kernel is to hear of that first. */
     int silent = own < PLACES && !self->table.count;
     int crowded = !silent && asks && free_place(self) == PLACES;
     if (crowded)
         make_place(self, kind, window->span);
-    if (!places || crowded || !(silent || asks) || window->forks != atomic_load(&forks) || !(window->prot & PROT_WRITE) ||
-        !window->farewell)
+    if (!places || crowded || !(silent || asks) || window->forks != atomic_load(&forks) || !window->farewell ||
+        !(window->prot & PROT_WRITE || kind & ATTACHED))
         Py_RETURN_FALSE;
     window->state = DEAD; /* for good: what is made of it is another window */
     disarm(window);
@@ -188,8 +192,8 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
     return answer;
 }
 
-/* unpark(type, kind, span) -> a Window of that type over what was parked first of that kind, all zeros, with the farewell
- * that it had; None: nothing is. */
+/* unpark(type, kind, span) -> a Window of that type over what was parked first of that kind, all zeros unless it is ATTACHED,
+ * with the farewell that it had; None: nothing is. */
 static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
@@ -200,6 +204,9 @@ static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t
         return PyErr_Format(PyExc_TypeError, "what is unparked is a Window");
     if (!is_no_mirror(args[0]))
         return NULL;
+    sweep_stock(self);
+    if (kind & ATTACHED && post_wait(&self->post, POLLIN, 0)) /* there may be no kernel any more */
+        Py_RETURN_NONE;
     Window *window = new_window(as_type(args[0]), 0, 0, 1); /* first: that may collect garbage, which may run anything */
     int place = window ? claim_place(self, kind, span, 1) : PLACES;
     if (place == PLACES) {
@@ -223,7 +230,7 @@ static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t
     int whole = window->guarded && same && !mprotect((void *)window->base, window->span, window->prot);
     if (whole) {
         arm(window);
-        if (!(kind & BARE)) /* else it has no pages */
+        if (!(kind & (BARE | ATTACHED)))
             memset((void *)window->base, 0, window->span);
         whole = !zeros_of(window); /* else its segment was truncated */
     }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterator
+from weakref import WeakSet
 
 from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize
 from realmap.kernel.processes import UserProcess
@@ -48,6 +49,8 @@ class Shared:
         "name",
         "rights",
         "start",
+        "stays",
+        "stocks",
         "uid",
         "until",
         "uses",
@@ -87,6 +90,10 @@ class Shared:
         self.more = more
         #: Of one with a name: who has attached it.
         self.holders: set[UserProcess] = set()
+        #: Whether it can be attached as often as anybody likes, until it is revoked or its maker ends; and who may have
+        #: parked what was attached by it.
+        self.stays = uses is None and until is None
+        self.stocks: WeakSet[UserProcess] | None = None
         frames.hold(self, "handle", self.label, f"of process {maker.number}")
 
     @property
@@ -112,8 +119,6 @@ class Handles:
         self._by_name: dict[str, Shared] = {}
         #: Those of the same frames.
         self._of: dict[int, set[Shared]] = {}
-        #: Called where one with a name ends.
-        self.name_ended: Callable[[], None] = lambda: None
         #: Called with a name that is not known: a process may have given it without a word, and `enter` is called then.
         self.look_for: Callable[[str], None] = lambda _: None
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
@@ -255,6 +260,10 @@ class Handles:
         start, end = align_down(at, unit), min(align_up(at + length, unit), shared.frames.length)
         alignment = unit if unit > PAGE_SIZE else 1
         mapping = process.memory.enter_anywhere(shared.frames, end - start, shared.kind, rights, alignment, start)
+        if shared.stays and len(shared.frames.segments) == 1:
+            mapping.handle = shared
+            shared.stocks = shared.stocks or WeakSet()
+            shared.stocks.add(process)
         return mapping, at - start, length, lambda: self._spend(shared, process)
 
     def _spend(self, shared: Shared, process: UserProcess) -> None:
@@ -287,7 +296,7 @@ class Handles:
             if not shared.keep:
                 self._end(shared, f"its maker, process {process.number}, has ended")
             elif shared.keep < FOR_EVER:
-                shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+                self._set_end(shared, now)
 
     def _leave_to_uid(self, shared: Shared, process: UserProcess) -> bool:
         """It outlives its maker, on the account of the uid; False: that has too many, and it ends."""
@@ -315,7 +324,24 @@ class Handles:
         if not ending or any(mapping.frames is frames for mapping in process.memory):
             return
         for shared in ending:
-            shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+            self._set_end(shared, now)
+
+    def look(self, frames: SharedFrames) -> None:
+        """What others have attached of these frames without a word is in the books from here on."""
+        for shared in self._of.get(frames.serial, ()):
+            for process in shared.stocks or ():
+                len(process.memory)
+
+    def _set_end(self, shared: Shared, now: float) -> None:
+        shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+        self._retire(shared)
+
+    def _retire(self, shared: Shared) -> None:
+        """From here on it is not attached without asking."""
+        shared.stays = False
+        for process in shared.stocks or ():
+            process.memory.retire(shared)
+        shared.stocks = None
 
     def leave(self, process: UserProcess) -> None:
         """The process is about to end in good order: what it gave a name stays."""
@@ -336,6 +362,7 @@ class Handles:
 
     def _end(self, shared: Shared, why: str) -> None:
         del self._by_name[shared.name]
+        self._retire(shared)
         for process in (*shared.holders, *([shared.maker] if shared.maker else [])):
             process.handles.pop(shared, None)
         shared.account.give_back(shared.counted)
@@ -348,7 +375,6 @@ class Handles:
                 segment.unlink()
         shared.frames.let_go(shared)
         if shared.is_named:  # another may get that name
-            self.name_ended()
             return
         while len(self._gone) >= 1000:  # told of for a while, not for ever
             del self._gone[next(iter(self._gone))]

@@ -178,7 +178,8 @@ def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answ
         raise
     spend()
     place = [mapping.address, mapping.length, len(pieces), frames.huge, mapping.serial]
-    return [*place, lead, length, int(mapping.rights), pieces], descriptors
+    again = mapping.handle is not None and mapping.length <= min(RECYCLED, process.memory.stock.most)
+    return [*place, lead, length, int(mapping.rights), pieces, again], descriptors
 
 
 def _require_room(books: Books, process: UserProcess, length: int) -> None:
@@ -229,16 +230,19 @@ def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer
     stock = memory.stock
     stock.require(place)
     mapping = memory.unmap(request.address, request.length)
-    if not stock.enter(place, mapping):
-        books.handles.unmapped(process, mapping.frames, time.monotonic())
+    stock.enter(place, mapping)
     stock.say(place)
+    books.handles.unmapped(process, mapping.frames, time.monotonic())  # which may end that it is kept
     return None, []
 
 
 def query(books: Books, process: UserProcess, request: messages.Query) -> Answer:
     """What is at an address of the process."""
     mapping = process.memory.query_memory(request.address)
-    refcount = mapping.frames.refcount if isinstance(mapping.frames, SharedFrames) else 0
+    refcount = 0
+    if isinstance(mapping.frames, SharedFrames):
+        books.handles.look(mapping.frames)
+        refcount = mapping.frames.in_use
     info = MemoryInfo(mapping.address, mapping.length, mapping.type, int(mapping.rights), mapping.phys_offset, refcount)
     return info, []
 

@@ -19,7 +19,6 @@ from realmap.host.segment import checked_name
 from realmap.host.signals import Living
 from realmap.host.translate import SHM
 from realmap.rights import u_r
-from realmap.shared_memory import kept
 from realmap.user import names, travel
 from realmap.user.buffer import Buffer
 from realmap.user.process import Process
@@ -101,7 +100,7 @@ def attach(name: str, readonly: bool) -> Buffer | int | None:
     OSError: it may not be opened.
     """
     bare, rights = checked(name), u_r if readonly else None
-    found = _look(lambda process, timeout: kept.attach(process, bare, rights, timeout=timeout))
+    found = _look(lambda process, timeout: names.attach(process, bare, rights, timeout=timeout))
     if found is None and _is_outside(bare):
         flags = os.O_RDONLY if readonly else os.O_RDWR
         with contextlib.suppress(FileNotFoundError):
@@ -122,8 +121,7 @@ def unlink(name: str) -> bool:
     bare = checked(name)
 
     def end(process: Process, timeout: float | None) -> bool:
-        if names.unlink(process, bare, timeout=timeout):
-            kept.clear(process)
+        names.unlink(process, bare, timeout=timeout)
         return True
 
     return bool(_look(end))

@@ -105,17 +105,13 @@ def attach(
     return process._attach(NAMED + name, rights=rights, timeout=timeout)
 
 
-def unlink(process: Process, name: str, *, timeout: float | None = None) -> bool:
-    """Ends the name; the memory lives on where it is mapped. Whether anybody may have known it.
-
-    InvalidHandle: there is none. SyscallTimeout.
-    """
+def unlink(process: Process, name: str, *, timeout: float | None = None) -> None:
+    """Ends the name; the memory lives on where it is mapped. InvalidHandle: there is none. SyscallTimeout."""
     client = process._own_client
     if client.endpoint.end_name(name.encode()):
         process._stocks_up = True
-        return False
+        return
     client.request(messages.Revoke(client.next_id(), NAMED + name), timeout=timeout, name="unlink")
-    return True
 
 
 def leave(process: Process) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap._core import BARE, Lock
+from realmap._core import ATTACHED, BARE, Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
@@ -35,6 +36,8 @@ BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
 _SENT = plain.PLAIN | {Buffer}
 #: How much of what it inherited a forked child tells in one message.
 AT_ONCE = 1000
+#: Of how many attached parts of memory it is known what they are, when they are attached again.
+KNOWN = 64
 
 _living: Living[Process] = Living()
 
@@ -84,6 +87,10 @@ class Process:
         self._client = self._connect(path, timeout)
         #: Whether a small block that is made is parked at first, where none is: not for those that others attach.
         self._stocks_up = True
+        #: Of what it has attached, and may have parked: (kind, span, where its first byte is, length, rights, bytes in
+        #: huge pages).
+        self._attached: dict[tuple[Any, ...], tuple[int, int, int, int, MappingAccessRights, int]] = {}
+        self._kinds = itertools.count(0, 2 * ATTACHED)
         self._lock = Lock()
         _living.add(self)
 
@@ -317,11 +324,37 @@ class Process:
         timeout: float | None = None,
     ) -> Buffer:
         allowed = None if rights is None else int(rights_of(rights))
+        key = token, offset, length, allowed
+        if (found := self._attach_again(key)) is not None:
+            return found
         request = messages.Attach(self._own_client.next_id(), token, offset, length, allowed)
         value, answer = self._own_client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
-        *_, lead, size, given, pieces = value
+        *_, lead, size, given, pieces, again = value
         window = map_window(self, value[:5], lambda index: tuple(pieces[index]), answer, rights_of(given))
+        if again:
+            window.recycles = self._note_attached(key, window, lead, size)
         return part_of(window, window._base + lead, size)
+
+    def _attach_again(self, key: tuple[Any, ...]) -> Buffer | None:
+        """What was so attached, and unmapped, if the kernel has not said that it is to be asked again."""
+        known = self._attached.get(key)
+        if known is None:
+            return None
+        recycles, span, lead, size, rights, huge = known
+        window = self._own_client.endpoint.unpark(UserWindow, recycles, span)
+        if window is None:
+            return None
+        describe(window, self, rights, huge, recycles)
+        return part_of(window, window._base + lead, size)
+
+    def _note_attached(self, key: tuple[Any, ...], window: UserWindow, lead: int, size: int) -> int:
+        known = self._attached.get(key)
+        if known is None:
+            if len(self._attached) >= KNOWN:
+                self._attached.pop(next(iter(self._attached)), None)
+            kind = next(self._kinds) | ATTACHED
+            known = self._attached[key] = kind, window._span, lead, size, window.rights, window.huge
+        return known[0]
 
     def revoke(self, handle: Handle | str) -> None:
         """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.

@@ -181,8 +181,8 @@ class Attach(_Request, tag=9, frozen=True):
     """A mapping of what the handle `token` stands for: the pages of [offset, offset + length); None: to its end, all.
 
     Done: [address, length in whole pages, number of segments, bytes in huge pages, its serial, where the first byte
-    asked for is in it, how many were asked for, rights, [[offset in its segment, length] of each segment]], with the
-    first descriptors.
+    asked for is in it, how many were asked for, rights, [[offset in its segment, length] of each segment], whether it
+    may be parked and attached so again], with the first descriptors.
     """
 
     token: str

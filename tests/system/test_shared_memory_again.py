@@ -18,8 +18,9 @@ from parked import inode, parked, stock
 
 import realmap
 from realmap import KernelHandle, LimitReached, Limits, ambient
+from realmap.host import procfs
 from realmap.memory.stock import PLACES
-from realmap.shared_memory import SharedMemory, kept
+from realmap.shared_memory import SharedMemory
 from realmap.user import travel
 
 SIZE = 3333
@@ -270,6 +271,7 @@ def test_what_is_on_its_way_may_name_its_bytes(outside: KernelHandle) -> None:
     before = messages()
     client = ambient.process()._own_client
     os.kill(outside.pid, signal.SIGSTOP)
+    wait_until(lambda: procfs.is_stopped(outside.pid))
     asking = threading.Thread(target=lambda: ambient.process().query(realmap.memory.USER_LAND.start))
     try:
         asking.start()
@@ -292,7 +294,7 @@ def test_many_at_a_time(outside: KernelHandle, other: Other) -> None:
             block.close()
     for number, block in enumerate(blocks):
         assert other("attach", block.name) == f"{number:04}"
-    assert sums(outside)[:2] == (PLACES + 4, PLACES // 2 + 2 + kept.COUNT)
+    wait_until(lambda: sums(outside)[:2] == (PLACES + 4, PLACES // 2 + 2))
     for block in blocks:
         block.close()
         block.unlink()
