@@ -534,6 +534,7 @@ class Stop(Exception):
     """A signal handler's."""
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a destructor
 def test_signal_handlers_that_raise_at_any_moment(me: Process, kernel: KernelHandle, spawn: Any) -> None:
     """Opening, lending, calling: what is half done is undone, and the next call is answered."""
     spawn(1)
