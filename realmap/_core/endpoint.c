@@ -420,6 +420,8 @@ static PyMethodDef endpoint_methods[] = {
     {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
     {"park", FASTCALL(endpoint_park), METH_FASTCALL, "park(window, number, kind) -> Answer, True, or False"},
     {"unpark", FASTCALL(endpoint_unpark), METH_FASTCALL, "unpark(type, kind, span) -> a Window, or None"},
+    {"name", FASTCALL(endpoint_name), METH_FASTCALL, "name(window, text, length, lasts) -> whether it has that name"},
+    {"end_name", endpoint_end_name, METH_O, "end_name(text) -> whether a name was ended that the kernel does not know"},
     {"empty_stock", endpoint_empty_stock, METH_O, "empty_stock(message): unmaps all that is parked, and says so."},
     {"start", FASTCALL(endpoint_start), METH_FASTCALL, "start(number, message, holds, bell) -> Answer"},
     {"give_up", endpoint_give_up, METH_O, "give_up(answer): nobody waits for it any more."},
