@@ -30,6 +30,7 @@ from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
+from realmap.wire.status import LATE
 
 if TYPE_CHECKING:
     from realmap.user.service import Service
@@ -454,15 +455,16 @@ class Process:
         """One server of `name`, the least busy one, for all calls that are made by the `Session`.
 
         `timeout`: so many seconds it waits for one to come; None: not at all. UnknownSyscall: no process serves this.
-        LimitReached: more sessions than a process may have.
-        PhysicalMemoryExhaustion: no descriptors. TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
+        LimitReached: more sessions than a process may have. PhysicalMemoryExhaustion: no descriptors. SyscallTimeout:
+        the kernel does not answer. TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
         """
         if not isinstance(name, str):
             raise TypeError(f"the name of a service is a str, not {type(name).__name__}")
         end = time.monotonic() + (timeout or 0.0)
         while True:
+            left = None if timeout is None else max(LATE, end - time.monotonic())
             try:
-                return Session(self, run(self._routes.open(name, []), name, None))
+                return Session(self, run(self._routes.open(name, []), name, left))
             except UnknownSyscall:
                 if time.monotonic() >= end:
                     raise

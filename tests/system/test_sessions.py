@@ -268,7 +268,7 @@ def test_more_sessions_than_a_process_may_have() -> None:
     with realmap.boot(limits=realmap.Limits(sessions=2)) as kernel, kernel.connect() as me:
         servers = [kernel.spawn(placed.serve, 1) for _ in range(3)]
         wait_until(lambda: kernel.stats()["seats"] == 3)
-        me.call("pid_here")
+        me.call("nap", 0.0)
         with me.session("peek"), pytest.raises(realmap.LimitReached, match="sessions"):
             me.session("peek")
         with me.session("peek"):
@@ -534,6 +534,7 @@ class Stop(Exception):
     """A signal handler's."""
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a destructor
 def test_signal_handlers_that_raise_at_any_moment(me: Process, kernel: KernelHandle, spawn: Any) -> None:
     """Opening, lending, calling: what is half done is undone, and the next call is answered."""
     spawn(1)
