@@ -18,6 +18,7 @@ bytes in place, and unmaps them. Frames are POSIX shared-memory segments under a
 boot, Kernel                        starts a kernel in a process of its own; one in this process
 KernelHandle, SpawnedProcess        that kernel, and the user processes that it was asked to spawn
 connect, aconnect, Process          this process as a user of a kernel
+Session                             one of the processes that serve a name
 Buffer, Handle, MemoryInfo          its memory, what shares it with others, what the kernel has noted of it
 syscall, Call, UserBuffer           handlers: what makes a function one, who calls, a buffer argument
 ForeignProcess                      any process, of no kernel: what it shares is mirrored, the rest copied
@@ -73,7 +74,8 @@ from realmap.memory import CrossProcessMapping, ForeignProcess, UserspacePtr
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
 from realmap.system import KernelHandle, boot
-from realmap.user import Buffer, Handle, Process
+from realmap.user import Buffer, Handle, Process, Session
+from realmap.user.service import Service
 from realmap.user.spawned import SpawnedProcess
 from realmap.wire.messages import VERSION as __version__
 from realmap.wire.messages import MemoryInfo
@@ -107,6 +109,8 @@ __all__ = [
     "Process",
     "ProcessKilled",
     "ServerDied",
+    "Service",
+    "Session",
     "SpawnedProcess",
     "SyscallFailed",
     "SyscallTimeout",

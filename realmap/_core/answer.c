@@ -123,6 +123,7 @@ static PyMemberDef answer_members[] = {
     {"data", T_OBJECT, offsetof(Answer, data), READONLY, "The answer's bytes, or None."},
     {"outcome", T_BYTE, offsetof(Answer, outcome), READONLY, "ON_ITS_WAY, ANSWERED, TIMED_OUT, ENDED or FAILED."},
     {"error", T_INT, offsetof(Answer, error), READONLY, "Why it failed: an errno."},
+    {"unread", T_BOOL, offsetof(Answer, unread), READONLY, "Whether it ended before anybody can have read the request."},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -400,10 +400,13 @@ typedef struct Answer {
     int *fds;        /* that came along; this object's */
     int count;
     _Atomic uint32_t word; /* of the thread that is parked for it */
+    uint32_t turn;   /* of the messages in the ring: which one it is, where it went there */
     int error;       /* an errno, where it FAILED */
     char outcome;
     char pending;    /* in the table */
     char sent;
+    char by_ring;
+    char unread;     /* it ENDED, and nobody can have read the request */
     char carried;    /* its descriptors have come, by the socket */
     char ordered;    /* what is said later is heard later */
     char abandoned;  /* nobody waits any more */

@@ -53,7 +53,60 @@ static PyObject *durations_summary(PyObject *op, PyObject *Py_UNUSED(none))
     return Py_BuildValue("(ddd)", found[0], found[1], (double)self->longest / 1e9);
 }
 
+#define BUCKETS (sizeof(((Durations *)NULL)->buckets) / sizeof(uint64_t))
+
+/* A list of integers: the longest (ns), then each bucket that has any, and how many: as `add` takes it. */
+static PyObject *durations_counts(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    Durations *self = as_durations(op);
+    PyObject *found = PyList_New(0);
+    int failed = !found || append_taken(found, PyLong_FromUnsignedLongLong(self->longest));
+    for (size_t bucket = 0; bucket < BUCKETS && !failed; bucket++)
+        if (self->buckets[bucket])
+            failed = append_taken(found, PyLong_FromSize_t(bucket)) ||
+                     append_taken(found, PyLong_FromUnsignedLongLong(self->buckets[bucket]));
+    if (failed)
+        Py_CLEAR(found);
+    return found;
+}
+
+/* One of those integers; not below 0 nor above `most`. */
+static int as_count(PyObject *list, Py_ssize_t at, uint64_t most, uint64_t *value)
+{
+    PyObject *item = PyList_GetItem(list, at); /* borrowed */
+    *value = item ? PyLong_AsUnsignedLongLong(item) : 0;
+    if (PyErr_Occurred())
+        return -1;
+    if (*value > most)
+        PyErr_Format(PyExc_ValueError, "counts that no Durations made: %llu", (unsigned long long)*value);
+    return *value > most ? -1 : 0;
+}
+
+/* add(counts): those of another one as well. ValueError, OverflowError, TypeError: these are no such counts; what
+ * stands before the wrong one is added. */
+static PyObject *durations_add(PyObject *op, PyObject *counts)
+{
+    Durations *self = as_durations(op);
+    if (!PyList_Check(counts))
+        return PyErr_Format(PyExc_TypeError, "counts are a list");
+    uint64_t longest = 0, bucket, count;
+    if (PyList_Size(counts) && as_count(counts, 0, UINT64_MAX, &longest))
+        return NULL;
+    if (longest > self->longest)
+        self->longest = longest;
+    for (Py_ssize_t at = 1; at < PyList_Size(counts); at += 2) {
+        if (as_count(counts, at, BUCKETS - 1, &bucket) ||
+            as_count(counts, at + 1, UINT64_MAX / 2 - self->count, &count))
+            return NULL;
+        self->buckets[bucket] += count;
+        self->count += count;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef durations_methods[] = {
+    {"counts", durations_counts, METH_NOARGS, NULL},
+    {"add", durations_add, METH_O, NULL},
     {"since", durations_since, METH_O, NULL},
     {"summary", durations_summary, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

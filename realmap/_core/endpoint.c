@@ -26,6 +26,7 @@ static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObje
     answer->ordered = (char)ordered;
     if (self->end || self->epoch != fork_epoch) {
         answer->outcome = ENDED;
+        answer->unread = 1;
         return answer;
     }
     if (has_gone(holds)) {
@@ -156,16 +157,16 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
     return answer;
 }
 
-/* start(number, message, holds, bell) -> Answer, on its way. The bell is rung, from any thread, when it is over or when
+/* start(number, message, holds, late, bell) -> Answer, on its way; `late` as in `request`. The bell is rung, from any thread, when it is over or when
  * somebody has to read from now on; `read` reads, `give_up` gives up. */
 static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (wants(nargs, 4, "Endpoint.start"))
+    if (wants(nargs, 5, "Endpoint.start"))
         return NULL;
-    if (!PyObject_TypeCheck(args[3], bell_type))
+    if (!PyObject_TypeCheck(args[4], bell_type))
         return PyErr_Format(PyExc_TypeError, "a loop is told by a Bell");
-    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3], 0);
-    if (!answer || !settle(as_endpoint(op), args[3])) /* it may have found out that all is over */
+    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], args[3], args[4], 0);
+    if (!answer || !settle(as_endpoint(op), args[4])) /* it may have found out that all is over */
         return (PyObject *)answer;
     Py_DECREF((PyObject *)answer);
     return NULL;
@@ -224,6 +225,33 @@ static PyObject *endpoint_send_notice(PyObject *op, PyObject *message)
 
 /* ---- the beginning and the end ---------------------------------------------------------------- */
 
+static PyObject *new_endpoint(PyObject *cls)
+{
+    PyObject *op = new_object((PyTypeObject *)cls);
+    if (op) {
+        Endpoint *self = as_endpoint(op);
+        table_reset(&self->table);
+        self->last = &self->letters;
+        self->epoch = fork_epoch;
+        self->post.fd = -1;
+    }
+    return op;
+}
+
+/* _of(fd) -> Endpoint, or an errno: by a socket that is connected; its descriptor stays the caller's. */
+static PyObject *endpoint_of(PyObject *cls, PyObject *fd)
+{
+    int given;
+    if (as_int(fd, &given))
+        return NULL;
+    PyObject *op = new_endpoint(cls);
+    int error = op ? post_take(&as_endpoint(op)->post, fcntl(given, F_DUPFD_CLOEXEC, 0)) : 0;
+    if (!error)
+        return op;
+    Py_DECREF(op);
+    return PyLong_FromLong(error);
+}
+
 /* _connect(path, timeout) -> Endpoint, or an errno: ETIMEDOUT where nobody was let in within so many seconds. */
 static PyObject *endpoint_connect(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -232,14 +260,11 @@ static PyObject *endpoint_connect(PyObject *cls, PyObject *const *args, Py_ssize
     if (wants(nargs, 2, "Endpoint._connect") || PyBytes_AsStringAndSize(args[0], &path, &length))
         return NULL;
     int64_t until = deadline_of(args[1]);
-    PyObject *op = until < 0 ? NULL : new_object((PyTypeObject *)cls);
+    PyObject *op = until < 0 ? NULL : new_endpoint(cls);
     if (!op)
         return NULL;
     Endpoint *self = as_endpoint(op);
-    table_reset(&self->table);
-    self->last = &self->letters;
-    self->epoch = fork_epoch;
-    int error = post_open(&self->post);
+    int error = post_take(&self->post, socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
     while (!error) {
         int64_t wait = until - nanoseconds();
         Post post = self->post;
@@ -389,13 +414,14 @@ static void endpoint_dealloc(PyObject *op)
 
 static PyMethodDef endpoint_methods[] = {
     {"_connect", FASTCALL(endpoint_connect), METH_FASTCALL | METH_CLASS, NULL},
+    {"_of", endpoint_of, METH_O | METH_CLASS, NULL},
     {"join", FASTCALL(endpoint_join), METH_FASTCALL, "join(fd, spin): a ring beside the socket."},
     {"request", FASTCALL(endpoint_request), METH_FASTCALL, "request(number, message, timeout, holds, late) -> Answer"},
     {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
     {"park", FASTCALL(endpoint_park), METH_FASTCALL, "park(window, number, kind) -> Answer, True, or False"},
     {"unpark", FASTCALL(endpoint_unpark), METH_FASTCALL, "unpark(type, kind, span) -> a Window, or None"},
     {"empty_stock", endpoint_empty_stock, METH_O, "empty_stock(message): unmaps all that is parked, and says so."},
-    {"start", FASTCALL(endpoint_start), METH_FASTCALL, "start(number, message, holds, bell) -> Answer"},
+    {"start", FASTCALL(endpoint_start), METH_FASTCALL, "start(number, message, holds, late, bell) -> Answer"},
     {"give_up", endpoint_give_up, METH_O, "give_up(answer): nobody waits for it any more."},
     {"read", endpoint_read, METH_O, "read(bell): hands on what is there; 0: another reads; 1, 2: what to watch for."},
     {"notice", endpoint_send_notice, METH_O, "notice(message): sends what wants no answer, and never waits."},

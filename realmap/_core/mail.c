@@ -66,6 +66,14 @@ static void drop_letter(Endpoint *self, Letter **at)
     free(letter);
 }
 
+/* Whether nobody can have read a request: not all of it was sent, or it is in the ring still. */
+static int is_unread(const Endpoint *self, const Answer *answer)
+{
+    if (!answer->sent || answer->unread)
+        return 1;
+    return answer->by_ring && self->epoch == fork_epoch && !queue_took(&self->ring->duplex, answer->turn);
+}
+
 /* The connection is of no use any more, as `end` says: everybody who waits is told. Again: nothing. */
 static void end_connection(Endpoint *self, int end)
 {
@@ -77,8 +85,11 @@ static void end_connection(Endpoint *self, int end)
     while (self->letters)
         drop_letter(self, &self->letters);
     for (size_t i = 0; i <= self->table.mask; i++)
-        while (self->table.buckets[i])
-            finish(self, OWNER(Answer, node, self->table.buckets[i]), ENDED);
+        while (self->table.buckets[i]) {
+            Answer *answer = OWNER(Answer, node, self->table.buckets[i]);
+            answer->unread = (char)is_unread(self, answer);
+            finish(self, answer, ENDED);
+        }
     unmap_stock(self);
 }
 
@@ -132,7 +143,7 @@ static void flush(Endpoint *self)
             /* The kernel may have said why before it closed: whoever reads finds out, and that there is no more. */
             for (; self->letters; drop_letter(self, &self->letters))
                 if (self->letters->answer)
-                    self->letters->answer->sent = 1;
+                    self->letters->answer->sent = self->letters->answer->unread = 1;
             if (self->reader && self->reader != PyThread_get_thread_ident())
                 return;
             while (receive_one(self))
@@ -158,8 +169,10 @@ static int post_message(Endpoint *self, PyObject *message, Answer *answer)
         int asleep = queue_push(&self->ring->duplex, PyBytes_AsString(message), size);
         if (asleep != AWAKE && is_open(self)) /* it fell asleep this moment */
             queue_wake(&self->ring->duplex, ON_SOCKET, self->post.fd);
-        if (answer)
-            answer->sent = 1;
+        if (answer) {
+            answer->sent = answer->by_ring = 1;
+            answer->turn = self->ring->duplex.out_tail;
+        }
         return 0;
     }
     Letter *letter = calloc(1, sizeof *letter);

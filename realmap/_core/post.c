@@ -20,16 +20,16 @@ static int post_is_ours(const Post *self)
     return !failed && status.st_dev == self->device && status.st_ino == self->inode;
 }
 
-/* A socket of its own; 0, or an errno. */
-static int post_open(Post *self)
+/* Takes over a socket; 0, or an errno. `fd`: below 0 where there is none, and errno says why. */
+static int post_take(Post *self, int fd)
 {
     struct stat status;
-    self->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (self->fd < 0)
+    self->fd = fd;
+    if (fd < 0)
         return errno;
-    if (fstat(self->fd, &status)) {
+    if (fstat(fd, &status)) {
         int error = errno;
-        close(self->fd);
+        close(fd);
         self->fd = -1;
         return error;
     }

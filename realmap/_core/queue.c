@@ -89,6 +89,12 @@ static size_t queue_room(const Duplex *self)
     return used < RING_SLOTS ? RING_SLOT - sizeof(uint32_t) : 0;
 }
 
+/* Whether the other side has taken so many messages, as far as it says so. */
+static int queue_took(const Duplex *self, uint32_t count)
+{
+    return (int32_t)(atomic_load_explicit(&self->out->head, memory_order_acquire) - count) >= 0;
+}
+
 /* Something was sent by the socket, before whatever goes by the queue from now on: tail, stored later, releases it. */
 static void queue_mailed(Duplex *self) { atomic_fetch_add_explicit(&self->out->mailed, 1, memory_order_relaxed); }
 

@@ -29,7 +29,8 @@ GROUPS = {
         "snapshot": "Everything at one moment, in words, as JSON or as a picture.",
         "trace": "Everything that happens, into a file for Perfetto.",
     },
-    "To look into any process": {
+    "To look at this machine": {
+        "shm": "Every shared-memory segment, who holds it; reclaim what nobody needs.",
         "peek": "Its memory, as hex, numbers or text.",
         "poke": "Write into its memory.",
     },
@@ -37,6 +38,7 @@ GROUPS = {
         "audit": "Hold a kernel's books against /proc.",
         "stress": "Users that map, call, fork and are killed; every byte verified.",
         "bench": "Measure it on this machine, beside a C program and the peers.",
+        "campaign": "Stress or bench on many machines; what became slower or faster.",
         "gc": "Sweep what killed kernels left.",
     },
 }

@@ -39,6 +39,8 @@ def render(report: AuditReport) -> None:
         click.echo(
             f"{harmless(found.where)} at {found.address:#x}: {found.length} bytes are zeros: a segment was truncated"
         )
+    for kept in report.withheld:
+        click.echo(f"pid {kept.pid} keeps {kept.length} bytes at {kept.address:#x} that it was lent: {kept.why}")
     if report.unregistered:
         pids = ", ".join(map(str, report.unregistered))
         click.echo(f"mapped outside of the books, by forks that never connected: pid {pids}")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from realmap.cli.output import require_writable
+from realmap.cli.output import progress, require_writable
 from realmap.lab import bench as lab
 from realmap.lab.bench.access import PAGES, WORKS
 from realmap.lab.bench.measure import Absent
@@ -42,13 +42,7 @@ def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path:
     if plot_path is not None:
         _require_plot(plot_path, names)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    status = Console(stderr=True, highlight=False)
-    with status.status("") as shown:
-
-        def say(what: str) -> None:
-            if status.is_terminal:
-                shown.update(what)
-
+    with progress() as say:
         try:
             report = lab.run(names, quick=quick, say=say)
         except Absent as error:

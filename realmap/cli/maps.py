@@ -55,6 +55,7 @@ def maps(pid: int, path: str | None, as_json: bool) -> None:
     refcount  of its frames
     segments  their inodes (on a terminal, of many the first, and how many)
     linux     "agrees", "changing" (it was at work meanwhile), or what Linux has there instead
+    Of a service also the windows of pages that it was lent, as it says, and that it keeps for their next use.
     Of any other process:
     kind      posix, memfd, sysv, anonymous (all of them shared), file (shared), private, device, special
     mirror    of shared memory: "yes", or why it cannot be mirrored

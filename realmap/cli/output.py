@@ -6,12 +6,15 @@ without blanks inside (but for the last one), so that grep and awk have an easy 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import signal
 import stat
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -21,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from realmap.host import signals
+from realmap.lab import PROGRESS
 from realmap.observe import words
 
 #: A longer cell sticks out, and does not push all others aside.
@@ -158,6 +163,19 @@ def show_json(value: Any, *, line: bool = False) -> None:
     click.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """What is to be called with a line about how it goes: on a terminal the newest stands there, on stderr."""
+    console = Console(stderr=True, highlight=False)
+    if PROGRESS in os.environ:
+        yield lambda line: click.echo(line, err=True)
+    elif console.is_terminal:
+        with console.status("starting") as shown:
+            yield shown.update
+    else:
+        yield lambda line: None
+
+
 def require_writable(path: str) -> None:
     """Before the run, not after it. A file that was not there is not left behind."""
     there = os.path.lexists(path)
@@ -171,3 +189,11 @@ def require_writable(path: str) -> None:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
     if not there:
         os.unlink(path)
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[Callable[[float], bool]]:
+    """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
+    over = signals.Flag()
+    with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
+        yield over.wait

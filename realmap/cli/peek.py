@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import Seconds, harmless, json_option, show_json
-from realmap.cli.stats import until_interrupted
+from realmap.cli.output import Seconds, harmless, json_option, show_json, until_interrupted
 from realmap.cli.values import Form, address_of, form_option, values
 from realmap.errors import InvalidAddress
 from realmap.memory import ForeignProcess

@@ -35,6 +35,11 @@ GAUGES = [
     ("unread_bytes", "unread", "Bytes of answers that clients have not read."),
     ("undecoded_bytes", "undecoded", "Bytes of blocking calls that have not ended."),
     ("orphans", "orphans", "Handles that outlived their makers."),
+    ("services", "seats", "Services of user processes."),
+    ("sessions", "sessions", "Sessions with services."),
+    ("grants", "grants", "Mappings that services may map."),
+    ("lent_windows", "lent", "Windows of lent pages, in services."),
+    ("lent_bytes", "lent_bytes", "Bytes of windows of lent pages."),
     ("worker_threads", "threads", "Threads that run blocking handlers and take large frames."),
 ]
 COUNTERS = [
@@ -91,11 +96,15 @@ class _Snapshot(Collector):
     def _calls(self) -> Iterator[Metric]:
         calls = CounterMetricFamily("realmap_calls", "Calls that were taken.", labels=["syscall"])
         failed = CounterMetricFamily("realmap_failed_calls", "Calls that ended in an error.", labels=["syscall"])
+        servers = GaugeMetricFamily("realmap_servers", "Services that answer a syscall.", labels=["syscall"])
         for call in self._now.calls:
             calls.add_metric([harmless(call.name)], call.count)
             failed.add_metric([harmless(call.name)], call.failed)
+            if call.servers:
+                servers.add_metric([harmless(call.name)], call.servers)
         yield calls
         yield failed
+        yield servers
         took = GaugeMetricFamily(
             "realmap_handler_seconds", "How long handlers took so far.", labels=["syscall", "quantile"]
         )

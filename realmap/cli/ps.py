@@ -18,6 +18,8 @@ COLUMNS = [
     Column("handles", "number", spare=4),
     Column("calls", "number"),
     Column("running", optional=True),
+    Column("waits_for", optional=True),
+    Column("serves", optional=True),
     Column("program"),
 ]
 
@@ -29,9 +31,10 @@ def ps(path: str | None, as_json: bool) -> None:
     """Show the user processes of a kernel.
 
     number: its name in the books; mapped: bytes of its mappings; frames: bytes of the frames that it made and that
-    live, whoever holds them; handles: those it made; calls: those running; running: which of them worker
-    threads are at; program: what runs as that pid (what was spawned is called by its function), "gone" where it has
-    just ended. --json has the limit of its frames as well.
+    live, whoever holds them; handles: those it made; calls: those running in the kernel; running: which of them worker
+    threads or services are at; waits_for: the pids of these services; serves: what it serves itself; program: what
+    runs as that pid (what was spawned is called by its function), "gone" where it has just ended. --json has the limit
+    of its frames as well.
 
     Example: realmap ps | awk '$4 > 100 {print $1}'
     """

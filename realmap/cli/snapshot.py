@@ -8,11 +8,11 @@ import click
 
 from realmap.cli.output import require_writable, show_json
 from realmap.cli.target import BOUND, control, kernel_option
-from realmap.observe import words
+from realmap.observe import machine, shm, words
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.svg import svg
 from realmap.observe.tables import programs
-from realmap.wire.records import CallInfo, ProcessInfo
+from realmap.wire.records import CallInfo, LentInfo, ProcessInfo, SeatInfo
 
 #: How many syscalls it tells of.
 MOST = 10
@@ -20,22 +20,29 @@ MOST = 10
 
 @click.command(epilog=BOUND)
 @kernel_option
+@click.option("--machine", "whole", is_flag=True, help="With --svg: any processes of this machine that share memory.")
 @click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
 @click.option("--svg", "svg_path", metavar="FILE", help="The address space as a drawing; - for standard output.")
-def snapshot(path: str | None, as_json: bool, svg_path: str | None) -> None:
+def snapshot(path: str | None, whole: bool, as_json: bool, svg_path: str | None) -> None:
     """Take a kernel's books at one moment: processes, mappings, mirrors, segments and who holds them.
 
     The drawing has KernelLand with its live mirrors above, and a lane for each process below; ribbons tie each
     mirror to what it mirrors. It needs no script and nothing from elsewhere, and is light or dark as its page is.
+    With --machine no kernel is needed: each segment that several processes have mapped is tied to all of them.
 
     Example: realmap snapshot --svg now.svg
     """
     if as_json and svg_path == "-":
         raise click.UsageError("--json and --svg - would both go to standard output; give --svg a file")
+    if whole and (as_json or svg_path is None or path is not None):
+        raise click.UsageError("--machine goes with --svg FILE alone; as data it is `realmap shm --json`")
     if svg_path not in (None, "-"):
         require_writable(str(svg_path))
-    with control(path) as kernel:
-        taken = kernel.snapshot()
+    if whole:
+        taken = machine.snapshot(shm.look())
+    else:
+        with control(path) as kernel:
+            taken = kernel.snapshot()
     if svg_path is not None:
         with click.open_file(svg_path, "w", encoding="utf-8") as file:
             file.write(svg(taken, programs=programs(taken)))
@@ -62,11 +69,18 @@ def render(taken: Snapshot) -> None:
     click.echo(f"{words.counted(stats['calls'], 'call')} so far, {stats['running']} running")
     called = sorted((call for call in taken.calls if call.count), key=lambda call: -call.count)
     for call in called[:MOST]:
-        click.echo(words.harmless(call.name) + f": {words.counted(call.count, 'call')}" + _took(call))
+        by = f" of {words.counted(call.servers, 'server')}" if call.servers else ""
+        click.echo(words.harmless(call.name) + f": {words.counted(call.count, 'call')}{by}" + _took(call))
     if len(called) > MOST:
         click.echo(f"and {len(called) - MOST} other syscalls: realmap stats")
     for process in taken.processes:
         click.echo(_line(process))
+    pids = {process.number: process.pid for process in taken.processes}
+    for seat in taken.seats:
+        callers = sorted({pids[each.process] for each in taken.sessions if each.seat == seat.number})
+        click.echo(
+            _service(seat, pids[seat.process], callers, [each for each in taken.lent if each.seat == seat.number])
+        )
 
 
 def _took(call: CallInfo) -> str:
@@ -74,6 +88,14 @@ def _took(call: CallInfo) -> str:
         return ""
     took = [words.duration(1e9 * each) for each in (call.p50, call.p99, call.longest)]
     return f", p50 {took[0]}, p99 {took[1]}, longest {took[2]}"
+
+
+def _service(seat: SeatInfo, pid: int, callers: list[int], lent: list[LentInfo]) -> str:
+    names = ", ".join(map(words.harmless, seat.names))
+    state = f"{seat.busy} of {words.counted(seat.threads, 'thread')} at work, {seat.waiting} waiting"
+    shown = f"{words.counted(len(lent), 'window')} of {sum(each.length for each in lent)} bytes lent to it"
+    who = f"called by pid {', '.join(map(str, callers))}" if callers else "called by nobody"
+    return f"pid {pid} serves {names}: {state}, {shown}, {who}{', closing' * seat.closing}"
 
 
 def _line(process: ProcessInfo) -> str:

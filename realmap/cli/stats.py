@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -14,9 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table
+from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table, until_interrupted
 from realmap.cli.target import BOUND, control, kernel_option
-from realmap.host import signals
 from realmap.observe import words
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
@@ -55,7 +52,8 @@ CALLS = [
     Column("p50", "seconds"),
     Column("p99", "seconds"),
     Column("longest", "seconds", spare=2),
-    Column("blocking", spare=3),
+    Column("blocking", spare=4),
+    Column("servers", "number", optional=True, spare=3),
     Column("syscall"),
 ]
 #: The columns of a line for each interval, in a pipe.
@@ -83,7 +81,7 @@ def rates_between(before: Snapshot, now: Snapshot, seconds: float) -> Rates:
         seconds,
         now.stats,
         {name: (now.stats[name] - before.stats[name]) / seconds for name in DONE},
-        {call.name: (call.count - counts[call.name]) / seconds for call in now.calls},
+        {call.name: (call.count - counts.get(call.name, 0)) / seconds for call in now.calls},
     )
 
 
@@ -103,8 +101,8 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
     """Show a kernel's totals: what there is, what was done so far, and what the limits are.
 
     A per-second figure is what was done since the look before. Of each syscall: how long its handler took, so far
-    (p50, p99: what half of the calls, and 99 of 100, did not exceed; in seconds in a pipe). With --json --watch, a JSON
-    object per line.
+    (p50, p99: what half of the calls, and 99 of 100, did not exceed; in seconds in a pipe); servers: how many services
+    of processes answer it, all of them together (none: the kernel does). With --json --watch, a JSON object per line.
 
     Example: realmap stats --watch 5 | tee my.log
     """
@@ -134,14 +132,6 @@ def _exposition(now: Snapshot) -> str:
     except ImportError:
         raise click.ClickException("--prometheus needs prometheus_client: pip install 'realmap[metrics]'") from None
     return exposition(now)
-
-
-@contextlib.contextmanager
-def until_interrupted() -> Iterator[Callable[[float], bool]]:
-    """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
-    over = signals.Flag()
-    with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
-        yield over.wait
 
 
 def _watch(kernel: Control, interval: float, as_json: bool, is_over: Callable[[float], bool]) -> None:
@@ -205,6 +195,7 @@ def _calls(now: Snapshot, found: Rates | None) -> list[list[Any]]:
             call.p99,
             call.longest,
             "yes" if call.blocking else "no",
+            call.servers or None,
             call.name,
         ]
         for call in sorted(now.calls, key=lambda call: (-call.count, call.name))

@@ -12,16 +12,11 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from realmap.cli.output import Column, Seconds, plain, require_writable, table
+from realmap.cli.output import Column, Seconds, plain, progress, require_writable, table
 from realmap.lab import stress as lab
-from realmap.lab.workload import MIXES
+from realmap.lab.stress.antagonists import ALL as ANTAGONISTS
+from realmap.lab.stress.report import DEFAULTS
 
-#: What a mix takes for the options that are not given.
-DEFAULTS: dict[str, dict[str, float]] = {
-    "quick": {"users": 4, "seconds": 10.0},
-    "soak": {"users": 4, "seconds": 600.0, "kill": 0.001, "truncate": 0.001},
-    "storm": {"users": 8, "seconds": 60.0, "kill": 0.02, "truncate": 0.01},
-}
 #: Set in the run whose /dev/shm is a small one of its own.
 INSIDE = "REALMAP_STRESS_FULL"
 SMALL = "1m"
@@ -36,10 +31,15 @@ KINDS = [
 
 
 @click.command()
-@click.argument("mix", default="quick", type=click.Choice(sorted(MIXES)))
+@click.argument("mix", default="quick", type=click.Choice(sorted(DEFAULTS)))
 @click.option("--users", type=click.IntRange(1, 256), help="User processes at a time.")
 @click.option("--seconds", type=Seconds(0.1), help="How long.")
-@click.option("--ops", type=click.IntRange(1), help="Steps in all, instead of a time.")
+@click.option(
+    "--ops",
+    multiple=True,
+    metavar="N|MODULE.py",
+    help="A number: steps in all, instead of a time. A file: operations of your own, in the mix (see below).",
+)
 @click.option("--seed", type=click.IntRange(0), help="Decides every choice; by default a new one, which is printed.")
 @click.option("--kill", type=click.FloatRange(0, 1), metavar="RATE", help="Share of steps at which a user is killed.")
 @click.option(
@@ -47,16 +47,26 @@ KINDS = [
 )
 @click.option("--full", is_flag=True, help=f"With a /dev/shm of {SMALL}, which runs full (in a mount namespace).")
 @click.option("--kernel", metavar="PATH", help="A running kernel's socket, in place of a kernel of its own.")
+@click.option(
+    "--antagonists",
+    metavar="all|NAME,…",
+    callback=lambda _, __, text: tuple(text.split(",")) if text else None,
+    help=f"What works on the users and their pages meanwhile: {', '.join(ANTAGONISTS)}.",
+)
 @click.option("--json", "json_path", metavar="FILE", help="The report, as JSON.")
 @click.option("--junit", "junit_path", metavar="FILE", help="The report, as JUnit's XML.")
-def stress(mix: str, json_path: str | None, junit_path: str | None, **given: object) -> None:
+def stress(mix: str, ops: tuple[str, ...], json_path: str | None, junit_path: str | None, **given: object) -> None:
     """Let user processes map, write, call, fork and die, and hold every byte and every book against what is right.
 
     MIX is quick (10 s), soak (10 min, gentle) or storm (a minute of kills and truncations). Exit status 1 on any
     wrong byte, leak, audit difference or death that was not asked for; then the command that replays it is printed.
 
-    Example: realmap stress storm --seconds 20 --seed 1
+    An operation of your own is a function of a user and a random.Random, marked with @realmap.lab.stress.operation();
+    it raises, or returns (got, expected). pydoc realmap.lab.stress.operations has an example.
+
+    Example: realmap stress storm --seconds 20 --seed 1 --antagonists all
     """
+    given |= _counts_and_modules(ops)
     if given["full"] and given["kernel"]:
         raise click.UsageError("--full needs a kernel of its own: leave out --kernel")
     if given["full"] and INSIDE not in os.environ:
@@ -74,16 +84,24 @@ def stress(mix: str, json_path: str | None, junit_path: str | None, **given: obj
         if path is not None:  # not found out after the run
             require_writable(path)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    status = Console(stderr=True, highlight=False)
     console.print(escape(options.command()))
-    with status.status("starting") as shown:
-        report = lab.run(options, lambda line: shown.update(line) if status.is_terminal else None)
+    with progress() as say:
+        report = lab.run(options, say)
     for path, data in ((json_path, msgspec.json.format(msgspec.json.encode(report))), (junit_path, lab.junit(report))):
         if path is not None:
             with open(path, "wb") as file:
                 file.write(data)
     render(console, report)
     sys.exit(0 if report.ok else 1)
+
+
+def _counts_and_modules(ops: tuple[str, ...]) -> dict[str, object]:
+    """What --ops said: `ops`, `operations`."""
+    counts = [text for text in ops if text.isdecimal()]
+    modules = [text for text in ops if not text.isdecimal()]
+    if len(counts) > 1 or len(modules) > 1 or "0" in counts:
+        raise click.UsageError("--ops takes one number of steps, above 0, and one file of operations")
+    return {"ops": int(counts[0]) if counts else None, "operations": modules[0] if modules else None}
 
 
 def _in_small_shm() -> None:
@@ -112,6 +130,11 @@ def render(console: Console, report: lab.Report) -> None:
     for name, slope in report.slopes.items():
         console.print(f"{'[bold red]no[/]' if slope.grows(name) else 'ok'}: {slope.in_words(name)}")
     console.print(f"audits: {report.audits}")
+    for name, antagonist in report.antagonists.items():
+        why = f" ({antagonist.why})" if antagonist.why else ""
+        console.print(f"antagonist {name}: {antagonist.count} times{escape(why)}")
+    for name, done in report.operations.items():
+        console.print(f"operation {name}: {done.count} times, {done.failures} failed, {done.longest:.3g} s at most")
     for failure in report.failures:
         console.print(f"[bold red]failed[/]: {escape(failure)}")
     if report.ok:

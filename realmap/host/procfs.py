@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
+import time
 from collections.abc import Container
 from typing import NamedTuple
 
@@ -133,10 +135,17 @@ def device_number(text: str) -> int:
     return os.makedev(int(major, 16), int(minor, 16))
 
 
+def pids() -> list[int]:
+    """Of all processes that /proc shows, in order; none where there is no /proc."""
+    try:
+        return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    except FileNotFoundError:
+        return []
+
+
 def who_maps(files: Container[tuple[int, int]], low: int, high: int, known: Container[int]) -> list[int]:
     """The pids, but for `known` ones, that map one of `files` (device, inode) within [low, high)."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if pid not in known and which_it_maps(pid, files, low, high)]
+    return [pid for pid in pids() if pid not in known and which_it_maps(pid, files, low, high)]
 
 
 def obstacle(address: int, length: int) -> tuple[int, int]:
@@ -157,6 +166,25 @@ def start_time(pid: int) -> int:
     ProcessLookupError: there is no such process, or it has ended and only waits to be reaped.
     """
     return int(_stat(pid)[19])
+
+
+def started(pid: int) -> float:
+    """The same, in seconds since 1970."""
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return booted + start_time(pid) / os.sysconf("SC_CLK_TCK")
+
+
+def inner_pids() -> set[int]:
+    """Every number that some process has as its pid, in this pid namespace or in one inside of it."""
+    found: set[int] = set()
+    for pid in pids():
+        try:
+            status = read_file(b"/proc/%d/status" % pid, 4096)
+        except OSError:
+            continue
+        line = re.search(rb"^NSpid:(.*)$", status, re.MULTILINE)
+        found.update([pid] if line is None else map(int, line[1].split()))
+    return found
 
 
 #: include/linux/sched.h: it is on its way through exit; it is a thread of Linux itself.
@@ -181,17 +209,60 @@ def is_stopped(pid: int) -> bool:
     return _stat(pid)[0] == b"T"
 
 
-def _stat(pid: int | str) -> list[bytes]:
-    """/proc/PID/stat from the state on (proc_pid_stat(5): field 3 is the first). ProcessLookupError: it has ended."""
+def program(pid: int) -> str:
+    """The name of what runs as `pid`, bytes that are no text as escapes. ProcessLookupError: it has ended.
+
+    What Linux calls it (a spawned process is called by its function); for Python, the script.
+    """
+    name = os.fsencode(comm(pid))
+    try:
+        command = read_file(b"/proc/%d/cmdline" % pid, 4096).split(b"\0")[:-1]
+    except OSError:  # it has ended meanwhile, or is not ours to look at
+        command = []
+    if name.startswith(b"python"):
+        name = _script(command) or name
+    elif len(name) == 15 and command and (whole := os.path.basename(command[0])).startswith(name):
+        name = whole  # Linux keeps no more
+    return name.decode("utf-8", "backslashreplace")
+
+
+def comm(pid: int) -> str:
+    """What Linux calls it, at most 15 bytes. ProcessLookupError: it has ended."""
+    text = _stat_line(pid)
+    return os.fsdecode(text[text.index(b"(") + 1 : text.rindex(b")")])
+
+
+def _script(command: list[bytes]) -> bytes:
+    """The script or the module of Python's command line; b"" where there is none."""
+    words = iter(command[1:])
+    for word in words:
+        if word == b"-m":
+            return next(words, b"")
+        if not word.startswith(b"-"):
+            return os.path.basename(word)
+        if word in (b"-W", b"-X"):
+            next(words, None)
+        elif word in (b"-c", b"-"):
+            break
+    return b""
+
+
+def _stat_line(pid: int | str) -> bytes:
+    """All of /proc/PID/stat. ProcessLookupError: it has ended."""
     try:
         text = read_file(f"/proc/{pid}/stat".encode(), 4096)
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
     # The name in parentheses may hold spaces and parentheses of its own: count from the last one.
-    fields = text[text.rindex(b")") + 2 :].split()
-    if fields[0] in b"ZX":
+    if text[text.rindex(b")") + 2 :][:1] in (b"Z", b"X"):
         raise ProcessLookupError(f"process {pid} has ended")
-    return fields
+    return text
+
+
+def _stat(pid: int | str) -> list[bytes]:
+    """/proc/PID/stat from the state on (proc_pid_stat(5): field 3 is the first). ProcessLookupError: it has ended."""
+    text = _stat_line(pid)
+    return text[text.rindex(b")") + 2 :].split()
 
 
 def pid_namespace() -> int:

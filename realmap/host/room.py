@@ -11,6 +11,7 @@ import errno
 import os
 from pathlib import Path
 
+from realmap.host import cgroups
 from realmap.host.signals import pass_on
 from realmap.host.translate import SHM
 
@@ -51,21 +52,14 @@ def memory_left() -> int:
 def cgroup_rooms() -> list[int]:
     """What the memory cgroups above this process leave it (version 2 and version 1), in bytes."""
     rooms = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            base, limit, use, total = Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
-            base, limit, use = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
-            total = "total_"
+    for place in cgroups.places():
+        if place.version == 2:
+            limit, use, total = "memory.max", "memory.current", ""
         else:
-            continue
-        folder = base / path.lstrip("/")
-        for level in (folder, *folder.parents):
+            limit, use, total = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        for level in place.levels:
             room = _room(level / limit, level / use, level / "memory.stat", total)
             rooms += [room] if room is not None else []
-            if level == base:
-                break
     return rooms
 
 

@@ -136,6 +136,20 @@ class Segment:
                 raise frames_error(error, length) from None
             raise
 
+    @classmethod
+    def received(cls, fd: int, length: int) -> Segment:
+        """The first `length` bytes of a segment that another process made. `fd` is its own from here on.
+
+        OSError: `fd` is no descriptor.
+        """
+        self = cls.__new__(cls)
+        status = os.fstat(fd)
+        self.device, self.inode = status.st_dev, status.st_ino
+        self.length, self.huge, self.name = length, 0, None
+        self.facts = (self.inode, self.device, length, 0, None)
+        self.fd = fd
+        return self
+
     def _take_name(self, name: str) -> None:
         self.name = name  # from here on `close` takes it away, if it is there
         try:

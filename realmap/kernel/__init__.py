@@ -7,6 +7,7 @@ admission     who is let in
 connection    one client: its line, and what it is to the books
 clients       everybody who is connected: greeting, dropping
 dispatch      what answers a request: a service or a handler
+seats         the sockets of services between processes, and what their servers are told
 registration  handlers that come and go while it runs
 heirs         who may still come for what a dead process left
 snapshots     writes the books for whoever asks, a little at a time
@@ -22,6 +23,7 @@ dump          stats, and the books as plain data
 books         Books: what the kernel knows. No sockets, no threads, no clock
 processes     who is connected, and what each holds
 handles       what is shared between processes, and until when
+ports         which processes serve which names, who calls whom, and what is granted
 inheritance   what a process that had forked left to its children
 budgets       what each peer has at a time, and what a uid's ended processes left
 limits        what each may have

@@ -6,12 +6,12 @@ import os
 
 import msgspec
 
-from realmap.errors import AccessDenied, LimitReached, VersionMismatch
+from realmap.errors import AccessDenied, VersionMismatch
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
-from realmap.kernel.limits import first_reserved
+from realmap.kernel.limits import first_reserved, require_unreserved
 from realmap.serving.workers import Workers
 from realmap.wire import messages
 from realmap.wire.messages import PROTOCOL, VERSION
@@ -57,9 +57,6 @@ class Admission:
 
     def _require_descriptors(self, connection: Connection, pidfd: int) -> None:
         limits = self._books.limits
-        first = first_reserved(limits)
-        if pidfd >= first // 2:  # stocks give way before descriptors are scarce
+        if pidfd >= first_reserved(limits) // 2:  # stocks give way before descriptors are scarce
             self._books.give_way()
-        if max(connection.sock.fileno(), pidfd) >= first:
-            why = f"the kernel has {first} descriptors in use, and keeps the others for commands (reserve)"
-            raise LimitReached("descriptors", first, why=f"{why}: unmap or close some, or raise ulimit -n")
+        require_unreserved(limits, connection.sock.fileno(), pidfd)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from typing import SupportsIndex
+from collections.abc import Callable
+from typing import SupportsIndex, TypeVar
 
-from realmap.errors import LimitReached
+from realmap.errors import LimitReached, PhysicalMemoryExhaustion
 from realmap.kernel.budgets import Peers
 from realmap.kernel.handles import Handles
 from realmap.kernel.inheritance import Inheritance
 from realmap.kernel.limits import Limits, first_reserved, segments_of
 from realmap.kernel.observer import Observer
+from realmap.kernel.ports import Ports
 from realmap.kernel.processes import ProcessTable, UserProcess
 from realmap.memory.frames import FrameAllocator, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.pages import usize
 from realmap.serving.registry import Syscall
 from realmap.wire import messages
+
+T = TypeVar("T")
 
 
 class Books:
@@ -41,6 +45,7 @@ class Books:
         self.peers = Peers(limits)
         self.processes = ProcessTable()
         self.handles = Handles()
+        self.ports = Ports()
         self.inheritance = Inheritance()
         #: Told of what happens; None while nobody looks.
         self.observer: Observer | None = None
@@ -58,6 +63,15 @@ class Books:
         if process is not None and process.memory.stock.give_up():
             return True
         return sum(each.memory.stock.give_up() for each in self.processes) > 0
+
+    def patiently(self, process: UserProcess, job: Callable[[], T]) -> T:
+        """What `job` returns. Where it finds too little of something, stocks are given up before that is an error."""
+        while True:
+            try:
+                return job()
+            except PhysicalMemoryExhaustion:
+                if not self.give_way(process):
+                    raise
 
     def adopt(self, process: UserProcess, request: messages.Adopt) -> list[bool]:
         """Enters what a forked child inherited; which of that there is still."""

@@ -20,6 +20,9 @@ OF_PROCESS = {
     "undecoded": ("bytes of calls that wait for their handlers or are at work", "wait for some, or pass buffers"),
     "calls": ("calls that have not ended", "wait for some"),
     "handles": ("handles", "revoke some, or limit their uses and time"),
+    "seats": ("services", "close some, or serve more names by one"),
+    "sessions": ("sessions with services", "close some"),
+    "grants": ("buffers lent, to each server that it calls with them", "unmap some, or close sessions"),
 }
 #: And of a uid: what its processes left that have ended.
 OF_USER = {

@@ -23,7 +23,8 @@ from realmap.kernel.connection import Connection
 from realmap.kernel.given_up import GivenUp
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.running import Running
-from realmap.kernel.services import Answer, Begun, Later, serve
+from realmap.kernel.seats import Seats
+from realmap.kernel.services import SERVICES, Answer, Begun, Later
 from realmap.memory.frames import SharedFrames
 from realmap.serving import syscalls, user_buffer
 from realmap.serving.caller import RunningKernel
@@ -59,6 +60,7 @@ class Dispatch:
         kernel: RunningKernel,
         relay: Relay[Away],
         page: Page,
+        seats: Seats,
     ) -> None:
         """`asks`: the services about the kernel itself, by name. `kernel`: handed to handlers. `relay`: it may take the
         loop from a handler. `page`: is told whose handler has the loop.
@@ -70,6 +72,7 @@ class Dispatch:
         self._kernel = kernel
         self._relay = relay
         self._page = page
+        self._services = SERVICES | seats.services
         #: Called where there may be something to watch from now on.
         self.busy: Callable[[], None]
         #: Those at work on worker threads, or waiting for one, and those that lost the loop.
@@ -95,9 +98,12 @@ class Dispatch:
             elif process is None:
                 raise AccessDenied(why="a control connection is no process: it has no memory and makes no calls")
             else:
-                got = serve(self._books, process, request)
+                service = self._services[type(request)]
+                got = self._books.patiently(process, lambda: service(self._books, process, request))
                 if isinstance(got, Later):
                     self._answer_later(connection, process, request.id, got)
+                elif isinstance(got, Begun):
+                    got.begin(partial(self._reply, connection, request.id))
                 elif got is not None:
                     self._reply(connection, request.id, got)
                 self.busy()

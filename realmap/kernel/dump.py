@@ -20,6 +20,7 @@ from realmap._core import holders_of
 from realmap.kernel.books import Books
 from realmap.kernel.handles import FOR_EVER, Shared
 from realmap.kernel.limits import segments_of
+from realmap.kernel.ports import Grant, Ports, Seat
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.running import Running
 from realmap.memory.cross_process import CrossProcessMapping
@@ -31,6 +32,8 @@ from realmap.serving.user_buffer import parts_of
 from realmap.wire.records import FORM
 
 Row = tuple[Any, ...]
+#: What is counted of peers, and told in `stats`.
+_COUNTED = "connections", "half_sent", "unread", "undecoded", "orphans", "seats", "sessions", "grants"
 #: How many rows are written at a time: about 0.2 ms.
 BATCH = 128
 
@@ -58,11 +61,13 @@ def stats(books: Books, around: Around) -> dict[str, int]:
 
     `given_up`: handlers at work that nobody waits for, or that lost the loop (`GivenUp`).
 
+    `lent`: windows of lent pages, as their servers said last; `grants`: mappings that servers may map.
+
     What was done so far: calls (how many of them failed, and how many were `late`, having lost the loop), mirrors made
     and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
-    peers = books.peers.totals()
+    peers, lent = books.peers.totals(), [window for seat in books.ports for window in seat.served.lent]
     kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     mappings = sum(len(process.memory) for process in books.processes)  # first: it finds what of a stock is used again
     stocks = [process.memory.stock for process in books.processes]
@@ -97,7 +102,9 @@ def stats(books: Books, around: Around) -> dict[str, int]:
         "controls": around.controls,
         "descriptors": _descriptors(),
         "threads": around.threads,
-        **{name: peers[name] for name in ("connections", "half_sent", "unread", "undecoded", "orphans")},
+        **{name: peers[name] for name in _COUNTED},
+        "lent": len(lent),
+        "lent_bytes": sum(length for _, _, length, _, _ in lent),
     }
 
 
@@ -163,6 +170,8 @@ class Picture:
         self._frames = [frames for frames in found if type(frames) is SharedFrames]
         self._holders = holders_of(self._frames)
         self._kept = books.memory.kept.windows() if books.memory.kept else []
+        self._rows = {"running": [self._running_row(each) for each in around.running]} | _rows_of_seats(books.ports)
+        self._rows["running"] += self._served_rows(books.ports)
         self._plain = {
             "form": FORM,
             "pid": os.getpid(),
@@ -176,10 +185,10 @@ class Picture:
             "calls": [
                 (each.name, each.blocking, each.calls, each.failed, *each.durations.summary())
                 for each in books.syscalls.values()
-            ],
-            "running": [
-                (each.process.number, each.name, None if each.began is None else self._now - each.began, each.given_up)
-                for each in around.running
+            ]
+            + [
+                (name, False, each.calls, each.failed, *each.durations.summary(), each.servers)
+                for name, each in books.ports.totals().items()
             ],
             "pinned": [mapping.frames.serial for mapping in loose if isinstance(mapping.frames, SharedFrames)],
             "outbox": around.outbox,
@@ -189,9 +198,12 @@ class Picture:
         """It in MessagePack, a little at a time: one map."""
         serials = {frames.serial for frames in self._frames}
         kept = [window for window in self._kept if window.serial in serials]
-        yield b"\xde" + (len(self._plain) + 5).to_bytes(2, "big")
+        yield b"\xde" + (len(self._plain) + len(self._rows) + 5).to_bytes(2, "big")
         for name, value in self._plain.items():
             yield encode(name) + encode(value)
+        for name, rows in self._rows.items():
+            yield encode(name)
+            yield from _list(len(rows), iter(rows))
         yield encode("processes") + _list_of(len(self._processes))
         for mappings, facts, parked in self._processes:
             yield _row_with(2, facts)
@@ -225,6 +237,17 @@ class Picture:
                 rows.clear()
         yield _side_by_side(rows)
 
+    def _running_row(self, each: Running) -> Row:
+        return each.process.number, each.name, None if each.began is None else self._now - each.began, each.given_up
+
+    def _served_rows(self, ports: Ports) -> list[Row]:
+        """Calls of services, as their servers said last."""
+        return [
+            (session.process.number, name, began and max(0.0, self._now - began), False, seat.process.number)
+            for seat in ports
+            for session, name, began in seat.running()
+        ]
+
     def _handle_row(self, shared: Shared, changing: Row) -> Row:
         maker, keep, uses, until = changing
         return (
@@ -239,6 +262,36 @@ class Picture:
             None if until is None else until - self._now,
             shared.uid,
         )
+
+
+def _rows_of_seats(ports: Ports) -> dict[str, list[Row]]:
+    seats = list(ports)
+    sessions = [session for seat in seats for session in seat.sessions.values()]
+    return {
+        "seats": [_seat_row(seat) for seat in seats],
+        "sessions": [(session.number, session.seat.number, session.process.number) for session in sessions],
+        "grants": [_grant_row(grant) for session in sessions for grant in session.grants.values()],
+        "lent": [row for seat in seats for row in _lent_rows(seat)],
+    }
+
+
+def _seat_row(seat: Seat) -> Row:
+    begins = [began for _, _, began in seat.running()]
+    waiting = begins.count(None)
+    at_work = len(begins) - waiting
+    return seat.number, seat.process.number, seat.names, seat.threads, seat.queue, seat.closing, at_work, waiting
+
+
+def _grant_row(grant: Grant) -> Row:
+    mapping = grant.mapping
+    place = mapping.phys_offset, mapping.address, mapping.length, int(mapping.rights)
+    return grant.session.number, grant.frames.serial, *place
+
+
+def _lent_rows(seat: Seat) -> list[Row]:
+    told = seat.served
+    lent = [(seat.number, number or None, address, *rest) for number, address, *rest in told.lent]
+    return lent + [(seat.number, None, 0, length, at, 0, True) for at, length in told.kept]
 
 
 def _process_facts(process: UserProcess) -> Row:

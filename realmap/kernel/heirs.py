@@ -11,7 +11,7 @@ from realmap.host import files, liveness, procfs
 from realmap.kernel.books import Books
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
-from realmap.memory.lands import USER_LAND
+from realmap.memory.lands import OWN_LAND
 from realmap.serving.loop import Loop
 from realmap.serving.workers import Workers
 
@@ -55,11 +55,11 @@ class Heirs:
         def look() -> None:
             found: dict[int, tuple[int, Files]] = {}
             try:
-                for pid in procfs.who_maps(every, USER_LAND.start, USER_LAND.end, known):
+                for pid in procfs.who_maps(every, OWN_LAND.start, OWN_LAND.end, known):
                     with contextlib.suppress(OSError):
                         pidfd = os.pidfd_open(pid)
                         # Asked again, now that it cannot be another one: its pid may have been used anew.
-                        maps = procfs.which_it_maps(pid, every, USER_LAND.start, USER_LAND.end)
+                        maps = procfs.which_it_maps(pid, every, OWN_LAND.start, OWN_LAND.end)
                         if not maps or liveness.is_dead(pidfd):
                             files.close(pidfd)
                         else:

@@ -42,6 +42,7 @@ from realmap.kernel.heirs import Heirs
 from realmap.kernel.limits import Limits
 from realmap.kernel.listener import Listener
 from realmap.kernel.registration import Registration
+from realmap.kernel.seats import Seats
 from realmap.kernel.snapshots import Snapshots
 from realmap.kernel.tracer import Tracer
 from realmap.kernel.view import ProcessView
@@ -122,7 +123,10 @@ class Kernel:
         admission = Admission(self.books, self.workers)
         self.clients = Clients(self.books, self.loop, admission, self._heirs, spin=self._spin, gone=self._lose_client)
         self.relay: Relay[Away] = Relay(self._run)
-        self.dispatch = Dispatch(self.books, self.clients, self.loop, self._asks(), self, self.relay, self.page)
+        self._seats = Seats(self.books, self.loop, self._spin)
+        self.dispatch = Dispatch(
+            self.books, self.clients, self.loop, self._asks(), self, self.relay, self.page, self._seats
+        )
         self.clients.handle = self.dispatch.handle
         self.snapshots = Snapshots(self.loop, self._picture)
         self.watchdog = Watchdog(self.books, self.loop, self.clients, self.dispatch)
@@ -319,6 +323,8 @@ class Kernel:
     def _lose_client(self, connection: Connection) -> None:
         self.tracer.lose(connection)
         self.dispatch.lose(connection)
+        if connection.process is not None:
+            self._seats.leave(connection.process)
         self.watchdog.wake()  # it may have left handles that last for a time
 
     def _close(self) -> None:
@@ -365,8 +371,8 @@ class Kernel:
         self.frames.after_fork_in_child()
         if self._listener is None or not self.loop.is_open:
             return
-        owners = (self.snapshots, self._heirs, self.clients, self._listener, self.loop, self.relay, self._attention)
-        for owner in owners:
+        mine = self.snapshots, self._heirs, self._seats, self.clients, self._listener, self.loop, self.relay
+        for owner in (*mine, self._attention):
             with contextlib.suppress(Exception):  # each whatever state the fork has found another in
                 if owner is not None:
                     owner.after_fork_in_child()

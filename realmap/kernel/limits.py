@@ -6,6 +6,7 @@ import os
 import resource
 from typing import SupportsIndex
 
+from realmap.errors import LimitReached
 from realmap.pages import usize
 
 
@@ -18,7 +19,8 @@ class Limits:
     up, before anybody is refused anything.
     For each call: `buffers`, and mappings that they lie in (LimitReached).
 
-    For each pid, over all its connections: `connections`, `handles`, `calls` of blocking handlers that have not ended,
+    For each pid, over all its connections: `connections`, `handles`, `seats` (what it serves), `sessions` with services
+    and `grants` (buffers that it has lent to each of those), `calls` of blocking handlers that have not ended,
     and bytes of these (`undecoded`); beyond, LimitReached. `running` of these calls run on worker threads at a time
     (by default twice as many as there are CPUs, 4 at least); the others wait their turn. Bytes of messages whose last
     part has not come (`half_sent`), and of answers that it has not read (`unread`): beyond, that connection is ended,
@@ -43,6 +45,7 @@ class Limits:
         "calls",
         "connections",
         "given_up",
+        "grants",
         "half_sent",
         "handles",
         "inheritances",
@@ -51,8 +54,10 @@ class Limits:
         "processes",
         "reserve",
         "running",
+        "seats",
         "seconds",
         "segments",
+        "sessions",
         "stock",
         "undecoded",
         "unread",
@@ -78,6 +83,9 @@ class Limits:
         inheritances: SupportsIndex = 256,
         reserve: SupportsIndex = 32,
         stock: SupportsIndex = 1 << 20,
+        seats: SupportsIndex = 64,
+        sessions: SupportsIndex = 256,
+        grants: SupportsIndex = 4096,
     ) -> None:
         self.processes = _some(processes, "processes")
         self.mappings = _some(mappings, "mappings")
@@ -93,6 +101,9 @@ class Limits:
         self.inheritances = _some(inheritances, "inheritances")
         self.reserve = _some(reserve, "reserve")
         self.stock = usize(stock, "stock")
+        self.seats = _some(seats, "seats")
+        self.sessions = _some(sessions, "sessions")
+        self.grants = _some(grants, "grants")
         self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
         self.given_up = _some(given_up, "given_up")
         if seconds is not None and not seconds > 0:
@@ -112,6 +123,14 @@ def first_reserved(limits: Limits) -> int:
     """The lowest descriptor of the reserve, which is an eighth at most of what this process may open."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return most - min(limits.reserve, most // 8)
+
+
+def require_unreserved(limits: Limits, *descriptors: int) -> None:
+    """LimitReached: one of them, just opened, is of the reserve."""
+    first = first_reserved(limits)
+    if max(descriptors) >= first:
+        why = f"the kernel has {first} descriptors in use, and keeps the others for commands (reserve)"
+        raise LimitReached("descriptors", first, why=f"{why}: unmap or close some, or raise ulimit -n")
 
 
 def _some(number: SupportsIndex, what: str) -> int:

@@ -36,5 +36,12 @@ class Observer(Protocol):
     def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
         """That has ended. On its thread."""
 
+    def served(
+        self, server: UserProcess, caller: int, id: int, name: str, times: tuple[int, int, int], code: int
+    ) -> None:
+        """`server` says that it has answered a call of process number `caller`, which came, began and ended then
+        (monotonic, ns); `code`: the error's, or 0.
+        """
+
     def copied(self, process: UserProcess, address: int, length: int, began: int, out: bool, failed: bool) -> None:
         """A handler's copy of so many bytes has ended, which `began` then (monotonic, ns). On the handler's thread."""

@@ -38,6 +38,9 @@ class UserProcess:
         self.calls = 0
         #: The handles that it made, or that it attached by name (`handles.Shared`).
         self.handles: dict[Any, None] = {}
+        #: What it serves, and calls: by number (`ports.Seat`, `ports.Session`).
+        self.seats: dict[int, Any] = {}
+        self.sessions: dict[int, Any] = {}
         #: Mappings whose frames are still to be taken, one after the other.
         self.coming = 0
 

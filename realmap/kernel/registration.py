@@ -45,6 +45,8 @@ class Registration:
                 if not replace:
                     raise KernelError(why=f"the kernel has a syscall {name!r} already: unregister it, or replace=True")
                 syscall.calls, syscall.failed, syscall.late = before.calls, before.failed, before.late
+            elif self._books.ports.is_served(name):
+                raise KernelError(why=f"a process serves {name!r} already: register it by another name")
         self._books.syscalls = known | found  # who is at it, a snapshot say, goes on with what there was
 
     def _remove(self, name: str) -> None:

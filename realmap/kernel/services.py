@@ -60,6 +60,11 @@ class Later(NamedTuple):
         return PhysicalMemoryExhaustion(self.size, why=f"no thread to take so much memory on: {error}")
 
 
+#: What a service makes of a request; None: it has no answer.
+Served = Answer | Begun | Later | None
+Service = Callable[[Books, UserProcess, Any], Served]
+
+
 def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Answer | Later:
     """Makes frames and a mapping of them: [address, length, segments, huge, serial].
 
@@ -133,15 +138,15 @@ def _enter(
     mapping = memory.enter_anywhere(frames, size, kind, rights, HUGE_SIZE if huge else 1)
     address = mapping.address
     try:
-        descriptors = _descriptors(mapping, 0)
+        rights = descriptors(mapping, 0)
     except BaseException:
         memory.unmap(address, size).release()
         raise
     count = len(frames.segments) if isinstance(frames, SharedFrames) else 0
-    return [address, size, count, huge, mapping.serial], descriptors
+    return [address, size, count, huge, mapping.serial], rights
 
 
-def _descriptors(mapping: Mapping, first: int) -> list[int]:
+def descriptors(mapping: Mapping, first: int) -> list[int]:
     """Descriptors of its segments from its `first` on, a batch; read-only ones where the user may not write.
 
     Each is opened anew: of a description that the kernel uses itself, a user that sets O_APPEND on it changes where the
@@ -172,13 +177,13 @@ def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answ
     assert isinstance(frames, SharedFrames)
     pieces = [[offset, size] for _, offset, size in frames.pieces(mapping.phys_offset, mapping.length)]
     try:
-        descriptors = _descriptors(mapping, 0)
+        rights = descriptors(mapping, 0)
     except BaseException:
         process.memory.unmap(mapping.address, mapping.length).release()
         raise
     spend()
     place = [mapping.address, mapping.length, len(pieces), frames.huge, mapping.serial]
-    return [*place, lead, length, int(mapping.rights), pieces], descriptors
+    return [*place, lead, length, int(mapping.rights), pieces], rights
 
 
 def _require_room(books: Books, process: UserProcess, length: int) -> None:
@@ -201,7 +206,7 @@ def more(books: Books, process: UserProcess, request: messages.More) -> Answer:
         raise InvalidSize(request.first, why="no such segment")
     if isinstance(mapping.frames, SharedFrames):
         mapping.frames.recycles = False  # its program may hand the descriptor to anybody
-    return None, _descriptors(mapping, request.first)
+    return None, descriptors(mapping, request.first)
 
 
 def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
@@ -214,6 +219,7 @@ def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
         raise InvalidAddress(
             start, why=f"what is in the way there is whole pages, and ends behind that, not at {end:#x}"
         )
+    books.ports.unmapped(process, mapping.serial)
     moved = process.memory.move(mapping, (start, end))
     return moved.address, []
 
@@ -224,11 +230,13 @@ def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer
     if place < 0:
         mapping = memory.unmap(request.address, request.length)
         mapping.release()
+        books.ports.unmapped(process, mapping.serial)
         books.handles.unmapped(process, mapping.frames, time.monotonic())
         return None, []
     stock = memory.stock
     stock.require(place)
     mapping = memory.unmap(request.address, request.length)
+    books.ports.unmapped(process, mapping.serial)
     if not stock.enter(place, mapping):
         books.handles.unmapped(process, mapping.frames, time.monotonic())
     stock.say(place)
@@ -271,19 +279,8 @@ def forked(books: Books, process: UserProcess, request: messages.Forked) -> None
     process.memory.empty_stock()
 
 
-def serve(books: Books, process: UserProcess, request: messages.Request) -> Answer | Later | None:
-    """Does what is asked for. Where there is too little of something, stocks are given up before that is an error."""
-    service = SERVICES[type(request)]
-    while True:
-        try:
-            return service(books, process, request)
-        except PhysicalMemoryExhaustion:
-            if not books.give_way(process):
-                raise
-
-
-#: The service for each type of message.
-SERVICES: dict[type, Callable[[Books, UserProcess, Any], Answer | Later | None]] = {
+#: The service for each type of message, but for those of ports (`seats`).
+SERVICES: dict[type, Service] = {
     messages.Map: map_memory,
     messages.Unmap: unmap,
     messages.More: more,

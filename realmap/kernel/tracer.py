@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidHandle, InvalidSize, LimitReached, PhysicalMemoryExhaustion
 from realmap.kernel.books import Books
@@ -23,6 +21,7 @@ from realmap.kernel.running import Running
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
+from realmap.serving.syscalls import code_of
 from realmap.wire import messages
 from realmap.wire.records import ALREADY, BLOCKING, DIED, FAILED, LEAST, MOST, OUT, REAPED, SERVICE, Kind
 
@@ -33,7 +32,9 @@ LONGEST = 100
 #: Records that one answer brings at most: 512 KiB, half of a message; names that are new fit into the other half.
 BATCH = 1 << 13
 # Plain numbers, where it has to be quick.
-CALL, ANSWER, DONE, BEGIN, END, COPY = map(int, (Kind.CALL, Kind.ANSWER, Kind.DONE, Kind.BEGIN, Kind.END, Kind.COPY))
+CALL, ANSWER, DONE, BEGIN, END, COPY, SERVED = map(
+    int, (Kind.CALL, Kind.ANSWER, Kind.DONE, Kind.BEGIN, Kind.END, Kind.COPY, Kind.SERVED)
+)
 
 
 def _nobody(*_: int) -> None:
@@ -84,6 +85,7 @@ class Tracer:
         self._tell_what_is_there(running)
         self._books.memory._listen(events)
         self._books.observer = self
+        self._books.ports.traced(True)
         return {"began": began, "time": time.time(), "pid": os.getpid()}
 
     def read(self, connection: Connection) -> list[Any]:
@@ -106,6 +108,7 @@ class Tracer:
         if connection is not self.listener or self.events is None:
             return
         self._books.observer = None
+        self._books.ports.traced(False)
         self._books.memory._listen(None)
         for process in [*self._books.processes, *self._books.inheritance]:
             process.memory.told = None
@@ -233,9 +236,9 @@ class Tracer:
         """A request was answered; 0 is none that wants an answer."""
         if process is not None:
             if id:
-                self._emit(ANSWER, 0, process.number, 0, id, _error(message), len(message))
+                self._emit(ANSWER, 0, process.number, 0, id, code_of(message), len(message))
         elif client is not self.listener:
-            self._emit(ANSWER, 0, 0, 0, id, _error(message), len(message))
+            self._emit(ANSWER, 0, 0, 0, id, code_of(message), len(message))
 
     def began(self, process: UserProcess, name: str, id: int, thread: int) -> None:
         """A blocking handler begins on a thread, or one has lost the loop to this one."""
@@ -245,17 +248,15 @@ class Tracer:
     def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
         """It has ended."""
         number = self._of_call(name)[0]
-        self._emit(END, 0, process.number, number, id, _error(answer), 0, 0, threading.get_ident())
+        self._emit(END, 0, process.number, number, id, code_of(answer), 0, 0, threading.get_ident())
+
+    def served(
+        self, server: UserProcess, caller: int, id: int, name: str, times: tuple[int, int, int], code: int
+    ) -> None:
+        """A service has answered a call."""
+        self._emit(SERVED, 0, caller, self._name(name), id, *times, server.number << 32 | code)
 
     def copied(self, process: UserProcess, address: int, length: int, began: int, out: bool, failed: bool) -> None:
         """A handler has copied."""
         flags = (OUT if out else 0) | (FAILED if failed else 0)
         self._emit(COPY, flags, process.number, address, length, began, 0, 0, threading.get_ident())
-
-
-_failed = msgspec.msgpack.Decoder(messages.Failed)
-
-
-def _error(answer: bytes) -> int:
-    """The code of the error that an answer is; 0: it is none."""
-    return 0 if answer[1] == messages.DONE else _failed.decode(answer).error.code

@@ -51,12 +51,16 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True)
 class Mix:
-    """How often each kind is chosen, relative to the others, and how large things get (bytes)."""
+    """How often each kind is chosen, relative to the others, and how large things get (bytes).
+
+    `own`: those of the kinds that the model knows nothing about: a step of one is its seed.
+    """
 
     weights: dict[str, int]
     longest: int = 256 << 10
     buffers: int = 12
     kept: int = 4
+    own: frozenset[str] = frozenset({"fork"})
 
 
 #: Of a process that does everything, and neither dies nor has its memory taken away.
@@ -64,8 +68,6 @@ CALM = {
     "map": 12, "map_read_only": 2, "write": 16, "check": 14, "digest": 16, "slow_digest": 4, "copied_digest": 10,
     "reverse": 10, "fill": 8, "copy": 6, "keep": 2, "drop": 3, "unmap": 6, "forget": 3,
 }  # fmt: skip
-#: What needs none that is there.
-WITHOUT_BUFFER = ("map", "map_read_only", "fork")
 MIXES = {
     "quick": Mix(CALM | {"fork": 1}),
     "soak": Mix(CALM | {"fork": 1, "map": 8, "unmap": 5}, longest=64 << 10),
@@ -103,8 +105,9 @@ class Model:
             impossible.add("keep")
         if not self.fitting("write"):
             impossible.add("copy")
+        without_buffer = {"map", "map_read_only", *mix.own}
         return [
-            kind for kind in mix.weights if kind not in impossible and (kind in WITHOUT_BUFFER or self.fitting(kind))
+            kind for kind in mix.weights if kind not in impossible and (kind in without_buffer or self.fitting(kind))
         ]
 
     def fitting(self, kind: str) -> list[int]:
@@ -162,7 +165,7 @@ def choose(model: Model, draw: Draw, mix: Mix) -> Step:
             break
     if kind in ("map", "map_read_only"):
         return _map(model, draw, mix, kind)
-    if kind == "fork":
+    if kind in mix.own:
         return Step(kind, seed=draw.below(1 << 32))
     keys = model.fitting(kind)
     key = keys[draw.below(len(keys))]

@@ -28,7 +28,8 @@ from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.foreign import ForeignMapping, ForeignProcess
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames
 from realmap.memory.kernel_memory import AddressState, KernelMemory
-from realmap.memory.lands import KERNEL_LAND, USER_LAND, Land
+from realmap.memory.lands import KERNEL_LAND, LENT_LAND, USER_LAND, Land
+from realmap.memory.lending import LentLand, LentMapping
 from realmap.memory.mapping import Mapping
 from realmap.memory.process_memory import ProcessMemory
 from realmap.memory.userspace_ptr import UserspacePtr
@@ -36,6 +37,7 @@ from realmap.rights import MappingAccessRights, MemoryState, MemoryType
 
 __all__ = [
     "KERNEL_LAND",
+    "LENT_LAND",
     "USER_LAND",
     "AddressState",
     "Bookkeeping",
@@ -45,6 +47,8 @@ __all__ = [
     "FrameAllocator",
     "KernelMemory",
     "Land",
+    "LentLand",
+    "LentMapping",
     "Mapping",
     "MappingAccessRights",
     "MemoryState",

@@ -162,15 +162,30 @@ class CrossProcessMapping(Mirror, ByteAccess):
                 start, lead = low, at - low
             demand(not pieces or low == at, "only the first part may start within a page")
             pieces += mapping.frames.pieces(low, high - low)
+        return cls._placed(ranges, kernel, tuple(frames.values()), pieces, start, lead, pieces[0][1], prot)
+
+    @classmethod
+    def _placed(
+        cls,
+        ranges: list[Part],
+        kernel: KernelMemory,
+        frames: tuple[SharedFrames, ...],
+        pieces: list[Piece],
+        start: int,
+        lead: int,
+        residue: int,
+        prot: int,
+    ) -> Self:
+        """Maps `pieces` side by side where there is space: from `start` of the frames on, `lead` bytes of which are not
+        shown. `residue`: what a large one's address is congruent to.
+        """
         mappings = tuple(mapping for mapping, _, _ in ranges)
         total = sum(length for _, _, length in ranges)
 
         def make(base: int) -> Any:
-            held = tuple(frames.values())
-            return cls._open_at(kernel, base, mappings, held, pieces, start, lead, total, prot)
+            return cls._open_at(kernel, base, mappings, frames, pieces, start, lead, total, prot)
 
-        span = sum(piece[2] for piece in pieces)
-        made: Self = kernel.place(make, span, pieces[0][1] % HUGE_SIZE, prot, len(pieces))
+        made: Self = kernel.place(make, sum(piece[2] for piece in pieces), residue % HUGE_SIZE, prot, len(pieces))
         return made
 
     def _prefault(self) -> None:
@@ -244,8 +259,12 @@ class CrossProcessMapping(Mirror, ByteAccess):
 
     def __repr__(self) -> str:
         if not self.alive:
-            return f"<CrossProcessMapping, dropped, {len(self)} bytes>"
-        return f"<CrossProcessMapping {self.address:#x}, {len(self)} bytes, {self.rights}, of {self.mapping!r}>"
+            return f"<{type(self).__name__}, dropped, {len(self)} bytes>"
+        return f"<{type(self).__name__} {self.address:#x}, {len(self)} bytes, {self.rights}, of {self.mapping!r}>"
+
+
+def _type(kernel: KernelMemory) -> type[CrossProcessMapping]:
+    return kernel.mirror_type or CrossProcessMapping
 
 
 def mirror_for(
@@ -255,7 +274,8 @@ def mirror_for(
 
     `caller._note_fault(mirror, address)` is called where bytes of it were gone by the time that it is dropped.
     """
-    return CrossProcessMapping._open(kernel, mapping, offset, length, rights, caller)
+    made: CrossProcessMapping | None = _type(kernel)._open(kernel, mapping, offset, length, rights, caller)
+    return made
 
 
 def mirror_parts(
@@ -265,9 +285,10 @@ def mirror_parts(
 
     Errors as `mirror_mapping`; all of it is mirrored, or nothing.
     """
+    kind = _type(kernel)
     if len(parts) == 1:
-        return CrossProcessMapping.mirror_mapping(*parts[0], kernel=kernel, rights=rights, populate=populate)
-    mirror = CrossProcessMapping._mirror(parts, kernel, rights)
+        return kind.mirror_mapping(*parts[0], kernel=kernel, rights=rights, populate=populate)
+    mirror = kind._mirror(parts, kernel, rights)
     if populate:
         mirror._prefault()
     return mirror

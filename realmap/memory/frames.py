@@ -10,6 +10,7 @@ exactly as long as what it was made for.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import weakref
@@ -113,11 +114,13 @@ class SharedFrames(FramesCore):
         """Which segment the byte at `offset` is in, counted from 0."""
         return bisect_right(self._starts, offset) - 1
 
-    def pieces(self, offset: int, length: int) -> list[Piece]:
-        """Where [offset, offset + length) lies, as parts of the segments' files. The caller has checked the range."""
-        found = []
+    def pieces(self, offset: int, length: int, most: int = USIZE_MAX) -> list[Piece]:
+        """Where [offset, offset + length) lies, as parts of the segments' files: the first `most` of them. The caller
+        has checked the range.
+        """
+        found: list[Piece] = []
         index = self.index_of(offset)
-        while length:
+        while length and len(found) < most:
             segment = self.segments[index]
             inside = offset - self._starts[index]
             size = min(length, segment.length - inside)
@@ -298,6 +301,33 @@ class FrameAllocator(Account):
         """As `allocate`, for who has checked already: `step` bytes a segment."""
         frames = SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
         self._opened[frames.segments[0].fd] = weakref.ref(frames)
+        return frames
+
+    def receive(self, descriptors: list[int], lengths: list[int]) -> SharedFrames:
+        """Frames of segments that another process made: the first so many bytes of each. The descriptors are theirs
+        from here on, and are closed where this fails.
+
+        InvalidSize: they are not as many. PhysicalMemoryExhaustion: the limit does not allow it. OSError: one of them
+        is no descriptor.
+        """
+        made: list[Segment] = []
+        try:
+            size, count = sum(lengths), len(descriptors)
+            if count != len(lengths):
+                raise InvalidSize(size, why=f"{len(lengths)} segments, and {count} descriptors of them")
+            charge = self._charge(size, count)
+            if not isinstance(charge, Charge):  # whose limit it is
+                raise charge._refusal(size, count)
+            made.extend(map(Segment.received, descriptors, lengths))
+            frames = SharedFrames(made, charge)
+        except BaseException:
+            for segment in made:
+                segment.close()
+            for fd in descriptors[len(made) :]:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            raise
+        self._opened.update(dict.fromkeys(descriptors, weakref.ref(frames)))
         return frames
 
     def make_segments(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import NamedTuple, SupportsIndex, TypeVar
+from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar
 
 from realmap._core import Land, Lock, Mirror
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
@@ -41,6 +41,11 @@ class AddressState(NamedTuple):
 class KernelMemory(Land):
     """A range of KernelLand in this process: finds space in it, maps frames there, and knows what is where."""
 
+    #: What it is a part of.
+    whole = KERNEL_LAND
+    #: What the parts of a buffer are mirrored by in it; None: `CrossProcessMapping`.
+    mirror_type: ClassVar[Any] = None
+
     def __init__(
         self,
         start: SupportsIndex = KERNEL_LAND.start,
@@ -55,7 +60,7 @@ class KernelMemory(Land):
         machine's address space is too small for the lands.
         """
         require_address_space()
-        self.land = KERNEL_LAND.part(start, length)
+        self.land = self.whole.part(start, length)
         self.start, self.length = self.land.start, self.land.length
         #: What was copied to and from users without mapping: times, bytes.
         self.copies_in = self.bytes_in = self.copies_out = self.bytes_out = 0
@@ -117,7 +122,7 @@ class KernelMemory(Land):
             if hole is None:
                 raise VirtualMemoryExhaustion(
                     span,
-                    why=f"no hole of {span} bytes in {self.length} bytes of KernelLand ({self.live} mirrors live)",
+                    why=f"no hole of {span} bytes in the {self.length} of {self.land.name} ({self.live} mirrors live)",
                 )
             if self._move(seen, hole[0] + span + GUARD, hole[1]):  # else a signal handler has taken space meanwhile
                 return hole[0]
@@ -162,8 +167,8 @@ class KernelMemory(Land):
                 if not self._make_room(maps):
                     raise VirtualMemoryExhaustion(
                         span,
-                        why=f"mirrors take {self._maps} maps of the {self._most} that KernelLand may have, and this "
-                        f"one wants {maps}: drop some first, or raise Linux's limit (sysctl vm.max_map_count)",
+                        why=f"mirrors take {self._maps} maps of the {self._most} that {self.land.name} may have, and "
+                        f"this one wants {maps}: drop some first, or raise Linux's limit (sysctl vm.max_map_count)",
                     )
                 try:
                     address = self._find(span, residue)
@@ -215,7 +220,7 @@ class KernelMemory(Land):
 
     def _inside(self, address: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         start, size = usize(address, "address"), usize(length, "length")
-        demand(self.land.holds(start, size), f"[{start:#x}, {start + size:#x}) is not in KernelLand {self.land}")
+        demand(self.land.holds(start, size), f"[{start:#x}, {start + size:#x}) is not in {self.land}")
         return start, size
 
     def mapping_state(self, address: SupportsIndex) -> AddressState:
@@ -251,7 +256,7 @@ class KernelMemory(Land):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<KernelMemory [{self.start:#x}, {self.land.end:#x}), {self.live} mirrors>"
+        return f"<{type(self).__name__} [{self.start:#x}, {self.land.end:#x}), {self.live} mirrors>"
 
     def _after_fork_in_child(self) -> None:
         """In a forked child: the child has no part in what the kernel had mapped."""

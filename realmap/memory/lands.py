@@ -5,6 +5,7 @@
     0x2000_0000_0000  ├──────────────────────────────┤  UserLand, in every user process
                       │  mappings, by find_available_space
     0x2c00_0000_0000  │  - - - - - - - - - - - - - - │  heap: resize_heap grows it from here
+    0x2e00_0000_0000  │  - - - - - - - - - - - - - - │  LentLand, in a process that serves: what others lend it
     0x3000_0000_0000  ├──────────────────────────────┤  KernelLand, in the kernel process
                       │  mirrors, one free page between neighbours
     0x3f00_0000_0000  │  - - - - - - - - - - - - - - │  mirrors of processes that are no users of a kernel
@@ -52,10 +53,13 @@ class Land(NamedTuple):
 
 
 USER_LAND = Land("UserLand", 0x2000_0000_0000, 0x1000_0000_0000)
+LENT_LAND = Land("LentLand", 0x2E00_0000_0000, 0x0200_0000_0000)
+#: Where a process has mappings of its own: UserLand without what others lend it.
+OWN_LAND = USER_LAND._replace(length=LENT_LAND.start - USER_LAND.start)
 KERNEL_LAND = Land("KernelLand", 0x3000_0000_0000, 0x1000_0000_0000)
 #: Where `ForeignProcess` mirrors: the upper sixteenth of KernelLand; a kernel in the same process does not know of it.
 FOREIGN_LAND = KERNEL_LAND.part(KERNEL_LAND.end - KERNEL_LAND.length // 16, KERNEL_LAND.length // 16)
-#: Where the heap of a process starts: the upper quarter of its UserLand is the heap's alone.
+#: Where the heap of a process starts: in the upper quarter of its UserLand; LentLand is the upper half of that.
 HEAP_SHARE = 4
 #: Left unmapped between neighbouring mirrors, so that running off the end faults. Bytes.
 GUARD = PAGE_SIZE

@@ -17,7 +17,7 @@ from realmap.memory.bookkeeping import Bookkeeping, Space
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, whole_pages
 from realmap.memory.kernel_memory import KernelMemory
-from realmap.memory.lands import HEAP_SHARE, USER_LAND
+from realmap.memory.lands import HEAP_SHARE, OWN_LAND, USER_LAND
 from realmap.memory.mapping import Frames, Mapping
 from realmap.memory.stock import Stock
 from realmap.pages import HUGE_SIZE, address_of, align_down, page_range, usize
@@ -25,6 +25,31 @@ from realmap.rights import MappingAccessRights, MemoryState, MemoryType, k_rw, r
 
 _ALLOCATE = object()
 NO_RIGHTS = MappingAccessRights(0)
+
+
+def walk(
+    mapping_at: Callable[[int], Mapping | None], address: int, length: SupportsIndex, most: int | None
+) -> list[Part]:
+    """`ProcessMemory.parts`, of whatever says which mapping an address falls in."""
+    at, size = address, usize(length, "length")
+    if not size:
+        raise InvalidSize(0, why="a buffer of no bytes")
+    if at + size > 1 << 64:
+        raise InvalidSize(size, why=f"address ({at:#x}) + length overflows 64 bits")
+    found: list[Part] = []
+    while size:
+        mapping = mapping_at(at)
+        if mapping is None:
+            raise InvalidAddress(
+                at, why="nothing is mapped there" if not found else "the buffer runs into a hole there"
+            )
+        if len(found) == most:
+            raise LimitReached("buffers", most, why=f"the buffers of a call may lie in {most} mappings each")
+        offset = at - mapping.address
+        inside = min(size, mapping.length - offset)
+        found.append((mapping, offset, inside))
+        at, size = at + inside, size - inside
+    return found
 
 
 class ProcessMemory:
@@ -42,7 +67,8 @@ class ProcessMemory:
         owner: str = "",
         stock: int = 0,
     ) -> None:
-        """Books for [start, start + length), whole pages inside of UserLand; its upper quarter is the heap's.
+        """Books for [start, start + length), whole pages inside of UserLand; its upper quarter is the heap's,
+        as far as LentLand does not begin there.
 
         `allocator` gives the frames that are not passed in; `owner` names the process in words. `stock`: bytes of
         parked windows that are kept.
@@ -225,7 +251,7 @@ class ProcessMemory:
         """Sets the size of the heap, in bytes (whole pages); its address, which never changes. It only grows: a brk.
 
         0 on a heap that is not there yet just tells the address. InvalidSize: unaligned, or smaller
-        than it is. VirtualMemoryExhaustion: beyond the heap's quarter of UserLand, or into another
+        than it is. VirtualMemoryExhaustion: beyond the heap's part of UserLand, or into another
         mapping. PhysicalMemoryExhaustion: no frames; the heap stays as it was.
         """
         old = self._heap
@@ -237,7 +263,7 @@ class ProcessMemory:
         if new < before:
             raise InvalidSize(new, why=f"the heap has {before} bytes, and only grows")
         other = self._tree().overlap(self.heap_start + before, self.heap_start + new)
-        if new > self.land.end - self.heap_start or other is not None:
+        if new > min(self.land.end, OWN_LAND.end) - self.heap_start or other is not None:
             raise VirtualMemoryExhaustion(
                 new, why=f"{other!r} is in the way" if other is not None else "the heap's part of UserLand is smaller"
             )
@@ -335,25 +361,7 @@ class ProcessMemory:
         InvalidAddress: outside of UserLand, nothing is mapped at `address`, or the range runs into a
         hole (its first byte is named). InvalidSize: zero, negative, or it overflows. LimitReached: more than `most`.
         """
-        at, size = self._inside(address), usize(length, "length")
-        if not size:
-            raise InvalidSize(0, why="a buffer of no bytes")
-        if at + size > 1 << 64:
-            raise InvalidSize(size, why=f"address ({at:#x}) + length overflows 64 bits")
-        found: list[Part] = []
-        while size:
-            mapping = self._tree().at(at)
-            if mapping is None:
-                raise InvalidAddress(
-                    at, why="nothing is mapped there" if not found else "the buffer runs into a hole there"
-                )
-            if len(found) == most:
-                raise LimitReached("buffers", most, why=f"the buffers of a call may lie in {most} mappings each")
-            offset = at - mapping.address
-            inside = min(size, mapping.length - offset)
-            found.append((mapping, offset, inside))
-            at, size = at + inside, size - inside
-        return found
+        return walk(self.mapping_at, self._inside(address), length, most)
 
     def mirror_mapping(
         self,
@@ -372,7 +380,7 @@ class ProcessMemory:
             mapping = self.mapping_at(address)
             if mapping is not None and 0 < length <= mapping.length - (offset := address - mapping.address):
                 # In one mapping: the common case.
-                return CrossProcessMapping.mirror_mapping(mapping, offset, length, kernel=kernel, rights=rights)
+                return mirror_parts([(mapping, offset, length)], kernel=kernel, rights=rights)
         return mirror_parts(self.parts(address, length), kernel=kernel, rights=rights)
 
     def release_all(self) -> None:

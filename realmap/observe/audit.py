@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,14 +13,19 @@ import msgspec
 
 from realmap.host import procfs, runtime
 from realmap.host.translate import SHM
-from realmap.memory.lands import FOREIGN_LAND, KERNEL_LAND, USER_LAND, Land
+from realmap.memory.lands import FOREIGN_LAND, KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
-from realmap.pages import PAGE_SIZE
-from realmap.wire.records import FramesInfo, MappingInfo, PartInfo
+from realmap.pages import PAGE_SIZE, align_down, align_up
+from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, PartInfo
 
+#: Servers say a few times a second what they have mapped: what differs there is looked at for longer, in seconds each.
+PAUSE = 0.1
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
+#: How long to wait before each further look, in seconds: who has been given memory, and is stopped or starved just
+#: then, has not mapped it yet.
+PAUSES = (0.0, 0.01, 0.05, 0.15, 0.3)
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -42,12 +48,22 @@ class Faulted(msgspec.Struct, frozen=True):
     length: int
 
 
+class Withheld(msgspec.Struct, frozen=True):
+    """Lent pages that a server, process `pid`, has still mapped at `address`: `why` it should not."""
+
+    pid: int
+    address: int
+    length: int
+    why: str
+
+
 class AuditReport(msgspec.Struct, frozen=True):
     """What an audit found. Clean: `differences` is empty, and the report is true as a bool.
 
     `processes`, `mappings`, `mirrors`, `frames`: how many were held against Linux. `unregistered`: pids
     that map segments of the kernel without being in its books (forks that never connected). `faulted`: what
-    shows zeros since its segment was truncated; no difference, the mapping is there.
+    shows zeros since its segment was truncated; no difference, the mapping is there. `withheld`: lent pages that
+    servers did not give back: Linux cannot take them away. No difference, where they say so.
     """
 
     differences: list[Difference]
@@ -57,6 +73,7 @@ class AuditReport(msgspec.Struct, frozen=True):
     frames: int
     unregistered: list[int]
     faulted: list[Faulted]
+    withheld: list[Withheld]
 
     def __bool__(self) -> bool:
         return not self.differences
@@ -188,7 +205,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     linux: dict[int, list[Range]] = {}
     for process in snapshot.processes:
         with contextlib.suppress(ProcessLookupError):
-            linux[process.pid] = linux_ranges(process.pid, USER_LAND, snapshot.pid)
+            linux[process.pid] = linux_ranges(process.pid, OWN_LAND, snapshot.pid)
     books, faulted = user_ranges(snapshot, linux)
     for pid, ranges in books.items():
         differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))
@@ -200,6 +217,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     own = KERNEL_LAND.part(KERNEL_LAND.start, FOREIGN_LAND.start - KERNEL_LAND.start)
     books_there = [each for each in kernel_ranges(snapshot) if each[0] < own.end]
     differences += _compare("KernelLand", books_there, linux_ranges(snapshot.pid, own, snapshot.pid))
+    differences += _lent(snapshot)
     differences += _recount(snapshot)
     differences += _descriptors(snapshot)
     differences += _names(snapshot)
@@ -211,7 +229,84 @@ def compare(snapshot: Snapshot) -> AuditReport:
         len(snapshot.frames),
         _unregistered(snapshot),
         faulted,
+        _withheld(snapshot),
     )
+
+
+def lent_to(snapshot: Snapshot, pid: int) -> list[LentInfo]:
+    """The windows of lent pages that a process says it has."""
+    numbers = {process.number for process in snapshot.processes if process.pid == pid}
+    seats = {seat.number for seat in snapshot.seats if seat.process in numbers}
+    return [each for each in snapshot.lent if each.seat in seats]
+
+
+def lent_parts(snapshot: Snapshot, lent: LentInfo) -> list[tuple[int, PartInfo]]:
+    """The whole pages that a window of lent pages shows, where they are, of what its process has mapped now."""
+    found: list[tuple[int, PartInfo]] = []
+    first, last = align_up(lent.address), align_down(lent.address + lent.length)
+    for process in snapshot.processes:
+        for mapping in process.mappings if process.number == lent.process else ():
+            low, high = max(first, mapping.address), min(last, mapping.address + mapping.length)
+            if low < high and mapping.frames is not None:
+                part = PartInfo(mapping.frames, mapping.phys_offset + low - mapping.address, high - low)
+                found.append((lent.at + low - lent.address, part))
+    return found
+
+
+def clipped(linux: list[Range], start: int, end: int) -> list[Range]:
+    """What of that is in [start, end)."""
+    found: list[Range] = []
+    for low, high, perms, inode, offset in linux:
+        if low < end and start < high:
+            at = max(low, start)
+            found.append((at, min(high, end), perms, inode, offset + at - low if inode else 0))
+    return found
+
+
+def _lent(snapshot: Snapshot) -> list[Difference]:
+    """LentLand of each process that serves: what it says is mapped there, and nothing else of the kernel's frames."""
+    frames, serving = snapshot.frames_by_serial(), {seat.process for seat in snapshot.seats}
+    found: list[Difference] = []
+    for pid in {process.pid for process in snapshot.processes if process.number in serving}:
+        try:
+            linux = linux_ranges(pid, LENT_LAND, snapshot.pid)
+        except ProcessLookupError:
+            continue
+        where, told = f"{LENT_LAND.name} of pid {pid}", lent_to(snapshot, pid)
+        for each in told:
+            for at, part in lent_parts(snapshot, each):
+                books = merged(window_ranges(at, each.rights, [part], 0, frames))
+                found += _compare(where, books, clipped(linux, at, at + part.length))
+        covered = [(align_down(each.at), align_up(each.at + each.length)) for each in told]
+        found += _compare(where, [], [entry for entry in linux if entry[3] and not _covers(covered, entry)])
+    return found
+
+
+def _covers(windows: list[tuple[int, int]], entry: Range) -> bool:
+    """Whether some of these, side by side or not, have all of it."""
+    at = entry[0]
+    for start, end in sorted(windows):
+        if start <= at < end:
+            at = end
+    return at >= entry[1]
+
+
+def _withheld(snapshot: Snapshot) -> list[Withheld]:
+    """Windows of calls that have ended, or of what is not lent any more."""
+    pids = {process.number: process.pid for process in snapshot.processes}
+    seats = {seat.number: pids[seat.process] for seat in snapshot.seats}
+    sessions = {session.number: (session.seat, session.process) for session in snapshot.sessions}
+    granted: dict[tuple[int, int | None], list[GrantInfo]] = {}
+    for grant in snapshot.grants:
+        granted.setdefault(sessions[grant.session], []).append(grant)
+    found: list[Withheld] = []
+    for each in snapshot.lent:
+        there = granted.get((each.seat, each.process), ())
+        end = each.address + each.length
+        if not each.kept and not any(own.address < end and each.address < own.address + own.length for own in there):
+            why = "the call that had it has ended" if each.process is None else "it is lent no more"
+            found.append(Withheld(seats[each.seat], each.at, each.length, why))
+    return found
 
 
 def _recount(snapshot: Snapshot) -> list[Difference]:
@@ -227,7 +322,8 @@ def _recount(snapshot: Snapshot) -> list[Difference]:
     for mirror in snapshot.mirrors:
         for serial in {part.frames for part in mirror.parts}:
             counted[serial] += 1
-    for serial in [*snapshot.pinned, *(handle.frames for handle in snapshot.handles)]:
+    held = [*(handle.frames for handle in snapshot.handles), *(grant.frames for grant in snapshot.grants)]
+    for serial in [*snapshot.pinned, *held]:
         counted[serial] += 1
     return [
         Difference(
@@ -296,15 +392,17 @@ def _unregistered(snapshot: Snapshot) -> list[int]:
     return procfs.who_maps(snapshot.segments(), USER_LAND.start, USER_LAND.end, known)
 
 
-def audit(take: Callable[[], Snapshot], tries: int = 5) -> AuditReport:
+def audit(take: Callable[[], Snapshot]) -> AuditReport:
     """Audits a kernel that is at work: a difference counts where every further look finds it again.
 
-    `take` gives a new snapshot; `tries` how often a difference is looked at again while the books change.
+    `take` gives a new snapshot.
     """
     report = compare(take())
-    for _ in range(tries):
+    for pause in PAUSES:
         if report:
             break
+        of_lent = any(each.where.startswith(LENT_LAND.name) for each in report.differences)
+        time.sleep(max(pause, PAUSE) if of_lent else pause)
         again = compare(take())
         before = set(report.differences)
         still = [difference for difference in again.differences if difference in before]

@@ -11,11 +11,11 @@ from realmap.errors import InvalidHandle
 from realmap.host import procfs
 from realmap.host.procfs import Resident
 from realmap.memory.lands import KERNEL_LAND, USER_LAND
-from realmap.observe.audit import Range, mapping_ranges, merged, window_ranges
+from realmap.observe.audit import Range, lent_parts, lent_to, mapping_ranges, merged, window_ranges
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights
-from realmap.wire.records import FramesInfo, PartInfo
+from realmap.wire.records import FramesInfo, LentInfo, PartInfo
 
 AGREES = "agrees"
 #: It differed, and was made or changed between two looks: the books and Linux are not read at one moment.
@@ -25,7 +25,8 @@ MANY = 20
 
 
 class MapView(msgspec.Struct, frozen=True):
-    """One mapping of a user process; or a mirror, a kept window or an anchor of KernelLand (`type` says so).
+    """One mapping of a user process, or a window there of pages that it was lent, or that it keeps of these; or a
+    mirror, a kept window or an anchor of KernelLand (`type` says so).
 
     Addresses, offsets and lengths in bytes. `process`: its number in the books, None in KernelLand. `segments`: the
     inodes of those that it shows, `offset` where in its frames it starts. `resident`, `shared`: bytes in memory, and
@@ -99,7 +100,19 @@ def _mappings(snapshot: Snapshot, pid: int, frames: dict[int, FramesInfo], linux
             start, end = parked.address, parked.address + parked.length
             parts = [PartInfo(parked.frames, 0, parked.length)] if parked.frames is not None else []
             rows.append(places.row(start, parked.length, "parked", 0, parts, [(start, end, "---", parked.inode, 0)]))
-    return rows
+    return rows + [_lent(snapshot, each, frames, places) for each in lent_to(snapshot, pid)]
+
+
+def _lent(snapshot: Snapshot, each: LentInfo, frames: dict[int, FramesInfo], places: _Places) -> MapView:
+    """The window: what is compared of it is its whole pages; its edges are copies."""
+    shown = lent_parts(snapshot, each)
+    parts = [part for _, part in shown]
+    start = shown[0][0] if shown else each.at
+    end = start + sum(part.length for part in parts)
+    books = window_ranges(start, each.rights, parts, 0, frames)
+    type = "kept" if each.kept else "lent"
+    row = places.row(start, end - start, type, each.rights, parts, books)
+    return msgspec.structs.replace(row, address=each.at, length=each.length)
 
 
 def _windows(snapshot: Snapshot, frames: dict[int, FramesInfo], linux: list[Resident]) -> list[MapView]:

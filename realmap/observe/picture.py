@@ -2,8 +2,9 @@
 
     Snapshot ──▶ draw(snapshot, cells) ──▶ Picture
                                              kernel   KernelLand ▐1▌ ▐22▌            mirrors, kept windows
-                                             users    pid 4711   ▐██11██▌▐███▌       mappings; lit where mirrored
-                                                      pid 4712   ▐█22▌
+                                             users    pid 4711   ▐██11██▌▐███▌       mappings; lit where mirrored,
+                                                      pid 4712   ▐█22▌  ▐3▌          or lent: here to a server
+                                                      pid 4713   ▐33█▌
 
 A land has 16 TiB and a mapping some KiB, so addresses are squeezed: order is kept, a gap between neighbours is one
 unit however wide it is, and a range is as long as the logarithm of its pages says (`weight`). A lane that would not
@@ -21,14 +22,41 @@ from itertools import count
 
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.words import pages
-from realmap.wire.records import MirrorInfo, PartInfo, ProcessInfo
+from realmap.wire.records import LentInfo, MirrorInfo, PartInfo, ProcessInfo
 
-#: Kinds of block on KernelLand, beside the memory types of UserLand.
+#: Kinds of block beside the memory types of UserLand: on KernelLand, and of what a process was lent.
 MIRROR, KEPT = "MIRROR", "KEPT"
+#: Kinds of light beside those of mirrors: a server's window, and the pages of its caller that it shows.
+WINDOW, LENT = "window of lent pages", "lent pages"
 #: What a gap between ranges takes, in units; and a range of one page.
 GAP, LEAST = 1.0, 3.0
 #: Lights on UserLand in one picture: more can be told apart by nobody, and would cost a refresh its time.
 LIGHTS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What the parts of a picture are called: the lane above, in short too; the lanes below; what is lit, and why."""
+
+    above: str
+    short: str
+    below: str
+    lit: str
+    legend: str
+    nobody: str
+
+
+KERNEL = Labels(
+    "KernelLand", "Kernel", "UserLand", "mirror", "a live mirror, and what it mirrors", "no process is connected"
+)
+MACHINE = Labels(
+    "Shared by several", "Shared", "shared memory", "segment", "a segment, and who maps it", "no two share memory"
+)
+
+
+def labels(snapshot: Snapshot) -> Labels:
+    """Those of a kernel, or of the machine (observe/machine.py)."""
+    return KERNEL if snapshot.pid else MACHINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +81,8 @@ class Block:
 class Light:
     """Cells where a live mirror shows: on KernelLand all of it, on UserLand the part of a mapping that it mirrors.
 
-    `number`: the mirror's, the same on both ends. `address`, `bytes`: what is lit.
+    Or where pages are lent (`kind`): a window on the server's lane, and what it shows on the caller's. `number`: the
+    same on both ends. `address`, `bytes`: what is lit.
     """
 
     left: int
@@ -61,6 +90,7 @@ class Light:
     number: int
     address: int
     bytes: int
+    kind: str = MIRROR
 
 
 @dataclass(slots=True)
@@ -84,14 +114,15 @@ class Picture:
 
 
 class Numbers:
-    """Numbers for live mirrors: small ones, and a mirror keeps its own from one snapshot to the next."""
+    """Numbers for live mirrors, and windows of lent pages: small ones, kept from one snapshot to the next."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], int] = {}
 
-    def assign(self, mirrors: Iterable[MirrorInfo]) -> list[int]:
+    def assign(self, mirrors: Iterable[MirrorInfo], lent: Iterable[LentInfo] = ()) -> list[int]:
         """A number for each, from 1 on."""
         keys = [(each.base, each.span, *(part.frames for part in each.parts[:1])) for each in mirrors]
+        keys += [(each.at, each.length, -each.seat) for each in lent]
         known = {key: self._known[key] for key in keys if key in self._known}
         taken = set(known.values())
         free = (number for number in count(1) if number not in taken)
@@ -121,10 +152,22 @@ def weight(length: int) -> float:
 
 def fitting_unit(snapshot: Snapshot, cells: int, most: float) -> float:
     """The unit, `most` at most, at which the fullest lane just fits: all others are drawn to the same scale."""
-    lanes = [[each.length for each in process.mappings] for process in snapshot.processes]
+    lent = _lent_to(snapshot)
+    lanes = [
+        [each.length for each in (*process.mappings, *lent.get(process.number, ()))] for process in snapshot.processes
+    ]
     lanes.append([mirror.span for mirror in snapshot.mirrors] + [window.span for window in snapshot.kept])
     longest = max(sum(weight(length) + GAP for length in lane) for lane in lanes)
     return min(most, cells / longest) if longest else most
+
+
+def _lent_to(snapshot: Snapshot) -> dict[int, list[LentInfo]]:
+    """The windows of lent pages, by the numbers of the processes that have them."""
+    serves = {seat.number: seat.process for seat in snapshot.seats}
+    found: dict[int, list[LentInfo]] = {}
+    for each in snapshot.lent:
+        found.setdefault(serves[each.seat], []).append(each)
+    return found
 
 
 def _arrange(ranges: Sequence[_Range], cells: int, unit: float) -> list[Block]:
@@ -191,12 +234,12 @@ class _Shown:
                 yield lane, found, max(start, part.offset) - start, min(stop, end) - start
 
 
-def _lit(found: _Range, low: int, high: int, number: int) -> Light:
+def _lit(found: _Range, low: int, high: int, number: int, kind: str = MIRROR) -> Light:
     """Bytes [low, high) of a range, as cells; one at least."""
     width = found.right - found.left
     left = found.left + min(width - 1, low * width // found.length)
     right = found.left + -(-high * width // found.length)
-    return Light(left, max(1, right - left), number, found.address + low, high - low)
+    return Light(left, max(1, right - left), number, found.address + low, high - low, kind)
 
 
 def draw(
@@ -214,20 +257,30 @@ def draw(
     so many on UserLand.
     """
     cells = max(1, cells)
-    marks = (numbers or Numbers()).assign(snapshot.mirrors)
+    shown = [each for each in snapshot.lent if not each.kept]
+    marks = (numbers or Numbers()).assign(snapshot.mirrors, shown)
+    lent = list(zip(shown, marks[len(snapshot.mirrors) :], strict=True))
+    del marks[len(snapshot.mirrors) :]
     picture = Picture(_kernel_lane(snapshot, marks, cells, unit), [])
     wanted = {part.frames for mirror in snapshot.mirrors for part in mirror.parts}
     entries: dict[int, list[tuple[int, int, int, _Range]]] = {serial: [] for serial in wanted}
+    windows, users = _lent_to(snapshot), {}
     for number, process in enumerate(snapshot.processes):
         ranges = [_Range(each.address, each.length, each.type, each.rights) for each in process.mappings]
-        blocks = _arrange(ranges, cells, unit)
+        others = [
+            _Range(each.at, each.length, KEPT if each.kept else MIRROR, each.rights)
+            for each in sorted(windows.get(process.number, ()), key=lambda each: each.at)
+        ]
+        users[process.number] = number, ranges, others
+        blocks = _arrange([*ranges, *others], cells, unit)
         total = sum(each.length for each in ranges)
         picture.users.append(Lane(process, blocks, [], total, len(ranges)))
         for mapping, found in zip(process.mappings, ranges, strict=True):
             if mapping.frames in wanted:
                 spot = (mapping.phys_offset, mapping.phys_offset + mapping.length, number, found)
                 entries[mapping.frames].append(spot)
-    _light(picture, snapshot, marks, entries, lights)
+    left = _light(picture, snapshot, marks, entries, lights)
+    _light_lent(picture, {seat.number: seat.process for seat in snapshot.seats}, lent, users, left)
     return picture
 
 
@@ -253,8 +306,8 @@ def _light(
     marks: list[int],
     entries: dict[int, list[tuple[int, int, int, _Range]]],
     most: int,
-) -> None:
-    """Lights what the mirrors show, on the lanes of UserLand."""
+) -> int:
+    """Lights what the mirrors show, on the lanes of UserLand; how many lights there is still room for."""
     shown = {serial: _Shown(found) for serial, found in entries.items()}
     left = most
     for mirror, number in zip(snapshot.mirrors, marks, strict=True):
@@ -265,6 +318,37 @@ def _light(
                     break
                 left -= 1
                 picture.users[lane].lights.append(_lit(found, low, high, number))
+    return left
+
+
+def _light_lent(
+    picture: Picture,
+    serves: dict[int, int],
+    lent: list[tuple[LentInfo, int]],
+    users: dict[int, tuple[int, list[_Range], list[_Range]]],
+    most: int,
+) -> None:
+    """Lights each window on its server's lane, and what it shows on its caller's, where these are drawn."""
+    for each, number in lent:
+        if not most:
+            picture.unlit += 1
+            continue
+        most -= 1
+        if serves[each.seat] in users:
+            lane, _, windows = users[serves[each.seat]]
+            found = windows[bisect_left(windows, each.at, key=lambda window: window.address)]
+            picture.users[lane].lights.append(_lit(found, 0, found.length, number, WINDOW))
+        lane, ranges, _ = users.get(each.process or 0, (0, [], []))
+        for at in range(bisect_left(ranges, each.address, key=lambda found: found.address + found.length), len(ranges)):
+            found = ranges[at]
+            low, high = (
+                max(0, each.address - found.address),
+                min(found.length, each.address + each.length - found.address),
+            )
+            if high <= 0:
+                break
+            if low < high:
+                picture.users[lane].lights.append(_lit(found, low, high, number, LENT))
 
 
 def room(block: Block, lights: Iterable[Light]) -> tuple[int, int]:
@@ -291,6 +375,7 @@ def kinds(lanes: Iterable[Lane]) -> list[str]:
 #: Of blocks: dark enough for white letters, apart from each other by lightness too.
 COLOURS = {
     "HEAP": "#33669e", "SHARED_MEMORY": "#1f7a6d", "IPC": "#46763c", "TRANSFER_MEMORY": "#46763c",
+    "POSIX": "#33669e", "UNLINKED": "#75559f", "MEMFD": "#46763c", "SYSV": "#8d5f2b", "ANONYMOUS": "#5a6575",
     "CODE_STATIC": "#75559f", "CODE_MUTABLE": "#75559f", "STACK": "#8d5f2b", "THREAD_LOCAL": "#8d5f2b",
     KEPT: "#6b6b78",
 }  # fmt: skip

@@ -24,8 +24,10 @@ from realmap.wire.records import (
     FORM,
     CallInfo,
     FramesInfo,
+    GrantInfo,
     HandleInfo,
     KeptInfo,
+    LentInfo,
     LimitsInfo,
     MappingInfo,
     MirrorInfo,
@@ -33,7 +35,9 @@ from realmap.wire.records import (
     PartInfo,
     ProcessInfo,
     RunningInfo,
+    SeatInfo,
     SegmentInfo,
+    SessionInfo,
 )
 from realmap.wire.status import Patience
 
@@ -70,6 +74,11 @@ class Snapshot(msgspec.Struct, frozen=True):
     mirrors: list[MirrorInfo]
     kept: list[KeptInfo]
     frames: list[FramesInfo]
+    #: Services of processes, who calls them, and what is lent to them.
+    seats: list[SeatInfo] = []
+    sessions: list[SessionInfo] = []
+    grants: list[GrantInfo] = []
+    lent: list[LentInfo] = []
 
     @classmethod
     def ask(cls, client: Client, timeout: float | None = None) -> Snapshot:
@@ -105,6 +114,10 @@ class Snapshot(msgspec.Struct, frozen=True):
             ],
             outbox=[(device, inode) for device, inode in books["outbox"]],
             handles=[HandleInfo(*row) for row in books["handles"]],
+            seats=[SeatInfo(*row) for row in books["seats"]],
+            sessions=[SessionInfo(*row) for row in books["sessions"]],
+            grants=[GrantInfo(*row) for row in books["grants"]],
+            lent=[LentInfo(*row) for row in books["lent"]],
             mirrors=[_filled(MirrorInfo, row, [PartInfo(*each) for each in parts]) for *row, parts in books["mirrors"]],
             kept=[_filled(KeptInfo, row, PartInfo(*part)) for *row, part in books["kept"]],
             frames=[

@@ -14,7 +14,9 @@ from realmap.observe import words
 from realmap.observe.picture import (
     KEPT,
     MIRROR,
+    WINDOW,
     Block,
+    Labels,
     Lane,
     Light,
     Picture,
@@ -22,6 +24,7 @@ from realmap.observe.picture import (
     draw,
     fitting_unit,
     kinds,
+    labels,
     lit,
     room,
 )
@@ -39,6 +42,8 @@ LETTER = 6.2
 #: Ribbons beyond these would only cover each other.
 RIBBONS = 200
 LANES = 40
+#: Said of what is lit as well, where there is any.
+LENT_TOO = "; or a window of a service, and the pages that it was lent"
 #: Letters of a program's name that fit beside its pid.
 LONGEST = 12
 
@@ -88,25 +93,28 @@ def _document(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'class="realmap" role="img">'
     )
-    yield "<title>The address space of a realmap kernel and its processes</title>"
+    names = labels(snapshot)
+    head = f"kernel {snapshot.pid}" if snapshot.pid else snapshot.path
+    whose = "a realmap kernel and its processes" if snapshot.pid else "processes that share memory"
+    yield f"<title>The address space of {whose}</title>"
     yield f"<desc>{_text(said)}</desc>"
     yield f"<style>{STYLE}</style>"
     yield f'<rect class="paper" width="{WIDTH}" height="{height}"/>'
-    yield f'<text class="head" x="16" y="30">{_text(f"realmap: kernel {snapshot.pid}")}</text>'
+    yield f'<text class="head" x="16" y="30">{_text(f"realmap: {head}")}</text>'
     moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(snapshot.time))
     yield f'<text class="soft" x="{WIDTH - 20}" y="30" text-anchor="end">{moment}</text>'
     yield f'<text class="soft" x="16" y="50">{_text(said)}</text>'
     places = {id(lane): TOP + BAR + GAP + STEP * at for at, lane in enumerate(users)}
-    yield from _bar(picture.kernel, TOP, "KernelLand", _kernel_words(snapshot))
+    yield from _bar(picture.kernel, TOP, names, _above(snapshot, names))
     yield from _ribbons(picture, users, places)
     for lane in users:
         assert lane.process is not None
         detail = f"{words.counted(lane.ranges, 'mapping')}, {words.size(lane.bytes)}"
-        yield from _bar(lane, places[id(lane)], _name(lane.process.pid, programs), detail)
+        yield from _bar(lane, places[id(lane)], names, detail, _name(lane.process.pid, programs))
     bottom = TOP + BAR + GAP + STEP * len(users)
     if not users:
-        yield f'<text class="soft" x="{LEFT}" y="{bottom + 16}">no process is connected</text>'
-    yield from _foot(picture, users, height)
+        yield f'<text class="soft" x="{LEFT}" y="{bottom + 16}">{names.nobody}</text>'
+    yield from _foot(picture, users, height, names)
     yield "</svg>"
 
 
@@ -123,23 +131,26 @@ def _said(snapshot: Snapshot) -> str:
     stats = snapshot.stats
     parts = [words.counted(len(snapshot.processes), "process"), words.counted(stats["mappings"], "mapping")]
     parts += [words.counted(stats["segments"], "segment") + f" of {words.size(stats['bytes'])}"]
-    parts += [words.counted(len(snapshot.mirrors), "live mirror")]
+    if snapshot.lent:
+        parts += [words.counted(len(snapshot.lent), "window") + " of lent pages"]
+    lit = len(snapshot.mirrors)
+    parts += [words.counted(lit, "live mirror") if snapshot.pid else f"{lit} of them shared by several"]
     return f"{snapshot.path}: " + ", ".join(parts)
 
 
-def _kernel_words(snapshot: Snapshot) -> str:
+def _above(snapshot: Snapshot, names: Labels) -> str:
     kept = f", {len(snapshot.kept)} kept" if snapshot.kept else ""
-    return words.counted(len(snapshot.mirrors), "mirror") + kept
+    return words.counted(len(snapshot.mirrors), names.lit) + kept
 
 
-def _bar(lane: Lane, top: int, name: str, detail: str) -> Iterator[str]:
-    yield f'<text class="name" x="16" y="{top + 12}">{_text(name)}</text>'
+def _bar(lane: Lane, top: int, names: Labels, detail: str, name: str = "") -> Iterator[str]:
+    yield f'<text class="name" x="16" y="{top + 12}">{_text(name or names.above)}</text>'
     yield f'<text class="soft" x="16" y="{top + 25}">{_text(detail)}</text>'
     yield f'<rect class="land" x="{LEFT - 4}" y="{top - 4}" width="{CELLS * CELL + 8}" height="{BAR + 8}" rx="4"/>'
     for block in lane.blocks:
         if block.kind != MIRROR:
             yield from _block(block, lane.lights, top)
-    yield from _lights(lane, top)
+    yield from _lights(lane, top, names)
 
 
 def _box(left: int, width: int, top: int, rest: str, title: str) -> str:
@@ -165,37 +176,44 @@ def _block(block: Block, lights: list[Light], top: int) -> Iterator[str]:
     yield from _letters(*room(block, lights), top, label, "in")
 
 
-def _lights(lane: Lane, top: int) -> Iterator[str]:
+def _lights(lane: Lane, top: int, names: Labels) -> Iterator[str]:
     seen: set[tuple[int, int]] = set()
-    where = "KernelLand" if lane.process is None else "UserLand"
+    where = names.above if lane.process is None else names.below
     for light in lane.lights:
         if (light.left, light.width) not in seen:  # one would lie upon the other
             seen.add((light.left, light.width))
-            title = f"mirror {light.number}: {words.size(light.bytes)} at {light.address:#x} in {where}"
+            what = names.lit if light.kind == MIRROR else light.kind
+            title = f"{what} {light.number}: {words.size(light.bytes)} at {light.address:#x} in {where}"
             yield _box(light.left, light.width, top, f'class="lit" fill="{lit(light.number)}"', title)
             yield from _letters(light.left, light.width, top, str(light.number), "on")
 
 
 def _ribbons(picture: Picture, users: list[Lane], places: dict[int, int]) -> Iterator[str]:
-    """From each mirror down to what it mirrors."""
-    mirrors = {light.number: light for light in picture.kernel.lights}
-    seen: set[tuple[int, int, int, int]] = set()
+    """From each mirror, and each window of lent pages, to what it shows."""
+    windows = {light.number: (light, TOP) for light in picture.kernel.lights}
+    windows |= {
+        light.number: (light, places[id(lane)]) for lane in users for light in lane.lights if light.kind == WINDOW
+    }
+    seen: set[tuple[int, int, int, int, int]] = set()
     for lane in users:
         for light in lane.lights:
-            mirror, low = mirrors[light.number], places[id(lane)]
-            spot = (mirror.left, light.left, light.width, low)
-            if spot not in seen:
+            if light.kind == WINDOW or light.number not in windows:  # its server is not drawn
+                continue
+            (window, high), low = windows[light.number], places[id(lane)]
+            spot = (window.left, high, light.left, light.width, low)
+            if spot not in seen and high != low:
                 seen.add(spot)
-                yield f'<path class="tie" fill="{lit(light.number)}" d="{_ribbon(mirror, light, TOP + BAR, low)}"/>'
+                edges = (high + BAR, low) if high < low else (high, low + BAR)
+                yield f'<path class="tie" fill="{lit(light.number)}" d="{_ribbon(window, light, *edges)}"/>'
 
 
-def _ribbon(mirror: Light, light: Light, high: int, low: int) -> str:
+def _ribbon(window: Light, light: Light, high: int, low: int) -> str:
     half = (high + low) / 2
-    (a, b), (c, d) = ((LEFT + each.left * CELL, LEFT + (each.left + each.width) * CELL - 1) for each in (mirror, light))
+    (a, b), (c, d) = ((LEFT + each.left * CELL, LEFT + (each.left + each.width) * CELL - 1) for each in (window, light))
     return f"M{a} {high}C{a} {half:g} {c} {half:g} {c} {low}H{d}C{d} {half:g} {b} {half:g} {b} {high}Z"
 
 
-def _foot(picture: Picture, users: list[Lane], height: int) -> Iterator[str]:
+def _foot(picture: Picture, users: list[Lane], height: int, names: Labels) -> Iterator[str]:
     """What the colours mean, and what was left out."""
     at, y = 16.0, height - 30
     for kind in kinds([*users, picture.kernel]):
@@ -203,11 +221,12 @@ def _foot(picture: Picture, users: list[Lane], height: int) -> Iterator[str]:
         yield f'<rect x="{at:g}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour(kind)}"/>'
         yield f'<text class="soft" x="{at + 18:g}" y="{y}">{_text(label)}</text>'
         at += 34 + len(label) * 7.2
-    if picture.kernel.lights:
+    lent = any(light.kind == WINDOW for lane in users for light in lane.lights)
+    if picture.kernel.lights or lent:
         for number in range(1, 4):
             yield f'<rect x="{at:g}" y="{y - 10}" width="12" height="12" rx="2" class="lit" fill="{lit(number)}"/>'
             at += 15
-        yield f'<text class="soft" x="{at + 4:g}" y="{y}">a live mirror, and what it mirrors</text>'
+        yield f'<text class="soft" x="{at + 4:g}" y="{y}">{names.legend}{LENT_TOO * lent}</text>'
     left_out = []
     if len(users) < len(picture.users):
         left_out.append(f"{len(picture.users) - len(users)} processes more")

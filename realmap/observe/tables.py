@@ -6,8 +6,8 @@ import os
 from collections import Counter
 
 import msgspec
-import psutil
 
+from realmap.host import procfs
 from realmap.observe.snapshot import Snapshot
 
 GONE = "gone"
@@ -17,7 +17,8 @@ class ProcessRow(msgspec.Struct, frozen=True):
     """A user process. `mapped`: bytes of its mappings; `frames`: bytes of the frames that it made and that live.
 
     `program`: its name, or "gone" where it has ended since the snapshot; `handles`: those it made that can be used;
-    `running`: the syscalls that worker threads are at for it.
+    `running`: the syscalls that worker threads are at for it, or services, whose pids are `waits_for`. `serves`: the
+    names that it serves.
     """
 
     number: int
@@ -30,6 +31,8 @@ class ProcessRow(msgspec.Struct, frozen=True):
     handles: int
     calls: int
     running: list[str]
+    waits_for: list[int]
+    serves: list[str]
     program: str
 
 
@@ -54,7 +57,14 @@ class SegmentRow(msgspec.Struct, frozen=True):
 def processes(snapshot: Snapshot) -> list[ProcessRow]:
     """The processes of a snapshot, in order of their numbers."""
     handles = Counter(handle.maker for handle in snapshot.handles)
-    running = snapshot.running_by_process()
+    running, pids = snapshot.running_by_process(), {process.number: process.pid for process in snapshot.processes}
+    serves: dict[int, set[str]] = {}
+    for seat in snapshot.seats:
+        serves.setdefault(seat.process, set()).update(seat.names)
+    waits_for: dict[int, set[int]] = {}
+    for call in snapshot.running:
+        if call.server in pids:
+            waits_for.setdefault(call.process, set()).add(pids[call.server])
     return [
         ProcessRow(
             process.number,
@@ -67,6 +77,8 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
             handles[process.number],
             process.calls,
             sorted(running.get(process.number, ())),
+            sorted(waits_for.get(process.number, ())),
+            sorted(serves.get(process.number, ())),
             program(process.pid),
         )
         for process in sorted(snapshot.processes, key=lambda each: each.number)
@@ -74,41 +86,16 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
 
 
 def program(pid: int) -> str:
-    """The name of the program that runs as `pid`; "gone" where it has ended.
-
-    What Linux calls it (a spawned process is called by its function); for Python, the script.
-    """
+    """The name of the program that runs as `pid`; "gone" where it has ended."""
     try:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            name = GONE if process.status() == psutil.STATUS_ZOMBIE else process.name()
-            if name.startswith("python"):
-                name = _script(process.cmdline()) or name
-    except psutil.NoSuchProcess:
+        return procfs.program(pid)
+    except ProcessLookupError:
         return GONE
-    except psutil.AccessDenied:
-        name = "python"
-    return name.encode("utf-8", "backslashreplace").decode()  # may be any bytes
 
 
 def programs(snapshot: Snapshot) -> dict[int, str]:
     """The names of what runs as the processes of a snapshot, by pid."""
     return {process.pid: program(process.pid) for process in snapshot.processes}
-
-
-def _script(command: list[str]) -> str:
-    """The script or the module of Python's command line; "" where there is none."""
-    words = iter(command[1:])
-    for word in words:
-        if word == "-m":
-            return next(words, "")
-        if not word.startswith("-"):
-            return os.path.basename(word)
-        if word in ("-W", "-X"):
-            next(words, None)
-        elif word in ("-c", "-"):
-            break
-    return ""
 
 
 def segments(snapshot: Snapshot) -> list[SegmentRow]:

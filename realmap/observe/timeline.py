@@ -4,11 +4,13 @@
                            KernelLand: mirrors, those that live at the same time side by side · how many live
     each user process      its calls, those that are on their way at the same time side by side
                            its memory: what is mapped and unmapped · how many mappings, how many bytes
+                           its calls to services, and what it serves others
     flows                  from the caller to where its handler runs, and back
 
 The kernel sees when a call arrives and when it is answered; when its caller sent it, and has read the answer, it does
 not: a call on its caller's track goes from the one to the other. A span is written when it ends: one that is open
-where the file ends is marked as such by `end`, and missing where the writer was killed.
+where the file ends is marked as such by `end`, and missing where the writer was killed. What a service answers the
+kernel hears of from the server, when it has: a call on its caller's track begins when its server has taken it up.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from realmap.wire.records import (
 KERNEL_LAND = 1_000_000
 #: Tracks of a user process: its memory, and from here on its calls.
 MEMORY, CALLS = 1, 2
+#: Those that it makes to services, and that it serves.
+ASKS, SERVES = 1_000_000, 2_000_000
 #: Linux gives no larger pids: a pid that is used again gets a track of its own.
 PIDS = 1 << 22
 
@@ -66,6 +70,25 @@ class Lanes:
         heapq.heappush(self._free, lane)
 
 
+class Rows:
+    """Numbers from 0 on for things that are over, none of which lasted into the next of its number."""
+
+    def __init__(self, on_first: Callable[[int], None]) -> None:
+        """`on_first`: called with each that was never given before."""
+        self._ends: list[int] = []
+        self._on_first = on_first
+
+    def give(self, begin: int, end: int) -> int:
+        """One that is free from `begin` on, and is not until `end`."""
+        for row, until in enumerate(self._ends):
+            if until <= begin:
+                self._ends[row] = end
+                return row
+        self._ends.append(end)
+        self._on_first(len(self._ends) - 1)
+        return len(self._ends) - 1
+
+
 class Mirror(NamedTuple):
     """A mirror that lives; `process`: the number of the one that it was made for, 0 where that is not known."""
 
@@ -80,7 +103,12 @@ class User:
     def __init__(self, track: int, pid: int, file: TraceWriter) -> None:
         self.track = track
         self.pid = pid
-        self.lanes = Lanes(lambda lane: file.name_track(track, CALLS + lane, f"calls {lane + 1}" if lane else "calls"))
+
+        def name(first: int, what: str) -> Callable[[int], None]:
+            return lambda lane: file.name_track(track, first + lane, f"{what} {lane + 1}" if lane else what)
+
+        self.lanes = Lanes(name(CALLS, "calls"))
+        self.asks, self.serves = Rows(name(ASKS, "calls to services")), Rows(name(SERVES, "serves"))
 
 
 class Call:
@@ -136,6 +164,7 @@ class Timeline:
             Kind.CONNECT: self._connect,
             Kind.DEATH: self._death,
             Kind.REAP: self._reap,
+            Kind.SERVED: self._served,
         }
         self._file.name_process(self._kernel, f"kernel {start['path']} (pid {self._kernel})", 0)
         self._file.name_track(self._kernel, 1, "kernel thread")
@@ -247,11 +276,16 @@ class Timeline:
         self._calls.pop((event.process, event.b), None)
         if user is None or call.lane < 0 or answer is None or not call.began:
             return
+        caller = user.track, CALLS + call.lane, event.time
+        self._flow(caller, (self._kernel, call.thread, call.began), answer.time)
+
+    def _flow(self, caller: tuple[int, int, int], handler: tuple[int, int, int], end: int) -> None:
+        """From the one (process, track, when) to the other, and back at the `end`."""
         self._flows += 1
-        self._file.flow("s", user.track, CALLS + call.lane, event.time, self._flows)
-        self._file.flow("t", self._kernel, call.thread, call.began, self._flows)
+        self._file.flow("s", *caller, self._flows)
+        self._file.flow("t", *handler, self._flows)
         # Within the span: its end is not part of it.
-        self._file.flow("f", user.track, CALLS + call.lane, max(answer.time - 1, event.time), self._flows)
+        self._file.flow("f", *caller[:2], max(end - 1, caller[2]), self._flows)
 
     def _span_of_user(self, call: Call, end: int, **more: object) -> None:
         """Its place on the caller's track is free again."""
@@ -300,6 +334,18 @@ class Timeline:
     def _span_of_worker(self, begin: Event, end: int, more: About) -> None:
         about = self._who(begin.process) | {"id": begin.b} | more
         self._file.span(self._kernel, self._thread(begin.f), begin.time, end, "call", self._request(begin.a), about)
+
+    def _served(self, event: Event) -> None:
+        user, server = self._user(event.process), self._user(event.f >> 32)
+        end = max(event.e, self._zero)
+        came, began = (min(max(each, self._zero), end) for each in (event.c, event.d))
+        asks, serves = ASKS + user.asks.give(came, end), SERVES + server.serves.give(began, end)
+        about: About = {"process": event.process, "pid": user.pid, "id": event.b, "server": server.pid}
+        about |= _error(event.f & 0xFFFFFFFF)
+        name = self._request(event.a)
+        self._file.span(user.track, asks, came, end, "call", name, about)
+        self._file.span(server.track, serves, began, end, "call", name, about)
+        self._flow((user.track, asks, came), (server.track, serves, began), end)
 
     def _copy(self, event: Event) -> None:
         about = self._who(event.process) | {"address": hex(event.a), "bytes": event.b} | _marks(event, failed=FAILED)

@@ -25,6 +25,8 @@ __all__ = ["CAPACITY", "Trace"]
 
 #: How often the records are taken, in seconds; a full batch is followed by the next at once.
 INTERVAL = 0.05
+#: Services tell of the calls that they have answered so much later, at most, in seconds.
+LATE = 0.02
 #: How long one answer is waited for before it is looked whether the trace is to end, in seconds.
 PATIENCE = 1.0
 #: How long the end of a trace waits for a kernel that does not answer, in seconds.
@@ -136,6 +138,7 @@ class Trace:
             while not self._stop.is_set():
                 if not self._read() and self._stop.wait(INTERVAL):
                     break
+            time.sleep(LATE)
             self._drain()
         except KernelError as error:
             self.died = error

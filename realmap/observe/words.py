@@ -31,6 +31,14 @@ def duration(nanoseconds: float) -> str:
     return f"{nanoseconds:.0f} ns"
 
 
+def lapse(seconds: float) -> str:
+    """How long ago, roughly: 40 s, 12 min, 3 h, 5 days."""
+    for unit, name in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds // unit:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
 def three(number: float) -> str:
     """Three figures: 1.25, 12.5, 125."""
     return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"

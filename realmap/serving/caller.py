@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.kernel_memory import KernelMemory
-from realmap.memory.process_memory import ProcessMemory
 
 
 class Caller(Protocol):
@@ -16,7 +15,10 @@ class Caller(Protocol):
     pid: int
     uid: int
     alive: bool
-    memory: ProcessMemory
+
+    @property
+    def memory(self) -> Any:
+        """Where its buffers are found: a `ProcessMemory` in the kernel, what it has granted in a service."""
 
     @property
     def is_here(self) -> bool:

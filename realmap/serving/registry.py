@@ -34,12 +34,15 @@ class Syscall:
     durations: Durations = field(default_factory=Durations)
     #: Its name on the status page.
     label: bytes = field(init=False)
+    #: Whether it is an `async` one, which only a service runs.
+    is_async: bool = field(init=False)
     #: Of its signature: looked into at every call.
     known: set[tuple[type, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.label = status.label(self.name)
         self.known = self.signature.known
+        self.is_async = inspect.iscoroutinefunction(self.function)
 
 
 @overload
@@ -64,13 +67,17 @@ def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool 
     same. One that is known to take long is declared `blocking=True`, and runs on a thread of its own from the start.
     Either way nobody is served while a C function of it keeps the GIL, and it never runs on the main thread.
 
-    TypeError: it is not applied to a function that returns (but to an `async` one, say), or the name is no str.
+    An `async` one is for `me.serve`, which runs it in an event loop.
+
+    TypeError: it is not applied to a function that returns (but to a generator, say), or the name is no str.
     """
 
     def mark(target: F) -> F:
         if not callable(target):
             raise TypeError(f"@syscall goes on a function, not on {target!r}")
         _require_answer(target)
+        if inspect.iscoroutinefunction(target) and blocking:
+            raise TypeError(f"an async handler runs in an event loop, not on a thread of its own: {target!r}")
         called = name if name is not None else getattr(target, "__name__", None)
         if not isinstance(called, str) or not called:
             raise TypeError(f"the name of a syscall is a str, not {called!r}")
@@ -81,12 +88,13 @@ def syscall(function: Any = None, /, *, name: str | None = None, blocking: bool 
 
 
 def _require_answer(function: Callable[..., Any]) -> None:
-    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-    if any(is_one(function) for is_one in kinds):
-        raise TypeError(f"a handler returns its answer: {function!r} is async or yields; blocking=True takes its time")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"a handler returns its answer: {function!r} yields")
 
 
-def registry(functions: Iterable[Callable[..., Any]], buffer: type) -> dict[str, Syscall]:
+def registry(
+    functions: Iterable[Callable[..., Any]], buffer: type, *, may_be_async: bool = False
+) -> dict[str, Syscall]:
     """The syscalls by name; a function that is not marked goes by its own name. `buffer`: what a buffer arrives as.
 
     TypeError: something is no function that can be a handler, or has no name. ValueError: two have the same name.
@@ -102,6 +110,8 @@ def registry(functions: Iterable[Callable[..., Any]], buffer: type) -> dict[str,
             name, blocking = function.__name__, False
         else:
             name, blocking = getattr(function, _MARK)
+        if inspect.iscoroutinefunction(function) and not may_be_async:
+            raise TypeError(f"the kernel has no event loop for {function!r}, which is async: `me.serve` serves it")
         if name in found:
             raise ValueError(f"two syscalls are named {name!r}; give one another name with @syscall(name=...)")
         found[name] = Syscall(name, function, blocking, Signature(name, function, buffer))

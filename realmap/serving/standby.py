@@ -45,9 +45,12 @@ class Taken(Generic[W]):
 class Relay(Generic[W]):
     """The threads of a loop."""
 
-    def __init__(self, run: Callable[[Taken[W] | None], None]) -> None:
-        """`run(taken)` runs the loop to its end, or raises Lost. `taken`: from whom it was taken; None: nobody."""
+    def __init__(self, run: Callable[[Taken[W] | None], None], name: str = "kernel", look: float = LOOK) -> None:
+        """`run(taken)` runs the loop to its end, or raises Lost. `taken`: from whom it was taken; None: nobody.
+        `name`: of its threads. `look`: how often the standby looks, in seconds.
+        """
         self._run = run
+        self._name, self._look = f"realmap-{name}", look
         #: What the thread that has the loop is away at: at most one, by an object of its own.
         self.away: dict[Hashable, W] = {}
         #: Whether the standby sleeps until somebody wakes it.
@@ -121,7 +124,7 @@ class Relay(Generic[W]):
         pid, me = os.getpid(), threading.current_thread()
         taken = None
         while has_loop or (taken := self._wait_for_loss()) is not None:
-            self._owner, me.name = me, "realmap-kernel"
+            self._owner, me.name = me, self._name
             try:
                 self._run(taken)
                 return
@@ -152,7 +155,7 @@ class Relay(Generic[W]):
                     return Taken(work, since)
             seen = at  # held, so that no other is at its address
             if quiet < QUIET:
-                time.sleep(LOOK)
+                time.sleep(self._look)
             else:
                 quiet = 0
                 self._park()

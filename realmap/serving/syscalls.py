@@ -45,6 +45,7 @@ class Call(msgspec.Struct, eq=False):  # a Struct because it is made in C: one f
 
 #: What `check` of `plain` has let through and MessagePack does not know: one of numpy's numbers.
 _encoder = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item())
+_failure = msgspec.msgpack.Decoder(Failed)
 
 
 def run(syscall: Syscall, call: Call, request: Request, buffers: Sequence[UserBuffer]) -> bytes:
@@ -124,6 +125,11 @@ def failed(id: int, error: BaseException, name: str = "", text: str = "") -> byt
 def has_failed(answer: bytes | BaseException) -> bool:
     """Whether an answer is an error."""
     return isinstance(answer, BaseException) or answer[1] != DONE
+
+
+def code_of(answer: bytes) -> int:
+    """The code of the error that an answer is; 0: it is none."""
+    return 0 if answer[1] == DONE else _failure.decode(answer).error.code
 
 
 def done(id: int, value: Any, descriptors: int) -> bytes:

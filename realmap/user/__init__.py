@@ -1,7 +1,7 @@
 """The library in a user process.
 
-client    the connection: requests, answers, waiting (interruptible), what happens when the kernel is gone
 process   Process: map, share, attach, call, query
+sessions  Session, and which server takes a call
 handle    Handle: what stands for shared memory while it travels
 buffer    Buffer: bytes in this process's UserLand
 """
@@ -9,5 +9,6 @@ buffer    Buffer: bytes in this process's UserLand
 from realmap.user.buffer import Buffer
 from realmap.user.handle import Handle
 from realmap.user.process import Process
+from realmap.user.sessions import Session
 
-__all__ = ["Buffer", "Handle", "Process"]
+__all__ = ["Buffer", "Handle", "Process", "Session"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 from realmap._core import ANSWERED, View, Window
@@ -24,7 +25,7 @@ class UserWindow(Window):
     """The whole mapping that a buffer and its slices are parts of. When it is unmapped the kernel is told, in the same
     call of the C core, whoever does that: `unmap`, the end of its process, the collector."""
 
-    __slots__ = ("__weakref__", "huge", "process", "recycles", "rights")
+    __slots__ = ("__weakref__", "huge", "lent_to", "process", "recycles", "rights")
 
     process: Process
     rights: MappingAccessRights
@@ -32,6 +33,8 @@ class UserWindow(Window):
     huge: int
     #: What it can be used for again; 0: nothing, it is not parked.
     recycles: int
+    #: The sessions whose servers may map it.
+    lent_to: tuple[int, ...]
 
     def unmap(self) -> None:
         """Unmaps it, and waits until the kernel has given back its frames, or keeps them. BufferError: a view lives.
@@ -180,14 +183,28 @@ def part_of(window: UserWindow, address: int, length: int) -> Buffer:
     return buffer
 
 
-def encode_buffer(process: Process, value: Any) -> Any:
-    """How a value that MessagePack does not know travels among the arguments of a call.
+def require_own(process: Process, buffer: Buffer) -> None:
+    """InvalidAddress: it is unmapped, or of another `Process`. MemoryFault: bytes of it are gone."""
+    buffer.check()
+    if buffer.process is not process:
+        raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, not to the one that calls")
 
-    InvalidAddress: a buffer that is unmapped, or of another `Process`. MemoryFault: bytes of it are gone.
-    """
+
+def buffers_in(values: Iterable[Any]) -> Iterator[Buffer]:
+    """Those among arguments that can travel, in lists and dicts too."""
+    for value in values:
+        kind = type(value)
+        if kind is Buffer:
+            yield value
+        elif kind is list or kind is tuple:
+            yield from buffers_in(value)
+        elif kind is dict:
+            yield from buffers_in(value.values())
+
+
+def encode_buffer(process: Process, value: Any) -> Any:
+    """How a value that MessagePack does not know travels among the arguments of a call. Errors as `require_own`."""
     if isinstance(value, Buffer):
-        value.check()
-        if value.process is not process:
-            raise InvalidAddress(value.address, why="the buffer belongs to another Process, not to the one that calls")
+        require_own(process, value)
         return messages.buffer_ext(value.address, len(value))
     return value.item()  # one of numpy's numbers: `plain.check` let nothing else through

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections.abc import Callable
 from functools import partial
 from operator import index
-from typing import Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import msgspec
 
 from realmap._core import Lock
-from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, VirtualMemoryExhaustion
+from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, UnknownSyscall, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
 from realmap.memory.frames import whole_pages
@@ -22,15 +24,21 @@ from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_
 from realmap.user import shown
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
+from realmap.user.sessions import Routes, Session, arun, run
 from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
 
+if TYPE_CHECKING:
+    from realmap.user.service import Service
+
 #: A timeout of more seconds than these is told as that.
 LONGEST = 1e9
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
+#: How often it is asked again whether somebody serves by now, in seconds.
+SOON = 0.01
 #: What is sent as it is.
 _SENT = plain.PLAIN | {Buffer}
 #: How much of what it inherited a forked child tells in one message.
@@ -83,6 +91,8 @@ class Process:
         self.keeper: object = None
         self._client = self._connect(path, timeout)
         self._lock = Lock()
+        self._routes = Routes(self)
+        self._known = self._routes.known  # looked into at every call
         _living.add(self)
 
     def _connect(self, path: str, timeout: float | None = None) -> Client:
@@ -141,8 +151,9 @@ class Process:
             self._client = client
 
     def _after_fork_in_child(self) -> None:
-        """In a forked child: another thread of the parent may have held the lock."""
+        """In a forked child: another thread of the parent may have held the lock; the sessions are the parent's."""
         self._lock = Lock()
+        self._known.clear()
 
     # ---- memory -----------------------------------------------------------------------------
 
@@ -367,7 +378,13 @@ class Process:
             client = self._own_client
         request = self._call(name, args, timeout, kwargs)
         try:
-            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+            if name in self._known:
+                return self._routes.call(request, timeout)
+            try:
+                return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+            except UnknownSyscall as error:
+                refusal = error.with_traceback(None)
+            return run(self._routes.steps(request, refusal), name, timeout)
         except OverflowError:
             raise TypeError(BEYOND) from None
 
@@ -380,11 +397,35 @@ class Process:
         from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
 
         client = self._own_client
-        request = self._call(name, args, timeout, kwargs)
+        request, refusal = self._call(name, args, timeout, kwargs), None
         try:
-            return await Waiter.of(client).request(request, timeout=timeout, name=name, holds=request.args)
+            if name not in self._known:
+                try:
+                    waiter = Waiter.of(client)
+                    return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
+                except UnknownSyscall as error:
+                    refusal = error.with_traceback(None)
+            return await arun(self._routes.steps(request, refusal), name, timeout)
         except OverflowError:
             raise TypeError(BEYOND) from None
+
+    def session(self, name: str, *, timeout: float | None = None) -> Session:
+        """One server of `name`, the least busy one, for all calls that are made by the `Session`.
+
+        `timeout`: so many seconds it waits for one to come; None: not at all. UnknownSyscall: no process serves this.
+        LimitReached: more sessions than a process may have.
+        PhysicalMemoryExhaustion: no descriptors. TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a service is a str, not {type(name).__name__}")
+        end = time.monotonic() + (timeout or 0.0)
+        while True:
+            try:
+                return Session(self, run(self._routes.open(name, []), name, None))
+            except UnknownSyscall:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(SOON)
 
     def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
         if not isinstance(name, str):
@@ -402,6 +443,32 @@ class Process:
                 plain.check(args, Buffer, f"an argument of {name!r}")
                 break
         return messages.Call(self._client.next_id(), name, args, timeout, names)
+
+    def serve(
+        self,
+        *handlers: Callable[..., Any],
+        threads: SupportsIndex = 1,
+        queue: SupportsIndex = 64,
+        lazy_unmap: SupportsIndex = 0,
+    ) -> Service:
+        """Runs `handlers` here, for every process that calls them by their names, until the service is closed.
+
+        They are the same functions that a kernel runs; `async` ones run in an event loop. Several processes may serve
+        one name. `threads`: so many calls are at work at a time, and `queue` wait at most; who comes then is told
+        LimitReached. A handler that is not `blocking` is moved to a thread of its own once it takes long (2 to 3 ms
+        where there are several threads, 20 to 30 with one). `lazy_unmap`: bytes of lent pages that are kept mapped for
+        their next use.
+
+        What a caller lends is mapped here by whole pages; the rest of its first and last page is copied, both ways.
+        Whoever serves could keep pages that it was lent: Linux cannot take them back.
+
+        InvalidHandle: the kernel has a handler of that name. TypeError, ValueError: as `syscall`; or no threads.
+        LimitReached: too many services. PhysicalMemoryExhaustion: no descriptors, or no thread. KernelDied,
+        ProcessKilled: no kernel.
+        """
+        from realmap.user.service import Service  # most programs serve nobody
+
+        return Service(self, handlers, threads, queue, lazy_unmap)
 
     # ---- the end ----------------------------------------------------------------------------
 
@@ -422,6 +489,7 @@ class Process:
                 except OSError as error:
                     pass_on(error)
         finally:
+            self._routes.close()
             self._client.close()
 
     def __enter__(self) -> Self:

@@ -74,6 +74,7 @@ def describe(window: UserWindow, process: Process, rights: MappingAccessRights, 
     window.rights = rights
     window.huge = huge
     window.recycles = recycles
+    window.lent_to = ()
     register_window(window)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -368,7 +368,7 @@ class Revoked(msgspec.Struct, array_like=True, frozen=True, tag=3):
 
 
 class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
-    """The caller of a session has ended it, or has died."""
+    """The caller of a session has ended it, or has died. From a server: it could not take it in."""
 
     session: int
 
@@ -377,17 +377,35 @@ class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
 News = Opened | Granted | Revoked | Gone
 
 
-class Served(msgspec.Struct, array_like=True, frozen=True):
+#: As they fit into a record.
+Word: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     """What a server tells the kernel of itself by that socket, where that has changed, a few times a second at most."""
 
-    #: By name: [calls, failed, durations as `Durations` counts them].
-    names: dict[str, list[Any]]
+    #: By name, since the seat began: calls, how many of them failed, and `Durations.counts`.
+    names: dict[str, tuple[int, int, list[int]]]
     #: Calls at work or waiting: [session, id, name, since when (seconds, monotonic) or None while it waits].
     running: list[tuple[int, int, str, float | None]]
-    #: Windows of lent pages: [session, the caller's address, length, where it is mapped in the server, rights].
+    #: Windows of lent pages: [the caller's number (0: its call has ended), its address, length, where that is mapped in
+    #: the server, rights].
     lent: list[tuple[int, int, int, int, int]]
-    #: It ends in good order: no new sessions, and those that there are go on until its socket is closed.
-    closing: bool = False
+    #: Whole pages that are kept mapped for their next use (`lazy_unmap`): where, and how many bytes.
+    kept: list[tuple[int, int]] = []
+
+
+class Worked(msgspec.Struct, array_like=True, frozen=True, tag=6):
+    """Calls that have ended, told while somebody traces (`seat.TRACED`)."""
+
+    #: [the caller's number, id, name, when it came, when its handler began, when it ended (monotonic, ns), its error's
+    #: code or 0].
+    calls: list[tuple[Word, int, str, Moment, Moment, Moment, Word]]
+
+
+#: What the kernel hears of a server.
+Told = Served | Worked | Gone
 
 
 class MemoryInfo(msgspec.Struct, frozen=True):

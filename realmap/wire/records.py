@@ -63,6 +63,9 @@ class Kind(enum.IntEnum):
     DEATH = 13
     #: What it held was given back: pid, mappings, their bytes.
     REAP = 14
+    #: A service has answered a call of this process: name, id, when it came, when its handler began, when it ended
+    #: (monotonic, ns), the server's number << 32 | error code (0: none). Told a moment later.
+    SERVED = 15
 
 
 #: Flags of MIRROR, DROP (their lowest two bits are the rights): it took, or left, a kept window; bytes were gone.
@@ -95,7 +98,7 @@ class Event(NamedTuple):
 # ---- the books ----------------------------------------------------------------------------
 
 #: Raised with every change of what follows.
-FORM = 8
+FORM = 9
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):
@@ -251,10 +254,16 @@ class LimitsInfo(msgspec.Struct, frozen=True):
     inheritances: int = 0
     reserve: int = 0
     stock: int = 0
+    seats: int = 0
+    sessions: int = 0
+    grants: int = 0
 
 
 class CallInfo(msgspec.Struct, frozen=True):
     """A syscall: how often it was called so far, and how many of these calls ended in an error.
+
+    `servers`: how many services of processes answer it; 0: the kernel does. What servers say of themselves is a moment
+    old.
 
     How long its handler took, in seconds: what half of the calls (`p50`) and 99 of 100 (`p99`) did not exceed, right to
     6 %, and the longest; None where it has not returned yet.
@@ -267,15 +276,69 @@ class CallInfo(msgspec.Struct, frozen=True):
     p50: float | None
     p99: float | None
     longest: float | None
+    servers: int = 0
 
 
 class RunningInfo(msgspec.Struct, frozen=True):
     """A call of a process (its number) whose handler has a thread of its own, or waits for one.
 
     `seconds` since it began, None while it waits. `given_up`: nobody waits for it any more, or it lost the loop.
+    `server`: the number of the process that answers it; None: the kernel does.
     """
 
     process: int
     syscall: str
     seconds: float | None
     given_up: bool = False
+    server: int | None = None
+
+
+class SeatInfo(msgspec.Struct, frozen=True):
+    """A service of a process (its number): what it is called by, how many calls it takes at a time, and may wait.
+
+    `closing`: it takes no new sessions. `busy`, `waiting`: calls at work, and that wait, as it said last.
+    """
+
+    number: int
+    process: int
+    names: list[str]
+    threads: int
+    queue: int
+    closing: bool
+    busy: int
+    waiting: int
+
+
+class SessionInfo(msgspec.Struct, frozen=True):
+    """A process (its number) that calls a seat."""
+
+    number: int
+    seat: int
+    process: int
+
+
+class GrantInfo(msgspec.Struct, frozen=True):
+    """The server of a session may map these frames: the caller's mapping at `address`."""
+
+    session: int
+    frames: int
+    offset: int
+    address: int
+    length: int
+    rights: int
+
+
+class LentInfo(msgspec.Struct, frozen=True):
+    """A window of lent pages, as the server of a seat said last: `length` bytes at `at` there.
+
+    `process`, `address`: whose they are (its number), and where it has them; None and 0 where the call that had them
+    has ended. `kept`: it is no call's, but kept for its next use (`lazy_unmap`).
+    """
+
+    seat: int
+    process: int | None
+    address: int
+    length: int
+    at: int
+    rights: int
+    kept: bool = False

@@ -45,8 +45,8 @@ class RingEnd(Ring):
     owner: Any
 
     @staticmethod
-    def memory() -> int:
-        """A descriptor of a new ring's memory, the caller's to close. OSError: no memory, or no descriptors."""
+    def make() -> int:
+        """Memory for a ring: a descriptor, the caller's to close. OSError: no memory, or no descriptors."""
         fd = os.memfd_create("realmap-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, RING_BYTES)
@@ -57,24 +57,24 @@ class RingEnd(Ring):
             raise
 
     @classmethod
-    def over(cls, fd: int) -> Self:
-        """The end of who answers, the kernel or a server. OSError: no memory."""
-        return cls._open(fd, 1)
-
-    @classmethod
     def create(cls) -> tuple[Self, int]:
-        """That of a new ring, and the descriptor that the other side opens it by; the caller's to close.
+        """The serving end of a new ring, and the descriptor that the other side opens it by; the caller's to close.
 
-        OSError: no memory, or no descriptors.
+        OSError: as `make`.
         """
-        fd = cls.memory()
+        fd = cls.make()
         try:
-            return cls.over(fd), fd
+            return cls.serve(fd), fd
         except BaseException:
             files.close(fd)
             raise
 
     @classmethod
+    def serve(cls, fd: int) -> Self:
+        """The end of who answers."""
+        return cls._open(fd, 1)
+
+    @classmethod
     def join(cls, fd: int) -> Self:
-        """The end of who asks."""
+        """The end of who calls."""
         return cls._open(fd, 0)

@@ -19,6 +19,8 @@ from realmap.host import files
 BUSY, WAITING, THREADS = 0, 1, 2
 #: Counted up: whenever a server of one of its names comes or goes; with every `Granted` and `Revoked` of this seat.
 CHANGES, GRANTS = 3, 4
+#: By the kernel: whether somebody traces, and the server is to say when each call began and ended.
+TRACED = 5
 _WORDS = 8
 
 

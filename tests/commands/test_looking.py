@@ -132,13 +132,13 @@ def rows_of(text: str) -> list[list[str]]:
 def test_ps(busy: tuple[KernelHandle, int]) -> None:
     kernel, pid = busy
     text = good(kernel, "ps")
-    heads = "pid number uid mappings mapped frames handles calls running program"
+    heads = "pid number uid mappings mapped frames handles calls running waits_for serves program"
     assert text.splitlines()[0].split() == heads.split()
     (row,) = rows_of(text)
     assert row[0:3:2] == [str(pid), str(os.geteuid())]
     assert row[6] == "2"
     assert row[8] in ("slow_sha256", "copy", "explode", "-")
-    assert row[9] == "work"  # what was spawned
+    assert row[11] == "work"  # what was spawned
     (entry,) = json.loads(good(kernel, "ps", "--json"))
     assert set(entry) == {*heads.split(), "limit"}
     assert entry["frames"] == (1 + 10 + 5 + 2) * PAGE
@@ -257,7 +257,7 @@ def test_stats(busy: tuple[KernelHandle, int]) -> None:
         assert (call["p50"] is None) == (call["count"] == 0)
         assert call["p50"] is None or 0 < call["p50"] <= call["p99"] <= call["longest"] < BOUND
     heads, *rows = [line.split() for line in text.split("\n\n")[1].splitlines()]
-    assert heads == "calls failed per second p50 p99 longest blocking syscall".split()
+    assert heads == "calls failed per second p50 p99 longest blocking servers syscall".split()
     (copy,) = (row for row in rows if row[-1] == "copy")
     assert 0 < float(copy[3]) <= float(copy[4]) <= float(copy[5]) < BOUND
     assert re.search(r"^copy: [0-9]+ calls, p50 \S+ .s, p99 \S+ .s, longest \S+ .s$", good(kernel, "snapshot"), re.M)

@@ -20,12 +20,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import realmap
-from realmap.memory import KERNEL_LAND, USER_LAND
+from realmap.memory import KERNEL_LAND, LENT_LAND, USER_LAND
 from realmap.observe import words
-from realmap.observe.picture import KEPT, MIRROR, Numbers, draw, room, weight
+from realmap.observe.picture import KEPT, LENT, MIRROR, WINDOW, Numbers, draw, room, weight
 from realmap.observe.snapshot import FORM, Snapshot
 from realmap.observe.svg import svg
-from realmap.wire.records import KeptInfo, LimitsInfo, MappingInfo, MirrorInfo, PartInfo, ProcessInfo
+from realmap.wire.records import (
+    KeptInfo,
+    LentInfo,
+    LimitsInfo,
+    MappingInfo,
+    MirrorInfo,
+    PartInfo,
+    ProcessInfo,
+    SeatInfo,
+)
 
 STATS = {"mappings": 0, "segments": 0, "bytes": 0, "calls": 0, "running": 0, "kept_windows": 0, "mirrors": 0}
 
@@ -104,6 +113,45 @@ def test_kept_windows_are_blocks_without_light() -> None:
     picture = draw(books([[mapping(0, 1, frames=7)]], (mirror(0, (7, 0, 1)),), (kept,)), 80)
     assert [block.kind for block in picture.kernel.blocks] == [MIRROR, KEPT]
     assert len(picture.kernel.lights) == len(picture.users[0].lights) == 1
+
+
+def test_what_is_lent_is_lit_on_both_ends_by_one_number() -> None:
+    """Two windows and a kept one in a server, of what a caller has in two mappings; and one whose call has ended."""
+    caller = [mapping(0, 4, frames=1), mapping(4, 4, frames=2), mapping(10, 1, frames=3)]
+    server = [mapping(0, 2, frames=4)]
+    at = LENT_LAND.start
+    start = USER_LAND.start + 3 * PAGE + 100
+    lent = [
+        LentInfo(5, 1, start, 2 * PAGE, at + 20 * PAGE + 100, 3),
+        LentInfo(5, 1, USER_LAND.start + 10 * PAGE, PAGE, at, 1),
+        LentInfo(5, None, 0, PAGE, at + 40 * PAGE, 1),
+        LentInfo(5, None, 0, PAGE, at + 50 * PAGE, 0, True),
+    ]
+    seat = SeatInfo(5, 2, ["x"], 1, 0, False, 0, 0)
+    taken = msgspec.structs.replace(books([caller, server], (mirror(0, (4, 0, 1)),)), seats=[seat], lent=lent)
+    picture = draw(taken, 120)
+    first, second = picture.users
+    assert [(light.number, light.address, light.bytes, light.kind) for light in first.lights] == [
+        (2, start, PAGE - 100, LENT),
+        (2, USER_LAND.start + 4 * PAGE, PAGE + 100, LENT),
+        (3, USER_LAND.start + 10 * PAGE, PAGE, LENT),
+    ]
+    assert [(light.number, light.address, light.kind) for light in second.lights] == [
+        (1, USER_LAND.start, MIRROR),
+        (2, at + 20 * PAGE + 100, WINDOW),
+        (3, at, WINDOW),
+        (4, at + 40 * PAGE, WINDOW),
+    ]
+    assert [block.kind for block in second.blocks] == ["HEAP", MIRROR, MIRROR, MIRROR, KEPT]
+    assert (second.ranges, second.bytes) == (1, 2 * PAGE)
+    drawn = svg(taken)
+    assert drawn.count('class="tie"') == 4  # of the mirror, and of three parts
+    assert "window of lent pages 2: 8 KiB at" in drawn and "lent pages 3: 4 KiB at" in drawn
+    assert "; or a window of a service, and the pages that it was lent" in drawn
+    alone = msgspec.structs.replace(taken, processes=taken.processes[:1])  # of who is not drawn nothing is lit
+    assert {light.kind for light in draw(alone, 120).users[0].lights} == {LENT}
+    assert svg(alone).count('class="tie"') == 0
+    assert draw(taken, 120, lights=2).unlit == 2
 
 
 def test_numbers_stay_with_their_mirrors() -> None:

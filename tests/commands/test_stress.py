@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import pytest
-from conftest import BOUND, long, scaled, wait_until
+from conftest import BOUND, SUPPORT, long, scaled, wait_until
 from rich.console import Console
 
 import realmap
@@ -109,6 +112,45 @@ def test_what_is_wrong_is_noticed(kind: str, words: str, tmp_path: Path) -> None
         assert words.lower() in done.stdout.lower()
         assert f"replay: realmap stress quick --users 4 --seed 3 --seconds 20 --kernel {kernel.path}" in done.stdout
         assert ElementTree.parse(tmp_path / "x").getroot().get("failures") != "0"
+
+
+@pytest.mark.parametrize("mix", sorted(workload.MIXES))
+def test_a_wrong_byte_is_found_by_each_mix_and_again_by_its_seed(mix: str, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    found = []
+    arguments = [mix, "--ops", SUPPORT / "wrong_byte.py", "--users", 1, "--seconds", 30, "--seed", 6, "--kill", 0]
+    for _ in range(2):
+        done = command(*arguments, "--json", out)
+        assert done.returncode == 1, done.stdout + done.stderr
+        report = json.loads(out.read_text())
+        assert report["seconds"] < 10
+        found.append(report["failures"])
+        arguments = shlex.split(report["replay"])[2:]
+    assert "wrong bytes: Step(" in found[0][0]
+    assert found[0] == found[1]
+
+
+def test_two_calls_drop_the_mirrors_of_the_dead_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has lost the loop: while it looks who lives, another one takes a mirror, and keeps one of a new process."""
+    kept = {(1, 1): MagicMock(), (2, 1): MagicMock(), (3, 1): MagicMock()}
+    dead, taken, new = kept[1, 1], kept[2, 1], MagicMock()
+    monkeypatch.setattr(handlers, "_kept", kept)
+
+    me = SimpleNamespace(number=3, pid=3)
+
+    def look() -> list[SimpleNamespace]:
+        del kept[2, 1]
+        kept[4, 1] = new
+        return [me]
+
+    processes = MagicMock(side_effect=look)  # a method, or a list
+    processes.__iter__.side_effect = lambda: iter(look())
+    call: Any = SimpleNamespace(kernel=SimpleNamespace(processes=processes), process=me)
+    handlers.stress_keep(call, 2, MagicMock())
+    assert set(kept) == {(3, 1), (3, 2), (4, 1)}
+    dead.drop.assert_called_once()
+    taken.drop.assert_not_called()
+    new.drop.assert_not_called()
 
 
 def test_what_is_left_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import signal
 import threading
@@ -21,7 +22,7 @@ from realmap.cli.top.app import Fresh, Top
 from realmap.cli.top.feed import Feed, Seen
 from realmap.cli.top.screens import Help, Main, OneProcess, OneSegment
 from realmap.cli.top.view import fitting
-from realmap.observe.picture import draw, lit
+from realmap.observe.picture import LENT, WINDOW, draw, lit
 
 #: Screens take their time; CI runs them with the other long ones.
 pytestmark = pytest.mark.slow
@@ -422,3 +423,69 @@ def test_how_long_handlers_took(kernel: realmap.KernelHandle, me: realmap.Proces
         assert isinstance(app.screen, Main)  # there is no more to it
 
     drive(kernel.path, steps)
+
+
+def test_what_is_lent_to_a_service(kernel: realmap.KernelHandle, me: realmap.Process) -> None:
+    go = threading.Event()
+
+    def hold(call: realmap.Call, data: realmap.UserBuffer) -> None:
+        with data.mirror():
+            assert go.wait(BOUND)
+
+    with kernel.connect() as host, host.serve(hold):
+        thread = threading.Thread(target=me.call, args=("hold", me.map(3 * PAGE)))
+        thread.start()
+
+        async def steps(app: Top, pilot: Any) -> None:
+            def ends() -> list[list[tuple[int, str]]]:
+                assert app.view is not None
+                return [[(light.number, light.kind) for light in row.lane.lights] for row in app.view.processes]
+
+            await until(pilot, lambda: sorted(ends()) == [[(1, LENT)], [(1, WINDOW)]], "both ends")
+            assert "1 lent to services" in screen_text(app)
+            await pilot.press("3")
+            await until(pilot, lambda: "hold" in screen_text(app), "what is served")
+            (head,) = [line.split() for line in screen_text(app).splitlines() if "p50" in line]
+            assert head[6:8] == ["servers", "syscall"]
+            view = app.view
+            assert view is not None
+            (call,) = view.snapshot.running
+            assert view.at_work(call).startswith(f"in hold of process {os.getpid()} ")
+            ((names,), ()) = ([seat.names for seat in view.seats(row.process)] for row in reversed(view.processes))
+            assert names == ["hold"]
+
+        try:
+            drive(kernel.path, steps, size=(120, 30))
+        finally:
+            go.set()
+            thread.join(BOUND)
+
+
+def test_the_machine_in_place_of_a_kernel() -> None:
+    window = mmap.mmap(-1, 3 * PAGE)
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+        os._exit(0)
+
+    async def run() -> None:
+        app = Top("", 0.1, machine=True)
+        async with app.run_test(size=(80, 24)) as pilot:
+            await until(pilot, lambda: "Shared" in screen_text(app), "the first view")
+            assert app.view is not None
+            lit = {row.process.pid: {light.number for light in row.lane.lights} for row in app.view.processes}
+            assert lit[pid] & lit[os.getpid()]
+            assert "this machine" in screen_text(app)
+            assert "mirror" not in screen_text(app)
+            await pilot.press("2")
+            await until(pilot, lambda: "x mapped" in screen_text(app), "the segments")
+            app.screen.table.set_filter(f"{pid} ")
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(app.screen, OneSegment), "its holders")
+
+    try:
+        asyncio.run(run())
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        window.close()

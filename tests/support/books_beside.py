@@ -23,7 +23,7 @@ from realmap.errors import (
 from realmap.host import files
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits
-from realmap.kernel.services import Answer, Later, serve
+from realmap.kernel.services import SERVICES, Answer, Later
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import USER_LAND
@@ -112,7 +112,9 @@ class Beside:
         self.what = f"{request} of process {person.real.number}"
         allowed = (wrong,) if self.left is None else (wrong, PhysicalMemoryExhaustion)
         with self.right(*allowed), self.given_up(), self.descriptors():
-            answer = serve(self.books, person.real, request)
+            answer = self.books.patiently(
+                person.real, lambda: SERVICES[type(request)](self.books, person.real, request)
+            )
         return answer if answer is None or isinstance(answer, Later) else self.received(person, answer)
 
     @contextmanager

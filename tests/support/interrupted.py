@@ -37,10 +37,12 @@ from realmap.memory import (
     ForeignProcess,
     FrameAllocator,
     KernelMemory,
+    LentLand,
     Mapping,
     MemoryType,
     ProcessMemory,
 )
+from realmap.memory.cross_process import mirror_parts
 from realmap.shared_memory import ShareableList, SharedMemory
 
 PAGE = realmap.PAGE_SIZE
@@ -94,6 +96,7 @@ class Pieces:
         self.land = KernelMemory(length=1 << 40)
         self.lazy = KernelMemory(KERNEL_LAND.start + (1 << 40), 1 << 30, lazy_unmap=1 << 20)
         self.small = KernelMemory(KERNEL_LAND.start + (1 << 41), 64 * PAGE)
+        self.lent = LentLand()
         self.books = ProcessMemory(owner="of a test", allocator=self.frames)
         start, heap, rights = self.books.start, MemoryType.HEAP, realmap.u_rw
         self.short = self.books.create_regular_mapping(start, PAGE, heap, rights, frames=self.one)
@@ -105,11 +108,13 @@ class Pieces:
         self.process = ForeignProcess(os.getpid())
         self.process.mirror(self.place, 1, realmap.k_rw).drop()
 
+        lend(self)  # its scratch pages stay
+
     def state(self) -> object:
         """What must be after each pair as it was before."""
         self.one.let_go(self)  # where an exception came right before `hold` did
         refcounts = self.one.refcount, self.four.refcount
-        lands = [(land.live, land.mirrors()) for land in (self.land, self.lazy, self.small)]
+        lands = [(land.live, land.mirrors()) for land in (self.land, self.lazy, self.small, self.lent)]
         descriptors = len(os.listdir("/proc/self/fd"))
         return self.frames.used, self.frames.segments, refcounts, lands, len(self.books), descriptors
 
@@ -191,6 +196,19 @@ def mirror_kept(world: Any) -> None:
 @operation()
 def mirror_and_collect(world: Any) -> None:
     memoryview(CrossProcessMapping.mirror_mapping(world.short, 0, PAGE, kernel=world.land)).release()
+
+
+@operation()
+def lend(world: Any) -> None:
+    window = mirror_parts([(world.long, 5, 2 * PAGE)], kernel=world.lent)
+    window[0:1] = window[-1:] = b"x"
+    world.lent.settle([])
+    window.drop()
+
+
+@operation()
+def lend_and_collect(world: Any) -> None:
+    memoryview(mirror_parts([(world.long, 5, 2 * PAGE)], kernel=world.lent)).release()
 
 
 @operation()

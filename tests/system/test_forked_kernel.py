@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, wait_until
-from raw_client import RawClient
+from raw_client import RawClient, RawServer, RawSession
 
 import realmap
 from realmap import Call, Kernel, UserBuffer
@@ -96,7 +96,9 @@ class Company:
         self.data[:4] = b"data"
         self.me.call("sha256", self.data)  # a kept window
         self.silent = RawClient(path)
+        self.served = contextlib.ExitStack()
         try:
+            self._serves(path)
             self._inherits(path)
             self._works(path)
             self._ask_and_do_not_read(path)
@@ -114,6 +116,14 @@ class Company:
         with Control(path) as control:
             wait_until(lambda: len(control.snapshot().outbox) > 3, "copies that wait")
             wait_until(lambda: control.stats()["inheritances"] == control.stats()["running"] == 1, "the others")
+
+    def _serves(self, path: str) -> None:
+        """A service, and a session with it."""
+        host = self.served.enter_context(RawClient(path))
+        server = self.served.enter_context(RawServer(host, "name"))
+        session = self.served.enter_context(RawSession(host, "name"))
+        #: What is this process's own.
+        self.ours = [each.sock.fileno() for each in (self.silent, host, server, session)] + [server.page, *session.fds]
 
     def _inherits(self, path: str) -> None:
         """A child whose parent has died, and which maps what that had."""
@@ -159,6 +169,7 @@ class Company:
             with contextlib.suppress(ChildProcessError):  # its child's
                 os.waitpid(pid, 0)
         self.silent.__exit__()
+        self.served.close()
         self.me.close()
 
 
@@ -171,7 +182,8 @@ def test_a_handler_that_forks(name: str) -> None:
             assert set(found) == {"0", "1", "2"}, found
             assert land == 0
             assert read in ("MemoryFault", "InvalidMemState")  # and nobody else's bytes
-            for kind in ("socket:", "[pidfd]", "[eventfd]", "[eventpoll]", "/dev/shm/realmap.", "/dev/null"):
+            kinds = "socket:", "realmap-seat", "[pidfd]", "[eventfd]", "[eventpoll]", "/dev/shm/realmap.", "/dev/null"
+            for kind in kinds:
                 assert any(kind in each for each in of_kernel.values()), (kind, of_kernel)
             assert len(of_kernel) > 25
             # The kernel itself has lost nothing.
@@ -189,7 +201,8 @@ def test_a_program_that_forks_beside_its_kernel() -> None:
         try:
             assert len(open_now()) > len(before) + 25
             found, land, _ = in_a_fork()
-            del found[str(company.silent.sock.fileno())]  # which is ours
+            for number in company.ours:
+                del found[str(number)]
             assert {number: name for number, name in found.items() if before.get(number) != name} == {}
             assert land == 0
             pid = os.fork()

@@ -63,6 +63,9 @@ def test_limits_are_told_as_they_are_in_force(limited: KernelHandle) -> None:
         "inheritances": 256,
         "reserve": 32,
         "stock": 1 << 20,
+        "seats": 64,
+        "sessions": 256,
+        "grants": 4096,
     }
     with realmap.boot() as plain:
         found = plain.snapshot().limits
@@ -127,7 +130,7 @@ def test_the_same_as_json_and_back(limited: KernelHandle) -> None:
     text = msgspec.json.encode(taken)
     assert json.loads(text)["processes"][0]["mappings"][0]["type"] == "HEAP"
     assert msgspec.json.decode(text, type=Snapshot) == taken
-    assert taken.form == FORM == 8
+    assert taken.form == FORM == 9
     assert taken.mirrors[0].parts[0].frames == taken.frames[0].serial
     assert taken.frames[0].refcount == len(taken.frames[0].holders) == 3
     assert taken.handles[0].uses == 3

@@ -40,38 +40,43 @@ NEEDS = "realmap top needs Textual: pip install 'realmap[top]'"
 @click.option("--host", help="With --web: the address to listen at. By default 127.0.0.1: this machine only.")
 @click.option("--port", type=click.IntRange(0, 65535), help="With --web: 8765 by default; 0 for any that is free.")
 @click.option("--wait", is_flag=True, help="Where no kernel runs yet, wait for one.")
+@click.option("--machine", is_flag=True, help="In place of a kernel: any processes of this machine that share memory.")
 @click.option("--any", "others", is_flag=True, hidden=True)  # what a page is told of a kernel that nobody named
 def top(
-    path: str | None, interval: float, web: bool, host: str | None, port: int | None, wait: bool, others: bool
-) -> None:
+    path: str | None, interval: float, web: bool, host: str | None, port: int | None, wait: bool, machine: bool,
+    others: bool,
+) -> None:  # fmt: skip
     """Watch a kernel live: its processes, their address spaces drawn, mirrors while they live, segments and rates.
 
     Keys: 1, 2, 3 choose processes, segments or syscalls, s sorts, / filters, p pauses, Enter shows one in detail, Esc
     goes back, ? helps, q quits. When the kernel ends, the next one that runs is shown; where one was named, the next at
-    that path.
+    that path. With --machine, each segment that several processes have mapped is lit in all of them.
 
     Example: realmap top --wait
     """
     if not web and (host is not None or port is not None):
         raise click.UsageError("--host and --port go with --web")
+    if machine and (path is not None or wait):
+        raise click.UsageError("--machine asks no kernel: it goes with neither --kernel nor --wait")
     if not web:
         require_terminal()
     require_textual(web)
     given = named(path)
     others = others or given is None
     found = given or ""
-    if not wait:
+    if not wait and not machine:
         found = find(given)
         Control(found).close()  # what is wrong with it is said before the screen is taken
     if web:
         from realmap.cli.top.web import serve
 
-        options = ["--wait", "--interval", repr(interval), *(["--kernel", found] if found else []), *["--any"] * others]
+        kernel = ["--machine"] if machine else ["--wait", *(["--kernel", found] if found else []), *["--any"] * others]
+        options = [*kernel, "--interval", repr(interval)]
         serve(options, host or "127.0.0.1", 8765 if port is None else port)
     else:
         from realmap.cli.top.app import Top
 
-        app = Top(found, interval, others=others)
+        app = Top(found, interval, others=others, machine=machine)
         app.run()
         sys.exit(app.return_code or 0)
 

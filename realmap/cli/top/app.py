@@ -12,7 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.events import AppBlur
 from textual.message import Message
 
-from realmap.cli.top.feed import NONE, Feed, Seen
+from realmap.cli.top.feed import NONE, Feed, MachineFeed, Seen
 from realmap.cli.top.screens import Head, Help, Live, Main
 from realmap.cli.top.view import Programs, View
 from realmap.observe import words
@@ -30,7 +30,7 @@ class Fresh(Message):
 class Top(App[None]):
     """Shows the kernel at `path`, with a snapshot every `interval` seconds.
 
-    `note`: said in the first line. `others`: as `Feed`.
+    `note`: said in the first line. `others`: as `Feed`. `machine`: in place of a kernel, what `MachineFeed` looks at.
     """
 
     TITLE = "realmap top"
@@ -58,7 +58,9 @@ class Top(App[None]):
         Binding("q,ctrl+c", "quit", "Quit"),
     ]
 
-    def __init__(self, path: str, interval: float, note: str = "", *, others: bool = False) -> None:
+    def __init__(
+        self, path: str, interval: float, note: str = "", *, others: bool = False, machine: bool = False
+    ) -> None:
         super().__init__()
         self.view: View | None = None
         self.note = note
@@ -67,7 +69,9 @@ class Top(App[None]):
         self._why = ""
         #: How many views have been shown.
         self.shown = 0
-        self.feed = Feed(path, interval, self._deliver, others=others)
+        self.feed = (
+            MachineFeed(interval, self._deliver) if machine else Feed(path, interval, self._deliver, others=others)
+        )
 
     @property
     def kernel(self) -> int:
@@ -140,7 +144,7 @@ class Top(App[None]):
         if self._why:
             said = words.harmless(self._why)
         else:
-            pid = f"kernel {self.view.snapshot.pid}" if self.view is not None else "connecting to"
+            pid = "connecting to" if self.view is None else f"kernel {self.kernel}" if self.kernel else "this machine"
             said = f"{pid}  {path}"
         marks = ["PAUSED"] if self.feed.paused else []
         if isinstance(self.screen, Live) and self.screen.is_mounted:

@@ -12,6 +12,7 @@ import click
 
 from realmap.cli.target import control as control_of
 from realmap.errors import KernelDied, KernelError, SyscallTimeout
+from realmap.observe import machine, shm
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
 from realmap.wire import status
@@ -174,3 +175,15 @@ class Feed:
                 else:
                     break
             self._now = False
+
+
+class MachineFeed(Feed):
+    """Looks at any processes of this machine that share memory: no kernel is asked."""
+
+    def __init__(self, interval: float, deliver: Callable[[Seen | str], None]) -> None:
+        super().__init__("", interval, deliver)
+
+    def _ask(self, past: Past, start: float) -> Seen:
+        snapshot = machine.snapshot(shm.look())
+        moment = time.monotonic()
+        return past.add(snapshot, moment, moment - start)

@@ -85,14 +85,14 @@ def _block(canvas: Canvas, block: Block, lights: Iterable[Light]) -> None:
     canvas.write(left, width, label, WHITE)
 
 
-def legend(lanes: Iterable[Lane]) -> list[Segment]:
+def legend(lanes: Iterable[Lane], what: str = "mirror") -> list[Segment]:
     """What the colours mean."""
     found = []
     for kind in kinds(lanes):
         found += [Segment("  ", _style(None, colour(kind))), Segment(f" {kind.lower()}  ")]
     for number in (1, 2, 3):
         found.append(Segment(f" {number}", _style(BLACK, lit(number), True)))
-    return [*found, Segment(" mirror, lit on both ends")]
+    return [*found, Segment(f" {what}, lit on both ends")]
 
 
 def sparkline(values: Iterable[float], width: int) -> str:

@@ -14,8 +14,9 @@ from textual.widgets import ContentSwitcher, Footer, Input, Static
 
 from realmap.cli.top import paint
 from realmap.cli.top.rows import Column, Rows
-from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals, waited
+from realmap.cli.top.view import MappingRow, ProcessRow, View, fitting, rates, totals
 from realmap.observe import words
+from realmap.observe.picture import labels
 from realmap.wire.records import CallInfo, FramesInfo
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ CALLS: list[Column[CallInfo]] = [
     Column("p99", 8, lambda row: _took(row.p99), lambda row: row.p99 or 0, down=True),
     Column("longest", 8, lambda row: _took(row.longest), lambda row: row.longest or 0, down=True, least=50),
     Column("blocking", 8, lambda row: "yes" if row.blocking else "", least=70, right=False),
+    Column("servers", 7, lambda row: str(row.servers or ""), lambda row: row.servers, down=True, least=80),
     Column("syscall", 0, lambda row: words.harmless(row.name), lambda row: row.name, right=False),
 ]
 
@@ -241,11 +243,13 @@ class Main(Live):
         graph = paint.sparkline(view.seen.history, min(40, width - len(line) - 4))
         self.query_one("#rates", Head).say(f" {line}  {graph}")
         label = self.label()
-        mirrors = len(view.snapshot.mirrors)
-        name = next((each for each in (f"KernelLand, {mirrors} lit", "KernelLand", "Kernel") if len(each) < label), "")
+        names, mirrors = labels(view.snapshot), len(view.snapshot.mirrors)
+        choice = (f"{names.above}, {mirrors} lit", names.above, names.short)
+        name = next((each for each in choice if len(each) < label), "")
         lane = paint.lane(view.picture.kernel, max(1, width - 1 - label))
         self.query_one("#kernel", Head).draw([Segment(f" {name}".ljust(label)), *lane])
-        self.query_one("#legend", Head).draw([Segment(" "), *paint.legend([view.picture.kernel, *view.picture.users])])
+        legend = paint.legend([view.picture.kernel, *view.picture.users], names.lit)
+        self.query_one("#legend", Head).draw([Segment(" "), *legend])
         rows = self.query_one("#processes", Rows)
         rows.show(view.processes)
         shown = self.query_one(ContentSwitcher).current
@@ -284,7 +288,8 @@ class OneProcess(Live):
             return
         process, cells = row.process, max(1, self.size.width - 2)
         said = [f"process {process.pid} {words.harmless(row.program)}"]
-        said += [words.harmless(f"in {each.syscall}") + f" {waited(each.seconds)}" for each in view.running(process)]
+        said += [view.at_work(each) for each in view.running(process)]
+        said += [f"serves {', '.join(map(words.harmless, seat.names))}" for seat in view.seats(process)]
         said += [f"{words.counted(row.lane.ranges, 'mapping')} {words.size(row.lane.bytes)}", f"uid {process.uid}"]
         self.query_one("#one", Head).say(" " + fitting(said, cells))
         wide = view.alone(process, cells)
@@ -332,7 +337,10 @@ HELP = """\
 Each line is a process; its bar is its UserLand, squeezed:
 mappings as blocks, as long as the logarithm of their pages.
 What is lit is mirrored by the kernel at this moment: the
-number is the mirror's, the same in KernelLand and UserLand.
+number is the mirror's, the same in KernelLand and UserLand;
+or it is lent to a service: lit in its UserLand as well.
+With --machine: segments that several processes map, above
+and in each of them.
 A mirror that comes and goes between two looks (that of a
 short call) is only counted.
 

@@ -15,7 +15,7 @@ from realmap.observe.picture import Lane, Numbers, Picture, draw, fitting_unit
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.tables import program
 from realmap.rights import MappingAccessRights
-from realmap.wire.records import FramesInfo, MappingInfo, ProcessInfo, RunningInfo
+from realmap.wire.records import FramesInfo, MappingInfo, ProcessInfo, RunningInfo, SeatInfo
 
 #: Cells that a page takes where there is room.
 WIDEST = 3.0
@@ -98,8 +98,18 @@ class View:
         return self.frames.get(serial) if kernel == self.snapshot.pid else None
 
     def running(self, process: ProcessInfo) -> list[RunningInfo]:
-        """The calls of a process that worker threads are at."""
+        """The calls of a process that worker threads, or services, are at."""
         return [each for each in self.snapshot.running if each.process == process.number]
+
+    def at_work(self, call: RunningInfo) -> str:
+        """What is called, of whom, and since when."""
+        server = next((each.pid for each in self.snapshot.processes if each.number == call.server), None)
+        whose = f" of process {server}" if server is not None else ""
+        return words.harmless(f"in {call.syscall}{whose}") + f" {waited(call.seconds)}"
+
+    def seats(self, process: ProcessInfo) -> list[SeatInfo]:
+        """What a process serves."""
+        return [each for each in self.snapshot.seats if each.process == process.number]
 
     def alone(self, process: ProcessInfo, cells: int) -> Picture:
         """A process by itself, larger."""
@@ -128,12 +138,18 @@ class View:
 def totals(snapshot: Snapshot) -> list[str]:
     """What there is now, the most telling first."""
     stats = snapshot.stats
-    return [
+    found = [
         words.counted(len(snapshot.processes), "process"),
         words.counted(stats["mappings"], "mapping"),
         f"{words.counted(stats['segments'], 'segment')} {words.size(stats['bytes'])}",
+    ]
+    if not snapshot.pid:  # the machine's
+        return [*found, f"{len(snapshot.mirrors)} of them shared by several"]
+    return [
+        *found,
         words.counted(len(snapshot.mirrors), "mirror"),
         f"{len(snapshot.kept)} kept {words.size(stats['kept_bytes'])}",
+        *([f"{len(snapshot.lent)} lent to services"] if snapshot.lent else []),
         words.counted(len(snapshot.handles), "handle"),
     ]
 
@@ -141,6 +157,8 @@ def totals(snapshot: Snapshot) -> list[str]:
 def rates(seen: Seen) -> list[str]:
     """How fast it goes, and what it took to find out."""
     stats, found = seen.snapshot.stats, []
+    if not seen.snapshot.pid:
+        return [words.counted(stats["descriptors"], "descriptor"), f"looked for {seen.took * 1e3:.0f} ms"]
     if seen.rates is None:
         found.append(f"{words.counted(stats['calls'], 'call')} so far")
     else:

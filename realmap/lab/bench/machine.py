@@ -14,26 +14,52 @@ from realmap.pages import PAGE_SIZE
 
 #: Others may take this share of the CPUs before it is said.
 BUSY = 0.05
+BUGS = Path("/sys/devices/system/cpu/vulnerabilities")
+THP = "/sys/kernel/mm/transparent_hugepage"
+#: Who made the machine; of a virtual one, whose hypervisor it is.
+MAKERS = ("/sys/class/dmi/id/sys_vendor", "/sys/class/dmi/id/product_name", "/sys/hypervisor/type")
 
 
 def facts() -> dict[str, str | int | float | bool]:
     """The machine, in the words of Linux. Sizes in bytes."""
     disk = os.statvfs(SHM)
     cpus = Path("/proc/cpuinfo").read_text()
+    bugs = sorted(path.name for path in BUGS.iterdir()) if BUGS.is_dir() else []
     return {
         "cpu": _cpu(cpus.splitlines()),
         "cpus": len(os.sched_getaffinity(0)),
         "virtual": "hypervisor" in cpus,
+        "virtualization": " ".join(filter(None, map(setting, MAKERS))) or "unknown",
         "memory": psutil.virtual_memory().total,
         "linux": platform.release(),
+        "build": platform.version(),
         "architecture": platform.machine(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "page": PAGE_SIZE,
         "shm": disk.f_blocks * disk.f_frsize,
-        "shmem_huge": setting("/sys/kernel/mm/transparent_hugepage/shmem_enabled") or "unknown",
+        "shmem_huge": setting(f"{THP}/shmem_enabled") or "unknown",
+        "thp": setting(f"{THP}/enabled") or "unknown",
+        "thp_defrag": setting(f"{THP}/defrag") or "unknown",
+        "numa": setting("/sys/devices/system/node/online") or "unknown",
+        "numa_balancing": setting("/proc/sys/kernel/numa_balancing") or "unknown",
         "governor": setting("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
+        "cgroup_memory": cgroup("memory", "memory.max", "memory.limit_in_bytes"),
+        "cgroup_cpu": cgroup("cpu", "cpu.max", "cpu.cfs_quota_us"),
+        **{f"mitigation_{bug}": setting(f"{BUGS}/{bug}") for bug in bugs},
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def cgroup(controller: str, limit: str, old: str) -> str:
+    """What this process's group may have of it: by the file `limit` (version 2) or `old` (version 1)."""
+    found = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            found.append(setting(f"/sys/fs/cgroup{path}/{limit}"))
+        elif controller in controllers.split(","):
+            found.append(setting(f"/sys/fs/cgroup/{controller}{path}/{old}"))
+    return next(filter(None, found), "unknown")
 
 
 def _cpu(lines: list[str]) -> str:

@@ -56,9 +56,12 @@ def stress_copy(call: Call, source: UserBuffer, target: UserBuffer) -> None:
 @syscall
 def stress_keep(call: Call, name: int, data: UserBuffer) -> None:
     """Keeps a mirror beyond the call; what a process that died has left goes now."""
+    # Other calls may be at it, too, where this one has lost the loop: so the keys first, and each is taken once.
+    keys = list(_kept)
     living = {process.pid for process in call.kernel.processes()}
-    for number, other in [key for key in _kept if key[0] not in living]:
-        _kept.pop((number, other)).drop()
+    for key in keys:
+        if key[0] not in living and (mirror := _kept.pop(key, None)) is not None:
+            mirror.drop()
     _kept[call.process.pid, name] = data.mirror(k_r)
 
 

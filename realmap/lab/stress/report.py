@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,19 @@ from xml.etree import ElementTree
 
 import msgspec
 
-FORM = 1
-#: Latencies are counted in buckets a tenth of a power of two wide: 7 % of error at most.
-STEPS_PER_OCTAVE = 10
+FORM = 2
+#: Latencies are counted in buckets of a 32nd of a power of two: 2 % wide. Counts of several runs are added, exactly.
+STEPS_PER_OCTAVE = 32
 #: A kernel's memory that rises by less over the second half of a run is no growth: arenas, and logs. Bytes.
 RISE = 16 << 20
+
+
+#: What a mix takes for what is not given.
+DEFAULTS: dict[str, dict[str, float]] = {
+    "quick": {"users": 4, "seconds": 10.0},
+    "soak": {"users": 4, "seconds": 600.0, "kill": 0.001, "truncate": 0.001},
+    "storm": {"users": 8, "seconds": 60.0, "kill": 0.02, "truncate": 0.01},
+}
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -31,21 +40,58 @@ class Options(msgspec.Struct, frozen=True):
     full: bool = False
     #: The socket of the kernel; None for one of its own.
     kernel: str | None = None
+    #: Names of what works against the users; "all": all that the machine allows.
+    antagonists: tuple[str, ...] = ()
+    #: A module with operations of one's own.
+    operations: str | None = None
 
     def command(self) -> str:
         """What runs the same again."""
         parts = ["realmap stress", self.mix, f"--users {self.users} --seed {self.seed}"]
         parts.append(f"--ops {self.ops}" if self.ops is not None else f"--seconds {self.seconds:g}")
-        parts += [f"--kill {self.kill:g}"] if self.kill else []
-        parts += [f"--truncate {self.truncate:g}"] if self.truncate else []
+        for name, share in (("kill", self.kill), ("truncate", self.truncate)):
+            parts += [f"--{name} {share:g}"] if share or DEFAULTS[self.mix].get(name) else []
         parts += ["--full"] if self.full else []
         parts += [f"--kernel {self.kernel}"] if self.kernel else []
+        parts += [f"--antagonists {','.join(self.antagonists)}"] if self.antagonists else []
+        parts += [f"--ops {shlex.quote(self.operations)}"] if self.operations else []
         return " ".join(parts)
 
 
 def bucket(nanoseconds: int) -> int:
     """The bucket that a latency is counted in."""
     return int(math.log2(max(1, nanoseconds)) * STEPS_PER_OCTAVE)
+
+
+class Antagonism(msgspec.Struct):
+    """What one antagonist did: its steps, and why there are no (or no more) of them, None where nothing kept it."""
+
+    count: int = 0
+    why: str | None = None
+    #: The bytes that it found wrong.
+    wrong: str | None = None
+
+
+class Operation(msgspec.Struct):
+    """What became of an operation of one's own: how often it was done, and failed; the longest took seconds."""
+
+    count: int = 0
+    failures: int = 0
+    longest: float = 0.0
+    #: Of the first failure.
+    why: str | None = None
+
+    def fail(self, why: str) -> None:
+        """It failed once more."""
+        self.failures += 1
+        self.why = self.why or why
+
+    def add(self, other: Operation) -> None:
+        """What another user did."""
+        self.count += other.count
+        self.failures += other.failures
+        self.longest = max(self.longest, other.longest)
+        self.why = self.why or other.why
 
 
 class Tally(msgspec.Struct):
@@ -67,17 +113,31 @@ class Tally(msgspec.Struct):
     dying: bool = False
     #: It did all that was asked of it.
     done: bool = False
+    #: An operation has left something: another life goes on, without it.
+    again: bool = False
     failure: str | None = None
+    #: That is about bytes.
+    wrong: bool = False
+    operations: dict[str, Operation] = {}
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """Steps of one kind: how many, how many a second, and how long they took (seconds)."""
+    """Steps of one kind: how many, how many a second, how long they took (seconds); `buckets`: {bucket: how often}."""
 
     count: int
     per_second: float
     p50: float
     p99: float
     longest: float
+    buckets: dict[int, int] = {}
+
+
+def kind_of(buckets: Mapping[int, int], seconds: float, longest: float) -> Kind:
+    """Of what was counted in so many seconds, by one user or by many machines."""
+    count = sum(buckets.values())
+    # A bucket may reach beyond the longest of its times.
+    p50, p99 = (min(longest, percentile(buckets, share)) for share in (0.5, 0.99))
+    return Kind(count, count / seconds, p50, p99, longest, dict(buckets))
 
 
 class Slope(msgspec.Struct, frozen=True):
@@ -132,6 +192,10 @@ class Report(msgspec.Struct, frozen=True):
     #: By user: of all its choices, in order, over its lives.
     choices: list[str]
     failures: list[str]
+    #: By name: how often each was done, or why it was not.
+    antagonists: dict[str, Antagonism] = {}
+    #: One's own, by name.
+    operations: dict[str, Operation] = {}
 
     @property
     def ok(self) -> bool:
@@ -148,14 +212,13 @@ def summed(tallies: Sequence[Tally]) -> dict[str, Counter[int]]:
 
 
 def percentile(buckets: Mapping[int, int], share: float) -> float:
-    """The latency, in seconds, that `share` of those counted do not exceed (the middle of its bucket)."""
+    """The latency, in seconds, that `share` of those counted do not exceed; in a bucket they are taken as even."""
     left = share * sum(buckets.values())
-    number = 0
     for number in sorted(buckets):
-        left -= buckets[number]
-        if left <= 0:
+        if left <= buckets[number]:
             break
-    return float(2 ** ((number + 0.5) / STEPS_PER_OCTAVE)) / 1e9
+        left -= buckets[number]
+    return float(2 ** ((number + left / buckets[number]) / STEPS_PER_OCTAVE)) / 1e9
 
 
 def slope(samples: Sequence[tuple[float, float]]) -> Slope:

@@ -18,7 +18,12 @@ from realmap.ambient import connect
 from realmap.errors import KernelError, UnknownSyscall
 from realmap.host import forks, procfs, runtime, signals
 from realmap.lab.stress import handlers, worker
-from realmap.lab.stress.report import FORM, Kind, Options, Report, Slope, Tally, percentile, slope, summed
+from realmap.lab.stress.antagonists import chosen
+from realmap.lab.stress.antagonists.antagonist import Target
+from realmap.lab.stress.antagonists.crew import Crew
+from realmap.lab.stress.board import Board
+from realmap.lab.stress.operations import load
+from realmap.lab.stress.report import FORM, Operation, Options, Report, Slope, Tally, kind_of, slope, summed
 from realmap.memory import KERNEL_LAND
 from realmap.observe.control import Control
 from realmap.system import boot
@@ -72,6 +77,8 @@ class Runner:
         self._options = options
         self._say = say
         self._users = [User(index) for index in range(options.users)]
+        self._board = Board(options.users)
+        self._operations = load(options.operations) if options.operations else []
         self._failures: list[str] = []
         self._kills = self._audits = 0
         self._samples: dict[str, list[tuple[float, float]]] = {}
@@ -87,12 +94,15 @@ class Runner:
             self._path = path
             self._require_handlers()
             before = self._remains()
+            target = Target(path, self._control.pid, self._options.kernel is None, self._board)
+            self._crew = Crew(chosen(self._options.antagonists), target, self._options.seed)
             began = time.monotonic()
             self._deadline = None if self._options.seconds is None else began + self._options.seconds
             try:
                 self._work(began)
             finally:
                 self._end()
+            self._failures += self._crew.failures
             seconds = time.monotonic() - began
             self._look_back(before)
         return self._report(seconds)
@@ -121,7 +131,7 @@ class Runner:
             pid = forks.fork()
             if not pid:
                 ours.close()
-                worker.run(theirs, self._options, self._path, user.index, user.life, self._deadline, left)
+                worker.run(theirs, self._options, self._path, self._board, user.index, user.life, self._deadline, left)
             theirs.close()
             user.pid, user.sock = pid, ours
             user.now = Tally()
@@ -129,11 +139,15 @@ class Runner:
     def _work(self, began: float) -> None:
         for user in self._users:
             self._start(user)
+        with _held_back():
+            self._crew.start()
         sampled = audited = began
-        while not self._failures and any(user.sock is not None for user in self._users):
+        while not self._failures and not self._crew.failures and any(user.sock is not None for user in self._users):
             socks = {user.sock.fileno(): user for user in self._users if user.sock is not None}
             for fd in select.select(list(socks), [], [], 0.1)[0]:
                 self._hear(socks[fd])
+            self._watch_operations()
+            self._crew.hear()
             now = time.monotonic()
             try:
                 if now - sampled > SAMPLE:
@@ -159,20 +173,42 @@ class Runner:
             return
         user.sock.close()
         user.sock = None
+        number, seconds = self._board.operation(user.index)
+        doomed = self._board.is_doomed(user.index, user.pid)
+        self._board.leave(user.index)
         code = os.waitstatus_to_exitcode(os.waitpid(user.pid, 0)[1])
         tally = user.now
-        if tally.failure is not None:
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        if tally.failure is not None and (tally.wrong or not doomed):  # one that starves may say so before it dies
             self._failures.append(f"user {user.index}, life {user.life}: {tally.failure}")
-        elif code == -signal.SIGKILL and tally.dying:
+        elif tally.failure is not None or (code == -signal.SIGKILL and (tally.dying or doomed)):
             self._kills += 1
-            user.past.append(tally)
-            user.life += 1
-            self._start(user)
+            self._start_again(user)
+        elif tally.again:
+            self._start_again(user)
+        elif number:
+            own = self._operations[number - 1]
+            hung = code == -signal.SIGKILL and seconds > own.timeout
+            why = f"it did not come back within {own.timeout} s" if hung else f"it ended its process ({how})"
+            tally.operations.setdefault(own.name, Operation()).add(Operation(1, 1, seconds, f"{own.name}: {why}"))
+            self._start_again(user)
         elif code or not tally.done:
-            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             self._failures.append(f"user {user.index}, life {user.life} died of {how}, which was not asked for")
 
+    def _start_again(self, user: User) -> None:
+        user.past.append(user.now)
+        user.life += 1
+        self._start(user)
+
+    def _watch_operations(self) -> None:
+        """Kills users whose operation does not come back."""
+        for user in self._users:
+            number, seconds = self._board.operation(user.index)
+            if number and user.sock is not None and seconds > self._operations[number - 1].timeout:
+                os.kill(user.pid, signal.SIGKILL)
+
     def _end(self) -> None:
+        self._crew.end()
         for user in self._users:
             if user.sock is not None:
                 with suppress(ProcessLookupError):
@@ -250,15 +286,26 @@ class Runner:
             f"{sum(tally.truncated for tally in tallies)} truncated  {sum(tally.refused for tally in tallies)} refused"
         )
 
+    def _done(self) -> dict[str, Operation]:
+        """What became of operations of one's own."""
+        found = {own.name: Operation() for own in self._operations}
+        for tally in self._tallies():
+            for name, done in tally.operations.items():
+                found[name].add(done)
+        return found
+
     def _report(self, seconds: float) -> Report:
         tallies = self._tallies()
+        operations = self._done()
+        self._failures += [
+            f"operation {name} failed {done.failures} times of {done.count}, first: {done.why}"
+            for name, done in operations.items()
+            if done.failures
+        ]
         kinds = {}
         for kind, buckets in sorted(summed(tallies).items()):
-            count = sum(buckets.values())
             longest = max(tally.longest.get(kind, 0) for tally in tallies) / 1e9
-            # A bucket's middle can lie above the longest of its times.
-            p50, p99 = (min(longest, percentile(buckets, share)) for share in (0.5, 0.99))
-            kinds[kind] = Kind(count, count / seconds, p50, p99, longest)
+            kinds[kind] = kind_of(buckets, seconds, longest)
         return Report(
             form=FORM,
             version=VERSION,
@@ -279,6 +326,8 @@ class Runner:
             audits=self._audits,
             choices=[" ".join(tally.choices[:16] for tally in [*user.past, user.now]) for user in self._users],
             failures=self._failures,
+            antagonists=self._crew.found,
+            operations=operations,
         )
 
 
@@ -292,6 +341,9 @@ def check(options: Options) -> None:
         )
     if not (0 <= options.kill <= 1 and 0 <= options.truncate <= 1):
         raise ValueError("kill and truncate are shares of the steps: from 0 to 1")
+    chosen(options.antagonists)
+    if options.operations is not None:
+        load(options.operations)
 
 
 def run(options: Options, say: Callable[[str], None] = lambda line: None) -> Report:

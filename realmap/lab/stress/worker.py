@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 import msgspec
 
@@ -16,7 +17,9 @@ from realmap.ambient import connect
 from realmap.errors import KernelDied, MemoryFault
 from realmap.lab import workload
 from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes
-from realmap.lab.stress.report import Options, Tally, bucket
+from realmap.lab.stress.board import Board
+from realmap.lab.stress.operations import Own, attempt, load, shortened
+from realmap.lab.stress.report import Operation, Options, Tally, bucket
 from realmap.lab.workload import MIXES, Model, Seeded, Step
 
 #: How often it tells, in seconds.
@@ -29,14 +32,18 @@ PARTS = 1_000_000
 class Worker:
     """A life of user `index`: its choices come from the seed, its index and which life it is."""
 
-    def __init__(self, sock: socket.socket, options: Options, path: str, index: int, life: int) -> None:
+    def __init__(self, sock: socket.socket, options: Options, path: str, board: Board, index: int, life: int) -> None:
         self._sock = sock
         self._options = options
         self._path = path
+        self._board = board
+        self._index = index
         self._draw = Seeded(options.seed, index, life)
-        self._mix = MIXES[options.mix]
-        if options.truncate:
-            self._mix = workload.Mix({**self._mix.weights, "truncate": 0}, self._mix.longest, self._mix.buffers)
+        self._operations = load(options.operations) if options.operations else []
+        mix = MIXES[options.mix]
+        own = {each.name: each.weight for each in self._operations}
+        forced = {"truncate": 0} if options.truncate else {}
+        self._mix = replace(mix, weights={**mix.weights, **forced, **own}, own=mix.own | own.keys())
         self._model = Model()
         self._tally = Tally()
         self._choices = hashlib.sha256()
@@ -47,8 +54,12 @@ class Worker:
         """Works until `deadline` (of the monotonic clock), or for so many steps, or until it is killed."""
         with connect(self._path) as me:
             actor = Actor(me)
+            self._board.enter(self._index)  # from here on it can bear what antagonists do
             while (steps is None or self._tally.steps < steps) and (deadline is None or time.monotonic() < deadline):
                 self._step(actor)
+                if self._tally.again:
+                    self._tell()
+                    return
                 if time.monotonic() - self._told > TELL:
                     self._tell()
             self._tally.unnoticed = actor.unnoticed
@@ -65,6 +76,7 @@ class Worker:
         last = "; ".join(msgspec.json.encode(step).decode() for step in self._recent[-5:])
         text = "".join(traceback.format_exception(error)) if not isinstance(error, WrongBytes) else str(error)
         self._tally.failure = f"{text.strip()} (its last steps: {last})"
+        self._tally.wrong = isinstance(error, WrongBytes)
         self._tell()
 
     def _step(self, actor: Actor) -> None:
@@ -76,7 +88,7 @@ class Worker:
             return
         kinds = self._model.kinds(self._mix)
         if options.truncate and draw.below(PARTS) < options.truncate * PARTS and "truncate" in kinds:
-            forced = workload.Mix({"truncate": 1}, self._mix.longest, self._mix.buffers)
+            forced = replace(self._mix, weights={"truncate": 1})
             self._do(actor, workload.choose(self._model, draw, forced))
             return
         self._do(actor, workload.choose(self._model, draw, self._mix))
@@ -86,6 +98,10 @@ class Worker:
         if not tally.dying:
             self._choices.update(msgspec.json.encode(step))
         self._recent = [*self._recent[-9:], step]
+        for number, own in enumerate(self._operations, 1):
+            if own.name == step.kind:
+                self._attempt(actor, number, own, step)
+                return
         began = time.perf_counter_ns()
         try:
             got = actor.perform(step)
@@ -97,15 +113,35 @@ class Worker:
         took = time.perf_counter_ns() - began
         expected = self._model.apply(step)
         if got != expected:
-            raise WrongBytes(f"wrong bytes: {step} gave {_short(got)}, not {_short(expected)}")
-        tally.steps += 1
+            raise WrongBytes(f"wrong bytes: {step} gave {shortened(got)}, not {shortened(expected)}")
         tally.verified += len(expected) if isinstance(expected, bytes) else step.length if expected is not None else 0
         tally.truncated += step.kind == "truncate"
         tally.forked += step.kind == "fork"
-        latencies = tally.latencies.setdefault(step.kind, {})
+        self._count(step.kind, took)
+
+    def _count(self, kind: str, took: int) -> None:
+        self._tally.steps += 1
+        latencies = self._tally.latencies.setdefault(kind, {})
         number = bucket(took)
         latencies[number] = latencies.get(number, 0) + 1
-        tally.longest[step.kind] = max(took, tally.longest.get(step.kind, 0))
+        self._tally.longest[kind] = max(took, self._tally.longest.get(kind, 0))
+
+    def _attempt(self, actor: Actor, number: int, own: Own, step: Step) -> None:
+        """An operation of one's own. Whatever it does, the others go on."""
+        began = time.perf_counter_ns()
+        self._board.begin(self._index, number)
+        outcome = attempt(own, actor.me, step.seed)
+        took = time.perf_counter_ns() - began
+        done = self._tally.operations.setdefault(own.name, Operation())
+        done.add(Operation(1, longest=took / 1e9))
+        if outcome.why is not None:
+            done.fail(f"{own.name}(user, random.Random({step.seed})): {outcome.why}")
+        self._tally.refused += outcome.refused
+        self._tally.again = outcome.left
+        if not outcome.left:  # who has lost the way to say so is known by it
+            self._board.end(self._index)
+        self._tally.verified += outcome.verified
+        self._count(own.name, took)
 
     def _uncommitted(self, actor: Actor, length: int) -> None:
         """Memory whose space is taken at first touch: all of it is there, or the touch says that it is not."""
@@ -136,15 +172,11 @@ class Worker:
         self._sock.send(msgspec.msgpack.encode(self._tally))
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else f"{text[:60]}… ({len(text)} characters)"
-
-
 def run(
     sock: socket.socket,
     options: Options,
     path: str,
+    board: Board,
     index: int,
     life: int,
     deadline: float | None,
@@ -154,7 +186,8 @@ def run(
     status = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    worker = Worker(sock, options, path, index, life)
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # an antagonist sends it
+    worker = Worker(sock, options, path, board, index, life)
     try:
         worker.live(deadline, steps)
         status = 0

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from realmap._core import ON_ITS_WAY, Answer, Bell
-from realmap.wire import status
 
 if TYPE_CHECKING:
-    from realmap.wire.client.client import Client
+    from realmap.wire.client.requester import Late, Requester
 
 
 #: When it is tried again where Linux had no memory or no descriptor, in seconds.
@@ -29,7 +29,7 @@ LONGEST = 1e9
 class Waiter:
     """The requests of one connection whose answers are awaited in one loop. Used in that loop only."""
 
-    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, client: Requester, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
         self._loop = loop
         #: What whoever reads rings, from any thread: an answer is there, or somebody has to read from now on.
@@ -39,7 +39,7 @@ class Waiter:
         self._watching = 0
 
     @classmethod
-    def of(cls, client: Client) -> Waiter:
+    def of(cls, client: Requester) -> Waiter:
         """That of the running loop. RuntimeError: none runs."""
         loop = asyncio.get_running_loop()
         waiter = client.waiters.get(loop)
@@ -48,15 +48,18 @@ class Waiter:
             waiter = client.waiters[loop] = cls(client, loop)
         return waiter
 
-    async def request(self, message: Any, *, timeout: float | None, name: str, holds: object) -> Any:
-        """As `Client.request`, for an answer without descriptors."""
+    async def request(
+        self, message: Any, *, timeout: float | None, name: str, holds: object = None, late: Late | None = None
+    ) -> tuple[Any, Answer]:
+        """As `Requester.request`."""
         client = self._client
         data = client.encode(message)
-        client.check()
+        client.check(unread=True)
+        unwanted = None if late is None else partial(client.give_back, late)
         future = self._loop.create_future()
         task, timer = asyncio.current_task(), None
         cancelled = task.cancelling() if task is not None else 0
-        answer = client.endpoint.start(message.id, data, holds, self._bell)
+        answer = client.endpoint.start(message.id, data, holds, unwanted, self._bell)
         self._waiting[answer] = future
         try:
             if timeout is not None:
@@ -79,8 +82,8 @@ class Waiter:
             if given_up := answer.outcome == ON_ITS_WAY:
                 client.endpoint.give_up(answer)
         if given_up:
-            raise status.unanswered(client.path, name, timeout)
-        return client.value(answer)
+            raise client.unanswered(name, timeout)
+        return client.value(answer), answer
 
     # ---- looking ------------------------------------------------------------------------------
 

@@ -71,7 +71,12 @@ class Attack:
             self.notes.sent(index, signed(shot.datagrams[0], _pid, _start))
             if index % 64 == 0:
                 self._count(index)
-            if shot.fresh:
+            if shot.kind == "told":
+                line = lines[True]
+                line.peer = line.peer or Peer(self.path, self.tally)
+                line.peer.drain()
+                line.peer.tell(shot.datagrams[0])
+            elif shot.fresh:
                 stranger = Peer(self.path, self.tally, greet=False)
                 self._fire(stranger, shot)
                 stranger.finish()

@@ -19,7 +19,22 @@ from realmap.memory.lands import KERNEL_LAND, USER_LAND
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
-from realmap.wire.messages import Ask, Call, Hello, Map, More, Move, Publish, Query, Unmap, buffer_ext
+from realmap.wire.messages import (
+    Ask,
+    Call,
+    Close,
+    Hello,
+    Lend,
+    Map,
+    More,
+    Move,
+    Open,
+    Publish,
+    Query,
+    Serve,
+    Unmap,
+    buffer_ext,
+)
 
 #: What a hostile client maps for itself before it says anything else, in bytes; at the start of its UserLand.
 OWN = 16 * PAGE_SIZE
@@ -151,8 +166,10 @@ class Mutator:
         pick = self.random.random()
         number = self.random.randrange(0, 1000)
         address = self._address()
-        if pick < 0.5:
+        if pick < 0.4:
             return self._call(number)
+        if pick < 0.5:
+            return self._of_services(number, address)
         if pick < 0.62:
             memory = Map(
                 number,
@@ -176,6 +193,32 @@ class Mutator:
         if pick < 0.96:
             return Query(number, address)
         return Ask(number, self._usually("stats", ["books", "", "stop", *_TEXTS]))
+
+    def _of_services(self, number: int, address: int) -> messages.Request:
+        names = [*self._names, *self._names, *_TEXTS]
+        session = self._usually(self.random.randrange(1, 200), _INTEGERS)
+        pick = self.random.random()
+        if pick < 0.2:
+            count = self._usually(self.random.randrange(1, 3), [0, 5, 2000], 0.1)
+            threads, queue = (self._usually(usual, _INTEGERS, 0.2) for usual in (2, 16))
+            return Serve(number, [self.random.choice(names) for _ in range(count)], threads, queue)
+        if pick < 0.6:
+            return Open(number, self.random.choice(names), self._usually([], [[1, 2, 3], [-1], [0] * 500]))
+        return Close(number, session) if pick < 0.7 else Lend(number, session, address)
+
+    def told(self) -> bytes:
+        """What a server tells the kernel of itself, or nearly so."""
+        session = self.random.randrange(1, 200)
+        names = {self.random.choice(self._names): (3, 1, [10**9, 20, 2]) for _ in range(self.random.randrange(3))}
+        running = [(session, 5, "name", self._usually(7.0, [None, float("nan"), -1.0]))]
+        worked = [(session, 5, "name", 1, 2, 3, self._usually(0, _INTEGERS))]
+        lent = [(1, self._address(), PAGE_SIZE, self._address(), 3)]
+        made = [messages.Served(names, running, lent), messages.Worked(worked), messages.Gone(session)]
+        data = self._encoder.encode(self.random.choice(made))
+        pick = self.random.random()
+        if pick < 0.4:
+            return self._encoder.encode(self.change_tree(self._tree(data)))
+        return self.change_bytes(data) if pick < 0.5 else data
 
     @staticmethod
     def _tree(data: bytes) -> Any:
@@ -278,7 +321,9 @@ class Mutator:
         riders = self.random.choice((1, 2, 64, 253)) if self.random.random() < 0.02 else 0
         if pick < 0.015:
             return Shot("instead of hello", self._instead_of_hello(), riders, fresh=True)
-        if pick < 0.025:
+        if pick < 0.02:
+            return Shot("told", [self.told()[: channel.CHUNK]])
+        if pick < 0.03:
             size = self.random.choice((1, 4, 30, 2000, 60_000))
             return Shot("random", [b"\0" + self.random.randbytes(self.random.randrange(1, size + 1))], riders)
         if pick < 0.07:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import mmap
 import os
 import select
 import socket
+import stat
 import struct
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -22,6 +25,8 @@ from realmap.wire import channel, messages
 
 #: The kernel has to do what it must within this time: far above what a loaded machine takes. Seconds.
 BOUND = 60.0
+#: So many descriptors that came with answers stay open.
+KEPT = 24
 _MOST_RECORDS, _RECORD = 64, 1024
 _HEADER = struct.Struct("=4Q")
 _HEAD = struct.Struct("=QII")
@@ -114,6 +119,8 @@ class Peer:
         self.greeted = self.over = self.welcome = False
         self.sent = 0
         self._keep_ring = keep_ring
+        #: What came last with answers: sockets of services and sessions among it, which end when they are closed.
+        self._kept: deque[int] = deque()
         self._tally = tally
         self._assembler = channel.Assembler()
         tally.connections += 1
@@ -149,6 +156,13 @@ class Peer:
                     raise
                 rights = []  # too many are on their way already
 
+    def tell(self, datagram: bytes) -> None:
+        """Says it by every socket that it was given."""
+        for fd in self._kept:
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+                    sock.send(datagram, AT_ONCE)
+
     def drain(self) -> None:
         """Reads and checks all that is there."""
         while not self.over:
@@ -168,7 +182,9 @@ class Peer:
                 elif data != channel.BELL:
                     self._take(data, descriptors)
             finally:
-                channel.close_all(descriptors)
+                self._kept += descriptors
+                while len(self._kept) > KEPT:
+                    os.close(self._kept.popleft())
         if self.memory is not None and not self._keep_ring:
             self._read_ring(self.memory)
 
@@ -239,5 +255,7 @@ class Peer:
     def close(self) -> None:
         """Closes its side."""
         self.sock.close()
+        channel.close_all(list(self._kept))
+        self._kept.clear()
         if self.memory is not None:
             self.memory.close()

@@ -16,6 +16,7 @@ from typing import Any
 import cycles
 import errors
 import kills
+import services
 import strace
 from paths import PATHS
 
@@ -61,29 +62,37 @@ def run_errors(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any
 
 def run_kills(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], int]:
     """Part B. What was found, and how many failures."""
-    killer = kills.Killer(folder, options.seed, _say)
+    chosen = [each for each in kills.POINTS if options.point in ("", each.name) and options.only in ("", each.call)]
+    return _points("kills", kills.Killer(folder, options.seed, _say), chosen, options.rounds)
+
+
+def run_services(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], int]:
+    """Part D. What was found, and how many failures."""
+    chosen = [each for each in services.POINTS if options.point in ("", each.name) and options.who in ("", each.who)]
+    return _points("services", services.Services(folder, _say), chosen, options.rounds)
+
+
+def _points(part: str, killer: Any, points: list[Any], count: int) -> tuple[dict[str, Any], int]:
     tallies = []
     _say(f"{'point':55} {'rounds':>6} {'there':>6} {'swept':>6} {'a second':>8} {'failed':>6}")
     try:
-        for point in kills.POINTS:
-            if options.point in ("", point.name) and options.only in ("", point.call):
-                tally = killer.point(point, options.rounds)
-                tallies.append(tally)
-                rate = tally.rounds / tally.seconds
-                _say(
-                    f"{tally.point:55} {tally.rounds:6} {tally.hits:6} {tally.swept:6} {rate:8.1f} "
-                    f"{len(tally.failures):6}"
-                )
+        for point in points:
+            tally = killer.point(point, count)
+            tallies.append(tally)
+            rate = tally.rounds / tally.seconds
+            _say(
+                f"{tally.point:55} {tally.rounds:6} {tally.hits:6} {tally.swept:6} {rate:8.1f} {len(tally.failures):6}"
+            )
     finally:
         killer.end()
     failures = [
-        errors.Failure(tally.point, [each], f"tools/inject kills --point '{tally.point}' --rounds {options.rounds}")
+        errors.Failure(tally.point, [each], f"tools/inject {part} --point '{tally.point}' --rounds {count}")
         for tally in tallies
         for each in tally.failures
     ]
     # A point that is never reached tests nothing.
     failures += [
-        errors.Failure(tally.point, ["never died there"], f"tools/inject kills --point '{tally.point}'")
+        errors.Failure(tally.point, ["never died there"], f"tools/inject {part} --point '{tally.point}'")
         for tally in tallies
         if tally.rounds and not tally.hits
     ]
@@ -136,6 +145,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     part.add_argument("--rounds", type=int, default=5, help="of each point; the full count is 500")
     part.add_argument("--point", default="", choices=["", *kills.BY_NAME], metavar="NAME", help="this point only")
     part.add_argument("--only", default="", metavar="SYSCALL", help="points at this call only")
+    part = parts.add_parser("services", help="SIGKILL at named points of a call to a service")
+    part.add_argument("--rounds", type=int, default=5, help="of each point; the full count is 500")
+    part.add_argument("--point", default="", choices=["", *services.BY_NAME], metavar="NAME", help="this point only")
+    part.add_argument("--who", default="", choices=["", "server", "caller", "kernel"], help="points of this one only")
     part = parts.add_parser("cycles", help="users that connect, map and are killed")
     part.add_argument("--cycles", type=int, default=500, help="the full count is 10000")
     for each in parts.choices.values():
@@ -149,10 +162,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     with tempfile.TemporaryDirectory(prefix="hostile.") as name:
         os.environ["REALMAP_DIR"] = name
-        if hindrance := strace.hindrance(Path(name)):
+        if options.part != "services" and (hindrance := strace.hindrance(Path(name))):
             _say(f"nothing can be injected here: {hindrance}")
             return 2
-        part = {"errors": run_errors, "kills": run_kills, "cycles": run_cycles}[options.part]
+        every = {"errors": run_errors, "kills": run_kills, "cycles": run_cycles, "services": run_services}
+        part = every[options.part]
         found, failed = part(options, Path(name))
     if options.json:
         options.json.write_text(json.dumps({"part": options.part, "seed": options.seed, **found}, indent=1))

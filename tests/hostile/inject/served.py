@@ -28,7 +28,7 @@ from realmap.wire.client import Client
 #: A bound on everything: what takes longer hangs. Seconds.
 BOUND = 20.0
 #: What the kernel's books must say after an attempt as they did before it.
-KEYS = ("processes", "mappings", "mirrors", "segments", "bytes", "running")
+KEYS = ("processes", "mappings", "mirrors", "segments", "bytes", "running", "seats", "sessions", "grants")
 
 
 @syscall
@@ -153,7 +153,10 @@ class Reaped:
 class Served(Reaped):
     """A kernel in a forked process of its own, as the harness sees it."""
 
-    def __init__(self, folder: Path, *, spin: float, lazy_unmap: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, spin: float, lazy_unmap: int = 0, prepare: Callable[[], None] = lambda: None
+    ) -> None:
+        """`prepare`: called in its process, before it serves."""
         ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if not self.pid:
@@ -162,6 +165,7 @@ class Served(Reaped):
                 ours.close()
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 divert(folder / f"kernel.{os.getpid()}")
+                prepare()
                 kernel = Kernel(syscalls=HANDLERS, spin=spin, lazy_unmap=lazy_unmap)
                 signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
                 kernel.serve(ready=lambda: (theirs.sendall(kernel.path.encode()), theirs.close()) and None)

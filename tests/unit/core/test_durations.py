@@ -56,3 +56,25 @@ def test_any_64_bits_are_a_time() -> None:
             found.since(nonsense)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         Durations(1)  # type: ignore[call-arg]
+
+
+def test_counts_of_several_are_those_of_all() -> None:
+    one, other, both = [10**5] * 30 + [10**9], [10**7] * 40, Durations()
+    for each in (of(*one), of(*other), Durations()):
+        both.add(each.counts())
+    longest, *pairs = both.counts()
+    assert sum(pairs[1::2]) == len(one) + len(other) and longest >= 10**9
+    for got, right in zip(both.summary(), of(*one, *other).summary(), strict=True):
+        assert got == pytest.approx(right, rel=0.2)
+    assert Durations().counts() == [0]
+
+
+@pytest.mark.parametrize(
+    "nonsense", [None, (1, 2, 3), [-1], [0, 496, 1], [0, 3], [0, 3, -1], [0, 3, 1.0], [0, 3, 2**63, 3, 2**63], [2**64]]
+)
+def test_counts_that_are_none(nonsense: list[int]) -> None:
+    found = Durations()
+    with pytest.raises((ValueError, TypeError, OverflowError, IndexError)):
+        found.add(nonsense)
+    found.summary()
+    found.add([])

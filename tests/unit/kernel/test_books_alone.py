@@ -19,8 +19,8 @@ from realmap.errors import (
     PhysicalMemoryExhaustion,
     VirtualMemoryExhaustion,
 )
+from realmap.kernel import Kernel, handles, inheritance, limits, observer, ports, processes
 from realmap.kernel import books as books_
-from realmap.kernel import handles, inheritance, limits, observer, processes
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits
 from realmap.kernel.processes import UserProcess
@@ -31,7 +31,7 @@ from realmap.rights import MemoryType, u_r, u_rw
 from realmap.serving import registry
 from realmap.wire import channel, messages
 
-FLOOR = [books_, handles, inheritance, limits, observer, processes, registry]
+FLOOR = [books_, handles, inheritance, limits, observer, ports, processes, registry]
 
 
 @pytest.mark.parametrize("module", FLOOR, ids=lambda module: module.__name__.rpartition(".")[2])
@@ -81,7 +81,8 @@ def mapped(books: Books, process: UserProcess, length: int = PAGE) -> int:
 
 
 def test_every_request_but_calls_and_asks_has_a_service() -> None:
-    assert set(SERVICES) == set(messages.Request.__args__) - {messages.Call, messages.Ask}
+    of_seats = Kernel()._seats.services
+    assert set(SERVICES | of_seats) == set(messages.Request.__args__) - {messages.Call, messages.Ask}
 
 
 def test_what_each_may_have(books: Books) -> None:

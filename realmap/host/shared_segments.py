@@ -1,0 +1,387 @@
+"""Every segment of shared memory of the machine, and who maps it or has it open: one pass over /proc.
+
+/dev/shm of each mount namespace   names and bytes: what is there, whether anybody uses it or not
+/proc/PID/maps, /proc/PID/fd       who uses it; what has no name (any more): unlinked, memfd, System V, anonymous
+/proc/sysvipc/shm                  System V segments, attached or not
+
+There may be thousands: maps stay bytes, of which only the lines of a device of shared memory are taken apart. Processes
+come and go meanwhile: what ends is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from typing import NamedTuple
+
+import msgspec
+
+from realmap.host import files, procfs
+from realmap.host.translate import SHM
+
+POSIX, UNLINKED, MEMFD, SYSV, ANONYMOUS = "posix", "unlinked", "memfd", "sysv", "anonymous"
+#: What a process says that is gone, or goes.
+GONE = (FileNotFoundError, ProcessLookupError)
+DELETED = " (deleted)"
+#: What a descriptor of shared memory without a file system to be seen links to.
+NAMELESS = ("/memfd:", "/SYSV", "/dev/zero (deleted)", "[anon_shmem:")
+SYSVIPC = "/proc/sysvipc/shm"
+
+
+class Shown(NamedTuple):
+    """Where a process has mapped a segment: addresses and the offset in it, in bytes; rights as in /proc/PID/maps."""
+
+    pid: int
+    start: int
+    end: int
+    offset: int
+    perms: str
+
+
+class Segment(msgspec.Struct):
+    """A segment; `size`, `resident` in bytes.
+
+    `name`: in its /dev/shm (also what it was), of a memfd, the key of a System V one. `names`: all that it has now.
+    `resident`: what it takes, swapped pages too; where not `exact`, only what its holders have touched could be told.
+    `uid`: its owner; `touched`: when anything of it last changed, seconds since 1970; None where Linux does not tell.
+    `makers`: pids that Linux has noted (System V). `maps`, `opened` (descriptors by pid): its holders.
+    """
+
+    kind: str
+    name: str
+    device: int
+    inode: int
+    size: int = 0
+    resident: int = 0
+    exact: bool = False
+    uid: int | None = None
+    touched: float | None = None
+    names: list[str] = []
+    makers: list[int] = []
+    attached: int = 0
+    maps: list[Shown] = []
+    opened: dict[int, int] = {}
+
+    def measure(self, status: os.stat_result) -> None:
+        self.size, self.resident, self.exact = status.st_size, status.st_blocks * 512, True
+        self.uid, self.touched = status.st_uid, max(status.st_atime, status.st_mtime, status.st_ctime)
+
+    @property
+    def holders(self) -> set[int]:
+        """The pids of whoever maps it or has it open."""
+        return {each.pid for each in self.maps} | set(self.opened)
+
+
+class Mount(msgspec.Struct):
+    """A /dev/shm. `path`: in its mount namespace; `root`: from here, by way of a process there.
+
+    `memory`: it is a file system in memory. `size`, `used`: what statvfs says, in bytes; None where it counts nothing,
+    or not memory alone. `other`: bytes of what has a name there and is no segment: links and the like. `closed`:
+    directories that this process may not read. `steady`: `used` was the same before the pass and after it.
+    """
+
+    path: str
+    root: str
+    device: int
+    memory: bool = True
+    size: int | None = None
+    used: int | None = None
+    other: int = 0
+    closed: int = 0
+    steady: bool = True
+
+    def ask(self) -> None:
+        """What the file system says of itself. OSError: it is gone."""
+        disk = os.statvfs(self.root)
+        self.size = (disk.f_blocks * disk.f_frsize or None) if self.memory else None
+        self.used = None if self.size is None else (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
+
+class Machine(msgspec.Struct):
+    """All of it, at about one moment. `mounts`: this process's own /dev/shm is the first.
+
+    `processes` could be looked into, `unseen` not: they are not this process's to see.
+    """
+
+    time: float
+    mounts: list[Mount]
+    segments: list[Segment]
+    processes: int
+    unseen: int
+
+
+def look() -> Machine:
+    """The pass. OSError: this process has no memory or no descriptors for it."""
+    return _Pass().machine()
+
+
+class _Pass:
+    def __init__(self) -> None:
+        self.mounts: dict[int, Mount] = {}
+        self.segments: dict[tuple[int | str, int], Segment] = {}
+        self.unseen = self.seen = 0
+        self.moment = time.time()
+        #: As /proc/PID/maps writes them: of the /dev/shm, of what has no file system to be seen, of its huge pages.
+        self.devices: dict[bytes, int] = {}
+        self.prefixes: dict[str, int] = {}
+        self.ipc = _link("/proc/self/ns/ipc")
+
+    def machine(self) -> Machine:
+        pids = procfs.pids()
+        self._find_mounts(pids)
+        for mount in list(self.mounts.values()):
+            self._list(mount)
+        self.devices |= {_device(device): device for device in [*self.mounts, *_hidden_devices()]}
+        self._read_sysv()
+        starts = (*self.prefixes, *NAMELESS)
+        for pid in pids:
+            try:
+                self._read_maps(pid)
+                self._read_descriptors(pid, starts)
+                self.seen += 1
+            except GONE:
+                continue
+            except PermissionError:
+                self.unseen += 1
+        self._guess()
+        for mount in self.mounts.values():
+            before = mount.used
+            try:
+                mount.ask()
+            except OSError:  # the last process of its namespace has ended
+                mount.used = None
+            mount.steady = mount.used == before
+        return Machine(self.moment, list(self.mounts.values()), list(self.segments.values()), self.seen, self.unseen)
+
+    # ---- /dev/shm -----------------------------------------------------------------------------
+
+    def _find_mounts(self, pids: list[int]) -> None:
+        """This process's own first: a device has the path by which it was found first."""
+        ours = [device for _, device in _tmpfs("self")]
+        self._mount(SHM, SHM, ours)
+        known = {_link("/proc/self/ns/mnt")}
+        for pid in pids:
+            space = _link(f"/proc/{pid}/ns/mnt")
+            if space and space not in known:
+                known.add(space)
+                found = [(path, device) for path, device in _tmpfs(pid) if path.endswith(SHM)]
+                for path, _ in found:
+                    self._mount(path, f"/proc/{pid}/root{path}", [device for _, device in found])
+
+    def _mount(self, path: str, root: str, memory: list[int]) -> None:
+        """`memory`: the devices that are some there; none where that cannot be told."""
+        try:
+            fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # not there, not to be seen, or gone
+            return
+        try:
+            device, place = os.fstat(fd).st_dev, os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            device, place = os.fstat(fd).st_dev, path  # no /proc
+        finally:
+            files.close(fd)
+        if device not in self.mounts:
+            self.mounts[device] = Mount(path, root, device, not memory or device in memory)
+            self.mounts[device].ask()
+        self.prefixes[place.rstrip("/") + "/"] = device
+
+    def _list(self, mount: Mount) -> None:
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(f"{mount.root}/{folder}") as entries:
+                    for entry in entries:
+                        name = folder + entry.name
+                        try:
+                            status = entry.stat(follow_symlinks=False)
+                        except FileNotFoundError:
+                            continue
+                        if status.st_dev != mount.device:  # something else is mounted there
+                            continue
+                        if stat.S_ISDIR(status.st_mode):
+                            folders.append(name + "/")
+                        self._named(mount, name, status)
+            except GONE:
+                continue
+            except PermissionError:
+                mount.closed += 1
+
+    def _named(self, mount: Mount, name: str, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            mount.other += status.st_blocks * 512  # a long symbolic link takes a page
+            return
+        segment = self.segments.get((mount.device, status.st_ino))
+        if segment is None:
+            segment = Segment(POSIX, name, mount.device, status.st_ino)
+            segment.measure(status)
+            self.segments[mount.device, status.st_ino] = segment
+        segment.names.append(name)
+
+    # ---- processes ----------------------------------------------------------------------------
+
+    def _read_maps(self, pid: int) -> None:
+        data = _read(f"/proc/{pid}/maps")
+        for device in self.devices:
+            at = data.find(device)
+            while at >= 0:
+                end = data.find(b"\n", at)
+                self._map(pid, data[data.rfind(b"\n", 0, at) + 1 : end])
+                at = data.find(device, end)
+
+    def _map(self, pid: int, line: bytes) -> None:
+        bounds, perms, offset, device, inode, *path = line.split(None, 5)
+        number = self.devices.get(b" %s " % device)
+        if number is None or not path:  # what looked like it stood in a path
+            return
+        key = (number, int(inode))
+        segment = self.segments.get(key) if number in self.mounts else None
+        if segment is None:
+            segment = self._segment(pid, *key, os.fsdecode(path[0]).replace("\\012", "\n"))
+        if segment is None:
+            return
+        start, _, end = bounds.partition(b"-")
+        shown = Shown(pid, int(start, 16), int(end, 16), int(offset, 16), perms.decode())
+        segment.maps.append(shown)
+        if not segment.exact:
+            segment.size = max(segment.size, shown.offset + shown.end - shown.start)
+            try:
+                segment.measure(os.stat(f"/proc/{pid}/map_files/{shown.start:x}-{shown.end:x}"))
+            except OSError:  # not ours to follow, or unmapped meanwhile
+                pass
+
+    def _read_descriptors(self, pid: int, starts: tuple[str, ...]) -> None:
+        folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for number in os.listdir(folder):
+                try:
+                    link = os.readlink(number, dir_fd=folder)
+                    if not link.startswith(starts):  # what else there is may not answer: a FUSE, an NFS
+                        continue
+                    status = os.stat(number, dir_fd=folder)
+                except GONE:
+                    continue
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                segment = self._segment(pid, status.st_dev, status.st_ino, link)
+                if segment is not None:
+                    segment.opened[pid] = segment.opened.get(pid, 0) + 1
+                    if not segment.exact:
+                        segment.measure(status)
+        finally:
+            files.close(folder)
+
+    def _segment(self, pid: int, device: int, inode: int, path: str) -> Segment | None:
+        """The one that a path of a process leads to. None: it is no shared memory."""
+        space: int | str = device
+        if path.startswith("/SYSV") and device not in self.mounts:
+            space = _link(f"/proc/{pid}/ns/ipc") or self.ipc  # its inode is its id, which each namespace has for itself
+        found = self.segments.get((space, inode))
+        if found is None:
+            kind, name = self._kind(device, path)
+            if not kind:
+                return None
+            found = Segment(kind, name, device, inode, names=[name] if kind == POSIX else [])
+            self.segments[space, inode] = found
+        return found
+
+    def _kind(self, device: int, path: str) -> tuple[str, str]:
+        """What it is, and its name; "" twice: no shared memory."""
+        bare = path.removesuffix(DELETED)
+        if device in self.mounts:
+            place = next((each for each in self.prefixes if bare.startswith(each)), "")
+            return (UNLINKED if path.endswith(DELETED) else POSIX), bare[len(place) :]
+        if bare.startswith("/memfd:"):
+            return MEMFD, bare[len("/memfd:") :]
+        if bare.startswith("/SYSV"):
+            return SYSV, f"0x{bare[len('/SYSV') :]}"
+        if bare.startswith("[anon_shmem:"):
+            return ANONYMOUS, bare[len("[anon_shmem:") : -1]
+        return (ANONYMOUS, "") if bare in ("/dev/zero", "/anon_hugepage") else ("", "")
+
+    # ---- what is left -------------------------------------------------------------------------
+
+    def _read_sysv(self) -> None:
+        try:
+            head, *rows = _read(SYSVIPC).decode().splitlines()
+        except (OSError, ValueError):  # no /proc, or one with processes alone
+            return
+        for row in rows:
+            each = dict(zip(head.split(), map(int, row.split()), strict=False))
+            self.segments[self.ipc, each["shmid"]] = Segment(
+                SYSV, f"{each['key'] & 0xFFFFFFFF:#010x}", _internal_device(), each["shmid"], each["size"],
+                each["rss"] + each["swap"], True, each["uid"], max(each["atime"], each["dtime"], each["ctime"]),
+                [], [each["cpid"], each["lpid"]], each["nattch"], [], {},
+            )  # fmt: skip
+
+    def _guess(self) -> None:
+        """Of what could not be measured (only a map is left of it, which is not ours to follow): what was touched."""
+        vague = {segment.inode: segment for segment in self.segments.values() if not segment.exact}
+        for pid in sorted({shown.pid for segment in vague.values() for shown in segment.maps}):
+            try:
+                entries = procfs.smaps(pid)
+            except (*GONE, PermissionError):
+                continue
+            touched: dict[int, dict[int, int]] = {}  # of each, by offset: what is mapped twice counts once
+            for entry, resident, _ in entries:
+                if entry.inode in vague and procfs.device_number(entry.device) == vague[entry.inode].device:
+                    spots = touched.setdefault(entry.inode, {})
+                    spots[entry.offset] = max(spots.get(entry.offset, 0), resident)
+            for inode, spots in touched.items():
+                vague[inode].resident = max(vague[inode].resident, sum(spots.values()))
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(fd, 1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        files.close(fd)
+
+
+def _link(path: str) -> str:
+    """Where it leads; "" where it is gone, or not ours to see."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _tmpfs(pid: int | str) -> list[tuple[str, int]]:
+    """Where a process sees file systems in memory, and their devices."""
+    try:
+        lines = [line.split() for line in _read(f"/proc/{pid}/mountinfo").split(b"\n") if b" - tmpfs " in line]
+    except OSError:
+        return []
+    return [(os.fsdecode(line[4]), os.makedev(*map(int, line[2].split(b":")))) for line in lines]
+
+
+def _device(device: int) -> bytes:
+    """As a line of /proc/PID/maps has it."""
+    return b" %02x:%02x " % (os.major(device), os.minor(device))
+
+
+def _internal_device() -> int:
+    """Of memfds, System V and anonymous shared memory: a tmpfs that is mounted nowhere."""
+    return _device_of(os.MFD_CLOEXEC)
+
+
+def _hidden_devices() -> list[int]:
+    found = [_internal_device()]
+    try:
+        found.append(_device_of(os.MFD_CLOEXEC | os.MFD_HUGETLB))
+    except OSError:  # built without
+        pass
+    return found
+
+
+def _device_of(flags: int) -> int:
+    fd = os.memfd_create("realmap-device", flags)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        files.close(fd)

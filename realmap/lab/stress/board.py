@@ -1,0 +1,87 @@
+"""A page that the runner, its users and the antagonists share: which user is which process, and what becomes of it.
+
+A user enters when it can bear what antagonists do; the runner takes it off before its pid can be another's. Whoever
+holds a user (`held`) has a pidfd of exactly that process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from realmap.host import files
+
+#: Of each user: its pid, the pid that an antagonist has doomed, the operation it is in (from 1) and since when (ns).
+PID, DOOMED, OPERATION, SINCE = range(4)
+WORDS = 4
+
+
+class Held(NamedTuple):
+    """A user that lives, or has ended and is not reaped: its pid, and a pidfd."""
+
+    user: int
+    pid: int
+    pidfd: int
+
+
+class Board:
+    """Of so many users. Made before they are forked; each word is written by one at a time."""
+
+    def __init__(self, users: int) -> None:
+        self._words = memoryview(mmap.mmap(-1, users * WORDS * 8)).cast("q")
+        self._users = users
+
+    def enter(self, index: int) -> None:
+        """By the user itself: it may be worked on from now on."""
+        self._words[index * WORDS + PID] = os.getpid()
+
+    def leave(self, index: int) -> None:
+        """By the runner, before it reaps that user."""
+        self._words[index * WORDS + PID] = self._words[index * WORDS + OPERATION] = 0
+
+    def doom(self, held: Held) -> None:
+        """Its death is asked for."""
+        self._words[held.user * WORDS + DOOMED] = held.pid
+
+    def is_doomed(self, index: int, pid: int) -> bool:
+        """Whether it was: then it is no failure."""
+        return self._words[index * WORDS + DOOMED] == pid
+
+    def begin(self, index: int, operation: int) -> None:
+        """By the user: it is in that operation from now on."""
+        self._words[index * WORDS + SINCE] = time.monotonic_ns()
+        self._words[index * WORDS + OPERATION] = operation
+
+    def end(self, index: int) -> None:
+        """It is in none, any more."""
+        self._words[index * WORDS + OPERATION] = 0
+
+    def operation(self, index: int) -> tuple[int, float]:
+        """Which operation it is in (0: none), and for how many seconds."""
+        number = self._words[index * WORDS + OPERATION]
+        return number, (time.monotonic_ns() - self._words[index * WORDS + SINCE]) / 1e9
+
+    def pids(self) -> list[int]:
+        """Of the users that are there."""
+        return [pid for index in range(self._users) if (pid := self._words[index * WORDS + PID])]
+
+    @contextmanager
+    def held(self, rng: random.Random) -> Iterator[Held | None]:
+        """A user chosen by `rng`; None where it is just not there."""
+        index = rng.randrange(self._users)
+        pid = self._words[index * WORDS + PID]
+        try:
+            pidfd = os.pidfd_open(pid) if pid else -1
+        except ProcessLookupError:
+            pidfd = -1
+        try:
+            # Still there after the pidfd was opened: so it is not reaped, and the pidfd is its own.
+            yield Held(index, pid, pidfd) if pidfd >= 0 and self._words[index * WORDS + PID] == pid else None
+        finally:
+            if pidfd >= 0:
+                files.close(pidfd)

@@ -1,0 +1,102 @@
+"""`Seat`: what a server and the kernel tell each other, by a socket of their own, and the page beside it.
+
+kernel   Opened, Granted, Revoked, Gone ──▶   each a datagram, with its descriptors
+server   ◀── Served, Gone                     lost where the kernel does not read: the next one says it all again
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from realmap.host import files
+from realmap.wire import channel, messages
+from realmap.wire.seat import GRANTS, SeatPage
+
+_DESCRIPTORS = messages.MAX_DESCRIPTORS
+_decode = msgspec.msgpack.Decoder(messages.News).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Seat:
+    """This process's end. `number`: as the kernel counts seats."""
+
+    def __init__(self, number: int, sock: int, page: int) -> None:
+        """Both descriptors are its own from here on, and closed where this fails. OSError: no memory."""
+        self.number = number
+        self.sock = socket.socket(fileno=sock)
+        try:
+            self._page = SeatPage(page, writable=True)
+        except BaseException:
+            files.shut(self.sock)
+            raise
+        finally:
+            files.close(page)
+        self.sock.setblocking(False)
+        #: How many of its grants were heard of.
+        self._heard = 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was granted or revoked since `hear`: then that comes before a call is looked at."""
+        return self._page.words[GRANTS] != self._heard
+
+    def hear(self) -> Iterator[tuple[messages.News, list[int]]]:
+        """What there is to hear now. Each one's descriptors are closed afterwards, but for those that were taken out.
+
+        EOFError: the kernel has ended, or has given the seat up.
+        """
+        self._heard = self._page.words[GRANTS]
+        while True:
+            descriptors: list[int] = []
+            try:
+                data = self._receive(descriptors)
+                if data is None:
+                    return
+                if not data:
+                    raise EOFError("the kernel has ended")
+                yield _decode(data), descriptors
+            finally:
+                channel.close_all(descriptors)
+
+    def _receive(self, descriptors: list[int]) -> bytes | None:
+        room = socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
+        try:
+            data, ancillary, flags, _ = self.sock.recvmsg(channel.DATAGRAM, room, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            raise EOFError(str(error)) from None
+        for level, kind, rights in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                found = array.array("i")
+                found.frombytes(rights[: len(rights) - len(rights) % found.itemsize])
+                descriptors.extend(found)
+        if flags & socket.MSG_CTRUNC:  # some had no room here: then none is of use
+            channel.close_all(descriptors)
+        return data
+
+    def tell(self, message: messages.Told) -> None:
+        """Says it, where the kernel has room for it now."""
+        with contextlib.suppress(OSError):
+            channel.send_one(self.sock, _encode(message))
+
+    @property
+    def words(self) -> Any:
+        """Those of the page: how many calls are at work, and wait, for those who choose a server."""
+        return self._page.words
+
+    def leave(self) -> None:
+        """No new sessions come from here on; those that there are go on until `close`."""
+        with contextlib.suppress(OSError):  # the kernel has ended
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """The kernel sees that nobody sits here any more. Again: nothing."""
+        files.shut(self.sock)
+        self._page.close()

@@ -1,0 +1,479 @@
+"""`Server`: takes the calls of a service's sessions, and runs their handlers. As the kernel does, without its books.
+
+a session's ring or socket ──▶ _take ──▶ fewer than `threads` at work: run it
+                                  └────▶ else it waits, in its session's own line; who waits longest is next, and
+                                         of each session one after the other's
+run     a short handler on the thread that has the loop; one that does not come back loses the loop to the standby
+        blocking ones on a worker thread, `async` ones as tasks of an event loop
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
+
+from realmap._core import look_over
+from realmap.errors import KernelError, LimitReached, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
+from realmap.host import forks
+from realmap.memory.lending import LentLand
+from realmap.serving import nesting, user_buffer
+from realmap.serving.lines import Lines
+from realmap.serving.logs import log
+from realmap.serving.loop import Loop, Lost
+from realmap.serving.registry import Syscall
+from realmap.serving.standby import LOOK, Relay, Taken
+from realmap.serving.syscalls import Call, code_of, encode, failed, has_failed, run
+from realmap.serving.user_buffer import UserBuffer
+from realmap.serving.workers import Workers
+from realmap.user.service.elsewhere import Elsewhere
+from realmap.user.service.seat import Seat
+from realmap.user.service.session import Session, Work
+from realmap.user.service.told import served
+from realmap.wire import channel, messages
+from realmap.wire.messages import DONE, FLAWS
+from realmap.wire.ring import SPIN
+from realmap.wire.seat import BUSY, TRACED, WAITING
+from realmap.wire.status import Page
+
+if TYPE_CHECKING:
+    from realmap.user.service.tasks import Tasks
+
+#: How often the kernel is told what has changed, in seconds.
+TELL = 0.2
+#: And, while somebody traces it, which calls have ended: after so many seconds, or so many calls.
+TRACE, MOST = 0.01, 64
+#: Buffers of a call, and mappings that they lie in, at most.
+BUFFERS = 1024
+_decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
+
+
+class Server(Lines[Session]):
+    """Only on the thread that has its loop, but for `start`, `end_soon` and what the loop is for."""
+
+    def __init__(self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int) -> None:
+        self._page = Page()  # a loop writes there; nobody looks
+        super().__init__(Loop(self._page))
+        self.loop = self._loop
+        self._seat = seat
+        self._handlers = handlers
+        self._land = land
+        self._threads, self._queue = threads, queue
+        self._elsewhere = Elsewhere(land)
+        self._sessions: dict[int, Session] = {}
+        self._mine = (seat.number,)
+        # Where more may be at work at a time, the next one does not wait so long for the one before.
+        self.relay: Relay[Work] = Relay(self._run, "service", LOOK if threads == 1 else LOOK / 10)
+        self._workers = Workers()
+        self._tasks: Tasks | None = None
+        #: Calls at work beside the loop, and since when.
+        self._beside: dict[Call, tuple[Work, float]] = {}
+        #: Those that wait: how many, and whose turn is next.
+        self._waiting = 0
+        self._turns: deque[Session] = deque()
+        self._is_told = True
+        #: What is still to be told to who traces: as in `Worked`.
+        self._worked: list[tuple[int, int, str, int, int, int, int]] = []
+        self.closing = False
+        #: What ended it other than its owner.
+        self.error: Exception | None = None
+        #: Called at the end, on the loop's thread.
+        self.ended: Callable[[], None] = lambda: None
+        forks.lose_in_child(self)
+
+    # ---- its threads ------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """OSError: no descriptors, or no memory. RuntimeError: no thread."""
+        self.loop.open()
+        try:
+            self.loop.watch(self._seat.sock.fileno(), lambda _: self._hear())
+            self.relay.start()
+        except BaseException:
+            self.loop.close()
+            raise
+
+    def _run(self, taken: Taken[Work] | None) -> None:
+        """On the thread that has the loop: runs it to its end. Lost: another one has it now."""
+        nesting.seats.set(self._mine)
+        try:
+            if taken is not None:
+                self._take_over(taken)
+                del taken.work
+            if not self.relay.stand_by():
+                log.warning("no thread stands by for a service: a slow handler keeps it")
+            self.loop.run(self.rings, self.take_from_ring, SPIN)
+        except Exception as error:
+            self.error = error
+            log.exception("a service ends")
+        self._close()
+
+    def end_soon(self) -> None:
+        """Ends it in good order: those at work end, those that wait are told to go elsewhere. From any thread."""
+        self.loop.post(self._begin_end)
+
+    def _begin_end(self) -> None:
+        if self.closing:
+            return
+        self.closing = self._elsewhere.ending = True
+        self._tell()
+        self._seat.leave()
+        while self._waiting:
+            self._refuse(self._pop())
+        if not self._beside:
+            self.loop.end()
+
+    def _close(self) -> None:
+        self.closing = self._elsewhere.ending = True
+        self.relay.end()
+        for session in self.all():
+            for _ in range(session.ring is not None and 64):  # what has come meanwhile was not begun
+                if (data := session.ring and session.ring._pop()) is None:
+                    break
+                if data:
+                    self._take(session, data)
+            self.drop(session)
+        self._tell_worked()
+        self._seat.close()
+        self._workers.close()
+        if self._tasks is not None:
+            self._tasks.close()
+        self.loop.close()
+        self.ended()
+
+    def _after_fork_in_child(self) -> None:
+        """It is the parent's alone."""
+        self.ended()
+        for session in self.all():
+            session.after_fork_in_child()
+        self.loop.after_fork_in_child()
+        self.relay.after_fork_in_child()
+        self._seat.close()
+
+    # ---- what the kernel says ----------------------------------------------------------------
+
+    def _hear(self) -> None:
+        try:
+            for news, descriptors in self._seat.hear():
+                if isinstance(news, messages.Opened):
+                    self._enter(news, descriptors)
+                elif (session := self._sessions.get(news.session)) is None:
+                    continue
+                elif isinstance(news, messages.Granted):
+                    try:
+                        session.enter(news, descriptors)
+                    except KernelError as error:  # its calls find nothing there, and say so
+                        log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
+                elif isinstance(news, messages.Revoked):
+                    session.caller.memory.leave(news.serial)
+                else:
+                    self.drop(session)
+        except EOFError:
+            self.loop.unwatch(self._seat.sock.fileno())
+            self.loop.end()
+
+    def _enter(self, opened: messages.Opened, descriptors: list[int]) -> None:
+        try:
+            session = Session(opened, descriptors)
+        except OSError as error:
+            log.warning("a caller is turned away: %s", error)
+            self._seat.tell(messages.Gone(opened.session))
+            return
+        try:
+            self._add(session)
+        except OSError as error:
+            log.warning("a caller is turned away: %s", error)
+            session.shut()
+            self._seat.tell(messages.Gone(opened.session))
+            return
+        self._sessions[session.number] = session
+        self.listen_to_ring(session, True)
+
+    def expel(self, line: Session, why: str) -> None:
+        """Ends the session of a caller that does not speak as it should."""
+        log.warning("a caller is sent away: %s", why, extra=line.caller.facts)
+        error = ProcessKilled(line.caller.pid, why=f"the server ended this session: {why}")
+        try:
+            line.send(encode(messages.Bye(messages.error_of(error))))
+        except (OSError, KernelError):
+            pass
+        self.drop(line)
+
+    def drop(self, line: Session) -> None:
+        """A session is over. Again: nothing."""
+        if line.closed:
+            return
+        self._remove(line)
+        del self._sessions[line.number]
+        line.shut()
+        while line.waiting:
+            for buffer in line.waiting.popleft().buffers:
+                user_buffer.end(buffer, pinned=True)
+            self._waiting -= 1
+        if line in self._turns:
+            self._turns.remove(line)
+        for work, _ in self._beside.values():
+            if work.session is line and self._tasks is not None:
+                self._tasks.cancel(work.call)
+
+    def _facts(self, line: Session) -> dict[str, int]:
+        return line.caller.facts
+
+    # ---- calls -------------------------------------------------------------------------------
+
+    def _take(self, line: Session, data: bytes) -> None:
+        try:
+            places = look_over(data)
+            if isinstance(places, int):
+                raise channel.NotAMessage(FLAWS[places])
+            request = _decode(data)
+        except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
+            self.expel(line, f"it sent what is no message: {error}")
+            return
+        syscall = self._handlers.get(request.name)
+        try:
+            self._call(line, request, syscall, places or ())
+        except KernelError as error:  # before its handler began
+            if syscall is not None:
+                syscall.failed += 1
+            self._send(line, failed(request.id, error))
+
+    def _call(
+        self, session: Session, request: messages.Call, syscall: Syscall | None, places: Sequence[messages.Place]
+    ) -> None:
+        if syscall is None:
+            known = ", ".join(sorted(self._handlers))
+            raise UnknownSyscall(request.name, why=f"this service has no {request.name!r} (it has: {known})")
+        if self.closing:
+            raise self._elsewhere_now(request.name)
+        syscall.calls += 1
+        if self._is_told:
+            self._tell_soon()
+        if type(request) is messages.NestedCall:
+            self._require_no_circle(request)
+        if places and self._seat.has_news:
+            self._hear()
+        buffers = self._buffers(session, places) if places else ()
+        call = Call(session.caller, syscall.name, self._elsewhere)  # type: ignore[arg-type]
+        if request.timeout is not None:
+            call.deadline = self._page.now / 1e9 + request.timeout
+        work = Work(session, call, syscall, request, buffers, False, self._page.now)
+        if len(self._beside) >= self._threads:
+            self._line_up(work)
+        else:
+            self._begin(work)
+
+    def _buffers(self, session: Session, places: Sequence[messages.Place]) -> list[UserBuffer]:
+        if len(places) > BUFFERS:
+            why = f"a call of {len(places)} buffers; a service takes {BUFFERS}: make several calls"
+            raise LimitReached("buffers", BUFFERS, why=why)
+        most = BUFFERS // len(places)
+        return [UserBuffer(session.caller, self._land, None, *place, most) for place in places]
+
+    def _require_no_circle(self, request: messages.NestedCall) -> None:
+        """LimitReached: every thread of this service would wait for the one that it waits for."""
+        if request.seats.count(self._seat.number) >= self._threads:
+            why = f"{request.name!r} would wait for itself: it is called by what its {self._threads} thread(s) wait for"
+            raise LimitReached("threads", self._threads, why=f"{why}; serve with more threads, or do not call back")
+
+    def _line_up(self, work: Work) -> None:
+        if self._waiting >= self._queue:
+            syscall = work.syscall.name
+            why = f"{self._waiting} calls wait for {syscall!r} already, its limit: call later, or me.serve(queue=…)"
+            raise LimitReached("queue", self._queue, why=why)
+        for buffer in work.buffers:
+            user_buffer.pin(buffer)
+        session = work.session
+        if not session.waiting:
+            self._turns.append(session)
+        session.waiting.append(work._replace(pinned=True))
+        self._waiting += 1
+        self._say()
+
+    def _pop(self) -> Work:
+        session = self._turns.popleft()
+        work = session.waiting.popleft()
+        if session.waiting:
+            self._turns.append(session)
+        self._waiting -= 1
+        return work
+
+    def _next(self) -> None:
+        """Begins what waits, as far as threads are free."""
+        while self._waiting and len(self._beside) < self._threads:
+            work = self._pop()
+            if self.closing:
+                self._refuse(work)
+            elif work.call.cancelled:
+                late = SyscallTimeout(work.syscall.name, work.request.timeout or 0.0)
+                self._answer(work, failed(work.request.id, late))
+            else:
+                self._begin(work)
+        self._say()
+        if self.closing and not self._beside:
+            self.loop.end()
+
+    def _refuse(self, work: Work) -> None:
+        self._answer(work, failed(work.request.id, self._elsewhere_now(work.syscall.name)))
+
+    def _elsewhere_now(self, name: str) -> ServerDied:
+        return ServerDied(name, os.getpid(), False, why=f"the process that served {name!r} serves no more")
+
+    def _begin(self, work: Work) -> None:
+        session, call, syscall, request, buffers, pinned, _ = work
+        if syscall.blocking or syscall.is_async:
+            self._begin_beside(work)
+            return
+        words, relay = self._seat.words, self.relay
+        words[BUSY] = len(self._beside) + 1
+        nested = type(request) is messages.NestedCall
+        if nested:
+            nesting.seats.set(request.seats + self._mine)  # type: ignore[attr-defined]
+        relay.away[call] = work
+        if relay.parked:
+            relay.wake()
+        began = self._page.now
+        answer = run(syscall, call, request, buffers)
+        syscall.durations.since(began)
+        try:
+            del relay.away[call]
+        except KeyError:
+            self._come_late(call, answer)
+        if nested:
+            nesting.seats.set(self._mine)
+        words[BUSY] = len(self._beside)
+        if buffers:
+            answer = self._settled(request.id, answer, buffers)
+        if words[TRACED]:
+            self._note(work, began, answer)
+        if answer[1] != DONE:
+            syscall.failed += 1
+        for buffer in buffers:
+            user_buffer.end(buffer, pinned=pinned)
+        if session.closed or not session.send_short(answer):
+            self._send(session, answer)
+
+    def _come_late(self, call: Call, answer: bytes) -> NoReturn:
+        """On a thread that has lost the loop."""
+        self.loop.post(partial(self._end, call, answer))
+        raise Lost
+
+    def _take_over(self, taken: Taken[Work]) -> None:
+        """The handler of a call has lost the loop: it goes on, beside it. On the new thread, before anything else."""
+        self._put_beside(taken.work, taken.since)
+        self.loop.post(self._next)  # and what else was posted, which the late one was about to do
+
+    def _put_beside(self, work: Work, since: float) -> Work:
+        if not work.pinned:
+            buffers = [
+                buffer
+                for buffer in work.buffers
+                if not any(mapping.released for mapping, _, _ in user_buffer.parts_of(buffer))
+            ]
+            for buffer in buffers:
+                user_buffer.pin(buffer)
+            work = work._replace(buffers=buffers, pinned=True)
+        self._beside[work.call] = work, since
+        self._say()
+        return work
+
+    def _begin_beside(self, work: Work) -> None:
+        """Runs a handler on a worker thread, or as a task."""
+        work = self._put_beside(work, time.monotonic())
+        _, call, syscall, request, buffers, _, _ = work
+        waiting = (*getattr(request, "seats", ()), *self._mine)
+        began = time.monotonic_ns()
+
+        def end(answer: bytes) -> None:
+            syscall.durations.since(began)
+            self.loop.post(partial(self._end, call, answer))
+
+        def on_thread() -> None:
+            nesting.seats.set(waiting)
+            end(run(syscall, call, request, buffers))
+
+        try:
+            if syscall.is_async:
+                if self._tasks is None:
+                    from realmap.user.service.tasks import Tasks  # asyncio takes a while to import
+
+                    self._tasks = Tasks()
+                self._tasks.submit(syscall, call, request, buffers, waiting, end)
+            else:
+                self._workers.submit(on_thread)
+        except RuntimeError as error:
+            self._end(call, failed(request.id, KernelError(why=f"no thread for it: {error}")))
+
+    def _end(self, call: Call, answer: bytes) -> None:
+        """A handler beside the loop has returned."""
+        work, since = self._beside.pop(call)
+        answer = self._settled(work.request.id, answer, work.buffers)
+        if self._seat.words[TRACED]:
+            self._note(work, int(since * 1e9), answer)
+        self._answer(work, answer)
+        self._next()
+
+    def _settled(self, id: int, answer: bytes, buffers: Sequence[UserBuffer]) -> bytes:
+        """The answer to a request, now that all which its handler changed is the caller's; or why it is not."""
+        try:
+            self._land.settle(buffers)
+        except KernelError as error:
+            if not has_failed(answer):
+                return failed(id, error)
+        return answer
+
+    def _answer(self, work: Work, answer: bytes) -> None:
+        if has_failed(answer):
+            work.syscall.failed += 1
+        for buffer in work.buffers:
+            user_buffer.end(buffer, pinned=work.pinned)
+        self._send(work.session, answer)
+
+    def _send(self, session: Session, answer: bytes) -> None:
+        if session.closed:
+            return
+        try:
+            try:
+                session.send(answer)
+            except KernelError as error:  # longer than a message may be
+                session.send(failed(msgspec.msgpack.decode(answer)[1], error))
+        except OSError as error:  # it is gone, or reads nothing
+            log.info("a session ends: %s", error, extra=session.caller.facts)
+            self.drop(session)
+            return
+        self.rearm(session)
+
+    # ---- what the kernel is told -------------------------------------------------------------
+
+    def _say(self) -> None:
+        words = self._seat.words
+        words[BUSY], words[WAITING] = len(self._beside), self._waiting
+
+    def _note(self, work: Work, began: int, answer: bytes) -> None:
+        """Somebody traces the kernel, and is to see that this call has ended."""
+        caller, name, now = work.session.caller.number, work.syscall.name, time.monotonic_ns()
+        self._worked.append((caller, work.request.id, name, work.came, began, now, code_of(answer)))
+        if len(self._worked) == 1:
+            self.loop.after(TRACE, self._tell_worked)
+        elif len(self._worked) == MOST:
+            self._tell_worked()
+
+    def _tell_worked(self) -> None:
+        worked, self._worked = self._worked, []
+        if worked:
+            self._seat.tell(messages.Worked(worked))
+
+    def _tell_soon(self) -> None:
+        self._is_told = False
+        self.loop.after(TELL, self._tell)
+
+    def _tell(self) -> None:
+        self._is_told = True
+        self._seat.tell(served(self._handlers, self._beside.values(), self._turns, self._land))
+        if self._beside or self._waiting:
+            self._tell_soon()

@@ -1,0 +1,393 @@
+"""Every segment of shared memory of the machine, and who has it: real segments, held by processes of ours."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from conftest import BOUND, PAGE, SUPPORT, scaled
+
+from realmap.host import shared_segments
+from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED, Segment, look
+
+IPC_PRIVATE, IPC_CREAT, IPC_RMID = 0, 0o1000, 0
+MAP_FIXED = 0x10
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name in /dev/shm that is nobody else's."""
+    name = f"realmap-test-{os.getpid()}-{secrets.token_hex(4)}"
+    yield name
+    with suppress(FileNotFoundError):
+        os.unlink(f"/dev/shm/{name}")
+
+
+@contextmanager
+def holder(hold: Callable[[], object]) -> Iterator[int]:
+    """The pid of a child that has what `hold` returns, until the end of the block."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            kept = hold()
+            os.write(writer, b"x")
+            signal.pause()
+            del kept
+        finally:
+            os._exit(1)
+    try:
+        os.close(writer)
+        assert os.read(reader, 1) == b"x", "the child could not"
+        yield pid
+    finally:
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def made(name: str, pages: int) -> int:
+    fd = os.open(f"/dev/shm/{name}", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    os.posix_fallocate(fd, 0, pages * PAGE)
+    return fd
+
+
+def held(pid: int) -> list[Segment]:
+    """What a process has."""
+    return [segment for segment in look().segments if pid in segment.holders]
+
+
+def of_name(name: str) -> Segment:
+    (found,) = [segment for segment in look().segments if name in segment.names]
+    return found
+
+
+def test_a_name_with_who_maps_it_and_who_has_it_open(name: str) -> None:
+    fd = made(name, 3)
+    windows = [mmap.mmap(fd, PAGE, offset=at * PAGE) for at in (0, 2)]  # apart: Linux joins no two of them
+
+    def hold() -> object:
+        for window in windows:
+            window.close()
+        return os.dup(fd)
+
+    with holder(hold) as pid:
+        os.close(fd)
+        found = of_name(name)
+    for window in windows:
+        window.close()
+    assert (found.kind, found.size, found.resident, found.exact) == (POSIX, 3 * PAGE, 3 * PAGE, True)
+    assert found.uid == os.geteuid()
+    ours = sorted((each.offset, each.end - each.start) for each in found.maps if each.pid == os.getpid())
+    assert ours == [(0, PAGE), (2 * PAGE, PAGE)]
+    assert found.opened == {pid: 2, os.getpid(): 2}  # an mmap.mmap has a descriptor of its own
+
+
+def test_what_only_its_name_holds_and_its_second_name(name: str) -> None:
+    os.close(made(name, 1))
+    os.link(f"/dev/shm/{name}", f"/dev/shm/{name}.2")
+    try:
+        found = of_name(name)
+    finally:
+        os.unlink(f"/dev/shm/{name}.2")
+    assert sorted(found.names) == [name, f"{name}.2"]
+    assert not found.holders
+
+
+def mapped_alone(name: str, pages: int) -> mmap.mmap:
+    """A map of an unlinked segment, and no descriptor of it."""
+    fd = made(name, pages)
+    os.unlink(f"/dev/shm/{name}")
+    address = mmap.mmap(-1, pages * PAGE)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(address))
+    got = ctypes.CDLL(None).mmap
+    got.restype = ctypes.c_void_p
+    MAP_FIXED = 0x10
+    where = got(
+        ctypes.c_void_p(place), ctypes.c_size_t(pages * PAGE), 3, mmap.MAP_SHARED | MAP_FIXED, fd, ctypes.c_long(0)
+    )
+    assert where == place
+    os.close(fd)
+    return address
+
+
+def test_what_only_a_map_holds(name: str) -> None:
+    with holder(lambda: mapped_alone(name, 5)) as pid:
+        (found,) = held(pid)
+        assert (found.kind, found.name, found.size, found.names) == (UNLINKED, name, 5 * PAGE, [])
+        assert not found.opened
+        if not os.geteuid():
+            assert (found.resident, found.exact) == (5 * PAGE, True)
+
+
+def test_of_what_is_not_ours_to_follow_what_was_touched_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ordinary user may read the maps of its processes, but not follow them."""
+    real = os.stat
+
+    def refused(path: object, **options: object) -> os.stat_result:
+        if "map_files" in str(path):
+            raise PermissionError
+        return real(path, **options)  # type: ignore[arg-type]
+
+    def hold() -> object:
+        window = mapped_alone(name, 5)
+        window[0] = window[3 * PAGE] = 1
+        return window
+
+    monkeypatch.setattr(shared_segments.os, "stat", refused)
+    with holder(hold) as pid:
+        (found,) = held(pid)
+    assert (found.size, found.resident, found.exact) == (5 * PAGE, 2 * PAGE, False)
+
+
+def test_memfds_and_shared_anonymous_memory() -> None:
+    def hold() -> object:
+        fd = os.memfd_create("some name")
+        os.ftruncate(fd, 3 * PAGE)
+        anonymous = mmap.mmap(-1, 2 * PAGE)
+        anonymous[0] = 1
+        return fd, anonymous
+
+    with holder(hold) as pid:
+        found = {segment.kind: segment for segment in held(pid)}
+    assert sorted(found) == [ANONYMOUS, MEMFD]
+    assert (found[MEMFD].name, found[MEMFD].size, found[MEMFD].resident) == ("some name", 3 * PAGE, 0)
+    assert (found[ANONYMOUS].name, found[ANONYMOUS].size) == ("", 2 * PAGE)
+    assert found[ANONYMOUS].resident == PAGE
+
+
+def test_private_memory_and_files_are_no_shared_memory(tmp_path: object) -> None:
+    path = f"{tmp_path}/ 00:01 /memfd:x"  # what looks like a device, in a path
+    os.makedirs(os.path.dirname(path))
+    with open(path, "wb") as file:
+        file.write(b"x" * PAGE)
+
+    def hold() -> object:
+        with open(path, "r+b") as file:
+            return mmap.mmap(file.fileno(), PAGE), mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE), open("/dev/zero", "rb")
+
+    with holder(hold) as pid:
+        assert held(pid) == []
+
+
+@pytest.fixture
+def sysv() -> Iterator[int]:
+    """The id of a System V segment of 3 pages."""
+    number = libc.shmget(IPC_PRIVATE, 3 * PAGE, IPC_CREAT | 0o600)
+    if number < 0:
+        pytest.skip("no System V shared memory here")
+    yield number
+    libc.shmctl(number, IPC_RMID, None)
+
+
+def test_system_v(sysv: int) -> None:
+    def found() -> Segment:
+        (one,) = [each for each in look().segments if each.kind == SYSV and each.inode == sysv]
+        return one
+
+    alone = found()
+    assert (alone.name, alone.size, alone.resident, alone.attached) == ("0x00000000", 3 * PAGE, 0, 0)
+    assert alone.makers[0] == os.getpid()
+
+    def attach() -> object:
+        ctypes.memset(libc.shmat(sysv, None, 0), 1, 1)
+        return None
+
+    with holder(attach) as pid:
+        with_one = found()
+    assert with_one.holders == {pid}
+    assert (with_one.attached, with_one.resident, with_one.makers) == (1, PAGE, [os.getpid(), pid])
+
+
+@pytest.mark.parametrize("odd", ["new\nline", "esc\x1b[31m", "bad\udcff", " 00:01 ", "x (deleted)", "back\\012slash"])
+def test_odd_names(name: str, odd: str) -> None:
+    fd = made(name + odd, 1)
+    window = mmap.mmap(fd, PAGE)
+    os.close(fd)
+    try:
+        assert of_name(name + odd).holders == {os.getpid()}
+    finally:
+        os.unlink(f"/dev/shm/{name}{odd}")
+    gone = next(each for each in held(os.getpid()) if each.name.startswith(name))
+    window.close()
+    assert gone.kind == UNLINKED
+    assert gone.name == (name + odd).replace("\\012", "\n")  # as Linux writes it, these two are the same
+
+
+def test_what_dies_meanwhile_is_left_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Between any two steps of the pass."""
+    real = shared_segments._Pass._read_maps
+    fd = made(name, 1)
+    for step in ("before", "between"):
+        with holder(lambda: os.dup(fd)) as pid:
+            child = pid
+
+            def read(self: object, at: int, child: int = child, step: str = step) -> None:
+                if at == child and step == "before":
+                    os.kill(child, signal.SIGKILL)
+                    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+                real(self, at)  # type: ignore[arg-type]
+                if at == child and step == "between":
+                    os.kill(child, signal.SIGKILL)
+                    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+            monkeypatch.setattr(shared_segments._Pass, "_read_maps", read)
+            assert of_name(name).holders == {os.getpid()}
+    os.close(fd)
+
+
+def test_without_descriptors_it_says_so() -> None:
+    """And does not take everybody for gone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        with pytest.raises(OSError, match="Too many open files"):
+            look()
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---- in a mount namespace of its own ----------------------------------------------------------
+
+
+def private(*command: str, mount: str = "mount -t tmpfs -o size=64m tmpfs /dev/shm") -> str:
+    """What a program prints that has a /dev/shm of its own."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs root, for a mount namespace of its own")
+    shell = f'{mount} && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", shell, "-", sys.executable, "-W", "error", *command],
+        capture_output=True,
+        text=True,
+        timeout=20 * BOUND,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+STORM = str(SUPPORT / "shm_storm.py")
+
+
+@pytest.mark.parametrize("uid", ["0", "65534"])
+def test_every_byte_is_explained_in_a_storm(uid: str) -> None:
+    assert "all explained" in private(STORM, "12", "1", uid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uid", ["0", "65534"])
+def test_every_byte_is_explained_in_a_long_storm(uid: str) -> None:
+    assert "all explained" in private(STORM, str(scaled(1000)), "2", uid)
+
+
+def test_a_full_one() -> None:
+    code = """
+import os
+from realmap.host.shared_segments import look
+fd = os.open("/dev/shm/all", os.O_CREAT | os.O_RDWR)
+try:
+    while True:
+        os.write(fd, b"x" * 1_000_000)
+except OSError:
+    pass
+(mount,) = [each for each in look().mounts if each.root == "/dev/shm"]
+(found,) = [each for each in look().segments if each.names == ["all"]]
+print(mount.used == mount.size == found.resident == 1 << 20)
+"""
+    assert private("-c", code, mount="mount -t tmpfs -o size=1m tmpfs /dev/shm") == "True\n"
+
+
+def test_no_limit_and_no_file_system_to_be_asked() -> None:
+    code = "from realmap.host.shared_segments import look; print(look().mounts[0].used)"
+    assert private("-c", code, mount="mount -t tmpfs -o size=0 tmpfs /dev/shm") == "None\n"
+
+
+def test_a_directory_on_a_disk(tmp_path: Path) -> None:
+    """Some containers have no more: what else the disk holds is not to be explained."""
+    (tmp_path / "here").write_bytes(b"x")
+    code = "from realmap.host.shared_segments import look; m = look(); print(m.mounts[0].used, m.segments[0].names)"
+    if subprocess.run(["stat", "-fc", "%T", tmp_path], capture_output=True, text=True).stdout == "tmpfs\n":
+        pytest.skip("the tests' directory is in memory")
+    assert private("-c", code, mount=f"mount --bind {tmp_path} /dev/shm") == "None ['here']\n"
+
+
+def test_no_proc() -> None:
+    code = """
+import os
+from realmap.host.shared_segments import look
+os.close(os.open("/dev/shm/here", os.O_CREAT | os.O_RDWR))
+found = look()
+print(found.processes, [each.names for each in found.segments], found.mounts[0].path)
+"""
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm && mount -t tmpfs tmpfs /proc"
+    assert private("-c", code, mount=mount) == "0 [['here']] /dev/shm\n"
+
+
+def test_the_dev_shm_of_another_mount_namespace(name: str) -> None:
+    """As it is from there, and seen from here."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs root, for a mount namespace of its own")
+    code = f"""
+import os
+fd = os.open("/dev/shm/{name}", os.O_CREAT | os.O_RDWR)
+os.posix_fallocate(fd, 0, {3 * PAGE})
+print(flush=True)
+input()
+"""
+    shell = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    with subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", shell, "-", sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        child.stdout.readline()
+        machine = look()
+        (there,) = [each for each in machine.mounts if each.root == f"/proc/{child.pid}/root/dev/shm"]
+        (found,) = [each for each in machine.segments if name in each.names]
+        child.communicate("\n")
+    assert machine.mounts[0].root == "/dev/shm"
+    assert (there.size, there.used, found.device, found.opened) == (1 << 20, 3 * PAGE, there.device, {child.pid: 1})
+
+
+@pytest.mark.slow
+def test_ten_thousand_segments_in_little_memory() -> None:
+    count = scaled(10_000)
+    code = f"""
+import mmap, os, resource
+from realmap.observe import shm
+kept = []
+for number in range({count}):
+    fd = os.open(f"/dev/shm/s{{number}}", os.O_CREAT | os.O_RDWR)
+    os.posix_fallocate(fd, 0, 4096)
+    kept.append(mmap.mmap(fd, 4096))
+    os.close(fd)
+pid = os.fork()
+if not pid:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = shm.report(shm.look())
+    assert sum(row.kind == "posix" for row in found.segments) == {count}
+    assert all(len(row.holders) == 2 for row in found.segments if row.kind == "posix")
+    assert found.dev_shm.used == found.dev_shm.explained
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(grown < 60_000, flush=True)  # KiB; what was there already is an interpreter, and the maps' own books
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+    assert private("-c", code, mount="ulimit -n $(ulimit -H -n); mount -t tmpfs -o size=64m tmpfs /dev/shm") == "True\n"

@@ -1,0 +1,590 @@
+"""Services between processes, as the kernel sees them: raw clients play server and caller."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import syscalls
+from conftest import BOUND, PAGE, wait_until
+from raw_client import RawClient, RawServer, RawSession
+
+import realmap
+from realmap import (
+    InvalidAddress,
+    InvalidMemState,
+    InvalidSize,
+    Kernel,
+    KernelError,
+    LimitReached,
+    Limits,
+    ServerDied,
+    UnknownSyscall,
+)
+from realmap._core import Durations
+from realmap.kernel.ports import MOST, NAMES
+from realmap.observe import Control
+from realmap.rights import MemoryType
+from realmap.wire import channel, messages
+from realmap.wire.records import GrantInfo, SessionInfo
+from realmap.wire.ring import RingEnd
+from realmap.wire.seat import BUSY, CHANGES, GRANTS, THREADS, WAITING, SeatPage
+
+TOTALS = ("seats", "sessions", "grants")
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., Kernel]]:
+    """Kernels in this process, without rings unless asked for; at the end nothing is left in their books."""
+    made: list[Kernel] = []
+
+    def make(spin: float = 0, **limits: Any) -> Kernel:
+        made.append(Kernel(syscalls=syscalls.ALL, spin=spin, limits=Limits(**limits)).start())
+        return made[-1]
+
+    yield make
+    for kernel in made:
+        with contextlib.suppress(realmap.KernelDied):
+            wait_until(lambda kernel=kernel: not len(kernel.processes), "everybody's end")
+        assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
+        assert not list(kernel.books.ports)
+        kernel.stop()
+
+
+class Stage(contextlib.ExitStack):
+    """A kernel, a server of "name", and a caller with a session and a mapping of three pages in pieces of one."""
+
+    def __init__(self, kernel: Kernel, threads: int = 2) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.host = self.enter_context(RawClient(kernel.path))
+        self.server = self.enter_context(RawServer(self.host, "name", threads=threads))
+        self.caller = self.enter_context(RawClient(kernel.path))
+        self.session = self.enter_context(RawSession(self.caller, "name"))
+        opened, fds = self.server.hear()
+        assert isinstance(opened, messages.Opened)
+        self.opened = opened
+        self.line = self.enter_context(socket.socket(fileno=fds[0]))
+        self.callback(channel.close_all, fds[1:])
+        self.address = self.caller.map(3 * PAGE, fragment=PAGE)
+
+    def hear(self) -> messages.News:
+        """What the server is told next, without descriptors."""
+        news, fds = self.server.hear()
+        channel.close_all(fds)
+        return news
+
+
+@pytest.fixture
+def stage(run: Callable[..., Kernel]) -> Iterator[Stage]:
+    """One, without rings."""
+    with Stage(run()) as made:
+        yield made
+
+
+def word(fd: int, which: int) -> int:
+    """A word of a seat's page."""
+    page = SeatPage(fd, writable=False)
+    value = page.words[which]
+    page.close()
+    return value
+
+
+# ---- what is made ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spin", [0, 50])
+def test_caller_and_server_get_two_ends_of_a_line(run: Callable[..., Kernel], spin: float) -> None:
+    path = run(spin).path
+    with RawClient(path) as host, RawServer(host, "name", "other", threads=3) as server:
+        assert word(server.page, THREADS) == 3
+        with RawClient(path) as caller, RawSession(caller, "other") as session:
+            opened, (line, *ring) = server.hear()
+            assert opened == messages.Opened(session.number, caller.number, os.getpid(), os.geteuid())
+            assert (session.seat, session.pid, session.spin) == (server.number, os.getpid(), spin)
+            session.sock.send(b"hello")
+            assert os.read(line, 10) == b"hello"
+            os.write(line, b"you")
+            assert session.sock.recv(10) == b"you"
+            assert len(ring) == bool(spin) and len(session.fds) == 1 + bool(spin)
+            if spin:
+                ours, theirs = RingEnd.serve(ring[0]), RingEnd.join(session.fds[0])
+                theirs._send(b"by the ring", session.sock.fileno())
+                assert ours._pop() == b"by the ring"
+                ours._close()
+                theirs._close()
+            page = SeatPage(server.page, writable=True)
+            page.words[BUSY] = 7
+            page.close()
+            assert word(session.fds[-1], BUSY) == 7
+            with pytest.raises(PermissionError):
+                SeatPage(session.fds[-1], writable=True)
+            channel.close_all([line, *ring])
+
+
+@pytest.mark.parametrize("rights", [realmap.u_rw, realmap.u_r])
+def test_a_server_gets_the_frames_and_no_more_rights_than_its_caller(stage: Stage, rights: int) -> None:
+    size = 70 * PAGE
+    address = stage.caller.map(size, int(rights), PAGE)
+    frames = stage.kernel.processes
+    (mapping,) = [each for process in frames for each in process.memory if each.address == address]
+    mapping.frames.write(0, memoryview(b"".join(bytes([at]) * PAGE for at in range(70))), address)
+    before = word(stage.session.fds[-1], GRANTS)
+    stage.session.lend(address + 5)
+    heard = [stage.server.hear() for _ in range(2)]
+    assert word(stage.session.fds[-1], GRANTS) == before + 2
+    seen = b""
+    for (granted, fds), first in zip(heard, (0, 64), strict=True):
+        assert isinstance(granted, messages.Granted)
+        assert (granted.session, granted.serial) == (stage.session.number, mapping.serial)
+        assert (granted.address, granted.length, granted.rights) == (address, size, rights)
+        assert (granted.kind, granted.first, granted.count) == (int(MemoryType.HEAP), first, 70)
+        assert len(fds) == len(granted.pieces)
+        for fd, (offset, length) in zip(fds, granted.pieces, strict=True):
+            seen += os.pread(fd, length, offset)
+            writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+            assert writable == (rights == realmap.u_rw)
+            if not writable:
+                with pytest.raises(PermissionError):
+                    mmap.mmap(fd, PAGE, prot=mmap.PROT_WRITE)
+        channel.close_all(fds)
+    assert seen == mapping.frames.read(0, size, address)
+    assert "lent" in " ".join(mapping.frames.holders())
+    stage.session.lend(address)  # again: nothing is said
+    stage.session.lend(stage.address)
+    granted = stage.hear()
+    assert isinstance(granted, messages.Granted) and granted.address == stage.address
+
+
+def test_part_of_a_segment_is_granted_as_that(stage: Stage) -> None:
+    token, _ = stage.caller.ask(messages.Share, stage.address, 3 * PAGE, 3, None, None, 0.0)
+    (address, *_), fds = stage.caller.ask(messages.Attach, token, PAGE, PAGE, None)
+    channel.close_all(fds)
+    stage.session.lend(address)
+    granted, fds = stage.server.hear()
+    assert isinstance(granted, messages.Granted) and granted.pieces == [(0, PAGE)]
+    (mapping,) = [
+        each for process in stage.kernel.processes for each in process.memory if each.address == stage.address
+    ]
+    assert os.fstat(fds[0]).st_ino == mapping.frames.segments[1].inode
+    channel.close_all(fds)
+
+
+# ---- who is chosen ---------------------------------------------------------------------------------
+
+
+def test_the_idle_one_is_chosen_then_who_has_fewest_sessions_then_in_turn(run: Callable[..., Kernel]) -> None:
+    path = run().path
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(RawClient(path))
+        servers = [stack.enter_context(RawServer(host, "name")) for _ in range(3)]
+        seats = [server.number for server in servers]
+        caller = stack.enter_context(RawClient(path))
+
+        def chosen(*but: int) -> int:
+            return stack.enter_context(RawSession(caller, "name", but)).seat
+
+        assert [chosen() for _ in range(6)] == seats * 2
+        pages = [SeatPage(server.page, writable=True) for server in servers]
+        pages[0].words[BUSY] = pages[1].words[WAITING] = 1
+        assert [chosen() for _ in range(3)] == [seats[2]] * 3
+        assert chosen(seats[2]) == seats[0]
+        assert chosen(seats[2]) == seats[1]
+        with pytest.raises(UnknownSyscall, match="no other process serves 'name'"):
+            chosen(*seats)
+        with pytest.raises(UnknownSyscall, match="neither the kernel nor any process serves 'nobody'"):
+            caller.ask(messages.Open, "nobody", [])
+        for page in pages:
+            page.words[BUSY] = 2**64 - 1  # it lies: it is served less
+            page.close()
+        assert chosen() in seats
+
+
+def test_a_page_tells_that_a_seat_of_its_names_comes_or_goes(stage: Stage) -> None:
+    page = stage.session.fds[-1]
+    assert word(page, CHANGES) == 1
+    with RawServer(stage.host, "stranger"):
+        assert word(page, CHANGES) == 1
+    with RawServer(stage.host, "another", "name") as rival:
+        assert word(page, CHANGES) == 2
+        rival.sock.shutdown(socket.SHUT_WR)  # it closes in good order
+        wait_until(lambda: word(page, CHANGES) == 3)
+    wait_until(lambda: word(page, CHANGES) == 4)
+
+
+# ---- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "threads", "queue", "error", "why"),
+    [
+        ([], 1, 0, InvalidSize, "1 to"),
+        (["n"] * (NAMES + 1), 1, 0, InvalidSize, "1 to"),
+        ([""], 1, 0, KernelError, "has 1 to"),
+        (["n" * 201], 1, 0, KernelError, "has 1 to"),
+        (["a", "b", "a"], 1, 0, KernelError, "twice: 'a'"),
+        (["a", "nop"], 1, 0, KernelError, "the kernel has a syscall 'nop'"),
+        (["a"], 0, 0, InvalidSize, "at least one thread"),
+        (["a"], -1, 0, InvalidSize, "at least one thread"),
+        (["a"], MOST + 1, 0, InvalidSize, "at most"),
+        (["a"], 1, -1, InvalidSize, "a queue of 0 or more"),
+        (["a"], 1, 2**64 - 1, InvalidSize, "at most"),
+    ],
+)
+def test_what_cannot_be_served(
+    stage: Stage, names: list[str], threads: int, queue: int, error: type[KernelError], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        stage.host.ask(messages.Serve, names, threads, queue)
+    with RawServer(stage.host, "a"):  # nothing of it is left
+        pass
+
+
+def test_a_name_is_the_kernels_or_a_processs(stage: Stage) -> None:
+    def name(call: realmap.Call) -> None:
+        pass
+
+    for replace in (False, True):
+        with pytest.raises(KernelError, match="a process serves 'name' already"):
+            stage.kernel.register(name, replace=replace)
+    stage.server.sock.close()
+    wait_until(lambda: not stage.kernel.books.ports.is_served("name"))
+    stage.kernel.register(name)
+    with pytest.raises(KernelError, match="the kernel has a syscall 'name'"):
+        stage.host.ask(messages.Serve, ["name"], 1, 0)
+
+
+def test_what_cannot_be_lent(stage: Stage) -> None:
+    def lend(session: int, address: int) -> None:
+        stage.caller.ask(messages.Lend, session, address)
+
+    number = stage.session.number
+    for address in (0, -1, 2**64 - 1, stage.address + 3 * PAGE):
+        with pytest.raises(InvalidAddress, match="nothing is mapped there"):
+            lend(number, address)
+    private = stage.caller.map(PAGE, kind=MemoryType.NORMAL)
+    with pytest.raises(InvalidMemState, match="private memory cannot be lent"):
+        lend(number, private)
+    for session in (0, -1, number + 1, 2**64 - 1):
+        with pytest.raises(ServerDied, match=f"no session {session}") as caught:
+            lend(session, stage.address)
+        assert not caught.value.began
+    with pytest.raises(ServerDied):  # it is somebody else's
+        stage.host.ask(messages.Lend, number, stage.address)
+    stage.host.say(messages.Close(1, number))
+    stage.session.lend(stage.address)  # nothing else has become of it
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"\xc1",
+        b"\x90" * (channel.CHUNK + 100),
+        msgspec.msgpack.encode(messages.Served({}, [], [])) + b"\0",
+        msgspec.msgpack.encode(messages.Opened(1, 2, 3, 4)),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 496, 1]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [-5, 3, 1]]}, [], []]),
+        b"\x94\x05" + b"\x91" * 5000,
+    ],
+    ids=str,
+)
+def test_a_server_that_tells_what_is_no_message_loses_its_seat(stage: Stage, told: bytes) -> None:
+    stage.server.tell(told)
+    with pytest.raises((EOFError, ConnectionResetError)):
+        stage.server.hear()
+    wait_until(lambda: stage.session.has_ended)
+    with pytest.raises(UnknownSyscall):
+        stage.caller.ask(messages.Open, "name", [])
+    assert stage.host.ask(messages.Query, stage.address)  # its process goes on
+
+
+def test_what_a_server_tells_is_in_the_books(stage: Stage) -> None:
+    told = messages.Served(
+        {"name": (3, 1, [9000, 20, 2, 30, 1])}, [(stage.session.number, 5, "name", 7.5)], [(1, 2, 3, 4, 5)]
+    )
+    stage.server.tell(told)
+    (seat,) = stage.kernel.books.ports
+    wait_until(lambda: seat.served == told)
+
+
+def test_limits(run: Callable[..., Kernel]) -> None:
+    path = run(seats=2, sessions=3, grants=2).path
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(RawClient(path))
+        server, _ = [stack.enter_context(RawServer(host, "name")) for _ in range(2)]
+        for client in (host, stack.enter_context(RawClient(path))):  # of each pid, over all its connections
+            with pytest.raises(LimitReached, match=r"2 services; the kernel's limit \(seats\) is 2"):
+                RawServer(client, "more")
+        sessions = [stack.enter_context(RawSession(host, "name")) for _ in range(3)]
+        with pytest.raises(LimitReached, match=r"\(sessions\) is 3"):
+            RawSession(host, "name")
+        with pytest.raises(LimitReached, match="excludes no more seats"):
+            host.ask(messages.Open, "name", [0] * 4)
+        addresses = [host.map(PAGE) for _ in range(2)]
+        for session in sessions[:2]:
+            session.lend(addresses[0])
+        with pytest.raises(LimitReached, match=r"\(grants\) is 2"):
+            sessions[0].lend(addresses[1])
+        host.say(messages.Close(0, sessions[1].number))
+        sessions[0].lend(addresses[1])
+        server.sock.close()
+        wait_until(lambda: sessions[0].has_ended)
+        stack.enter_context(RawServer(host, "name"))
+        stack.enter_context(RawSession(host, "name"))
+
+
+# ---- ends ------------------------------------------------------------------------------------------
+
+
+def test_unmapped_and_moved_are_revoked(stage: Stage) -> None:
+    other = stage.caller.map(PAGE)
+    granted = []
+    for address in (stage.address, other):
+        stage.session.lend(address)
+        news = stage.hear()
+        assert isinstance(news, messages.Granted)
+        granted.append(news.serial)
+    before = word(stage.session.fds[-1], GRANTS)
+    stage.caller.ask(messages.Unmap, stage.address, 3 * PAGE)
+    assert stage.hear() == messages.Revoked(stage.session.number, granted[0])
+    moved, _ = stage.caller.ask(messages.Move, other, other, other + PAGE)
+    assert stage.hear() == messages.Revoked(stage.session.number, granted[1])
+    assert word(stage.session.fds[-1], GRANTS) == before + 2
+    assert stage.kernel.books.peers.totals()["grants"] == 0
+    stage.session.lend(moved)  # the same mapping, elsewhere
+    again = stage.hear()
+    assert isinstance(again, messages.Granted) and (again.serial, again.address) == (granted[1], moved)
+
+
+def end_of_server(stage: Stage) -> None:
+    stage.host.sock.close()
+
+
+def end_of_seat(stage: Stage) -> None:
+    stage.server.sock.close()
+
+
+def end_of_line(stage: Stage) -> None:
+    stage.line.shutdown(socket.SHUT_RDWR)
+
+
+def end_by_a_word(stage: Stage) -> None:
+    stage.server.tell(messages.Gone(stage.session.number))
+
+
+def end_of_caller(stage: Stage) -> None:
+    stage.caller.sock.close()
+
+
+def end_of_session(stage: Stage) -> None:
+    stage.caller.say(messages.Close(0, stage.session.number))
+
+
+def end_of_callers_line(stage: Stage) -> None:
+    stage.session.sock.close()
+
+
+def end_of_kernel(stage: Stage) -> None:
+    stage.kernel.stop()
+
+
+@pytest.mark.parametrize("end", [end_of_server, end_of_seat, end_of_line, end_by_a_word])
+def test_whatever_ends_a_server_ends_its_callers_sessions(stage: Stage, end: Callable[[Stage], None]) -> None:
+    """Also while a forked child has the sockets."""
+    stage.session.lend(stage.address)
+    inherited = [os.dup(stage.line.fileno()), os.dup(stage.server.sock.fileno())] if end is end_of_server else []
+    end(stage)
+    wait_until(lambda: stage.session.has_ended)
+    assert not stage.kernel.books.peers.totals()["grants"]
+    with pytest.raises(ServerDied):
+        stage.session.lend(stage.address)
+    assert stage.caller.ask(messages.Unmap, stage.address, 3 * PAGE) == (None, [])
+    channel.close_all(inherited)
+
+
+@pytest.mark.parametrize("end", [end_of_caller, end_of_session, end_of_callers_line, end_of_line])
+def test_whatever_ends_a_caller_is_told_to_its_server(stage: Stage, end: Callable[[Stage], None]) -> None:
+    stage.session.lend(stage.address)
+    stage.hear()
+    inherited = [] if end is end_of_callers_line else [os.dup(stage.session.sock.fileno())]
+    end(stage)
+    assert stage.hear() == messages.Gone(stage.session.number)
+    poll = select.poll()
+    poll.register(stage.line, 0)
+    assert poll.poll(0), "the line is shut"
+    assert not stage.kernel.books.peers.totals()["grants"]
+    with RawClient(stage.kernel.path) as other, RawSession(other, "name"):  # it serves on
+        assert isinstance(stage.hear(), messages.Opened)
+    channel.close_all(inherited)
+
+
+def test_the_end_of_the_kernel_ends_everything(stage: Stage) -> None:
+    stage.session.lend(stage.address)
+    stage.hear()
+    end_of_kernel(stage)
+    assert stage.session.has_ended
+    with pytest.raises(EOFError):
+        stage.hear()
+
+
+def test_a_server_that_closes_in_good_order_gets_no_new_sessions_and_keeps_those_it_has(stage: Stage) -> None:
+    stage.server.sock.shutdown(socket.SHUT_WR)
+    wait_until(lambda: not stage.kernel.books.ports.is_served("name"))
+    with pytest.raises(UnknownSyscall):
+        stage.caller.ask(messages.Open, "name", [])
+    stage.session.lend(stage.address)
+    assert isinstance(stage.hear(), messages.Granted)
+    stage.session.sock.send(b"still")
+    assert stage.line.recv(10) == b"still"
+    stage.server.sock.close()
+    wait_until(lambda: stage.session.has_ended)
+
+
+# ---- servers that do not listen ----------------------------------------------------------------------
+
+
+def fill(stage: Stage) -> list[RawSession]:
+    """Sessions until the seat's socket takes no more."""
+    made = []
+    (desk,) = stage.kernel._seats._desks.values()
+    while not desk.news:
+        made.append(stage.enter_context(RawSession(stage.caller, "name")))
+    return made
+
+
+def test_a_server_that_does_not_read_keeps_nobody_waiting_but_who_lends_to_it(run: Callable[..., Kernel]) -> None:
+    with Stage(run(sessions=4096, grants=100_000)) as stage:
+        sessions = fill(stage)
+        last = sessions[-1]
+        assert stage.caller.ask(messages.Query, stage.address)[0]
+        # What comes and goes before it can be told of is not told.
+        for _ in range(100):
+            stage.enter_context(RawSession(stage.caller, "name")).sock.close()
+        (desk,) = stage.kernel._seats._desks.values()
+        wait_until(lambda: len(desk.news) == 1)
+        stage.caller.say(messages.Lend(1, last.number, stage.address))
+        stage.caller.say(messages.Unmap(0, stage.address, 3 * PAGE))
+        with pytest.raises(InvalidAddress, match="before its server was told"):
+            stage.caller.hear()
+        again = stage.caller.map(PAGE)
+        stage.caller.say(messages.Lend(2, last.number, again))
+        told: list[messages.News] = []
+        while not told or not isinstance(told[-1], messages.Granted):
+            told.append(stage.hear())
+        assert [news.session for news in told[:-1]] == [session.number for session in sessions]
+        assert told[-1].session == last.number and told[-1].address == again
+        assert stage.caller.hear() == (None, [])
+
+
+def test_who_lends_before_it_can_be_told_is_told_how_that_ended(run: Callable[..., Kernel]) -> None:
+    with Stage(run(sessions=4096)) as stage:
+        last = fill(stage)[-1]
+
+        def lend() -> None:
+            stage.caller.say(messages.Lend(1, last.number, stage.address))
+
+        for _ in range(64):
+            lend()
+        with pytest.raises(LimitReached, match="64 requests wait already"):
+            stage.caller.ask(messages.Lend, last.number, stage.address)
+        stage.server.sock.close()
+        for _ in range(64):
+            with pytest.raises(ServerDied) as caught:
+                stage.caller.hear()
+            assert caught.value.pid == os.getpid() and not caught.value.began
+
+
+def test_no_descriptors_for_a_grant(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realmap.host import segment
+
+    (mapping,) = [each for process in stage.kernel.processes for each in process.memory]
+    opened, real = [], os.open
+
+    def short(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if str(path).startswith("/proc/self/fd/"):
+            opened.append(path)
+            if len(opened) > 1:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(segment.os, "open", short)
+    with pytest.raises(realmap.PhysicalMemoryExhaustion):
+        stage.session.lend(stage.address)
+    monkeypatch.undo()
+    assert stage.kernel.books.peers.totals()["grants"] == 0 and mapping.frames.refcount == 1
+    stage.session.lend(stage.address)
+
+
+def test_what_was_lent_is_not_used_again(run: Callable[..., Kernel]) -> None:
+    """Its server may keep the frames: the process's next small mapping has others."""
+    kernel = run(spin=50)
+    with RawClient(kernel.path) as host, RawServer(host, "name"), realmap.connect(kernel.path) as me:
+        buffer = me.map(100)
+        buffer[:] = b"x" * 100
+        (process,) = [each for each in kernel.processes if len(each.memory)]
+        (mapping,) = process.memory
+        client = me._own_client
+        open_ = messages.Open(client.next_id(), "name")
+        (number, *_), answer = client.request(open_)
+        client.request(messages.Lend(client.next_id(), number, buffer.address))
+        buffer.unmap()
+        wait_until(lambda: mapping.frames.freed, "the end of its frames")
+        assert not process.memory.stock.count
+        del answer
+
+
+def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kernel]) -> None:
+    kernel = run()
+    with Stage(kernel) as stage, Control(kernel.path) as control, RawServer(stage.host, "name", "more") as other:
+        stage.session.lend(stage.address)
+        stage.hear()
+        number, caller = stage.session.number, stage.caller.number
+        lent = [(caller, stage.address + 5, 100, 4096, 3), (0, 0, 5, 8192, 1)]
+        calls = [(number, 7, "name", time.monotonic() - 1.0), (number, 8, "name", None), (number + 1, 9, "name", None)]
+        counts = Durations()
+        counts.since(time.monotonic_ns() - 10**9)
+        for server in (stage.server, other):
+            told = {"name": (5, 2, counts.counts()), "nop": (1, 1, [0])}
+            server.tell(messages.Served(told, calls if server is stage.server else [], lent, kept=[(12288, PAGE)]))
+        wait_until(lambda: control.stats()["lent"] == 4)
+        found = control.snapshot()
+        assert [msgspec.structs.astuple(each) for each in found.seats] == [
+            (stage.server.number, stage.host.number, ["name"], 2, 0, False, 1, 1),
+            (other.number, stage.host.number, ["name", "more"], 1, 0, False, 0, 0),
+        ]
+        assert found.sessions == [SessionInfo(number, stage.server.number, caller)]
+        (grant,) = found.grants
+        (process,) = [each for each in found.processes if each.number == caller]
+        (mapping,) = process.mappings
+        assert grant == GrantInfo(number, mapping.frames, 0, stage.address, 3 * PAGE, mapping.rights)
+        assert [(each.process, each.address, each.at, each.kept) for each in found.lent[:3]] == [
+            (caller, stage.address + 5, 4096, False),
+            (None, 0, 8192, False),
+            (None, 0, 12288, True),
+        ]
+        one, two = [each for each in found.running if each.server is not None]
+        assert (one.process, one.syscall, one.server, two.seconds) == (caller, "name", stage.host.number, None)
+        assert one.seconds is not None and 1.0 <= one.seconds < BOUND
+        by_name = {each.name: each for each in found.calls}
+        assert by_name["nop"].servers == 0 and not by_name["nop"].count
+        assert (by_name["name"].count, by_name["name"].failed, by_name["name"].servers) == (10, 4, 2)
+        assert by_name["name"].p50 == pytest.approx(1.0, rel=0.2)
+        assert by_name["more"].p50 is None and by_name["more"].servers == 1
+        stats = control.stats()
+        assert [stats[name] for name in (*TOTALS, "lent", "lent_bytes")] == [2, 1, 1, 4, 210]
+        stage.server.sock.close()
+        wait_until(lambda: control.stats()["seats"] == 1)
+        (left,) = [each for each in control.snapshot().calls if each.name == "name"]
+        assert (left.count, left.servers) == (10, 1)  # what was done is not undone

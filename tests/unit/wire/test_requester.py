@@ -1,0 +1,118 @@
+"""Asking by a socket that is there: whether anybody can have read what was asked, where the other side ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from realmap._core import ANSWERED, DIED, ENDED, Answer, Bell, Endpoint
+from realmap.wire import messages
+from realmap.wire.ring import RingEnd
+
+
+class Pair(NamedTuple):
+    """Who asks, and the other side: its socket, and its end of the ring."""
+
+    endpoint: Endpoint
+    sock: socket.socket
+    ring: RingEnd
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ring, fd = RingEnd.create()
+    with ours, theirs:
+        endpoint = Endpoint._of(ours.fileno())
+        assert isinstance(endpoint, Endpoint)
+        assert endpoint.join(fd, 0) == 0
+        os.close(fd)
+        ours.close()  # the endpoint has a descriptor of its own
+        yield Pair(endpoint, theirs, ring)
+        endpoint.close()
+        ring._close()
+
+
+def ask(pair: Pair, number: int) -> Answer:
+    """A request on its way."""
+    bell = Bell(lambda: None, lambda _: None, lambda: False)
+    data = msgspec.msgpack.encode(messages.Query(number, 1))
+    return pair.endpoint.start(number, data, None, None, bell)
+
+
+def read_to_end(pair: Pair) -> None:
+    """Linux may say first that the other side had not read all."""
+    bell = Bell(lambda: None, lambda _: None, lambda: False)
+    while pair.endpoint.read(bell) and not pair.endpoint.end:
+        pass
+
+
+def end_of(pair: Pair, *answers: Answer) -> list[bool]:
+    """The other side ends: whether nobody can have read each of these."""
+    pair.sock.close()
+    read_to_end(pair)
+    assert pair.endpoint.end == DIED
+    assert [answer.outcome for answer in answers] == [ENDED] * len(answers)
+    return [answer.unread for answer in answers]
+
+
+def test_a_socket_that_is_there_carries_requests(pair: Pair) -> None:
+    pair.sock.send(b"\0" + msgspec.msgpack.encode(messages.Done(7, None)))
+    query = msgspec.msgpack.encode(messages.Query(7, 1))
+    assert pair.endpoint.request(7, query, 5.0, None, None).outcome == ANSWERED
+
+
+def test_what_is_no_descriptor_is_an_errno() -> None:
+    assert Endpoint._of(-1) == errno.EBADF
+
+
+def test_what_was_taken_out_of_the_ring_may_have_begun_and_what_is_still_there_has_not(pair: Pair) -> None:
+    first, second = ask(pair, 1), ask(pair, 2)
+    assert pair.ring._pop()
+    assert end_of(pair, first, second) == [False, True]
+
+
+def test_what_went_by_the_socket_may_have_been_read(pair: Pair) -> None:
+    for number in range(1, 33):  # the ring is full then
+        ask(pair, number)
+    assert end_of(pair, ask(pair, 33)) == [False]
+
+
+def test_what_could_not_be_sent_was_not_read(pair: Pair) -> None:
+    kept = [ask(pair, number) for number in range(1, 33)]
+    pair.sock.close()
+    late = ask(pair, 33)
+    assert late.outcome == ENDED
+    assert late.unread
+    assert all(answer.unread for answer in kept)
+
+
+def test_what_is_asked_after_the_end_was_not_read(pair: Pair) -> None:
+    end_of(pair)
+    answer = ask(pair, 1)
+    assert (answer.outcome, answer.unread) == (ENDED, True)
+
+
+def test_a_part_of_a_message_was_not_read(pair: Pair) -> None:
+    """The socket takes the first parts of a long one only: what came of it is no request."""
+    pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    data = msgspec.msgpack.encode(messages.Call(1, "long", bytes(900_000)))
+    bell = Bell(lambda: None, lambda _: None, lambda: False)
+    answer = pair.endpoint.start(1, data, None, None, bell)
+    assert end_of(pair, answer) == [True]
+
+
+def test_an_answer_that_came_before_the_end_is_one(pair: Pair) -> None:
+    answer = ask(pair, 1)
+    pair.ring._pop()
+    pair.sock.send(b"\0" + msgspec.msgpack.encode(messages.Done(1, "value")))
+    pair.sock.close()
+    read_to_end(pair)
+    assert answer.outcome == ANSWERED
+    assert answer.unread is False
