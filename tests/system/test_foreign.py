@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BOUND, PAGE, in_threads, land_maps, long, wait_until
+from conftest import BOUND, PAGE, in_threads, land_maps, long, scaled, wait_until
 from strangers import KINDS, Stranger, pattern, stranger
 
 import realmap
@@ -417,6 +417,7 @@ def test_closed_it_says_so(other: Stranger) -> None:
 @pytest.mark.parametrize("count", [600, long(10_000)])
 def test_more_segments_than_are_known_at_a_time(other: Stranger, process: ForeignProcess, count: int) -> None:
     require_map_files()
+    count = max(600, scaled(count))
     for number in range(count):
         other.map("memfd", 1, FREE + 2 * number * PAGE, seed=number % 256)
     for number in range(count):
