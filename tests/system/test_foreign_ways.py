@@ -22,7 +22,7 @@ from realmap.observe import doctor
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x1000_0000
 PR_SET_DUMPABLE = 4
-FREE = 0x1000_0000_0000
+FREE = 0x5000_0000_0000
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
 
