@@ -21,9 +21,9 @@ one is made. Other programs of the same user find them as well.
 * The size asked for is the size got. `readonly=True` attaches what cannot be written, by page protection.
 * A small block that is made, closed and unlinked leaves its memory to the next one, zeroed, as long as nobody else has
   attached it: making one again is a matter of microseconds.
-* A small block that this process has attached and closed is parked for its next use here, until its name ends:
-  attaching it again is a matter of microseconds. What is parked then goes when this process next makes, attaches or
-  closes one, forks or ends; it is no more than `Limits(stock=…)`, 2 MiB by default.
+* A small block that this process has attached and closed is parked for its next use, until its name ends: attaching
+  it again is a matter of microseconds. What is parked then goes when this process next makes, attaches or closes one,
+  forks or ends; it is no more than `Limits(stock=…)`, 2 MiB by default.
 * `_fd` and `_mmap`, which many programs use, are real: made when they are first asked for, of the same memory.
 """
 
