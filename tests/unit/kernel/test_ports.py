@@ -54,11 +54,12 @@ def run() -> Iterator[Callable[..., Kernel]]:
 
     yield make
     for kernel in made:
-        with contextlib.suppress(realmap.KernelDied):
-            wait_until(lambda kernel=kernel: not len(kernel.processes), "everybody's end")
-        assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
-        assert not list(kernel.books.ports)
-        kernel.stop()
+        try:
+            wait_until(lambda kernel=kernel: not len(kernel.books.processes), "everybody's end")
+            assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
+            assert not list(kernel.books.ports)
+        finally:
+            kernel.stop()
 
 
 class Stage(contextlib.ExitStack):
@@ -136,7 +137,7 @@ def test_caller_and_server_get_two_ends_of_a_line(run: Callable[..., Kernel], sp
 def test_a_server_gets_the_frames_and_no_more_rights_than_its_caller(stage: Stage, rights: int) -> None:
     size = 70 * PAGE
     address = stage.caller.map(size, int(rights), PAGE)
-    frames = stage.kernel.processes
+    frames = stage.kernel.books.processes
     (mapping,) = [each for process in frames for each in process.memory if each.address == address]
     mapping.frames.write(0, memoryview(b"".join(bytes([at]) * PAGE for at in range(70))), address)
     before = word(stage.session.fds[-1], GRANTS)
@@ -174,7 +175,7 @@ def test_part_of_a_segment_is_granted_as_that(stage: Stage) -> None:
     granted, fds = stage.server.hear()
     assert isinstance(granted, messages.Granted) and granted.pieces == [(0, PAGE)]
     (mapping,) = [
-        each for process in stage.kernel.processes for each in process.memory if each.address == stage.address
+        each for process in stage.kernel.books.processes for each in process.memory if each.address == stage.address
     ]
     assert os.fstat(fds[0]).st_ino == mapping.frames.segments[1].inode
     channel.close_all(fds)
@@ -509,7 +510,7 @@ def test_who_lends_before_it_can_be_told_is_told_how_that_ended(run: Callable[..
 def test_no_descriptors_for_a_grant(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     from realmap.host import segment
 
-    (mapping,) = [each for process in stage.kernel.processes for each in process.memory]
+    (mapping,) = [each for process in stage.kernel.books.processes for each in process.memory]
     opened, real = [], os.open
 
     def short(path: Any, flags: int, *rest: Any, **named: Any) -> int:
@@ -533,7 +534,7 @@ def test_what_was_lent_is_not_used_again(run: Callable[..., Kernel]) -> None:
     with RawClient(kernel.path) as host, RawServer(host, "name"), realmap.connect(kernel.path) as me:
         buffer = me.map(100)
         buffer[:] = b"x" * 100
-        (process,) = [each for each in kernel.processes if len(each.memory)]
+        (process,) = [each for each in kernel.books.processes if len(each.memory)]
         (mapping,) = process.memory
         client = me._own_client
         open_ = messages.Open(client.next_id(), "name")
