@@ -18,7 +18,7 @@ bytes in place, and unmaps them. Frames are POSIX shared-memory segments under a
 boot, Kernel                        starts a kernel in a process of its own; one in this process
 KernelHandle, SpawnedProcess        that kernel, and the user processes that it was asked to spawn
 connect, aconnect, Process          this process as a user of a kernel
-Service, Session                    this process serves others; one of those that serve a name
+Service, Session                    handlers that a user serves; one of the processes that serve a name
 Buffer, Handle, MemoryInfo          its memory, what shares it with others, what the kernel has noted of it
 syscall, Call, UserBuffer           handlers: what makes a function one, who calls, a buffer argument
 ForeignProcess                      any process, of no kernel: what it shares is mirrored, the rest copied

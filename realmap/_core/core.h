@@ -112,6 +112,14 @@ typedef struct {
 } Table;
 
 #define PLACES 16 /* memory/stock.py */
+#define NAME_BYTES 48
+
+/* The name of what is in a place: written before the word there says that it has one. */
+typedef struct {
+    uint64_t length; /* bytes, as they were asked for */
+    uint64_t lasts;  /* whether it outlives its maker */
+    char text[NAME_BYTES]; /* UTF-8, and NULs to the end */
+} Name;
 
 #define RING_SLOTS 32u
 #define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
@@ -127,6 +135,7 @@ typedef struct {
     _Alignas(LINE) _Atomic uint32_t head;
     _Alignas(LINE) _Atomic uint32_t asleep;
     _Alignas(LINE) _Atomic uint32_t places[PLACES]; /* of windows that the producer has parked: places.c */
+    _Alignas(LINE) Name names[PLACES];
     _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
 } Queue;
 
@@ -436,6 +445,9 @@ typedef struct {
 } Parked;
 
 #define NOWHERE 1
+/* Of a kind. */
+#define BARE 0x10000     /* no space was taken for it, and none is kept while it is parked */
+#define ATTACHED 0x20000 /* others have it as well: its bytes stay */
 
 /* An answer that nobody took: what is said to the kernel then. */
 typedef struct Late {

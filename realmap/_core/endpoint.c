@@ -157,16 +157,16 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
     return answer;
 }
 
-/* start(number, message, holds, late, bell) -> Answer, on its way; `late` as in `request`. The bell is rung, from any thread, when it is over or when
+/* start(number, message, holds, bell) -> Answer, on its way. The bell is rung, from any thread, when it is over or when
  * somebody has to read from now on; `read` reads, `give_up` gives up. */
 static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (wants(nargs, 5, "Endpoint.start"))
+    if (wants(nargs, 4, "Endpoint.start"))
         return NULL;
-    if (!PyObject_TypeCheck(args[4], bell_type))
+    if (!PyObject_TypeCheck(args[3], bell_type))
         return PyErr_Format(PyExc_TypeError, "a loop is told by a Bell");
-    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], args[3], args[4], 0);
-    if (!answer || !settle(as_endpoint(op), args[4])) /* it may have found out that all is over */
+    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3], 0);
+    if (!answer || !settle(as_endpoint(op), args[3])) /* it may have found out that all is over */
         return (PyObject *)answer;
     Py_DECREF((PyObject *)answer);
     return NULL;
@@ -420,8 +420,10 @@ static PyMethodDef endpoint_methods[] = {
     {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
     {"park", FASTCALL(endpoint_park), METH_FASTCALL, "park(window, number, kind) -> Answer, True, or False"},
     {"unpark", FASTCALL(endpoint_unpark), METH_FASTCALL, "unpark(type, kind, span) -> a Window, or None"},
+    {"name", FASTCALL(endpoint_name), METH_FASTCALL, "name(window, text, length, lasts) -> whether it has that name"},
+    {"end_name", endpoint_end_name, METH_O, "end_name(text) -> whether a name was ended that the kernel does not know"},
     {"empty_stock", endpoint_empty_stock, METH_O, "empty_stock(message): unmaps all that is parked, and says so."},
-    {"start", FASTCALL(endpoint_start), METH_FASTCALL, "start(number, message, holds, late, bell) -> Answer"},
+    {"start", FASTCALL(endpoint_start), METH_FASTCALL, "start(number, message, holds, bell) -> Answer"},
     {"give_up", endpoint_give_up, METH_O, "give_up(answer): nobody waits for it any more."},
     {"read", endpoint_read, METH_O, "read(bell): hands on what is there; 0: another reads; 1, 2: what to watch for."},
     {"notice", endpoint_send_notice, METH_O, "notice(message): sends what wants no answer, and never waits."},

@@ -75,8 +75,6 @@ static PyMethodDef host_methods[] = {
     {"read_file", FASTCALL(host_read_file), METH_FASTCALL, NULL},
     {"map_at", FASTCALL(host_map_at), METH_FASTCALL, NULL},
     {"watch_directory", FASTCALL(host_watch_directory), METH_FASTCALL, NULL},
-    {"watch_file", host_watch_file, METH_O, NULL},
-    {"word_of", FASTCALL(host_word_of), METH_FASTCALL, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"holders_of", core_holders_of, METH_O, NULL},
     {"gather", FASTCALL(core_gather), METH_FASTCALL, NULL},
@@ -99,7 +97,7 @@ static const struct {
     CONSTANT(BROKEN),     CONSTANT(TOO_DEEP),   CONSTANT(KEY_NO_TEXT), CONSTANT(FOREIGN), CONSTANT(TOO_MUCH),
     CONSTANT(TOO_LONG),   {"DEEPEST", PACKED_DEPTH},
     CONSTANT(AWAKE),      CONSTANT(ON_WORD),    CONSTANT(ON_SOCKET),
-    {"RING_BYTES", 2 * sizeof(Queue)},
+    CONSTANT(BARE),       CONSTANT(ATTACHED),   {"RING_BYTES", 2 * sizeof(Queue)},
     {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
 };
 

@@ -6,10 +6,19 @@
  *
  *      FREE ── user: Unmap ──▶ ASKED ── kernel ──▶ KEPT ◀── user: park, unpark ──▶ USED ── kernel looks ──▶ SEEN ──▶ FREE
  *                                │                  │ kernel needs the memory                (a mapping as any other)
- *                                └─────────────────▶ GONE ── user: unmapped ──▶ FREE */
+ *                                └─────────────────▶ GONE ── user: unmapped ──▶ FREE
+ *
+ * What is used again may have a name, by which others find it (shared memory). The user gives it, and ends it, here; so the
+ * kernel looks here for a name that it does not know.
+ *
+ *      USED ◀── user: name, its end ──▶ NAMED ── kernel looks ──▶ SEEN   (a mapping, and a handle with that name)
+ *                                         │ user: park
+ *      KEPT ◀── user: its end ─────────── LEFT ── kernel looks ──▶ GONE  (a handle alone) */
 #include "core.h"
 
-enum place { FREE, ASKED, KEPT, USED, SEEN, GONE };
+enum place { FREE, ASKED, KEPT, USED, SEEN, GONE, NAMED, LEFT };
+
+#define LOOKS 1000 /* a word is looked at, at most, where its user changes it all the time */
 
 static int change_place(_Atomic uint32_t *place, uint32_t from, uint32_t to)
 {
@@ -53,15 +62,63 @@ static PyObject *ring_is_gone(PyObject *op, PyObject *number)
     return place_of(op, number, &place) ? NULL : PyBool_FromLong(place && atomic_load(place) == GONE);
 }
 
-/* _see() -> the places whose windows are used again, as bits; from here on they are mappings as any other. */
-static PyObject *ring_see(PyObject *op, PyObject *Py_UNUSED(ignored))
+/* A name, cut where it is too long for a place, where each ends with a NUL; -1 with an exception set: it is no bytes. */
+static int as_name(PyObject *bytes, char text[NAME_BYTES])
+{
+    Py_ssize_t size;
+    char *data;
+    if (PyBytes_AsStringAndSize(bytes, &data, &size))
+        return -1;
+    memset(text, 0, NAME_BYTES);
+    memcpy(text, data, size < NAME_BYTES ? (size_t)size : NAME_BYTES);
+    return 0;
+}
+
+static int has_name(const Queue *queue, int place, const char text[NAME_BYTES])
+{
+    return !memcmp(queue->names[place].text, text, NAME_BYTES);
+}
+
+/* Takes what is used again in a place from its user, where it has that name (NULL: in any case); what it was. */
+static uint32_t see_place(Queue *in, int place, const char *name)
+{
+    for (int i = 0; i < LOOKS; i++) {
+        uint32_t now = atomic_load(&in->places[place]);
+        if (now != NAMED && now != LEFT && (name || now != USED))
+            break;
+        if (name && !has_name(in, place, name))
+            break;
+        if (change_place(&in->places[place], now, now == LEFT ? GONE : SEEN))
+            return now;
+    }
+    return FREE;
+}
+
+/* _see([name]) -> the places whose windows are used again, as bits, and, PLACES bits above, those of which there is a name
+ * (`_named`); from here on they are mappings and handles as any other. By a name: that one alone. */
+static PyObject *ring_see(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     const Ring *self = as_ring(op);
+    char name[NAME_BYTES];
     long seen = 0;
+    if (nargs && as_name(args[0], name))
+        return NULL;
     for (int i = 0; self->queues && self->epoch == fork_epoch && i < PLACES; i++) {
-        _Atomic uint32_t *place = &self->duplex.in->places[i];
-        if (atomic_load_explicit(place, memory_order_acquire) == USED && change_place(place, USED, SEEN))
-            seen |= 1L << i;
+        uint32_t was = see_place(self->duplex.in, i, nargs ? name : NULL);
+        seen |= (long)(was == USED || was == NAMED) << i | (long)(was == NAMED || was == LEFT) << (i + PLACES);
     }
     return PyLong_FromLong(seen);
+}
+
+/* _named(place) -> (name, length, whether it lasts), as its user says. */
+static PyObject *ring_named(PyObject *op, PyObject *number)
+{
+    _Atomic uint32_t *place;
+    Name name = {0};
+    if (place_of(op, number, &place))
+        return NULL;
+    if (place)
+        name = as_ring(op)->duplex.in->names[place - as_ring(op)->duplex.in->places];
+    return Py_BuildValue("(NKN)", PyBytes_FromStringAndSize(name.text, (Py_ssize_t)strnlen(name.text, NAME_BYTES)),
+                         (unsigned long long)name.length, PyBool_FromLong(name.lasts != 0));
 }

@@ -98,21 +98,24 @@ static void make_place(Endpoint *self, uint64_t kind, size_t span)
     Py_DECREF(farewell);
 }
 
-/* Parks a window without rights in a free place, and asks the kernel whether it keeps it. NULL with an exception set: a
- * signal handler's, or there is no memory, and nothing is parked. */
+/* Parks a window without rights in a free place, and asks the kernel whether it keeps it; None instead of a number: nobody
+ * waits for that, and it is True. NULL with an exception set: a signal handler's, or there is no memory, and nothing is
+ * parked. */
 static PyObject *ask_for_place(Endpoint *self, Window *window, PyObject *number, uint64_t kind)
 {
-    uint64_t id;
-    int place = free_place(self);
-    PyObject *message = as_u64(number, &id) ? NULL : unmap_message(id, window, place);
+    uint64_t id = 0;
+    int place = free_place(self), waits = number != Py_None;
+    PyObject *message = waits && as_u64(number, &id) ? NULL : unmap_message(id, window, place);
     if (!message)
         return NULL;
     PyObject *farewell = Py_NewRef(window->farewell);
     move_in(self, window, place, kind);
     uint64_t since = self->stock[place].since;
     atomic_store_explicit(&places_of(self)[place], ASKED, memory_order_release);
-    PyObject *answer = tell_of_end(self, number, message, farewell);
-    if (answer && as_answer(answer)->outcome == FAILED && self->stock[place].since == since)
+    PyObject *answer = waits ? tell_of_end(self, number, message, farewell) : Py_NewRef(Py_True);
+    if (!waits)
+        endpoint_notice((PyObject *)self, message);
+    else if (answer && as_answer(answer)->outcome == FAILED && self->stock[place].since == since)
         empty_place(&self->stock[place]); /* the kernel knows of no place */
     sweep_stock(self);
     Py_DECREF(message);
@@ -120,9 +123,19 @@ static PyObject *ask_for_place(Endpoint *self, Window *window, PyObject *number,
     return answer;
 }
 
+/* The place of which a window is used again; PLACES: of none. */
+static int place_of_window(const Endpoint *self, const Window *window)
+{
+    int own = 0;
+    while (own < PLACES && (!window->used || self->stock[own].used != window->used || !self->stock[own].base))
+        own++;
+    return own;
+}
+
 /* park(window, number, kind) -> False: it cannot be, and is as it was; True: it is, and there is nothing to ask; or the
- * Answer of the kernel to this number, who has been told. A child may have what was there at a fork; what cannot be written
- * cannot be zeroed; and zero pages are no shared memory. BufferError: a view lives. */
+ * Answer of the kernel to this number, who has been told; None instead: nobody waits for that, and but for what is ATTACHED
+ * the kernel is not asked at all. A child may have what was there at a fork; what cannot be written cannot be zeroed; and
+ * zero pages are no shared memory. BufferError: a view lives. */
 static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
@@ -138,19 +151,19 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
         return still_viewed("unmap", window->exports);
     _Atomic uint32_t *places = places_of(self);
     sweep_stock(self);
-    int own = 0;
-    while (own < PLACES && (!window->used || self->stock[own].used != window->used || !self->stock[own].base))
-        own++;
+    int own = place_of_window(self, window), asks = args[1] != Py_None || kind & ATTACHED;
     /* Not while anything is on its way: it may name these bytes, and the kernel is to hear of that first. */
     int silent = own < PLACES && !self->table.count;
-    int crowded = !silent && free_place(self) == PLACES;
+    int crowded = !silent && asks && free_place(self) == PLACES;
     if (crowded)
         make_place(self, kind, window->span);
-    if (!places || crowded || window->forks != atomic_load(&forks) || !(window->prot & PROT_WRITE) || !window->farewell)
+    if (!places || crowded || !(silent || asks) || window->forks != atomic_load(&forks) || !window->farewell ||
+        !(window->prot & PROT_WRITE || kind & ATTACHED))
         Py_RETURN_FALSE;
     window->state = DEAD; /* for good: what is made of it is another window */
     disarm(window);
-    if (zeros_of(window) || mprotect((void *)window->base, window->span, PROT_NONE)) {
+    if (zeros_of(window) || (kind & BARE && madvise((void *)window->base, window->span, MADV_REMOVE)) ||
+        mprotect((void *)window->base, window->span, PROT_NONE)) {
         window->state = ALIVE;
         arm(window);
         Py_RETURN_FALSE;
@@ -159,14 +172,14 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
     if (silent) {
         Parked before = self->stock[own];
         move_in(self, window, own, kind); /* first: the kernel may have it given up at once */
-        if (change_place(&places[own], USED, KEPT))
+        if (change_place(&places[own], USED, KEPT) || change_place(&places[own], NAMED, LEFT))
             Py_RETURN_TRUE;
         window->told = self->stock[own].told; /* it has looked this very moment: the place is free */
         window->farewell = self->stock[own].farewell;
         self->stock[own] = before;
         sweep_stock(self);
     }
-    if (free_place(self) == PLACES) { /* the kernel has looked this moment */
+    if (!asks || free_place(self) == PLACES) { /* the kernel has looked this moment */
         munmap((void *)window->base, window->span);
         window_tell(window);
         Py_RETURN_TRUE;
@@ -179,8 +192,8 @@ static PyObject *endpoint_park(PyObject *op, PyObject *const *args, Py_ssize_t n
     return answer;
 }
 
-/* unpark(type, kind, span) -> a Window of that type over what was parked first of that kind, all zeros, with the farewell
- * that it had; None: nothing is. */
+/* unpark(type, kind, span) -> a Window of that type over what was parked first of that kind, all zeros unless it is ATTACHED,
+ * with the farewell that it had; None: nothing is. */
 static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
@@ -191,6 +204,9 @@ static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t
         return PyErr_Format(PyExc_TypeError, "what is unparked is a Window");
     if (!is_no_mirror(args[0]))
         return NULL;
+    sweep_stock(self);
+    if (kind & ATTACHED && post_wait(&self->post, POLLIN, 0)) /* there may be no kernel any more */
+        Py_RETURN_NONE;
     Window *window = new_window(as_type(args[0]), 0, 0, 1); /* first: that may collect garbage, which may run anything */
     int place = window ? claim_place(self, kind, span, 1) : PLACES;
     if (place == PLACES) {
@@ -214,7 +230,8 @@ static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t
     int whole = window->guarded && same && !mprotect((void *)window->base, window->span, window->prot);
     if (whole) {
         arm(window);
-        memset((void *)window->base, 0, window->span);
+        if (!(kind & (BARE | ATTACHED)))
+            memset((void *)window->base, 0, window->span);
         whole = !zeros_of(window); /* else its segment was truncated */
     }
     if (whole)
@@ -223,8 +240,46 @@ static PyObject *endpoint_unpark(PyObject *op, PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+/* name(window, text, length, lasts) -> bool: what was parked, and is used again, has a name from here on, for whoever asks
+ * the kernel, which is not told. False: it has looked this moment, or has something to say, or has ended; or the name is too long. */
+static PyObject *endpoint_name(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    Name name;
+    int lasts;
+    if (wants(nargs, 4, "Endpoint.name") || as_name(args[1], name.text) || as_u64(args[2], &name.length) ||
+        as_int(args[3], &lasts))
+        return NULL;
+    if (!PyObject_TypeCheck(args[0], window_type))
+        return PyErr_Format(PyExc_TypeError, "what has a name is a Window");
+    name.lasts = (uint64_t)lasts;
+    _Atomic uint32_t *places = places_of(self);
+    int own = place_of_window(self, as_window(args[0]));
+    if (!places || own == PLACES || name.text[NAME_BYTES - 1] || post_wait(&self->post, POLLIN, 0) ||
+        atomic_load(&places[own]) != USED)
+        Py_RETURN_FALSE;
+    self->ring->duplex.out->names[own] = name;
+    return PyBool_FromLong(change_place(&places[own], USED, NAMED));
+}
+
+/* end_name(text) -> bool: nobody finds it by that name any more; False: that is to be asked of the kernel. */
+static PyObject *endpoint_end_name(PyObject *op, PyObject *text)
+{
+    Endpoint *self = as_endpoint(op);
+    char name[NAME_BYTES];
+    if (as_name(text, name))
+        return NULL;
+    _Atomic uint32_t *places = places_of(self);
+    for (int i = 0; places && i < PLACES; i++)
+        if (has_name(self->ring->duplex.out, i, name) &&
+            (change_place(&places[i], NAMED, USED) || change_place(&places[i], LEFT, KEPT)))
+            Py_RETURN_TRUE;
+    sweep_stock(self); /* what others have found was seen: a parked window of it is of no use any more */
+    Py_RETURN_FALSE;
+}
+
 /* empty_stock(message): unmaps all that is parked, and says so, as `notice`: before a fork. A place of which the kernel has
- * not said yet is not used again: what it will say would be of another window. */
+ * not said yet is not used again: what it will say would be of another window. What has a name keeps it. */
 static PyObject *endpoint_empty_stock(PyObject *op, PyObject *message)
 {
     Endpoint *self = as_endpoint(op);
@@ -232,6 +287,11 @@ static PyObject *endpoint_empty_stock(PyObject *op, PyObject *message)
     sweep_stock(self);
     for (int i = 0; places && i < PLACES; i++)
         if (self->stock[i].base > NOWHERE && !self->stock[i].used) {
+            if (atomic_load(&places[i]) == LEFT) {
+                munmap((void *)self->stock[i].base, self->stock[i].span);
+                self->stock[i].used = ++self->parked; /* by nobody; its place is free once the kernel has seen that */
+                continue;
+            }
             empty_place(&self->stock[i]);
             if (atomic_exchange(&places[i], FREE) == ASKED)
                 self->stock[i].base = NOWHERE;

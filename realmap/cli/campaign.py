@@ -7,11 +7,11 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import click
 import msgspec
-from click.core import ParameterSource
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -76,47 +76,39 @@ def _options(command: str) -> list[click.Parameter]:
     return list(found)
 
 
-def _added(command: click.Command) -> None:
-    """`realmap campaign COMMAND`: with its own options, and a campaign's."""
-    assert command.name is not None and command.callback is not None
-    theirs = [param for param in command.params if param.name not in (*OWN, *LEFT_OUT)]
-    names = [param.name for param in theirs]
+class _Campaign(click.Command):
+    """`realmap campaign COMMAND`: with that command's own options, and a campaign's."""
 
-    def callback(**given: Any) -> None:
-        context = click.get_current_context()
-        arguments: list[str] = []
-        for param in theirs:
-            if context.get_parameter_source(str(param.name)) == ParameterSource.COMMANDLINE:
-                arguments += _spelled(param, given[str(param.name)])
-        _run(command.name or "", arguments, **{name: value for name, value in given.items() if name not in names})
-
-    campaign.add_command(
-        click.Command(
-            command.name,
-            callback=callback,
-            params=[*theirs, *_options(command.name)],
+    def __init__(self, command: click.Command) -> None:
+        self._theirs = [param for param in command.params if param.name not in (*OWN, *LEFT_OUT)]
+        name = str(command.name)
+        super().__init__(
+            name,
+            callback=partial(_run, name),
+            params=[*self._theirs, *_options(name)],
             help=(
-                f"`realmap {command.name}` on many machines: its options mean what they mean there.\n\n"
+                f"`realmap {name}` on many machines: its options mean what they mean there; files are each host's.\n\n"
                 "Exit status 1 where a host failed or was lost; the others' results are kept, and the command that "
-                f"replays it there is printed.\n\nExample: realmap campaign {command.name} --local 2 --html report.html"
+                f"replays it there is printed.\n\nExample: realmap campaign {name} --local 2 --html report.html"
             ),
         )
-    )
 
-
-def _spelled(param: click.Parameter, value: Any) -> list[str]:
-    """As it is typed."""
-    if isinstance(param, click.Option):
-        return (
-            [param.opts[0]]
-            if param.is_flag
-            else [param.opts[0], f"{value:g}" if isinstance(value, float) else str(value)]
-        )
-    return list(value) if isinstance(value, tuple) else [value]
-
-
-for each in (stress, bench):
-    _added(each)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Checks all of it, and keeps the command's own as they were typed, for each host to be given."""
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        rest = super().parse_args(ctx, args)
+        arguments: list[str] = []
+        typed = dict.fromkeys(param for param in order if param in self._theirs)
+        for param in sorted(typed, key=lambda param: isinstance(param, click.Option)):
+            value = given[str(param.name)]
+            for each in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(param, click.Option):
+                    arguments += [param.opts[0]] if param.is_flag else [param.opts[0], each]
+                elif isinstance(each, str):  # an argument that was left out has something else here
+                    arguments.append(each)
+        ctx.params = {name: value for name, value in ctx.params.items() if name not in {p.name for p in self._theirs}}
+        ctx.params["arguments"] = arguments
+        return rest
 
 
 def _run(
@@ -149,6 +141,10 @@ def _run(
     written = _write(report, paths)
     render(console, report)
     sys.exit(0 if report.ok and written else 1)
+
+
+for each in (stress, bench):
+    campaign.add_command(_Campaign(each))
 
 
 @campaign.command()

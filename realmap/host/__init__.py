@@ -9,6 +9,8 @@ paging       system calls about pages that neither Python nor a library of its h
 procfs       what /proc says: maps by inode and offset, start times, page frame numbers
 stranger     any process: pinned, what it has mapped, and the ways to the files behind that
 liveness     who is at the other end of a socket, and when a process dies (pidfds)
+shared_segments  every segment of shared memory of the machine, and who has it
+reclaim      unlinking names that nobody uses, by a lease
 runtime      the directory of sockets, locks and name markers; sweeping what the dead left
 interpreter  a fresh Python that runs a function of ours
 """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import select
 import socket
+from collections.abc import Callable
 
 
 def close(fd: int) -> None:
@@ -22,3 +24,40 @@ def shut(thing: socket.socket | select.epoll) -> None:
     """Closes it. Again: nothing."""
     with contextlib.suppress(OSError):
         thing.close()
+
+
+class Descriptor:
+    """One that is closed at the end of its `with` block, or with its object. It is opened and closed in one step each:
+    an exception of a signal handler that comes in between neither forgets it nor closes it twice.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self, opens: Callable[[], int]) -> None:
+        """`opens`: a function of C, with its arguments (functools.partial). OSError: what it raises."""
+        self._held: list[int] = []
+        self._held.extend(map(operator.call, (opens,)))
+
+    @property
+    def fd(self) -> int:
+        """Its number; -1: it is closed."""
+        return self._held[0] if self._held else -1
+
+    def close(self) -> None:
+        """Again: nothing. OSError (EBADF) only, as `close`."""
+        try:
+            if self._held:
+                next(map(os.close, map(self._held.pop, (0,))))
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # nobody is left to be told
+            self.close()

@@ -96,8 +96,13 @@ class _Taken:
     def give_back(self) -> None:
         """The names that it had, but for those that somebody has given to another file meanwhile."""
         for path, aside in self.moved:
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.link(aside, path, follow_symlinks=False)
+            except FileExistsError:
+                pass
+            except OSError:  # no inode is left for a second name
+                os.rename(aside, path)
+                continue
             os.unlink(aside)
         self.moved.clear()
         if self.fd >= 0:

@@ -76,14 +76,15 @@ class Segment(msgspec.Struct):
 class Mount(msgspec.Struct):
     """A /dev/shm. `path`: in its mount namespace; `root`: from here, by way of a process there.
 
-    `size`, `used`: what statvfs says, in bytes; None where it counts nothing. `other`: bytes of what has a name there
-    and is no segment: links and the like. `closed`: directories that this process may not read.
-    `steady`: `used` was the same before the pass and after it.
+    `memory`: it is a file system in memory. `size`, `used`: what statvfs says, in bytes; None where it counts nothing,
+    or not memory alone. `other`: bytes of what has a name there and is no segment: links and the like. `closed`:
+    directories that this process may not read. `steady`: `used` was the same before the pass and after it.
     """
 
     path: str
     root: str
     device: int
+    memory: bool = True
     size: int | None = None
     used: int | None = None
     other: int = 0
@@ -93,7 +94,7 @@ class Mount(msgspec.Struct):
     def ask(self) -> None:
         """What the file system says of itself. OSError: it is gone."""
         disk = os.statvfs(self.root)
-        self.size = disk.f_blocks * disk.f_frsize or None
+        self.size = (disk.f_blocks * disk.f_frsize or None) if self.memory else None
         self.used = None if self.size is None else (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
 
@@ -157,16 +158,19 @@ class _Pass:
 
     def _find_mounts(self, pids: list[int]) -> None:
         """This process's own first: a device has the path by which it was found first."""
-        self._mount(SHM, SHM)
+        ours = [device for _, device in _tmpfs("self")]
+        self._mount(SHM, SHM, ours)
         known = {_link("/proc/self/ns/mnt")}
         for pid in pids:
             space = _link(f"/proc/{pid}/ns/mnt")
             if space and space not in known:
                 known.add(space)
-                for path in _tmpfs(pid):
-                    self._mount(path, f"/proc/{pid}/root{path}")
+                found = [(path, device) for path, device in _tmpfs(pid) if path.endswith(SHM)]
+                for path, _ in found:
+                    self._mount(path, f"/proc/{pid}/root{path}", [device for _, device in found])
 
-    def _mount(self, path: str, root: str) -> None:
+    def _mount(self, path: str, root: str, memory: list[int]) -> None:
+        """`memory`: the devices that are some there; none where that cannot be told."""
         try:
             fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:  # not there, not to be seen, or gone
@@ -178,7 +182,7 @@ class _Pass:
         finally:
             files.close(fd)
         if device not in self.mounts:
-            self.mounts[device] = Mount(path, root, device)
+            self.mounts[device] = Mount(path, root, device, not memory or device in memory)
             self.mounts[device].ask()
         self.prefixes[place.rstrip("/") + "/"] = device
 
@@ -253,7 +257,7 @@ class _Pass:
             for number in os.listdir(folder):
                 try:
                     link = os.readlink(number, dir_fd=folder)
-                    if not link.startswith(starts):
+                    if not link.startswith(starts):  # what else there is may not answer: a FUSE, an NFS
                         continue
                     status = os.stat(number, dir_fd=folder)
                 except GONE:
@@ -347,14 +351,13 @@ def _link(path: str) -> str:
         return ""
 
 
-def _tmpfs(pid: int) -> list[str]:
-    """Where a process has a /dev/shm, or several."""
+def _tmpfs(pid: int | str) -> list[tuple[str, int]]:
+    """Where a process sees file systems in memory, and their devices."""
     try:
-        lines = _read(f"/proc/{pid}/mountinfo").split(b"\n")
+        lines = [line.split() for line in _read(f"/proc/{pid}/mountinfo").split(b"\n") if b" - tmpfs " in line]
     except OSError:
         return []
-    places = [line.split()[4] for line in lines if b" - tmpfs " in line]
-    return [os.fsdecode(place) for place in places if place.endswith(SHM.encode())]
+    return [(os.fsdecode(line[4]), os.makedev(*map(int, line[2].split(b":")))) for line in lines]
 
 
 def _device(device: int) -> bytes:

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 from realmap._core import map_at
 from realmap.errors import AccessDenied, InvalidHandle, InvalidMemState, KernelError, ProcessKilled
 from realmap.host import files, liveness, procfs
+from realmap.host.files import Descriptor
 from realmap.host.procfs import Map
 from realmap.host.segment import Segment
 from realmap.host.signals import pass_on
@@ -33,26 +36,32 @@ from realmap.pages import HUGE_SIZE
 from realmap.rights import MemoryType
 
 T = TypeVar("T")
+#: Gives what may be the file behind a map, to be looked at.
+Way: TypeAlias = Callable[[Map], Iterator[Descriptor]]
 #: The number of this system call on every architecture (it is newer than their differences), since Linux 5.6.
 PIDFD_GETFD = 438
 #: include/uapi/linux/capability.h
 CAP_SYS_PTRACE = 19
-#: What only names a file: it may be asked about, and nothing of it is opened yet.
-_LOOK = os.O_PATH | os.O_CLOEXEC
 
 
 class Borrowed(Segment):
     """A file that a stranger has mapped, up to where it has; by a descriptor of ours, and without a name to unlink."""
 
-    __slots__ = ()
+    __slots__ = ("_file",)
 
-    def __init__(self, fd: int, entry: Map) -> None:
-        status = os.fstat(fd)
-        self.fd, self.name, self._own, self._maker = fd, None, "", os.getpid()
+    def __init__(self, file: Descriptor, entry: Map) -> None:
+        status = os.fstat(file.fd)
+        self.name, self._own, self._maker = None, "", os.getpid()
         self.device, self.inode = status.st_dev, status.st_ino
         self.length = entry.offset + entry.length
         self.huge = self.length if status.st_blksize == HUGE_SIZE else 0  # it is mapped by whole huge pages
         self.facts = (self.inode, self.device, self.length, self.huge, None)
+        self._file, self.fd = file, file.fd
+
+    def close(self) -> None:
+        """Gives up the descriptor. Again: nothing."""
+        self.fd = -1
+        self._file.close()
 
 
 class Stranger:
@@ -66,22 +75,30 @@ class Stranger:
         self.pid = pid
         #: Its maps, open: those of the program that it ran when that was last looked at.
         self.maps_fd = -1
+        self._maps: Descriptor | None = None
         self._file_systems: dict[str, str] = {}
-        self._pidfd = self._folder = -1
+        self._held: list[Descriptor] = []
         try:
-            self._pidfd = os.pidfd_open(pid)
-            self._folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._held.append(Descriptor(partial(os.pidfd_open, pid)))
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            self._held.append(Descriptor(partial(os.open, f"/proc/{pid}", flags)))
             if liveness.is_dead(self._pidfd):  # asked now: while it lives, the folder of its pid is its own
                 raise InvalidHandle(pid, why=f"process {pid} has ended, and waits to be reaped")
             if procfs.is_kernel_thread(self._proc):
                 raise InvalidHandle(pid, why=f"{pid} is a thread of Linux itself, which has no memory of its own")
-        except BaseException as error:
-            opened = self._pidfd >= 0
-            self.close()
-            if isinstance(error, OSError) and not isinstance(error, KernelError):
-                pass_on(error)
-                raise _no_process(pid, error, opened) from None
-            raise
+        except OSError as error:
+            if isinstance(error, KernelError):
+                raise
+            pass_on(error)
+            raise _no_process(pid, error, len(self._held) > 0) from None
+
+    @property
+    def _pidfd(self) -> int:
+        return self._held[0].fd
+
+    @property
+    def _folder(self) -> int:
+        return self._held[1].fd
 
     @property
     def _proc(self) -> str:
@@ -90,10 +107,9 @@ class Stranger:
 
     def close(self) -> None:
         """Again: nothing."""
-        held, self._pidfd, self._folder, self.maps_fd = (self._pidfd, self._folder, self.maps_fd), -1, -1, -1
-        for fd in held:
-            if fd >= 0:
-                files.close(fd)
+        self.maps_fd, self._maps = -1, None
+        for each in self._held:
+            each.close()
 
     @contextmanager
     def _asked(self, doing: str) -> Iterator[None]:
@@ -144,12 +160,15 @@ class Stranger:
         found = map_at(self.maps_fd, address)
         if found is None:
             with self._asked("read the maps of"):  # the first look; or it runs another program by now
-                fd = os.open(f"/proc/{self._proc}/maps", os.O_RDONLY | os.O_CLOEXEC)
-            before, self.maps_fd = self.maps_fd, fd
-            if before >= 0:
-                files.close(before)
-            found = map_at(fd, address)
+                self.maps_fd = -1  # before the old one is closed
+                self._maps = self._open("maps", os.O_RDONLY)
+            self.maps_fd = self._maps.fd
+            found = map_at(self.maps_fd, address)
         return found
+
+    def _open(self, name: str, flags: int = os.O_PATH) -> Descriptor:
+        """What is so called in its folder."""
+        return Descriptor(partial(os.open, name, flags | os.O_CLOEXEC, dir_fd=self._folder))
 
     def still_has(self, entries: list[Map]) -> bool:
         """Whether all of these are mapped this moment as they were, whatever their files are called by now."""
@@ -158,13 +177,13 @@ class Stranger:
         now = self.maps(entries[0].start, entries[-1].end)
         return [entry[:6] for entry in now] == [entry[:6] for entry in entries]
 
-    def memory(self, writable: bool) -> int:
-        """A descriptor of its memory as it is now, by address; not of what a program that it runs later has.
+    def memory(self, writable: bool) -> Descriptor:
+        """Its memory as it is now, by address; not of what a program that it runs later has.
 
         Errors as `maps`: it takes more to look into private memory.
         """
         with self._asked("write into" if writable else "look into"):
-            return os.open(f"/proc/{self._proc}/mem", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            return self._open("mem", os.O_RDWR if writable else os.O_RDONLY)
 
     # ---- the ways in ------------------------------------------------------------------------
 
@@ -177,23 +196,28 @@ class Stranger:
         if self.file_system(entry.device).startswith("fuse"):  # nothing of it is asked: that may never be answered
             why = f"a file on FUSE ({entry.path}): when its bytes come, if ever, is up to the program that serves it"
             raise InvalidMemState(entry.start, MemoryType.SHARED_MEMORY, why=why)
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-        ways: list[Callable[[Map], Iterator[int]]] = [self._by_map_files, self._by_fd, self._by_name, self._by_getfd]
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        ways: list[Callable[[Map], Iterator[Descriptor]]] = [
+            self._by_map_files,
+            self._by_fd,
+            self._by_name,
+            self._by_getfd,
+        ]
         refused = ""
         with self._asked("open what is mapped by"):
             for way in ways:
                 try:
-                    for fd in way(entry):
+                    for file in way(entry):
                         try:
-                            if _is_file_of(fd, entry):
-                                return Borrowed(_reopened(fd, flags), entry)
+                            if _is_file_of(file.fd, entry):
+                                return Borrowed(_reopened(file, flags), entry)
                         except PermissionError as error:
                             if isinstance(error, KernelError):
                                 raise
                             pass_on(error)
                             refused = f" ({error.strerror})"
                         finally:
-                            files.close(fd)
+                            file.close()
                 except (FileNotFoundError, PermissionError) as error:
                     if isinstance(error, KernelError):
                         raise
@@ -206,24 +230,24 @@ class Stranger:
         )
         raise AccessDenied(None, None, entry.start, why=f"{why}that the process has it open as well, or a name of it")
 
-    def _by_map_files(self, entry: Map) -> Iterator[int]:
-        yield os.open(f"map_files/{entry.start:x}-{entry.end:x}", _LOOK, dir_fd=self._folder)
+    def _by_map_files(self, entry: Map) -> Iterator[Descriptor]:
+        yield self._open(f"map_files/{entry.start:x}-{entry.end:x}")
 
-    def _by_fd(self, entry: Map) -> Iterator[int]:
+    def _by_fd(self, entry: Map) -> Iterator[Descriptor]:
         for number in self._numbers(entry):
-            yield os.open(f"fd/{number}", _LOOK, dir_fd=self._folder)
+            yield self._open(f"fd/{number}")
 
-    def _by_name(self, entry: Map) -> Iterator[int]:
+    def _by_name(self, entry: Map) -> Iterator[Descriptor]:
         for name in {entry.path, entry.path.replace("\\012", "\n")}:  # the one letter that Linux escapes there
             if name.startswith("/"):
                 for path in (name, f"root{name}"):  # as we see it, and as the process does
                     with suppress(OSError):
-                        yield os.open(path, _LOOK, dir_fd=self._folder)
+                        yield self._open(path)
 
-    def _by_getfd(self, entry: Map) -> Iterator[int]:
+    def _by_getfd(self, entry: Map) -> Iterator[Descriptor]:
         for number in self._numbers(entry):
             with suppress(OSError):
-                yield _pidfd_getfd(self._pidfd, number)
+                yield Descriptor(partial(_pidfd_getfd, self._pidfd, number))
 
     def _numbers(self, entry: Map) -> list[int]:
         """Which of its descriptors may be of that file: by what they are called, which asks no file system."""
@@ -262,20 +286,33 @@ def _is_file_of(fd: int, entry: Map) -> bool:
     """Whether it is the file that `entry` shows. InvalidMemState: it is, but no regular one."""
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != (procfs.device_number(entry.device), entry.inode):
-        return False
+        return stat.S_ISREG(status.st_mode) and _is_mapped_as(fd, entry)
     if not stat.S_ISREG(status.st_mode):
         raise InvalidMemState(entry.start, MemoryType.IO, why=f"a device is mapped there ({entry.path})")
     return True
 
 
-def _reopened(fd: int, flags: int) -> int:
+def _is_mapped_as(fd: int, entry: Map) -> bool:
+    """The same, where what is mapped has other numbers than the file itself (btrfs, overlays): it is mapped to see."""
+    import ctypes  # here, as below
+
+    opens = partial(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    # ValueError: it is empty.
+    with suppress(OSError, ValueError), Descriptor(opens) as own, mmap.mmap(own, 1, access=mmap.ACCESS_COPY) as shown:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(shown))
+        (seen,) = procfs.maps("self", address, address + 1)
+        return (seen.device, seen.inode) == (entry.device, entry.inode)
+    return False
+
+
+def _reopened(file: Descriptor, flags: int) -> Descriptor:
     try:
-        return os.open(f"/proc/self/fd/{fd}", flags)
+        return Descriptor(partial(os.open, f"/proc/self/fd/{file.fd}", flags | os.O_CLOEXEC))
     except PermissionError as error:
         pass_on(error)
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+        if fcntl.fcntl(file.fd, fcntl.F_GETFL) & os.O_PATH:
             raise
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)  # its own open file: it can be mapped
+        return Descriptor(partial(fcntl.fcntl, file.fd, fcntl.F_DUPFD_CLOEXEC, 0))  # its own: it can be mapped
 
 
 def _pidfd_getfd(pidfd: int, number: int) -> int:
@@ -311,7 +348,7 @@ def may_open_map_files() -> bool:
     for entry in procfs.maps("self"):
         if entry.path.startswith("/"):
             try:
-                files.close(os.open(f"/proc/self/map_files/{entry.start:x}-{entry.end:x}", _LOOK))
+                files.close(os.open(f"/proc/self/map_files/{entry.start:x}-{entry.end:x}", os.O_PATH | os.O_CLOEXEC))
                 return True
             except PermissionError as error:
                 pass_on(error)

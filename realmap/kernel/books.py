@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import SupportsIndex, TypeVar
 
 from realmap.errors import LimitReached, PhysicalMemoryExhaustion
@@ -46,6 +47,7 @@ class Books:
         self.processes = ProcessTable()
         self.handles = Handles()
         self.ports = Ports()
+        self.handles.look_for = self._look_for
         self.inheritance = Inheritance()
         #: Told of what happens; None while nobody looks.
         self.observer: Observer | None = None
@@ -56,7 +58,13 @@ class Books:
         if len(self.processes) >= limit:
             raise LimitReached("processes", limit, why=f"the kernel serves {limit} processes already, its limit")
         frames = FrameAllocator(self.process_limit, parent=self.frames, segments=segments_of(self.limits))
-        return self.processes.add(pid, uid, frames, self.peers, self.limits.stock)
+        process = self.processes.add(pid, uid, frames, self.peers, self.limits.stock)
+        process.memory.named = partial(self.handles.enter, process)
+        return process
+
+    def _look_for(self, name: str) -> None:
+        for process in self.processes:
+            process.memory.look_for(name)
 
     def give_way(self, process: UserProcess | None = None) -> bool:
         """Gives up the stock of a process; where it has none, everybody's. Whether there was any."""
@@ -85,6 +93,7 @@ class Books:
         self.handles.reap(process, now)
         self.processes.remove(process)
         process.memory.stock.clear()
+        process.memory.named = None
         if process.forked and any(isinstance(mapping.frames, SharedFrames) for mapping in process.memory):
             with contextlib.suppress(LimitReached):  # its uid has too many of these: its children come too late
                 process.user.take("inheritances")

@@ -198,6 +198,8 @@ class Clients(Lines[Connection]):
         process, observer = connection.process, self._books.observer
         self._remove(connection)
         self._hear_of_forks(connection)
+        if process is not None:
+            len(process.memory)  # while its ring is there: it finds what names it gave
         self._strangers.discard(connection)
         if process is not None:
             log.info("%r has ended, or closed its connection", process, extra=process.facts)

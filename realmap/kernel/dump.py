@@ -71,7 +71,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
     mappings = sum(len(process.memory) for process in books.processes)  # first: it finds what of a stock is used again
     stocks = [process.memory.stock for process in books.processes]
-    stock, stock_bytes = sum(each.count for each in stocks), sum(each.bytes for each in stocks)
+    stock, stock_bytes = sum(each.segments for each in stocks), sum(each.bytes for each in stocks)
     return {
         "processes": len(books.processes),
         "handles": len(books.handles),
@@ -132,7 +132,7 @@ def _descriptors() -> int:
 
 #: What changes of a handle; and of a mirror, or a parked window, all that is told: they may be gone by then.
 _OF_HANDLE = attrgetter("maker", "keep", "uses", "until")
-_OF_PARKED = attrgetter("address", "end", "inode", "frames")
+_OF_PARKED = attrgetter("address", "end", "inode", "offset", "frames")
 _OF_MIRROR = attrgetter("address", "_base", "_span", "_zeros", "_prot", "_start", "mappings")
 _FRAMES = attrgetter("frames")
 
@@ -306,8 +306,8 @@ def _mapping_row(mapping: Mapping) -> Row:
 
 
 def _parked_row(told: Row) -> Row:
-    address, end, inode, frames = told
-    return address, end - address, inode, None if frames is None else frames.serial
+    address, end, inode, offset, frames = told
+    return address, end - address, inode, offset, None if frames is None else frames.serial
 
 
 def _mirror_row(told: tuple[Row, int]) -> Row:

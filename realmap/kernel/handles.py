@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterator
+from weakref import WeakSet
 
 from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
+from realmap.memory.stock import Name, Parked
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_down, align_up
 from realmap.rights import MappingAccessRights, MemoryType, allows, prot_of, rights_of
 from realmap.wire import messages
@@ -47,6 +49,8 @@ class Shared:
         "name",
         "rights",
         "start",
+        "stays",
+        "stocks",
         "uid",
         "until",
         "uses",
@@ -86,6 +90,10 @@ class Shared:
         self.more = more
         #: Of one with a name: who has attached it.
         self.holders: set[UserProcess] = set()
+        #: Whether it can be attached as often as anybody likes, until it is revoked or its maker ends; and who may have
+        #: parked what was attached by it.
+        self.stays = uses is None and until is None
+        self.stocks: WeakSet[UserProcess] | None = None
         frames.hold(self, "handle", self.label, f"of process {maker.number}")
 
     @property
@@ -111,8 +119,8 @@ class Handles:
         self._by_name: dict[str, Shared] = {}
         #: Those of the same frames.
         self._of: dict[int, set[Shared]] = {}
-        #: Called where one with a name ends.
-        self.name_ended: Callable[[], None] = lambda: None
+        #: Called with a name that is not known: a process may have given it without a word, and `enter` is called then.
+        self.look_for: Callable[[str], None] = lambda _: None
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
         self._gone: dict[str, str] = {}
 
@@ -160,10 +168,14 @@ class Handles:
         if alike is not None and alike.uses is not None:
             alike.uses += 1
             return alike.name
+        stock = process.memory.stock
+        if process.peer.would_refuse("handles", 1 + stock.count):  # what is parked may have names without asking
+            len(process.memory)  # which have come by now
+            stock.give_up()
         process.peer.take("handles")
         until = None if request.seconds is None else now + request.seconds
         name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
-        shared = self._by_name[name] = Shared(
+        shared = Shared(
             name,
             mapping.frames,
             start,
@@ -176,9 +188,21 @@ class Handles:
             until,
             request.more,
         )
+        self._add(process, shared)
+        return name
+
+    def enter(self, process: UserProcess, window: Parked, frames: SharedFrames, name: Name) -> None:
+        """A process has given a name to what it had parked; where another has that name, it is none."""
+        full, keep = NAMED + name.text, math.inf if name.lasts else 0.0
+        if full not in self._by_name:
+            process.peer.used["handles"] += 1  # there is room: `share`
+            kind, rights = window.type, window.rights
+            self._add(process, Shared(full, frames, 0, name.length, kind, rights, process, keep, None, None, False))
+
+    def _add(self, process: UserProcess, shared: Shared) -> None:
+        self._by_name[shared.name] = shared
         self._of.setdefault(shared.frames.serial, set()).add(shared)
         process.handles[shared] = None
-        return name
 
     def _alike(self, process: UserProcess, frames: SharedFrames, start: int, request: messages.Share) -> Shared | None:
         wanted = process, start, request.length, request.rights, request.keep, True
@@ -192,12 +216,17 @@ class Handles:
 
     def require_free(self, name: str) -> None:
         """InvalidHandle: memory of this name exists."""
-        if NAMED + name in self._by_name:
+        if self._known(NAMED + name) is not None:
             raise InvalidHandle(name, why=f"memory named {name!r} exists already")
+
+    def _known(self, name: str) -> Shared | None:
+        if name.startswith(NAMED) and name not in self._by_name:
+            self.look_for(name.removeprefix(NAMED))
+        return self._by_name.get(name)
 
     def find(self, name: str, now: float) -> Shared:
         """The one that a token names. InvalidHandle: there is none, or no more, and why."""
-        shared = self._by_name.get(name)
+        shared = self._known(name)
         if shared is not None and shared.until is not None and shared.until <= now:
             self._end(shared, "it has expired")
             shared = None
@@ -231,6 +260,10 @@ class Handles:
         start, end = align_down(at, unit), min(align_up(at + length, unit), shared.frames.length)
         alignment = unit if unit > PAGE_SIZE else 1
         mapping = process.memory.enter_anywhere(shared.frames, end - start, shared.kind, rights, alignment, start)
+        if shared.stays and len(shared.frames.segments) == 1:
+            mapping.handle = shared
+            shared.stocks = shared.stocks or WeakSet()
+            shared.stocks.add(process)
         return mapping, at - start, length, lambda: self._spend(shared, process)
 
     def _spend(self, shared: Shared, process: UserProcess) -> None:
@@ -263,7 +296,7 @@ class Handles:
             if not shared.keep:
                 self._end(shared, f"its maker, process {process.number}, has ended")
             elif shared.keep < FOR_EVER:
-                shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+                self._set_end(shared, now)
 
     def _leave_to_uid(self, shared: Shared, process: UserProcess) -> bool:
         """It outlives its maker, on the account of the uid; False: that has too many, and it ends."""
@@ -291,10 +324,28 @@ class Handles:
         if not ending or any(mapping.frames is frames for mapping in process.memory):
             return
         for shared in ending:
-            shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+            self._set_end(shared, now)
+
+    def look(self, frames: SharedFrames) -> None:
+        """What others have attached of these frames without a word is in the books from here on."""
+        for shared in self._of.get(frames.serial, ()):
+            for process in shared.stocks or ():
+                len(process.memory)
+
+    def _set_end(self, shared: Shared, now: float) -> None:
+        shared.until = min(now + shared.keep, shared.until or now + shared.keep)
+        self._retire(shared)
+
+    def _retire(self, shared: Shared) -> None:
+        """From here on it is not attached without asking."""
+        shared.stays = False
+        for process in shared.stocks or ():
+            process.memory.retire(shared)
+        shared.stocks = None
 
     def leave(self, process: UserProcess) -> None:
         """The process is about to end in good order: what it gave a name stays."""
+        len(process.memory)  # so all that it gave is known
         for shared in process.handles:
             if shared.maker is process and shared.is_named:
                 shared.keep = math.inf
@@ -311,6 +362,7 @@ class Handles:
 
     def _end(self, shared: Shared, why: str) -> None:
         del self._by_name[shared.name]
+        self._retire(shared)
         for process in (*shared.holders, *([shared.maker] if shared.maker else [])):
             process.handles.pop(shared, None)
         shared.account.give_back(shared.counted)
@@ -323,7 +375,6 @@ class Handles:
                 segment.unlink()
         shared.frames.let_go(shared)
         if shared.is_named:  # another may get that name
-            self.name_ended()
             return
         while len(self._gone) >= 1000:  # told of for a while, not for ever
             del self._gone[next(iter(self._gone))]

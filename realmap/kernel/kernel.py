@@ -114,7 +114,6 @@ class Kernel:
         self.path = os.fspath(path) if path is not None else runtime.new_socket_path()
         self._spin = checked_spin(spin)
         self.page = Page()
-        self.handles.name_ended = self.page.end_name
         self.loop = Loop(self.page)
         self.workers = Workers()
         self.registration = Registration(self.books, self.loop, self.workers)

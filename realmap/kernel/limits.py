@@ -82,7 +82,7 @@ class Limits:
         orphans: SupportsIndex = 4096,
         inheritances: SupportsIndex = 256,
         reserve: SupportsIndex = 32,
-        stock: SupportsIndex = 1 << 20,
+        stock: SupportsIndex = 2 << 20,
         seats: SupportsIndex = 64,
         sessions: SupportsIndex = 256,
         grants: SupportsIndex = 4096,

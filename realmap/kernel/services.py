@@ -85,8 +85,8 @@ def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Ans
             raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name, no huge frames")
         return _enter(process, OwnedFrames(size), size, kind, rights)
     allocator = process.memory.allocator
-    if size <= RECYCLED and request.commit and request.fragment is None and request.name is None and not request.huge:
-        frames = allocator.take(size, size)
+    if size <= RECYCLED and request.fragment is None and request.name is None and not request.huge:
+        frames = allocator.take(size, size, commit=request.commit)
         frames.recycles = True
         return _enter(process, frames, size, kind, rights)
 
@@ -183,7 +183,8 @@ def attach(books: Books, process: UserProcess, request: messages.Attach) -> Answ
         raise
     spend()
     place = [mapping.address, mapping.length, len(pieces), frames.huge, mapping.serial]
-    return [*place, lead, length, int(mapping.rights), pieces], rights
+    again = mapping.handle is not None and mapping.length <= min(RECYCLED, process.memory.stock.most)
+    return [*place, lead, length, int(mapping.rights), pieces, again], rights
 
 
 def _require_room(books: Books, process: UserProcess, length: int) -> None:
@@ -237,16 +238,19 @@ def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer
     stock.require(place)
     mapping = memory.unmap(request.address, request.length)
     books.ports.unmapped(process, mapping.serial)
-    if not stock.enter(place, mapping):
-        books.handles.unmapped(process, mapping.frames, time.monotonic())
+    stock.enter(place, mapping)
     stock.say(place)
+    books.handles.unmapped(process, mapping.frames, time.monotonic())  # which may end that it is kept
     return None, []
 
 
 def query(books: Books, process: UserProcess, request: messages.Query) -> Answer:
     """What is at an address of the process."""
     mapping = process.memory.query_memory(request.address)
-    refcount = mapping.frames.refcount if isinstance(mapping.frames, SharedFrames) else 0
+    refcount = 0
+    if isinstance(mapping.frames, SharedFrames):
+        books.handles.look(mapping.frames)
+        refcount = mapping.frames.in_use
     info = MemoryInfo(mapping.address, mapping.length, mapping.type, int(mapping.rights), mapping.phys_offset, refcount)
     return info, []
 

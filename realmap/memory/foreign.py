@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import os
+import weakref
 from typing import Any, NamedTuple, Self, SupportsIndex
 
 import msgspec
@@ -30,7 +31,7 @@ from realmap.errors import (
     MemoryFault,
     PhysicalMemoryExhaustion,
 )
-from realmap.host import files, procfs
+from realmap.host import procfs
 from realmap.host.procfs import Map
 from realmap.host.signals import pass_on
 from realmap.host.stranger import Stranger
@@ -57,7 +58,8 @@ _KINDS = {
     "/dev/": "device",
     "/": "file",
 }
-_land: dict[str, KernelMemory] = {}
+#: Where strangers are mirrored in this process, one for all: there while somebody has any of them.
+_lands: weakref.WeakValueDictionary[str, KernelMemory] = weakref.WeakValueDictionary()
 
 
 class ForeignMapping(msgspec.Struct, frozen=True):
@@ -239,7 +241,7 @@ class ForeignProcess:
         for line, known in list(self._known.items()):  # what is mapped no more is not kept alive by us
             gone = isinstance(line, bytes) and self._stranger.look(known.mapping.address) != line
             if gone or len(self._known) > KNOWN:
-                self._known.pop(line).mapping.release()
+                self._known.pop(line, known).mapping.release()
         for _ in range(TRIES):
             try:
                 return self._mirror_now(start, size, rights, prot)
@@ -273,9 +275,10 @@ class ForeignProcess:
         kind, owner = MemoryType.SHARED_MEMORY, f"of process {self.pid}"
         mapping = Mapping(entry.start, frames, entry.offset, entry.length, kind, _rights(entry), owner=owner)
         line = self._line(entry)
-        if (before := self._known.get(line)) is not None:  # which could only be read
-            before.mapping.release()
+        before = self._known.get(line)  # which could only be read
         self._known[line] = _Known(mapping, writable)
+        if before is not None:
+            before.mapping.release()
         return mapping
 
     def _line(self, entry: Map) -> bytes | tuple[Any, ...]:
@@ -325,16 +328,12 @@ class ForeignProcess:
 
     def _through_memory(self, start: int, size: int, data: memoryview | None) -> bytes:
         for _ in range(TRIES):
-            with self._lock:
-                fd = self._stranger.memory(
-                    data is not None
-                )  # first: of the program whose maps are looked at then, or of none
+            # Opened first: of the program whose maps are looked at then, or of an earlier one, and empty.
+            with self._lock, self._stranger.memory(data is not None) as fd:
                 try:
                     return self._copy(fd, start, size, data)
                 except LookupError:
                     pass  # it runs another program: once more
-                finally:
-                    files.close(fd)
         raise InvalidAddress(start, why=f"process {self.pid} runs another program all the time")
 
     def _copy(self, fd: int, start: int, size: int, data: memoryview | None) -> bytes:
@@ -394,6 +393,8 @@ def _rights(entry: Map) -> MappingAccessRights:
 
 
 def _kernel() -> KernelMemory:
-    """Where strangers are mirrored in this process: one for all."""
-    land = _land.get("land")
-    return land if land is not None else _land.setdefault("land", KernelMemory(FOREIGN_LAND.start, FOREIGN_LAND.length))
+    """The land that all have in common."""
+    land = _lands.get("land")
+    if land is None:
+        land = _lands.setdefault("land", KernelMemory(FOREIGN_LAND.start, FOREIGN_LAND.length))
+    return land

@@ -86,6 +86,11 @@ class SharedFrames(FramesCore):
         """Everyone who holds a reference, in words; `who_holds` is what was noted."""
         return [in_words(who) for who in self.who_holds()]
 
+    @property
+    def in_use(self) -> int:
+        """How many references there are to them, without those of windows that are parked."""
+        return sum(who[0] != "stock" for who in self.who_holds())
+
     def _free(self) -> None:
         """Called by the core when the last reference has gone, once."""
         for segment in self.segments:

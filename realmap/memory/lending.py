@@ -265,22 +265,20 @@ class LentLand(KernelMemory):
         self._scratch: _Scratch | None = None
 
     def settle(self, buffers: Sequence[Any]) -> None:
-        """The call of these `UserBuffer`s is about to be answered: its windows are dropped, where it has not, and all
-        edges are copied back by then.
+        """The call of these `UserBuffer`s is about to be answered: copies back what was changed at the edges of windows
+        of them that still live.
 
-        BufferError: a view of a window lives on; so does that until the view has gone. MemoryFault: bytes of a buffer
-        were gone when they were used. PhysicalMemoryExhaustion: as `drop`. All of them are settled; the first is told.
+        MemoryFault: bytes of a buffer were gone when they were used, or now. PhysicalMemoryExhaustion: as `drop`.
+        All of them are settled; the first error is told.
         """
-        first: Exception | None = next((each.fault for each in buffers if each.fault is not None), None)
+        first: KernelError | None = None
+        for buffer in buffers:
+            first = first or buffer.fault
         for mirror in self.mirrors() if self.live else ():
             if isinstance(mirror, LentMapping) and mirror._caller in buffers:
                 try:
-                    try:
-                        mirror.drop()
-                    finally:
-                        if mirror.alive:
-                            mirror.copy_back()
-                except (KernelError, BufferError) as error:
+                    mirror.copy_back()
+                except KernelError as error:
                     first = first or error
         if first is not None:
             raise first

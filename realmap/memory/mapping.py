@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from realmap._core import Mapping as MappingCore
 from realmap.errors import InvalidAddress, InvalidSize, MemoryFault, WrongMappingFramesForType
@@ -14,6 +14,13 @@ from realmap.rights import MappingAccessRights, MemoryState, MemoryType, rights_
 
 Frames = SharedFrames | OwnedFrames | None
 _serials = itertools.count(1)
+
+
+class Lasting(Protocol):
+    """A handle by which frames are attached as often as anybody likes."""
+
+    #: Until it ends.
+    stays: bool
 
 
 def _frames_for(type_: MemoryType) -> str:
@@ -31,7 +38,7 @@ class Mapping(MappingCore):
     A syscall that works on it pins it: a release meanwhile takes effect when the last pin goes.
     """
 
-    __slots__ = ("__weakref__", "owner", "serial", "type")
+    __slots__ = ("__weakref__", "handle", "owner", "serial", "type")
 
     if TYPE_CHECKING:  # the core knows neither
 
@@ -67,6 +74,8 @@ class Mapping(MappingCore):
         self.owner = owner
         #: Which one it is: its range may be another's later. The same where it is moved, or a forked child adopts it.
         self.serial = next(_serials)
+        #: By which it was attached, and may be attached again.
+        self.handle: Lasting | None = None
         kind = "Shared" if isinstance(frames, SharedFrames) else "Owned" if isinstance(frames, OwnedFrames) else "no"
         if kind == "no" and frames is not None:
             raise TypeError(f"frames must be SharedFrames, OwnedFrames or None, not {frames!r}")

@@ -18,13 +18,17 @@ from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts
 from realmap.memory.frames import FrameAllocator, OwnedFrames, SharedFrames, whole_pages
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import HEAP_SHARE, OWN_LAND, USER_LAND
-from realmap.memory.mapping import Frames, Mapping
-from realmap.memory.stock import Stock
+from realmap.memory.mapping import Frames, Lasting, Mapping
+from realmap.memory.stock import Name, Parked, Stock
 from realmap.pages import HUGE_SIZE, address_of, align_down, page_range, usize
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, k_rw, rights_of, type_of, u_rw
 
 _ALLOCATE = object()
 NO_RIGHTS = MappingAccessRights(0)
+
+
+#: How often a process may use a window, and park it, while that is to be given up.
+RETIRING = 1000
 
 
 def walk(
@@ -86,6 +90,8 @@ class ProcessMemory:
         self._heap: Mapping | None = None
         #: told(mapping, comes): told of every mapping that comes or goes; None while nobody listens.
         self.told: Callable[[Mapping, bool], None] | None = None
+        #: named(window, frames, name): told of each name that its process has given to what it had parked.
+        self.named: Callable[[Parked, SharedFrames, Name], None] | None = None
 
     def __len__(self) -> int:
         return len(self._tree())
@@ -164,14 +170,32 @@ class ProcessMemory:
     def _tree(self) -> Bookkeeping[Mapping]:
         """The mappings by address, with what its process uses again of its stock."""
         if self.stock.count and (seen := self.stock.see()):
-            for each in self.stock.take(seen):
-                frames = each.frames
-                assert frames is not None
-                mapping = self._enter(each.address, frames, 0, each.length, each.type, each.rights)
-                mapping.serial = each.serial
-                frames.let_go(each)
-                frames.recycles = True  # as before: nobody else has had them
+            self._see(seen)
         return self._space.tree
+
+    def look_for(self, name: str) -> None:
+        """Has `named` told of what its process calls so."""
+        if self.stock.count and (seen := self.stock.see(name.encode(errors="replace"))):
+            self._see(seen)
+
+    def _see(self, seen: int) -> None:
+        for parked, frames, is_mapped, name in self.stock.take(seen):
+            if is_mapped:
+                kind, rights = parked.type, parked.rights
+                mapping = self._enter(parked.address, frames, parked.offset, parked.length, kind, rights)
+                mapping.serial, mapping.handle = parked.serial, parked.handle
+            if name is not None and self.named is not None:
+                self.named(parked, frames, name)
+            frames.let_go(parked)
+            frames.recycles = parked.handle is None  # as before: nobody else has had them
+
+    def retire(self, handle: Lasting) -> None:
+        """What was attached by a handle, and is parked, is not used again; what is used already is a mapping."""
+        for place in self.stock.places_of(handle):
+            for tries in range(RETIRING):
+                self._tree()
+                if self.stock.retire(place, force=tries == RETIRING - 1):
+                    break
 
     def empty_stock(self) -> None:
         """Its process has unmapped what it had parked; what it uses again it has."""
@@ -240,7 +264,7 @@ class ProcessMemory:
             huge, recycles = (frames.huge, frames.recycles) if isinstance(frames, SharedFrames) else (0, False)
             address = self.find_available_space(mapping.length, HUGE_SIZE if huge else 1)
             moved = self._enter(address, frames, mapping.phys_offset, mapping.length, mapping.type, mapping.rights)
-            moved.serial = mapping.serial
+            moved.serial, moved.handle = mapping.serial, mapping.handle
             if isinstance(frames, SharedFrames):
                 frames.recycles = recycles  # they are whose they were
             return moved

@@ -170,7 +170,7 @@ def user_ranges(snapshot: Snapshot, linux: dict[int, list[Range]]) -> tuple[dict
                 end = mapping.address + mapping.length
                 faulted.append(Faulted(f"UserLand of pid {process.pid}", zeros, end - zeros))
             ranges += found_here
-        ranges += [(each.address, each.address + each.length, "---", each.inode, 0) for each in process.stock]
+        ranges += [(each.address, each.address + each.length, "---", each.inode, each.offset) for each in process.stock]
     return {pid: merged(ranges) for pid, ranges in found.items()}, faulted
 
 

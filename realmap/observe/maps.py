@@ -98,8 +98,9 @@ def _mappings(snapshot: Snapshot, pid: int, frames: dict[int, FramesInfo], linux
             rows.append(places.row(each.address, each.length, each.type, each.rights, parts, books, process.number))
         for parked in process.stock if process.pid == pid else ():
             start, end = parked.address, parked.address + parked.length
-            parts = [PartInfo(parked.frames, 0, parked.length)] if parked.frames is not None else []
-            rows.append(places.row(start, parked.length, "parked", 0, parts, [(start, end, "---", parked.inode, 0)]))
+            parts = [PartInfo(parked.frames, parked.offset, parked.length)] if parked.frames is not None else []
+            linux_has = [(start, end, "---", parked.inode, parked.offset)]
+            rows.append(places.row(start, parked.length, "parked", 0, parts, linux_has))
     return rows + [_lent(snapshot, each, frames, places) for each in lent_to(snapshot, pid)]
 
 

@@ -56,6 +56,7 @@ FAMILIES = [
     Family("semaphore", r"sem\..+"),  # glibc, SEM_SHM_PREFIX: any program's sem_open
 ]
 _PATTERNS = [(family, re.compile(family.pattern, re.DOTALL)) for family in FAMILIES]
+_ANY = re.compile("|".join(family.pattern for family in FAMILIES), re.DOTALL)
 
 
 class HolderRow(msgspec.Struct, frozen=True):
@@ -142,10 +143,14 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def look() -> Machine:
-    """Looks, again where /dev/shm has changed meanwhile. OSError: as `shared_segments.look`."""
+    """Looks, again where this process's /dev/shm has changed meanwhile so that it does not add up.
+
+    OSError: as `shared_segments.look`.
+    """
     for _ in range(TRIES):
         machine = shared_segments.look()
-        if all(mount.steady for mount in machine.mounts):
+        ours = machine.mounts[:1]
+        if all(mount.steady or not _shm(mount, machine).unexplained for mount in ours):
             break
     return machine
 
@@ -323,7 +328,7 @@ def _who(pid: int) -> tuple[str, int] | None:
 
 def family_of(segment: Segment) -> tuple[Family | None, int | None]:
     """Whose names look like this one's, and the maker's pid in it."""
-    if segment.kind in (POSIX, UNLINKED):
+    if segment.kind in (POSIX, UNLINKED) and _ANY.fullmatch(segment.name):
         for family, pattern in _PATTERNS:
             if found := pattern.fullmatch(segment.name):
                 return family, int(found[1]) if pattern.groups else None

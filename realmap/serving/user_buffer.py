@@ -184,11 +184,10 @@ class UserBuffer:
             yield values
         finally:
             del values
-            try:
+            if not mirror.exports:
                 mirror.drop()
-            except BufferError:
-                if not self.has_ended:
-                    shown.setdefault(self, []).append(whole)
+            elif not self.has_ended:  # `drop` would look for the variable, which takes its time
+                shown.setdefault(self, []).append(whole)
 
     def access(
         self, rights: MappingAccessRights = k_rw, offset: SupportsIndex = 0, length: SupportsIndex | None = None

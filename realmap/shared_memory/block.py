@@ -15,7 +15,6 @@ from typing import Any
 from realmap.host import files
 from realmap.host.translate import SHM
 from realmap.shared_memory import lookup, tracker
-from realmap.shared_memory.kept import Attached
 from realmap.user.buffer import Buffer
 from realmap.user.windows import open_segment
 
@@ -139,10 +138,7 @@ class SharedMemory(standard.SharedMemory):
                 self._map.close()
                 self._map = None
             if self._buffer is not None:
-                if isinstance(self._buffer, Attached):
-                    self._buffer.close()
-                else:
-                    self._buffer._unmap_soon()
+                self._buffer._unmap_soon()
                 self._buffer = None
         except BufferError:
             self._buf = memoryview(self._memory)

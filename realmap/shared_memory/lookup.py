@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from realmap.host.segment import checked_name
 from realmap.host.signals import Living
 from realmap.host.translate import SHM
 from realmap.rights import u_r
-from realmap.shared_memory import kept
 from realmap.user import names, travel
 from realmap.user.buffer import Buffer
 from realmap.user.process import Process
@@ -31,6 +31,8 @@ PATIENCE = 2.0
 SILENCE = 60.0
 _silent: dict[str, float] = {}
 _SHM_NAME_PREFIX = "/psm_"
+#: A name that `_make_filename` has made: so random that nobody else has it.
+_FRESH = re.compile(_SHM_NAME_PREFIX + "[0-9a-f]{24}")
 T = TypeVar("T")
 
 #: The connections by which this process gave names.
@@ -52,7 +54,7 @@ def checked(name: str) -> str:
 
 
 def _make_filename() -> str:
-    return _SHM_NAME_PREFIX + secrets.token_hex(4)
+    return _SHM_NAME_PREFIX + secrets.token_hex(12)
 
 
 def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bool) -> tuple[str, Buffer]:
@@ -69,7 +71,9 @@ def create(name: str | None, size: int, *, keep: bool, visible: bool, commit: bo
                 # In the tree's kernel it ends soon enough.
                 lasting = keep or ambient.is_of_the_tree(process.path)
                 segment = _checked_visible(bare) if visible else None
-                return chosen, names.make(process, size, bare, keep=lasting, segment=segment, commit=commit)
+                fresh = name is None and _FRESH.fullmatch(chosen) is not None
+                made = names.make(process, size, bare, keep=lasting, segment=segment, commit=commit, fresh=fresh)
+                return chosen, made
             except InvalidHandle:
                 if name is not None:
                     raise FileExistsError(errno.EEXIST, "shared memory of this name exists", name) from None
@@ -96,7 +100,7 @@ def attach(name: str, readonly: bool) -> Buffer | int | None:
     OSError: it may not be opened.
     """
     bare, rights = checked(name), u_r if readonly else None
-    found = _look(lambda process, timeout: kept.attach(process, bare, rights, timeout=timeout))
+    found = _look(lambda process, timeout: names.attach(process, bare, rights, timeout=timeout))
     if found is None and _is_outside(bare):
         flags = os.O_RDONLY if readonly else os.O_RDWR
         with contextlib.suppress(FileNotFoundError):
@@ -118,7 +122,6 @@ def unlink(name: str) -> bool:
 
     def end(process: Process, timeout: float | None) -> bool:
         names.unlink(process, bare, timeout=timeout)
-        kept.clear(process)
         return True
 
     return bool(_look(end))

@@ -138,9 +138,11 @@ class Buffer(View, ByteAccess):
             raise views.named(error, self) from None
 
     def _unmap_soon(self) -> None:
-        """`unmap`, but the kernel is only told, and gives back its frames a moment later. OSError: as munmap(2)."""
+        """`unmap`, but nobody waits for the kernel, which gives back its frames later. OSError: as munmap(2)."""
+        window = self._window
         try:
-            self._window._unmap()
+            if not window.recycles or not self.process._client.endpoint.park(window, None, window.recycles):
+                window._unmap()
         except BufferError as error:
             raise views.named(error, self) from None
 

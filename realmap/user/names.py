@@ -16,7 +16,7 @@ from realmap.rights import MappingAccessRights, MemoryType, u_rw
 from realmap.user.buffer import Buffer, part_of
 from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages
-from realmap.wire.messages import NAMED
+from realmap.wire.messages import NAMED, RECYCLED
 
 if TYPE_CHECKING:
     from realmap.user.process import Process
@@ -25,17 +25,32 @@ if TYPE_CHECKING:
 PATIENCE = 2.0
 
 
+#: Of a block, for which windows are parked.
+KIND = MemoryType.HEAP << 8 | int(u_rw)
+
+
 def make(
-    process: Process, size: int, name: str, *, keep: bool = False, segment: str | None = None, commit: bool = True
+    process: Process,
+    size: int,
+    name: str,
+    *,
+    keep: bool = False,
+    segment: str | None = None,
+    commit: bool = True,
+    fresh: bool = False,
 ) -> Buffer:
     """Memory of `size` bytes with a name. `keep`: that does not end with its maker, whatever way it dies.
-    `segment`: its name in /dev/shm, if it is to have one.
+    `segment`: its name in /dev/shm, if it is to have one. `fresh`: nobody else can have that name.
 
     InvalidHandle: a name is taken. LimitReached: too many handles and names. Else as `Process.map`.
     """
     size = usize(size, "size")
     if align_up(size) > USER_LAND.length:
         raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
+    if fresh and commit and segment is None and size <= RECYCLED:
+        again = _make_again(process, size, name, keep)
+        if again is not None:
+            return again
     client = process._own_client
     number = client.next_id()
     memory = messages.Map(number, size, int(MemoryType.HEAP), int(u_rw), None, segment, commit)
@@ -62,6 +77,27 @@ def make(
         raise
 
 
+def _make_again(process: Process, size: int, name: str, keep: bool) -> Buffer | None:
+    """What is parked, with a name that the kernel is not told: it looks for it when somebody asks. None: nothing is."""
+    endpoint = process._own_client.endpoint
+    found = process._map_again(size, u_rw, KIND)
+    if found is None and process._stocks_up:
+        process._stocks_up = False
+        process.map(size).unmap()
+        found = process._map_again(size, u_rw, KIND)
+    if found is None:
+        return None
+    text = name.encode()
+    try:
+        if endpoint.name(found._window, text, size, keep):
+            return found
+        found._unmap_soon()
+    except BaseException:  # a signal handler's: nobody will ever have it
+        endpoint.end_name(text)
+        raise
+    return None
+
+
 def attach(
     process: Process, name: str, rights: MappingAccessRights | None = None, *, timeout: float | None = None
 ) -> Buffer:
@@ -72,6 +108,9 @@ def attach(
 def unlink(process: Process, name: str, *, timeout: float | None = None) -> None:
     """Ends the name; the memory lives on where it is mapped. InvalidHandle: there is none. SyscallTimeout."""
     client = process._own_client
+    if client.endpoint.end_name(name.encode()):
+        process._stocks_up = True
+        return
     client.request(messages.Revoke(client.next_id(), NAMED + name), timeout=timeout, name="unlink")
 
 

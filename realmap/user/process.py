@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from operator import index
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap._core import Lock
+from realmap._core import ATTACHED, BARE, Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, UnknownSyscall, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
@@ -28,6 +30,7 @@ from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages, plain
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
+from realmap.wire.status import LATE
 
 if TYPE_CHECKING:
     from realmap.user.service import Service
@@ -36,10 +39,14 @@ if TYPE_CHECKING:
 LONGEST = 1e9
 #: What is said of it.
 BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
+#: How often it is asked again whether somebody serves by now, in seconds.
+SOON = 0.01
 #: What is sent as it is.
 _SENT = plain.PLAIN | {Buffer}
 #: How much of what it inherited a forked child tells in one message.
 AT_ONCE = 1000
+#: Of how many attached parts of memory it is known what they are, when they are attached again.
+KNOWN = 64
 
 _living: Living[Process] = Living()
 
@@ -87,6 +94,12 @@ class Process:
         #: What must live as long as this does: the handle of a kernel that it was made by.
         self.keeper: object = None
         self._client = self._connect(path, timeout)
+        #: Whether a small block that is made is parked at first, where none is: not for those that others attach.
+        self._stocks_up = True
+        #: Of what it has attached, and may have parked: (kind, span, where its first byte is, length, rights, bytes in
+        #: huge pages).
+        self._attached: dict[tuple[Any, ...], tuple[int, int, int, int, MappingAccessRights, int]] = {}
+        self._kinds = itertools.count(0, 2 * ATTACHED)
         self._lock = Lock()
         self._routes = Routes(self)
         self._known = self._routes.known  # looked into at every call
@@ -186,13 +199,11 @@ class Process:
             raise InvalidSize(0, why="a buffer has at least one byte")
         kind, allowed = type_of(type), rights_of(rights)
         client, recycles = self._own_client, 0
-        if size <= messages.RECYCLED and fragment is None and name is None and commit and not huge:
+        if size <= messages.RECYCLED and fragment is None and name is None and not huge:
             if kind.is_counted and allows(allowed, k_w):
-                recycles = kind << 8 | int(allowed)
-                window = client.endpoint.unpark(UserWindow, recycles, align_up(size))
-                if window is not None:
-                    describe(window, self, allowed, 0, recycles)
-                    return part_of(window, window._base, size)
+                recycles = kind << 8 | int(allowed) | (0 if commit else BARE)
+                if (again := self._map_again(size, allowed, recycles)) is not None:
+                    return again
         if align_up(size, HUGE_SIZE if huge else PAGE_SIZE) > USER_LAND.length:
             raise VirtualMemoryExhaustion(size, why=f"UserLand has {USER_LAND.length} bytes in all")
         step = None if fragment is None else whole_pages(fragment, "fragment")
@@ -212,6 +223,14 @@ class Process:
         if commit:
             fault_in(window)
         window.recycles = recycles
+        return part_of(window, window._base, size)
+
+    def _map_again(self, size: int, allowed: MappingAccessRights, recycles: int) -> Buffer | None:
+        """What was parked, of that kind and length, if anything was."""
+        window = self._own_client.endpoint.unpark(UserWindow, recycles, align_up(size))
+        if window is None:
+            return None
+        describe(window, self, allowed, 0, recycles)
         return part_of(window, window._base, size)
 
     def share(
@@ -317,11 +336,37 @@ class Process:
         timeout: float | None = None,
     ) -> Buffer:
         allowed = None if rights is None else int(rights_of(rights))
+        key = token, offset, length, allowed
+        if (found := self._attach_again(key)) is not None:
+            return found
         request = messages.Attach(self._own_client.next_id(), token, offset, length, allowed)
         value, answer = self._own_client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
-        *_, lead, size, given, pieces = value
+        *_, lead, size, given, pieces, again = value
         window = map_window(self, value[:5], lambda index: tuple(pieces[index]), answer, rights_of(given))
+        if again:
+            window.recycles = self._note_attached(key, window, lead, size)
         return part_of(window, window._base + lead, size)
+
+    def _attach_again(self, key: tuple[Any, ...]) -> Buffer | None:
+        """What was so attached, and unmapped, if the kernel has not said that it is to be asked again."""
+        known = self._attached.get(key)
+        if known is None:
+            return None
+        recycles, span, lead, size, rights, huge = known
+        window = self._own_client.endpoint.unpark(UserWindow, recycles, span)
+        if window is None:
+            return None
+        describe(window, self, rights, huge, recycles)
+        return part_of(window, window._base + lead, size)
+
+    def _note_attached(self, key: tuple[Any, ...], window: UserWindow, lead: int, size: int) -> int:
+        known = self._attached.get(key)
+        if known is None:
+            if len(self._attached) >= KNOWN:
+                self._attached.pop(next(iter(self._attached)), None)
+            kind = next(self._kinds) | ATTACHED
+            known = self._attached[key] = kind, window._span, lead, size, window.rights, window.huge
+        return known[0]
 
     def revoke(self, handle: Handle | str) -> None:
         """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.
@@ -409,13 +454,21 @@ class Process:
     def session(self, name: str, *, timeout: float | None = None) -> Session:
         """One server of `name`, the least busy one, for all calls that are made by the `Session`.
 
-        UnknownSyscall: no process serves this. LimitReached: more sessions than a process may have.
-        PhysicalMemoryExhaustion: no descriptors. SyscallTimeout: the kernel has not answered within `timeout` seconds.
-        TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
+        `timeout`: so many seconds it waits for one to come; None: not at all. UnknownSyscall: no process serves this.
+        LimitReached: more sessions than a process may have. PhysicalMemoryExhaustion: no descriptors. SyscallTimeout:
+        the kernel does not answer. TypeError: the name is no str. KernelDied, ProcessKilled: no kernel.
         """
         if not isinstance(name, str):
             raise TypeError(f"the name of a service is a str, not {type(name).__name__}")
-        return Session(self, run(self._routes.open(name, []), name, timeout))
+        end = time.monotonic() + (timeout or 0.0)
+        while True:
+            left = None if timeout is None else max(LATE, end - time.monotonic())
+            try:
+                return Session(self, run(self._routes.open(name, []), name, left))
+            except UnknownSyscall:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(SOON)
 
     def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
         if not isinstance(name, str):

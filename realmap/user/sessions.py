@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from realmap._core import CLOSED, DIED, ERRNO, NONSENSE, SAID_BYE, STOLEN, Answer, Endpoint
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
 from realmap.host import procfs
-from realmap.host.signals import Living
 from realmap.host.translate import shortage
 from realmap.serving import nesting
 from realmap.user.buffer import Buffer, UserWindow, buffers_in, require_own
 from realmap.wire import messages
-from realmap.wire.client.requester import Late, Requester
+from realmap.wire.client.requester import Requester
 from realmap.wire.seat import BUSY, CHANGES, THREADS, WAITING, SeatPage
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ class Step(NamedTuple):
     of: Requester
     message: Any
     holds: object = None
-    late: Late | None = None
 
 
 #: Each step is sent its answer.
@@ -56,7 +54,7 @@ def run(steps: Steps, name: str, timeout: float | None) -> Any:
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())
             try:
-                got = step.of.request(step.message, timeout=left, name=name, holds=step.holds, late=step.late)
+                got = step.of.request(step.message, timeout=left, name=name, holds=step.holds)
             except BaseException as error:
                 step = steps.throw(error)
             else:
@@ -75,9 +73,7 @@ async def arun(steps: Steps, name: str, timeout: float | None) -> Any:
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())
             try:
-                got = await Waiter.of(step.of).request(
-                    step.message, timeout=left, name=name, holds=step.holds, late=step.late
-                )
+                got = await Waiter.of(step.of).request(step.message, timeout=left, name=name, holds=step.holds)
             except BaseException as error:
                 step = steps.throw(error)
             else:
@@ -134,15 +130,11 @@ class Server(Requester):
         return True
 
     def close(self) -> None:
-        """Ends the session. Again: nothing."""
+        """Ends the session. Again: nothing. Where it just goes, the kernel sees that its socket is closed."""
         if self.words is not NONE:
             self.words = NONE
             self._kernel.notice(messages.Close(0, self.number))
         super().close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "endpoint"):
-            self.close()
 
     def _after_fork_in_child(self) -> None:
         super()._after_fork_in_child()
@@ -167,8 +159,10 @@ class Server(Requester):
     def ended(self, unread: bool = False) -> KernelError:
         """Why the session is of no use any more."""
         end = self.endpoint.end
+        if self._kernel.has_ended:
+            return self._kernel.ended()
         if end == CLOSED:
-            return ProcessKilled(self.pid, why="this session was closed, or its Process was")
+            return ProcessKilled(self.pid, why="this session was closed")
         if end == STOLEN:
             why = "the descriptor of this session was closed by another part of this program (os.closerange?)"
             return ProcessKilled(self.pid, why=why)
@@ -190,6 +184,9 @@ class Route:
         self.nobody_else = -1
 
 
+NOBODY = Route()
+
+
 class Routes:
     """The sessions of one process that its calls take. Without a lock: what two threads open at once is one too many,
     and is closed.
@@ -197,15 +194,14 @@ class Routes:
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        self._all: Living[Server] = Living()
         #: By name.
         self.known: dict[str, Route] = {}
 
     def close(self) -> None:
-        """Ends all sessions."""
-        self.known.clear()
-        for server in self._all.all():
-            server.close()
+        """Ends these sessions."""
+        for name in list(self.known):
+            for server in self.known.pop(name, NOBODY).servers:
+                server.close()
 
     def call(self, request: messages.Call, timeout: float | None) -> Any:
         """Makes a call; as `steps` has it, but in one go where a server is free, and has what it needs."""
@@ -286,15 +282,8 @@ class Routes:
     def open(self, name: str, but: list[int]) -> Generator[Step, tuple[Any, Answer], Server]:
         """A session of one's own. UnknownSyscall: no process serves this, but for those seats."""
         client = self._process._own_client
-
-        def close(opened: Any) -> bytes:
-            return client.encode(messages.Close(0, opened[0]))
-
-        opened, answer = yield Step(client, messages.Open(client.next_id(), name, but), late=close)
-        server = Server(self._process, name, opened, answer.descriptors)
-        answer.take()
-        self._all.add(server)
-        return server
+        opened, answer = yield Step(client, messages.Open(client.next_id(), name, but))
+        return Server(self._process, name, opened, answer.descriptors)
 
     def _forget(self, name: str, server: Server) -> None:
         """Its calls go elsewhere from now on; those on their way still have it."""

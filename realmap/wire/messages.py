@@ -42,7 +42,7 @@ FLAWS = {
     TOO_LONG: f"a message carries at most {MAX_MESSAGE} bytes; put more into a buffer",
 }
 #: Mappings of up to so many bytes are recycled: their windows are parked when they are unmapped, for their next use.
-RECYCLED = 64 << 10
+RECYCLED = 1 << 20
 #: Descriptors that one answer brings at most (Linux takes 253; an ordinary process may open 1024 in all).
 MAX_DESCRIPTORS = 64
 #: Text of errors is cut to this many characters.
@@ -181,8 +181,8 @@ class Attach(_Request, tag=9, frozen=True):
     """A mapping of what the handle `token` stands for: the pages of [offset, offset + length); None: to its end, all.
 
     Done: [address, length in whole pages, number of segments, bytes in huge pages, its serial, where the first byte
-    asked for is in it, how many were asked for, rights, [[offset in its segment, length] of each segment]], with the
-    first descriptors.
+    asked for is in it, how many were asked for, rights, [[offset in its segment, length] of each segment], whether it
+    may be parked and attached so again], with the first descriptors.
     """
 
     token: str

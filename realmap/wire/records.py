@@ -147,13 +147,14 @@ class MappingInfo(msgspec.Struct, frozen=True):
 class ParkedInfo(msgspec.Struct, frozen=True):
     """A window of a small mapping that its process has unmapped: still there, without rights, for its next use.
 
-    `inode`: what /proc/PID/maps shows of it. `frames`: their serial; None where they are not kept, and the process
-    unmaps it as soon as it looks.
+    `inode`, `offset`: what /proc/PID/maps shows of it. `frames`: their serial; None where they are not kept, and the
+    process unmaps it as soon as it looks.
     """
 
     address: int
     length: int
     inode: int
+    offset: int
     frames: int | None
 
 

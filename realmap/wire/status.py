@@ -11,8 +11,7 @@ It is written before each handler, not when one is late: one that keeps the GIL 
           1      when the loop took up what it is at, or fell asleep, in nanoseconds of the monotonic clock
           2      whether it is asleep
           3      the pid that the short handler works for which it is in; 0: it is in none
-          4      how many names of memory have ended: as long as that is the same, each is what it was
-          5-12   the name of that handler, or of the last one: UTF-8, cut at a whole letter, padded with NULs
+          4-11   the name of that handler, or of the last one: UTF-8, cut at a whole letter, padded with NULs
           then, for each of the first handlers that are at work on other threads (any of them may keep the GIL, too):
           0      when it began; 0: nobody is here
           1      the pid that it works for
@@ -33,15 +32,15 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from realmap._core import read_file, watch_file, word_of
+from realmap._core import read_file
 from realmap.errors import SyscallTimeout
 from realmap.host import files, procfs, runtime
 from realmap.host.signals import pass_on
 
-MAGIC = b"realmap\x02"
+MAGIC = b"realmap\x03"
 LONGEST_NAME = 64
-TURN, ASLEEP, CALLER, NAMES = 1, 2, 3, 4
-_LAYOUT = struct.Struct(f"=8s4Q{LONGEST_NAME}s")
+TURN, ASLEEP, CALLER = 1, 2, 3
+_LAYOUT = struct.Struct(f"=8s3Q{LONGEST_NAME}s")
 _BESIDE = struct.Struct(f"=2Q{LONGEST_NAME}s")
 #: How many handlers on other threads it has room for.
 PLACES = 16
@@ -112,10 +111,6 @@ class Page:
         """It sleeps until there is something to do."""
         self.words[TURN] = time.monotonic_ns()
         self.words[ASLEEP] = 1
-
-    def end_name(self) -> None:
-        """A name of memory has ended."""
-        self.words[NAMES] += 1
 
     def name(self, label: bytes) -> None:
         """A handler of this `label` is about to begin."""
@@ -201,7 +196,7 @@ def look(path: str) -> Status | None:
     except (OSError, ValueError) as error:
         pass_on(error)
         return Status(pid, stopped)
-    _, turn, asleep, caller, _, name = _LAYOUT.unpack_from(data)
+    _, turn, asleep, caller, name = _LAYOUT.unpack_from(data)
     # The same call before and after: what is told of it belongs together. One that matters began a second ago, and what
     # was written then has long arrived, in whichever order.
     if data[: _LAYOUT.size] != before[: _LAYOUT.size]:
@@ -234,21 +229,6 @@ def _place(pid: int, number: int) -> bytes:
     if not os.readlink(place).startswith(f"/memfd:{_MEMFD}"):  # before it is opened: it may be anything
         raise ValueError(f"{place} is no status page")
     return place.encode()
-
-
-class Names:
-    """Whether the names of the kernel at `path` are still what they were, asked of its page, without a message."""
-
-    def __init__(self, path: str) -> None:
-        """ValueError, OSError: it has no page, or not for us."""
-        pid, number = runtime.kernel_at(path)
-        _read(pid, number)  # it is a page of this version
-        self._page = watch_file(_place(pid, number))
-
-    @property
-    def edition(self) -> int:
-        """The same for as long as no name has ended."""
-        return word_of(self._page, NAMES)
 
 
 def unanswered(path: str, what: str, seconds: float | None) -> SyscallTimeout:
@@ -313,7 +293,7 @@ class Remembered:
         data = os.pread(self._fd, _SIZE, 0) if self._fd >= 0 else b""
         if len(data) < _SIZE:
             return []
-        _, turn, _, caller, _, name = _LAYOUT.unpack_from(data)
+        _, turn, _, caller, name = _LAYOUT.unpack_from(data)
         at = [(turn, caller, name)] if caller else []
         at += [each for each in _BESIDE.iter_unpack(data[_LAYOUT.size :]) if each[0]]
         return [f"handler {_work(*each, each[0]).handler!r} of process {each[1]}" for each in at]

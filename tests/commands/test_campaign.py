@@ -21,6 +21,7 @@ import psutil
 import pytest
 from conftest import BOUND, long, wait_until
 from rich.console import Console
+from terminal import on_a_terminal
 
 from realmap.cli.campaign import render
 from realmap.lab.bench import machine
@@ -61,7 +62,7 @@ def test_a_campaign_here(tmp_path: Path) -> None:
     assert "2 of 2 hosts are ok" in done.stdout
     for report in reports:
         assert report["replay"].split(" --")[0] == "realmap stress storm"
-        assert f"realmap stress storm --users 2 --ops 60 --kill 0.05 --seed {report['options']['seed']}" in done.stderr
+        assert f"realmap stress storm --ops 60 --users 2 --kill 0.05 --seed {report['options']['seed']}" in done.stderr
 
 
 def test_a_campaign_of_a_bench(tmp_path: Path) -> None:
@@ -73,6 +74,12 @@ def test_a_campaign_of_a_bench(tmp_path: Path) -> None:
     assert {figure["group"] for figure in host["report"]["figures"]} == {"attach"}
     assert host["replay"] == "realmap bench attach --quick"
     assert "attach: what one takes" in html.read_text()
+
+
+def test_how_it_goes_is_shown_on_a_terminal() -> None:
+    shown = on_a_terminal(["campaign", "stress", "--seconds", "2", "--users", "1", "--local", "2"], {})
+    assert re.search(r"\d steps \(\d+/s\)", shown)
+    assert "2 of 2 hosts are ok" in shown
 
 
 def test_hours_end_a_campaign_and_the_last_run_is_finished(tmp_path: Path) -> None:
@@ -90,7 +97,7 @@ def test_a_run_that_is_refused_says_why_and_how_to_replay_it(tmp_path: Path) -> 
     assert done.returncode == 1
     assert "0 of 2 hosts are ok" in done.stdout
     assert "1 steps are not enough for 4 users" in done.stdout
-    assert len(re.findall(r"replay on \S+: realmap stress --users 4 --ops 1 --seed \d+", done.stdout)) == 2
+    assert len(re.findall(r"replay on \S+: realmap stress --ops 1 --users 4 --seed \d+", done.stdout)) == 2
     assert done.stderr.count(": realmap stress") == 2  # who failed does not go on
     assert html.read_text().count("1 steps are not enough for 4 users") == 2
 

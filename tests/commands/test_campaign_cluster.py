@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import BOUND, scaled, wait_until
+from conftest import BOUND, long, scaled, wait_until
 from dask_cluster import Cluster, entered, namespaces, within
 
 from realmap import __version__
@@ -87,8 +87,8 @@ def test_a_scheduler_that_is_not_there() -> None:
     ("scheduler", "worker", "words"),
     [
         (OTHER.format("distributed"), "", "the scheduler has distributed 0.0.1, and this process"),
-        ("", OTHER.format("distributed"), "has distributed 0.0.1, and this process"),
-        ("", OTHER.format("realmap"), "has realmap 0.0.1, and this process"),
+        long("", OTHER.format("distributed"), "has distributed 0.0.1, and this process"),
+        long("", OTHER.format("realmap"), "has realmap 0.0.1, and this process"),
         (
             "",
             WITHOUT,

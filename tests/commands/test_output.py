@@ -13,7 +13,7 @@ from conftest import wait_until
 from rich.console import Console
 
 from realmap.cli.output import Column, harmless, plain, show_json, table, until_interrupted
-from realmap.observe import tables
+from realmap.host import procfs
 
 
 def test_names_are_shown_harmless() -> None:
@@ -79,7 +79,7 @@ def test_times_have_units_on_a_terminal_and_seconds_in_a_pipe() -> None:
     [("x/y.py -v", "y.py"), ("-m http.server 1", "http.server"), ("-u -W error z.py", "z.py"), ("-c 1", ""), ("", "")],
 )
 def test_python_is_called_by_its_script(command: str, script: str) -> None:
-    assert tables._script(["python3", *command.split()]) == script
+    assert procfs._script([b"python3", *command.encode().split()]) == script.encode()
 
 
 def test_signals_end_a_watch_at_any_moment() -> None:

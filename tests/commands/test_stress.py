@@ -136,13 +136,16 @@ def test_two_calls_drop_the_mirrors_of_the_dead_at_once(monkeypatch: pytest.Monk
     dead, taken, new = kept[1, 1], kept[2, 1], MagicMock()
     monkeypatch.setattr(handlers, "_kept", kept)
 
-    def processes(_: object) -> list[SimpleNamespace]:
+    me = SimpleNamespace(number=3, pid=3)
+
+    def look() -> list[SimpleNamespace]:
         del kept[2, 1]
         kept[4, 1] = new
-        return [SimpleNamespace(number=3)]
+        return [me]
 
-    kernel = type("Kernel", (), {"processes": property(processes)})()
-    call: Any = SimpleNamespace(kernel=kernel, process=SimpleNamespace(number=3))
+    processes = MagicMock(side_effect=look)  # a method, or a list
+    processes.__iter__.side_effect = lambda: iter(look())
+    call: Any = SimpleNamespace(kernel=SimpleNamespace(processes=processes), process=me)
     handlers.stress_keep(call, 2, MagicMock())
     assert set(kept) == {(3, 1), (3, 2), (4, 1)}
     dead.drop.assert_called_once()

@@ -47,6 +47,13 @@ def test_kills_at_named_points(tmp_path: Path) -> None:
     assert all(point["hits"] for point in found["points"])
 
 
+@pytest.mark.parametrize("who", ["server", "caller", "kernel"])
+def test_kills_at_named_points_of_a_call_to_a_service(tmp_path: Path, who: str) -> None:
+    found = inject(tmp_path, "services", "--rounds", "1", "--who", who)
+    assert len(found["points"]) >= 11
+    assert all(point["hits"] for point in found["points"])
+
+
 def test_users_that_connect_and_are_killed(tmp_path: Path) -> None:
     assert inject(tmp_path, "cycles", "--cycles", "40")["cycles"] == 40
 
@@ -61,6 +68,12 @@ def test_every_call_of_every_path(tmp_path: Path) -> None:
 def test_kills_at_named_points_full_count(tmp_path: Path) -> None:
     count = scaled(500)
     assert all(point["rounds"] == count for point in inject(tmp_path, "kills", "--rounds", str(count))["points"])
+
+
+@pytest.mark.slow
+def test_kills_at_named_points_of_a_call_to_a_service_full_count(tmp_path: Path) -> None:
+    count = scaled(500)
+    assert all(point["rounds"] == count for point in inject(tmp_path, "services", "--rounds", str(count))["points"])
 
 
 @pytest.mark.slow

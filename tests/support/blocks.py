@@ -38,10 +38,10 @@ def program(text: str, module: str) -> str:
     return head + textwrap.dedent(text)
 
 
-def start(text: str, module: str, *args: str) -> subprocess.Popen[str]:
+def start(text: str, module: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", program(text, module), *args],
-        env=clean(),
+        env=clean() if env is None else env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -267,7 +267,8 @@ class Beside:
             parked = [(each.address, each.frames is not None) for each in stock.windows()]
             assert parked == [(each.address, each.frames is not None) for each in person.parked()], self.what
             kept = person.kept()
-            assert (stock.count, stock.bytes) == (len(kept), sum(each.length for each in kept))
+            own = [each.length for each in kept if each.handle is None]
+            assert (stock.count, stock.segments, stock.bytes) == (len(kept), len(own), sum(own))
         assert [each.real for each in model.people] == list(books.processes)
         assert [each.real for each in model.inheritances] == list(books.inheritance)
         assert {each.name for each in books.handles} == set(model.handles)

@@ -28,7 +28,7 @@ from realmap.pages import HUGE_SIZE, align_up
 from realmap.rights import MemoryType, k_r, k_rw, k_w, u_r, u_rw, u_rx, u_w
 from realmap.serving import user_buffer
 from realmap.wire import messages
-from realmap.wire.messages import NAMED
+from realmap.wire.messages import NAMED, RECYCLED
 
 #: How often each of them comes.
 STEPS = {
@@ -183,14 +183,13 @@ class Driver(Beside):
         self.model.leave_place(person, place)
         if at >= 0:
             self.model.park(person, place, at)
-            kept = person.stock[at].frames is not None
-            assert person.words.state[at] == ("kept" if kept else "gone"), self.what
-            if kept:
-                return
         if not any(each.frames is place.frames for each in person.places.values()):
             for handle in self.model.handles.values():
                 if handle.maker is person and handle.frames is place.frames:
-                    handle.ends_after(self.model.now)
+                    self.model.ends_after(handle)
+        if at >= 0:
+            kept = person.stock[at].frames is not None
+            assert person.words.state[at] == ("kept" if kept else "gone"), self.what
 
     def use_again(self) -> None:
         """A process uses what it has parked, or parks again what it has so used, and says nothing."""
@@ -217,7 +216,10 @@ class Driver(Beside):
         end = start + self.rng.randrange(4) * PAGE
         address = self.ask(person, messages.Move(1, place.address, start, end), self.starts(person, place))
         self.model.leave_place(person, place)
-        self.entered(person, address, place.length, place.frames, place.start, place.kind, place.rights, place.serial)
+        moved = self.entered(
+            person, address, place.length, place.frames, place.start, place.kind, place.rights, place.serial
+        )
+        moved.handle = place.handle
         assert address != place.address or place.length > 1 << 40  # whose only room may be its own
 
     def query(self) -> None:
@@ -232,7 +234,8 @@ class Driver(Beside):
             assert info.address <= address < info.address + info.length
             assert person.is_hole(info.address, info.length)
         else:
-            count = self.model.refcount(found.frames) if found.frames else 0
+            held = self.model.references()
+            count = sum(held[found.frames, kind] for kind in ("mapping", "mirror", "handle")) if found.frames else 0
             wanted = (found.address, found.length, found.kind, found.rights, found.start, count)
             assert (info.address, info.length, info.type, info.rights, info.phys_offset, info.refcount) == wanted
 
@@ -283,14 +286,18 @@ class Driver(Beside):
         assert handle is not None
         asked = handle.length - offset if request.length is None else length
         start, end = self.model.attached(handle, offset, asked)
-        address, size, _, huge, serial, lead, bytes_, given, pieces = got
+        address, size, _, huge, serial, lead, bytes_, given, pieces, again = got
         allowed = handle.rights if rights is None else rights
         real = handle.frames.real()
         assert real is not None
         assert (size, lead, bytes_, given) == (end - start, handle.start + offset - start, asked, allowed)
         assert (huge, pieces) == (real.huge, [list(piece[1:]) for piece in real.pieces(start, end - start)])
         handle.frames.recycles = False
-        self.brought(self.entered(person, address, size, handle.frames, start, handle.kind, allowed, serial))
+        place = self.entered(person, address, size, handle.frames, start, handle.kind, allowed, serial)
+        if handle.uses is None and handle.until is None and handle.frames.segments == 1:
+            place.handle = handle
+        assert again == (place.handle is not None and size <= min(RECYCLED, self.model.limits.stock))
+        self.brought(place)
         if handle.is_named:
             handle.holders.add(person)
         if handle.uses is not None:

@@ -75,6 +75,8 @@ class Place:
     gone: bool = False
     #: When the kernel was asked to keep it, where it is parked: those asked first come first.
     asked: int = 0
+    #: By which it was attached, and may be attached again.
+    handle: Handle | None = None
 
     @property
     def end(self) -> int:
@@ -96,8 +98,9 @@ class Words:
     def _say(self, place: int, keeps: bool, /) -> None:
         self.state[place] = "kept" if keeps else "gone"
 
-    def _see(self) -> int:
-        return sum(self.change(place, "used", "free") << place for place in range(PLACES))
+    def _see(self, name: bytes | None = None, /) -> int:
+        """Nothing here has a name."""
+        return 0 if name else sum(self.change(place, "used", "free") << place for place in range(PLACES))
 
     def _reclaim(self, place: int, /) -> bool:
         return self.change(place, "kept", "gone")
@@ -191,15 +194,10 @@ class Handle:
     def is_named(self) -> bool:
         return self.token.startswith(NAMED)
 
-    def ends_after(self, now: float) -> None:
-        """It was made to outlive something, for some time, and that ends now."""
-        if 0 < self.keep < FOR_EVER:
-            self.until = min(now + self.keep, math.inf if self.until is None else self.until)
-
 
 def recycles(request: messages.Map, size: int) -> bool:
     """Whether it is of a kind that is recycled."""
-    special = request.fragment is not None or request.name is not None or request.huge or not request.commit
+    special = request.fragment is not None or request.name is not None or request.huge
     return MemoryType(request.kind).is_counted and size <= RECYCLED and not special
 
 
@@ -273,6 +271,20 @@ class Model:
 
     def end_handle(self, handle: Handle) -> None:
         del self.handles[handle.token]
+        self.retire(handle)
+
+    def ends_after(self, handle: Handle) -> None:
+        """It was made to outlive something, for some time, and that ends now."""
+        if 0 < handle.keep < FOR_EVER:
+            handle.until = min(self.now + handle.keep, math.inf if handle.until is None else handle.until)
+            self.retire(handle)
+
+    def retire(self, handle: Handle) -> None:
+        """What was attached by it, and is parked, is not used again."""
+        for person in self.people:
+            for place in person.kept():
+                if place.handle is handle:
+                    place.frames = None
 
     def find(self, token: str) -> Handle | None:
         """A handle that is good; one whose time is over goes."""
@@ -295,16 +307,20 @@ class Model:
         frames = place.frames
         keeps = (
             frames is not None
-            and frames.recycles
             and place.length <= self.limits.stock
-            and not any(which is frames for which, _ in self.references())
+            and (
+                frames.recycles and not any(which is frames for which, _ in self.references())
+                if place.handle is None
+                else self.handles.get(place.handle.token) is place.handle and place.handle.until is None
+            )
         )
         for oldest in person.kept() if keeps else ():
             if sum(each.length for each in person.kept()) + place.length <= self.limits.stock:
                 break
             oldest.frames = None
         kept = frames if keeps else None
-        parked = Place(place.address, place.length, kept, 0, place.kind, place.rights, place.serial)
+        parked = Place(place.address, place.length, kept, place.start, place.kind, place.rights, place.serial)
+        parked.handle = place.handle
         parked.asked = self.asked = self.asked + 1
         person.stock[at] = parked
 
@@ -319,7 +335,7 @@ class Model:
                 continue
             if not handle.keep:
                 self.end_handle(handle)
-            handle.ends_after(self.now)
+            self.ends_after(handle)
         self.people.remove(person)
         person.stock.clear()
         if person.forked and any(place.frames for place in person.places.values()):
@@ -435,6 +451,8 @@ class Model:
         if not request.keep >= 0:
             return InvalidSize
         made = [each for each in self.handles.values() if each.maker and each.maker.real.pid == person.real.pid]
+        if len(made) + 1 + len(person.kept()) > self.limits.handles:
+            person.give_up()
         return LimitReached if len(made) >= self.limits.handles else None
 
     def attach_error(self, person: Person, request: messages.Attach) -> Wrong:

@@ -9,10 +9,12 @@ whoever started it knows which pair it hangs in. Its watchdog then writes the st
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import faulthandler
 import gc
 import itertools
 import json
+import mmap
 import os
 import pickle
 import random
@@ -32,6 +34,7 @@ from realmap import ambient
 from realmap.memory import (
     KERNEL_LAND,
     CrossProcessMapping,
+    ForeignProcess,
     FrameAllocator,
     KernelMemory,
     LentLand,
@@ -98,6 +101,12 @@ class Pieces:
         start, heap, rights = self.books.start, MemoryType.HEAP, realmap.u_rw
         self.short = self.books.create_regular_mapping(start, PAGE, heap, rights, frames=self.one)
         self.long = self.books.create_regular_mapping(start + PAGE, 4 * PAGE, heap, rights, frames=self.four)
+        fd = os.memfd_create("interrupted")
+        os.truncate(fd, PAGE)
+        self.shown = mmap.mmap(fd, PAGE)  # which this process may look into as into any other
+        self.place = ctypes.addressof(ctypes.c_char.from_buffer(self.shown))
+        self.process = ForeignProcess(os.getpid())
+        self.process.mirror(self.place, 1, realmap.k_rw).drop()
 
         lend(self)  # its scratch pages stay
 
@@ -247,6 +256,31 @@ def look_at_books(world: Any) -> None:
 def own_land(world: Any) -> None:
     land = KernelMemory(KERNEL_LAND.start + (1 << 42), 1 << 30)
     CrossProcessMapping.mirror_mapping(world.short, 0, PAGE, kernel=land).drop()
+
+
+@operation()
+def look_into_a_process(world: Any) -> None:
+    with ForeignProcess(os.getpid()) as process:
+        with process.mirror(world.place, 5, realmap.k_rw) as mirror:
+            assert len(mirror) == 5
+        assert process.pid == os.getpid() and process.name
+
+
+@operation()
+def mirror_of_a_process(world: Any) -> None:
+    with world.process.mirror(world.place + 3, 5) as mirror:
+        assert len(mirror) == 5
+
+
+@operation()
+def copy_of_a_process(world: Any) -> None:
+    assert len(world.process.copy_in(id(world), 16)) == 16
+    world.process.copy_out(world.place, b"copied")
+
+
+@operation()
+def mappings_of_a_process(world: Any) -> None:
+    assert any(each.address == world.place for each in world.process.mappings())
 
 
 # ---- with a kernel --------------------------------------------------------------------------

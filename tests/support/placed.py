@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
+import time
 import types
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from realmap import Call, KernelDied, Process, ProcessKilled, UserBuffer
 
 gates: defaultdict[str, SimpleQueue[None]] = defaultdict(SimpleQueue)
 kept: list[UserBuffer] = []
+mapped: set[str] = set()
 
 
 def nop(call: Call) -> None:
@@ -81,6 +84,38 @@ def until_cancelled(call: Call, name: str) -> None:
     while not call.cancelled:
         threading.Event().wait(0.001)
     gates[name].put(None)
+
+
+def pid_here(call: Call) -> int:
+    """Of the process that it runs in."""
+    return os.getpid()
+
+
+def nap(call: Call, seconds: float) -> int:
+    """Takes so long; the pid."""
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def die(call: Call, data: UserBuffer) -> None:
+    """SIGKILL, with a window."""
+    with data.mirror() as mirror:
+        mirror[0] = 1
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def digest_later(call: Call, name: str, data: UserBuffer) -> str:
+    """With a window that is there until `go` lets it."""
+    with data.mirror(realmap.k_r) as mirror:
+        mapped.add(name)
+        gates[name].get(timeout=60)
+        mapped.discard(name)
+        return hashlib.sha256(mirror).hexdigest()
+
+
+def has_mapped(call: Call, name: str) -> bool:
+    """Whether `digest_later` has its window."""
+    return name in mapped
 
 
 def digest(call: Call, data: UserBuffer, offset: int = 0, length: int | None = None) -> str:
@@ -178,9 +213,10 @@ def use_kept(call: Call) -> bytes:
 
 
 HANDLERS: list[Callable[..., Any]] = [
-    nop, echo, typed, who, explode, unsendable, long_text, wait, go, until_cancelled, digest, reverse, fill, peek, poke,
-    copy, access, scale, mirror_with, two_mirrors, leave_mapped, drop_under_view, keep, use_kept,
-]  # fmt: skip
+    each
+    for each in list(globals().values())
+    if isinstance(each, types.FunctionType) and next(iter(each.__annotations__), "") == "call"
+]
 
 
 def on_a_worker(function: Any) -> Callable[..., Any]:

@@ -80,12 +80,14 @@ FACE = {
     "Handle": "length parse path rights token",
     "Kernel": "ending process processes register serve start stop unregister",
     "KernelHandle": "audit connect has_ended pid register settle shutdown snapshot spawn stats trace unregister",
-    "Limits": "buffers calls connections given_up half_sent handles inheritances mappings orphans processes reserve "
-    "running seconds segments stock undecoded unread",
+    "Limits": "buffers calls connections given_up grants half_sent handles inheritances mappings orphans processes "
+    "reserve running seats seconds segments sessions stock undecoded unread",
     "MappingAccessRights": " ".join(realmap.MappingAccessRights.__members__),
     "MemoryInfo": "address length phys_offset refcount rights type",
     "MemoryType": " ".join(realmap.MemoryType.__members__),
-    "Process": "acall attach call close has_ended map path pid query revoke share",
+    "Process": "acall attach call close has_ended map path pid query revoke serve session share",
+    "Service": "calls close has_ended names wait",
+    "Session": "acall call close name pid",
     "ShareableList": "count format index",
     "SharedMemory": "buf close name size unlink",
     "SharedMemoryManager": "ShareableList SharedMemory",

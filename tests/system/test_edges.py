@@ -214,12 +214,11 @@ def test_a_bug_of_ours_ends_nobody_but_its_caller(
     from realmap.kernel import services
     from realmap.wire import messages
 
+    def broken(*_: object) -> None:
+        raise AttributeError("a bug")
+
+    monkeypatch.setitem(services.SERVICES, messages.Query, broken)
     with realmap.Kernel() as kernel, realmap.connect(kernel.path) as me, realmap.connect(kernel.path) as other:
-
-        def broken(*_: object) -> None:
-            raise AttributeError("a bug")
-
-        monkeypatch.setitem(services.SERVICES, messages.Query, broken)
         with pytest.raises(SyscallFailed, match="a bug"):
             me.query(0x2000_0000_0000)
         with caplog.at_level(logging.ERROR, "realmap"):

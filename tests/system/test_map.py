@@ -34,6 +34,7 @@ from realmap import (
     _core,
 )
 from realmap.memory import USER_LAND
+from realmap.wire import messages
 
 CARRIERS = ("ring", "socket")
 
@@ -213,7 +214,7 @@ def test_addresses_are_not_used_again_at_once(me: Process) -> None:
     """Those that are not recycled: what is kept of them faults."""
     seen = []
     for _ in range(5):
-        with me.map(17 * PAGE) as buffer:
+        with me.map(messages.RECYCLED + PAGE) as buffer:
             seen.append(buffer.address)
     assert len(set(seen)) == 5
 

@@ -37,9 +37,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[KernelHandle]:
     inside = {"loop": placed.HANDLERS, "workers": placed.ON_WORKERS}.get(where, [])
     with realmap.boot(syscalls=inside) as handle:
         servers = [handle.spawn(placed.serve) for _ in range(SERVERS[where])]
-        with handle.connect() as me:
-            wait_until(lambda: len(placed.servers_of(me, "nop", len(servers))) == len(servers), "their service")
-        handle.stats()
+        wait_until(lambda: handle.stats()["seats"] == len(servers), "their service")
         handle.itself = where == "itself"  # type: ignore[attr-defined]
         yield handle
         for server in servers:

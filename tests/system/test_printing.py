@@ -60,6 +60,10 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
         seen.update(Call=call, UserBuffer=data, CrossProcessMapping=mirror, UserspacePtr=data.access())
         seen.update(Mapping=mirror.mapping, SharedFrames=mirror.mapping.frames)
 
+    @realmap.syscall
+    def look_from_elsewhere(call: Call, data: UserBuffer) -> None:
+        seen["LentMapping"] = data.mirror()
+
     here = Kernel(syscalls=[look]).start()
     user = realmap.connect(here.path)
     looked_at = user.map(PAGE)
@@ -67,6 +71,9 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
     kernel = realmap.boot(syscalls=syscalls.ALL)
     me = kernel.connect()
     buffer = me.map(PAGE)
+    service = me.serve(look_from_elsewhere)
+    me.call("look_from_elsewhere", buffer)
+    stranger = realmap.ForeignProcess(os.getpid())
     things: dict[str, Any] = {
         **seen,
         "Kernel": here,
@@ -78,6 +85,10 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
         "MemoryInfo": me.query(buffer.address),
         "SpawnedProcess": kernel.spawn(syscalls.nop),
         "Limits": realmap.Limits(),
+        "Service": service,
+        "Session": me.session("look_from_elsewhere"),
+        "ForeignProcess": stranger,
+        "ForeignMapping": stranger.mappings()[0],
         "SharedMemory": SharedMemory(create=True, size=100),
         "ShareableList": ShareableList([1, "two"]),
         "Control": Control(kernel.path),
@@ -85,6 +96,7 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
         "AddressState": here.memory.mapping_state(here.memory.start),
         "FrameAllocator": FrameAllocator(),
         "KernelMemory": KernelMemory(),
+        "LentLand": memory.LentLand(),
         "OwnedFrames": memory.OwnedFrames(PAGE),
         "ProcessMemory": ProcessMemory(),
     }
@@ -129,6 +141,7 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
     with kernels_that_do_not_answer(monkeypatch, *pids):
         unmapped = told(things)
         assert unmapped["Buffer"] != alive["Buffer"]
+    service.close()
     for each in (me, user):
         each.close()
     kernel.shutdown()

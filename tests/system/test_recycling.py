@@ -18,7 +18,7 @@ import msgspec
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, wait_until
-from parked import inode, park, parked, stock
+from parked import inode, park, parked, segment_of, stock
 
 import realmap
 from realmap import (
@@ -33,21 +33,37 @@ from realmap.user.windows import open_segment
 from realmap.wire import messages
 
 
-@pytest.mark.parametrize("length", [1, PAGE, 3333, 5 * PAGE + 1, 16 * PAGE])
-def test_it_comes_back_with_its_segment_and_zeroed(me: Process, kernel: KernelHandle, length: int) -> None:
-    buffer = me.map(length)
+@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("length", [1, PAGE, 3333, 5 * PAGE + 1, messages.RECYCLED])
+def test_it_comes_back_with_its_segment_and_zeroed(
+    me: Process, kernel: KernelHandle, length: int, commit: bool
+) -> None:
+    buffer = me.map(length, commit=commit)
     address, segment = buffer.address, inode(buffer.address)
     buffer[:] = b"\xff" * length
     buffer.unmap()
     span = -(-length // PAGE) * PAGE
     assert (parked(), stock(kernel)) == ([address], (1, span))
     assert (kernel.stats()["segments"], kernel.stats()["bytes"]) == (0, 0)
-    again = me.map(length)
+    again = me.map(length, commit=commit)
     assert (again.address, inode(address), len(again)) == (address, segment, length)
     assert bytes(again) == bytes(length)
     assert (parked(), stock(kernel)) == ([], (0, 0))
     again[length - 1] = 7
     assert me.call("peek", again, 1, length - 1) == b"\x07"
+
+
+def test_what_was_not_committed_takes_no_space_while_it_is_parked(me: Process, kernel: KernelHandle) -> None:
+    length = 100 * PAGE
+    for touched in (length, PAGE, 0):
+        buffer = me.map(length, commit=False)
+        buffer[:touched] = b"\xff" * touched
+        with segment_of(kernel, buffer.address) as fd:
+            assert os.fstat(fd).st_blocks * 512 == touched
+            buffer.unmap()
+            assert (os.fstat(fd).st_blocks, parked()) == (0, [buffer.address])
+    assert stock(kernel) == (1, length)
+    assert kernel.audit()
 
 
 def test_what_is_behind_the_length_is_zeroed_too(me: Process) -> None:
@@ -247,11 +263,10 @@ def test_frames_that_others_may_have_are_not_kept(me: Process, kernel: KernelHan
 def test_special_ones_are_not_kept(me: Process, kernel: KernelHandle) -> None:
     name = f"recycling.{os.getpid()}"
     kinds: list[dict[str, Any]] = [
-        {"length": 16 * PAGE + 1},
+        {"length": messages.RECYCLED + 1},
         {"length": 2 * PAGE, "fragment": PAGE},
         {"length": PAGE, "fragment": PAGE},
         {"length": PAGE, "name": name},
-        {"length": PAGE, "commit": False},
         {"length": PAGE, "rights": realmap.u_r},
         {"length": PAGE, "type": MemoryType.NORMAL},
         {"length": PAGE, "huge": True},

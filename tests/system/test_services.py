@@ -17,7 +17,7 @@ from conftest import BOUND, PAGE, wait_until
 import realmap
 from realmap import Call, KernelDied, KernelError, KernelHandle, LimitReached, Process, ServerDied, UserBuffer
 from realmap.host import forks, procfs
-from realmap.memory.lands import LENT_LAND
+from realmap.memory import LENT_LAND, CrossProcessMapping
 
 CARRIERS = ("ring", "socket")
 
@@ -388,6 +388,27 @@ def test_kept_windows_are_used_again(me: Process) -> None:
     with me.serve(look, lazy_unmap=1 << 20):
         assert [me.call("look", buffer) for _ in range(3)] == [7] * 3
         assert len(set(seen)) == 1 and seen[0] in range(LENT_LAND.start, LENT_LAND.end)
+    buffer.unmap()
+
+
+@pytest.mark.parametrize("kind", ["short", "blocking", "task"])
+def test_what_a_handler_wrote_is_there_with_the_answer_though_its_mirror_lives(me: Process, kind: str) -> None:
+    kept: list[CrossProcessMapping] = []
+
+    def write(call: Call, data: UserBuffer) -> None:
+        kept.append(data.mirror())
+        kept[-1][0:2] = kept[-1][-2:] = b"hi"
+
+    async def write_later(call: Call, data: UserBuffer) -> None:
+        await asyncio.sleep(0)
+        write(call, data)
+
+    handler = write_later if kind == "task" else write
+    buffer = me.map(3 * PAGE)
+    with me.serve(realmap.syscall(name="write", blocking=kind == "blocking")(handler)):
+        me.call("write", buffer.slice(100, 2 * PAGE))
+        assert (buffer[100:102], buffer[2 * PAGE + 98 : 2 * PAGE + 100]) == (b"hi", b"hi")
+        kept.pop().drop()
     buffer.unmap()
 
 

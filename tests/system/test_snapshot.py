@@ -62,7 +62,7 @@ def test_limits_are_told_as_they_are_in_force(limited: KernelHandle) -> None:
         "orphans": 4096,
         "inheritances": 256,
         "reserve": 32,
-        "stock": 1 << 20,
+        "stock": 2 << 20,
         "seats": 64,
         "sessions": 256,
         "grants": 4096,

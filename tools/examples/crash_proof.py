@@ -18,7 +18,7 @@ import realmap
 from realmap.sync import Condition, Counter
 
 #: How many numbers were made, how many taken, and the sum of those that were taken.
-STATE = struct.Struct("3q")
+STATE = "3q"
 PLACES = 8
 
 
@@ -37,11 +37,11 @@ class Line:
 
     def state(self) -> tuple[int, ...]:
         """made, taken, sum."""
-        return STATE.unpack_from(self.page, 128 + 64 * (self.holds.value % 2))
+        return struct.unpack_from(STATE, self.page, 128 + 64 * (self.holds.value % 2))
 
     def change(self, *state: int) -> None:
         """In one step; and tells all who wait."""
-        STATE.pack_into(self.page, 128 + 64 * ((self.holds.value + 1) % 2), *state)
+        struct.pack_into(STATE, self.page, 128 + 64 * ((self.holds.value + 1) % 2), *state)
         self.holds.add(1)
         self.changed.notify_all()
 

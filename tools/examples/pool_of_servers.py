@@ -57,7 +57,7 @@ def main(seconds: float = 5, servers: int = 3, callers: int = 4) -> None:
         at_work = [kernel.spawn(caller, seconds, seed) for seed in range(callers)]
         killed = 0
         while any(each.exitcode is None for each in at_work):
-            time.sleep(0.2)
+            time.sleep(0.5)
             victim = pool.pop(0)
             os.kill(victim.pid, signal.SIGKILL)
             killed += 1

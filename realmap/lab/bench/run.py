@@ -18,7 +18,7 @@ from realmap.system import KernelHandle, boot
 from realmap.user.process import Process
 from realmap.wire.messages import VERSION
 
-GROUPS = ("access", "call", "many", "make", "attach", "touch", "handover", "scale")
+GROUPS = ("access", "call", "many", "make", "attach", "touch", "handover", "scale", "serve", "sync")
 QUICK = Plan(rounds=9, batch_ns=2_000_000, race_seconds=0.35)
 FULL = Plan(rounds=25, batch_ns=8_000_000, race_seconds=5.0)
 #: Of dropped mirrors, what the kernel with kept windows keeps. Bytes.

@@ -56,7 +56,7 @@ class Cluster:
         except BaseException:
             self._client.close()
             raise
-        self._present = self._workers()
+        self._present = set(self._addresses)
         self._client.subscribe_topic(self._campaign, self._hear)
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -94,14 +94,10 @@ class Cluster:
             self.notes.append(f"its clock is {abs(ahead):.0f} s {side} ours" if abs(ahead) > OFF else "")
         return list(hosts.values())
 
-    def _workers(self) -> dict[str, str]:
-        """{address: its name of this life}"""
-        return {address: facts["id"] for address, facts in self._client.scheduler_info()["workers"].items()}
-
     def _watch(self) -> None:
         while not self._closed.wait(LOOK):
             with suppress(OSError, RuntimeError):  # the scheduler has gone: a future says so, or silence
-                self._present = self._workers()
+                self._present = set(self._client.nthreads())
 
     def _hear(self, event: tuple[float, Any]) -> None:
         host, line = event[1]
@@ -111,7 +107,6 @@ class Cluster:
     def run(self, host: int, arguments: list[str], tell: Callable[[str], None]) -> work.Outcome:
         """One run there. work.Lost: its end will not be heard of."""
         worker = self._addresses[host]
-        life = self._present.get(worker)
         self._tell[host], self._heard[host] = tell, time.monotonic()
         future = self._client.submit(
             _there, self._campaign, host, arguments, workers=[worker], allow_other_workers=False, pure=False
@@ -119,7 +114,7 @@ class Cluster:
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
         while not done.wait(LOOK):
-            if life is None or self._present.get(worker) != life:
+            if worker not in self._present:
                 raise work.Lost("its worker has left the scheduler")
             if time.monotonic() - self._heard[host] > self._patience:
                 raise work.Lost(f"nothing was heard of it for {self._patience:g} s")

@@ -16,7 +16,7 @@ from realmap.lab.campaign.report import FAILED, FORM, LOST, OK, Host, Report, me
 from realmap.lab.campaign.work import Lost, Outcome
 from realmap.wire.messages import VERSION
 
-#: Between two requests to end. Seconds.
+#: Between two looks at what has happened. Seconds.
 SOON = 0.5
 
 
@@ -54,13 +54,14 @@ class Campaign:
         with ThreadPoolExecutor(len(self._where.hosts)) as pool:
             running = [pool.submit(self._host, host) for host in range(len(self._where.hosts))]
             try:
-                hosts = [each.result() for each in running]
+                while wait(running, SOON).not_done:  # a Ctrl-C that another thread took is seen when this one wakes up
+                    pass
             except KeyboardInterrupt:
                 self._stopped = True
                 self._where.stop()
                 while wait(running, SOON).not_done:  # one may have begun just now
                     self._where.stop()
-                hosts = [each.result() for each in running]
+            hosts = [each.result() for each in running]
         kinds = merged(hosts) if self._plan.command == "stress" else {}
         ok = all(host.state == OK for host in hosts)
         return Report(FORM, VERSION, self._plan, ok, time.monotonic() - self._began, hosts, kinds)

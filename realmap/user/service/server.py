@@ -21,7 +21,7 @@ import msgspec
 from realmap._core import look_over
 from realmap.errors import KernelError, LimitReached, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
 from realmap.host import forks
-from realmap.memory.kernel_memory import KernelMemory
+from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
 from realmap.serving.lines import Lines
 from realmap.serving.logs import log
@@ -56,7 +56,7 @@ _decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
 class Server(Lines[Session]):
     """Only on the thread that has its loop, but for `start`, `end_soon` and what the loop is for."""
 
-    def __init__(self, seat: Seat, handlers: dict[str, Syscall], land: KernelMemory, threads: int, queue: int) -> None:
+    def __init__(self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int) -> None:
         self._page = Page()  # a loop writes there; nobody looks
         super().__init__(Loop(self._page))
         self.loop = self._loop
@@ -347,6 +347,8 @@ class Server(Lines[Session]):
         if nested:
             nesting.seats.set(self._mine)
         words[BUSY] = len(self._beside)
+        if buffers:
+            answer = self._settled(request.id, answer, buffers)
         if words[TRACED]:
             self._note(work, began, answer)
         if answer[1] != DONE:
@@ -410,10 +412,20 @@ class Server(Lines[Session]):
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""
         work, since = self._beside.pop(call)
+        answer = self._settled(work.request.id, answer, work.buffers)
         if self._seat.words[TRACED]:
             self._note(work, int(since * 1e9), answer)
         self._answer(work, answer)
         self._next()
+
+    def _settled(self, id: int, answer: bytes, buffers: Sequence[UserBuffer]) -> bytes:
+        """The answer to a request, now that all which its handler changed is the caller's; or why it is not."""
+        try:
+            self._land.settle(buffers)
+        except KernelError as error:
+            if not has_failed(answer):
+                return failed(id, error)
+        return answer
 
     def _answer(self, work: Work, answer: bytes) -> None:
         if has_failed(answer):

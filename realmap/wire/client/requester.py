@@ -93,15 +93,14 @@ class Requester(ABC):
         SyscallTimeout: no answer (to the syscall `name`) within `timeout` seconds. PhysicalMemoryExhaustion: Linux has
         no memory to send it. As `check`: there will be none. Else the error that is the answer.
         """
-        unwanted = None if late is None else partial(self.give_back, late)
+        unwanted = None if late is None else partial(self._give_back, late)
         answer = self.endpoint.request(message.id, self.encode(message), timeout, holds, unwanted)
         if answer.outcome == TIMED_OUT:
             assert not isinstance(timeout, Patience)  # which raises
             raise self.unanswered(name, timeout)
         return self.value(answer), answer
 
-    def give_back(self, late: Late, data: bytes) -> object:
-        """What is made of an answer that nobody took."""
+    def _give_back(self, late: Late, data: bytes) -> object:
         return late(_decode(data).value)
 
     def value(self, answer: Answer) -> Any:

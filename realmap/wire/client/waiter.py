@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from realmap._core import ON_ITS_WAY, Answer, Bell
 
 if TYPE_CHECKING:
-    from realmap.wire.client.requester import Late, Requester
+    from realmap.wire.client.requester import Requester
 
 
 #: When it is tried again where Linux had no memory or no descriptor, in seconds.
@@ -49,17 +48,16 @@ class Waiter:
         return waiter
 
     async def request(
-        self, message: Any, *, timeout: float | None, name: str, holds: object = None, late: Late | None = None
+        self, message: Any, *, timeout: float | None, name: str, holds: object = None
     ) -> tuple[Any, Answer]:
-        """As `Requester.request`."""
+        """As `Requester.request`, where nothing has to be given back."""
         client = self._client
         data = client.encode(message)
         client.check(unread=True)
-        unwanted = None if late is None else partial(client.give_back, late)
         future = self._loop.create_future()
         task, timer = asyncio.current_task(), None
         cancelled = task.cancelling() if task is not None else 0
-        answer = client.endpoint.start(message.id, data, holds, unwanted, self._bell)
+        answer = client.endpoint.start(message.id, data, holds, self._bell)
         self._waiting[answer] = future
         try:
             if timeout is not None:

@@ -81,14 +81,23 @@ def asks(kind: type, *, sent: bool) -> None:
     dies(Requester, "request", of=of)
 
 
+_strike: list[Callable[[str, Call], None]] = []
+
+
 def strikes(place: str, whom: Callable[[Call], int]) -> None:
     """The handler kills somebody, there."""
-    global at
-    at = lambda here, call: os.kill(whom(call), signal.SIGKILL) if here == place else None  # noqa: E731
+
+    def strike(here: str, call: Call) -> None:
+        if here == place:
+            os.kill(whom(call), signal.SIGKILL)
+
+    _strike.append(strike)
 
 
 def at(place: str, call: Call) -> None:
-    """Where the handler is: nothing, but for points."""
+    """Where the handler is."""
+    for strike in _strike:
+        strike(place, call)
 
 
 def _own(call: Call) -> int:
@@ -378,7 +387,7 @@ class Services:
         parts.append(calling)
         if serving.hear() != "holds" or calling.hear() != "ready":
             return ["nobody waits there"]
-        if point.ends == "caller":  # with a session of its own
+        if point.ends:  # it has a session of its own
             calling.say("go on")
             calling.hear()
         _begun[0] = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -191,6 +192,19 @@ def test_a_name_given_to_another_meanwhile_is_the_others(name: str, monkeypatch:
     assert outcome(file) == IN_USE
     assert is_there(others[0])
     assert os.stat(f"{SHM}/{name}").st_nlink == 1
+
+
+def test_without_an_inode_for_a_second_name_the_first_is_put_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full /dev/shm."""
+    file = make(name)
+
+    def link(*names: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(reclaim.os, "link", link)
+    monkeypatch.setattr(reclaim._Taken, "is_free", False)
+    assert outcome(file) == IN_USE
+    assert is_there(file)
 
 
 def test_interrupted_it_puts_back_what_it_has_not_unlinked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from conftest import BOUND, PAGE, SUPPORT, scaled
@@ -316,6 +317,15 @@ print(mount.used == mount.size == found.resident == 1 << 20)
 def test_no_limit_and_no_file_system_to_be_asked() -> None:
     code = "from realmap.host.shared_segments import look; print(look().mounts[0].used)"
     assert private("-c", code, mount="mount -t tmpfs -o size=0 tmpfs /dev/shm") == "None\n"
+
+
+def test_a_directory_on_a_disk(tmp_path: Path) -> None:
+    """Some containers have no more: what else the disk holds is not to be explained."""
+    (tmp_path / "here").write_bytes(b"x")
+    code = "from realmap.host.shared_segments import look; m = look(); print(m.mounts[0].used, m.segments[0].names)"
+    if subprocess.run(["stat", "-fc", "%T", tmp_path], capture_output=True, text=True).stdout == "tmpfs\n":
+        pytest.skip("the tests' directory is in memory")
+    assert private("-c", code, mount=f"mount --bind {tmp_path} /dev/shm") == "None ['here']\n"
 
 
 def test_no_proc() -> None:

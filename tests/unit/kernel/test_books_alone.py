@@ -121,16 +121,12 @@ def published(name: str, length: int = PAGE, keep: float = 0.0) -> messages.Publ
 
 
 def test_memory_and_its_name_come_together(books: Books) -> None:
-    ended: list[str] = []
-    books.handles.name_ended = lambda: ended.append("a name")
     one, two = books.admit(1, 0), books.admit(2, 0)
     address, length, *_ = ask(books, one, published("both", 100))
     assert (length, ask(books, one, messages.Query(1, address)).refcount) == (PAGE, 2)
     found = ask(books, two, messages.Attach(1, messages.NAMED + "both", 0, None, None))
     assert (found[6], found[7]) == (100, u_rw)
-    assert not ended
     ask(books, two, messages.Revoke(1, messages.NAMED + "both"))
-    assert ended == ["a name"]
     assert ask(books, one, published("both"))
 
 

@@ -50,7 +50,7 @@ def segment(name: str, kind: str = POSIX, age: float = 10.0, inode: int = 1, **m
 
 
 def machine(*segments: Segment, used: int | None = None, other: int = 0, unseen: int = 0) -> Machine:
-    mount = Mount("/dev/shm", "/dev/shm", DEVICE, 1 << 20, used, other)
+    mount = Mount("/dev/shm", "/dev/shm", DEVICE, size=1 << 20, used=used, other=other)
     return Machine(NOW, [mount], list(segments), 3, unseen)
 
 

@@ -43,7 +43,7 @@ def ask(pair: Pair, number: int) -> Answer:
     """A request on its way."""
     bell = Bell(lambda: None, lambda _: None, lambda: False)
     data = msgspec.msgpack.encode(messages.Query(number, 1))
-    return pair.endpoint.start(number, data, None, None, bell)
+    return pair.endpoint.start(number, data, None, bell)
 
 
 def read_to_end(pair: Pair) -> None:
@@ -104,7 +104,7 @@ def test_a_part_of_a_message_was_not_read(pair: Pair) -> None:
     pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     data = msgspec.msgpack.encode(messages.Call(1, "long", bytes(900_000)))
     bell = Bell(lambda: None, lambda _: None, lambda: False)
-    answer = pair.endpoint.start(1, data, None, None, bell)
+    answer = pair.endpoint.start(1, data, None, bell)
     assert end_of(pair, answer) == [True]
 
 

@@ -19,7 +19,6 @@ from conftest import PAGE
 
 import realmap
 from realmap import Kernel, SyscallTimeout
-from realmap._core import watch_file, word_of
 from realmap.host import runtime
 from realmap.wire import status
 from realmap.wire.status import CALLER, LONGEST_NAME, PLACES, TURN, Page, Patience, Status, Work, label, look
@@ -44,42 +43,6 @@ def begin(page: Page, name: str, caller: int, ago: float) -> None:
     page.name(label(name))
     page.words[TURN] = time.monotonic_ns() - int(ago * 1e9)
     page.words[CALLER] = caller
-
-
-def test_whether_names_are_what_they_were(page: tuple[Page, int, str]) -> None:
-    made, _, path = page
-    names = status.Names(path)
-    before = names.edition
-    made.turn()
-    begin(made, "x" * LONGEST_NAME, 456, ago=12)
-    assert names.edition == before
-    made.end_name()
-    assert names.edition == before + 1
-    made.close()
-    assert names.edition == before + 1  # it stays readable, and no descriptor of it is open
-
-
-def test_a_file_that_can_be_cut_short_is_not_watched(tmp_path: Path) -> None:
-    cut = tmp_path / "cut"
-    cut.write_bytes(bytes(PAGE))
-    with pytest.raises(PermissionError):
-        watch_file(os.fsencode(cut))
-    with pytest.raises(FileNotFoundError):
-        watch_file(os.fsencode(tmp_path / "none"))
-    fd = os.memfd_create("short", os.MFD_ALLOW_SEALING)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    with pytest.raises(PermissionError):  # it has no page
-        watch_file(f"/proc/self/fd/{fd}".encode())
-    os.close(fd)
-
-
-def test_a_page_has_so_many_words(page: tuple[Page, int, str]) -> None:
-    watched = watch_file(f"/proc/self/fd/{page[1]}".encode())
-    assert word_of(watched, PAGE // 8 - 1) == 0
-    with pytest.raises(IndexError):
-        word_of(watched, PAGE // 8)
-    with pytest.raises(ValueError):
-        word_of(None, 0)
 
 
 def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:

@@ -19,7 +19,7 @@ from realmap.pages import HUGE_SIZE, PAGE_SIZE
 from realmap.user.windows import open_segment
 
 #: What Linux answers where pages are busy, gone, or not of the kind: nothing was done, and nothing is wrong.
-PASSING = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINVAL, errno.ESRCH, errno.EFAULT)
+PASSING = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINVAL, errno.EFAULT)
 
 
 SHM_HUGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -120,6 +120,8 @@ class PageOut(Antagonist):
                 return False
             entry = rng.choice(found)
             return paging.advise_process(pidfd, *within(entry.start, entry.end, rng, 256), advice) > 0
+        except ProcessLookupError:
+            return False
         except OSError as error:
             if error.errno not in PASSING:
                 raise

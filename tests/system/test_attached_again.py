@@ -1,4 +1,4 @@
-"""Blocks that were attached and closed, kept for their next use: when they are, and when not."""
+"""What was attached and closed, by name or by handle, is parked for its next use: when it is, and when not."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from collections.abc import Iterator
 import pytest
 from blocks import run
 from conftest import in_threads
+from parked import parked
 
 import realmap
 from realmap import ambient
+from realmap.memory.stock import PLACES
+from realmap.observe import Control, audit
 from realmap.pages import PAGE_SIZE as PAGE
-from realmap.shared_memory import SharedMemory, kept
+from realmap.shared_memory import SharedMemory
 from realmap.user import travel
+from realmap.wire.messages import RECYCLED
 
 SIZE = 3333
 
@@ -33,10 +37,18 @@ def messages() -> int:
 
 
 def mappings() -> int:
-    """How many this process has in the kernel's books."""
-    process = ambient.process()
-    process.query(realmap.memory.USER_LAND.start)  # what was only told before has been heard
-    return len(process._windows())
+    """How many mappings there are in the kernel's books, which agree with Linux."""
+    ambient.process().query(realmap.memory.USER_LAND.start)  # what was only told before has been heard
+    with Control(ambient.process().path) as control:
+        assert audit(control.snapshot)
+        return control.stats()["mappings"]
+
+
+def kept() -> int:
+    """How many windows the kernel keeps for this process."""
+    with Control(ambient.process().path) as control:
+        (process,) = [each for each in control.snapshot().processes if each.pid == os.getpid()]
+        return sum(each.frames is not None for each in process.stock)
 
 
 def attach(name: str, **options: bool) -> int:
@@ -54,14 +66,13 @@ def elsewhere(text: str, name: str) -> None:
     assert done.stderr == ""
 
 
-def test_making_one_is_a_question_and_so_is_its_end(tree: None) -> None:
+def test_one_with_a_name_of_its_own_is_a_question_and_so_is_its_end(tree: None) -> None:
     before = messages()
-    made = SharedMemory(create=True, size=SIZE)
+    made = SharedMemory(f"kept_{os.getpid()}", create=True, size=SIZE)
     assert messages() == before + 2
     made.close()
-    assert messages() == before + 3  # the kernel is told, and nobody waits
     made.unlink()
-    assert messages() == before + 5
+    assert messages() == before + 4  # that it was closed the kernel is told, and nobody waits
     assert mappings() == 0
 
 
@@ -73,6 +84,7 @@ def test_who_is_connected_does_not_look_for_the_root(block: SharedMemory, monkey
 
 def test_again_it_costs_no_message(block: SharedMemory) -> None:
     address = attach(block.name)
+    assert kept() == 1
     before = messages()
     assert [attach(block.name) for _ in range(5)] == [address] * 5
     assert messages() == before + 1
@@ -130,12 +142,12 @@ def test_a_name_that_another_process_has_ended_is_nobodys(tree: None, text: str)
     made = SharedMemory(create=True, size=SIZE)
     made.buf[:4] = b"here"
     attach(made.name)
-    before = mappings()
+    assert len(parked()) == 1
     elsewhere(text, made.name)
     with pytest.raises(FileNotFoundError):
         SharedMemory(made.name)
-    assert mappings() == before - 1
     made.close()
+    assert parked() == []
 
 
 def test_a_later_block_of_the_same_name_is_another(tree: None) -> None:
@@ -154,30 +166,31 @@ def test_whose_name_ended_before_it_was_closed_is_not_kept(tree: None) -> None:
     made = SharedMemory(create=True, size=SIZE)
     same = SharedMemory(made.name)
     elsewhere("SharedMemory(name).unlink()", made.name)
-    before = mappings()
     same.close()
-    assert mappings() == before - 1
+    assert mappings() == 1
     made.close()
+    assert kept() == 0
 
 
-def test_who_ends_a_name_keeps_nothing(tree: None) -> None:
+def test_the_end_of_a_name_ends_no_other(tree: None) -> None:
     one, two = SharedMemory(create=True, size=SIZE), SharedMemory(create=True, size=SIZE)
     one.buf[:4] = two.buf[:4] = b"here"
-    attach(one.name), attach(two.name)
-    assert mappings() == 4
+    address = attach(one.name)
+    attach(two.name)
+    assert kept() == 2
     two.close()
     two.unlink()
-    assert mappings() == 1
+    before = messages()
+    assert attach(one.name) == address
+    assert messages() == before + 1
     one.close()
     one.unlink()
 
 
-def test_a_large_one_is_not_kept_and_takes_nobodys_place(block: SharedMemory) -> None:
-    made = SharedMemory(create=True, size=kept.MOST + 1)
-    attach(block.name)
-    before = mappings()
+def test_a_large_one_is_not_kept(tree: None) -> None:
+    made = SharedMemory(create=True, size=RECYCLED + 1)
     SharedMemory(made.name).close()
-    assert mappings() == before
+    assert (mappings(), kept()) == (1, 0)
     made.close()
     made.unlink()
 
@@ -197,46 +210,39 @@ def test_many_threads(block: SharedMemory) -> None:
     assert mappings() == 1
 
 
-def test_no_more_than_so_many_bytes_and_blocks(tree: None) -> None:
-    size, count = kept.MOST // 4, kept.COUNT + 3
-    large = [SharedMemory(create=True, size=size) for _ in range(5)]
-    small = [SharedMemory(create=True, size=SIZE) for _ in range(count)]
-    before = mappings()
-    for made in large:
+def test_no_more_than_so_many(tree: None) -> None:
+    blocks = [SharedMemory(f"many_{os.getpid()}_{number}", create=True, size=SIZE) for number in range(PLACES + 3)]
+    for made in blocks:
         SharedMemory(made.name).close()
-    assert mappings() == before + 4
-    for made in small:
-        SharedMemory(made.name).close()
-    assert mappings() == before + kept.COUNT
-    for made in large + small:
+    assert mappings() == len(blocks)
+    assert kept() in (PLACES - 1, PLACES)  # where the last one took another's place, that is free from now on
+    for made in blocks:
         made.close()
         made.unlink()
-    assert mappings() == 0
+    assert (mappings(), kept()) == (0, 0)
 
 
 def test_none_is_kept_over_a_fork(block: SharedMemory) -> None:
     attach(block.name)
-    before = mappings()
     pid = os.fork()
     if not pid:
         code = 1
         try:
-            code = 0 if attach(block.name) and attach(block.name) else 2
+            code = 0 if not parked() and attach(block.name) and attach(block.name) else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert mappings() == before - 1
+    assert (parked(), kept()) == ([], 0)
     attach(block.name)
 
 
 def test_one_that_was_cut_short_is_not_kept(tree: None) -> None:
     made = SharedMemory(create=True, size=SIZE)
     same = SharedMemory(made.name)
-    before = mappings()
     os.ftruncate(same._fd, 0)
     assert same.buf[0] == 0
     same.close()
-    assert mappings() == before - 1
+    assert (mappings(), kept()) == (1, 0)
     made.close()
     made.unlink()
 
@@ -260,18 +266,6 @@ def test_a_killed_kernel_has_no_names() -> None:
     """
     done = run(text, "realmap")
     assert (done.stdout, done.stderr) == ("gone\n", "")
-
-
-def test_where_the_kernel_has_no_page_it_is_as_it_was(block: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(path: str) -> None:
-        raise PermissionError(path)
-
-    monkeypatch.setattr(kept, "Names", refused)
-    kept._keepers.clear()
-    before = mappings()
-    attach(block.name), attach(block.name)
-    assert mappings() == before
-    kept._keepers.clear()
 
 
 def test_a_connection_that_ends_takes_them_along(monkeypatch: pytest.MonkeyPatch) -> None:
