@@ -55,11 +55,12 @@ def run() -> Iterator[Callable[..., Kernel]]:
 
     yield make
     for kernel in made:
-        with contextlib.suppress(realmap.KernelDied):
+        try:
             wait_until(lambda kernel=kernel: not len(kernel.books.processes), "everybody's end")
-        assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
-        assert not list(kernel.books.ports)
-        kernel.stop()
+            assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
+            assert not list(kernel.books.ports)
+        finally:
+            kernel.stop()
 
 
 class Stage(contextlib.ExitStack):
