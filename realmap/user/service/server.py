@@ -168,8 +168,9 @@ class Server(Lines[Session]):
                 elif isinstance(news, Granted):
                     try:
                         session.enter(news, descriptors)
-                    except KernelError as error:  # its calls find nothing there, and say so
+                    except KernelError as error:  # its caller lends anew, by another session
                         log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
+                        self.drop(session)
                 elif isinstance(news, Revoked):
                     session.caller.memory.leave(news.serial)
                 else:
