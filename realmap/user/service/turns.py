@@ -1,4 +1,4 @@
-"""`Turns`: calls that wait for a thread, each in its session's own line; sessions have their turn, one call at a time."""
+"""`Turns`: calls that wait for a thread, each in the line of its session; the sessions take turns, one call each."""
 
 from __future__ import annotations
 
