@@ -22,7 +22,7 @@ from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_of, type_of, u_rw
 from realmap.user import shown
-from realmap.user.arguments import BEYOND, call_of
+from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
@@ -370,14 +370,15 @@ class Process:
     # ---- syscalls ---------------------------------------------------------------------------
 
     def call(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
-        """Calls the syscall `name` in the kernel, and returns what it returns.
+        """Calls the syscall `name` in the kernel, or in a process that serves it, and returns what it returns.
 
         Arguments are plain values (numbers, text, bytes, lists, dicts, None; numpy's numbers arrive as plain ones,
         tuples as lists) and buffers of this process, which travel as address and length; those by keyword arrive so.
-        `timeout` in seconds: a call given up, by a timeout or Ctrl-C, goes on in the kernel, and its buffers are held
+        `timeout` in seconds: a call given up, by a timeout or Ctrl-C, goes on there, and its buffers are held
         until its handler ends.
 
-        UnknownSyscall: the kernel has none of this name. WrongArguments (a TypeError): it does not take these.
+        UnknownSyscall: neither the kernel nor any process serves this name. ServerDied: its server ended meanwhile, and
+        no other took the call. WrongArguments (a TypeError): it does not take these.
         SyscallFailed: the handler raised (its type, text and traceback are in the error); a KernelError it raised
         comes as itself. SyscallTimeout: no answer in time. InvalidAddress: a buffer that is unmapped, or of another
         Process. MemoryFault: bytes of a buffer were gone when the handler, or this process, touched them. InvalidSize:
@@ -388,16 +389,13 @@ class Process:
         if client.lost_in_child:  # asked here: a property costs a call
             client = self._own_client
         request = call_of(self._client, name, args, timeout, kwargs)
+        if name in self._known:
+            return self._routes.call(request, timeout)
         try:
-            if name in self._known:
-                return self._routes.call(request, timeout)
-            try:
-                return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
-            except UnknownSyscall as error:
-                refusal = error.with_traceback(None)
-            return run(self._routes.steps(request, refusal), name, timeout)
-        except OverflowError:
-            raise TypeError(BEYOND) from None
+            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+        except UnknownSyscall as error:
+            refusal = error.with_traceback(None)
+        return run(self._routes.steps(request, refusal), name, timeout)
 
     async def acall(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """`call`, for asyncio: `await me.acall("sha256", buffer)`. Other tasks go on meanwhile, and may call as well.
@@ -409,16 +407,13 @@ class Process:
 
         client = self._own_client
         request, refusal = call_of(self._client, name, args, timeout, kwargs), None
-        try:
-            if name not in self._known:
-                try:
-                    waiter = Waiter.of(client)
-                    return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
-                except UnknownSyscall as error:
-                    refusal = error.with_traceback(None)
-            return await arun(self._routes.steps(request, refusal), name, timeout)
-        except OverflowError:
-            raise TypeError(BEYOND) from None
+        if name not in self._known:
+            try:
+                waiter = Waiter.of(client)
+                return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
+            except UnknownSyscall as error:
+                refusal = error.with_traceback(None)
+        return await arun(self._routes.steps(request, refusal), name, timeout)
 
     def session(self, name: str, *, timeout: float | None = None) -> Session:
         """One server of `name`, the least busy one, for all calls that are made by the `Session`.
