@@ -28,6 +28,8 @@ from realmap.wire.news import Served
 NAMES, LONGEST = 1024, 200
 #: Calls of a seat at a time, and that wait: a larger number is none that anybody means.
 MOST = 1 << 31
+#: What is counted of all servers of a name ends here, whatever they say.
+COUNTED = (1 << 63) - 1
 
 
 class Grant:
@@ -65,8 +67,8 @@ class Total:
 
     def add(self, calls: int, failed: int, counts: list[int]) -> None:
         """What one server says."""
-        self.calls += calls
-        self.failed += failed
+        self.calls = min(self.calls + calls, COUNTED)
+        self.failed = min(self.failed + failed, COUNTED)
         with contextlib.suppress(ValueError):  # more than can be counted
             self.durations.add(counts)
 

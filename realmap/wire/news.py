@@ -56,14 +56,14 @@ News = Opened | Granted | Revoked | Gone
 
 #: As they fit into a record.
 Word: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     """What a server tells the kernel of itself by that socket, where that has changed, a few times a second at most."""
 
     #: By name, since the seat began: calls, how many of them failed, and `Durations.counts`.
-    names: dict[str, tuple[int, int, list[int]]]
+    names: dict[str, tuple[Count, Count, list[int]]]
     #: Calls at work or waiting: [session, id, name, since when (seconds, monotonic) or None while it waits].
     running: list[tuple[int, int, str, float | None]]
     #: Windows of lent pages: [the caller's number (0: its call has ended), its address, length, where that is mapped in
@@ -78,7 +78,7 @@ class Worked(msgspec.Struct, array_like=True, frozen=True, tag=6):
 
     #: [the caller's number, id, name, when it came, when its handler began, when it ended (monotonic, ns), its error's
     #: code or 0].
-    calls: list[tuple[Word, int, str, Moment, Moment, Moment, Word]]
+    calls: list[tuple[Word, int, str, Count, Count, Count, Word]]
 
 
 #: What the kernel hears of a server.

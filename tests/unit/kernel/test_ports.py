@@ -311,6 +311,7 @@ def test_what_cannot_be_lent(stage: Stage) -> None:
         msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3]]}, [], []]),
         msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
         msgspec.msgpack.encode([5, {"name": [1, 0, [-5, 3, 1]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [-1, 0, [0]]}, [], []]),
         b"\x94\x05" + b"\x91" * 5000,
     ],
     ids=str,
@@ -330,6 +331,14 @@ def test_what_a_server_tells_is_in_the_books(stage: Stage) -> None:
     stage.server.tell(told)
     (seat,) = stage.kernel.books.ports
     wait_until(lambda: seat.served == told)
+
+
+def test_servers_that_count_too_high_leave_the_snapshot_as_it_is(stage: Stage) -> None:
+    with RawServer(stage.host, "name") as second, RawServer(stage.host, "name") as third:
+        for each in (stage.server, second, third):
+            each.tell(Served({"name": (2**62 - 1, 2**62 - 1, [0])}, [], []))
+        with Control(stage.kernel.path) as control:
+            wait_until(lambda: {each.name: each.count for each in control.snapshot().calls}["name"] == 2**63 - 1)
 
 
 def test_limits(run: Callable[..., Kernel]) -> None:
@@ -420,7 +429,7 @@ def test_whatever_ends_a_server_ends_its_callers_sessions(stage: Stage, end: Cal
     inherited = [os.dup(stage.line.fileno()), os.dup(stage.server.sock.fileno())] if end is end_of_server else []
     end(stage)
     wait_until(lambda: stage.session.has_ended)
-    assert not stage.kernel.books.peers.totals()["grants"]
+    wait_until(lambda: not stage.kernel.books.peers.totals()["grants"])
     with pytest.raises(ServerDied):
         stage.session.lend(stage.address)
     assert stage.caller.ask(messages.Unmap, stage.address, 3 * PAGE) == (None, [])
@@ -437,7 +446,7 @@ def test_whatever_ends_a_caller_is_told_to_its_server(stage: Stage, end: Callabl
     poll = select.poll()
     poll.register(stage.line, 0)
     assert poll.poll(0), "the line is shut"
-    assert not stage.kernel.books.peers.totals()["grants"]
+    wait_until(lambda: not stage.kernel.books.peers.totals()["grants"])
     with RawClient(stage.kernel.path) as other, RawSession(other, "name"):  # it serves on
         assert isinstance(stage.hear(), Opened)
     channel.close_all(inherited)
