@@ -105,6 +105,11 @@ class Session(Line):
             kind, rights = type_of(granted.kind), rights_of(granted.rights)
             self.caller.memory.enter(granted.address, granted.length, kind, rights, pieces, fds, granted.serial)
 
+    def leave(self, serial: int) -> None:
+        """What its caller has unmapped, maybe before all of it had come."""
+        channel.close_all(self._coming.pop(serial, ([], []))[1])
+        self.caller.memory.leave(serial)
+
     def shut(self) -> None:
         """The caller sees the end of it, even where somebody else has an end of its socket as well."""
         try:
