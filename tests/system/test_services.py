@@ -6,11 +6,13 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ import realmap
 from realmap import Call, KernelDied, KernelError, KernelHandle, LimitReached, Process, ServerDied, UserBuffer
 from realmap.host import forks, procfs
 from realmap.memory import LENT_LAND, CrossProcessMapping
+from realmap.observe import Control
 
 CARRIERS = ("ring", "socket")
 
@@ -369,6 +372,53 @@ def test_a_queue_of_none(me: Process, pool: ThreadPoolExecutor, gate: Gate) -> N
             me.call("gate")
         gate.open()
         assert calls[0].result(BOUND) == "through"
+
+
+def test_a_service_has_more_to_tell_than_a_message_holds(kernel: KernelHandle, me: Process, gate: Gate) -> None:
+    names = [f"{number:03}" * 66 for number in range(280)]
+    handlers = [realmap.syscall(name=name, blocking=True)(lambda call: gate.handler(call)) for name in names]
+
+    async def ask() -> list[str]:
+        with me.session(names[0]) as session:
+            return await asyncio.gather(*(session.acall(name) for name in names[:100]))
+
+    def told() -> list[tuple[int, bool]]:
+        return [(seat.busy, seat.waiting > 9) for seat in control.snapshot().seats]
+
+    with me.serve(*handlers, queue=100), ThreadPoolExecutor(1) as pool, Control(kernel.path) as control:
+        asked = pool.submit(asyncio.run, ask())
+        wait_until(lambda: told() == [(1, True)])
+        gate.open()
+        assert asked.result(BOUND) == ["through"] * 100
+
+
+def test_descriptors_run_out_while_a_service_is_made(me: Process) -> None:
+    limits, open_now = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    held: list[int] = []
+    outcomes: list[bool] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 50, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        for left in range(12):
+            before = len(held)
+            try:
+                me.serve(square).close()
+                outcomes.append(True)
+            except realmap.PhysicalMemoryExhaustion:
+                outcomes.append(False)
+            with suppress(OSError):
+                while True:  # as many are free as before
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+            assert len(held) == before + left
+            for _ in range(left + 1):
+                os.close(held.pop())
+    finally:
+        while held:
+            os.close(held.pop())
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not outcomes[0] and outcomes[-1]
 
 
 # ---- its end ----------------------------------------------------------------------------------------

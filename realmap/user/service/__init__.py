@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from realmap.errors import KernelDied, KernelError, PhysicalMemoryExhaustion
+from realmap.errors import KernelDied, PhysicalMemoryExhaustion
 from realmap.host.signals import Flag
 from realmap.host.translate import shortage
 from realmap.memory.lands import LENT_LAND
@@ -58,7 +59,9 @@ class Service:
         request = messages.Serve(client.next_id(), list(self._handlers), count, waiting)
         number, answer = client.request(request, name="serve")
         try:
-            seat = Seat(number, *(os.dup(descriptor) for descriptor in answer.descriptors))
+            if len(answer.descriptors) < 2:  # Linux delivers what it has room for, and cuts off the rest
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            seat = Seat(number, *answer.descriptors)
             self._server = Server(seat, self._handlers, land, count, waiting)
             self._server.ended = self._ended.set
             try:
@@ -66,10 +69,8 @@ class Service:
             except BaseException:
                 seat.close()
                 raise
-        except (OSError, TypeError) as error:  # a descriptor that had no room here did not come
-            if isinstance(error, KernelError):
-                raise
-            raise shortage(error if isinstance(error, OSError) else OSError(24, str(error)), "cannot serve") from None
+        except OSError as error:
+            raise shortage(error, "cannot serve") from None
         except RuntimeError as error:
             raise PhysicalMemoryExhaustion(why=f"no thread for a service: {error}") from None
         answer.take()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 
@@ -27,18 +28,12 @@ class Seat:
     """This process's end. `number`: as the kernel counts seats."""
 
     def __init__(self, number: int, sock: int, page: int) -> None:
-        """Both descriptors are its own from here on, and closed where this fails. OSError: no memory."""
+        """Both descriptors stay the caller's. OSError: no descriptor, or no memory."""
         self.number = number
-        self.sock = socket.socket(fileno=sock)
-        try:
-            self._page = SeatPage(page, writable=True)
-        except BaseException:
-            files.shut(self.sock)
-            raise
-        finally:
-            files.close(page)
+        self._page = SeatPage(page, writable=True)
+        self.sock = socket.socket(fileno=os.dup(sock))
         self.sock.setblocking(False)
-        #: Those of the page: how many calls are at work, and wait, for those who choose a server. Nobody's after `close`.
+        #: Of the page: how many calls are at work, and wait, for those who choose a server. Nobody's after `close`.
         self.words: memoryview | list[int] = self._page.words
         #: How many of its grants were heard of.
         self._heard = 0
@@ -83,10 +78,14 @@ class Seat:
             channel.close_all(descriptors)
         return data
 
-    def tell(self, message: Told) -> None:
-        """Says it, where the kernel has room for it now."""
+    def tell(self, message: Told) -> bool:
+        """Says it, where the kernel has room for it now. False: it is longer than the kernel takes."""
+        data = _encode(message)
+        if len(data) > channel.CHUNK:
+            return False
         with contextlib.suppress(OSError):
-            channel.send_one(self.sock, _encode(message))
+            channel.send_one(self.sock, data)
+        return True
 
     def leave(self) -> None:
         """No new sessions come from here on; those that there are go on until `close`."""

@@ -33,6 +33,7 @@ from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
+from realmap.user.service.told import MOST as MOST_TOLD
 from realmap.user.service.told import served
 from realmap.user.service.turns import Turns
 from realmap.wire import channel, messages
@@ -171,7 +172,7 @@ class Server(Lines[Session]):
                         log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
                         self.drop(session)
                 elif isinstance(news, Revoked):
-                    session.caller.memory.leave(news.serial)
+                    session.leave(news.serial)
                 else:
                     self.drop(session)
         except EOFError:
@@ -449,6 +450,10 @@ class Server(Lines[Session]):
 
     def _tell(self) -> None:
         self._is_told = True
-        self._seat.tell(served(self._handlers, self._beside.values(), self._turns, self._land))
+        most = MOST_TOLD
+        while (
+            not self._seat.tell(served(self._handlers, self._beside.values(), self._turns, self._land, most)) and most
+        ):
+            most //= 2
         if self._beside or self._turns:
             self._tell_soon()

@@ -11,7 +11,7 @@ from realmap.serving.user_buffer import UserBuffer
 from realmap.user.service.session import Work
 from realmap.wire.news import Served
 
-#: Calls, and windows, that are told of at most: a message has an end.
+#: So many calls, windows, and names with their durations are told of at most; fewer where a message has no room.
 MOST = 500
 
 
@@ -20,16 +20,22 @@ def served(
     beside: Iterable[tuple[Work, float]],
     waiting: Iterable[Work],
     land: KernelMemory,
+    most: int = MOST,
 ) -> Served:
-    """As it is now. `beside`: calls at work, and since when; `waiting`: those that wait."""
+    """As it is now. `beside`: calls at work, and since when; `waiting`: those that wait.
+
+    `most`: so many calls and windows are told of, and of so many names how long their calls took.
+    """
     running: list[tuple[int, int, str, float | None]] = [
         (work.session.number, work.request.id, work.syscall.name, since) for work, since in beside
     ]
     running += [(work.session.number, work.request.id, work.syscall.name, None) for work in waiting]
     names = {name: (each.calls, each.failed, each.durations.counts()) for name, each in handlers.items()}
+    for name in list(names)[most:]:
+        names[name] = (*names[name][:2], [0])
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
     kept = [(window.base, window.span) for window in land.kept.windows()] if land.kept is not None else []
-    return Served(names, running[:MOST], lent[:MOST], kept[:MOST])
+    return Served(names, running[:most], lent[:most], kept[:most])
 
 
 def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:
