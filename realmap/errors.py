@@ -168,7 +168,7 @@ class SyscallFailed(KernelError):
 
     def _text(self) -> str:
         head = f"syscall {self.name!r} failed: {self.type}: {self.text}"
-        return f"{head}\n\nIn the kernel, process {self.pid}:\n{self.traceback}" if self.traceback else head
+        return f"{head}\n\nIn process {self.pid}:\n{self.traceback}" if self.traceback else head
 
 
 class SyscallTimeout(KernelError, TimeoutError):

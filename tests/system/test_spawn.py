@@ -418,7 +418,7 @@ with realmap.boot(syscalls=[from_file]) as kernel, kernel.connect() as me:
         except realmap.SyscallFailed as error:
             print(error)
             assert error.pid == kernel.pid
-            assert f"In the kernel, process {kernel.pid}:" in str(error)
+            assert f"In process {kernel.pid}:" in str(error)
 """
     )
     said = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=BOUND)
