@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 
-#: Their seats, in order; none outside of a service's handlers.
-seats: ContextVar[tuple[int, ...]] = ContextVar("realmap.seats", default=())
+#: Their seats, in order; none outside of a service's handlers, nor in what an `async` one has left behind.
+seats: ContextVar[Sequence[int]] = ContextVar("realmap.seats", default=())

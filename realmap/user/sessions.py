@@ -302,7 +302,9 @@ class Routes:
 def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
     """Of a call to one server: what it brings is lent first."""
     if seats := nesting.seats.get():
-        request = messages.NestedCall(request.id, request.name, request.args, request.timeout, request.names, seats)
+        request = messages.NestedCall(
+            request.id, request.name, request.args, request.timeout, request.names, tuple(seats)
+        )
     for buffer in buffers_in(request.args):
         require_own(process, buffer)
         for window in buffer._windows:

@@ -275,6 +275,31 @@ def test_no_event_loop_can_be_had(me: Process, monkeypatch: pytest.MonkeyPatch) 
         assert me.call("later") == "there"
 
 
+def test_what_an_async_handler_leaves_behind_may_call_it(me: Process) -> None:
+    left: list[asyncio.Task[Any]] = []
+
+    async def again(call: Call, number: int) -> str:
+        async def later() -> Any:
+            await ended.wait()
+            return await me.acall("again", number - 1)
+
+        if number:
+            ended = asyncio.Event()
+            left.append(asyncio.create_task(later()))
+            asyncio.get_running_loop().call_later(0.01, lambda: asyncio.create_task(wait_until_free(ended)))
+        return "done"
+
+    async def wait_until_free(ended: asyncio.Event) -> None:
+        while service._server._beside:
+            await asyncio.sleep(0)
+        ended.set()
+
+    with me.serve(again) as service:
+        me.call("again", 1)
+        wait_until(left[0].done)
+        assert left[0].result() == "done"
+
+
 def test_an_async_handler_that_forks_leaves_no_child(me: Process) -> None:
     async def split(call: Call) -> int:
         return forks.fork()

@@ -58,12 +58,15 @@ class Tasks:
     ) -> None:
         """Runs a handler; `done` gets its answer, on the loop's thread. `waiting`: the seats that wait for it."""
 
+        seats = list(waiting)  # also of the tasks that it starts, which may go on when nobody waits any more
+
         async def work() -> bytes:
-            nesting.seats.set(waiting)
+            nesting.seats.set(seats)
             return await _answer(syscall, call, request, buffers)
 
         def end(task: asyncio.Task[bytes]) -> None:
             del self._tasks[call]
+            seats.clear()
             try:
                 done(failed(request.id, asyncio.CancelledError()) if task.cancelled() else task.result())
             except Lost:
