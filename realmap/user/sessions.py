@@ -15,6 +15,8 @@ import time
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import msgspec
+
 from realmap._core import CLOSED, DIED, ERRNO, NONSENSE, SAID_BYE, STOLEN, Answer, Endpoint
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
 from realmap.host import procfs
@@ -167,7 +169,9 @@ class Server(Requester):
             why = "the descriptor of this session was closed by another part of this program (os.closerange?)"
             return ProcessKilled(self.pid, why=why)
         if end == SAID_BYE:
-            return self.farewell()
+            with contextlib.suppress(msgspec.MsgspecError):
+                return self.farewell()
+            end = NONSENSE
         said = {DIED: "has ended, or serves no more", NONSENSE: "said what is no message"}
         how = said.get(end) or f"cannot be spoken to ({os.strerror(end - ERRNO)})"
         began = "nothing was done" if unread else "whether its handler had begun is not known"

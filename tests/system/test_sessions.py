@@ -7,6 +7,7 @@ import gc
 import hashlib
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
@@ -410,6 +411,46 @@ def test_a_servers_child_keeps_no_dead_session_alive(me: Process, kernel: Kernel
     waiting.join(BOUND / 2)
     assert isinstance(came[0], ServerDied)
     server.join()
+
+
+def serve_short(me: Process) -> None:
+    """With no more descriptors than it is left."""
+    held: list[int] = []
+
+    def use_up(call: Call, left: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        with suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        for _ in range(left):
+            os.close(held.pop())
+
+    def give_back(call: Call) -> None:
+        while held:
+            os.close(held.pop())
+
+    def total(call: Call, data: UserBuffer) -> int:
+        return sum(data.copy_in())
+
+    with suppress(realmap.KernelDied), me.serve(use_up, give_back, total) as service:
+        service.wait()
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 10])
+def test_a_server_without_descriptors(me: Process, kernel: KernelHandle, left: int) -> None:
+    """For a session, or for all that is lent: its caller is told that nothing was done, and the next call has both."""
+    server = kernel.spawn(serve_short)
+    buffer = me.map(70 * PAGE, fragment=PAGE)
+    buffer[:3] = b"\1\1\1"
+    with me.session("use_up", timeout=BOUND) as session:
+        session.call("use_up", left)
+        with pytest.raises(ServerDied):
+            me.call("total", buffer, timeout=BOUND)
+        session.call("give_back", timeout=BOUND)
+        assert me.call("total", buffer, timeout=BOUND) == 3
+    server.kill()
+    server.join()
+    del server
 
 
 def test_a_server_that_is_stopped(me: Process, spawn: Any) -> None:
