@@ -171,7 +171,7 @@ class Server(Lines[Session]):
                         log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
                         self.drop(session)
                 elif isinstance(news, Revoked):
-                    session.caller.memory.leave(news.serial)
+                    session.leave(news.serial)
                 else:
                     self.drop(session)
         except EOFError:
