@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -285,10 +286,23 @@ def _is_file_of(fd: int, entry: Map) -> bool:
     """Whether it is the file that `entry` shows. InvalidMemState: it is, but no regular one."""
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != (procfs.device_number(entry.device), entry.inode):
-        return False
+        return stat.S_ISREG(status.st_mode) and _is_mapped_as(fd, entry)
     if not stat.S_ISREG(status.st_mode):
         raise InvalidMemState(entry.start, MemoryType.IO, why=f"a device is mapped there ({entry.path})")
     return True
+
+
+def _is_mapped_as(fd: int, entry: Map) -> bool:
+    """The same, where what is mapped has other numbers than the file itself (btrfs, overlays): it is mapped to see."""
+    import ctypes  # here, as below
+
+    opens = partial(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    # ValueError: it is empty.
+    with suppress(OSError, ValueError), Descriptor(opens) as own, mmap.mmap(own, 1, access=mmap.ACCESS_COPY) as shown:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(shown))
+        (seen,) = procfs.maps("self", address, address + 1)
+        return (seen.device, seen.inode) == (entry.device, entry.inode)
+    return False
 
 
 def _reopened(file: Descriptor, flags: int) -> Descriptor:

@@ -328,7 +328,7 @@ class Handles:
 
     def look(self, frames: SharedFrames) -> None:
         """What others have attached of these frames without a word is in the books from here on."""
-        for shared in self._of.get(frames.serial, ()):
+        for shared in tuple(self._of.get(frames.serial, ())):
             for process in shared.stocks or ():
                 len(process.memory)
 

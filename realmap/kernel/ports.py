@@ -22,6 +22,7 @@ from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
 from realmap.wire import messages
+from realmap.wire.news import Served
 
 #: Names of one seat at most, and characters of a name.
 NAMES, LONGEST = 1024, 200
@@ -104,7 +105,7 @@ class Seat:
         #: Which of all sessions was its last.
         self.picked = 0
         #: What it says of itself.
-        self.served = messages.Served({}, [], [])
+        self.served = Served({}, [], [])
 
     @property
     def label(self) -> str:

@@ -34,6 +34,7 @@ from realmap.serving.loop import Loop
 from realmap.serving.syscalls import encode
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_DESCRIPTORS
+from realmap.wire.news import Gone, Granted, News, Opened, Revoked, Served, Told, Worked
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, TRACED, WAITING, SeatPage
 
@@ -42,7 +43,7 @@ TURN = 16
 #: So many requests may wait for the same grant.
 WAITING_FOR_ONE = 64
 #: What is to be told: of a session, that it is opened, or gone; of a grant, that it is made, or revoked.
-News = Session | Grant
+Matter = Session | Grant
 
 
 class _Desk:
@@ -57,7 +58,7 @@ class _Desk:
         #: What epoll is asked to tell of it.
         self.events = select.EPOLLIN
         #: In the order in which it is told.
-        self.news: dict[News, None] = {}
+        self.news: dict[Matter, None] = {}
 
     def close(self) -> None:
         files.shut(self.sock)
@@ -98,7 +99,7 @@ class Seats:
         self._spin = spin
         self._desks: dict[Seat, _Desk] = {}
         self._lines: dict[Session, _Line] = {}
-        self._decode = msgspec.msgpack.Decoder(messages.Told).decode
+        self._decode = msgspec.msgpack.Decoder(Told).decode
         #: As `services.SERVICES`.
         self.services: dict[type, Service] = {
             messages.Serve: self._serve,
@@ -216,7 +217,7 @@ class Seats:
 
     # ---- what a server is told --------------------------------------------------------------
 
-    def _tell(self, news: News) -> None:
+    def _tell(self, news: Matter) -> None:
         session = news if isinstance(news, Session) else news.session
         desk = self._desks[session.seat]
         desk.news[news] = None
@@ -239,7 +240,7 @@ class Seats:
             except OSError as error:  # nobody would ever hear of it again
                 self._expel(desk, str(error))
 
-    def _say(self, desk: _Desk, news: News) -> bool:
+    def _say(self, desk: _Desk, news: Matter) -> bool:
         """Tells one thing, or a part of it; whether it could be said."""
         if isinstance(news, Session):
             if not self._send(desk, *self._of_session(news)):
@@ -251,7 +252,7 @@ class Seats:
             return True
         mapping, session = news.mapping, news.session.number
         if news.ended:
-            if not self._send(desk, messages.Revoked(session, mapping.serial), []):
+            if not self._send(desk, Revoked(session, mapping.serial), []):
                 return False
             del desk.news[news]
             desk.page.words[GRANTS] += 1
@@ -267,7 +268,7 @@ class Seats:
             self._revoke(news, error)
             return False
         try:
-            message = messages.Granted(session, mapping.serial, *place, pieces, news.told, count)
+            message = Granted(session, mapping.serial, *place, pieces, news.told, count)
             if not self._send(desk, message, opened):
                 return False
         finally:
@@ -280,14 +281,14 @@ class Seats:
             _answer(news, (None, []))
         return True
 
-    def _of_session(self, session: Session) -> tuple[messages.News, list[int]]:
+    def _of_session(self, session: Session) -> tuple[News, list[int]]:
         if session.told:
-            return messages.Gone(session.number), []
+            return Gone(session.number), []
         caller = session.process
-        opened = messages.Opened(session.number, caller.number, caller.pid, caller.uid)
+        opened = Opened(session.number, caller.number, caller.pid, caller.uid)
         return opened, self._lines[session].descriptors()
 
-    def _send(self, desk: _Desk, message: messages.News, rights: list[int]) -> bool:
+    def _send(self, desk: _Desk, message: News, rights: list[int]) -> bool:
         """Whether it was sent. Where it never can be, the server has gone."""
         try:
             channel.send_one(desk.sock, encode(message), rights)
@@ -345,17 +346,17 @@ class Seats:
             if isinstance(look_over(data), int):
                 raise ValueError("it is no message, or too large a one")
             told = self._decode(data)
-            if isinstance(told, messages.Served):
+            if isinstance(told, Served):
                 for _, _, counts in told.names.values():
                     Durations().add(counts)
         except (msgspec.MsgspecError, ValueError, OverflowError, IndexError, RecursionError) as error:
             self._expel(desk, f"it told what is no message: {error}")
             return
-        if isinstance(told, messages.Served):
+        if isinstance(told, Served):
             desk.seat.served = told
-        elif isinstance(told, messages.Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
+        elif isinstance(told, Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
             self._end_session(session)
-        elif isinstance(told, messages.Worked) and (observer := self._books.observer) is not None:
+        elif isinstance(told, Worked) and (observer := self._books.observer) is not None:
             for caller, id, name, came, began, ended, code in told.calls:
                 observer.served(desk.seat.process, caller, id, name, (came, began, ended), code)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import os
+import weakref
 from typing import Any, NamedTuple, Self, SupportsIndex
 
 import msgspec
@@ -57,7 +58,8 @@ _KINDS = {
     "/dev/": "device",
     "/": "file",
 }
-_land: dict[str, KernelMemory] = {}
+#: Where strangers are mirrored in this process, one for all: there while somebody has any of them.
+_lands: weakref.WeakValueDictionary[str, KernelMemory] = weakref.WeakValueDictionary()
 
 
 class ForeignMapping(msgspec.Struct, frozen=True):
@@ -391,6 +393,8 @@ def _rights(entry: Map) -> MappingAccessRights:
 
 
 def _kernel() -> KernelMemory:
-    """Where strangers are mirrored in this process: one for all."""
-    land = _land.get("land")
-    return land if land is not None else _land.setdefault("land", KernelMemory(FOREIGN_LAND.start, FOREIGN_LAND.length))
+    """The land that all have in common."""
+    land = _lands.get("land")
+    if land is None:
+        land = _lands.setdefault("land", KernelMemory(FOREIGN_LAND.start, FOREIGN_LAND.length))
+    return land

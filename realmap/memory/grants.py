@@ -29,7 +29,7 @@ class _Table(NamedTuple):
     mappings: list[Mapping]  # in the same order: by address
 
 
-class Granted:
+class Grants:
     """The mappings of one caller that this process may lend from. Addresses are the caller's, in bytes.
 
     It may be asked and changed from any thread. A forked child has none of them.

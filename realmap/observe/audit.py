@@ -19,12 +19,10 @@ from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE, align_down, align_up
 from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, PartInfo
 
-#: Servers say a few times a second what they have mapped: what differs there is looked at for longer, in seconds each.
-PAUSE = 0.1
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
 #: How long to wait before each further look, in seconds: who has been given memory, and is stopped or starved just
-#: then, has not mapped it yet.
+#: then, has not mapped it yet; and what a server has mapped it says a few times a second.
 PAUSES = (0.0, 0.01, 0.05, 0.15, 0.3)
 
 
@@ -73,7 +71,7 @@ class AuditReport(msgspec.Struct, frozen=True):
     frames: int
     unregistered: list[int]
     faulted: list[Faulted]
-    withheld: list[Withheld]
+    withheld: list[Withheld] = []
 
     def __bool__(self) -> bool:
         return not self.differences
@@ -401,8 +399,7 @@ def audit(take: Callable[[], Snapshot]) -> AuditReport:
     for pause in PAUSES:
         if report:
             break
-        of_lent = any(each.where.startswith(LENT_LAND.name) for each in report.differences)
-        time.sleep(max(pause, PAUSE) if of_lent else pause)
+        time.sleep(pause)
         again = compare(take())
         before = set(report.differences)
         still = [difference for difference in again.differences if difference in before]

@@ -45,12 +45,12 @@ class Taken(Generic[W]):
 class Relay(Generic[W]):
     """The threads of a loop."""
 
-    def __init__(self, run: Callable[[Taken[W] | None], None], name: str = "kernel", look: float = LOOK) -> None:
+    def __init__(self, run: Callable[[Taken[W] | None], None], name: str = "kernel", look: float | None = None) -> None:
         """`run(taken)` runs the loop to its end, or raises Lost. `taken`: from whom it was taken; None: nobody.
-        `name`: of its threads. `look`: how often the standby looks, in seconds.
+        `name`: of its threads. `look`: how often the standby looks, in seconds, where that is not LOOK.
         """
         self._run = run
-        self._name, self._look = f"realmap-{name}", look
+        self._name, self._look = f"realmap-{name}", LOOK if look is None else look
         #: What the thread that has the loop is away at: at most one, by an object of its own.
         self.away: dict[Hashable, W] = {}
         #: Whether the standby sleeps until somebody wakes it.

@@ -361,11 +361,11 @@ class Process:
 
     def _note_attached(self, key: tuple[Any, ...], window: UserWindow, lead: int, size: int) -> int:
         known = self._attached.get(key)
-        if known is None:
+        found = window._span, lead, size, window.rights, window.huge
+        if known is None or known[1:] != found:  # another block may have that name by now
             if len(self._attached) >= KNOWN:
                 self._attached.pop(next(iter(self._attached)), None)
-            kind = next(self._kinds) | ATTACHED
-            known = self._attached[key] = kind, window._span, lead, size, window.rights, window.huge
+            known = self._attached[key] = next(self._kinds) | ATTACHED, *found
         return known[0]
 
     def revoke(self, handle: Handle | str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -26,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 10
+PROTOCOL = 11
 VERSION = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -329,83 +329,6 @@ class Carrier(msgspec.Struct, array_like=True, tag=4):
 
 
 Reply = Done | Failed | Bye | Carrier
-
-
-# ---- what the kernel tells a server by its seat's socket, one datagram each --------------------------
-
-
-class Opened(msgspec.Struct, array_like=True, frozen=True, tag=1):
-    """A caller has opened a session. Descriptors: the server's end of its socket, and of its ring."""
-
-    session: int
-    number: int
-    pid: int
-    uid: int
-
-
-class Granted(msgspec.Struct, array_like=True, frozen=True, tag=2):
-    """The frames of a caller's mapping, from piece `first` of `count` on. Descriptors: one a piece; read-only ones
-    where the caller may not write.
-    """
-
-    session: int
-    serial: int
-    address: int
-    length: int
-    kind: int
-    rights: int
-    #: Which part of its segment each is: [offset, length], in bytes.
-    pieces: list[tuple[int, int]]
-    first: int
-    count: int
-
-
-class Revoked(msgspec.Struct, array_like=True, frozen=True, tag=3):
-    """The caller has unmapped that mapping."""
-
-    session: int
-    serial: int
-
-
-class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
-    """The caller of a session has ended it, or has died. From a server: it could not take it in."""
-
-    session: int
-
-
-#: What a server hears.
-News = Opened | Granted | Revoked | Gone
-
-
-#: As they fit into a record.
-Word: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-
-
-class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
-    """What a server tells the kernel of itself by that socket, where that has changed, a few times a second at most."""
-
-    #: By name, since the seat began: calls, how many of them failed, and `Durations.counts`.
-    names: dict[str, tuple[int, int, list[int]]]
-    #: Calls at work or waiting: [session, id, name, since when (seconds, monotonic) or None while it waits].
-    running: list[tuple[int, int, str, float | None]]
-    #: Windows of lent pages: [the caller's number (0: its call has ended), its address, length, where that is mapped in
-    #: the server, rights].
-    lent: list[tuple[int, int, int, int, int]]
-    #: Whole pages that are kept mapped for their next use (`lazy_unmap`): where, and how many bytes.
-    kept: list[tuple[int, int]] = []
-
-
-class Worked(msgspec.Struct, array_like=True, frozen=True, tag=6):
-    """Calls that have ended, told while somebody traces (`seat.TRACED`)."""
-
-    #: [the caller's number, id, name, when it came, when its handler began, when it ended (monotonic, ns), its error's
-    #: code or 0].
-    calls: list[tuple[Word, int, str, Moment, Moment, Moment, Word]]
-
-
-#: What the kernel hears of a server.
-Told = Served | Worked | Gone
 
 
 class MemoryInfo(msgspec.Struct, frozen=True):

@@ -98,7 +98,7 @@ class Event(NamedTuple):
 # ---- the books ----------------------------------------------------------------------------
 
 #: Raised with every change of what follows.
-FORM = 9
+FORM = 10
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):

@@ -41,7 +41,7 @@ def good(*arguments: object, says: str = "") -> str:
 
 @pytest.mark.parametrize("kind", ["memfd", "private"])
 def test_peek_shows_hex_and_text(other: Stranger, kind: str) -> None:
-    place = other.map(kind, 2, 0x1000_0000_0000, seed=65)
+    place = other.map(kind, 2, 0x5000_0000_0000, seed=65)
     shown = good("peek", other.pid, hex(place.address + 3), 21).splitlines()
     data = pattern(24, 65)[3:]
     letters = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data)

@@ -24,7 +24,7 @@ from realmap import (
 )
 from realmap.host import stranger as host
 
-FREE = 0x1000_0000_0000
+FREE = 0x5000_0000_0000
 #: As `race` of stranger.c has it.
 SLOTS, SLOT_PAGES = 8, 4
 #: Pages of the model.

@@ -13,11 +13,12 @@ import msgspec
 from realmap.host import procfs
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
+from realmap.wire.news import News, Told
 from realmap.wire.ring import RingEnd
 
 BOUND = 60.0
 _reply = msgspec.msgpack.Decoder(messages.Reply).decode
-_news = msgspec.msgpack.Decoder(messages.News).decode
+_news = msgspec.msgpack.Decoder(News).decode
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
@@ -100,14 +101,14 @@ class RawServer:
         self.number, (sock, self.page) = client.ask(messages.Serve, list(names), threads, queue)
         self.sock = socket.socket(fileno=sock)
 
-    def hear(self) -> tuple[messages.News, list[int]]:
+    def hear(self) -> tuple[News, list[int]]:
         """The next news, and their descriptors. EOFError: there are no more."""
         data, fds = receive(self.sock)
         if not data:
             raise EOFError
         return _news(data), fds
 
-    def tell(self, told: messages.Told | bytes) -> None:
+    def tell(self, told: Told | bytes) -> None:
         """Tells the kernel of itself."""
         self.sock.send(told if isinstance(told, bytes) else msgspec.msgpack.encode(told))
 

@@ -1,6 +1,6 @@
 /* A process that knows nothing of realmap, and does what it is told by lines on its standard input; it answers each.
  *
- * map KIND PAGES ADDRESS FLAGS   posix, memfd, sysv, anonymous, file, private; at ADDRESS, 0: anywhere. FLAGS: k keeps the
+ * map KIND PAGES ADDRESS FLAGS   posix, memfd, sysv, anonymous, file, private, huge, ring; at ADDRESS, 0: anywhere. FLAGS: k keeps the
  *                                descriptor, u unlinks the name, r maps it read-only, l leaves a page of the file before it
  *                                → address, descriptor (-1), name
  * fill ADDRESS LENGTH SEED · get ADDRESS · put ADDRESS BYTE · unmap ADDRESS LENGTH · protect ADDRESS LENGTH PROT
@@ -16,13 +16,14 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/shm.h>
+#include <sys/syscall.h>
 #include <signal.h>
 #include <unistd.h>
 
 #define PAGE 4096UL
 #define SLOTS 8
 #define SLOT_PAGES 4
-#define SLOT(n) ((char *)(0x100000000000UL + (unsigned long)(n) * SLOT_PAGES * PAGE))
+#define SLOT(n) ((char *)(0x500000000000UL + (unsigned long)(n) * SLOT_PAGES * PAGE))
 
 static char name[256];
 
@@ -60,7 +61,17 @@ static char *map(const char *kind, size_t length, char *at, const char *flags, i
     void *made;
     *fd = -1;
     snprintf(name, sizeof name, "-");
-    if (!strcmp(kind, "sysv")) {
+    if (!strcmp(kind, "huge")) {
+        *fd = memfd_create("huge", MFD_HUGETLB);
+        if (ftruncate(*fd, (off_t)length))
+            die(kind);
+        made = mmap(at, length, prot, MAP_SHARED, *fd, 0);
+    } else if (!strcmp(kind, "ring")) { /* of asynchronous I/O: shared, and no memory of anybody's */
+        unsigned long ring = 0;
+        if (syscall(SYS_io_setup, 8, &ring))
+            die(kind);
+        made = (void *)ring;
+    } else if (!strcmp(kind, "sysv")) {
         int id = shmget(IPC_PRIVATE, length, 0600);
         made = shmat(id, at, (prot & PROT_WRITE ? 0 : SHM_RDONLY) | (at ? SHM_REMAP : 0));
         shmctl(id, IPC_RMID, NULL);

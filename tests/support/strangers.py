@@ -62,7 +62,6 @@ class Stranger:
             bufsize=1,
         )
         self.pid = self.process.pid
-        self.names: list[str] = []
         self.hear()
 
     def hear(self) -> str:
@@ -80,8 +79,6 @@ class Stranger:
     def map(self, kind: str, pages: int, address: int = 0, flags: str = "", seed: int | None = None) -> Place:
         """Maps so many pages; with a `seed` they are filled."""
         at, fd, name = self.tell("map", kind, pages, address, flags).split()
-        if kind == "posix" and "u" not in flags:
-            self.names.append(name)
         if seed is not None:
             self.tell("fill", at, pages * PAGE, seed)
         return Place(int(at), int(fd), name)
@@ -94,9 +91,8 @@ class Stranger:
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
-        for name in self.names:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"/dev/shm{name}")
+        for path in Path("/dev/shm").glob(f"stranger.{self.pid}.*"):  # it may have died before it unlinked one
+            path.unlink()
 
 
 @contextlib.contextmanager

@@ -152,12 +152,14 @@ def test_a_name_that_another_process_has_ended_is_nobodys(tree: None, text: str)
 
 def test_a_later_block_of_the_same_name_is_another(tree: None) -> None:
     name = f"kept_{os.getpid()}"
-    for text in (b"first", b"other"):
-        made = SharedMemory(name, create=True, size=SIZE)
+    for text, size in (b"first", SIZE), (b"other", SIZE), (b"short", SIZE - 1), (b"large", SIZE + PAGE):
+        made = SharedMemory(name, create=True, size=size)
         made.buf[:5] = text
-        same = SharedMemory(name)
-        assert bytes(same.buf[:5]) == text
-        same.close()
+        for _ in range(3):
+            same = SharedMemory(name)
+            assert (bytes(same.buf[:5]), same.size) == (text, size)
+            same.close()
+        assert kept() > 0
         made.close()
         elsewhere("SharedMemory(name).unlink()", name)
 

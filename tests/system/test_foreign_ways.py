@@ -15,15 +15,17 @@ from conftest import BOUND, PAGE
 from strangers import pattern, stranger
 
 from realmap import AccessDenied, ForeignProcess, InvalidMemState, k_rw
-from realmap.host import files, forks
+from realmap.host import files, forks, procfs
 from realmap.host import stranger as ways
 from realmap.observe import doctor
 
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x1000_0000
 PR_SET_DUMPABLE = 4
-FREE = 0x1000_0000_0000
+FREE = 0x5000_0000_0000
+CAP_SYS_ADMIN = 21
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+mounts = pytest.mark.skipif(not ways.has_capability(CAP_SYS_ADMIN), reason="to mount takes CAP_SYS_ADMIN")
 
 
 @pytest.fixture
@@ -148,6 +150,7 @@ def test_a_process_of_somebody_else_is_not_looked_at(folder: Path) -> None:
         as_nobody(work)
 
 
+@mounts
 @root
 def test_a_proc_that_hides_others_and_none_at_all(folder: Path) -> None:
     with stranger(folder) as other:
@@ -164,6 +167,7 @@ def test_a_proc_that_hides_others_and_none_at_all(folder: Path) -> None:
         as_nobody(missing, before=own_mounts("mount -t tmpfs tmpfs /proc"))
 
 
+@mounts
 @root
 def test_a_name_in_another_mount_namespace(folder: Path) -> None:
     """The file is called the same here, but is another one."""
@@ -180,6 +184,35 @@ def test_a_name_in_another_mount_namespace(folder: Path) -> None:
             os.chmod(f"/dev/shm{place.name}", 0o666)
 
         as_nobody(work, before=elsewhere)
+
+
+@pytest.mark.skipif("overlay" not in Path("/proc/filesystems").read_text(), reason="no overlays here")
+@mounts
+@root
+def test_a_file_that_has_other_numbers_where_it_is_mapped(folder: Path) -> None:
+    """On an overlay of two file systems."""
+
+    def work() -> None:
+        for name in ("lower", "upper", "shown"):
+            (folder / name).mkdir()
+        own_mounts(f"mount -t tmpfs tmpfs {folder}/lower", f"mount -t tmpfs tmpfs {folder}/upper")()
+        for name in ("files", "work"):
+            (folder / "upper" / name).mkdir()
+        layers = f"lowerdir={folder}/lower,upperdir={folder}/upper/files,workdir={folder}/upper/work"
+        mount = f"mount -t overlay -o {layers},xino=off overlay {folder}/shown"
+        subprocess.run(mount.split(), check=True, timeout=BOUND)
+        with stranger(folder / "shown") as other, ForeignProcess(other.pid) as process:
+            place = other.map("file", 2, seed=6)
+            (entry,) = procfs.maps(other.pid, place.address, place.address + 1)
+            assert os.stat(place.name).st_dev != procfs.device_number(entry.device)
+            with process.mirror(place.address + 5, PAGE, k_rw) as mirror:
+                assert bytes(mirror) == pattern(2 * PAGE, 6)[5 : PAGE + 5]
+            another = Path(place.name).with_name("another")
+            another.write_bytes(bytes(PAGE))
+            os.replace(another, place.name)
+            assert not ways._is_mapped_as(os.open(place.name, os.O_PATH), entry)
+
+    in_a_child(work)
 
 
 @root

@@ -18,10 +18,11 @@ import realmap
 from realmap import KernelHandle, UserBuffer, k_r, k_rw
 from realmap.cli import command
 from realmap.memory import CrossProcessMapping
-from realmap.memory.grants import Granted
+from realmap.memory.grants import Grants
 from realmap.memory.lending import LentLand, LentMapping
 from realmap.rights import MemoryType
 from realmap.wire import messages
+from realmap.wire.news import Granted, Served
 
 SIZE = 5 * PAGE + 333
 kept: list[CrossProcessMapping] = []
@@ -105,7 +106,7 @@ def test_a_trace_has_calls_from_caller_to_server_and_back(kernel: KernelHandle, 
     with kernel.connect() as host, kernel.connect() as me, host.serve(fast, slow, no, threads=2) as service:
         me.call("fast", 0)  # before it
         threads = [threading.Thread(target=me.call, args=("slow",)) for _ in range(3)]
-        with kernel.trace(file) as trace:
+        with kernel.trace(file):
             for number in range(200):
                 assert me.call("fast", number) == number
             with pytest.raises(realmap.InvalidHandle):
@@ -116,7 +117,7 @@ def test_a_trace_has_calls_from_caller_to_server_and_back(kernel: KernelHandle, 
             gate.set()
             for thread in threads:
                 thread.join(BOUND)
-            wait_until(lambda: trace.events >= 204)
+            wait_until(lambda: file.read_text().count('"server":') == 2 * 204, "all of them in the file")
         me.call("fast", 0)  # and after it
         assert service.calls == 206
     found = TraceFile(file)
@@ -176,8 +177,8 @@ def test_a_server_that_maps_more_than_it_tells_is_found_out(kernel: KernelHandle
             session.lend(caller.map(3 * PAGE))
             _, fds = server.hear()
             granted, frames = server.hear()
-            assert isinstance(granted, messages.Granted)
-            mine, land = Granted(), LentLand()
+            assert isinstance(granted, Granted)
+            mine, land = Grants(), LentLand()
             kind, pieces = MemoryType(granted.kind), [(offset, length) for offset, length in granted.pieces]
             rights = realmap.MappingAccessRights(granted.rights)
             mapping = mine.enter(granted.address, granted.length, kind, rights, pieces, frames, granted.serial)
@@ -191,7 +192,7 @@ def test_a_server_that_maps_more_than_it_tells_is_found_out(kernel: KernelHandle
 
                 def tell(at: int) -> None:
                     lent = (caller.number, mapped.address + PAGE, PAGE, at, int(k_r))
-                    server.tell(messages.Served({}, [], [lent]))
+                    server.tell(Served({}, [], [lent]))
 
                 tell(window.address)
                 wait_until(lambda: kernel.stats()["lent"] == 1)

@@ -130,7 +130,7 @@ def test_the_same_as_json_and_back(limited: KernelHandle) -> None:
     text = msgspec.json.encode(taken)
     assert json.loads(text)["processes"][0]["mappings"][0]["type"] == "HEAP"
     assert msgspec.json.decode(text, type=Snapshot) == taken
-    assert taken.form == FORM == 9
+    assert taken.form == FORM == 10
     assert taken.mirrors[0].parts[0].frames == taken.frames[0].serial
     assert taken.frames[0].refcount == len(taken.frames[0].holders) == 3
     assert taken.handles[0].uses == 3

@@ -298,7 +298,7 @@ def here() -> Iterator[Kernel]:
 
 def test_off_it_is_as_it_never_was(here: Kernel, file: Path) -> None:
     def parts() -> list[object]:
-        told = [process.memory.told for process in here.processes]
+        told = [process.memory.told for process in here.books.processes]
         return [here.books.observer, here.tracer.events, here.tracer.listener, *told]
 
     with Process(here.path) as me:

@@ -16,10 +16,11 @@ import msgspec
 
 from realmap.host import files
 from realmap.wire import channel, messages
+from realmap.wire.news import News, Told
 from realmap.wire.seat import GRANTS, SeatPage
 
 _DESCRIPTORS = messages.MAX_DESCRIPTORS
-_decode = msgspec.msgpack.Decoder(messages.News).decode
+_decode = msgspec.msgpack.Decoder(News).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -46,7 +47,7 @@ class Seat:
         """Whether something was granted or revoked since `hear`: then that comes before a call is looked at."""
         return self._page.words[GRANTS] != self._heard
 
-    def hear(self) -> Iterator[tuple[messages.News, list[int]]]:
+    def hear(self) -> Iterator[tuple[News, list[int]]]:
         """What there is to hear now. Each one's descriptors are closed afterwards, but for those that were taken out.
 
         EOFError: the kernel has ended, or has given the seat up.
@@ -81,7 +82,7 @@ class Seat:
             channel.close_all(descriptors)
         return data
 
-    def tell(self, message: messages.Told) -> None:
+    def tell(self, message: Told) -> None:
         """Says it, where the kernel has room for it now."""
         with contextlib.suppress(OSError):
             channel.send_one(self.sock, _encode(message))

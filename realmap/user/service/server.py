@@ -37,6 +37,7 @@ from realmap.user.service.session import Session, Work
 from realmap.user.service.told import served
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
+from realmap.wire.news import Gone, Granted, Opened, Revoked, Worked
 from realmap.wire.ring import SPIN
 from realmap.wire.seat import BUSY, TRACED, WAITING
 from realmap.wire.status import Page
@@ -160,17 +161,17 @@ class Server(Lines[Session]):
     def _hear(self) -> None:
         try:
             for news, descriptors in self._seat.hear():
-                if isinstance(news, messages.Opened):
+                if isinstance(news, Opened):
                     self._enter(news, descriptors)
                 elif (session := self._sessions.get(news.session)) is None:
                     continue
-                elif isinstance(news, messages.Granted):
+                elif isinstance(news, Granted):
                     try:
                         session.enter(news, descriptors)
                     except KernelError as error:  # its caller lends anew, by another session
                         log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
                         self.drop(session)
-                elif isinstance(news, messages.Revoked):
+                elif isinstance(news, Revoked):
                     session.caller.memory.leave(news.serial)
                 else:
                     self.drop(session)
@@ -178,19 +179,19 @@ class Server(Lines[Session]):
             self.loop.unwatch(self._seat.sock.fileno())
             self.loop.end()
 
-    def _enter(self, opened: messages.Opened, descriptors: list[int]) -> None:
+    def _enter(self, opened: Opened, descriptors: list[int]) -> None:
         try:
             session = Session(opened, descriptors)
         except OSError as error:
             log.warning("a caller is turned away: %s", error)
-            self._seat.tell(messages.Gone(opened.session))
+            self._seat.tell(Gone(opened.session))
             return
         try:
             self._add(session)
         except OSError as error:
             log.warning("a caller is turned away: %s", error)
             session.shut()
-            self._seat.tell(messages.Gone(opened.session))
+            self._seat.tell(Gone(opened.session))
             return
         self._sessions[session.number] = session
         self.listen_to_ring(session, True)
@@ -467,7 +468,7 @@ class Server(Lines[Session]):
     def _tell_worked(self) -> None:
         worked, self._worked = self._worked, []
         if worked:
-            self._seat.tell(messages.Worked(worked))
+            self._seat.tell(Worked(worked))
 
     def _tell_soon(self) -> None:
         self._is_told = False

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from realmap.errors import LimitReached
-from realmap.memory.grants import Granted
+from realmap.memory.grants import Grants
 from realmap.rights import rights_of, type_of
 from realmap.serving.line import Line
 from realmap.serving.registry import Syscall
 from realmap.serving.syscalls import Call
 from realmap.serving.user_buffer import UserBuffer
 from realmap.wire import channel, messages
+from realmap.wire.news import Granted, Opened
 from realmap.wire.ring import RingEnd
 
 #: Bytes that a caller has not read, or not sent to their end, at most; then its session ends.
@@ -54,11 +55,11 @@ class Budget:
 class Caller:
     """The process that calls: `Call.process` in a service. `number` is its name in the kernel's books."""
 
-    def __init__(self, opened: messages.Opened) -> None:
+    def __init__(self, opened: Opened) -> None:
         self.number, self.pid, self.uid = opened.number, opened.pid, opened.uid
         self.alive = True
         #: What it has lent, as far as this service knows: found as in its `ProcessMemory`.
-        self.memory = Granted(f"of process {self.number} (pid {self.pid})")
+        self.memory = Grants(f"of process {self.number} (pid {self.pid})")
 
     @property
     def is_here(self) -> bool:
@@ -79,7 +80,7 @@ class Session(Line):
 
     __slots__ = ("_coming", "caller", "number", "waiting")
 
-    def __init__(self, opened: messages.Opened, descriptors: list[int]) -> None:
+    def __init__(self, opened: Opened, descriptors: list[int]) -> None:
         """Takes the descriptor of the socket out. OSError: no memory, or it has not come (none was left)."""
         if not descriptors:
             raise OSError("no descriptors are left")
@@ -93,7 +94,7 @@ class Session(Line):
         self.waiting: deque[Work] = deque()
         self._coming: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
 
-    def enter(self, granted: messages.Granted, descriptors: list[int]) -> None:
+    def enter(self, granted: Granted, descriptors: list[int]) -> None:
         """What its caller lends, or the next part of that. KernelError: Linux has no room for it."""
         pieces, fds = self._coming.setdefault(granted.serial, ([], []))
         pieces += granted.pieces

@@ -9,7 +9,7 @@ from realmap.memory.kernel_memory import KernelMemory
 from realmap.serving.registry import Syscall
 from realmap.serving.user_buffer import UserBuffer
 from realmap.user.service.session import Session, Work
-from realmap.wire.messages import Served
+from realmap.wire.news import Served
 
 #: Calls, and windows, that are told of at most: a message has an end.
 MOST = 500

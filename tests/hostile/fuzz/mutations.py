@@ -35,6 +35,7 @@ from realmap.wire.messages import (
     Unmap,
     buffer_ext,
 )
+from realmap.wire.news import Gone, Served, Worked
 
 #: What a hostile client maps for itself before it says anything else, in bytes; at the start of its UserLand.
 OWN = 16 * PAGE_SIZE
@@ -213,7 +214,7 @@ class Mutator:
         running = [(session, 5, "name", self._usually(7.0, [None, float("nan"), -1.0]))]
         worked = [(session, 5, "name", 1, 2, 3, self._usually(0, _INTEGERS))]
         lent = [(1, self._address(), PAGE_SIZE, self._address(), 3)]
-        made = [messages.Served(names, running, lent), messages.Worked(worked), messages.Gone(session)]
+        made = [Served(names, running, lent), Worked(worked), Gone(session)]
         data = self._encoder.encode(self.random.choice(made))
         pick = self.random.random()
         if pick < 0.4:

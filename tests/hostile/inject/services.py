@@ -40,6 +40,7 @@ from realmap.user.service import server
 from realmap.user.service.session import Session
 from realmap.wire import messages
 from realmap.wire.client.requester import Requester
+from realmap.wire.news import Gone, Granted, Opened
 
 #: The caller's mapping, and the range in it: bytes.
 LENGTH, OFFSET, SIZE = 70 * PAGE_SIZE, 5, 68 * PAGE_SIZE
@@ -112,7 +113,7 @@ def _says(kind: type, first: Callable[[Any], object] = lambda _: True) -> Callab
     return lambda self, desk, message, rights: isinstance(message, kind) and bool(first(message))
 
 
-def _last(granted: messages.Granted) -> bool:
+def _last(granted: Granted) -> bool:
     return granted.first + len(granted.pieces) == granted.count
 
 
@@ -154,27 +155,25 @@ POINTS = [
     Point("caller while the answer is made", "caller", lambda: strikes("dropped", _callers), "server"),
     Point("caller as it closes a session", "caller", lambda: dies(sessions.Server, "close")),
     Point("kernel before it makes a session", "kernel", lambda: dies(Seats, "_connect")),
-    Point(
-        "kernel before a server hears of a session", "kernel", lambda: dies(Seats, "_send", of=_says(messages.Opened))
-    ),
+    Point("kernel before a server hears of a session", "kernel", lambda: dies(Seats, "_send", of=_says(Opened))),
     Point(
         "kernel before Open is answered",
         "kernel",
-        lambda: dies(Seats, "_send", of=_says(messages.Opened), after=True),
+        lambda: dies(Seats, "_send", of=_says(Opened), after=True),
     ),
-    Point("kernel before it grants", "kernel", lambda: dies(Seats, "_send", of=_says(messages.Granted))),
+    Point("kernel before it grants", "kernel", lambda: dies(Seats, "_send", of=_says(Granted))),
     Point(
         "kernel between the parts of a grant",
         "kernel",
-        lambda: dies(Seats, "_send", of=_says(messages.Granted, lambda message: message.first)),
+        lambda: dies(Seats, "_send", of=_says(Granted, lambda message: message.first)),
     ),
     Point(
         "kernel before Lend is answered",
         "kernel",
-        lambda: dies(Seats, "_send", of=_says(messages.Granted, _last), after=True),
+        lambda: dies(Seats, "_send", of=_says(Granted, _last), after=True),
     ),
     Point("kernel as a session is closed", "kernel", lambda: dies(Seats, "_end_session")),
-    Point("kernel before a server hears of its end", "kernel", lambda: dies(Seats, "_send", of=_says(messages.Gone))),
+    Point("kernel before a server hears of its end", "kernel", lambda: dies(Seats, "_send", of=_says(Gone))),
     Point("kernel as it notices a server's death", "kernel", lambda: dies(Seats, "_end_seat"), ends="server"),
     Point(
         "kernel between the sessions of a dead server",

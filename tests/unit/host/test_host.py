@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import posix_ipc
 import pytest
 from conftest import PAGE, left_names
 
+from realmap._core import map_at
 from realmap.errors import AccessDenied, InvalidHandle, PhysicalMemoryExhaustion, ProcessKilled
 from realmap.host import liveness, procfs, room, runtime, segment, translate
+from realmap.host.files import Descriptor
 from realmap.host.segment import Segment
 
 # ---- segments -----------------------------------------------------------------------------
@@ -360,6 +364,51 @@ def test_death_is_seen_by_pidfd() -> None:
     with pytest.raises(ProcessLookupError):
         procfs.maps(child.pid)
     os.close(pidfd)
+
+
+def test_one_map_is_asked_for_as_it_is_listed() -> None:
+    fd = os.open("/proc/self/maps", os.O_RDONLY)
+    try:
+        if map_at(fd, procfs.maps()[0].start) is None:
+            pytest.skip("Linux before 6.11")
+        made = [mmap.mmap(-1, 3 * PAGE), mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE)]
+        listed = procfs.maps()
+        found = [map_at(fd, entry.end - 1) for entry in listed]
+        same = [bool(each) and procfs.is_that(each, entry) for each, entry in zip(found, listed, strict=True)]
+        odd = [entry.path for entry, is_same in zip(listed, same, strict=True) if not is_same]
+        assert set(odd) <= {"[heap]", "[vsyscall]", ""}, odd  # the heap grows meanwhile; vsyscall is no map
+        shared = next(at for at, entry in enumerate(listed) if entry.perms == "rw-s" and entry.length == 3 * PAGE)
+        for other in (listed[shared]._replace(perms="rw-p"), listed[shared]._replace(inode=1)):
+            assert not procfs.is_that(found[shared], other)  # type: ignore[arg-type]
+        assert map_at(fd, 0) is None and map_at(-1, 0) is None
+        with pytest.raises(OverflowError):
+            map_at(fd, -1)
+        del made
+    finally:
+        os.close(fd)
+
+
+def test_a_name_with_odd_letters_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a\rb\nc "
+    path.write_bytes(bytes(PAGE))
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0):
+        for entries in (procfs.maps(), [each.map for each in procfs.smaps("self")]):
+            (entry,) = [each for each in entries if each.path.endswith("a\rb\\012c ")]
+            assert entry.inode == path.stat().st_ino
+
+
+def test_a_descriptor_is_closed_once() -> None:
+    made = Descriptor(partial(os.open, "/dev/null", os.O_RDONLY))
+    fd = made.fd
+    assert os.fstat(fd)
+    made.close()
+    other = os.open("/dev/null", os.O_RDONLY)
+    assert other == fd  # it is somebody else's now
+    made.close()
+    del made
+    os.close(other)
+    with pytest.raises(FileNotFoundError):
+        Descriptor(partial(os.open, "/dev/nothing", os.O_RDONLY))
 
 
 def test_own_start_time_and_maps() -> None:

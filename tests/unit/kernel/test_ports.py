@@ -36,6 +36,7 @@ from realmap.kernel.ports import MOST, NAMES
 from realmap.observe import Control
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
+from realmap.wire.news import Gone, Granted, News, Opened, Revoked, Served
 from realmap.wire.records import GrantInfo, SessionInfo
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, THREADS, WAITING, SeatPage
@@ -54,11 +55,12 @@ def run() -> Iterator[Callable[..., Kernel]]:
 
     yield make
     for kernel in made:
-        with contextlib.suppress(realmap.KernelDied):
+        try:
             wait_until(lambda kernel=kernel: not len(kernel.books.processes), "everybody's end")
-        assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
-        assert not list(kernel.books.ports)
-        kernel.stop()
+            assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
+            assert not list(kernel.books.ports)
+        finally:
+            kernel.stop()
 
 
 class Stage(contextlib.ExitStack):
@@ -72,13 +74,13 @@ class Stage(contextlib.ExitStack):
         self.caller = self.enter_context(RawClient(kernel.path))
         self.session = self.enter_context(RawSession(self.caller, "name"))
         opened, fds = self.server.hear()
-        assert isinstance(opened, messages.Opened)
+        assert isinstance(opened, Opened)
         self.opened = opened
         self.line = self.enter_context(socket.socket(fileno=fds[0]))
         self.callback(channel.close_all, fds[1:])
         self.address = self.caller.map(3 * PAGE, fragment=PAGE)
 
-    def hear(self) -> messages.News:
+    def hear(self) -> News:
         """What the server is told next, without descriptors."""
         news, fds = self.server.hear()
         channel.close_all(fds)
@@ -110,7 +112,7 @@ def test_caller_and_server_get_two_ends_of_a_line(run: Callable[..., Kernel], sp
         assert word(server.page, THREADS) == 3
         with RawClient(path) as caller, RawSession(caller, "other") as session:
             opened, (line, *ring) = server.hear()
-            assert opened == messages.Opened(session.number, caller.number, os.getpid(), os.geteuid())
+            assert opened == Opened(session.number, caller.number, os.getpid(), os.geteuid())
             assert (session.seat, session.pid, session.spin) == (server.number, os.getpid(), spin)
             session.sock.send(b"hello")
             assert os.read(line, 10) == b"hello"
@@ -145,7 +147,7 @@ def test_a_server_gets_the_frames_and_no_more_rights_than_its_caller(stage: Stag
     assert word(stage.session.fds[-1], GRANTS) == before + 2
     seen = b""
     for (granted, fds), first in zip(heard, (0, 64), strict=True):
-        assert isinstance(granted, messages.Granted)
+        assert isinstance(granted, Granted)
         assert (granted.session, granted.serial) == (stage.session.number, mapping.serial)
         assert (granted.address, granted.length, granted.rights) == (address, size, rights)
         assert (granted.kind, granted.first, granted.count) == (int(MemoryType.HEAP), first, 70)
@@ -163,7 +165,7 @@ def test_a_server_gets_the_frames_and_no_more_rights_than_its_caller(stage: Stag
     stage.session.lend(address)  # again: nothing is said
     stage.session.lend(stage.address)
     granted = stage.hear()
-    assert isinstance(granted, messages.Granted) and granted.address == stage.address
+    assert isinstance(granted, Granted) and granted.address == stage.address
 
 
 def test_part_of_a_segment_is_granted_as_that(stage: Stage) -> None:
@@ -172,7 +174,7 @@ def test_part_of_a_segment_is_granted_as_that(stage: Stage) -> None:
     channel.close_all(fds)
     stage.session.lend(address)
     granted, fds = stage.server.hear()
-    assert isinstance(granted, messages.Granted) and granted.pieces == [(0, PAGE)]
+    assert isinstance(granted, Granted) and granted.pieces == [(0, PAGE)]
     (mapping,) = [
         each for process in stage.kernel.books.processes for each in process.memory if each.address == stage.address
     ]
@@ -290,8 +292,8 @@ def test_what_cannot_be_lent(stage: Stage) -> None:
     [
         b"\xc1",
         b"\x90" * (channel.CHUNK + 100),
-        msgspec.msgpack.encode(messages.Served({}, [], [])) + b"\0",
-        msgspec.msgpack.encode(messages.Opened(1, 2, 3, 4)),
+        msgspec.msgpack.encode(Served({}, [], [])) + b"\0",
+        msgspec.msgpack.encode(Opened(1, 2, 3, 4)),
         msgspec.msgpack.encode([5, {"name": [1, 0, [5, 496, 1]]}, [], []]),
         msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3]]}, [], []]),
         msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
@@ -311,9 +313,7 @@ def test_a_server_that_tells_what_is_no_message_loses_its_seat(stage: Stage, tol
 
 
 def test_what_a_server_tells_is_in_the_books(stage: Stage) -> None:
-    told = messages.Served(
-        {"name": (3, 1, [9000, 20, 2, 30, 1])}, [(stage.session.number, 5, "name", 7.5)], [(1, 2, 3, 4, 5)]
-    )
+    told = Served({"name": (3, 1, [9000, 20, 2, 30, 1])}, [(stage.session.number, 5, "name", 7.5)], [(1, 2, 3, 4, 5)])
     stage.server.tell(told)
     (seat,) = stage.kernel.books.ports
     wait_until(lambda: seat.served == told)
@@ -354,18 +354,18 @@ def test_unmapped_and_moved_are_revoked(stage: Stage) -> None:
     for address in (stage.address, other):
         stage.session.lend(address)
         news = stage.hear()
-        assert isinstance(news, messages.Granted)
+        assert isinstance(news, Granted)
         granted.append(news.serial)
     before = word(stage.session.fds[-1], GRANTS)
     stage.caller.ask(messages.Unmap, stage.address, 3 * PAGE)
-    assert stage.hear() == messages.Revoked(stage.session.number, granted[0])
+    assert stage.hear() == Revoked(stage.session.number, granted[0])
     moved, _ = stage.caller.ask(messages.Move, other, other, other + PAGE)
-    assert stage.hear() == messages.Revoked(stage.session.number, granted[1])
+    assert stage.hear() == Revoked(stage.session.number, granted[1])
     assert word(stage.session.fds[-1], GRANTS) == before + 2
     assert stage.kernel.books.peers.totals()["grants"] == 0
     stage.session.lend(moved)  # the same mapping, elsewhere
     again = stage.hear()
-    assert isinstance(again, messages.Granted) and (again.serial, again.address) == (granted[1], moved)
+    assert isinstance(again, Granted) and (again.serial, again.address) == (granted[1], moved)
 
 
 def end_of_server(stage: Stage) -> None:
@@ -381,7 +381,7 @@ def end_of_line(stage: Stage) -> None:
 
 
 def end_by_a_word(stage: Stage) -> None:
-    stage.server.tell(messages.Gone(stage.session.number))
+    stage.server.tell(Gone(stage.session.number))
 
 
 def end_of_caller(stage: Stage) -> None:
@@ -420,13 +420,13 @@ def test_whatever_ends_a_caller_is_told_to_its_server(stage: Stage, end: Callabl
     stage.hear()
     inherited = [] if end is end_of_callers_line else [os.dup(stage.session.sock.fileno())]
     end(stage)
-    assert stage.hear() == messages.Gone(stage.session.number)
+    assert stage.hear() == Gone(stage.session.number)
     poll = select.poll()
     poll.register(stage.line, 0)
     assert poll.poll(0), "the line is shut"
     assert not stage.kernel.books.peers.totals()["grants"]
     with RawClient(stage.kernel.path) as other, RawSession(other, "name"):  # it serves on
-        assert isinstance(stage.hear(), messages.Opened)
+        assert isinstance(stage.hear(), Opened)
     channel.close_all(inherited)
 
 
@@ -445,7 +445,7 @@ def test_a_server_that_closes_in_good_order_gets_no_new_sessions_and_keeps_those
     with pytest.raises(UnknownSyscall):
         stage.caller.ask(messages.Open, "name", [])
     stage.session.lend(stage.address)
-    assert isinstance(stage.hear(), messages.Granted)
+    assert isinstance(stage.hear(), Granted)
     stage.session.sock.send(b"still")
     assert stage.line.recv(10) == b"still"
     stage.server.sock.close()
@@ -480,8 +480,8 @@ def test_a_server_that_does_not_read_keeps_nobody_waiting_but_who_lends_to_it(ru
             stage.caller.hear()
         again = stage.caller.map(PAGE)
         stage.caller.say(messages.Lend(2, last.number, again))
-        told: list[messages.News] = []
-        while not told or not isinstance(told[-1], messages.Granted):
+        told: list[News] = []
+        while not told or not isinstance(told[-1], Granted):
             told.append(stage.hear())
         assert [news.session for news in told[:-1]] == [session.number for session in sessions]
         assert told[-1].session == last.number and told[-1].address == again
@@ -557,7 +557,7 @@ def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kern
         counts.since(time.monotonic_ns() - 10**9)
         for server in (stage.server, other):
             told = {"name": (5, 2, counts.counts()), "nop": (1, 1, [0])}
-            server.tell(messages.Served(told, calls if server is stage.server else [], lent, kept=[(12288, PAGE)]))
+            server.tell(Served(told, calls if server is stage.server else [], lent, kept=[(12288, PAGE)]))
         wait_until(lambda: control.stats()["lent"] == 4)
         found = control.snapshot()
         assert [msgspec.structs.astuple(each) for each in found.seats] == [

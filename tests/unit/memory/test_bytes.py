@@ -60,7 +60,7 @@ def make(request: pytest.FixtureRequest, local: realmap.Kernel) -> Iterator[Make
             if request.param == "slice" and read_only:
                 return me.map(SIZE + 10, rights=realmap.u_r).slice(7, SIZE)
             if request.param == "pointer":
-                (process,) = local.processes
+                (process,) = local.books.processes
                 mapping = process.memory.query_memory(buffer.address)
                 return point_at([mapping], buffer.address, SIZE, rights=k_r if read_only else k_rw)
             return buffer

@@ -11,7 +11,7 @@ from conftest import PAGE, in_threads
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, PhysicalMemoryExhaustion
 from realmap.memory import USER_LAND, FrameAllocator, LentLand, Mapping
 from realmap.memory.cross_process import mirror_parts
-from realmap.memory.grants import Granted
+from realmap.memory.grants import Grants
 from realmap.rights import MemoryType, u_r, u_rw
 
 AT = USER_LAND.start
@@ -26,7 +26,7 @@ def descriptors(mapping: Mapping, count: int | None = None) -> list[int]:
 def test_what_is_granted_is_found_and_shows_the_callers_bytes(make_mapping: Callable[..., Mapping]) -> None:
     mapping = make_mapping(4 * PAGE, 2 * PAGE, PAGE, PAGE)  # a window onto the middle of three segments
     mapping.frames.write(0, memoryview(os.urandom(6 * PAGE)), 0)  # type: ignore[union-attr]
-    granted, land = Granted("process 7"), LentLand()
+    granted, land = Grants("process 7"), LentLand()
     pieces = [(PAGE, PAGE), (0, 2 * PAGE), (0, PAGE)]
     entered = granted.enter(mapping.address, 4 * PAGE, HEAP, u_rw, pieces, descriptors(mapping), 11)
     assert granted.mapping_at(mapping.address - 1) is granted.mapping_at(mapping.end) is None
@@ -49,7 +49,7 @@ def test_what_is_granted_is_found_and_shows_the_callers_bytes(make_mapping: Call
 
 
 def test_a_range_goes_on_through_what_follows_and_a_hole_is_named(make_mapping: Callable[..., Mapping]) -> None:
-    mapping, granted = make_mapping(2 * PAGE), Granted()
+    mapping, granted = make_mapping(2 * PAGE), Grants()
     for serial, at in ((2, AT + 2 * PAGE), (1, AT), (3, AT + 5 * PAGE)):
         granted.enter(at, 2 * PAGE, HEAP, u_r, [(0, 2 * PAGE)], descriptors(mapping), serial)
     assert [(part[0].serial, *part[1:]) for part in granted.parts(AT + 9, 3 * PAGE)] == [
@@ -67,7 +67,7 @@ def test_a_range_goes_on_through_what_follows_and_a_hole_is_named(make_mapping: 
 
 def test_what_cannot_be_entered_leaves_no_descriptor_open(make_mapping: Callable[..., Mapping]) -> None:
     mapping = make_mapping(2 * PAGE, PAGE)
-    granted = Granted(allocator=FrameAllocator(limit=5 * PAGE))
+    granted = Grants(allocator=FrameAllocator(limit=5 * PAGE))
     granted.enter(AT + PAGE, 2 * PAGE, HEAP, u_r, [(0, PAGE), (0, PAGE)], descriptors(mapping), 1)
     one, two = [(0, PAGE)], [(0, PAGE), (0, PAGE)]
     free = AT + 3 * PAGE
@@ -96,7 +96,7 @@ def test_what_cannot_be_entered_leaves_no_descriptor_open(make_mapping: Callable
 
 
 def test_threads_enter_look_and_leave_at_once(make_mapping: Callable[..., Mapping]) -> None:
-    mapping, granted = make_mapping(PAGE), Granted()
+    mapping, granted = make_mapping(PAGE), Grants()
 
     def work(number: int) -> None:
         for serial in range(number, 400, 4):
@@ -114,7 +114,7 @@ def test_threads_enter_look_and_leave_at_once(make_mapping: Callable[..., Mappin
 
 
 def test_a_forked_child_holds_none_of_the_descriptors(make_mapping: Callable[..., Mapping]) -> None:
-    mapping, granted = make_mapping(PAGE), Granted()
+    mapping, granted = make_mapping(PAGE), Grants()
     mine = descriptors(mapping)
     granted.enter(AT, PAGE, HEAP, u_rw, [(0, PAGE)], list(mine), 1)
     window = mirror_parts(granted.parts(AT, PAGE), kernel=LentLand())  # which holds them, too

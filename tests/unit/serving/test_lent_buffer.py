@@ -11,7 +11,7 @@ from conftest import PAGE
 
 from realmap.errors import AccessDenied, InvalidAddress, LimitReached, MemoryFault
 from realmap.memory import LentLand, LentMapping, Mapping
-from realmap.memory.grants import Granted
+from realmap.memory.grants import Grants
 from realmap.rights import MemoryType, k_r, u_r, u_rw
 from realmap.serving.user_buffer import UserBuffer, end, pin
 
@@ -25,7 +25,7 @@ class Lender:
     def __init__(self, mapping: Mapping) -> None:
         self.mapping = mapping
         self.land = LentLand(lazy_unmap=1 << 20)
-        self.granted = Granted()
+        self.granted = Grants()
         self.enter(mapping.address, 1)
         mapping.frames.write(0, memoryview(os.urandom(mapping.length)), 0)  # type: ignore[union-attr]
 
