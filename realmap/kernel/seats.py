@@ -39,7 +39,7 @@ from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, TRACED, WAITING, SeatPage
 
 #: So many datagrams go to a seat before others have their turn.
-TURN = 16
+TURN = 8
 #: So many requests may wait for the same grant.
 WAITING_FOR_ONE = 64
 #: What is to be told: of a session, that it is opened, or gone; of a grant, that it is made, or revoked.

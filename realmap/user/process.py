@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap._core import ATTACHED, BARE, Lock
+from realmap._core import BARE, Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, UnknownSyscall, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
@@ -23,11 +22,13 @@ from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_of, type_of, u_rw
 from realmap.user import shown
+from realmap.user.arguments import BEYOND, call_of
+from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
 from realmap.user.sessions import Routes, Session, arun, run
 from realmap.user.windows import describe, fault_in, map_window
-from realmap.wire import messages, plain
+from realmap.wire import messages
 from realmap.wire.client import Client
 from realmap.wire.messages import MemoryInfo
 from realmap.wire.status import LATE
@@ -35,18 +36,10 @@ from realmap.wire.status import LATE
 if TYPE_CHECKING:
     from realmap.user.service import Service
 
-#: A timeout of more seconds than these is told as that.
-LONGEST = 1e9
-#: What is said of it.
-BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
 #: How often it is asked again whether somebody serves by now, in seconds.
 SOON = 0.01
-#: What is sent as it is.
-_SENT = plain.PLAIN | {Buffer}
 #: How much of what it inherited a forked child tells in one message.
 AT_ONCE = 1000
-#: Of how many attached parts of memory it is known what they are, when they are attached again.
-KNOWN = 64
 
 _living: Living[Process] = Living()
 
@@ -96,10 +89,7 @@ class Process:
         self._client = self._connect(path, timeout)
         #: Whether a small block that is made is parked at first, where none is: not for those that others attach.
         self._stocks_up = True
-        #: Of what it has attached, and may have parked: (kind, span, where its first byte is, length, rights, bytes in
-        #: huge pages).
-        self._attached: dict[tuple[Any, ...], tuple[int, int, int, int, MappingAccessRights, int]] = {}
-        self._kinds = itertools.count(0, 2 * ATTACHED)
+        self._attached = Attached()
         self._lock = Lock()
         self._routes = Routes(self)
         self._known = self._routes.known  # looked into at every call
@@ -337,36 +327,15 @@ class Process:
     ) -> Buffer:
         allowed = None if rights is None else int(rights_of(rights))
         key = token, offset, length, allowed
-        if (found := self._attach_again(key)) is not None:
+        if (found := self._attached.again(self, key)) is not None:
             return found
         request = messages.Attach(self._own_client.next_id(), token, offset, length, allowed)
         value, answer = self._own_client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
         *_, lead, size, given, pieces, again = value
         window = map_window(self, value[:5], lambda index: tuple(pieces[index]), answer, rights_of(given))
         if again:
-            window.recycles = self._note_attached(key, window, lead, size)
+            window.recycles = self._attached.note(key, window, lead, size)
         return part_of(window, window._base + lead, size)
-
-    def _attach_again(self, key: tuple[Any, ...]) -> Buffer | None:
-        """What was so attached, and unmapped, if the kernel has not said that it is to be asked again."""
-        known = self._attached.get(key)
-        if known is None:
-            return None
-        recycles, span, lead, size, rights, huge = known
-        window = self._own_client.endpoint.unpark(UserWindow, recycles, span)
-        if window is None:
-            return None
-        describe(window, self, rights, huge, recycles)
-        return part_of(window, window._base + lead, size)
-
-    def _note_attached(self, key: tuple[Any, ...], window: UserWindow, lead: int, size: int) -> int:
-        known = self._attached.get(key)
-        found = window._span, lead, size, window.rights, window.huge
-        if known is None or known[1:] != found:  # another block may have that name by now
-            if len(self._attached) >= KNOWN:
-                self._attached.pop(next(iter(self._attached)), None)
-            known = self._attached[key] = next(self._kinds) | ATTACHED, *found
-        return known[0]
 
     def revoke(self, handle: Handle | str) -> None:
         """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.
@@ -421,7 +390,7 @@ class Process:
         client = self._client
         if client.lost_in_child:  # asked here: a property costs a call
             client = self._own_client
-        request = self._call(name, args, timeout, kwargs)
+        request = call_of(self._client, name, args, timeout, kwargs)
         try:
             if name in self._known:
                 return self._routes.call(request, timeout)
@@ -442,7 +411,7 @@ class Process:
         from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
 
         client = self._own_client
-        request, refusal = self._call(name, args, timeout, kwargs), None
+        request, refusal = call_of(self._client, name, args, timeout, kwargs), None
         try:
             if name not in self._known:
                 try:
@@ -472,23 +441,6 @@ class Process:
                 if time.monotonic() >= end:
                     raise
             time.sleep(SOON)
-
-    def _call(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> messages.Call:
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
-        if timeout is not None:
-            if not timeout >= 0:
-                raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")
-            timeout = float(timeout) if timeout < LONGEST else LONGEST
-        names = None
-        if kwargs:
-            names = tuple(kwargs)
-            args = (*args, *kwargs.values())
-        for value in args:  # most can travel, and nothing is called for those
-            if type(value) not in _SENT:
-                plain.check(args, Buffer, f"an argument of {name!r}")
-                break
-        return messages.Call(self._client.next_id(), name, args, timeout, names)
 
     def serve(
         self,

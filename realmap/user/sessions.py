@@ -22,6 +22,7 @@ from realmap.errors import InvalidHandle, KernelError, ProcessKilled, ServerDied
 from realmap.host import procfs
 from realmap.host.translate import shortage
 from realmap.serving import nesting
+from realmap.user.arguments import call_of
 from realmap.user.buffer import Buffer, UserWindow, buffers_in, require_own
 from realmap.wire import messages
 from realmap.wire.client.requester import Requester
@@ -357,7 +358,7 @@ class Session:
 
     def _steps(self, name: str, args: Any, timeout: float | None, kwargs: dict[str, Any]) -> Steps:
         self._server.check(unread=True)
-        return steps_of(self._process, self._server, self._process._call(name, args, timeout, kwargs))
+        return steps_of(self._process, self._server, call_of(self._process._client, name, args, timeout, kwargs))
 
     def close(self) -> None:
         """Ends it; the server is told. Again: nothing."""

@@ -219,6 +219,6 @@ def test_what_is_longer_than_the_stock_is_not_parked(stock_bytes: int) -> None:
 def test_no_more_than_so_many_are_known(me: Process, handle: Handle) -> None:
     for offset in range(200):
         attach(me, handle, offset=offset, length=1)
-    assert len(me._attached) <= realmap.user.process.KNOWN
+    assert len(me._attached) <= realmap.user.attached.KNOWN
     with me.attach(handle, 3, 1) as found:
         assert found[:] == b"e"

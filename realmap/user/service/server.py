@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
@@ -35,6 +34,7 @@ from realmap.user.service.elsewhere import Elsewhere
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
 from realmap.user.service.told import served
+from realmap.user.service.turns import Turns
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
 from realmap.wire.news import Gone, Granted, Opened, Revoked, Worked
@@ -64,7 +64,7 @@ class Server(Lines[Session]):
         self._seat = seat
         self._handlers = handlers
         self._land = land
-        self._threads, self._queue = threads, queue
+        self._threads = threads
         self._elsewhere = Elsewhere(land)
         self._sessions: dict[int, Session] = {}
         self._mine = (seat.number,)
@@ -74,9 +74,8 @@ class Server(Lines[Session]):
         self._tasks: Tasks | None = None
         #: Calls at work beside the loop, and since when.
         self._beside: dict[Call, tuple[Work, float]] = {}
-        #: Those that wait: how many, and whose turn is next.
-        self._waiting = 0
-        self._turns: deque[Session] = deque()
+        #: Those that wait.
+        self._turns = Turns(queue)
         self._is_told = True
         #: What is still to be told to who traces: as in `Worked`.
         self._worked: list[tuple[int, int, str, int, int, int, int]] = []
@@ -124,8 +123,8 @@ class Server(Lines[Session]):
         self.closing = self._elsewhere.ending = True
         self._tell()
         self._seat.leave()
-        while self._waiting:
-            self._refuse(self._pop())
+        while self._turns:
+            self._refuse(self._turns.next())
         if not self._beside:
             self.loop.end()
 
@@ -172,7 +171,7 @@ class Server(Lines[Session]):
                         log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
                         self.drop(session)
                 elif isinstance(news, Revoked):
-                    session.caller.memory.leave(news.serial)
+                    session.leave(news.serial)
                 else:
                     self.drop(session)
         except EOFError:
@@ -213,12 +212,7 @@ class Server(Lines[Session]):
         self._remove(line)
         del self._sessions[line.number]
         line.shut()
-        while line.waiting:
-            for buffer in line.waiting.popleft().buffers:
-                user_buffer.end(buffer, pinned=True)
-            self._waiting -= 1
-        if line in self._turns:
-            self._turns.remove(line)
+        self._turns.drop(line)
         for work, _ in self._beside.values():
             if work.session is line and self._tasks is not None:
                 self._tasks.cancel(work.call)
@@ -266,7 +260,8 @@ class Server(Lines[Session]):
             call.deadline = self._page.now / 1e9 + request.timeout
         work = Work(session, call, syscall, request, buffers, False, self._page.now)
         if len(self._beside) >= self._threads:
-            self._line_up(work)
+            self._turns.add(work)
+            self._say()
         else:
             self._begin(work)
 
@@ -283,32 +278,10 @@ class Server(Lines[Session]):
             why = f"{request.name!r} would wait for itself: it is called by what its {self._threads} thread(s) wait for"
             raise LimitReached("threads", self._threads, why=f"{why}; serve with more threads, or do not call back")
 
-    def _line_up(self, work: Work) -> None:
-        if self._waiting >= self._queue:
-            syscall = work.syscall.name
-            why = f"{self._waiting} calls wait for {syscall!r} already, its limit: call later, or me.serve(queue=…)"
-            raise LimitReached("queue", self._queue, why=why)
-        for buffer in work.buffers:
-            user_buffer.pin(buffer)
-        session = work.session
-        if not session.waiting:
-            self._turns.append(session)
-        session.waiting.append(work._replace(pinned=True))
-        self._waiting += 1
-        self._say()
-
-    def _pop(self) -> Work:
-        session = self._turns.popleft()
-        work = session.waiting.popleft()
-        if session.waiting:
-            self._turns.append(session)
-        self._waiting -= 1
-        return work
-
     def _next(self) -> None:
         """Begins what waits, as far as threads are free."""
-        while self._waiting and len(self._beside) < self._threads:
-            work = self._pop()
+        while self._turns and len(self._beside) < self._threads:
+            work = self._turns.next()
             if self.closing:
                 self._refuse(work)
             elif work.call.cancelled:
@@ -454,7 +427,7 @@ class Server(Lines[Session]):
 
     def _say(self) -> None:
         words = self._seat.words
-        words[BUSY], words[WAITING] = len(self._beside), self._waiting
+        words[BUSY], words[WAITING] = len(self._beside), len(self._turns)
 
     def _note(self, work: Work, began: int, answer: bytes) -> None:
         """Somebody traces the kernel, and is to see that this call has ended."""
@@ -477,5 +450,5 @@ class Server(Lines[Session]):
     def _tell(self) -> None:
         self._is_told = True
         self._seat.tell(served(self._handlers, self._beside.values(), self._turns, self._land))
-        if self._beside or self._waiting:
+        if self._beside or self._turns:
             self._tell_soon()

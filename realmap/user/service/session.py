@@ -105,6 +105,12 @@ class Session(Line):
             kind, rights = type_of(granted.kind), rights_of(granted.rights)
             self.caller.memory.enter(granted.address, granted.length, kind, rights, pieces, fds, granted.serial)
 
+    def leave(self, serial: int) -> None:
+        """Its caller has unmapped that, maybe before all of it had come."""
+        _, descriptors = self._coming.pop(serial, ([], []))
+        channel.close_all(descriptors)
+        self.caller.memory.leave(serial)
+
     def shut(self) -> None:
         """The caller sees the end of it, even where somebody else has an end of its socket as well."""
         try:

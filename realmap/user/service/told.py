@@ -8,7 +8,7 @@ from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.serving.registry import Syscall
 from realmap.serving.user_buffer import UserBuffer
-from realmap.user.service.session import Session, Work
+from realmap.user.service.session import Work
 from realmap.wire.news import Served
 
 #: Calls, and windows, that are told of at most: a message has an end.
@@ -18,15 +18,14 @@ MOST = 500
 def served(
     handlers: dict[str, Syscall],
     beside: Iterable[tuple[Work, float]],
-    turns: Iterable[Session],
+    waiting: Iterable[Work],
     land: KernelMemory,
 ) -> Served:
-    """As it is now. `beside`: calls at work, and since when; `turns`: the sessions with calls that wait."""
+    """As it is now. `beside`: calls at work, and since when; `waiting`: those that wait."""
     running: list[tuple[int, int, str, float | None]] = [
         (work.session.number, work.request.id, work.syscall.name, since) for work, since in beside
     ]
-    for session in turns:
-        running += [(session.number, work.request.id, work.syscall.name, None) for work in session.waiting]
+    running += [(work.session.number, work.request.id, work.syscall.name, None) for work in waiting]
     names = {name: (each.calls, each.failed, each.durations.counts()) for name, each in handlers.items()}
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
     kept = [(window.base, window.span) for window in land.kept.windows()] if land.kept is not None else []

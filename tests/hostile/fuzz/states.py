@@ -19,8 +19,8 @@ from mutations import Mutator, is_request
 
 from realmap._core import RING_BYTES, RING_MESSAGE
 
-#: The layout of a queue: realmap/_core/ring.c.
-TAIL, CPU, HEAD, ASLEEP, PLACES, SLOTS = 0, 4, 64, 128, 192, 256
+#: The layout of a queue: realmap/_core/core.h.
+TAIL, CPU, HEAD, ASLEEP, PLACES, NAMES, SLOTS = 0, 4, 64, 128, 192, 256, 1280
 SLOT_COUNT, SLOT_BYTES = 32, 2048
 QUEUE_BYTES = RING_BYTES // 2
 assert QUEUE_BYTES == SLOTS + SLOT_COUNT * SLOT_BYTES and RING_MESSAGE == SLOT_BYTES - 4
@@ -94,7 +94,8 @@ class Scribbler:
         return [*writes, ("call", QUIET)]
 
     def _place(self) -> int:
-        return PLACES + 4 * self.random.randrange(16)
+        """A word of a place, or of its name."""
+        return self.random.choice((PLACES + 4 * self.random.randrange(16), self.random.randrange(NAMES, SLOTS, 4)))
 
     def _bytes(self) -> list[Write]:
         writes: list[Write] = []

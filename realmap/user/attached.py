@@ -1,0 +1,51 @@
+"""`Attached`: what a process has attached before, so that what is parked of it is attached again without a message."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from realmap._core import ATTACHED
+from realmap.rights import MappingAccessRights
+from realmap.user.buffer import Buffer, UserWindow, part_of
+from realmap.user.windows import describe
+
+if TYPE_CHECKING:
+    from realmap.user.process import Process
+
+#: Of how many attached parts of memory it is known what they are.
+KNOWN = 64
+
+
+class Attached:
+    """By token, offset, length and rights. From any thread: each change is one step of a dict."""
+
+    def __init__(self) -> None:
+        #: (kind, span, where its first byte is, length, rights, bytes in huge pages)
+        self._known: dict[tuple[Any, ...], tuple[int, int, int, int, MappingAccessRights, int]] = {}
+        self._kinds = itertools.count(0, 2 * ATTACHED)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def again(self, process: Process, key: tuple[Any, ...]) -> Buffer | None:
+        """What was so attached, and unmapped, if the kernel has not said that it is to be asked again."""
+        known = self._known.get(key)
+        if known is None:
+            return None
+        kind, span, lead, size, rights, huge = known
+        window = process._own_client.endpoint.unpark(UserWindow, kind, span)
+        if window is None:
+            return None
+        describe(window, process, rights, huge, kind)
+        return part_of(window, window._base + lead, size)
+
+    def note(self, key: tuple[Any, ...], window: UserWindow, lead: int, size: int) -> int:
+        """What it is parked as when it is unmapped: its kind."""
+        known = self._known.get(key)
+        found = window._span, lead, size, window.rights, window.huge
+        if known is None or known[1:] != found:  # another block may have that name by now
+            if len(self._known) >= KNOWN:
+                self._known.pop(next(iter(self._known)), None)
+            known = self._known[key] = next(self._kinds) | ATTACHED, *found
+        return known[0]
