@@ -584,6 +584,11 @@ def test_signal_handlers_that_raise_at_any_moment(me: Process, kernel: KernelHan
     def stop(*_: object) -> None:
         raise Stop
 
+    def use() -> None:  # what it leaves half done goes with its variables
+        with me.map(2 * PAGE) as buffer, me.session("peek") as session:
+            session.call("peek", buffer.slice(1, PAGE), 2)
+            me.call("digest", buffer.slice(5, PAGE))
+
     before = signal.signal(signal.SIGALRM, stop)
     try:
         end = time.monotonic() + 3
@@ -592,9 +597,7 @@ def test_signal_handlers_that_raise_at_any_moment(me: Process, kernel: KernelHan
             with suppress(Stop):
                 signal.setitimer(signal.ITIMER_REAL, (turns % 40 + 1) * 5e-5)
                 try:
-                    with me.map(2 * PAGE) as buffer, me.session("peek") as session:
-                        session.call("peek", buffer.slice(1, PAGE), 2)
-                        me.call("digest", buffer.slice(5, PAGE))
+                    use()
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
