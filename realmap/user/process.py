@@ -360,12 +360,11 @@ class Process:
         return part_of(window, window._base + lead, size)
 
     def _note_attached(self, key: tuple[Any, ...], window: UserWindow, lead: int, size: int) -> int:
-        known = self._attached.get(key)
-        if known is None:
-            if len(self._attached) >= KNOWN:
+        known, now = self._attached.get(key), (window._span, lead, size, window.rights, window.huge)
+        if known is None or known[1:] != now:  # a name may have become another block's
+            if known is None and len(self._attached) >= KNOWN:
                 self._attached.pop(next(iter(self._attached)), None)
-            kind = next(self._kinds) | ATTACHED
-            known = self._attached[key] = kind, window._span, lead, size, window.rights, window.huge
+            known = self._attached[key] = next(self._kinds) | ATTACHED, *now
         return known[0]
 
     def revoke(self, handle: Handle | str) -> None:
