@@ -249,7 +249,7 @@ class Serve(_Request, tag=16, frozen=True):
 class Open(_Request, tag=17, frozen=True):
     """A session with a server of `name`, but none of these seats.
 
-    Done: [session, seat, the server's pid, microseconds to spin, all that it serves]. Descriptors: the session's socket,
+    Done: [session, seat, the server's pid, microseconds to spin, all that it serves]. Descriptors: its socket,
     its ring, the seat's page, which may only be read.
     """
 

@@ -483,11 +483,11 @@ def test_a_kernel_that_is_stopped_does_not_stop_calls(me: Process, kernel: Kerne
         with pytest.raises(realmap.SyscallTimeout):
             me.session("peek", timeout=0.2)
         with pytest.raises(realmap.SyscallTimeout):
-            me.call("long_text", 5, timeout=0.2)
+            me.call("nobody_has_called_this", timeout=0.2)
         assert time.monotonic() - began < BOUND / 4
+        assert me.call("long_text", 5, timeout=BOUND) == "xxxxx"  # by the same session
     finally:
         os.kill(kernel.pid, signal.SIGCONT)
-    assert me.call("long_text", 5, timeout=BOUND) == "xxxxx"
 
 
 def test_a_caller_that_unmaps_what_is_lent(me: Process, kernel: KernelHandle, spawn: Any) -> None:
@@ -664,3 +664,13 @@ def test_bystanders_go_on_while_servers_are_killed(me: Process, kernel: KernelHa
             server.kill()
             server.join()
     assert all(count > 10 for count in done)
+
+
+def test_one_session_for_all_that_a_server_serves(me: Process, kernel: KernelHandle, spawn: Any) -> None:
+    spawn(1)
+    buffer = me.map(PAGE)
+    assert me.call("peek", buffer, 1) == b"\0"
+    assert me.call("echo", 1) == [[1], {}]
+    assert len(kernel.snapshot().sessions) == 1
+    assert len(kernel.snapshot().grants) == 1
+    buffer.unmap()
