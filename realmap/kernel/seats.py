@@ -255,7 +255,7 @@ class Seats:
             if not self._send(desk, Revoked(session, mapping.serial), []):
                 return False
             del desk.news[news]
-            desk.page.words[GRANTS] += 1
+            desk.page.count(GRANTS)
             return True
         frames, first = news.frames, news.frames.index_of(mapping.phys_offset)
         pieces = [piece[1:] for piece in frames.pieces(news.offset, news.left, MAX_DESCRIPTORS)]
@@ -275,7 +275,7 @@ class Seats:
             channel.close_all(opened)
         size = sum(length for _, length in pieces)
         news.told, news.offset, news.left = news.told + len(pieces), news.offset + size, news.left - size
-        desk.page.words[GRANTS] += 1
+        desk.page.count(GRANTS)
         if not news.left:
             del desk.news[news]
             _answer(news, (None, []))
@@ -420,7 +420,7 @@ class Seats:
         """A seat has come or gone: who calls one of its names may want to look for another one."""
         for each in (*self._books.ports.rivals(seat), seat):
             if each in self._desks:
-                self._desks[each].page.words[CHANGES] += 1
+                self._desks[each].page.count(CHANGES)
 
     def after_fork_in_child(self) -> None:
         """They are the parent's alone."""

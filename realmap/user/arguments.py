@@ -10,8 +10,6 @@ from realmap.wire.client import Client
 
 #: A timeout of more seconds than these is told as that.
 LONGEST = 1e9
-#: What is said of one.
-BEYOND = "an integer beyond 64 bits cannot travel; send it as text or bytes"
 #: What is sent as it is.
 _SENT = plain.PLAIN | {Buffer}
 

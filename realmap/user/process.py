@@ -22,7 +22,7 @@ from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_of, type_of, u_rw
 from realmap.user import shown
-from realmap.user.arguments import BEYOND, call_of
+from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
@@ -391,16 +391,13 @@ class Process:
         if client.lost_in_child:  # asked here: a property costs a call
             client = self._own_client
         request = call_of(self._client, name, args, timeout, kwargs)
+        if name in self._known:
+            return self._routes.call(request, timeout)
         try:
-            if name in self._known:
-                return self._routes.call(request, timeout)
-            try:
-                return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
-            except UnknownSyscall as error:
-                refusal = error.with_traceback(None)
-            return run(self._routes.steps(request, refusal), name, timeout)
-        except OverflowError:
-            raise TypeError(BEYOND) from None
+            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+        except UnknownSyscall as error:
+            refusal = error.with_traceback(None)
+        return run(self._routes.steps(request, refusal), name, timeout)
 
     async def acall(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """`call`, for asyncio: `await me.acall("sha256", buffer)`. Other tasks go on meanwhile, and may call as well.
@@ -412,16 +409,13 @@ class Process:
 
         client = self._own_client
         request, refusal = call_of(self._client, name, args, timeout, kwargs), None
-        try:
-            if name not in self._known:
-                try:
-                    waiter = Waiter.of(client)
-                    return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
-                except UnknownSyscall as error:
-                    refusal = error.with_traceback(None)
-            return await arun(self._routes.steps(request, refusal), name, timeout)
-        except OverflowError:
-            raise TypeError(BEYOND) from None
+        if name not in self._known:
+            try:
+                waiter = Waiter.of(client)
+                return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
+            except UnknownSyscall as error:
+                refusal = error.with_traceback(None)
+        return await arun(self._routes.steps(request, refusal), name, timeout)
 
     def session(self, name: str, *, timeout: float | None = None) -> Session:
         """One server of `name`, the least busy one, for all calls that are made by the `Session`.

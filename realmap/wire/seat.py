@@ -21,7 +21,7 @@ BUSY, WAITING, THREADS = 0, 1, 2
 CHANGES, GRANTS = 3, 4
 #: By the kernel: whether somebody traces, and the server is to say when each call began and ended.
 TRACED = 5
-_WORDS = 8
+WORDS = 8
 
 
 class SeatPage:
@@ -33,7 +33,7 @@ class SeatPage:
         """`fd` stays the caller's. OSError: no memory."""
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._memory = mmap.mmap(fd, mmap.PAGESIZE, access=access)
-        self.words = memoryview(self._memory)[: 8 * _WORDS].cast("Q")
+        self.words = memoryview(self._memory)[: 8 * WORDS].cast("Q")
 
     @staticmethod
     def create(threads: int) -> tuple[SeatPage, int]:
@@ -48,6 +48,10 @@ class SeatPage:
         except BaseException:
             files.close(fd)
             raise
+
+    def count(self, word: int) -> None:
+        """Counts up a word, whatever another process has written there."""
+        self.words[word] = (self.words[word] + 1) % (1 << 64)
 
     def close(self) -> None:
         """Again: nothing."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 import signal
 import threading
@@ -225,6 +227,60 @@ def test_a_task_is_cancelled_with_its_caller(kernel: KernelHandle, me: Process) 
         asker.join(BOUND)
 
 
+def test_a_call_that_is_cancelled_before_its_task_begins_keeps_no_thread(kernel: KernelHandle, me: Process) -> None:
+    callers: list[Any] = []
+    at_work, let_go = threading.Event(), threading.Event()
+
+    def note(call: Call) -> None:
+        callers.append(call.process)
+
+    async def hold_loop(call: Call) -> None:
+        at_work.set()
+        let_go.wait(BOUND)  # and with it the event loop
+
+    async def nap(call: Call) -> None:
+        await asyncio.sleep(BOUND)
+
+    service = me.serve(note, hold_loop, nap, threads=3)
+    with kernel.connect() as other, ThreadPoolExecutor(2) as pool:
+        held = pool.submit(me.call, "hold_loop")
+        assert at_work.wait(BOUND)
+        other.call("note")
+        napping = pool.submit(other.call, "nap")
+        wait_until(lambda: service.calls == 3)
+        other.close()
+        wait_until(lambda: not callers[0].alive)
+        me.call("note")  # it has heard all of that
+        let_go.set()
+        assert held.result(BOUND) is None
+        assert isinstance(napping.exception(BOUND), KernelError)
+    service.close(BOUND)
+
+
+def test_no_event_loop_can_be_had(me: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def later(call: Call) -> str:
+        return "there"
+
+    def none() -> Any:
+        raise OSError(errno.EMFILE, "none left")
+
+    with me.serve(later):
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio, "new_event_loop", none)
+            with pytest.raises(KernelError, match="no thread for it"):
+                me.call("later")
+        assert me.call("later") == "there"
+
+
+def test_an_async_handler_that_forks_leaves_no_child(me: Process) -> None:
+    async def split(call: Call) -> int:
+        return forks.fork()
+
+    with me.serve(split):
+        child = me.call("split")
+        wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] == child, "the child's end")
+
+
 # ---- what a handler is told -------------------------------------------------------------------------
 
 
@@ -326,6 +382,36 @@ def test_wait_ends_with_the_kernel() -> None:
         with pytest.raises(KernelDied):
             service.wait(BOUND)
         service.close()
+
+
+@pytest.mark.parametrize("kind", ["short", "blocking", "task"])
+def test_a_handler_may_outlive_its_kernel(kind: str, caplog: pytest.LogCaptureFixture, gate: Gate) -> None:
+    ended = threading.Event()
+
+    def stay(call: Call, data: UserBuffer) -> None:
+        gate.handler(call)
+        ended.set()
+
+    async def nap(call: Call, data: UserBuffer) -> None:
+        gate.at_work = 1
+        try:
+            await asyncio.sleep(BOUND)
+        finally:
+            ended.set()
+
+    handler = nap if kind == "task" else stay
+    with realmap.boot() as kernel, kernel.connect() as me, ThreadPoolExecutor(1) as pool:
+        service = me.serve(realmap.syscall(name="stay", blocking=kind == "blocking")(handler), threads=2)
+        called = pool.submit(me.call, "stay", me.map(PAGE))
+        wait_until(lambda: service._server._beside and gate.at_work)
+        os.kill(kernel.pid, signal.SIGKILL)
+        with pytest.raises(KernelDied):
+            service.wait(BOUND)
+        gate.open()
+        assert ended.wait(BOUND)
+        assert isinstance(called.exception(BOUND), KernelError)
+        wait_until(lambda: not service._server._beside)
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
 def test_ctrl_c_ends_the_wait_alone(me: Process) -> None:

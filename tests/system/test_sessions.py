@@ -76,6 +76,14 @@ def in_thread(act: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
     return thread, came
 
 
+def test_what_cannot_travel_by_a_session_either(me: Process, spawn: Any) -> None:
+    spawn(1)
+    with me.session("echo") as session:
+        for call in (me.call, session.call):
+            with pytest.raises(TypeError, match="beyond 64 bits"):
+                call("echo", 2**70)
+
+
 # ---- which server -------------------------------------------------------------------------
 
 

@@ -97,7 +97,8 @@ class Service:
         ended = self._ended.wait(timeout)
         if ended and not self._closed and self._pid == os.getpid():
             self._process._client.check()
-            raise KernelDied(self._process.path, why="the kernel has given up this service: it did not read its socket")
+            why = "the kernel has ended, or has given up this service, which did not read its socket"
+            raise KernelDied(self._process.path, why=why) from self._server.error
         return ended
 
     def close(self, timeout: float | None = None) -> None:

@@ -10,14 +10,13 @@ import array
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 
 from realmap.host import files
 from realmap.wire import channel, messages
 from realmap.wire.news import News, Told
-from realmap.wire.seat import GRANTS, SeatPage
+from realmap.wire.seat import GRANTS, WORDS, SeatPage
 
 _DESCRIPTORS = messages.MAX_DESCRIPTORS
 _decode = msgspec.msgpack.Decoder(News).decode
@@ -39,20 +38,22 @@ class Seat:
         finally:
             files.close(page)
         self.sock.setblocking(False)
+        #: Of the page: how many calls are at work, and wait, for those who choose a server. Nobody's after `close`.
+        self.words: memoryview | list[int] = self._page.words
         #: How many of its grants were heard of.
         self._heard = 0
 
     @property
     def has_news(self) -> bool:
         """Whether something was granted or revoked since `hear`: then that comes before a call is looked at."""
-        return self._page.words[GRANTS] != self._heard
+        return self.words[GRANTS] != self._heard
 
     def hear(self) -> Iterator[tuple[News, list[int]]]:
         """What there is to hear now. Each one's descriptors are closed afterwards, but for those that were taken out.
 
         EOFError: the kernel has ended, or has given the seat up.
         """
-        self._heard = self._page.words[GRANTS]
+        self._heard = self.words[GRANTS]
         while True:
             descriptors: list[int] = []
             try:
@@ -87,11 +88,6 @@ class Seat:
         with contextlib.suppress(OSError):
             channel.send_one(self.sock, _encode(message))
 
-    @property
-    def words(self) -> Any:
-        """Those of the page: how many calls are at work, and wait, for those who choose a server."""
-        return self._page.words
-
     def leave(self) -> None:
         """No new sessions come from here on; those that there are go on until `close`."""
         with contextlib.suppress(OSError):  # the kernel has ended
@@ -99,5 +95,6 @@ class Seat:
 
     def close(self) -> None:
         """The kernel sees that nobody sits here any more. Again: nothing."""
+        self.words = [0] * WORDS  # for calls that end later
         files.shut(self.sock)
         self._page.close()

@@ -381,7 +381,7 @@ class Server(Lines[Session]):
                 self._tasks.submit(syscall, call, request, buffers, waiting, end)
             else:
                 self._workers.submit(on_thread)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             self._end(call, failed(request.id, KernelError(why=f"no thread for it: {error}")))
 
     def _end(self, call: Call, answer: bytes) -> None:

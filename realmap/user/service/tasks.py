@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,9 +12,10 @@ from typing import Any
 import msgspec
 
 from realmap.serving import nesting
+from realmap.serving.loop import Lost
 from realmap.serving.registry import Syscall
 from realmap.serving.signature import Signature
-from realmap.serving.syscalls import Call, run
+from realmap.serving.syscalls import Call, failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.wire import messages
 
@@ -27,7 +29,7 @@ class Tasks:
     def __init__(self) -> None:
         """RuntimeError: no thread could be started."""
         self._loop = asyncio.new_event_loop()
-        self._tasks: dict[Call, asyncio.Task[None]] = {}
+        self._tasks: dict[Call, asyncio.Task[bytes]] = {}
         self._thread = threading.Thread(target=self._work, name="realmap-tasks", daemon=True)
         try:
             self._thread.start()
@@ -39,6 +41,9 @@ class Tasks:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            for task in self._tasks.values():
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*self._tasks.values(), return_exceptions=True))
         finally:
             self._loop.close()
 
@@ -53,15 +58,20 @@ class Tasks:
     ) -> None:
         """Runs a handler; `done` gets its answer, on the loop's thread. `waiting`: the seats that wait for it."""
 
-        async def work() -> None:
+        async def work() -> bytes:
             nesting.seats.set(waiting)
+            return await _answer(syscall, call, request, buffers)
+
+        def end(task: asyncio.Task[bytes]) -> None:
+            del self._tasks[call]
             try:
-                done(await _answer(syscall, call, request, buffers))
-            finally:
-                self._tasks.pop(call, None)
+                done(failed(request.id, asyncio.CancelledError()) if task.cancelled() else task.result())
+            except Lost:
+                os._exit(0)  # a handler forked, and returned in the child too: that serves nobody
 
         def start() -> None:
-            self._tasks[call] = self._loop.create_task(work())
+            self._tasks[call] = task = self._loop.create_task(work())
+            task.add_done_callback(end)  # of one that is cancelled before it begins, too
 
         self._loop.call_soon_threadsafe(start)
 
@@ -75,7 +85,7 @@ class Tasks:
         self._loop.call_soon_threadsafe(cancel)
 
     def close(self) -> None:
-        """Ends the loop; what still runs there is left where it is."""
+        """Cancels what still runs, and ends the loop."""
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 

@@ -65,11 +65,13 @@ class Requester(ABC):
     # ---- requests ---------------------------------------------------------------------------
 
     def encode(self, message: Any) -> bytes:
-        """Its bytes. TypeError, OverflowError: something in it cannot travel. InvalidSize: it is too much."""
+        """Its bytes. TypeError: something in it cannot travel. InvalidSize: it is too much."""
         try:
             data = self.encoder.encode(message)
         except RecursionError:
             raise TypeError(f"this cannot travel: {FLAWS[TOO_DEEP]}") from None
+        except OverflowError:
+            raise TypeError("an integer beyond 64 bits cannot travel; send it as text or bytes") from None
         if flaw := flaw_of(data):
             if flaw in (TOO_MUCH, TOO_LONG):
                 raise InvalidSize(len(data), why=FLAWS[flaw])

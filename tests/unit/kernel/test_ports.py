@@ -39,7 +39,7 @@ from realmap.wire import channel, messages
 from realmap.wire.news import Gone, Granted, News, Opened, Revoked, Served
 from realmap.wire.records import GrantInfo, SessionInfo
 from realmap.wire.ring import RingEnd
-from realmap.wire.seat import BUSY, CHANGES, GRANTS, THREADS, WAITING, SeatPage
+from realmap.wire.seat import BUSY, CHANGES, GRANTS, THREADS, WAITING, WORDS, SeatPage
 
 TOTALS = ("seats", "sessions", "grants")
 
@@ -222,6 +222,19 @@ def test_a_page_tells_that_a_seat_of_its_names_comes_or_goes(stage: Stage) -> No
         rival.sock.shutdown(socket.SHUT_WR)  # it closes in good order
         wait_until(lambda: word(page, CHANGES) == 3)
     wait_until(lambda: word(page, CHANGES) == 4)
+
+
+def test_a_server_that_scribbles_over_its_page_keeps_nobody_from_serving(stage: Stage) -> None:
+    page = SeatPage(stage.server.page, writable=True)
+    for each in range(WORDS):
+        page.words[each] = 2**64 - 1
+    page.close()
+    with RawServer(stage.caller, "name") as other:
+        assert word(stage.server.page, CHANGES) == 0
+        stage.session.lend(stage.address)
+        assert word(stage.server.page, GRANTS) == 0
+        stage.host.sock.close()
+        wait_until(lambda: [each.number for each in stage.kernel.books.ports] == [other.number])
 
 
 # ---- bad input -------------------------------------------------------------------------------------
