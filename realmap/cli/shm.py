@@ -57,7 +57,7 @@ older_option = click.option(
 
 @click.group(invoke_without_command=True)
 @click.option(
-    "--orphans", is_flag=True, help="Only what nobody has, and whose maker is gone; of /dev/shm, `reclaim` takes it."
+    "--orphans", is_flag=True, help="Only what nobody has, and whose maker is gone: `reclaim` takes the posix ones."
 )
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([POSIX, UNLINKED, MEMFD, SYSV, ANONYMOUS]),
               help="Only of this kind (or of several).")  # fmt: skip

@@ -68,7 +68,7 @@ class Stranger:
     """Process `pid`, pinned: it is this one or gone, never another one of that pid. Not safe for threads by itself."""
 
     def __init__(self, pid: int) -> None:
-        """InvalidHandle: there is no such process, it or its first thread has ended, or it has no memory (Linux's own).
+        """InvalidHandle: there is no such process, it or its first thread has ended, or it has no memory (kthreadd).
 
         AccessDenied: /proc is not there, or hides it. PhysicalMemoryExhaustion: no descriptors.
         """

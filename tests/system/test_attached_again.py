@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -248,6 +249,24 @@ def test_none_is_kept_over_a_fork(block: SharedMemory) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert (parked(), kept()) == ([], 0)
     attach(block.name)
+
+
+def test_forks_before_the_kernel_has_said_whether_it_keeps_one(block: SharedMemory) -> None:
+    assert ambient._booted is not None
+    for _ in range(PLACES + 1):
+        same = SharedMemory(block.name)
+        os.kill(ambient._booted.pid, signal.SIGSTOP)
+        try:
+            same.close()
+            pid = os.fork()
+            if not pid:
+                os._exit(0)
+            os.waitpid(pid, 0)
+        finally:
+            os.kill(ambient._booted.pid, signal.SIGCONT)
+        assert (parked(), kept()) == ([], 0)
+    attach(block.name)
+    assert kept() == 1
 
 
 def test_one_that_was_cut_short_is_not_kept(tree: None) -> None:
