@@ -38,7 +38,7 @@ KINDS = [
     "--ops",
     multiple=True,
     metavar="N|MODULE.py",
-    help="A number: steps in all, instead of a time. A file: operations of your own, in the mix (see below).",
+    help="A number: steps in all, instead of a time. A file: operations of your own, in the mix (see above).",
 )
 @click.option("--seed", type=click.IntRange(0), help="Decides every choice; by default a new one, which is printed.")
 @click.option("--kill", type=click.FloatRange(0, 1), metavar="RATE", help="Share of steps at which a user is killed.")

@@ -164,6 +164,18 @@ def test_a_later_block_of_the_same_name_is_another(tree: None) -> None:
         elsewhere("SharedMemory(name).unlink()", name)
 
 
+def test_a_later_block_of_the_same_name_has_its_own_length(tree: None) -> None:
+    name = f"kept_{os.getpid()}"
+    for size in (100, SIZE, 50):  # one page, each of them
+        made = SharedMemory(name, create=True, size=size)
+        for _ in range(3):
+            same = SharedMemory(name)
+            assert same.size == len(same.buf) == size
+            same.close()
+        made.close()
+        made.unlink()
+
+
 def test_whose_name_ended_before_it_was_closed_is_not_kept(tree: None) -> None:
     made = SharedMemory(create=True, size=SIZE)
     same = SharedMemory(made.name)

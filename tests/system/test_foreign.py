@@ -374,6 +374,18 @@ def test_no_process_is_said_by_name() -> None:
         thread.join()
 
 
+def test_whose_first_thread_has_ended() -> None:
+    lives = "import ctypes, sys, threading; threading.Thread(target=sys.stdin.read).start(); "
+    lives += "ctypes.PyDLL(None).pthread_exit(None)"
+    with subprocess.Popen([sys.executable, "-c", lives], stdin=subprocess.PIPE) as running:
+        try:
+            wait_until(lambda: Path(f"/proc/{running.pid}/stat").read_text().rpartition(") ")[2][0] == "Z", "its end")
+            with pytest.raises(InvalidHandle, match="the first thread of process"):
+                ForeignProcess(running.pid)
+        finally:
+            running.kill()
+
+
 def test_a_thread_of_linux_itself() -> None:
     if not Path("/proc/2/status").exists() or "kthreadd" not in Path("/proc/2/comm").read_text():
         pytest.skip("they are in another pid namespace")
