@@ -20,7 +20,7 @@ LONGEST = 1 << 17
 
 @syscall
 def stress_flip(call: Call, data: UserBuffer) -> bytes:
-    """Turns round every bit; the digest of what was there. Whenever it dies, each byte is as it was or as it will be."""
+    """Turns round every bit; the digest of what was. If it dies midway, each byte is as before, or as it will be."""
     with data.mirror() as mirror:
         before = bytes(mirror)
         mirror[:] = before.translate(FLIPPED)

@@ -151,7 +151,7 @@ class Worker:
         if isinstance(error, ServerDied) and error.began:
             self._model.apply(step)
         seen = actor.buffers[step.key][:]
-        if len(seen) != len(before) or any(one not in (old, new) for one, old, new in zip(seen, before, content)):
+        if any(one not in (old, new) for one, old, new in zip(seen, before, content, strict=True)):
             raise WrongBytes(f"wrong bytes: {step} ended in {error}, and left {shortened(seen)}")
         content[:] = seen
         self._tally.verified += len(seen)
