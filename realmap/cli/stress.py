@@ -135,6 +135,8 @@ def render(console: Console, report: lab.Report) -> None:
         console.print(f"antagonist {name}: {antagonist.count} times{escape(why)}")
     for name, done in report.operations.items():
         console.print(f"operation {name}: {done.count} times, {done.failures} failed, {done.longest:.3g} s at most")
+    for name, why in report.skipped.items():
+        console.print(f"{name}: not here: {escape(why)}")
     for failure in report.failures:
         console.print(f"[bold red]failed[/]: {escape(failure)}")
     if report.ok:
