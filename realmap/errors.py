@@ -276,6 +276,8 @@ class ServerDied(KernelError, ConnectionError):
     name: str
     pid: int
     began: bool
+    #: Whether this process itself has seen that end; else it was told of one further on.
+    here = False
 
 
 def owner_died(address: int) -> OwnerDied:

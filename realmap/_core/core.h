@@ -432,7 +432,7 @@ typedef struct Letter {
 
 /* A window that was unmapped, and is parked: stock.c. */
 typedef struct {
-    uintptr_t base; /* 0: there is none; NOWHERE: there never will be one */
+    uintptr_t base; /* 0: there is none; NOWHERE: nor can there be, until the kernel says GONE */
     size_t span;
     uint64_t kind;  /* what it can be used for again */
     uint64_t serial;

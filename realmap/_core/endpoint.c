@@ -10,8 +10,8 @@
 
 /* ---- requests ----------------------------------------------------------------------------------- */
 
-/* A request that is sent, or about to be. `ordered`: nothing that is said later is heard before it. NULL with an exception
- * set: no memory, or a buffer that is unmapped. */
+/* A request that is sent, or about to be. `ordered`: nothing that is said later is heard before it, and nothing later that
+ * was said before. NULL with an exception set: no memory, or a buffer that is unmapped. */
 static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObject *holds, PyObject *late,
                      PyObject *bell, int ordered)
 {
@@ -38,6 +38,8 @@ static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObje
     answer->pending = 1;
     if (bell)
         line_up(self, answer);
+    if (ordered && self->ring && self->table.count > 1)
+        queue_mailed(&self->ring->duplex); /* calls may lie in the socket yet: it is read first */
     if (post_message(self, message, answer)) {
         answer->error = ENOMEM;
         finish(self, answer, FAILED);

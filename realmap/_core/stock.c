@@ -32,9 +32,10 @@ static void sweep_stock(Endpoint *self)
 {
     _Atomic uint32_t *places = places_of(self);
     for (int i = 0; places && i < PLACES; i++) {
-        uint32_t now = self->stock[i].base > NOWHERE ? atomic_load_explicit(&places[i], memory_order_acquire) : FREE;
+        uint32_t now = self->stock[i].base ? atomic_load_explicit(&places[i], memory_order_acquire) : FREE;
         if (now == GONE || now == SEEN) {
             empty_place(&self->stock[i]);
+            self->stock[i].base = 0;
             atomic_store_explicit(&places[i], FREE, memory_order_release);
         }
     }
@@ -279,7 +280,7 @@ static PyObject *endpoint_end_name(PyObject *op, PyObject *text)
 }
 
 /* empty_stock(message): unmaps all that is parked, and says so, as `notice`: before a fork. A place of which the kernel has
- * not said yet is not used again: what it will say would be of another window. What has a name keeps it. */
+ * not said yet is not used again until it says, after that, that the window is gone. What has a name keeps it. */
 static PyObject *endpoint_empty_stock(PyObject *op, PyObject *message)
 {
     Endpoint *self = as_endpoint(op);

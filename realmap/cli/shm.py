@@ -56,7 +56,9 @@ older_option = click.option(
 
 
 @click.group(invoke_without_command=True)
-@click.option("--orphans", is_flag=True, help="Only what nobody has, and whose maker is gone: what `reclaim` takes.")
+@click.option(
+    "--orphans", is_flag=True, help="Only what nobody has, and whose maker is gone: `reclaim` takes the posix ones."
+)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([POSIX, UNLINKED, MEMFD, SYSV, ANONYMOUS]),
               help="Only of this kind (or of several).")  # fmt: skip
 @click.option("--pid", type=int, help="Only what this process has.")

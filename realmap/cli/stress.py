@@ -38,7 +38,7 @@ KINDS = [
     "--ops",
     multiple=True,
     metavar="N|MODULE.py",
-    help="A number: steps in all, instead of a time. A file: operations of your own, in the mix (see below).",
+    help="A number: steps in all, instead of a time. A file: operations of your own, in the mix (see above).",
 )
 @click.option("--seed", type=click.IntRange(0), help="Decides every choice; by default a new one, which is printed.")
 @click.option("--kill", type=click.FloatRange(0, 1), metavar="RATE", help="Share of steps at which a user is killed.")
@@ -135,6 +135,8 @@ def render(console: Console, report: lab.Report) -> None:
         console.print(f"antagonist {name}: {antagonist.count} times{escape(why)}")
     for name, done in report.operations.items():
         console.print(f"operation {name}: {done.count} times, {done.failures} failed, {done.longest:.3g} s at most")
+    for name, why in report.skipped.items():
+        console.print(f"{name}: not here: {escape(why)}")
     for failure in report.failures:
         console.print(f"[bold red]failed[/]: {escape(failure)}")
     if report.ok:

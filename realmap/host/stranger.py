@@ -68,7 +68,7 @@ class Stranger:
     """Process `pid`, pinned: it is this one or gone, never another one of that pid. Not safe for threads by itself."""
 
     def __init__(self, pid: int) -> None:
-        """InvalidHandle: there is no such process, it has ended (a zombie), or has no memory (a kernel thread).
+        """InvalidHandle: there is no such process, it or its first thread has ended, or it has no memory (kthreadd).
 
         AccessDenied: /proc is not there, or hides it. PhysicalMemoryExhaustion: no descriptors.
         """
@@ -334,6 +334,9 @@ def _no_process(pid: int, error: OSError, opened: bool) -> KernelError:
         hidden = [line for line in open("/proc/self/mounts") if line.split()[1] == "/proc" and "hidepid=" in line]
         if hidden:
             return AccessDenied(why=f"process {pid} is hidden from uid {os.geteuid()}: /proc is mounted with hidepid")
+    if opened and isinstance(error, ProcessLookupError):  # while it can be pinned
+        why = f"the first thread of process {pid} has ended, or all of it has: Linux shows its memory no more"
+        return InvalidHandle(pid, why=why)
     if error.errno in (errno.ENOENT, errno.ESRCH, errno.EINVAL):
         thread = " of its own: it is a thread of one" if os.path.exists(f"/proc/{pid}/status") else ""
         return InvalidHandle(pid, why=f"there is no process {pid}{thread}")

@@ -193,9 +193,8 @@ class Dispatch:
         if syscall is None:
             known = ", ".join(sorted(books.syscalls)) or "none"
             name = request.name[:LONGEST]
-            raise UnknownSyscall(
-                name, why=f"the kernel at {self._kernel.path} has no syscall {name!r} (it has: {known})"
-            )
+            why = f"the kernel at {self._kernel.path} has no syscall {name!r} (it has: {known})"
+            raise UnknownSyscall(name, why=f"{why}, and no process serves it")
         syscall.calls += 1
         if self.given_up.of_pid:
             self.given_up.check(process, syscall)

@@ -172,6 +172,8 @@ class Picture:
         self._kept = books.memory.kept.windows() if books.memory.kept else []
         self._rows = {"running": [self._running_row(each) for each in around.running]} | _rows_of_seats(books.ports)
         self._rows["running"] += self._served_rows(books.ports)
+        sessions = [session for seat in books.ports for session in seat.sessions.values()]
+        self._grants = [grant for session in sessions for grant in session.grants.values()]
         self._plain = {
             "form": FORM,
             "pid": os.getpid(),
@@ -198,7 +200,7 @@ class Picture:
         """It in MessagePack, a little at a time: one map."""
         serials = {frames.serial for frames in self._frames}
         kept = [window for window in self._kept if window.serial in serials]
-        yield b"\xde" + (len(self._plain) + len(self._rows) + 5).to_bytes(2, "big")
+        yield b"\xde" + (len(self._plain) + len(self._rows) + 6).to_bytes(2, "big")
         for name, value in self._plain.items():
             yield encode(name) + encode(value)
         for name, rows in self._rows.items():
@@ -211,6 +213,8 @@ class Picture:
             yield from _list(len(parked), map(_parked_row, parked))
         yield encode("handles")
         yield from _list(len(self._handles), map(self._handle_row, self._handles, self._of_handles))
+        yield encode("grants")
+        yield from _list(len(self._grants), map(_grant_row, self._grants))
         yield encode("mirrors")
         yield from _list(len(self._mirrors), map(_mirror_row, self._mirrors))
         yield encode("kept")
@@ -270,7 +274,6 @@ def _rows_of_seats(ports: Ports) -> dict[str, list[Row]]:
     return {
         "seats": [_seat_row(seat) for seat in seats],
         "sessions": [(session.number, session.seat.number, session.process.number) for session in sessions],
-        "grants": [_grant_row(grant) for session in sessions for grant in session.grants.values()],
         "lent": [row for seat in seats for row in _lent_rows(seat)],
     }
 

@@ -39,7 +39,7 @@ from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, TRACED, WAITING, SeatPage
 
 #: So many datagrams go to a seat before others have their turn.
-TURN = 16
+TURN = 8
 #: So many requests may wait for the same grant.
 WAITING_FOR_ONE = 64
 #: What is to be told: of a session, that it is opened, or gone; of a grant, that it is made, or revoked.
@@ -143,7 +143,7 @@ class Seats:
         return seat.number, rights
 
     def _open(self, books: Books, process: UserProcess, request: messages.Open) -> Answer:
-        """A session: [its number, its seat, the server's pid, the time to spin]; socket, ring, the seat's page.
+        """A session: [number, seat, the server's pid, the time to spin, what it serves]; socket, ring, the seat's page.
 
         UnknownSyscall: nobody serves that name. LimitReached, PhysicalMemoryExhaustion: it has too many, or there are
         no descriptors.
@@ -163,7 +163,7 @@ class Seats:
                 raise
             self._tell(session)
             if not session.ended:
-                return [session.number, seat.number, seat.process.pid, self._spin], rights
+                return [session.number, seat.number, seat.process.pid, self._spin, list(seat.names)], rights
             channel.close_all(rights)  # the server has gone this moment: the next one
 
     def _load(self, seat: Seat) -> float:

@@ -60,7 +60,7 @@ class Mix:
     longest: int = 256 << 10
     buffers: int = 12
     kept: int = 4
-    own: frozenset[str] = frozenset({"fork"})
+    own: frozenset[str] = frozenset({"fork", "serve", "show", "stranger"})
 
 
 #: Of a process that does everything, and neither dies nor has its memory taken away.
@@ -68,11 +68,15 @@ CALM = {
     "map": 12, "map_read_only": 2, "write": 16, "check": 14, "digest": 16, "slow_digest": 4, "copied_digest": 10,
     "reverse": 10, "fill": 8, "copy": 6, "keep": 2, "drop": 3, "unmap": 6, "forget": 3,
 }  # fmt: skip
+#: What a process does beside others: it forks, serves (or ends it), is served, shows a buffer, looks at a stranger's.
+COMPANY = {"fork": 1, "serve": 1, "served": 3, "show": 1, "stranger": 2}
 MIXES = {
-    "quick": Mix(CALM | {"fork": 1}),
-    "soak": Mix(CALM | {"fork": 1, "map": 8, "unmap": 5}, longest=64 << 10),
-    "storm": Mix(CALM | {"map": 24, "unmap": 12, "forget": 8, "slow_digest": 12, "fork": 3}, longest=1 << 20),
+    "quick": Mix(CALM | COMPANY),
+    "soak": Mix(CALM | COMPANY | {"map": 8, "unmap": 5}, longest=64 << 10),
+    "storm": Mix(CALM | COMPANY | {"map": 24, "unmap": 12, "forget": 8, "slow_digest": 12, "fork": 3}, longest=1 << 20),
 }
+#: Of what is served: each bit turned round.
+FLIPPED = bytes(255 - byte for byte in range(256))
 
 
 def pattern(seed: int, length: int) -> bytes:
@@ -112,7 +116,7 @@ class Model:
 
     def fitting(self, kind: str) -> list[int]:
         """The keys of the buffers that a step of this kind can be done to."""
-        if kind in ("write", "reverse", "fill", "truncate"):
+        if kind in ("write", "reverse", "fill", "truncate", "served"):
             return [key for key, content in self.buffers.items() if content.writable and not content.kept]
         if kind in ("unmap", "forget"):
             return [key for key, content in self.buffers.items() if not content.kept]
@@ -130,7 +134,7 @@ class Model:
         if step.kind in ("map", "map_read_only"):
             self.buffers[step.key] = Content(bytearray(step.length), step.kind == "map")
             return None
-        if step.kind == "fork":
+        if not step.key:  # of its own
             return None
         content = self.buffers[step.key]
         end = step.offset + step.length
@@ -139,6 +143,9 @@ class Model:
             content.data[step.offset : end] = pattern(step.seed, step.length)
         elif step.kind == "reverse":
             content.data[step.offset : end] = part[::-1]
+        elif step.kind == "served":
+            content.data[step.offset : end] = part.translate(FLIPPED)
+            return hashlib.sha256(part).digest() + content.data
         elif step.kind == "copy":
             target = self.buffers[step.other].data
             target[: len(part)] = part
@@ -172,6 +179,8 @@ def choose(model: Model, draw: Draw, mix: Mix) -> Step:
     content = model.buffers[key]
     if kind in ("check", "unmap", "forget"):
         return Step(kind, key)
+    if kind == "served" and not draw.below(4):
+        return Step(kind, key, length=len(content.data))
     if kind == "drop":
         names = sorted(content.kept)
         return Step(kind, key, names[draw.below(len(names))])

@@ -45,7 +45,7 @@ class Attached:
         known = self._known.get(key)
         found = window._span, lead, size, window.rights, window.huge
         if known is None or known[1:] != found:  # another block may have that name by now
-            if len(self._known) >= KNOWN:
+            if known is None and len(self._known) >= KNOWN:
                 self._known.pop(next(iter(self._known)), None)
             known = self._known[key] = next(self._kinds) | ATTACHED, *found
         return known[0]

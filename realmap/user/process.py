@@ -370,20 +370,22 @@ class Process:
     # ---- syscalls ---------------------------------------------------------------------------
 
     def call(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
-        """Calls the syscall `name` in the kernel, or in a process that serves it, and returns what it returns.
+        """Calls the handler `name`, and returns what it returns: the kernel's, or one that another process serves.
 
         Arguments are plain values (numbers, text, bytes, lists, dicts, None; numpy's numbers arrive as plain ones,
         tuples as lists) and buffers of this process, which travel as address and length; those by keyword arrive so.
-        `timeout` in seconds: a call given up, by a timeout or Ctrl-C, goes on there, and its buffers are held
-        until its handler ends.
+        `timeout` in seconds: a call given up, by a timeout or Ctrl-C, goes on where it is, and its buffers are held
+        until its handler ends. Of several processes that serve the name, one that is free takes it.
 
-        UnknownSyscall: neither the kernel nor any process serves this name. ServerDied: its server ended meanwhile, and
-        no other took the call. WrongArguments (a TypeError): it does not take these.
-        SyscallFailed: the handler raised (its type, text and traceback are in the error); a KernelError it raised
-        comes as itself. SyscallTimeout: no answer in time. InvalidAddress: a buffer that is unmapped, or of another
-        Process. MemoryFault: bytes of a buffer were gone when the handler, or this process, touched them. InvalidSize:
-        arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that cannot travel, a
-        dict whose keys are no text, or lists and dicts more than 60 deep. KernelDied, ProcessKilled: no kernel.
+        UnknownSyscall: neither the kernel nor any process has one of this name. ServerDied: the process that had taken
+        it has ended; where nothing was done (`began` is False), there is no other one. WrongArguments (a TypeError): it
+        does not take these. SyscallFailed: the handler raised (its type, text and traceback are in the error); a
+        KernelError it raised comes as itself. SyscallTimeout: no answer in time. InvalidAddress: a buffer that is
+        unmapped, or of another Process. MemoryFault: bytes of a buffer were gone when the handler, or this process,
+        touched them. InvalidSize: arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that
+        cannot travel, a dict whose keys are no text, or lists and dicts more than 60 deep. LimitReached: as many calls
+        wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process may
+        have. KernelDied, ProcessKilled: no kernel.
         """
         client = self._client
         if client.lost_in_child:  # asked here: a property costs a call

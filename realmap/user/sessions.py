@@ -94,7 +94,9 @@ class Server(Requester):
         self.number: int
         self.seat: int
         self.server: int
-        self.number, self.seat, self.server, spin = opened
+        #: All that this one serves.
+        self.names: list[str]
+        self.number, self.seat, self.server, spin, self.names = opened
         self.name = name
         self.process = process
         client = self._kernel = process._own_client
@@ -176,8 +178,13 @@ class Server(Requester):
         said = {DIED: "has ended, or serves no more", NONSENSE: "said what is no message"}
         how = said.get(end) or f"cannot be spoken to ({os.strerror(end - ERRNO)})"
         began = "nothing was done" if unread else "whether its handler had begun is not known"
-        why = f"process {self.server}, which served {self.name!r}, {how}: {began}"
-        return ServerDied(self.name, self.server, not unread, why=why)
+        why = f"process {self.server}, which served it, {how}: {began}"
+        return _seen(ServerDied(self.name, self.server, not unread, why=why))
+
+
+def _seen(error: ServerDied) -> ServerDied:
+    error.here = True
+    return error
 
 
 class Route:
@@ -230,9 +237,11 @@ class Routes:
 
     def _lost(self, server: Server, name: str, error: ServerDied) -> ServerDied:
         """The call to `name` goes to another server where that one has ended before it began; else this raises."""
-        if (error.pid, error.name) != (server.server, name):  # another's, that its handler called
+        if not error.here and (error.pid, error.name) != (server.server, name):  # another's, that its handler called
             raise error
-        self._forget(name, server)
+        self._forget(server)
+        if error.name != name:  # the session was opened for another one
+            error = _seen(ServerDied(name, error.pid, error.began, why=error.why))
         if error.began:
             raise error
         return error.with_traceback(None)  # which would hold the arguments
@@ -260,7 +269,7 @@ class Routes:
         best, least = None, 0
         for server in route.servers:
             if server.has_ended:
-                self._forget(name, server)
+                self._forget(server)
             elif server.seat not in tried:
                 load = server.load
                 if load < 0:
@@ -277,11 +286,15 @@ class Routes:
                 raise
             route.nobody_else = changes
             return best
-        route = self.known.setdefault(name, route)
-        for known in route.servers:
-            if known.seat == server.seat and not known.has_ended:  # another thread was quicker
-                return known
-        route.servers = (*route.servers, server)
+        for each in {name, *server.names}:
+            route = self.known.setdefault(each, Route())
+            for known in route.servers:
+                if known.seat == server.seat and not known.has_ended:
+                    if each == name:  # another thread was quicker
+                        return known
+                    break
+            else:
+                route.servers = (*route.servers, server)
         return server
 
     def open(self, name: str, but: list[int]) -> Generator[Step, tuple[Any, Answer], Server]:
@@ -290,13 +303,14 @@ class Routes:
         opened, answer = yield Step(client, messages.Open(client.next_id(), name, but))
         return Server(self._process, name, opened, answer.descriptors)
 
-    def _forget(self, name: str, server: Server) -> None:
+    def _forget(self, server: Server) -> None:
         """Its calls go elsewhere from now on; those on their way still have it."""
-        route = self.known.get(name)
-        if route is not None:
-            route.servers = tuple(each for each in route.servers if each is not server)
-            if not route.servers:
-                self.known.pop(name, None)
+        for name in {server.name, *server.names}:
+            route = self.known.get(name)
+            if route is not None:
+                route.servers = tuple(each for each in route.servers if each is not server)
+                if not route.servers:
+                    self.known.pop(name, None)
 
 
 def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
@@ -321,7 +335,7 @@ def _lend(process: Process, server: Server, window: UserWindow) -> Steps:
     try:
         yield Step(client, messages.Lend(client.next_id(), server.number, window._base))
     except ServerDied as error:  # the kernel has noticed first
-        raise ServerDied(server.name, server.server, False, why=error.why) from None
+        raise _seen(ServerDied(server.name, server.server, False, why=error.why)) from None
     window.lent_to = (*window.lent_to[1 - LENT_TO :], server.number)
 
 

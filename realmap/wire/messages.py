@@ -26,7 +26,7 @@ from realmap.errors import KernelError, SyscallFailed
 from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
-PROTOCOL = 11
+PROTOCOL = 12
 VERSION = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
@@ -249,8 +249,8 @@ class Serve(_Request, tag=16, frozen=True):
 class Open(_Request, tag=17, frozen=True):
     """A session with a server of `name`, but none of these seats.
 
-    Done: [session, seat, the server's pid, microseconds to spin]. Descriptors: the session's socket, its ring, the
-    seat's page, which may only be read.
+    Done: [session, seat, the server's pid, microseconds to spin, all that it serves]. Descriptors: its socket,
+    its ring, the seat's page, which may only be read.
     """
 
     name: str

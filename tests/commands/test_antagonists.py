@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from conftest import BOUND, long, wait_until
 
 from realmap.host import cgroups, paging
 from realmap.lab import stress
-from realmap.lab.stress.antagonists import ALL, machine, pages, processes
+from realmap.lab.stress.antagonists import ALL, crew, machine, pages, processes
 from realmap.lab.stress.antagonists.antagonist import Target
 from realmap.lab.stress.board import Board
 from realmap.lab.stress.report import Antagonism
@@ -130,6 +132,16 @@ def test_one_that_fails_midway_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found.antagonists["signals"].why or "").startswith(
         "ended midway: RuntimeError: enough (test_antagonists.py:"
     )
+
+
+def test_one_that_cannot_be_forked_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(crew, "forks", SimpleNamespace(fork=fork))
+    found = run("stops", seconds=0.2)
+    assert found.ok, found.failures
+    assert found.antagonists["stops"].why == "not here: no more processes"
 
 
 def test_one_that_is_killed_midway_leaves_no_setting(ksm: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

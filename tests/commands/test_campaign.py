@@ -322,7 +322,8 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     path = tmp_path / "x"
     for text, words in (
         (b"no json", "is no report of"),
-        (b'{"form": 3, "figures": []}', "is a report of form 3"),
+        (b'{"form": 3, "hosts": []}', "is a report of form 3"),
+        (b'{"form": 3, "figures": []}', "is no report of"),
         (b'{"form": 1, "figures": []}', "is no report of"),
         (b"[]", "is no report of"),
     ):

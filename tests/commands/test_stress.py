@@ -22,8 +22,9 @@ from rich.console import Console
 
 import realmap
 from realmap.cli.stress import render
+from realmap.host.stranger import may_open_map_files
 from realmap.lab import stress, workload
-from realmap.lab.stress import handlers, report
+from realmap.lab.stress import handlers, neighbours, report
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -128,6 +129,70 @@ def test_a_wrong_byte_is_found_by_each_mix_and_again_by_its_seed(mix: str, tmp_p
         arguments = shlex.split(report["replay"])[2:]
     assert "wrong bytes: Step(" in found[0][0]
     assert found[0] == found[1]
+
+
+def test_users_serve_and_look_into_each_other_and_are_killed() -> None:
+    found = stress.run(stress.Options("quick", users=3, seconds=None, ops=1500, seed=2, kill=0.01))
+    assert found.ok, found.failures
+    assert {"serve", "served", "show", "stranger"} <= set(found.kinds)
+    assert found.injected["kills"] > 0
+    assert set(found.skipped) == (set() if may_open_map_files() else {"stranger"})
+
+
+@pytest.mark.parametrize("kind", ["served", "stranger"])
+def test_a_wrong_byte_between_users_is_found_and_again_by_its_seed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "served":
+        monkeypatch.setattr(neighbours, "FLIPPED", workload.FLIPPED.replace(b"\7", b"\6"))
+    else:
+        show = neighbours.Neighbours.show
+
+        def show_wrongly(self: Any, seed: int) -> None:
+            show(self, seed)
+            self._shown[len(self._shown) // 2] ^= 1
+
+        monkeypatch.setattr(neighbours.Neighbours, "show", show_wrongly)
+    one, two = (stress.run(stress.Options("quick", users=1, seconds=30.0, seed=6)) for _ in range(2))
+    assert f"wrong bytes: Step(kind='{kind}'" in one.failures[0]
+    assert one.failures == two.failures
+    assert one.seconds < 10
+
+
+@pytest.mark.parametrize(("began", "byte", "ok"), [(True, 255, True), (True, 254, False), (False, 255, False)])
+def test_what_a_server_that_died_has_left_is_verified(
+    began: bool, byte: int, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had turned round the first half, or a bit too few."""
+
+    def stress_flip(call: Any, data: Any) -> None:
+        with data.mirror() as mirror:
+            for at in range(1 + len(mirror) // 2):
+                mirror[at] = mirror[at] ^ byte
+        raise realmap.ServerDied("stress_flip", os.getpid(), began)
+
+    monkeypatch.setattr(neighbours, "stress_flip", stress_flip)
+    found = stress.run(stress.Options("quick", users=1, seconds=None, ops=400, seed=1))
+    assert found.ok == ok
+    assert (found.injected["servers died"] > 0) == ok  # the first one that is wrong ends the run
+    assert all("wrong bytes: Step(kind='served'" in failure and "ended in" in failure for failure in found.failures)
+
+
+@pytest.mark.parametrize("may", [False, True])
+def test_strangers_that_linux_does_not_show_are_skipped_by_name(may: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise realmap.AccessDenied(why="it takes CAP_NOTHING")
+
+    monkeypatch.setattr(neighbours.ForeignProcess, "mirror", refuse)
+    monkeypatch.setattr(neighbours, "may_open_map_files", lambda: may)
+    found = stress.run(stress.Options("quick", users=1, seconds=None, ops=200, seed=1))
+    if may:
+        assert "CAP_NOTHING" in found.failures[0]
+        return
+    assert found.ok, found.failures
+    assert found.skipped == {"stranger": "it takes CAP_NOTHING"}
+    assert "stranger" not in found.kinds
+    console = Console(file=io.StringIO(), width=200)
+    render(console, found)
+    assert "stranger: not here: it takes CAP_NOTHING\n" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_two_calls_drop_the_mirrors_of_the_dead_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,11 +326,11 @@ def test_choices_are_valid_and_of_every_kind(mix: str) -> None:
         seen[step.kind] += 1
         if step.kind.startswith("map"):
             assert 0 < step.length <= workload.MIXES[mix].longest
-        elif step.kind != "fork":
+        elif step.key:
             content = model.buffers[step.key]
             assert 0 <= step.offset <= step.offset + step.length <= len(content.data)
-            assert content.writable or step.kind not in ("write", "fill", "reverse")
-            assert not (content.kept and step.kind in ("write", "fill", "reverse", "unmap", "forget"))
+            assert content.writable or step.kind not in ("write", "fill", "reverse", "served")
+            assert not (content.kept and step.kind in ("write", "fill", "reverse", "served", "unmap", "forget"))
         model.apply(step)
     assert set(seen) == set(workload.MIXES[mix].weights)
 

@@ -416,7 +416,7 @@ def test_how_long_handlers_took(kernel: realmap.KernelHandle, me: realmap.Proces
         await until(pilot, lambda: "nop" in screen_text(app), "the syscalls")
         rows = [line.split() for line in screen_text(app).splitlines()]
         (head,), (nop,), (failed,) = ([row for row in rows if name in row] for name in ("p50", "nop", "explode"))
-        assert head[1:] == ["failed", "p50", "p99", "longest", "blocking", "syscall"]
+        assert head[1:] == ["failed", "p50", "p99", "longest", "blocking", "servers", "syscall"]
         assert nop[0] == "3"
         assert failed[:2] == ["1", "1"]
         await pilot.press("enter")
@@ -428,12 +428,12 @@ def test_how_long_handlers_took(kernel: realmap.KernelHandle, me: realmap.Proces
 def test_what_is_lent_to_a_service(kernel: realmap.KernelHandle, me: realmap.Process) -> None:
     go = threading.Event()
 
-    def hold(call: realmap.Call, data: realmap.UserBuffer) -> None:
+    def keep_for_a_while(call: realmap.Call, data: realmap.UserBuffer) -> None:
         with data.mirror():
             assert go.wait(BOUND)
 
-    with kernel.connect() as host, host.serve(hold):
-        thread = threading.Thread(target=me.call, args=("hold", me.map(3 * PAGE)))
+    with kernel.connect() as host, host.serve(keep_for_a_while):
+        thread = threading.Thread(target=me.call, args=("keep_for_a_while", me.map(3 * PAGE)))
         thread.start()
 
         async def steps(app: Top, pilot: Any) -> None:
@@ -444,15 +444,15 @@ def test_what_is_lent_to_a_service(kernel: realmap.KernelHandle, me: realmap.Pro
             await until(pilot, lambda: sorted(ends()) == [[(1, LENT)], [(1, WINDOW)]], "both ends")
             assert "1 lent to services" in screen_text(app)
             await pilot.press("3")
-            await until(pilot, lambda: "hold" in screen_text(app), "what is served")
+            await until(pilot, lambda: "keep_for_a_while" in screen_text(app), "what is served")
             (head,) = [line.split() for line in screen_text(app).splitlines() if "p50" in line]
             assert head[6:8] == ["servers", "syscall"]
             view = app.view
             assert view is not None
             (call,) = view.snapshot.running
-            assert view.at_work(call).startswith(f"in hold of process {os.getpid()} ")
+            assert view.at_work(call).startswith(f"in keep_for_a_while of process {os.getpid()} ")
             ((names,), ()) = ([seat.names for seat in view.seats(row.process)] for row in reversed(view.processes))
-            assert names == ["hold"]
+            assert names == ["keep_for_a_while"]
 
         try:
             drive(kernel.path, steps, size=(120, 30))

@@ -124,7 +124,7 @@ class RawSession:
     """A caller's session: its socket, ring and page. A context manager."""
 
     def __init__(self, client: RawClient, name: str, but: tuple[int, ...] = ()) -> None:
-        (self.number, self.seat, self.pid, self.spin), fds = client.ask(messages.Open, name, list(but))
+        (self.number, self.seat, self.pid, self.spin, self.names), fds = client.ask(messages.Open, name, list(but))
         sock, *self.fds = fds
         self.sock = socket.socket(fileno=sock)
         self.client = client

@@ -76,8 +76,8 @@ class Stranger:
         self.process.stdin.flush()
         return self.hear()
 
-    def map(self, kind: str, pages: int, address: int = 0, flags: str = "", seed: int | None = None) -> Place:
-        """Maps so many pages; with a `seed` they are filled."""
+    def map(self, kind: str, pages: int, address: int = 0, flags: str = "k", seed: int | None = None) -> Place:
+        """Maps so many pages; with a `seed` they are filled. It keeps the descriptor: an ordinary user goes by that."""
         at, fd, name = self.tell("map", kind, pages, address, flags).split()
         if seed is not None:
             self.tell("fill", at, pages * PAGE, seed)

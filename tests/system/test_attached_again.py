@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -164,6 +165,18 @@ def test_a_later_block_of_the_same_name_is_another(tree: None) -> None:
         elsewhere("SharedMemory(name).unlink()", name)
 
 
+def test_a_later_block_of_the_same_name_has_its_own_length(tree: None) -> None:
+    name = f"kept_{os.getpid()}"
+    for size in (100, SIZE, 50):  # one page, each of them
+        made = SharedMemory(name, create=True, size=size)
+        for _ in range(3):
+            same = SharedMemory(name)
+            assert same.size == len(same.buf) == size
+            same.close()
+        made.close()
+        made.unlink()
+
+
 def test_whose_name_ended_before_it_was_closed_is_not_kept(tree: None) -> None:
     made = SharedMemory(create=True, size=SIZE)
     same = SharedMemory(made.name)
@@ -236,6 +249,24 @@ def test_none_is_kept_over_a_fork(block: SharedMemory) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert (parked(), kept()) == ([], 0)
     attach(block.name)
+
+
+def test_forks_before_the_kernel_has_said_whether_it_keeps_one(block: SharedMemory) -> None:
+    assert ambient._booted is not None
+    for _ in range(PLACES + 1):
+        same = SharedMemory(block.name)
+        os.kill(ambient._booted.pid, signal.SIGSTOP)
+        try:
+            same.close()
+            pid = os.fork()
+            if not pid:
+                os._exit(0)
+            os.waitpid(pid, 0)
+        finally:
+            os.kill(ambient._booted.pid, signal.SIGCONT)
+        assert (parked(), kept()) == ([], 0)
+    attach(block.name)
+    assert kept() == 1
 
 
 def test_one_that_was_cut_short_is_not_kept(tree: None) -> None:

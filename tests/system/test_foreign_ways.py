@@ -84,7 +84,7 @@ def own_mounts(*commands: str) -> Callable[[], None]:
 def test_somebody_of_the_same_uid_goes_by_descriptor_or_name(folder: Path, kind: str) -> None:
     with stranger(folder, user=NOBODY) as other:
         kept = other.map(kind, 2, flags="ku", seed=1)
-        named = other.map(kind, 2, seed=2)
+        named = other.map(kind, 2, flags="", seed=2)
 
         def work() -> None:
             assert not ways.may_open_map_files()
@@ -172,7 +172,7 @@ def test_a_proc_that_hides_others_and_none_at_all(folder: Path) -> None:
 def test_a_name_in_another_mount_namespace(folder: Path) -> None:
     """The file is called the same here, but is another one."""
     with stranger(folder, user=NOBODY) as other:
-        place = other.map("posix", 1, seed=5)
+        place = other.map("posix", 1, flags="", seed=5)
 
         def work() -> None:
             with ForeignProcess(other.pid) as process, process.mirror(place.address, PAGE) as mirror:
@@ -202,7 +202,7 @@ def test_a_file_that_has_other_numbers_where_it_is_mapped(folder: Path) -> None:
         mount = f"mount -t overlay -o {layers},xino=off overlay {folder}/shown"
         subprocess.run(mount.split(), check=True, timeout=BOUND)
         with stranger(folder / "shown") as other, ForeignProcess(other.pid) as process:
-            place = other.map("file", 2, seed=6)
+            place = other.map("file", 2, flags="", seed=6)
             (entry,) = procfs.maps(other.pid, place.address, place.address + 1)
             assert os.stat(place.name).st_dev != procfs.device_number(entry.device)
             with process.mirror(place.address + 5, PAGE, k_rw) as mirror:

@@ -491,11 +491,11 @@ def test_a_kernel_that_is_stopped_does_not_stop_calls(me: Process, kernel: Kerne
         with pytest.raises(realmap.SyscallTimeout):
             me.session("peek", timeout=0.2)
         with pytest.raises(realmap.SyscallTimeout):
-            me.call("long_text", 5, timeout=0.2)
+            me.call("nobody_has_called_this", timeout=0.2)
         assert time.monotonic() - began < BOUND / 4
+        assert me.call("long_text", 5, timeout=BOUND) == "xxxxx"  # by the same session
     finally:
         os.kill(kernel.pid, signal.SIGCONT)
-    assert me.call("long_text", 5, timeout=BOUND) == "xxxxx"
 
 
 def test_a_caller_that_unmaps_what_is_lent(me: Process, kernel: KernelHandle, spawn: Any) -> None:
@@ -592,6 +592,11 @@ def test_signal_handlers_that_raise_at_any_moment(me: Process, kernel: KernelHan
     def stop(*_: object) -> None:
         raise Stop
 
+    def use() -> None:  # what it leaves half done goes with its variables
+        with me.map(2 * PAGE) as buffer, me.session("peek") as session:
+            session.call("peek", buffer.slice(1, PAGE), 2)
+            me.call("digest", buffer.slice(5, PAGE))
+
     before = signal.signal(signal.SIGALRM, stop)
     try:
         end = time.monotonic() + 3
@@ -600,9 +605,7 @@ def test_signal_handlers_that_raise_at_any_moment(me: Process, kernel: KernelHan
             with suppress(Stop):
                 signal.setitimer(signal.ITIMER_REAL, (turns % 40 + 1) * 5e-5)
                 try:
-                    with me.map(2 * PAGE) as buffer, me.session("peek") as session:
-                        session.call("peek", buffer.slice(1, PAGE), 2)
-                        me.call("digest", buffer.slice(5, PAGE))
+                    use()
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
@@ -669,3 +672,13 @@ def test_bystanders_go_on_while_servers_are_killed(me: Process, kernel: KernelHa
             server.kill()
             server.join()
     assert all(count > 10 for count in done)
+
+
+def test_one_session_for_all_that_a_server_serves(me: Process, kernel: KernelHandle, spawn: Any) -> None:
+    spawn(1)
+    buffer = me.map(PAGE)
+    assert me.call("peek", buffer, 1) == b"\0"
+    assert me.call("echo", 1) == [[1], {}]
+    assert len(kernel.snapshot().sessions) == 1
+    assert len(kernel.snapshot().grants) == 1
+    buffer.unmap()

@@ -3,6 +3,7 @@
 run          starts the users, replaces the killed, watches the kernel, reports
 worker       one user process
 actor        does a step of the workload with real buffers and calls
+neighbours   does what users do to each other: they serve, and look into one another
 operations   steps of one's own, from a module
 board        what runner, users and antagonists share: which user is which process
 antagonists  what works on users and their pages meanwhile

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from realmap.host import files
 
-#: Of each user: its pid, the pid that an antagonist has doomed, the operation it is in (from 1) and since when (ns).
-PID, DOOMED, OPERATION, SINCE = range(4)
-WORDS = 4
+#: Of each user: its pid, the pid that an antagonist has doomed, the operation it is in (from 1) and since when (ns);
+#: the buffer that it shows (0: none), its length in bytes, and the seed of its pattern.
+PID, DOOMED, OPERATION, SINCE, ADDRESS, LENGTH, SEED = range(7)
+WORDS = 7
 
 
 class Held(NamedTuple):
@@ -27,6 +28,15 @@ class Held(NamedTuple):
     user: int
     pid: int
     pidfd: int
+
+
+class Shown(NamedTuple):
+    """A buffer that user `pid` leaves as it is, for as long as that stands on the board."""
+
+    pid: int
+    address: int
+    length: int
+    seed: int
 
 
 class Board:
@@ -42,7 +52,8 @@ class Board:
 
     def leave(self, index: int) -> None:
         """By the runner, before it reaps that user."""
-        self._words[index * WORDS + PID] = self._words[index * WORDS + OPERATION] = 0
+        for word in (PID, OPERATION, ADDRESS):
+            self._words[index * WORDS + word] = 0
 
     def doom(self, held: Held) -> None:
         """Its death is asked for."""
@@ -65,6 +76,17 @@ class Board:
         """Which operation it is in (0: none), and for how many seconds."""
         number = self._words[index * WORDS + OPERATION]
         return number, (time.monotonic_ns() - self._words[index * WORDS + SINCE]) / 1e9
+
+    def show(self, index: int, address: int, length: int, seed: int) -> None:
+        """By the user: everybody may look at that buffer from now on; at none where `address` is 0."""
+        for word, value in ((ADDRESS, 0), (LENGTH, length), (SEED, seed), (ADDRESS, address)):
+            self._words[index * WORDS + word] = value
+
+    def shown(self, user: int) -> Shown | None:
+        """What that user, modulo how many there are, shows. The same before and after: it was shown all the while."""
+        words = self._words[user % self._users * WORDS :]
+        shown = Shown(words[PID], words[ADDRESS], words[LENGTH], words[SEED])
+        return shown if shown.address else None
 
     def pids(self) -> list[int]:
         """Of the users that are there."""

@@ -119,6 +119,10 @@ class Tally(msgspec.Struct):
     #: That is about bytes.
     wrong: bool = False
     operations: dict[str, Operation] = {}
+    #: Calls that ended in ServerDied.
+    lost: int = 0
+    #: By kind: why there is none here.
+    skipped: dict[str, str] = {}
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -183,7 +187,7 @@ class Report(msgspec.Struct, frozen=True):
     kinds: dict[str, Kind]
     steps: int
     bytes_verified: int
-    #: kills, truncations, refused (no room), forks.
+    #: kills, truncations, refused (no room), forks, servers died.
     injected: dict[str, int]
     unnoticed_truncations: int
     #: Of the kernel: rss (bytes), maps, descriptors, threads; over the second half of the run.
@@ -196,6 +200,8 @@ class Report(msgspec.Struct, frozen=True):
     antagonists: dict[str, Antagonism] = {}
     #: One's own, by name.
     operations: dict[str, Operation] = {}
+    #: By kind: why Linux does not allow it here.
+    skipped: dict[str, str] = {}
 
     @property
     def ok(self) -> bool:

@@ -320,6 +320,7 @@ class Runner:
                 "truncations": sum(tally.truncated for tally in tallies),
                 "refused": sum(tally.refused for tally in tallies),
                 "forks": sum(tally.forked for tally in tallies),
+                "servers died": sum(tally.lost for tally in tallies),
             },
             unnoticed_truncations=sum(tally.unnoticed for tally in tallies),
             slopes=self._slopes(),
@@ -328,6 +329,7 @@ class Runner:
             failures=self._failures,
             antagonists=self._crew.found,
             operations=operations,
+            skipped={kind: why for tally in tallies for kind, why in tally.skipped.items()},
         )
 
 

@@ -10,14 +10,16 @@ import threading
 import time
 import traceback
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 
 from realmap.ambient import connect
-from realmap.errors import KernelDied, MemoryFault
+from realmap.errors import KernelDied, KernelError, LimitReached, MemoryFault, ServerDied
 from realmap.lab import workload
 from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes
 from realmap.lab.stress.board import Board
+from realmap.lab.stress.neighbours import Neighbours, Skipped
 from realmap.lab.stress.operations import Own, attempt, load, shortened
 from realmap.lab.stress.report import Operation, Options, Tally, bucket
 from realmap.lab.workload import MIXES, Model, Seeded, Step
@@ -27,6 +29,8 @@ TELL = 0.25
 #: So many buffers are touched for the first time without their space having been taken (--full).
 UNCOMMITTED = 0.05
 PARTS = 1_000_000
+#: Of these nothing is changed where there is no room. (A truncated buffer is gone in any case.)
+REFUSABLE = ("map", "map_read_only", "serve", "show", "stranger")
 
 
 class Worker:
@@ -54,7 +58,9 @@ class Worker:
         """Works until `deadline` (of the monotonic clock), or for so many steps, or until it is killed."""
         with connect(self._path) as me:
             actor = Actor(me)
+            self._neighbours = Neighbours(me, self._board, self._index)
             self._board.enter(self._index)  # from here on it can bear what antagonists do
+            self._do(actor, Step("show", seed=self._draw.below(1 << 32)))
             while (steps is None or self._tally.steps < steps) and (deadline is None or time.monotonic() < deadline):
                 self._step(actor)
                 if self._tally.again:
@@ -63,6 +69,7 @@ class Worker:
                 if time.monotonic() - self._told > TELL:
                     self._tell()
             self._tally.unnoticed = actor.unnoticed
+            self._neighbours.close()
             # Drops what the kernel keeps for it, so that nothing but its own end is left to be seen to.
             for key, content in self._model.buffers.items():
                 for name in list(content.kept):
@@ -100,24 +107,54 @@ class Worker:
         self._recent = [*self._recent[-9:], step]
         for number, own in enumerate(self._operations, 1):
             if own.name == step.kind:
+                self._neighbours.close()  # whose descriptors come and go
                 self._attempt(actor, number, own, step)
                 return
         began = time.perf_counter_ns()
         try:
-            got = actor.perform(step)
-        except NO_ROOM:
-            tally.refused += 1
-            if not step.kind.startswith("map"):  # it changes nothing; a truncated one is gone in any case
+            got = self._perform(actor, step)
+        except Skipped as error:
+            tally.skipped[step.kind] = str(error)
+            return
+        except (ServerDied, LimitReached, *NO_ROOM) as error:
+            took = time.perf_counter_ns() - began
+            if step.kind == "served":
+                self._verify_survival(actor, step, error)
+            elif step.kind not in REFUSABLE:
                 raise
+            if isinstance(error, ServerDied):
+                tally.lost += 1
+                self._count(step.kind, took)
+            else:
+                tally.refused += 1
             return
         took = time.perf_counter_ns() - began
-        expected = self._model.apply(step)
+        got, expected = got if step.kind == "stranger" else (got, self._model.apply(step))
         if got != expected:
             raise WrongBytes(f"wrong bytes: {step} gave {shortened(got)}, not {shortened(expected)}")
         tally.verified += len(expected) if isinstance(expected, bytes) else step.length if expected is not None else 0
         tally.truncated += step.kind == "truncate"
         tally.forked += step.kind == "fork"
         self._count(step.kind, took)
+
+    def _perform(self, actor: Actor, step: Step) -> Any:
+        neighbours = self._neighbours
+        if step.kind == "served":
+            return neighbours.flip(actor.buffers[step.key], step.offset, step.length)
+        own = {"serve": neighbours.serve, "show": neighbours.show, "stranger": neighbours.look}.get(step.kind)
+        return own(step.seed) if own is not None else actor.perform(step)
+
+    def _verify_survival(self, actor: Actor, step: Step, error: KernelError) -> None:
+        """Of what was lent, each byte is as before, or as it should be where the handler may have begun."""
+        content = self._model.buffers[step.key].data
+        before = bytes(content)
+        if isinstance(error, ServerDied) and error.began:
+            self._model.apply(step)
+        seen = actor.buffers[step.key][:]
+        if any(one not in (old, new) for one, old, new in zip(seen, before, content, strict=True)):
+            raise WrongBytes(f"wrong bytes: {step} ended in {error}, and left {shortened(seen)}")
+        content[:] = seen
+        self._tally.verified += len(seen)
 
     def _count(self, kind: str, took: int) -> None:
         self._tally.steps += 1

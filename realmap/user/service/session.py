@@ -106,8 +106,9 @@ class Session(Line):
             self.caller.memory.enter(granted.address, granted.length, kind, rights, pieces, fds, granted.serial)
 
     def leave(self, serial: int) -> None:
-        """What its caller has unmapped, maybe before all of it had come."""
-        channel.close_all(self._coming.pop(serial, ([], []))[1])
+        """Its caller has unmapped that, maybe before all of it had come."""
+        _, descriptors = self._coming.pop(serial, ([], []))
+        channel.close_all(descriptors)
         self.caller.memory.leave(serial)
 
     def shut(self) -> None:

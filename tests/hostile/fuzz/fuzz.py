@@ -31,6 +31,7 @@ from mutations import name_of
 from peer import Notes
 
 import realmap
+from realmap.errors import InvalidHandle
 from realmap.host import procfs, runtime
 from realmap.user import names
 from realmap.wire import messages
@@ -197,7 +198,8 @@ class Run:
         with self.kernel.connect() as me:
             for handle in self.kernel.snapshot().handles:
                 if handle.is_named:
-                    names.unlink(me, handle.name.removeprefix(messages.NAMED))
+                    with contextlib.suppress(InvalidHandle):  # its maker has ended meanwhile
+                        names.unlink(me, handle.name.removeprefix(messages.NAMED))
 
     def _afterwards(self, before: dict[str, int], size: int) -> None:
         log = self._log.read_text(errors="replace")

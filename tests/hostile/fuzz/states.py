@@ -5,7 +5,7 @@ generator makes depends on its seed alone.
 
     ("call", data)                the next slot holds `data`; published with the other calls of this state
     ("length", slot, value)       the length of a slot of the kernel's queue, so many from the next one on
-    ("bytes", queue, at, data)    bytes anywhere in a queue's slots
+    ("bytes", queue, at, data)    bytes anywhere in a queue's slots, or in the names before them
     ("word", queue, word, what, value)      tail, cpu, head or asleep: a number, or one that is relative to the true one
     ("race", turns, data)         while the kernel reads: the call published last changes, `turns` times
 """
@@ -13,6 +13,7 @@ generator makes depends on its seed alone.
 from __future__ import annotations
 
 import random
+import struct
 from typing import Any, NamedTuple
 
 from mutations import Mutator, is_request
@@ -20,7 +21,9 @@ from mutations import Mutator, is_request
 from realmap._core import RING_BYTES, RING_MESSAGE
 
 #: The layout of a queue: realmap/_core/ring.c.
-TAIL, CPU, HEAD, ASLEEP, PLACES, SLOTS = 0, 4, 64, 128, 192, 256
+TAIL, CPU, HEAD, ASLEEP, PLACES, NAMES = 0, 4, 64, 128, 192, 256
+NAME_COUNT, NAME_BYTES = 16, 64
+SLOTS = NAMES + NAME_COUNT * NAME_BYTES
 SLOT_COUNT, SLOT_BYTES = 32, 2048
 QUEUE_BYTES = RING_BYTES // 2
 assert QUEUE_BYTES == SLOTS + SLOT_COUNT * SLOT_BYTES and RING_MESSAGE == SLOT_BYTES - 4
@@ -84,7 +87,7 @@ class Scribbler:
                 (CPU, HEAD, ASLEEP, self._place()) if queue == CALLS else (TAIL, CPU, HEAD, HEAD, ASLEEP, ASLEEP)
             )
             if word >= PLACES:
-                writes.append(("word", queue, word, "is", self.random.choice((*range(7), 2**32 - 1))))
+                writes.append(("word", queue, word, "is", self.random.choice((*range(9), 2**32 - 1))))
             elif word == HEAD and queue == ANSWERS and self.random.random() < 0.5:
                 writes.append(("word", queue, word, "tail", self.random.choice((0, 1, -1, 32, -32, -33, 2**31))))
             else:
@@ -104,6 +107,11 @@ class Scribbler:
             if self.random.random() < 0.3:
                 at = self.random.randrange(SLOT_COUNT * SLOT_BYTES)
             at = min(at, SLOT_COUNT * SLOT_BYTES - len(data))
+            if self.random.random() < 0.15:  # the names before them: a length, whether it lasts, a text
+                length = self.random.choice((0, 1, 4096, 70_000, 2**40, 2**63, 2**64 - 1))
+                text = self.random.choice((b"psm_" + b"a" * 20, b"a" * 24, b"f" * 24, self.random.randbytes(48)))
+                data = struct.pack("=QQ48s", length, self.random.choice((0, 1, 2**63)), text)
+                at = -NAME_BYTES * self.random.randrange(1, NAME_COUNT + 1)
             writes.append(("bytes", self.random.randrange(2), at, data))
         return writes
 

@@ -1,26 +1,48 @@
-"""A session of a service, as the server has it."""
+"""A service's end of a session, by itself: what its caller lends comes in parts."""
 
 from __future__ import annotations
 
 import os
 import socket
 
-import pytest
 from conftest import PAGE
 
+import realmap
 from realmap.memory import USER_LAND
+from realmap.rights import MemoryType
 from realmap.user.service.session import Session
 from realmap.wire.news import Granted, Opened
 
 
-def test_what_is_unmapped_while_it_is_lent_leaves_no_descriptor() -> None:
-    """Of two pieces the first has come."""
-    ours, theirs = socket.socketpair()
-    session = Session(Opened(1, 2, os.getpid(), 0), [ours.detach()])
-    descriptor = os.memfd_create("piece")
-    session.enter(Granted(1, 7, USER_LAND.start, 2 * PAGE, 1, 11, [(0, PAGE)], 0, 2), [descriptor])
+def part(serial: int, first: int, count: int) -> Granted:
+    """A page of a mapping of `count` of them."""
+    rights, kind = int(realmap.u_rw), int(MemoryType.HEAP)
+    return Granted(1, serial, USER_LAND.start, count * PAGE, kind, rights, [(0, PAGE)], first, count)
+
+
+def page(letter: bytes) -> list[int]:
+    """A descriptor of one."""
+    fd = os.memfd_create("page", os.MFD_CLOEXEC)
+    os.write(fd, letter * PAGE)
+    return [fd]
+
+
+def test_what_is_revoked_before_all_of_it_has_come_leaves_nothing() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    session = Session(Opened(1, 2, os.getpid(), os.geteuid()), [ours.detach()])
+    before = len(os.listdir("/proc/self/fd"))
+    session.enter(part(7, 0, 2), page(b"x"))
+    assert session.caller.memory.mapping_at(USER_LAND.start) is None
     session.leave(7)
-    with pytest.raises(OSError):
-        os.fstat(descriptor)
+    assert len(os.listdir("/proc/self/fd")) == before
+    session.enter(part(7, 0, 2), page(b"y"))  # lent anew
+    session.enter(part(7, 1, 2), page(b"z"))
+    mapping = session.caller.memory.mapping_at(USER_LAND.start)
+    assert mapping is not None
+    assert mapping.frames.read(PAGE - 1, 2, mapping.address) == b"yz"
+    session.leave(7)
+    assert session.caller.memory.mapping_at(USER_LAND.start) is None
+    session.enter(part(8, 0, 2), page(b"x"))  # and its end
     session.shut()
     theirs.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 2

@@ -67,15 +67,22 @@ class Crew:
                 member.now.why = f"not here: {why}"
                 continue
             rng = random.Random(f"{self._seed}/antagonist/{member.antagonist.name}")
-            member.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            member.pid = forks.fork()
-            if not member.pid:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                pid = forks.fork()
+            except OSError as error:
+                member.now.why = f"not here: {error.strerror}"
+                ours.close()
+                theirs.close()
+                continue
+            if not pid:
                 try:
-                    member.sock.close()
+                    ours.close()
                     _run(member.antagonist, rng, theirs, runner)
                 finally:
                     os._exit(0)
             theirs.close()
+            member.pid, member.sock = pid, ours
         files.close(runner)
 
     def hear(self) -> None:
