@@ -97,6 +97,8 @@ class ForeignProcess:
     It is this process or none: once it has ended everything here is ProcessKilled, whoever has its pid then. Mirrors
     stay good, whatever it does: end, unmap, run another program. What is known of it (256 mappings at most, each with
     a descriptor, which keeps the memory) is kept until it is closed. For many threads; `with` closes it.
+    A kernel's user may use a small buffer again, zeroed, for its next one: a mirror of it shows that then; none that
+    its kernel has made does (`ProcessView`).
 
     >>> import mmap, os
     >>> fd = os.memfd_create("letters")
