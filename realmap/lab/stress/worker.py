@@ -120,7 +120,7 @@ class Worker:
             took = time.perf_counter_ns() - began
             if step.kind == "served":
                 self._verify_survival(actor, step, error)
-            elif step.kind not in REFUSABLE:
+            elif isinstance(error, LimitReached) or step.kind not in REFUSABLE:
                 raise
             if isinstance(error, ServerDied):
                 tally.lost += 1
