@@ -12,6 +12,7 @@
 
 Each is in the mix by its weight, and in the report by its name. One that raises, gives something else than expected,
 does not come back, ends its process, or keeps a mapping or a descriptor has failed: the run goes on, and is not ok.
+Beside them users do not serve each other: descriptors would come and go.
 Where there is no room for it (`PhysicalMemoryExhaustion`, `VirtualMemoryExhaustion`), it was refused, as steps may be.
 """
 

@@ -47,6 +47,8 @@ class Worker:
         mix = MIXES[options.mix]
         own = {each.name: each.weight for each in self._operations}
         forced = {"truncate": 0} if options.truncate else {}
+        if own:  # is held to the descriptors that it leaves, and those of services come and go
+            forced |= {"serve": 0, "served": 0}
         self._mix = replace(mix, weights={**mix.weights, **forced, **own}, own=mix.own | own.keys())
         self._model = Model()
         self._tally = Tally()
@@ -107,7 +109,6 @@ class Worker:
         self._recent = [*self._recent[-9:], step]
         for number, own in enumerate(self._operations, 1):
             if own.name == step.kind:
-                self._neighbours.close()  # whose descriptors come and go
                 self._attempt(actor, number, own, step)
                 return
         began = time.perf_counter_ns()
@@ -120,7 +121,7 @@ class Worker:
             took = time.perf_counter_ns() - began
             if step.kind == "served":
                 self._verify_survival(actor, step, error)
-            elif step.kind not in REFUSABLE:
+            elif isinstance(error, LimitReached) or step.kind not in REFUSABLE:
                 raise
             if isinstance(error, ServerDied):
                 tally.lost += 1
