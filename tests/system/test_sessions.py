@@ -235,7 +235,7 @@ def test_a_session_that_is_let_go_ends(me: Process, kernel: KernelHandle, spawn:
 
 
 def test_closing_a_process_ends_its_sessions(me: Process, kernel: KernelHandle, spawn: Any) -> None:
-    spawn(1)
+    spawn(1, 3)  # both that wait may have begun
     other = kernel.connect()
     session = other.session("peek")
     waiting = in_thread(lambda: session.call("wait", "closed", timeout=BOUND))

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from realmap._core import ANSWERED, DIED, ENDED, Answer, Bell, Endpoint
+from realmap._core import ANSWERED, DIED, ENDED, Answer, Bell, Endpoint, Window, fall_asleep, wake_up
+from realmap.memory import KERNEL_LAND
+from realmap.pages import PAGE_SIZE
 from realmap.wire import messages
 from realmap.wire.ring import RingEnd
 
@@ -116,3 +118,22 @@ def test_an_answer_that_came_before_the_end_is_one(pair: Pair) -> None:
     read_to_end(pair)
     assert answer.outcome == ANSWERED
     assert answer.unread is False
+
+
+def test_an_unmapping_is_not_heard_before_a_call_that_lies_in_the_socket(pair: Pair) -> None:
+    """The call names the address, which may be another buffer's once that is unmapped."""
+    assert fall_asleep([pair.ring])
+    ask(pair, 1)  # so it takes the socket
+    wake_up([pair.ring])
+    fd = os.memfd_create("test")
+    os.truncate(fd, PAGE_SIZE)
+    window = Window._map(KERNEL_LAND.start, PAGE_SIZE, 3, fd, 0, 0, PAGE_SIZE, 1)
+    os.close(fd)
+    said = msgspec.msgpack.encode(messages.Unmap(2, window.address, PAGE_SIZE))
+    window._farewell(pair.endpoint, said, None)
+    pair.sock.send(b"\0" + msgspec.msgpack.encode(messages.Done(2, None)))
+    answer = pair.endpoint.unmap(window, 2, said)
+    assert isinstance(answer, Answer) and answer.outcome == ANSWERED
+    assert pair.ring._pop() == b""  # the socket comes first
+    assert pair.sock.recv(100)[1:] == msgspec.msgpack.encode(messages.Query(1, 1))
+    assert pair.ring._pop() == said
