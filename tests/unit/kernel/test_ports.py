@@ -428,8 +428,7 @@ def test_whatever_ends_a_server_ends_its_callers_sessions(stage: Stage, end: Cal
     stage.session.lend(stage.address)
     inherited = [os.dup(stage.line.fileno()), os.dup(stage.server.sock.fileno())] if end is end_of_server else []
     end(stage)
-    wait_until(lambda: stage.session.has_ended)
-    wait_until(lambda: not stage.kernel.books.peers.totals()["grants"])
+    wait_until(lambda: stage.session.has_ended and not stage.kernel.books.peers.totals()["grants"])
     with pytest.raises(ServerDied):
         stage.session.lend(stage.address)
     assert stage.caller.ask(messages.Unmap, stage.address, 3 * PAGE) == (None, [])
