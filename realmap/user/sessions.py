@@ -51,17 +51,17 @@ Steps = Generator[Step, tuple[Any, Answer], Any]
 
 def run(steps: Steps, name: str, timeout: float | None) -> Any:
     """Makes the requests of a call to `name`, within `timeout` seconds in all; what it comes to."""
-    until = None if timeout is None else time.monotonic() + timeout
+    until, left = None if timeout is None else time.monotonic() + timeout, timeout
     try:
         step = next(steps)
         while True:
-            left = None if until is None else max(0.0, until - time.monotonic())
             try:
                 got = step.of.request(step.message, timeout=left, name=name, holds=step.holds)
             except BaseException as error:
                 step = steps.throw(error)
             else:
                 step = steps.send(got)
+            left = None if until is None else max(0.0, until - time.monotonic())
     except StopIteration as end:
         return end.value
 
@@ -70,17 +70,17 @@ async def arun(steps: Steps, name: str, timeout: float | None) -> Any:
     """`run`, for asyncio."""
     from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
 
-    until = None if timeout is None else time.monotonic() + timeout
+    until, left = None if timeout is None else time.monotonic() + timeout, timeout
     try:
         step = next(steps)
         while True:
-            left = None if until is None else max(0.0, until - time.monotonic())
             try:
                 got = await Waiter.of(step.of).request(step.message, timeout=left, name=name, holds=step.holds)
             except BaseException as error:
                 step = steps.throw(error)
             else:
                 step = steps.send(got)
+            left = None if until is None else max(0.0, until - time.monotonic())
     except StopIteration as end:
         return end.value
 

@@ -84,6 +84,17 @@ def test_what_cannot_travel_by_a_session_either(me: Process, spawn: Any) -> None
                 call("echo", 2**70)
 
 
+def test_a_timeout_is_told_as_it_was_asked_for(me: Process, spawn: Any) -> None:
+    spawn(1, 3)
+    with me.session("wait") as session:
+        with pytest.raises(realmap.SyscallTimeout, match=r"has not answered within 0\.07 s"):
+            session.call("wait", "asked", timeout=0.07)
+        with pytest.raises(realmap.SyscallTimeout, match=r"within 0\.07 s"):
+            asyncio.run(session.acall("wait", "asked", timeout=0.07))
+        for _ in range(2):
+            session.call("go", "asked")
+
+
 # ---- which server -------------------------------------------------------------------------
 
 
