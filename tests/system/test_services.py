@@ -136,6 +136,17 @@ def test_close_lets_what_runs_end_and_sends_away_what_waits(me: Process, pool: T
         me.call("gate")
 
 
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_handler_that_closes_its_own_service(me: Process, blocking: bool) -> None:
+    def end(call: Call) -> str:
+        service.close()
+        return "said"
+
+    service = me.serve(realmap.syscall(name="end", blocking=blocking)(lambda call: end(call)))
+    assert me.call("end", timeout=BOUND) == "said"
+    wait_until(lambda: service.has_ended)
+
+
 def square(call: Call, number: int) -> list[int]:
     return [number * number, os.getpid()]
 

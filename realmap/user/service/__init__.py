@@ -14,6 +14,7 @@ from realmap.host.translate import shortage
 from realmap.memory.lands import LENT_LAND
 from realmap.memory.lending import LentLand
 from realmap.pages import usize
+from realmap.serving import nesting
 from realmap.serving.registry import registry
 from realmap.serving.user_buffer import UserBuffer
 from realmap.user.service.seat import Seat
@@ -64,6 +65,7 @@ class Service:
             seat = Seat(number, *answer.descriptors)
             self._server = Server(seat, self._handlers, land, count, waiting)
             self._server.ended = self._ended.set
+            self._seat = seat.number
             try:
                 self._server.open()
             except BaseException:
@@ -104,7 +106,7 @@ class Service:
 
     def close(self, timeout: float | None = None) -> None:
         """Ends it: calls that are at work end first, those that wait go to another server, or are ServerDied to their
-        callers. Again: nothing.
+        callers. Again: nothing. In a handler of its own it does not wait for itself: it ends once that has returned.
 
         TimeoutError: some are at work after `timeout` seconds (None: as long as they take); it ends with them.
         """
@@ -112,6 +114,8 @@ class Service:
             return
         self._closed = True
         self._server.end_soon()
+        if self._seat in nesting.seats.get():
+            return
         if not self._ended.wait(timeout):
             raise TimeoutError(f"calls of {', '.join(self._handlers)} are at work after {timeout} s")
 
