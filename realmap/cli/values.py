@@ -40,7 +40,7 @@ def address_of(text: str) -> int:
     try:
         return int(text, 0)
     except ValueError:
-        why = f"{text!r} is no address: write it as `realmap maps` does, 0x7f0012345000."
+        why = f"{text!r} is no address: write one that `realmap maps PID` shows, 0x7f0012345000."
         raise click.BadParameter(why) from None
 
 

@@ -445,16 +445,17 @@ class Process:
     ) -> Service:
         """Runs `handlers` here, for every process that calls them by their names, until the service is closed.
 
-        They are the same functions that a kernel runs; `async` ones run in an event loop. Several processes may serve
-        one name. `threads`: so many calls are at work at a time, and `queue` wait at most; who comes then is told
-        LimitReached. A handler that is not `blocking` is moved to a thread of its own once it takes long (2 to 3 ms
-        where there are several threads, 20 to 30 with one). `lazy_unmap`: bytes of lent pages that are kept mapped for
-        their next use.
+        They are the same functions that a kernel runs. Several processes may serve one name. `threads`: so many calls
+        are at work at a time, and `queue` wait at most; who comes then is told LimitReached. A handler that is not
+        `blocking` is moved to a thread of its own once it takes long (2 to 3 ms where there are several threads, 20 to
+        30 with one). `async` handlers take no thread, and run together, `threads` + `queue` at most, in an event loop
+        of the service's own: one that blocks keeps the others, and what belongs to another loop is not for them.
+        `lazy_unmap`: bytes of lent pages that are kept mapped for their next use.
 
         What a caller lends is mapped here by whole pages; the rest of its first and last page is copied, both ways.
         Whoever serves could keep pages that it was lent: Linux cannot take them back.
 
-        InvalidHandle: the kernel has a handler of that name. TypeError, ValueError: as `syscall`; or no threads.
+        KernelError: the kernel has a handler of that name. TypeError, ValueError: as `syscall`; or no threads.
         LimitReached: too many services. PhysicalMemoryExhaustion: no descriptors, or no thread. KernelDied,
         ProcessKilled: no kernel.
         """

@@ -189,11 +189,30 @@ def test_async_handlers_run_at_the_same_time(me: Process, pool: ThreadPoolExecut
 
     buffer = me.map(PAGE)
     buffer[:3] = b"abc"
-    with me.serve(meet, threads=5):
+    with me.serve(meet):
         found = [pool.submit(me.call, "meet", buffer) for _ in range(5)]
         assert [each.result(BOUND) for each in found] == [b"abc"] * 5
     del found
     buffer.unmap()
+
+
+def test_async_handlers_are_bounded(me: Process, pool: ThreadPoolExecutor) -> None:
+    seen: list[int] = []
+    go = threading.Event()
+
+    async def hang(call: Call) -> None:
+        seen.append(call.process.pid)
+        while not go.is_set():
+            await asyncio.sleep(0.001)
+
+    with me.serve(hang, queue=2):
+        calls = [pool.submit(me.call, "hang") for _ in range(3)]
+        wait_until(lambda: len(seen) == 3)
+        with pytest.raises(LimitReached, match="queue"):
+            me.call("hang")
+        go.set()
+        for each in calls:
+            each.result(BOUND)
 
 
 def test_an_async_handler_that_raises(me: Process) -> None:

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 from realmap.lab.stress.actor import NO_ROOM
 from realmap.lab.workload import MIXES
@@ -48,7 +48,11 @@ class Own(NamedTuple):
     timeout: float
 
 
-def operation(*, weight: int = 1, timeout: float = 10.0) -> Callable[[F], F]:
+@overload
+def operation(function: F, /) -> F: ...
+@overload
+def operation(*, weight: int = 1, timeout: float = 10.0) -> Callable[[F], F]: ...
+def operation(function: Any = None, /, *, weight: int = 1, timeout: float = 10.0) -> Any:
     """Makes a function an operation: of a user (a `realmap.Process`) and a `random.Random`, from which all its choices
     come. It raises (AssertionError, say) where something is wrong, or gives (what it got, what it expected).
 
@@ -62,7 +66,7 @@ def operation(*, weight: int = 1, timeout: float = 10.0) -> Callable[[F], F]:
         setattr(function, MARK, Own(function.__name__, function, weight, timeout))
         return function
 
-    return mark
+    return mark if function is None else mark(function)
 
 
 @cache

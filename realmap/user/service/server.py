@@ -65,7 +65,7 @@ class Server(Lines[Session]):
         self._seat = seat
         self._handlers = handlers
         self._land = land
-        self._threads = threads
+        self._threads, self._queue = threads, queue
         self._elsewhere = Elsewhere(land)
         self._sessions: dict[int, Session] = {}
         self._mine = (seat.number,)
@@ -73,8 +73,9 @@ class Server(Lines[Session]):
         self.relay: Relay[Work] = Relay(self._run, "service", LOOK if threads == 1 else LOOK / 10)
         self._workers = Workers()
         self._tasks: Tasks | None = None
-        #: Calls at work beside the loop, and since when.
+        #: Calls at work beside the loop, and since when; how many of them are tasks, which take no thread.
         self._beside: dict[Call, tuple[Work, float]] = {}
+        self._awaiting = 0
         #: Those that wait.
         self._turns = Turns(queue)
         self._is_told = True
@@ -252,7 +253,7 @@ class Server(Lines[Session]):
         if self._is_told:
             self._tell_soon()
         if type(request) is messages.NestedCall:
-            self._require_no_circle(request)
+            self._require_no_circle(request, syscall.is_async)
         if places and self._seat.has_news:
             self._hear()
         buffers = self._buffers(session, places) if places else ()
@@ -260,7 +261,9 @@ class Server(Lines[Session]):
         if request.timeout is not None:
             call.deadline = self._page.now / 1e9 + request.timeout
         work = Work(session, call, syscall, request, buffers, False, self._page.now)
-        if len(self._beside) >= self._threads:
+        if syscall.is_async:
+            self._require_few_tasks(syscall.name)
+        if self._busy >= self._threads and not syscall.is_async:
             self._turns.add(work)
             self._say()
         else:
@@ -273,15 +276,26 @@ class Server(Lines[Session]):
         most = BUFFERS // len(places)
         return [UserBuffer(session.caller, self._land, None, *place, most) for place in places]
 
-    def _require_no_circle(self, request: messages.NestedCall) -> None:
+    @property
+    def _busy(self) -> int:
+        """How many threads are taken, but for the loop's own."""
+        return len(self._beside) - self._awaiting
+
+    def _require_few_tasks(self, name: str) -> None:
+        """LimitReached: as many calls of `async` handlers are at work as may wait, where they were not `async`."""
+        if self._awaiting >= self._threads + self._queue:
+            why = f"{self._awaiting} calls are at work; {name!r} takes no more: call later, or me.serve(queue=…)"
+            raise LimitReached("queue", self._queue, why=why)
+
+    def _require_no_circle(self, request: messages.NestedCall, is_async: bool) -> None:
         """LimitReached: every thread of this service would wait for the one that it waits for."""
-        if request.seats.count(self._seat.number) >= self._threads:
+        if request.seats.count(self._seat.number) >= self._threads and not is_async:
             why = f"{request.name!r} would wait for itself: it is called by what its {self._threads} thread(s) wait for"
             raise LimitReached("threads", self._threads, why=f"{why}; serve with more threads, or do not call back")
 
     def _next(self) -> None:
         """Begins what waits, as far as threads are free."""
-        while self._turns and len(self._beside) < self._threads:
+        while self._turns and self._busy < self._threads:
             work = self._turns.next()
             if self.closing:
                 self._refuse(work)
@@ -306,7 +320,7 @@ class Server(Lines[Session]):
             self._begin_beside(work)
             return
         words, relay = self._seat.words, self.relay
-        words[BUSY] = len(self._beside) + 1
+        words[BUSY] = self._busy + 1
         nested = type(request) is messages.NestedCall
         if nested:
             nesting.seats.set(request.seats + self._mine)  # type: ignore[attr-defined]
@@ -322,7 +336,7 @@ class Server(Lines[Session]):
             self._come_late(call, answer)
         if nested:
             nesting.seats.set(self._mine)
-        words[BUSY] = len(self._beside)
+        words[BUSY] = self._busy
         if buffers:
             answer = self._settled(request.id, answer, buffers)
         if words[TRACED]:
@@ -355,6 +369,7 @@ class Server(Lines[Session]):
                 user_buffer.pin(buffer)
             work = work._replace(buffers=buffers, pinned=True)
         self._beside[work.call] = work, since
+        self._awaiting += work.syscall.is_async
         self._say()
         return work
 
@@ -388,6 +403,7 @@ class Server(Lines[Session]):
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""
         work, since = self._beside.pop(call)
+        self._awaiting -= work.syscall.is_async
         answer = self._settled(work.request.id, answer, work.buffers)
         if self._seat.words[TRACED]:
             self._note(work, int(since * 1e9), answer)
@@ -428,7 +444,7 @@ class Server(Lines[Session]):
 
     def _say(self) -> None:
         words = self._seat.words
-        words[BUSY], words[WAITING] = len(self._beside), len(self._turns)
+        words[BUSY], words[WAITING] = self._busy, len(self._turns)
 
     def _note(self, work: Work, began: int, answer: bytes) -> None:
         """Somebody traces the kernel, and is to see that this call has ended."""
