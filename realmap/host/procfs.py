@@ -191,7 +191,7 @@ def inner_pids() -> set[int]:
 PF_EXITING, PF_KTHREAD = 4, 0x20_0000
 
 
-def is_exiting(pid: int) -> bool:
+def is_exiting(pid: int | str) -> bool:
     """Whether it has ended, or is about to: nothing of its program runs any more."""
     try:
         return bool(int(_stat(pid)[6]) & PF_EXITING)

@@ -151,7 +151,7 @@ class Stranger:
             return self._alive(procfs.smaps(self._proc))
 
     def _alive(self, found: list[T]) -> list[T]:
-        if not found and liveness.is_dead(self._pidfd):  # a zombie's are empty
+        if not found and procfs.is_exiting(self._proc):  # it has none any more, also before it can be waited for
             raise self._ended()
         return found
 
