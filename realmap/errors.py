@@ -277,7 +277,7 @@ class ServerDied(KernelError, ConnectionError):
     pid: int
     began: bool
     #: Whether this process itself has seen that end; else it was told of one further on.
-    here = False
+    _here = False
 
 
 def owner_died(address: int) -> OwnerDied:

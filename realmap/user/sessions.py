@@ -183,7 +183,7 @@ class Server(Requester):
 
 
 def _seen(error: ServerDied) -> ServerDied:
-    error.here = True
+    error._here = True
     return error
 
 
@@ -237,7 +237,7 @@ class Routes:
 
     def _lost(self, server: Server, name: str, error: ServerDied) -> ServerDied:
         """The call to `name` goes to another server where that one has ended before it began; else this raises."""
-        if not error.here and (error.pid, error.name) != (server.server, name):  # another's, that its handler called
+        if not error._here and (error.pid, error.name) != (server.server, name):  # another's, that its handler called
             raise error
         self._forget(server)
         if error.name != name:  # the session was opened for another one
