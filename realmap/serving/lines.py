@@ -162,5 +162,5 @@ class Lines(ABC, Generic[L]):
 
     def _fail(self, line: L) -> None:
         """A bug of ours ends one client at worst, never the kernel."""
-        log.exception("a bug of realmap's: this was left undone", extra=self._facts(line))
+        log.exception("realmap failed at something", extra=self._facts(line))
         self.drop(line)

@@ -255,4 +255,4 @@ def _run(job: Callable[..., None], *args: int) -> None:
     try:
         job(*args)
     except Exception:  # a bug of ours ends nothing
-        log.exception("a bug of realmap's: this was left undone")
+        log.exception("realmap failed at something")

@@ -113,7 +113,7 @@ def _fault(call: Call, buffers: Sequence[UserBuffer], error: BaseException | Non
         return faults.of_call(buffers, call.kernel.memory, error, before)
     except Exception:  # a bug of ours: the call is answered all the same
         extra = call.process.facts | {"syscall": call.name}
-        log.exception("a bug of realmap's: it was not found out which bytes were gone", extra=extra)
+        log.exception("realmap failed to find out which bytes were gone", extra=extra)
         return None
 
 
