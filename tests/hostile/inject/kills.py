@@ -10,10 +10,11 @@ import os
 import re
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import served
 import strace
@@ -94,21 +95,30 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
-class Killer:
+class Named(Protocol):
+    """A point at which somebody is killed."""
+
+    @property
+    def name(self) -> str: ...
+
+
+P = TypeVar("P", bound=Named)
+
+
+class Rounds(ABC, Generic[P]):
     """Kills, round after round. A kernel that is not the victim lives on."""
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._log = folder / "strace"
-        self._seed = seed
-        self._say = say
-        self._kernel: Served | None = None
-        self._spin = 0.0
-        self._other: realmap.Process | None = None
-        self._canary: realmap.Buffer | None = None
-        self._content = b""
+    _say: Callable[[str], None]
 
-    def point(self, point: Point, rounds: int) -> Tally:
+    @abstractmethod
+    def _round(self, point: P, tally: Tally) -> list[str]:
+        """One of them: what went wrong."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Ends what lives on. Again: nothing."""
+
+    def point(self, point: P, rounds: int) -> Tally:
         """All rounds of one point."""
         tally = Tally(point.name)
         begun = time.monotonic()
@@ -124,6 +134,21 @@ class Killer:
                 self.end()
         tally.seconds = time.monotonic() - begun
         return tally
+
+
+class Killer(Rounds[Point]):
+    """By strace, at a system call."""
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._log = folder / "strace"
+        self._seed = seed
+        self._say = say
+        self._kernel: Served | None = None
+        self._spin = 0.0
+        self._other: realmap.Process | None = None
+        self._canary: realmap.Buffer | None = None
+        self._content = b""
 
     def _serve(self, spin: float) -> Served:
         """A kernel with a bystander: another user, whose bytes nobody may touch."""

@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +24,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import served
-from kills import Tally
+from kills import Rounds, Tally
 from served import BOUND, Reaped, Served
 
 import realmap
@@ -325,8 +324,8 @@ class Bystanders:
 # ---- the rounds ---------------------------------------------------------------------------
 
 
-class Services:
-    """Kills, round after round. A kernel that is not the victim lives on."""
+class Services(Rounds[Point]):
+    """By functions of ours that kill when they are called."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder = folder
@@ -334,23 +333,6 @@ class Services:
         self._kernel: Served | None = None
         self._others: Bystanders | None = None
         self._turn = 0
-
-    def point(self, point: Point, rounds: int) -> Tally:
-        """All rounds of one point."""
-        tally = Tally(point.name)
-        begun = time.monotonic()
-        for turn in range(rounds):
-            try:
-                wrong = self._round(point, tally)
-            except (RuntimeError, realmap.KernelError, OSError) as error:
-                wrong = [f"the harness: {type(error).__name__}: {error}"]
-            tally.rounds += 1
-            if wrong:
-                tally.failures.append(f"round {turn}: " + "; ".join(wrong))
-                self._say(f"FAILED {point.name}: {tally.failures[-1]}")
-                self.end()
-        tally.seconds = time.monotonic() - begun
-        return tally
 
     def _serve(self, point: Point) -> Served:
         if point.who == "kernel":

@@ -359,7 +359,8 @@ input()
         assert child.stdout is not None
         child.stdout.readline()
         machine = look()
-        (there,) = [each for each in machine.mounts if each.root == f"/proc/{child.pid}/root/dev/shm"]
+        seen_from_here = os.path.join(f"/proc/{child.pid}", "root", "dev", "shm")
+        (there,) = [each for each in machine.mounts if each.root == seen_from_here]
         (found,) = [each for each in machine.segments if name in each.names]
         child.communicate("\n")
     assert machine.mounts[0].root == "/dev/shm"
