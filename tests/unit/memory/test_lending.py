@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
+from canaries import AT, between_canaries
 from conftest import PAGE, in_threads, land_maps, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ import realmap
 from realmap.errors import AccessDenied, KernelPanic, MemoryFault, VirtualMemoryExhaustion
 from realmap.memory import (
     LENT_LAND,
-    USER_LAND,
     FrameAllocator,
     KernelMemory,
     LentLand,
@@ -30,7 +30,6 @@ from realmap.memory.lending import SCRATCH_PAGES, plan
 from realmap.pages import HUGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_w, u_rw
 
-AT = USER_LAND.start
 FULL = 200_000
 
 
@@ -358,17 +357,9 @@ def run(seed: int, pages: int, fragment: int, split: int, turns: int) -> int:
     """Lends random ranges with random rights, writes through them, and compares all that either side can see."""
     rng = random.Random(seed)
     size = pages * PAGE
-    allocator, land = FrameAllocator(), LentLand()
-    memory = ProcessMemory(allocator=allocator)
-    # Canary pages before and behind, in the same frames; those beside a range are canaries, too.
-    frames = allocator.allocate(size + 2 * PAGE, fragment * PAGE)
-    model = bytearray(rng.randbytes(size + 2 * PAGE))
-    frames.write(0, memoryview(model), 0)
-    for first, last in ((0, split), (split, pages)):
-        if first < last:
-            memory.map_partial_shared_mapping(
-                frames, AT + first * PAGE, (1 + first) * PAGE, (last - first) * PAGE, MemoryType.HEAP, u_rw
-            )
+    land = LentLand()
+    # Those beside a range are canaries, too.
+    memory, frames, model = between_canaries(rng, pages, fragment, split)
     for _ in range(turns):
         offset = rng.randrange(size)
         length = min(size - offset, rng.choice((1, 2, rng.randrange(1, 64), PAGE, 3333, rng.randrange(1, size))))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
+from canaries import AT, between_canaries
 from conftest import PAGE, land_maps, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realmap.memory import USER_LAND, CrossProcessMapping, FrameAllocator, KernelMemory, ProcessMemory
+from realmap.memory import CrossProcessMapping, KernelMemory, ProcessMemory
 from realmap.rights import MemoryType, u_rw
 
-AT = USER_LAND.start
 FULL = 200_000
 
 
@@ -20,17 +20,8 @@ def run(seed: int, pages: int, fragment: int, split: int, turns: int) -> int:
     """Mirrors random ranges, writes through them, and compares all bytes; how many mirrors were tried."""
     rng = random.Random(seed)
     size = pages * PAGE
-    allocator, kernel = FrameAllocator(), KernelMemory()
-    memory = ProcessMemory(allocator=allocator)
-    # Canary pages before and behind, in the same frames: they must stay what they are.
-    frames = allocator.allocate(size + 2 * PAGE, fragment * PAGE)
-    model = bytearray(rng.randbytes(size + 2 * PAGE))
-    frames.write(0, memoryview(model), 0)
-    for first, last in ((0, split), (split, pages)):
-        if first < last:
-            memory.map_partial_shared_mapping(
-                frames, AT + first * PAGE, (1 + first) * PAGE, (last - first) * PAGE, MemoryType.HEAP, u_rw
-            )
+    kernel = KernelMemory()
+    memory, frames, model = between_canaries(rng, pages, fragment, split)
     for _ in range(turns):
         offset = rng.randrange(size)
         length = min(size - offset, rng.choice((1, 2, rng.randrange(1, 64), PAGE, 3333, rng.randrange(1, size))))
