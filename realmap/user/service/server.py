@@ -27,18 +27,17 @@ from realmap.serving.logs import log
 from realmap.serving.loop import Loop, Lost
 from realmap.serving.registry import Syscall
 from realmap.serving.standby import LOOK, Relay, Taken
-from realmap.serving.syscalls import Call, code_of, encode, failed, has_failed, run
+from realmap.serving.syscalls import Call, encode, failed, has_failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
-from realmap.user.service.told import MOST as MOST_TOLD
-from realmap.user.service.told import served
+from realmap.user.service.told import MOST, Trace, served
 from realmap.user.service.turns import Turns
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
-from realmap.wire.news import Gone, Granted, Opened, Revoked, Worked
+from realmap.wire.news import Gone, Granted, Opened, Revoked
 from realmap.wire.ring import SPIN
 from realmap.wire.seat import BUSY, TRACED, WAITING
 from realmap.wire.status import Page
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 
 #: How often the kernel is told what has changed, in seconds.
 TELL = 0.2
-#: And, while somebody traces it, which calls have ended: after so many seconds, or so many calls.
-TRACE, MOST = 0.01, 64
 #: Buffers of a call, and mappings that they lie in, at most.
 BUFFERS = 1024
 _decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
@@ -79,8 +76,7 @@ class Server(Lines[Session]):
         #: Those that wait.
         self._turns = Turns(queue)
         self._is_told = True
-        #: What is still to be told to who traces: as in `Worked`.
-        self._worked: list[tuple[int, int, str, int, int, int, int]] = []
+        self._trace = Trace(seat, self.loop)
         self.closing = False
         #: What ended it other than its owner.
         self.error: Exception | None = None
@@ -140,7 +136,7 @@ class Server(Lines[Session]):
                 if data:
                     self._take(session, data)
             self.drop(session)
-        self._tell_worked()
+        self._trace.tell()
         self._seat.close()
         self._workers.close()
         if self._tasks is not None:
@@ -340,7 +336,7 @@ class Server(Lines[Session]):
         if buffers:
             answer = self._settled(request.id, answer, buffers)
         if words[TRACED]:
-            self._note(work, began, answer)
+            self._trace.note(work, began, answer)
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
@@ -406,7 +402,7 @@ class Server(Lines[Session]):
         self._awaiting -= work.syscall.is_async
         answer = self._settled(work.request.id, answer, work.buffers)
         if self._seat.words[TRACED]:
-            self._note(work, int(since * 1e9), answer)
+            self._trace.note(work, int(since * 1e9), answer)
         self._answer(work, answer)
         self._next()
 
@@ -446,27 +442,13 @@ class Server(Lines[Session]):
         words = self._seat.words
         words[BUSY], words[WAITING] = self._busy, len(self._turns)
 
-    def _note(self, work: Work, began: int, answer: bytes) -> None:
-        """Somebody traces the kernel, and is to see that this call has ended."""
-        caller, name, now = work.session.caller.number, work.syscall.name, time.monotonic_ns()
-        self._worked.append((caller, work.request.id, name, work.came, began, now, code_of(answer)))
-        if len(self._worked) == 1:
-            self.loop.after(TRACE, self._tell_worked)
-        elif len(self._worked) == MOST:
-            self._tell_worked()
-
-    def _tell_worked(self) -> None:
-        worked, self._worked = self._worked, []
-        if worked:
-            self._seat.tell(Worked(worked))
-
     def _tell_soon(self) -> None:
         self._is_told = False
         self.loop.after(TELL, self._tell)
 
     def _tell(self) -> None:
         self._is_told = True
-        most = MOST_TOLD
+        most = MOST
         while (
             not self._seat.tell(served(self._handlers, self._beside.values(), self._turns, self._land, most)) and most
         ):

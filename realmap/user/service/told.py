@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.kernel_memory import KernelMemory
+from realmap.serving.loop import Loop
 from realmap.serving.registry import Syscall
+from realmap.serving.syscalls import code_of
 from realmap.serving.user_buffer import UserBuffer
+from realmap.user.service.seat import Seat
 from realmap.user.service.session import Work
-from realmap.wire.news import Served
+from realmap.wire.news import Served, Worked
 
 #: So many calls, windows, and names with their durations are told of at most; fewer where a message has no room.
 MOST = 500
+#: And, while somebody traces it, which calls have ended: after so many seconds, or so many calls.
+TRACE, AT_ONCE = 0.01, 64
 
 
 def served(
@@ -42,3 +48,27 @@ def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:
     caller = mirror._caller
     number = caller.process.number if isinstance(caller, UserBuffer) and not caller.has_ended else 0
     return number, mirror.mapping.address + mirror.offset, len(mirror), mirror.address, int(mirror.rights)
+
+
+class Trace:
+    """Calls that have ended, told together to who traces the kernel. Only on the thread that has the service's loop."""
+
+    def __init__(self, seat: Seat, loop: Loop) -> None:
+        self._seat, self._loop = seat, loop
+        #: As in `Worked`.
+        self._ended: list[tuple[int, int, str, int, int, int, int]] = []
+
+    def note(self, work: Work, began: int, answer: bytes) -> None:
+        """This one has ended now, with that answer; its handler `began` then (monotonic, ns)."""
+        caller, name, now = work.session.caller.number, work.syscall.name, time.monotonic_ns()
+        self._ended.append((caller, work.request.id, name, work.came, began, now, code_of(answer)))
+        if len(self._ended) == 1:
+            self._loop.after(TRACE, self.tell)
+        elif len(self._ended) == AT_ONCE:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tells what is still to be told."""
+        ended, self._ended = self._ended, []
+        if ended:
+            self._seat.tell(Worked(ended))
