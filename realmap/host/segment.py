@@ -98,10 +98,10 @@ class Segment:
         self._maker = os.getpid()
         self.fd = -1
         self.huge = 0
-        #: The name that it is made under.
-        self._own = own = runtime.own_name(name)
         made: list[posix_ipc.SharedMemory] = []
         try:
+            #: The name that it is made under.
+            self._own = own = runtime.own_name(name)
             try:
                 _make(own, made)
                 self.fd = made[0].fd

@@ -191,7 +191,10 @@ class ForeignProcess:
         return ForeignMapping(entry.start, entry.length, rights, kind, *file, resident, why_not)
 
     def _walk(self, start: int, size: int, asked: int) -> list[Map]:
-        """Its maps that [start, start + size) goes through, each of which allows `asked` to the process itself."""
+        """Its maps that [start, start + size) goes through, each of which allows `asked` to the process itself.
+
+        LookupError: they change as they are listed.
+        """
         found = self._stranger.maps(start, start + size)
         at = start
         for entry in found:
@@ -202,6 +205,8 @@ class ForeignProcess:
                 raise AccessDenied(rights_of(asked), _rights(entry), max(start, entry.start), why=why)
             at = entry.end
         if at < start + size:
+            if self._stranger.look(at):  # Linux may leave out a map that is split or merged as it lists them
+                raise LookupError(at)
             why = "nothing is mapped there" if at == start else "the range runs into a hole there"
             raise InvalidAddress(at, why=f"process {self.pid}: {why}")
         return found

@@ -284,3 +284,11 @@ def test_a_kernel_that_is_not_told_what_to_run_ends(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket.socket, "sendall", failing(socket.socket.sendall, errno.ENOBUFS))
     with pytest.raises(realmap.KernelDied, match="before it served"):
         realmap.boot()
+
+
+def test_a_first_segment_without_descriptors_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Already its name takes one, to read when this process began."""
+    monkeypatch.setattr(runtime, "_stamp", (0, ""))
+    monkeypatch.setattr(procfs, "read_file", failing(procfs.read_file, errno.EMFILE))
+    with pytest.raises(realmap.PhysicalMemoryExhaustion, match="no descriptors left"):
+        FrameAllocator().allocate(PAGE, PAGE)
