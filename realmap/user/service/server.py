@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from realmap._core import look_over
-from realmap.errors import KernelError, LimitReached, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
+from realmap.errors import (
+    KernelError,
+    LimitReached,
+    PhysicalMemoryExhaustion,
+    ProcessKilled,
+    ServerDied,
+    SyscallTimeout,
+    UnknownSyscall,
+)
 from realmap.host import forks
+from realmap.host.translate import shortage
 from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
 from realmap.serving.lines import Lines
@@ -393,8 +402,10 @@ class Server(Lines[Session]):
                 self._tasks.submit(syscall, call, request, buffers, waiting, end)
             else:
                 self._workers.submit(on_thread)
-        except (RuntimeError, OSError) as error:
-            self._end(call, failed(request.id, KernelError(why=f"no thread for it: {error}")))
+        except OSError as error:
+            self._end(call, failed(request.id, shortage(error, "no event loop for it")))
+        except RuntimeError as error:
+            self._end(call, failed(request.id, PhysicalMemoryExhaustion(why=f"no thread for it: {error}")))
 
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""
