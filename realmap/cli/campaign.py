@@ -25,7 +25,7 @@ from realmap.lab.campaign.cluster import Cluster
 from realmap.lab.campaign.here import Here
 from realmap.lab.campaign.plan import Plan
 from realmap.lab.campaign.report import OK, Report, junit
-from realmap.lab.campaign.run import Say, run
+from realmap.lab.campaign.run import Campaign, Say
 from realmap.observe import words
 
 #: Options that a campaign has in the place of the command's own.
@@ -137,7 +137,7 @@ def _run(
     logging.disable()  # by the cluster's own library: what it has to tell is told by us
     where: Here | Cluster = Here(local or 1) if scheduler is None else Cluster(scheduler, patience)
     with closing(where), _progress() as say:
-        report = run(plan, where, say)
+        report = Campaign(plan, where, say).run()
     written = _write(report, paths)
     render(console, report)
     sys.exit(0 if report.ok and written else 1)

@@ -28,7 +28,7 @@ from realmap.lab.bench import machine
 from realmap.lab.campaign.compare import PACE, Unlike, compare, load
 from realmap.lab.campaign.plan import Plan
 from realmap.lab.campaign.report import FORM, Host, Report, junit
-from realmap.lab.campaign.run import run
+from realmap.lab.campaign.run import Campaign
 from realmap.lab.campaign.work import Lost, Outcome
 from realmap.lab.stress.report import bucket, kind_of
 

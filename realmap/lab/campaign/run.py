@@ -100,8 +100,3 @@ class Campaign:
         elif outcome.status:
             found = (host.report or {}).get("failures")
             host.state, host.why = FAILED, "; ".join(found) if found else outcome.said
-
-
-def run(plan: Plan, where: Hosts, say: Say) -> Report:
-    """Runs it there, and reports."""
-    return Campaign(plan, where, say).run()
