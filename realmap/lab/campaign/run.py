@@ -31,7 +31,7 @@ class Hosts(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends what runs."""
+        """Ends every run."""
         ...
 
 
@@ -40,8 +40,6 @@ Say = Callable[[str, str, bool], None]
 
 
 class Campaign:
-    """One campaign on these hosts."""
-
     def __init__(self, plan: Plan, where: Hosts, say: Say) -> None:
         self._plan = plan
         self._where = where

@@ -33,7 +33,7 @@ class Actor:
         self.unnoticed = 0
 
     def perform(self, step: Step) -> object:
-        """Does it; what it gives. KernelError: as the library says."""
+        """Does it; its result. KernelError: as the library says."""
         kind, me = step.kind, self.me
         if kind in ("map", "map_read_only"):
             rights = u_rw if kind == "map" else u_r

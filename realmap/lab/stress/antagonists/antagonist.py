@@ -110,7 +110,6 @@ class Bytes:
         self.fill(0, length, rng)
 
     def fill(self, offset: int, length: int, rng: random.Random) -> None:
-        """Writes a new pattern there."""
         self.expected[offset : offset + length] = data = pattern(rng.getrandbits(32), length)
         self.buffer[offset : offset + length] = data
 
@@ -142,7 +141,6 @@ class Bytes:
             raise WrongBytes(f"wrong bytes in a kept mirror after {what}")
 
     def close(self) -> None:
-        """Ends the connection, and its buffer with it."""
         with suppress(KernelDied):
             self._me.close()
 
