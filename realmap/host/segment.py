@@ -202,7 +202,6 @@ class Segment:
             os.unlink(f"{SHM}/{self._own}")  # last, and only then: by this a sweep finds the other
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             files.close(fd)

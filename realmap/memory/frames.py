@@ -248,7 +248,6 @@ class FrameAllocator(Account):
         return self._segment_limit
 
     def after_fork_in_child(self) -> None:
-        """All of them are the parent's alone."""
         for ref in list(self._opened.values()):
             if (found := ref()) is not None:
                 found.after_fork_in_child()

@@ -45,7 +45,6 @@ def _to(queue: Queue, answers: Queue, message: Any) -> Batch:
 
 
 def measure(bench: Bench) -> None:
-    """What nobody waits for, and one producer with one consumer."""
     bench.say("sync")
     kernel, me = bench.kernel()
     with me.map(4096) as page:
