@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
     @property
     def levels(self) -> list[Path]:
-        """Its folder, and those above."""
+        """Its folder and those above, nearest first."""
         return [level for level in (self.folder, *self.folder.parents) if level.is_relative_to(self.top)]
 
 
@@ -70,7 +70,7 @@ class MemoryCgroup:
 
     @property
     def kills(self) -> int:
-        """How many processes have been killed for it."""
+        """How many processes Linux has killed because it was full."""
         text = (self._folder / ("memory.oom_control" if self._version == 1 else "memory.events")).read_text()
         return int(dict(line.split() for line in text.splitlines())["oom_kill"])
 
@@ -95,7 +95,7 @@ class MemoryCgroup:
 
 
 def _parent() -> tuple[Place, Path]:
-    """Where groups that count memory can be made, nearest first."""
+    """The nearest group in which groups that count memory can be made."""
     for place in places():
         for level in place.levels:
             if place.version == 1 and (level / "memory.force_empty").exists():

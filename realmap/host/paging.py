@@ -42,7 +42,6 @@ def map_file(fd: int, length: int, protection: int = mmap.PROT_READ, offset: int
 
 
 def unmap(address: int, length: int) -> None:
-    """As munmap(2)."""
     _ask("munmap", address, length)
 
 
@@ -52,22 +51,18 @@ def move(address: int, length: int, new_length: int) -> int:
 
 
 def protect(address: int, length: int, protection: int) -> None:
-    """As mprotect(2)."""
     _ask("mprotect", address, length, protection)
 
 
 def lock(address: int, length: int) -> None:
-    """As mlock(2): its pages stay in memory."""
     _ask("mlock", address, length)
 
 
 def unlock(address: int, length: int) -> None:
-    """As munlock(2)."""
     _ask("munlock", address, length)
 
 
 def advise(address: int, length: int, advice: int) -> None:
-    """As madvise(2)."""
     _ask("madvise", address, length, advice)
 
 

@@ -169,7 +169,7 @@ def start_time(pid: int) -> int:
 
 
 def started(pid: int) -> float:
-    """The same, in seconds since 1970."""
+    """When the process started, in seconds since 1970. ProcessLookupError: as `start_time`."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return booted + start_time(pid) / os.sysconf("SC_CLK_TCK")
 

@@ -98,12 +98,10 @@ class Shared:
 
     @property
     def is_named(self) -> bool:
-        """Whether it has a name."""
         return self.name.startswith(NAMED)
 
     @property
     def is_orphan(self) -> bool:
-        """Whether its maker has ended."""
         return self.maker is None
 
     @property
@@ -351,12 +349,12 @@ class Handles:
                 shared.keep = math.inf
 
     def expire(self, now: float) -> None:
-        """Those whose time is over go."""
+        """Ends those whose time is over."""
         for shared in [each for each in self._by_name.values() if each.until is not None and each.until <= now]:
             self._end(shared, "it has expired")
 
     def clear(self) -> None:
-        """All of them go: the kernel ends."""
+        """Ends all of them, with the kernel."""
         for shared in list(self._by_name.values()):
             self._end(shared, "the kernel has ended")
 

@@ -66,7 +66,6 @@ class Total:
     durations: Durations = field(default_factory=Durations)
 
     def add(self, calls: int, failed: int, counts: list[int]) -> None:
-        """What one server says."""
         self.calls = min(self.calls + calls, COUNTED)
         self.failed = min(self.failed + failed, COUNTED)
         with contextlib.suppress(ValueError):  # more than can be counted
@@ -111,7 +110,6 @@ class Seat:
 
     @property
     def label(self) -> str:
-        """Whose it is, in words."""
         return f"process {self.process.number} (pid {self.process.pid})"
 
     def running(self) -> list[tuple[Session, str, float | None]]:
@@ -138,7 +136,6 @@ class Ports:
         return iter(list(self._seats.values()))
 
     def is_served(self, name: str) -> bool:
-        """Whether anybody serves it."""
         return name in self._by_name
 
     def rivals(self, seat: Seat) -> list[Seat]:
@@ -195,7 +192,6 @@ class Ports:
             seat.process.peer.give_back("seats")
 
     def totals(self) -> dict[str, Total]:
-        """What was called so far, by name."""
         found: dict[str, Total] = {}
         for name, seats in self._by_name.items():
             total = found[name] = Total(len(seats))

@@ -90,7 +90,7 @@ class _Line:
 
 
 class Seats:
-    """All of them. Only on the loop."""
+    """All seats and sessions. Only on the loop."""
 
     def __init__(self, books: Books, loop: Loop, spin: float) -> None:
         """`spin`: microseconds that both sides of a session look for the next message; 0: no rings."""
@@ -423,7 +423,6 @@ class Seats:
                 self._desks[each].page.count(CHANGES)
 
     def after_fork_in_child(self) -> None:
-        """They are the parent's alone."""
         ours: list[_Desk | _Line] = [*self._desks.values(), *self._lines.values()]
         for each in ours:
             each.close()

@@ -134,7 +134,6 @@ class ForeignProcess:
 
     @property
     def pid(self) -> int:
-        """Its pid."""
         return self._stranger.pid
 
     @property
@@ -371,7 +370,7 @@ class ForeignProcess:
 
 
 def kind_of(entry: Map) -> str:
-    """As `ForeignMapping.kind`."""
+    """The `kind` of a `ForeignMapping`."""
     if entry.path.startswith("[") and entry.path not in ("[heap]", "[stack]") and not entry.path.startswith("[anon"):
         return "special"
     if entry.perms[3] == "p":
@@ -395,12 +394,11 @@ def _require_shared(entry: Map) -> None:
 
 
 def _rights(entry: Map) -> MappingAccessRights:
-    """What the process itself may do there."""
     return rights_of(8 | sum(bit for letter, bit in zip(entry.perms, (1, 2, 4), strict=False) if letter != "-"))
 
 
 def _kernel() -> KernelMemory:
-    """The land that all have in common."""
+    """Where every `ForeignProcess` of this process maps its mirrors."""
     land = _lands.get("land")
     if land is None:
         land = _lands.setdefault("land", KernelMemory(FOREIGN_LAND.start, FOREIGN_LAND.length))

@@ -37,7 +37,6 @@ class Land(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first address beyond it."""
         return self.start + self.length
 
     def holds(self, address: int, length: int = 1) -> bool:

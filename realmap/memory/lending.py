@@ -96,7 +96,6 @@ class _Edge:
             raise
 
     def piece(self) -> Piece:
-        """The scratch page, as part of a file."""
         return self.scratch.frames._fd, self._page[0] * PAGE_SIZE, PAGE_SIZE
 
     def copy_back(self) -> None:

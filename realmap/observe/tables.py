@@ -94,7 +94,6 @@ def program(pid: int) -> str:
 
 
 def programs(snapshot: Snapshot) -> dict[int, str]:
-    """The names of what runs as the processes of a snapshot, by pid."""
     return {process.pid: program(process.pid) for process in snapshot.processes}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from realmap.pages import PAGE_SIZE
-
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -67,8 +65,3 @@ def harmless(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
-def pages(length: int) -> int:
-    """How many pages `length` bytes take."""
-    return -(-length // PAGE_SIZE)

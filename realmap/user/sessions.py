@@ -220,7 +220,6 @@ class Routes:
         self.known: dict[str, Route] = {}
 
     def close(self) -> None:
-        """Ends these sessions."""
         for name in list(self.known):
             for server in self.known.pop(name, NOBODY).servers:
                 server.close()

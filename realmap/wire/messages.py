@@ -310,7 +310,7 @@ class Done(msgspec.Struct, array_like=True, tag=DONE, gc=False):
 
 
 class Failed(msgspec.Struct, array_like=True, tag=2):
-    """The error instead of an answer."""
+    """An error in place of the answer."""
 
     id: int
     error: Error

@@ -28,7 +28,7 @@ from realmap.lab.bench import machine
 from realmap.lab.campaign.compare import PACE, Unlike, compare, load
 from realmap.lab.campaign.plan import Plan
 from realmap.lab.campaign.report import FORM, Host, Report, junit
-from realmap.lab.campaign.run import run
+from realmap.lab.campaign.run import Campaign
 from realmap.lab.campaign.work import Lost, Outcome
 from realmap.lab.stress.report import bucket, kind_of
 
@@ -196,9 +196,8 @@ def stress_report(times: list[int], failures: tuple[str, ...] = ()) -> bytes:
 
 def test_percentiles_are_of_all_hosts_together_and_no_means() -> None:
     few, many = [10_000_000] * 10, [1_000] * 990
-    done = run(
-        Plan("stress", []), Fake(*(Outcome(0, stress_report(times), "", 2.0, {}) for times in (few, many))), print
-    )
+    hosts = Fake(*(Outcome(0, stress_report(times), "", 2.0, {}) for times in (few, many)))
+    done = Campaign(Plan("stress", []), hosts, print).run()
     assert done.ok
     kind = done.kinds["map"]
     assert kind.count == 1000
@@ -210,11 +209,8 @@ def test_percentiles_are_of_all_hosts_together_and_no_means() -> None:
 
 def test_who_failed_and_who_is_lost() -> None:
     failed = Outcome(1, stress_report([1000], ("wrong bytes: 1",)), "", 1.0, {})
-    done = run(
-        Plan("stress", ["soak"], seed=5, repeat=3),
-        Fake(failed, Lost("gone"), Outcome(0, stress_report([1000]), "", 1.0, {"linux": "6.1"})),
-        lambda *said: None,
-    )
+    hosts = Fake(failed, Lost("gone"), Outcome(0, stress_report([1000]), "", 1.0, {"linux": "6.1"}))
+    done = Campaign(Plan("stress", ["soak"], seed=5, repeat=3), hosts, lambda *said: None).run()
     assert not done.ok
     assert [(host.state, host.why, len(host.reports)) for host in done.hosts] == [
         ("failed", "wrong bytes: 1", 1),

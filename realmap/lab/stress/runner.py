@@ -66,7 +66,7 @@ class User:
 
     @property
     def steps(self) -> int:
-        """What it did in all its lives."""
+        """In all its lives."""
         return self.now.steps + sum(tally.steps for tally in self.past)
 
 
@@ -237,10 +237,10 @@ class Runner:
             self._failures.append(f"the audit found {report}")
 
     def _remains(self) -> dict[str, object]:
-        """What a kernel without users has."""
+        """What the kernel has at this moment; without users, before a run and after it, it is the same."""
         stats = self._control.stats()
         names = ("processes", "mappings", "mirrors", "segments", "bytes", "running")
-        # Stakes stay as long as the land does.
+        # Anchors, pages without rights that keep page tables in place, stay as long as the land does.
         maps = [
             found
             for found in procfs.maps(self._control.pid, KERNEL_LAND.start, KERNEL_LAND.end)
@@ -287,7 +287,6 @@ class Runner:
         )
 
     def _done(self) -> dict[str, Operation]:
-        """What became of operations of one's own."""
         found = {own.name: Operation() for own in self._operations}
         for tally in self._tallies():
             for name, done in tally.operations.items():

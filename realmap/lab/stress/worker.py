@@ -165,7 +165,7 @@ class Worker:
         self._tally.longest[kind] = max(took, self._tally.longest.get(kind, 0))
 
     def _attempt(self, actor: Actor, number: int, own: Own, step: Step) -> None:
-        """An operation of one's own. Whatever it does, the others go on."""
+        """Runs an operation of the user's own; whatever that does, the others go on."""
         began = time.perf_counter_ns()
         self._board.begin(self._index, number)
         outcome = attempt(own, actor.me, step.seed)
