@@ -228,7 +228,7 @@ class Routes:
 
     def _free(self, request: messages.Call) -> Server | None:
         route = self.known.get(request.name)
-        if route is None or nesting.seats.get():
+        if route is None or nesting.here.get() is not None:
             return None
         for server in route.servers:
             if server.load < 0 and not server.endpoint.end:
@@ -315,9 +315,10 @@ class Routes:
 
 def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
     """Of a call to one server: what it brings is lent first."""
-    if seats := nesting.seats.get():
+    here = nesting.here.get()
+    if here is not None and here.seats:
         request = messages.NestedCall(
-            request.id, request.name, request.args, request.timeout, request.names, tuple(seats)
+            request.id, request.name, request.args, request.timeout, request.names, tuple(here.seats)
         )
     for buffer in buffers_in(request.args):
         require_own(process, buffer)
@@ -325,7 +326,15 @@ def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
             assert isinstance(window, UserWindow)
             if server.number not in window.lent_to:
                 yield from _lend(process, server, window)
-    value, _ = yield Step(server, request, holds=request.args)
+    if here is None:
+        value, _ = yield Step(server, request, holds=request.args)
+        return value
+    wait = server.number, request.id, time.monotonic_ns()
+    here.waits[wait] = None
+    try:
+        value, _ = yield Step(server, request, holds=request.args)
+    finally:
+        del here.waits[wait]
     return value
 
 

@@ -114,7 +114,7 @@ class Service:
             return
         self._closed = True
         self._server.end_soon()
-        if self._seat in nesting.seats.get():
+        if self._seat in nesting.seats():
             return
         if not self._ended.wait(timeout):
             raise TimeoutError(f"calls of {', '.join(self._handlers)} are at work after {timeout} s")
