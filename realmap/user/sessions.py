@@ -27,6 +27,7 @@ from realmap.user.buffer import Buffer, UserWindow, buffers_in, require_own
 from realmap.wire import messages
 from realmap.wire.client.requester import Requester
 from realmap.wire.seat import BUSY, CHANGES, THREADS, WAITING, SeatPage
+from realmap.wire.status import look
 
 if TYPE_CHECKING:
     from realmap.user.process import Process
@@ -147,13 +148,13 @@ class Server(Requester):
 
     # ---- what its end is called -------------------------------------------------------------
 
-    def unanswered(self, name: str, timeout: float | None) -> SyscallTimeout:
-        """What is raised where it has not answered in time."""
+    def unanswered(self, name: str, timeout: float | None, what: str = "answered") -> SyscallTimeout:
+        """What is raised where it has not answered in time, or not done `what` it is to do first."""
         stopped = False
         with contextlib.suppress(ProcessLookupError):
             stopped = procfs.is_stopped(self.server)
         is_so = " is stopped (SIGSTOP):" if stopped else ""
-        why = f"process {self.server}, which serves {self.name!r},{is_so} has not answered within {timeout} s"
+        why = f"process {self.server}, which serves {self.name!r},{is_so} has not {what} within {timeout} s"
         return SyscallTimeout(name, timeout, why=why)
 
     def elsewhere(self) -> KernelError:
@@ -325,7 +326,7 @@ def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
         for window in buffer._windows:
             assert isinstance(window, UserWindow)
             if server.number not in window.lent_to:
-                yield from _lend(process, server, window)
+                yield from _lend(process, server, request.name, buffer, window)
     if here is None:
         value, _ = yield Step(server, request, holds=request.args)
         return value
@@ -338,13 +339,19 @@ def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
     return value
 
 
-def _lend(process: Process, server: Server, window: UserWindow) -> Steps:
+def _lend(process: Process, server: Server, name: str, buffer: Buffer, window: UserWindow) -> Steps:
     window.recycles = 0  # somebody else will have it mapped
     client = process._own_client
     try:
-        yield Step(client, messages.Lend(client.next_id(), server.number, window._base))
+        # `holds`: where another thread unmaps it now, what is mapped there next is not lent in its place.
+        yield Step(client, messages.Lend(client.next_id(), server.number, window._base), holds=(buffer,))
     except ServerDied as error:  # the kernel has noticed first
         raise _seen(ServerDied(server.name, server.server, False, why=error.why)) from None
+    except SyscallTimeout as error:
+        status = look(process.path)
+        if status is not None and status.is_stuck:
+            raise
+        raise server.unanswered(name, error.timeout, "read what it is lent") from None
     window.lent_to = (*window.lent_to[1 - LENT_TO :], server.number)
 
 
