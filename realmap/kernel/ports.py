@@ -92,7 +92,7 @@ class Session:
 class Seat:
     """A process that serves these names."""
 
-    __slots__ = ("closing", "names", "number", "picked", "process", "queue", "served", "sessions", "threads")
+    __slots__ = ("closing", "names", "number", "picked", "process", "queue", "served", "sessions", "threads", "told")
 
     def __init__(self, number: int, process: UserProcess, names: list[str], threads: int, queue: int) -> None:
         self.number = number
@@ -107,6 +107,8 @@ class Seat:
         self.picked = 0
         #: What it says of itself.
         self.served = Served({}, [], [])
+        #: And how often it has said so.
+        self.told = 0
 
     @property
     def label(self) -> str:

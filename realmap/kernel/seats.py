@@ -24,7 +24,9 @@ from realmap._core import Durations, look_over
 from realmap.errors import InvalidAddress, KernelError, LimitReached, ServerDied
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY, shortage
+from realmap.kernel import circles
 from realmap.kernel.books import Books
+from realmap.kernel.circles import Circle
 from realmap.kernel.limits import require_unreserved
 from realmap.kernel.ports import Grant, Seat, Session
 from realmap.kernel.processes import UserProcess
@@ -34,7 +36,7 @@ from realmap.serving.loop import Loop
 from realmap.serving.syscalls import encode
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_DESCRIPTORS
-from realmap.wire.news import Gone, Granted, News, Opened, Revoked, Served, Told, Worked
+from realmap.wire.news import Gone, Granted, News, Opened, Refused, Revoked, Served, Told, Worked
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, TRACED, WAITING, SeatPage
 
@@ -49,7 +51,7 @@ Matter = Session | Grant
 class _Desk:
     """The kernel's side of a seat."""
 
-    __slots__ = ("events", "news", "page", "page_fd", "seat", "sock")
+    __slots__ = ("circle", "events", "news", "page", "page_fd", "seat", "sock")
 
     def __init__(self, seat: Seat, sock: socket.socket, page: SeatPage, page_fd: int) -> None:
         self.seat = seat
@@ -59,6 +61,8 @@ class _Desk:
         self.events = select.EPOLLIN
         #: In the order in which it is told.
         self.news: dict[Matter, None] = {}
+        #: Which circle of services it seems to be in.
+        self.circle: Circle | None = None
 
     def close(self) -> None:
         files.shut(self.sock)
@@ -354,11 +358,24 @@ class Seats:
             return
         if isinstance(told, Served):
             desk.seat.served = told
+            desk.seat.told += 1
+            if told.waits:
+                self._look_for_circle(desk)
         elif isinstance(told, Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
             self._end_session(session)
         elif isinstance(told, Worked) and (observer := self._books.observer) is not None:
             for caller, id, name, came, began, ended, code in told.calls:
                 observer.served(desk.seat.process, caller, id, name, (came, began, ended), code)
+
+    def _look_for_circle(self, desk: _Desk) -> None:
+        """Of services that wait for each other: the last call of it is refused, so that the others go on."""
+        found, before = circles.find(desk.seat), desk.circle
+        if found is None or before is None or found.waits != before.waits:
+            desk.circle = found
+        elif found.is_sure(before):
+            desk.circle = None
+            last = found.waits[-1]
+            self._send(self._desks[last.seat], Refused(*last.call, found.why), [])  # else it is found again
 
     def _trace(self, on: bool) -> None:
         for desk in self._desks.values():
