@@ -83,7 +83,8 @@ def test_what_cannot_be_looked_at_is_said_in_a_line(other: Stranger) -> None:
 
 def test_poke_asks_first(other: Stranger) -> None:
     place = other.map("private", 1, seed=1)
-    done = command_line("poke", other.pid, hex(place.address), "68 69", says="n\n")
+    words = [sys.executable, "-W", "error", "-m", "realmap", "poke", str(other.pid), hex(place.address), "68 69"]
+    done = subprocess.run(words, input="n\n", capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 1 and "01 08" in done.stdout and "68 69" in done.stdout
     assert other.tell("get", place.address) == "1"
     assert "2 bytes written" in good("poke", other.pid, place.address, "68 69", says="y\n")
