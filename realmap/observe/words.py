@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from realmap.host import procfs
 from realmap.pages import PAGE_SIZE
 
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+GONE = "gone"
 
 
 def size(length: float) -> str:
@@ -67,6 +69,14 @@ def harmless(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def program(pid: int) -> str:
+    """The name of the program that runs as `pid`; "gone" where it has ended."""
+    try:
+        return procfs.program(pid)
+    except ProcessLookupError:
+        return GONE
 
 
 def pages(length: int) -> int:
