@@ -22,7 +22,7 @@ import realmap
 from realmap import KernelDied, SyscallTimeout, ambient
 from realmap.host import procfs, runtime
 from realmap.memory import KERNEL_LAND, USER_LAND, FrameAllocator, KernelMemory, Mapping
-from realmap.observe import Control
+from realmap.observe.control import Control
 
 # Hundreds of interpreters start here and import realmap: none compiles it anew, also where bytecode is not to be kept.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

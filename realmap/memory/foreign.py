@@ -31,11 +31,10 @@ from realmap.errors import (
     MemoryFault,
     PhysicalMemoryExhaustion,
 )
-from realmap.host import procfs
+from realmap.host import SHM, procfs
 from realmap.host.procfs import Map
 from realmap.host.signals import pass_on
 from realmap.host.stranger import Stranger
-from realmap.host.translate import SHM
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts, mirror_prot
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory

@@ -12,7 +12,7 @@ from __future__ import annotations
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED, Machine, Segment
 from realmap.observe.shm import HolderRow, shown
 from realmap.observe.snapshot import Snapshot
-from realmap.observe.tables import program
+from realmap.observe.words import program
 from realmap.rights import MappingAccessRights
 from realmap.wire.records import (
     FORM,

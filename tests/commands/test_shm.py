@@ -238,7 +238,7 @@ def test_without_proc_the_names_are_shown_and_nothing_goes() -> None:
 
 AS_ANOTHER = """
 import bisect, os, sys
-import realmap.cli.shm  # what it needs, that user may not be allowed to read
+import realmap.cli.shm, realmap.host.reclaim, realmap.host.runtime  # which that user may not be allowed to read
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

@@ -30,7 +30,7 @@ from realmap import (
     SyscallTimeout,
     UnknownSyscall,
 )
-from realmap.observe import Control
+from realmap.observe.control import Control
 
 CARRIERS = ("ring", "socket")
 

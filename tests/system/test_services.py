@@ -22,7 +22,7 @@ import realmap
 from realmap import Call, KernelDied, KernelError, KernelHandle, LimitReached, Process, ServerDied, UserBuffer
 from realmap.host import forks, procfs
 from realmap.memory import LENT_LAND, CrossProcessMapping
-from realmap.observe import Control
+from realmap.observe.control import Control
 
 CARRIERS = ("ring", "socket")
 
