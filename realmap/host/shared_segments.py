@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -222,7 +223,7 @@ class _Pass:
     # ---- processes ----------------------------------------------------------------------------
 
     def _read_maps(self, pid: int) -> None:
-        data = _read(f"/proc/{pid}/maps")
+        data = Path(f"/proc/{pid}/maps").read_bytes()
         for device in self.devices:
             at = data.find(device)
             while at >= 0:
@@ -304,7 +305,7 @@ class _Pass:
 
     def _read_sysv(self) -> None:
         try:
-            head, *rows = _read(SYSVIPC).decode().splitlines()
+            head, *rows = Path(SYSVIPC).read_text().splitlines()
         except (OSError, ValueError):  # no /proc, or one with processes alone
             return
         for row in rows:
@@ -332,17 +333,6 @@ class _Pass:
                 vague[inode].resident = max(vague[inode].resident, sum(spots.values()))
 
 
-def _read(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        parts = []
-        while part := os.read(fd, 1 << 16):
-            parts.append(part)
-        return b"".join(parts)
-    finally:
-        files.close(fd)
-
-
 def _link(path: str) -> str:
     """Where it leads; "" where it is gone, or not ours to see."""
     try:
@@ -354,7 +344,8 @@ def _link(path: str) -> str:
 def _tmpfs(pid: int | str) -> list[tuple[str, int]]:
     """Where a process sees file systems in memory, and their devices."""
     try:
-        lines = [line.split() for line in _read(f"/proc/{pid}/mountinfo").split(b"\n") if b" - tmpfs " in line]
+        mounts = Path(f"/proc/{pid}/mountinfo").read_bytes().split(b"\n")
+        lines = [line.split() for line in mounts if b" - tmpfs " in line]
     except OSError:
         return []
     return [(os.fsdecode(line[4]), os.makedev(*map(int, line[2].split(b":")))) for line in lines]

@@ -13,7 +13,7 @@ from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED
 from realmap.observe.shm import HolderRow, shown
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.tables import program
-from realmap.rights import MappingAccessRights
+from realmap.rights import user_rights
 from realmap.wire.records import (
     FORM,
     FramesInfo,
@@ -44,7 +44,7 @@ def snapshot(machine: Machine) -> Snapshot:
     for each in seen:
         for at in each.maps:
             if at.pid in pids:
-                rights = _rights(at.perms)
+                rights = int(user_rights(at.perms))
                 length = at.end - at.start
                 serial = serials[id(each)]
                 mappings[at.pid].append(MappingInfo(at.start, length, each.kind.upper(), rights, at.offset, serial))
@@ -85,15 +85,6 @@ def _serials(machine: Machine) -> dict[int, int]:
         taken.add(serial)
         found[id(each)] = serial
     return found
-
-
-def _rights(perms: str) -> int:
-    kinds = (MappingAccessRights.READABLE, MappingAccessRights.WRITABLE, MappingAccessRights.EXECUTABLE)
-    found = MappingAccessRights.USER_ACCESSIBLE
-    for kind, letter in zip(kinds, perms, strict=False):
-        if letter != "-":
-            found |= kind
-    return int(found)
 
 
 def _frames(segment: Segment, serial: int, programs: dict[int, str]) -> FramesInfo:

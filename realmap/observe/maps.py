@@ -11,7 +11,7 @@ from realmap.errors import InvalidHandle
 from realmap.host import procfs
 from realmap.host.procfs import Resident
 from realmap.memory.lands import KERNEL_LAND, USER_LAND
-from realmap.observe.audit import Range, lent_parts, lent_to, mapping_ranges, merged, window_ranges
+from realmap.observe.audit import Range, clipped, lent_parts, lent_to, mapping_ranges, merged, window_ranges
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights
@@ -170,12 +170,9 @@ class _Places:
 
     def ranges(self, start: int, end: int) -> list[Range]:
         """What is mapped in [start, end), cut to that."""
-        found = []
-        for each in self._within(start, end):
-            low, high = max(start, each.map.start), min(end, each.map.end)
-            offset = each.map.offset + low - each.map.start if each.map.inode else 0
-            found.append((low, high, each.map.perms[:3], each.map.inode, offset))
-        return merged(found)
+        inside = [each.map for each in self._within(start, end)]
+        found = [(each.start, each.end, each.perms[:3], each.inode, each.offset) for each in inside]
+        return merged(clipped(found, start, end))
 
     def _amounts(self, start: int, end: int) -> tuple[int | None, int | None]:
         """Bytes in memory, and shared ones, of [start, end); None: more than that is one map."""
