@@ -9,13 +9,7 @@ import resource
 
 import psutil
 
-from realmap.errors import (
-    AccessDenied,
-    InvalidAddress,
-    KernelError,
-    PhysicalMemoryExhaustion,
-    VirtualMemoryExhaustion,
-)
+from realmap.errors import AccessDenied, InvalidAddress, KernelError, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
 from realmap.host.signals import pass_on
 
 SHM = "/dev/shm"
