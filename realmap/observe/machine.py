@@ -10,7 +10,7 @@ A segment is lit where it is above, and in every process that maps it.
 from __future__ import annotations
 
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED, Machine, Segment
-from realmap.observe.shm import HolderRow, shown
+from realmap.observe.shm import holders_of, shown
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.tables import program
 from realmap.rights import user_rights
@@ -88,11 +88,7 @@ def _serials(machine: Machine) -> dict[int, int]:
 
 
 def _frames(segment: Segment, serial: int, programs: dict[int, str]) -> FramesInfo:
-    mapped = [at.pid for at in segment.maps]
-    holders = [
-        str(HolderRow(pid, programs[pid], mapped.count(pid), segment.opened.get(pid, 0)))
-        for pid in sorted(segment.holders)
-    ]
+    holders = [str(each) for each in holders_of(segment, programs.__getitem__)]
     name = f"{segment.kind} {shown(segment.name)}".rstrip()
     part = SegmentInfo(segment.inode, segment.device, segment.size, 0, name)
-    return FramesInfo(serial, segment.size, len(mapped) + sum(segment.opened.values()), holders, [part])
+    return FramesInfo(serial, segment.size, len(segment.maps) + sum(segment.opened.values()), holders, [part])

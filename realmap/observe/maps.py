@@ -20,6 +20,8 @@ from realmap.wire.records import FramesInfo, LentInfo, PartInfo
 AGREES = "agrees"
 #: It differed, and was made or changed between two looks: the books and Linux are not read at one moment.
 CHANGING = "changing"
+#: How often it is looked again while something differs.
+TRIES = 5
 #: So many users are listed where somebody asks for another one.
 MANY = 20
 
@@ -47,16 +49,16 @@ class MapView(msgspec.Struct, frozen=True):
     linux: str
 
 
-def view(take: Callable[[], Snapshot], pid: int, tries: int = 5) -> list[MapView]:
+def view(take: Callable[[], Snapshot], pid: int) -> list[MapView]:
     """The mappings of `pid`, in order of address; for the kernel's own pid those of KernelLand as well.
 
-    `take` gives a new snapshot; `tries` how often it is looked again while something differs.
+    `take` gives a new snapshot.
 
     InvalidHandle: `pid` is no user of this kernel (who is, is said), or has ended meanwhile.
     AccessDenied, PermissionError: it is not ours to look at.
     """
     found = _look(take(), pid)
-    for _ in range(tries):
+    for _ in range(TRIES):
         if all(each.linux == AGREES for each in found):
             break
         before = set(map(_said, found))
