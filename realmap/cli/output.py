@@ -130,7 +130,6 @@ def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: i
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int = 1000) -> Table:
     """The table for a terminal of so many letters a line; it says what there was no room for."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 

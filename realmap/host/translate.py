@@ -7,13 +7,7 @@ import mmap
 import os
 import resource
 
-from realmap.errors import (
-    AccessDenied,
-    InvalidAddress,
-    KernelError,
-    PhysicalMemoryExhaustion,
-    VirtualMemoryExhaustion,
-)
+from realmap.errors import AccessDenied, InvalidAddress, KernelError, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
 from realmap.host import SHM
 from realmap.host.signals import pass_on
 
@@ -23,7 +17,6 @@ SHORT_OF_MEMORY = (errno.ENOMEM, errno.ENOBUFS)
 
 def shm_mount() -> tuple[str, str]:
     """The mount that holds /dev/shm, as (mount point, options)."""
-    import psutil  # here: it takes longer to import than all that comes without an error
 
     mounts = [
         part for part in psutil.disk_partitions(all=True) if (SHM + "/").startswith(part.mountpoint.rstrip("/") + "/")

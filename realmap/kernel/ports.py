@@ -32,21 +32,24 @@ MOST = 1 << 31
 COUNTED = (1 << 63) - 1
 
 
+@dataclass(eq=False, slots=True)
 class Grant:
     """The server of a session may map the frames of this mapping."""
 
-    __slots__ = ("ended", "frames", "left", "mapping", "offset", "session", "told", "waiting")
+    session: Session
+    mapping: Mapping
+    frames: SharedFrames
+    ended: bool = False
+    #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
+    told: int = 0
+    offset: int = field(init=False)
+    left: int = field(init=False)
+    #: What takes the answer to who asked, once that were all.
+    waiting: list[Callable[[Any], None]] = field(default_factory=list)
 
-    def __init__(self, session: Session, mapping: Mapping, frames: SharedFrames) -> None:
-        self.session = session
-        self.mapping = mapping
-        self.frames = frames
-        self.ended = False
-        #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
-        self.told, self.offset, self.left = 0, mapping.phys_offset, mapping.length
-        #: What takes the answer to who asked, once that were all.
-        self.waiting: list[Callable[[Any], None]] = []
-        frames.hold(self, "lent", mapping.address, mapping.owner, f"to {session.seat.label}")
+    def __post_init__(self) -> None:
+        self.offset, self.left = self.mapping.phys_offset, self.mapping.length
+        self.frames.hold(self, "lent", self.mapping.address, self.mapping.owner, f"to {self.session.seat.label}")
 
     def end(self) -> None:
         """It holds on no longer. Again: nothing."""
@@ -72,43 +75,38 @@ class Total:
             self.durations.add(counts)
 
 
+@dataclass(eq=False, slots=True)
 class Session:
-    """A caller, and the seat that it calls."""
+    """A caller (`process`), and the seat that it calls."""
 
-    __slots__ = ("ended", "grants", "number", "process", "seat", "told")
-
-    def __init__(self, number: int, process: UserProcess, seat: Seat) -> None:
-        self.number = number
-        #: The caller.
-        self.process = process
-        self.seat = seat
-        #: By the serials of the mappings.
-        self.grants: dict[int, Grant] = {}
-        self.ended = False
-        #: Whether the server was told of it.
-        self.told = False
+    number: int
+    process: UserProcess
+    seat: Seat
+    #: By the serials of the mappings.
+    grants: dict[int, Grant] = field(default_factory=dict)
+    ended: bool = False
+    #: Whether the server was told of it.
+    told: bool = False
 
 
+@dataclass(eq=False, slots=True)
 class Seat:
     """A process that serves these names."""
 
-    __slots__ = ("closing", "names", "number", "picked", "process", "queue", "served", "sessions", "threads", "told")
-
-    def __init__(self, number: int, process: UserProcess, names: list[str], threads: int, queue: int) -> None:
-        self.number = number
-        self.process = process
-        self.names = names
-        self.threads = threads
-        self.queue = queue
-        self.sessions: dict[int, Session] = {}
-        #: Whether it takes no new ones.
-        self.closing = False
-        #: Which of all sessions was its last.
-        self.picked = 0
-        #: What it says of itself.
-        self.served = Served({}, [], [])
-        #: And how often it has said so.
-        self.told = 0
+    number: int
+    process: UserProcess
+    names: list[str]
+    threads: int
+    queue: int
+    sessions: dict[int, Session] = field(default_factory=dict)
+    #: Whether it takes no new ones.
+    closing: bool = False
+    #: Which of all sessions was its last.
+    picked: int = 0
+    #: What it says of itself.
+    served: Served = field(default_factory=lambda: Served({}, [], []))
+    #: And how often it has said so.
+    told: int = 0
 
     @property
     def label(self) -> str:

@@ -108,7 +108,7 @@ def test_half_of_the_kernels_descriptors_are_the_most_that_one_gets() -> None:
     """Of the kernel's own limit, not of the one of the process that made the `Limits`."""
     with Kernel(limits=Limits(calls=5)) as kernel, realmap.connect(kernel.path):
         half = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-        assert next(iter(kernel.books.processes)).memory.allocator.segment_limit == half
+        assert next(iter(kernel.books.processes)).memory.allocator._segment_limit == half
     assert Limits().segments is None
 
 

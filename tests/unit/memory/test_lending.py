@@ -16,15 +16,7 @@ from hypothesis import strategies as st
 
 import realmap
 from realmap.errors import AccessDenied, KernelPanic, MemoryFault, VirtualMemoryExhaustion
-from realmap.memory import (
-    LENT_LAND,
-    FrameAllocator,
-    KernelMemory,
-    LentLand,
-    LentMapping,
-    Mapping,
-    ProcessMemory,
-)
+from realmap.memory import LENT_LAND, FrameAllocator, KernelMemory, LentLand, LentMapping, Mapping, ProcessMemory
 from realmap.memory.cross_process import mirror_parts
 from realmap.memory.lending import SCRATCH_PAGES, plan
 from realmap.pages import HUGE_SIZE
