@@ -291,7 +291,8 @@ typedef struct {
     PyObject *frames; /* Frames, or a tuple of them where there are `mappings` */
     PyObject *caller; /* the UserBuffer of the call that it was made in, or NULL */
     PyObject *weakrefs;
-    uint64_t serial; /* of its frames; 0 where it shows several */
+    struct Edges *edges; /* NULL: it shows whole pages */
+    uint64_t serial; /* of its frames; 0 where it shows several, or copies */
     uint64_t start; /* what its first page shows: an offset in the frames */
     char holds; /* whether it has references to its frames */
     uint64_t maps; /* one for each piece of it */
@@ -363,7 +364,7 @@ ACCESSOR(Shared, as_shared)
 
 /* The types, filled once by module.c. Not in the state of the module: what the guard knows is one table a process, so
  * there is one core a process, in its main interpreter. Imported again, it has the same types. */
-static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *frames_type, *mapping_type;
+static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *lent_type, *frames_type, *mapping_type;
 static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
 static PyTypeObject *durations_type;
 static PyTypeObject *shared_type, *shared_lock_type, *shared_condition_type, *shared_event_type;
