@@ -186,7 +186,7 @@ def _shm(mount: Mount, machine: Machine) -> ShmRow:
 
 def shown(name: str) -> str:
     """A name as text that any encoding can carry: bytes that are no UTF-8 as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def blind_spots(machine: Machine) -> list[str]:
@@ -257,12 +257,12 @@ class _Judge:
     def row(self, segment: Segment) -> SegmentRow:
         family, stamped = family_of(segment)
         maker = stamped or next(iter(segment.makers), None)
-        used = segment.holders or segment.attached
-        state, why = (USED, "") if used else self._verdict(segment, family, stamped)
         opened = segment.opened
         mapped: dict[int, int] = {}
         for each in segment.maps:
             mapped[each.pid] = mapped.get(each.pid, 0) + 1
+        used = mapped or opened or segment.attached
+        state, why = (USED, "") if used else self._verdict(segment, family, stamped)
         holders = [
             HolderRow(pid, self._program(pid), mapped.get(pid, 0), opened.get(pid, 0))
             for pid in sorted(mapped | opened)
