@@ -95,9 +95,10 @@ def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
     """The lines for a pipe."""
     rows, shown = list(rows), []
     for at, column in enumerate(columns):
-        cells = [column.name, *(_cell(row[at], column.kind, False) for row in rows)]
+        cells = [_cell(row[at], column.kind, False) for row in rows]
         if at < len(columns) - 1:
             cells = [cell.replace(" ", "\\x20") for cell in cells]
+        cells.insert(0, column.name)
         width = min(WIDEST, max(map(len, cells)))
         shown.append(map(str.ljust if column.kind in LEFT else str.rjust, cells, repeat(width)))
     return "\n".join(map(str.rstrip, map("  ".join, zip(*shown, strict=True))))
