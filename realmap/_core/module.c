@@ -74,6 +74,8 @@ static PyMethodDef host_methods[] = {
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"read_file", FASTCALL(host_read_file), METH_FASTCALL, NULL},
     {"map_at", FASTCALL(host_map_at), METH_FASTCALL, NULL},
+    {"device_maps", FASTCALL(host_device_maps), METH_FASTCALL, NULL},
+    {"open_files", FASTCALL(host_open_files), METH_FASTCALL, NULL},
     {"watch_directory", FASTCALL(host_watch_directory), METH_FASTCALL, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"holders_of", core_holders_of, METH_O, NULL},

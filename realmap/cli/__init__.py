@@ -8,7 +8,6 @@ import sys
 
 import click
 
-from realmap import __version__
 from realmap.cli.output import harmless
 from realmap.errors import KernelError
 
@@ -65,7 +64,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(package_name="realmap")
 def command() -> None:
     """Cross-process mapping with real processes, real pages and a kernel that mirrors them."""
 

@@ -2,6 +2,8 @@
 
 In a pipe there is no colour, no box and nothing cut off: a line of headings, then a line for each row, its cells
 without blanks inside (but for the last one), so that grep and awk have an easy time. Empty cells are a dash.
+
+What only one of these needs (rich: a terminal; msgspec: JSON) is imported there: in a pipe that is most of the time.
 """
 
 from __future__ import annotations
@@ -15,17 +17,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-import msgspec
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from realmap.host import signals
 from realmap.lab import PROGRESS
 from realmap.observe import words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 #: A longer cell sticks out, and does not push all others aside.
 WIDEST = 48
@@ -129,6 +130,9 @@ def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: i
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int = 1000) -> Table:
     """The table for a terminal of so many letters a line; it says what there was no room for."""
+    from rich.table import Table
+    from rich.text import Text
+
     rows = list(rows)
     told = [not column.optional or any(row[at] for row in rows) for at, column in enumerate(columns)]
     columns = list(compress(columns, told))
@@ -153,6 +157,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int =
 def show(columns: Sequence[Column], rows: Sequence[Sequence[Any]], none: str = "") -> None:
     """Prints rows: as a table on a terminal (`none`: what is said there of no rows), in plain columns elsewhere."""
     if sys.stdout.isatty():
+        from rich.console import Console
+
         console = Console(highlight=False)
         console.print(table(columns, rows, console.width) if rows or not none else none)
     else:
@@ -177,6 +183,8 @@ def show_json(value: Any, *, line: bool = False) -> None:
 
     What JSON allows in a text and a terminal acts upon (DEL, C1) is escaped, too.
     """
+    import msgspec
+
     encoded = msgspec.json.encode(value)
     text = (encoded if line else msgspec.json.format(encoded)).decode()
     click.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
@@ -185,6 +193,8 @@ def show_json(value: Any, *, line: bool = False) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """What is to be called with a line about how it goes: on a terminal the newest stands there, on stderr."""
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False)
     if PROGRESS in os.environ:
         yield lambda line: click.echo(line, err=True)
@@ -226,6 +236,8 @@ def require_matplotlib(option: str) -> None:
 @contextmanager
 def until_interrupted() -> Iterator[Callable[[float], bool]]:
     """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
+    from realmap.host import signals
+
     over = signals.Flag()
     with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
         yield over.wait

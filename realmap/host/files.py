@@ -7,9 +7,12 @@ import errno
 import fcntl
 import operator
 import os
-import select
-import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import select
+    import socket
 
 
 def close(fd: int) -> None:

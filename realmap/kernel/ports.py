@@ -105,6 +105,8 @@ class Seat:
     picked: int = 0
     #: What it says of itself.
     served: Served = field(default_factory=lambda: Served({}, [], []))
+    #: And how often it has said so.
+    told: int = 0
 
     @property
     def label(self) -> str:

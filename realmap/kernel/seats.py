@@ -25,7 +25,9 @@ from realmap._core import Durations, look_over
 from realmap.errors import InvalidAddress, KernelError, LimitReached, ServerDied
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY, shortage
+from realmap.kernel import circles
 from realmap.kernel.books import Books
+from realmap.kernel.circles import Circle
 from realmap.kernel.limits import require_unreserved
 from realmap.kernel.ports import Grant, Seat, Session
 from realmap.kernel.processes import UserProcess
@@ -35,7 +37,7 @@ from realmap.serving.loop import Loop
 from realmap.serving.syscalls import encode
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_DESCRIPTORS
-from realmap.wire.news import Gone, Granted, News, Opened, Revoked, Served, Told, Worked
+from realmap.wire.news import Gone, Granted, News, Opened, Refused, Revoked, Served, Told, Worked
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, TRACED, WAITING, SeatPage
 
@@ -59,6 +61,8 @@ class _Desk:
     events: int = select.EPOLLIN
     #: In the order in which it is told.
     news: dict[Matter, None] = field(default_factory=dict)
+    #: Which circle of services it seems to be in.
+    circle: Circle | None = None
 
     def close(self) -> None:
         files.shut(self.sock)
@@ -352,11 +356,24 @@ class Seats:
             return
         if isinstance(told, Served):
             desk.seat.served = told
+            desk.seat.told += 1
+            if told.waits:
+                self._look_for_circle(desk)
         elif isinstance(told, Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
             self._end_session(session)
         elif isinstance(told, Worked) and (observer := self._books.observer) is not None:
             for caller, id, name, came, began, ended, code in told.calls:
                 observer.served(desk.seat.process, caller, id, name, (came, began, ended), code)
+
+    def _look_for_circle(self, desk: _Desk) -> None:
+        """Of services that wait for each other: the last call of it is refused, so that the others go on."""
+        found, before = circles.find(desk.seat), desk.circle
+        if found is None or before is None or found.waits != before.waits:
+            desk.circle = found
+        elif found.is_sure(before):
+            desk.circle = None
+            last = found.waits[-1]
+            self._send(self._desks[last.seat], Refused(*last.call, found.why), [])  # else it is found again
 
     def _trace(self, on: bool) -> None:
         for desk in self._desks.values():

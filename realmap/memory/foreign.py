@@ -31,11 +31,10 @@ from realmap.errors import (
     MemoryFault,
     PhysicalMemoryExhaustion,
 )
-from realmap.host import procfs
+from realmap.host import SHM, procfs
 from realmap.host.procfs import Map
 from realmap.host.signals import pass_on
 from realmap.host.stranger import Stranger
-from realmap.host.translate import SHM
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts, mirror_prot
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
@@ -190,7 +189,10 @@ class ForeignProcess:
         return ForeignMapping(entry.start, entry.length, rights, kind, *file, resident, why_not)
 
     def _walk(self, start: int, size: int, asked: int) -> list[Map]:
-        """Its maps that [start, start + size) goes through, each of which allows `asked` to the process itself."""
+        """Its maps that [start, start + size) goes through, each of which allows `asked` to the process itself.
+
+        LookupError: they change as they are listed.
+        """
         found = self._stranger.maps(start, start + size)
         at = start
         for entry in found:
@@ -201,6 +203,8 @@ class ForeignProcess:
                 raise AccessDenied(rights_of(asked), user_rights(entry.perms), max(start, entry.start), why=why)
             at = entry.end
         if at < start + size:
+            if self._stranger.look(at):  # Linux may leave out a map that is split or merged as it lists them
+                raise LookupError(at)
             why = "nothing is mapped there" if at == start else "the range runs into a hole there"
             raise InvalidAddress(at, why=f"process {self.pid}: {why}")
         return found

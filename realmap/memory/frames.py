@@ -28,6 +28,8 @@ from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, align_up, 
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
+#: Where the segments of frames begin that have one: the same for all of them, as there may be very many.
+ALONE = (0,)
 
 
 def whole_pages(length: SupportsIndex, what: str) -> int:
@@ -72,13 +74,14 @@ class SharedFrames(FramesCore):
         self.segments = list(segments)
         #: Whether they are of a kind for a stock, and only the process that they were made for has ever had them.
         self.recycles = False
+        self._starts: tuple[int, ...]
         if len(segments) == 1:  # the common case
             (only,) = segments
-            self.length, self._starts = only.length, [0]
+            self.length, self._starts = only.length, ALONE
             self._set(only.fd, only.huge)
         else:
             self.length = sum(segment.length for segment in segments)
-            self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
+            self._starts = tuple(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
             self._set(-1, sum(segment.huge for segment in segments))
         self._charges = [] if charge is None else [charge]
 
@@ -110,7 +113,7 @@ class SharedFrames(FramesCore):
         """Grows by `more` segments (a heap's brk). What is mapped or mirrored of it stays as it is."""
         self._charges.append(charge)
         for segment in more:
-            self._starts.append(self.length)
+            self._starts = (*self._starts, self.length)
             self.segments.append(segment)
             self.length += segment.length
         self._grew()

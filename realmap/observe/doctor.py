@@ -15,9 +15,8 @@ import posix_ipc
 import psutil
 
 from realmap.errors import KernelError
-from realmap.host import files, liveness, procfs, room, runtime, stranger
+from realmap.host import SHM, files, liveness, procfs, room, runtime, stranger
 from realmap.host.segment import Segment
-from realmap.host.translate import SHM
 from realmap.pages import HUGE_SIZE
 from realmap.wire import status
 

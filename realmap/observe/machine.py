@@ -12,7 +12,7 @@ from __future__ import annotations
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED, Machine, Segment
 from realmap.observe.shm import holders_of, shown
 from realmap.observe.snapshot import Snapshot
-from realmap.observe.tables import program
+from realmap.observe.words import program
 from realmap.rights import user_rights
 from realmap.wire.records import (
     FORM,

@@ -10,15 +10,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
-from realmap.host import procfs, runtime, shared_segments
-from realmap.host.reclaim import Named
+from realmap.host import SHM, procfs, shared_segments
 from realmap.host.shared_segments import POSIX, SYSV, UNLINKED, Machine, Mount, Segment
-from realmap.host.translate import SHM
-from realmap.observe import tables, words
+from realmap.observe import words
+
+if TYPE_CHECKING:
+    from realmap.host.reclaim import Named
 
 #: Looks at the most, where /dev/shm has changed during one.
 TRIES = 3
@@ -60,7 +59,7 @@ _PATTERNS = [(family, re.compile(family.pattern, re.DOTALL)) for family in FAMIL
 _ANY = re.compile("|".join(family.pattern for family in FAMILIES), re.DOTALL)
 
 
-class HolderRow(msgspec.Struct, frozen=True):
+class HolderRow(NamedTuple):
     """A process that has it mapped so many times, and so many descriptors open on it."""
 
     pid: int
@@ -79,7 +78,7 @@ def holders_of(segment: Segment, program: Callable[[int], str]) -> list[HolderRo
     return [HolderRow(pid, program(pid), maps[pid], segment.opened.get(pid, 0)) for pid in sorted(segment.holders)]
 
 
-class SegmentRow(msgspec.Struct, frozen=True):
+class SegmentRow(NamedTuple):
     """A segment. `size`, `resident` in bytes; `exact`: all that it takes, else at least so much is known of.
 
     `age`: seconds since anything of it last changed, None where Linux does not tell. `family`: whose names look so.
@@ -104,7 +103,7 @@ class SegmentRow(msgspec.Struct, frozen=True):
     why: str
 
 
-class ShmRow(msgspec.Struct, frozen=True):
+class ShmRow(NamedTuple):
     """A /dev/shm, in bytes. `through`: a process that has it, 0 for this one's own.
 
     `used`: what its file system says, None where that counts nothing. `explained`: what `named` and `unlinked` segments
@@ -124,7 +123,7 @@ class ShmRow(msgspec.Struct, frozen=True):
     closed: int
 
 
-class Total(msgspec.Struct, frozen=True):
+class Total(NamedTuple):
     """Of a kind: how many there are, and their bytes."""
 
     segments: int
@@ -132,7 +131,7 @@ class Total(msgspec.Struct, frozen=True):
     resident: int
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(NamedTuple):
     """The machine's shared memory at one moment; `time` in seconds since 1970.
 
     `elsewhere`: the /dev/shm of other mount namespaces. `processes` were looked into, `unseen` could not be.
@@ -224,6 +223,8 @@ def reclaimable(
     Without `names` every orphan; with them these alone, also where it cannot be told who made one, and with `force`
     where its maker may live. What somebody has may never go.
     """
+    from realmap.host.reclaim import Named
+
     device = machine.mounts[0].device if found.dev_shm is not None else None
     rows = {(row.device, row.inode): row for row in found.segments if row.kind == POSIX and row.device == device}
     files = {
@@ -274,7 +275,7 @@ class _Judge:
 
     def _program(self, pid: int) -> str:
         if pid not in self._programs:
-            self._programs[pid] = tables.program(pid)
+            self._programs[pid] = words.program(pid)
         return self._programs[pid]
 
     def _verdict(self, segment: Segment, family: Family | None, stamped: int | None) -> tuple[str, str]:
@@ -290,6 +291,8 @@ class _Judge:
             return UNSURE, "no program is known to give such names"
         if stamped is not None:
             if family.label == "realmap":
+                from realmap.host import runtime  # here: nobody else needs it
+
                 alive = runtime.maker_lives(segment.name.removeprefix(runtime.SEGMENT_PREFIX))
             else:
                 alive = self._lives(stamped, segment)

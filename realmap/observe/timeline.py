@@ -22,8 +22,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from realmap.errors import BY_CODE
-from realmap.observe.tables import GONE, program
 from realmap.observe.trace_format import About, TraceWriter
+from realmap.observe.words import GONE, program
 from realmap.rights import MemoryType, rights_of
 from realmap.wire.records import (
     ALREADY,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from command_line import command_line
 from conftest import BOUND, PAGE, wait_until
 from strangers import Stranger, pattern, stranger
 from terminal import on_a_terminal
@@ -28,13 +29,8 @@ def other(tmp_path: Path) -> Iterator[Stranger]:
         yield made
 
 
-def run(*arguments: object, says: str = "") -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-W", "error", "-m", "realmap", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, input=says, timeout=BOUND)
-
-
 def good(*arguments: object, says: str = "") -> str:
-    done = run(*arguments, says=says)
+    done = command_line(*arguments, says=says)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -80,14 +76,15 @@ def test_what_cannot_be_looked_at_is_said_in_a_line(other: Stranger) -> None:
         (("poke", other.pid, 4096, "300", "--as", "u1"), "not of that form"),
         (("maps", 1 << 30), "there is no process"),
     ]:
-        done = run(*words)
+        done = command_line(*words)
         assert done.returncode != 0 and not done.stdout
         assert why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_poke_asks_first(other: Stranger) -> None:
     place = other.map("private", 1, seed=1)
-    done = run("poke", other.pid, hex(place.address), "68 69", says="n\n")
+    words = [sys.executable, "-W", "error", "-m", "realmap", "poke", str(other.pid), hex(place.address), "68 69"]
+    done = subprocess.run(words, input="n\n", capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 1 and "01 08" in done.stdout and "68 69" in done.stdout
     assert other.tell("get", place.address) == "1"
     assert "2 bytes written" in good("poke", other.pid, place.address, "68 69", says="y\n")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import psutil
 
+from realmap.host import SHM
 from realmap.host.cgroups import places
 from realmap.host.procfs import setting
-from realmap.host.translate import SHM
 from realmap.pages import PAGE_SIZE
 
 #: Others may take this share of the CPUs before it is said.
