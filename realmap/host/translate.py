@@ -17,6 +17,7 @@ SHORT_OF_MEMORY = (errno.ENOMEM, errno.ENOBUFS)
 
 def shm_mount() -> tuple[str, str]:
     """The mount that holds /dev/shm, as (mount point, options)."""
+    import psutil  # here: it takes longer to import than all that comes without an error
 
     mounts = [
         part for part in psutil.disk_partitions(all=True) if (SHM + "/").startswith(part.mountpoint.rstrip("/") + "/")
