@@ -7,7 +7,7 @@ loop ─┬─ listener            a client connects
       │  and its ring        the same, without a system call while both sides are awake
       ├─ a process's pidfd   it died: reap
       ├─ the booter's pidfd, where there is one: end
-      └─ what was posted     a worker left word, or `stop` was called
+      └─ what was posted     a worker's answer, or `stop` was called
 """
 
 from __future__ import annotations

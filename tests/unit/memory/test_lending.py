@@ -16,13 +16,24 @@ from hypothesis import strategies as st
 
 import realmap
 from realmap.errors import AccessDenied, KernelPanic, MemoryFault, VirtualMemoryExhaustion
-from realmap.memory import LENT_LAND, FrameAllocator, KernelMemory, LentLand, LentMapping, Mapping, ProcessMemory
+from realmap.memory import (
+    LENT_LAND,
+    FrameAllocator,
+    KernelMemory,
+    LentLand,
+    LentMapping,
+    Mapping,
+    ProcessMemory,
+    SharedFrames,
+)
 from realmap.memory.cross_process import mirror_parts
 from realmap.memory.lending import SCRATCH_PAGES, plan
 from realmap.pages import HUGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_w, u_rw
 
 FULL = 200_000
+#: The fixture `make_mapping`.
+Make = Callable[..., Mapping]
 
 
 @pytest.fixture
@@ -41,19 +52,20 @@ def lend(
     return made
 
 
+def frames_of(mapping: Mapping) -> SharedFrames:
+    assert isinstance(mapping.frames, SharedFrames)
+    return mapping.frames
+
+
 def filled(mapping: Mapping, seed: int = 1) -> bytearray:
     """Its frames full of random bytes; those bytes."""
-    frames = mapping.frames
-    assert isinstance(frames, realmap.memory.SharedFrames)
-    content = bytearray(random.Random(seed).randbytes(frames.length))
-    frames.write(0, memoryview(content), 0)
+    content = bytearray(random.Random(seed).randbytes(frames_of(mapping).length))
+    frames_of(mapping).write(0, memoryview(content), 0)
     return content
 
 
 def bytes_of(mapping: Mapping) -> bytes:
-    frames = mapping.frames
-    assert isinstance(frames, realmap.memory.SharedFrames)
-    return frames.read(0, frames.length, 0)
+    return frames_of(mapping).read(0, frames_of(mapping).length, 0)
 
 
 def pages_of(window: LentMapping) -> bytes:
@@ -102,9 +114,7 @@ def test_the_plan_at_its_boundaries(offset: int, length: int, shown: str) -> Non
 # ---- the window -----------------------------------------------------------------------------
 
 
-def test_no_byte_beside_the_range_is_seen_and_none_is_changed(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_no_byte_beside_the_range_is_seen_and_none_is_changed(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(5 * PAGE, 2 * PAGE)
     model = filled(mapping)
     start, length = PAGE + 100, 3 * PAGE
@@ -120,7 +130,7 @@ def test_no_byte_beside_the_range_is_seen_and_none_is_changed(
 
 
 def test_whole_pages_are_the_callers_own_at_once_and_edges_when_it_is_dropped(
-    make_mapping: Callable[..., Mapping], land: LentLand
+    make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(3 * PAGE)
     filled(mapping)
@@ -134,7 +144,7 @@ def test_whole_pages_are_the_callers_own_at_once_and_edges_when_it_is_dropped(
 
 @pytest.mark.parametrize("rights", [k_w, k_rw])
 def test_of_an_edge_only_what_was_changed_is_copied_back(
-    rights: MappingAccessRights, make_mapping: Callable[..., Mapping], land: LentLand
+    rights: MappingAccessRights, make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(PAGE)
     model = filled(mapping)
@@ -142,7 +152,7 @@ def test_of_an_edge_only_what_was_changed_is_copied_back(
     changed = bytes(255 - byte for byte in model[30:40])
     ctypes.memmove(first.address + 20, changed, 10)
     ctypes.memmove(second.address + 100, changed, 10)
-    mapping.frames.write(400, memoryview(b"meanwhile"), 0)  # type: ignore[union-attr]
+    frames_of(mapping).write(400, memoryview(b"meanwhile"), 0)
     first.drop()
     second.drop()
     model[30:40] = model[110:120] = changed
@@ -150,7 +160,7 @@ def test_of_an_edge_only_what_was_changed_is_copied_back(
     assert bytes_of(mapping) == model
 
 
-def test_a_window_that_is_only_read_changes_nothing(make_mapping: Callable[..., Mapping], land: LentLand) -> None:
+def test_a_window_that_is_only_read_changes_nothing(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     model = filled(mapping)
     with lend(mapping, 3, PAGE, land, k_r) as window, pytest.raises(AccessDenied):
@@ -178,7 +188,7 @@ def test_a_range_over_several_mappings_is_one_window(land: LentLand) -> None:
     memory.release_all()
 
 
-def test_whole_pages_are_kept_under_lazy_unmap_and_edges_never(make_mapping: Callable[..., Mapping]) -> None:
+def test_whole_pages_are_kept_under_lazy_unmap_and_edges_never(make_mapping: Make) -> None:
     land, mapping = LentLand(lazy_unmap=1 << 20), make_mapping(4 * PAGE)
     lend(mapping, PAGE, 2 * PAGE, land).drop()
     assert land.kept.counts().bytes == 2 * PAGE
@@ -202,9 +212,7 @@ def test_of_huge_frames_no_page_beside_the_range_is_mapped(frames: FrameAllocato
     mapping.release()
 
 
-def test_while_a_view_lives_it_is_not_dropped_and_its_edges_stay(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_while_a_view_lives_it_is_not_dropped_and_its_edges_stay(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     window = lend(mapping, 100, 200, land)
     view = memoryview(window)
@@ -220,9 +228,7 @@ def test_while_a_view_lives_it_is_not_dropped_and_its_edges_stay(
     assert bytes_of(mapping)[100:103] == b"hi!"
 
 
-def test_collection_copies_back_too_in_a_cycle_with_a_view_as_well(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_collection_copies_back_too_in_a_cycle_with_a_view_as_well(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     window = lend(mapping, 100, 200, land)
     window[0:2] = b"hi"
@@ -238,36 +244,32 @@ def test_collection_copies_back_too_in_a_cycle_with_a_view_as_well(
 
 
 def test_a_truncated_segment_under_an_edge_is_a_fault_before_anything_is_mapped(
-    make_mapping: Callable[..., Mapping], land: LentLand
+    make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(3 * PAGE)
-    os.ftruncate(mapping.frames.segments[0].fd, PAGE)  # type: ignore[union-attr]
+    os.ftruncate(frames_of(mapping).segments[0].fd, PAGE)
     with pytest.raises(MemoryFault) as caught:
         lend(mapping, 10, 2 * PAGE, land)
     assert caught.value.address == mapping.address + 2 * PAGE
-    assert (land.live, land_maps(), mapping.frames.refcount) == (0, [], 1)  # type: ignore[union-attr]
+    assert (land.live, land_maps(), frames_of(mapping).refcount) == (0, [], 1)
     assert sorted(land._scratch.free) == list(range(SCRATCH_PAGES))  # type: ignore[union-attr]
 
 
-def test_both_edges_are_copied_back_and_the_first_error_is_told(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_both_edges_are_copied_back_and_the_first_error_is_told(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(3 * PAGE)
     window = lend(mapping, 10, 2 * PAGE, land)
     window[0:2] = b"hi"
     window[2 * PAGE - 2 : 2 * PAGE] = b"yo"
-    os.ftruncate(mapping.frames.segments[0].fd, PAGE)  # type: ignore[union-attr]
+    os.ftruncate(frames_of(mapping).segments[0].fd, PAGE)
     with pytest.raises(MemoryFault) as caught:
         window.drop()
     assert caught.value.address == mapping.address + 2 * PAGE + 8
     assert not window.alive
-    assert os.pread(mapping.frames.segments[0].fd, 2, 10) == b"hi"  # type: ignore[union-attr]
+    assert os.pread(frames_of(mapping).segments[0].fd, 2, 10) == b"hi"
     assert sorted(land._scratch.free) == list(range(SCRATCH_PAGES))  # type: ignore[union-attr]
 
 
-def test_what_a_collected_window_cannot_copy_back_its_call_is_told(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_what_a_collected_window_cannot_copy_back_its_call_is_told(make_mapping: Make, land: LentLand) -> None:
     class Call:
         faults: list[MemoryFault] = []  # noqa: RUF012
 
@@ -278,27 +280,25 @@ def test_what_a_collected_window_cannot_copy_back_its_call_is_told(
     window = lend(mapping, 10, 20, land)
     window._tell(call)
     window[0:2] = b"hi"
-    os.ftruncate(mapping.frames.segments[0].fd, 0)  # type: ignore[union-attr]
+    os.ftruncate(frames_of(mapping).segments[0].fd, 0)
     del window
     assert [fault.address for fault in call.faults] == [mapping.address + 10]
 
 
-def test_without_space_or_a_scratch_page_nothing_is_left(make_mapping: Callable[..., Mapping]) -> None:
+def test_without_space_or_a_scratch_page_nothing_is_left(make_mapping: Make) -> None:
     mapping = make_mapping(4 * PAGE)
     small, poor = LentLand(length=2 * PAGE), LentLand()
     with pytest.raises(VirtualMemoryExhaustion):
         lend(mapping, 1, 3 * PAGE, small)
-    assert (mapping.frames.refcount, len(small._scratch.free)) == (1, SCRATCH_PAGES)  # type: ignore[union-attr]
+    assert (frames_of(mapping).refcount, len(small._scratch.free)) == (1, SCRATCH_PAGES)
     poor._allocator = FrameAllocator(limit=0)
     with pytest.raises(realmap.PhysicalMemoryExhaustion):
         lend(mapping, 1, 3 * PAGE, poor)
     lend(mapping, 0, 3 * PAGE, poor).drop()  # no edge, no scratch page
-    assert (mapping.frames.refcount, poor.live) == (1, 0)  # type: ignore[union-attr]
+    assert (frames_of(mapping).refcount, poor.live) == (1, 0)
 
 
-def test_scratch_pages_are_as_many_as_windows_need_and_go_with_them(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_scratch_pages_are_as_many_as_windows_need_and_go_with_them(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     windows = [lend(mapping, 1, PAGE, land) for _ in range(SCRATCH_PAGES)]
     assert land._allocator.used == 2 * SCRATCH_PAGES * PAGE
@@ -308,9 +308,7 @@ def test_scratch_pages_are_as_many_as_windows_need_and_go_with_them(
     assert bytes(SCRATCH_PAGES * PAGE) == land._scratch.frames.read(0, SCRATCH_PAGES * PAGE, 0)  # type: ignore[union-attr]
 
 
-def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     window = lend(mapping, 100, PAGE, land)
     window[0:2] = b"hi"
@@ -328,7 +326,7 @@ def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(
 
 
 def test_threads_that_drop_one_window_at_once_do_not_take_the_page_of_another(
-    make_mapping: Callable[..., Mapping], land: LentLand
+    make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(4 * PAGE)
     model = filled(mapping)
