@@ -40,9 +40,9 @@ from realmap.serving.syscalls import Call, encode, failed, has_failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
+from realmap.user.service.reports import MOST, Beside, Trace, served
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
-from realmap.user.service.told import MOST, Beside, Trace, served
 from realmap.user.service.turns import Turns
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
