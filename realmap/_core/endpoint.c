@@ -114,6 +114,27 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
     return leave_with(self, answer, failed);
 }
 
+/* call(number, name, args) -> the value of the answer to a call, for which it waits without a bound; the Answer where that
+ * is no plain value; NotImplemented, and nothing was done, where the arguments are not. An exception is a signal handler's
+ * own. */
+static PyObject *endpoint_call(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    if (wants(nargs, 3, "Endpoint.call"))
+        return NULL;
+    PyObject *message = plain_call(args[0], args[1], args[2]);
+    if (!message)
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    Answer *answer = start(self, args[0], message, Py_None, Py_None, NULL, 0);
+    Py_DECREF(message);
+    PyObject *got = answer ? leave_with(self, answer, wait_for(self, answer, INT64_MAX)) : NULL;
+    PyObject *value = got && answer->outcome == ANSWERED ? plain_value(answer->data) : NULL;
+    if (!value)
+        return got;
+    Py_DECREF(got);
+    return value;
+}
+
 /* Tells the kernel of the end of a window, and waits for its answer: whatever comes in between, it is told once. Where there
  * is no memory to send `message` now, `farewell` is sent some other time, and the answer FAILED. */
 static PyObject *tell_of_end(Endpoint *self, PyObject *number, PyObject *message, PyObject *farewell)
@@ -419,6 +440,7 @@ static PyMethodDef endpoint_methods[] = {
     {"_of", endpoint_of, METH_O | METH_CLASS, NULL},
     {"join", FASTCALL(endpoint_join), METH_FASTCALL, "join(fd, spin): a ring beside the socket."},
     {"request", FASTCALL(endpoint_request), METH_FASTCALL, "request(number, message, timeout, holds, late) -> Answer"},
+    {"call", FASTCALL(endpoint_call), METH_FASTCALL, "call(number, name, args) -> a value, an Answer, or NotImplemented"},
     {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
     {"park", FASTCALL(endpoint_park), METH_FASTCALL, "park(window, number, kind) -> Answer, True, or False"},
     {"unpark", FASTCALL(endpoint_unpark), METH_FASTCALL, "unpark(type, kind, span) -> a Window, or None"},

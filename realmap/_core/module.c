@@ -59,6 +59,7 @@
 #include "mail.c"
 #include "turn.c"
 #include "stock.c"
+#include "plain.c"
 #include "endpoint.c"
 #include "account.c"
 #include "lock.c"
