@@ -466,6 +466,7 @@ typedef struct Endpoint {
     Post post;
     Ring *ring;
     Budget budget;
+    uint64_t number; /* of the last request */
     Table table;     /* requests on their way, by number */
     Letter *letters; /* in the order in which they are sent */
     Letter **last;

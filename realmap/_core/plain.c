@@ -78,16 +78,12 @@ static int write_value(Written *to, PyObject *value)
 
 /* A Call (wire/messages.py): its tag, its number, its name, its arguments. NULL where it is not so plain, without an
  * exception; or with one. */
-static PyObject *plain_call(PyObject *number, PyObject *name, PyObject *args)
+static PyObject *plain_call(uint64_t number, PyObject *name, PyObject *args)
 {
-    Written to = {.size = 0};
-    uint64_t key;
-    if (as_u64(number, &key))
-        return NULL;
-    if (!PyUnicode_Check(name) || !PyTuple_Check(args))
-        return PyErr_Format(PyExc_TypeError, "a call has a name, and a tuple of arguments");
+    Written to;
+    to.size = 0; /* and of the rest no byte is touched that is not written */
     Py_ssize_t count = PyTuple_Size(args);
-    if (count > 15 || write_head(&to, 0x94, 0, 0) || write_unsigned(&to, 1) || write_unsigned(&to, key) ||
+    if (count < 0 || count > 15 || write_head(&to, 0x94, 0, 0) || write_unsigned(&to, 1) || write_unsigned(&to, number) ||
         write_text(&to, name) || write_head(&to, (unsigned char)(0x90 + count), 0, 0))
         return NULL;
     for (Py_ssize_t i = 0; i < count; i++)
