@@ -122,11 +122,19 @@ typedef struct {
 } Name;
 
 #define RING_SLOTS 32u
-#define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
+#define RING_MESSAGE 2048u /* bytes that a message has at most */
 #define LINE 64
+#define SHORT_MESSAGE (LINE - sizeof(uint32_t))
 #define BELL 4 /* wire/channel.py */
 #define BELL_TRIES 100
 
+/* The length of a message, and the message itself where it is short. */
+typedef struct {
+    _Alignas(LINE) uint32_t size;
+    unsigned char bytes[SHORT_MESSAGE];
+} Head;
+
+/* Whoever takes a short message touches one page: of many processes each wakes without any in the TLB. */
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
     _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
@@ -136,7 +144,8 @@ typedef struct {
     _Alignas(LINE) _Atomic uint32_t asleep;
     _Alignas(LINE) _Atomic uint32_t places[PLACES]; /* of windows that the producer has parked: places.c */
     _Alignas(LINE) Name names[PLACES];
-    _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
+    Head heads[RING_SLOTS];
+    _Alignas(4096) unsigned char slots[RING_SLOTS][RING_MESSAGE];
 } Queue;
 
 /* Two queues, one each way, as one side sees them. */

@@ -99,7 +99,7 @@ static const struct {
     CONSTANT(TOO_LONG),   {"DEEPEST", PACKED_DEPTH},
     CONSTANT(AWAKE),      CONSTANT(ON_WORD),    CONSTANT(ON_SOCKET),
     CONSTANT(BARE),       CONSTANT(ATTACHED),   {"RING_BYTES", 2 * sizeof(Queue)},
-    {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
+    CONSTANT(RING_MESSAGE),
 };
 
 /* In the order in which they are made: a base before what builds on it. */

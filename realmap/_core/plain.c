@@ -6,7 +6,7 @@
 /* A message that the ring takes, as far as it is written. */
 typedef struct {
     size_t size;
-    char bytes[RING_SLOT - sizeof(uint32_t)];
+    char bytes[RING_MESSAGE];
 } Written;
 
 /* Each of these: -1 where it does not fit, or is not so plain. No exception is set. */
