@@ -82,7 +82,7 @@ class Session(Line):
         if not descriptors:
             raise OSError("no descriptors are left")
         ring = RingEnd.serve(descriptors[1]) if len(descriptors) > 1 else None
-        super().__init__(socket.socket(fileno=descriptors.pop(0)), Budget())
+        super().__init__(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptors.pop(0)), Budget())
         if ring is not None:  # without one everything takes the socket
             self.ring, ring.owner = ring, None
         self.number = opened.session
