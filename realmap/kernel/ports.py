@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from realmap._core import Durations
-from realmap.errors import InvalidAddress, InvalidMemState, InvalidSize, KernelError, ServerDied, UnknownSyscall
+from realmap.errors import (
+    InvalidAddress,
+    InvalidMemState,
+    InvalidSize,
+    KernelError,
+    LimitReached,
+    ServerDied,
+    UnknownSyscall,
+)
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
@@ -37,23 +45,29 @@ REMEMBERED = 256
 class Grant:
     """The server of a session may map the frames of this mapping."""
 
-    __slots__ = ("ended", "frames", "left", "mapping", "offset", "session", "told", "waiting")
+    __slots__ = ("count", "ended", "frames", "left", "mapping", "offset", "session", "told", "waiting")
 
-    def __init__(self, session: Session, mapping: Mapping, frames: SharedFrames) -> None:
+    def __init__(self, session: Session, mapping: Mapping, frames: SharedFrames, count: int) -> None:
         self.session = session
         self.mapping = mapping
         self.frames = frames
         self.ended = False
-        #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
-        self.told, self.offset, self.left = 0, mapping.phys_offset, mapping.length
+        #: Its pieces, each a descriptor of the server's, and how many of them that was told of; where in the frames the
+        #: next one is, and bytes from there on.
+        self.count, self.told, self.offset, self.left = count, 0, mapping.phys_offset, mapping.length
         #: What takes the answer to who asked, once that were all.
         self.waiting: list[Callable[[Any], None]] = []
+        session.seat.process.peer.lent[session.process.pid] += count
         frames.hold(self, "lent", mapping.address, mapping.owner, f"to {session.seat.label}")
 
     def end(self) -> None:
         """It holds on no longer. Again: nothing."""
         if not self.ended:
             self.ended = True
+            pid, lent = self.session.process.pid, self.session.seat.process.peer.lent
+            lent[pid] -= self.count
+            if not lent[pid]:
+                del lent[pid]
             self.session.process.peer.give_back("grants")
             self.frames.let_go(self)
 
@@ -95,14 +109,30 @@ class Session:
 class Seat:
     """A process that serves these names."""
 
-    __slots__ = ("closing", "names", "number", "picked", "process", "queue", "served", "sessions", "threads", "told")
+    __slots__ = (
+        "closing",
+        "descriptors",
+        "names",
+        "number",
+        "picked",
+        "process",
+        "queue",
+        "served",
+        "sessions",
+        "threads",
+        "told",
+    )
 
-    def __init__(self, number: int, process: UserProcess, names: list[str], threads: int, queue: int) -> None:
+    def __init__(
+        self, number: int, process: UserProcess, names: list[str], threads: int, queue: int, descriptors: int = 256
+    ) -> None:
         self.number = number
         self.process = process
         self.names = names
         self.threads = threads
         self.queue = queue
+        #: So many it holds at most of what one process lends to it.
+        self.descriptors = descriptors
         self.sessions: dict[int, Session] = {}
         #: Whether it takes no new ones.
         self.closing = False
@@ -172,7 +202,7 @@ class Ports:
         if len(set(names)) < len(names):
             raise KernelError(why=f"a name is served twice: {max(names, key=names.count)!r}")
         process.peer.take("seats")
-        seat = Seat(next(self._seat_numbers), process, names, request.threads, request.queue)
+        seat = Seat(next(self._seat_numbers), process, names, request.threads, request.queue, request.descriptors)
         self._seats[seat.number] = process.seats[seat.number] = seat
         for name in names:
             self._by_name.setdefault(name, []).append(seat)
@@ -255,7 +285,7 @@ class Ports:
         """Grants the mapping there, or has done so already.
 
         InvalidAddress: nothing is mapped there. InvalidMemState: private memory. LimitReached: the caller has granted
-        as many as it may.
+        as many as it may, or all its server holds of them would take more descriptors than that lets one caller have.
         """
         process = session.process
         mapping = process.memory.mapping_at(address)
@@ -266,9 +296,12 @@ class Ports:
             raise InvalidMemState(address, mapping.type, why="private memory cannot be lent")
         grant = session.grants.get(mapping.serial)
         if grant is None:
+            first, last = mapping.phys_offset, mapping.phys_offset + mapping.length - 1
+            count = frames.index_of(last) + 1 - frames.index_of(first)
+            _require_few(session.seat, process, count)
             process.peer.take("grants")
             frames.recycles = False  # the server may keep them
-            grant = session.grants[mapping.serial] = Grant(session, mapping, frames)
+            grant = session.grants[mapping.serial] = Grant(session, mapping, frames, count)
         return grant
 
     def unmapped(self, process: UserProcess, serial: int) -> None:
@@ -277,3 +310,12 @@ class Ports:
             grant = session.grants.pop(serial, None)
             if grant is not None:
                 self.revoked(grant)
+
+
+def _require_few(seat: Seat, process: UserProcess, count: int) -> None:
+    """LimitReached: its server would have more descriptors of what this process lends than it lets one caller have."""
+    lent, limit = seat.process.peer.lent[process.pid], seat.descriptors
+    if lent + count > limit:
+        has = f"process {seat.process.pid} has {lent} descriptors of what process {process.pid} lends, {limit} at most"
+        remedy = "unmap some, lend larger segments, or let that process open more (ulimit -n)"
+        raise LimitReached("descriptors", limit, why=f"{has}, and this takes {count}: {remedy}")
