@@ -129,7 +129,6 @@ class _Snapshot(Collector):
 
 
 def exposition(snapshot: Snapshot) -> str:
-    """The text of a scrape."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(snapshot))
     return generate_latest(registry).decode()

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table, until_interrupted
+from realmap.cli.output import Column, json_option, plain, show_json, table, until_interrupted, watch_option
 from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe import words
 from realmap.observe.control import Control
@@ -86,14 +86,7 @@ def rates_between(before: Snapshot, now: Snapshot, seconds: float) -> Rates:
 
 
 @click.command(epilog=BOUND)
-@click.option(
-    "--watch",
-    is_flag=False,
-    flag_value="1",
-    type=Seconds(min=0.05, max=86_400),
-    metavar="[SECONDS]",
-    help="Again every so many seconds (by default 1) with rates, until Ctrl-C; a line each in a pipe.",
-)
+@watch_option("1", " with rates, until Ctrl-C; a line each in a pipe.")
 @click.option("--prometheus", is_flag=True, help="In the text format that Prometheus reads.")
 @kernel_option
 @json_option

@@ -42,23 +42,27 @@ COUNTED = (1 << 63) - 1
 REMEMBERED = 256
 
 
+@dataclass(eq=False, slots=True)
 class Grant:
     """The server of a session may map the frames of this mapping."""
 
-    __slots__ = ("count", "ended", "frames", "left", "mapping", "offset", "session", "told", "waiting")
+    session: Session
+    mapping: Mapping
+    frames: SharedFrames
+    #: Its pieces, each a descriptor of the server's.
+    count: int
+    ended: bool = False
+    #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
+    told: int = 0
+    offset: int = field(init=False)
+    left: int = field(init=False)
+    #: What takes the answer to who asked, once that were all.
+    waiting: list[Callable[[Any], None]] = field(default_factory=list)
 
-    def __init__(self, session: Session, mapping: Mapping, frames: SharedFrames, count: int) -> None:
-        self.session = session
-        self.mapping = mapping
-        self.frames = frames
-        self.ended = False
-        #: Its pieces, each a descriptor of the server's, and how many of them that was told of; where in the frames the
-        #: next one is, and bytes from there on.
-        self.count, self.told, self.offset, self.left = count, 0, mapping.phys_offset, mapping.length
-        #: What takes the answer to who asked, once that were all.
-        self.waiting: list[Callable[[Any], None]] = []
-        session.seat.process.peer.lent[session.process.pid] += count
-        frames.hold(self, "lent", mapping.address, mapping.owner, f"to {session.seat.label}")
+    def __post_init__(self) -> None:
+        self.offset, self.left = self.mapping.phys_offset, self.mapping.length
+        self.session.seat.process.peer.lent[self.session.process.pid] += self.count
+        self.frames.hold(self, "lent", self.mapping.address, self.mapping.owner, f"to {self.session.seat.label}")
 
     def end(self) -> None:
         """It holds on no longer. Again: nothing."""
@@ -82,70 +86,49 @@ class Total:
     durations: Durations = field(default_factory=Durations)
 
     def add(self, calls: int, failed: int, counts: list[int]) -> None:
-        """What one server says."""
         self.calls = min(self.calls + calls, COUNTED)
         self.failed = min(self.failed + failed, COUNTED)
         with contextlib.suppress(ValueError):  # more than can be counted
             self.durations.add(counts)
 
 
+@dataclass(eq=False, slots=True)
 class Session:
-    """A caller, and the seat that it calls."""
+    """A caller (`process`), and the seat that it calls."""
 
-    __slots__ = ("ended", "grants", "number", "process", "seat", "told")
-
-    def __init__(self, number: int, process: UserProcess, seat: Seat) -> None:
-        self.number = number
-        #: The caller.
-        self.process = process
-        self.seat = seat
-        #: By the serials of the mappings.
-        self.grants: dict[int, Grant] = {}
-        self.ended = False
-        #: Whether the server was told of it.
-        self.told = False
+    number: int
+    process: UserProcess
+    seat: Seat
+    #: By the serials of the mappings.
+    grants: dict[int, Grant] = field(default_factory=dict)
+    ended: bool = False
+    #: Whether the server was told of it.
+    told: bool = False
 
 
+@dataclass(eq=False, slots=True)
 class Seat:
     """A process that serves these names."""
 
-    __slots__ = (
-        "closing",
-        "descriptors",
-        "names",
-        "number",
-        "picked",
-        "process",
-        "queue",
-        "served",
-        "sessions",
-        "threads",
-        "told",
-    )
-
-    def __init__(
-        self, number: int, process: UserProcess, names: list[str], threads: int, queue: int, descriptors: int = 256
-    ) -> None:
-        self.number = number
-        self.process = process
-        self.names = names
-        self.threads = threads
-        self.queue = queue
-        #: So many it holds at most of what one process lends to it.
-        self.descriptors = descriptors
-        self.sessions: dict[int, Session] = {}
-        #: Whether it takes no new ones.
-        self.closing = False
-        #: Which of all sessions was its last.
-        self.picked = 0
-        #: What it says of itself.
-        self.served = Served({}, [], [])
-        #: And how often it has said so.
-        self.told = 0
+    number: int
+    process: UserProcess
+    names: list[str]
+    threads: int
+    queue: int
+    #: So many it holds at most of what one process lends to it.
+    descriptors: int = 256
+    sessions: dict[int, Session] = field(default_factory=dict)
+    #: Whether it takes no new ones.
+    closing: bool = False
+    #: Which of all sessions was its last.
+    picked: int = 0
+    #: What it says of itself.
+    served: Served = field(default_factory=lambda: Served({}, [], []))
+    #: And how often it has said so.
+    told: int = 0
 
     @property
     def label(self) -> str:
-        """Whose it is, in words."""
         return f"process {self.process.number} (pid {self.process.pid})"
 
     def running(self) -> list[tuple[Session, str, float | None]]:
@@ -172,7 +155,6 @@ class Ports:
         return iter(list(self._seats.values()))
 
     def is_served(self, name: str) -> bool:
-        """Whether anybody serves it."""
         return name in self._by_name
 
     def rivals(self, seat: Seat) -> list[Seat]:

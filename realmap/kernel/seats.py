@@ -17,6 +17,7 @@ import errno
 import os
 import select
 import socket
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -48,21 +49,20 @@ WAITING_FOR_ONE = 64
 Matter = Session | Grant
 
 
+@dataclass(eq=False, slots=True)
 class _Desk:
     """The kernel's side of a seat."""
 
-    __slots__ = ("circle", "events", "news", "page", "page_fd", "seat", "sock")
-
-    def __init__(self, seat: Seat, sock: socket.socket, page: SeatPage, page_fd: int) -> None:
-        self.seat = seat
-        self.sock = sock
-        self.page, self.page_fd = page, page_fd
-        #: What epoll is asked to tell of it.
-        self.events = select.EPOLLIN
-        #: In the order in which it is told.
-        self.news: dict[Matter, None] = {}
-        #: Which circle of services it seems to be in.
-        self.circle: Circle | None = None
+    seat: Seat
+    sock: socket.socket
+    page: SeatPage
+    page_fd: int
+    #: What epoll is asked to tell of it.
+    events: int = select.EPOLLIN
+    #: In the order in which it is told.
+    news: dict[Matter, None] = field(default_factory=dict)
+    #: Which circle of services it seems to be in.
+    circle: Circle | None = None
 
     def close(self) -> None:
         files.shut(self.sock)
@@ -70,15 +70,13 @@ class _Desk:
         self.page.close()
 
 
+@dataclass(eq=False, slots=True)
 class _Line:
     """The kernel's share in a session: the server's end of its socket; and the ring, until the server is told of it."""
 
-    __slots__ = ("ring", "sock")
-
-    def __init__(self, sock: socket.socket, ring: int) -> None:
-        self.sock = sock
-        #: -1: there is none, or the server has it.
-        self.ring = ring
+    sock: socket.socket
+    #: -1: there is none, or the server has it.
+    ring: int = -1
 
     def descriptors(self) -> list[int]:
         return [self.sock.fileno()] + [self.ring] * (self.ring >= 0)
@@ -94,7 +92,7 @@ class _Line:
 
 
 class Seats:
-    """All of them. Only on the loop."""
+    """All seats and sessions. Only on the loop."""
 
     def __init__(self, books: Books, loop: Loop, spin: float) -> None:
         """`spin`: microseconds that both sides of a session look for the next message; 0: no rings."""
@@ -181,7 +179,7 @@ class Seats:
             with contextlib.ExitStack() as undo:
                 undo.callback(channel.close_all, rights)
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                line = _Line(ours, -1)
+                line = _Line(ours)
                 undo.callback(line.close)
                 rights.append(theirs.detach())
                 if self._spin:
@@ -438,7 +436,6 @@ class Seats:
                 self._desks[each].page.count(CHANGES)
 
     def after_fork_in_child(self) -> None:
-        """They are the parent's alone."""
         ours: list[_Desk | _Line] = [*self._desks.values(), *self._lines.values()]
         for each in ours:
             each.close()

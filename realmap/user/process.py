@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap._core import BARE, Lock
+from realmap._core import BARE, Answer, Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, UnknownSyscall, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
@@ -26,7 +26,7 @@ from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
-from realmap.user.sessions import Routes, Session, arun, run
+from realmap.user.sessions import Routes, Session, arun, run, waiter_of
 from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.client import Client
@@ -387,16 +387,20 @@ class Process:
         wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process or
         its server may have. KernelDied, ProcessKilled: no kernel.
         """
-        client = self._client
-        if client.lost_in_child:  # asked here: a property costs a call
-            client = self._own_client
-        request = call_of(self._client, name, args, timeout, kwargs)
-        if name in self._known:
-            return self._routes.call(request, timeout)
+        refusal = None
         try:
-            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+            if timeout is None and not kwargs:  # most calls are of a few plain values, and made in one go
+                got = self._client.endpoint.call(name, args, self._known)
+                if got is not NotImplemented:
+                    return self._client.value(got) if type(got) is Answer else got
+            client = self._own_client
+            request = call_of(client, name, args, timeout, kwargs)
+            if name not in self._known:
+                return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
         except UnknownSyscall as error:
-            refusal = error.with_traceback(None)
+            request, refusal = call_of(self._client, name, args, timeout, kwargs), error.with_traceback(None)
+        if refusal is None:
+            return self._routes.call(request, timeout)
         return run(self._routes.steps(request, refusal), name, timeout)
 
     async def acall(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
@@ -405,14 +409,11 @@ class Process:
         A task that is cancelled, or whose `timeout` is over, gives its call up, as there. RuntimeError: no event loop
         runs. LimitReached: more calls at a time than the kernel lets a process have. Else as `call`.
         """
-        from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
-
         client = self._own_client
         request, refusal = call_of(self._client, name, args, timeout, kwargs), None
         if name not in self._known:
             try:
-                waiter = Waiter.of(client)
-                return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
+                return (await waiter_of(client).request(request, timeout=timeout, name=name, holds=request.args))[0]
             except UnknownSyscall as error:
                 refusal = error.with_traceback(None)
         return await arun(self._routes.steps(request, refusal), name, timeout)

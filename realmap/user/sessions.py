@@ -31,6 +31,7 @@ from realmap.wire.status import look
 
 if TYPE_CHECKING:
     from realmap.user.process import Process
+    from realmap.wire.client.waiter import Waiter
 
 #: Of so many sessions, the last ones, a mapping knows that it is lent to them; one more is told again.
 LENT_TO = 64
@@ -67,16 +68,25 @@ def run(steps: Steps, name: str, timeout: float | None) -> Any:
         return end.value
 
 
+def waiter_of(requester: Requester) -> Waiter:
+    """Who awaits its answers in the running loop. PhysicalMemoryExhaustion: no descriptor is left to load it by.
+    RuntimeError: no loop runs.
+    """
+    try:
+        from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
+    except OSError as error:
+        raise shortage(error, "cannot load what awaits an answer") from None
+    return Waiter.of(requester)
+
+
 async def arun(steps: Steps, name: str, timeout: float | None) -> Any:
     """`run`, for asyncio."""
-    from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
-
     until, left = None if timeout is None else time.monotonic() + timeout, timeout
     try:
         step = next(steps)
         while True:
             try:
-                got = await Waiter.of(step.of).request(step.message, timeout=left, name=name, holds=step.holds)
+                got = await waiter_of(step.of).request(step.message, timeout=left, name=name, holds=step.holds)
             except BaseException as error:
                 step = steps.throw(error)
             else:
@@ -211,7 +221,6 @@ class Routes:
         self.known: dict[str, Route] = {}
 
     def close(self) -> None:
-        """Ends these sessions."""
         for name in list(self.known):
             for server in self.known.pop(name, NOBODY).servers:
                 server.close()

@@ -81,7 +81,7 @@ ALREADY = 1 << 15
 
 
 class Event(NamedTuple):
-    """One record."""
+    """One record, as its fields are read."""
 
     time: int
     kind: int

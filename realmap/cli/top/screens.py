@@ -123,7 +123,7 @@ class Live(Screen[None]):
         self.call_after_refresh(self.again)
 
     def again(self) -> None:
-        """Shows what was shown, as wide as it is now."""
+        """Draws the last view once more, at the width that there is now."""
         self.measure()
         self.present(self.app.view)
 
@@ -146,7 +146,7 @@ class Live(Screen[None]):
             head.say("")
 
     def measure(self) -> None:
-        """Says how wide its lanes are."""
+        """Tells the app how wide the lanes of this screen are, where it has any."""
 
     def marks(self) -> list[str]:
         """What the first line is to say of the table: that not all of it is shown."""
@@ -157,7 +157,6 @@ class Live(Screen[None]):
         return []
 
     def action_sort(self, reverse: bool = False) -> None:
-        """By the next column, or in the other direction."""
         self.table.sort_next(reverse)
 
     def action_filter(self) -> None:
@@ -175,7 +174,6 @@ class Live(Screen[None]):
         self._filter(event.value)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Keeps the filter."""
         self._end_filter()
 
     def _filter(self, text: str) -> None:
@@ -187,7 +185,6 @@ class Live(Screen[None]):
         self.table.focus()
 
     def action_back(self) -> None:
-        """Out of the filter, or out of the screen."""
         if self.query(Input) or self.table.filter:
             self._filter("")
             self._end_filter()

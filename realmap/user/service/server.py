@@ -19,8 +19,17 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from realmap._core import look_over
-from realmap.errors import KernelError, LimitReached, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
+from realmap.errors import (
+    KernelError,
+    LimitReached,
+    PhysicalMemoryExhaustion,
+    ProcessKilled,
+    ServerDied,
+    SyscallTimeout,
+    UnknownSyscall,
+)
 from realmap.host import forks
+from realmap.host.translate import shortage
 from realmap.memory.frames import FrameAllocator
 from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
@@ -33,9 +42,9 @@ from realmap.serving.syscalls import Call, encode, failed, has_failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
+from realmap.user.service.reports import MOST, Beside, Trace, served
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
-from realmap.user.service.told import MOST, Beside, Trace, served
 from realmap.user.service.turns import Turns
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
@@ -418,8 +427,10 @@ class Server(Lines[Session]):
                 self._tasks.submit(syscall, call, request, buffers, place, end)
             else:
                 self._workers.submit(on_thread)
-        except (RuntimeError, OSError) as error:
-            self._end(call, failed(request.id, KernelError(why=f"no thread for it: {error}")))
+        except OSError as error:
+            self._end(call, failed(request.id, shortage(error, "no event loop for it")))
+        except RuntimeError as error:
+            self._end(call, failed(request.id, PhysicalMemoryExhaustion(why=f"no thread for it: {error}")))
 
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""

@@ -49,7 +49,6 @@ class Budget:
         self._used[what] += amount
 
     def give_back(self, what: str, amount: int = 1) -> None:
-        """So much less."""
         self._used[what] -= amount
 
 
@@ -65,12 +64,10 @@ class Caller:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is this very process."""
         return self.pid == os.getpid()
 
     @property
     def facts(self) -> dict[str, int]:
-        """What a record of `logging` about it carries."""
         return {"user": self.number, "user_pid": self.pid}
 
     def __repr__(self) -> str:
@@ -109,9 +106,9 @@ class Session(Line):
         fds += descriptors
         descriptors.clear()
         held = self.caller.memory.allocator
-        if held.segments + len(fds) > held.segment_limit:
+        if held.segments + len(fds) > held._segment_limit:
             why = f"{held.segments} descriptors are in use of what process {self.caller.pid} has lent, unmapped or not"
-            limit = held.segment_limit
+            limit = held._segment_limit
             raise LimitReached("descriptors", limit, why=f"{why}; its limit is {limit}: wait for its calls to end")
         if len(pieces) == granted.count:
             del self._coming[granted.serial]

@@ -79,7 +79,6 @@ class Tasks:
         self._loop.call_soon_threadsafe(start)
 
     def cancel(self, call: Call) -> None:
-        """Nobody waits for that one any more."""
 
         def cancel() -> None:
             if (task := self._tasks.get(call)) is not None:

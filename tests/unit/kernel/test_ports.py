@@ -33,7 +33,7 @@ from realmap import (
 )
 from realmap._core import Durations
 from realmap.kernel.ports import MOST, NAMES, REMEMBERED
-from realmap.observe import Control
+from realmap.observe.control import Control
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
 from realmap.wire.news import Gone, Granted, News, Opened, Refused, Revoked, Served
