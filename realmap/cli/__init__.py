@@ -49,11 +49,9 @@ class Commands(click.Group):
     """Imports a command when it is needed: most of them need little of what the others do."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names."""
         return COMMANDS
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name."""
         if cmd_name not in COMMANDS:
             return None
         found: click.Command = getattr(importlib.import_module(f"realmap.cli.{cmd_name}"), cmd_name)

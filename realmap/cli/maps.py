@@ -7,7 +7,7 @@ from typing import Any
 import click
 import msgspec
 
-from realmap.cli.output import Column, json_option, show, show_json
+from realmap.cli.output import Column, json_option, show, show_json, show_records
 from realmap.cli.target import BOUND, find, kernel_option, named
 from realmap.errors import InvalidHandle, KernelError
 from realmap.host import runtime
@@ -70,13 +70,9 @@ def maps(pid: int, shared: bool, path: str | None, as_json: bool) -> None:
     rows = _in_books(pid, path)
     if rows is None:
         _foreign(pid, shared, as_json)
-        return
-    rows = [row for row in rows if row.segments or not shared]
-    if as_json:
-        show_json(rows)
     else:
-        values = [[getattr(row, column.name) for column in COLUMNS] for row in rows]
-        show(COLUMNS, values, "it has no mappings that the kernel knows of")
+        rows = [row for row in rows if row.segments or not shared]
+        show_records(COLUMNS, rows, "it has no mappings that the kernel knows of", as_json)
 
 
 def _in_books(pid: int, path: str | None) -> list[MapView] | None:

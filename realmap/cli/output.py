@@ -8,7 +8,6 @@ What only one of these needs (rich: a terminal; msgspec: JSON) is imported there
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from realmap.lab import PROGRESS
 from realmap.observe import words
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 #: A longer cell sticks out, and does not push all others aside.
@@ -35,6 +35,13 @@ NARROWEST, MANY = 16, 3
 #: Kinds of columns that begin at the left.
 LEFT = ("text", "lines")
 json_option = click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+
+
+def watch_option(default: str, more: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--watch [SECONDS], by default so many; `more`: the end of what --help says of it."""
+    said = f"Again every so many seconds (by default {default}){more}"
+    kind = Seconds(min=0.05, max=86_400)
+    return click.option("--watch", is_flag=False, flag_value=default, type=kind, metavar="[SECONDS]", help=said)
 
 
 class Seconds(click.FloatRange):
@@ -154,6 +161,19 @@ def show(columns: Sequence[Column], rows: Sequence[Sequence[Any]], none: str = "
         click.echo(plain(columns, rows))
 
 
+def show_records(columns: Sequence[Column], records: Sequence[object], none: str, as_json: bool) -> None:
+    """The same of records: in a column is what they have by its name. With `as_json`: all of them, as JSON."""
+    if as_json:
+        show_json(records)
+    else:
+        show(columns, [[getattr(each, column.name) for column in columns] for each in records], none)
+
+
+def print_table(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows where other things are printed as well: as a table on a terminal, in plain columns elsewhere."""
+    console.print(table(columns, rows, console.width) if console.is_terminal else plain(columns, rows))
+
+
 def show_json(value: Any, *, line: bool = False) -> None:
     """Prints a structure as JSON, on one `line` or more.
 
@@ -181,8 +201,13 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda line: None
 
 
-def require_writable(path: str) -> None:
-    """Before the run, not after it. A file that was not there is not left behind."""
+def require_writable(*paths: str | None) -> None:
+    """Each that is given: before the run, not after it. A file that was not there is not left behind."""
+    for path in filter(None, paths):
+        _require_writable(path)
+
+
+def _require_writable(path: str) -> None:
     there = os.path.lexists(path)
     try:
         # A pipe is not opened: its reader would take the end of this look for the end.
@@ -196,7 +221,15 @@ def require_writable(path: str) -> None:
         os.unlink(path)
 
 
-@contextlib.contextmanager
+def require_matplotlib(option: str) -> None:
+    """ClickException: it is not installed, and this option needs it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise click.ClickException(f"{option} needs matplotlib: pip install 'realmap[bench]'") from None
+
+
+@contextmanager
 def until_interrupted() -> Iterator[Callable[[float], bool]]:
     """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
     from realmap.host import signals

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import Seconds, harmless, json_option, show_json, until_interrupted
+from realmap.cli.output import harmless, json_option, show_json, until_interrupted, watch_option
 from realmap.cli.place import place_of
 from realmap.cli.values import Form, form_option, values
 from realmap.errors import InvalidAddress
@@ -28,14 +28,7 @@ CHANGED = "bold black on yellow"
 @click.argument("place", metavar="ADDRESS|NAME")
 @click.argument("length", type=click.IntRange(min=1), required=False)
 @form_option
-@click.option(
-    "--watch",
-    is_flag=False,
-    flag_value="0.5",
-    type=Seconds(min=0.05, max=86_400),
-    metavar="[SECONDS]",
-    help="Again every so many seconds (by default 0.5), until Ctrl-C. What changes is lit, or, in a pipe, shown.",
-)
+@watch_option("0.5", ", until Ctrl-C. What changes is lit, or, in a pipe, shown.")
 @json_option
 def peek(pid: int, place: str, length: int | None, form: Form, watch: float | None, as_json: bool) -> None:
     """Show LENGTH bytes at ADDRESS of process PID, any: as hex and text, or --as numbers.
@@ -122,7 +115,6 @@ def _watch(
     as_json: bool,
     looks: Callable[[], bytes | None],
 ) -> None:
-    """Until `looks` gives no more."""
     if sys.stdout.isatty() and not as_json:
         head = Text(harmless(f"{len(data)} bytes at {address:#x} of process {process.pid}, {process.name}"))
         console = Console(highlight=False)

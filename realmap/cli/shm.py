@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from realmap.cli.output import Column, Seconds, harmless, json_option, plain, show_json, table, until_interrupted
+from realmap.cli.output import (
+    Column,
+    Seconds,
+    harmless,
+    json_option,
+    plain,
+    show_json,
+    table,
+    until_interrupted,
+    watch_option,
+)
 from realmap.host import SHM
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED
 from realmap.observe import shm as observe
@@ -64,10 +74,7 @@ older_option = click.option(
 @click.option("--pid", type=int, help="Only what this process has.")
 @click.option("--name", metavar="PATTERN", help="Only names like this, as a shell matches them: 'psm_*'.")
 @click.option("--sort", type=click.Choice(list(SORTS)), default="resident", show_default=True, help="What is first.")
-@click.option(
-    "--watch", is_flag=False, flag_value="1", type=Seconds(min=0.05, max=86_400), metavar="[SECONDS]",
-    help="Again every so many seconds (by default 1), until Ctrl-C.",
-)  # fmt: skip
+@watch_option("1", ", until Ctrl-C.")
 @older_option
 @json_option
 @click.pass_context

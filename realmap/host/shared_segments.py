@@ -329,7 +329,8 @@ def _link(path: str) -> str:
 def _tmpfs(pid: int | str) -> list[tuple[str, int]]:
     """Where a process sees file systems in memory, and their devices."""
     try:
-        lines = [line.split() for line in _read(f"/proc/{pid}/mountinfo").split(b"\n") if b" - tmpfs " in line]
+        mounts = _read(f"/proc/{pid}/mountinfo").split(b"\n")
+        lines = [line.split() for line in mounts if b" - tmpfs " in line]
     except OSError:
         return []
     return [(os.fsdecode(line[4]), os.makedev(*map(int, line[2].split(b":")))) for line in lines]

@@ -72,7 +72,6 @@ class Flag:
         self._bell: SimpleQueue[None] = SimpleQueue()  # which is re-entrant
 
     def is_set(self) -> bool:
-        """Whether it is."""
         return self._is_set
 
     def set(self) -> None:
@@ -128,7 +127,6 @@ class Attention:
             yield wait
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         signal.set_wakeup_fd(-1)
         files.shut(self._reader)
         files.shut(self._writer)
@@ -176,14 +174,12 @@ class Living(Generic[T]):
         self._things: weakref.WeakKeyDictionary[T, None] = weakref.WeakKeyDictionary()
 
     def add(self, thing: T) -> None:
-        """Enters it. Again: nothing."""
         self._things[thing] = None
 
     def discard(self, thing: T) -> None:
-        """Takes it out, if it is there."""
         with contextlib.suppress(KeyError):
             del self._things[thing]
 
     def all(self) -> list[T]:
-        """Those that live now."""
+        """The things that live at this moment."""
         return [thing for ref in self._things.keyrefs() if (thing := ref()) is not None]

@@ -7,13 +7,7 @@ import mmap
 import os
 import resource
 
-from realmap.errors import (
-    AccessDenied,
-    InvalidAddress,
-    KernelError,
-    PhysicalMemoryExhaustion,
-    VirtualMemoryExhaustion,
-)
+from realmap.errors import AccessDenied, InvalidAddress, KernelError, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
 from realmap.host import SHM
 from realmap.host.signals import pass_on
 

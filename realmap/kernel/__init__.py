@@ -23,6 +23,7 @@ dump          stats, and the books as plain data
 books         Books: what the kernel knows. No sockets, no threads, no clock
 processes     who is connected, and what each holds
 handles       what is shared between processes, and until when
+circles       services whose threads wait for one another, as their servers tell
 ports         which processes serve which names, who calls whom, and what is granted
 inheritance   what a process that had forked left to its children
 budgets       what each peer has at a time, and what a uid's ended processes left

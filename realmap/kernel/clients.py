@@ -59,7 +59,6 @@ class Clients(Lines[Connection]):
         self._strangers: set[Connection] = set()
 
     def after_fork_in_child(self) -> None:
-        """They are the parent's alone."""
         for connection in self.all():
             connection.after_fork_in_child()
 

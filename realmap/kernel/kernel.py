@@ -22,13 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex, TypeVar
 
-from realmap.errors import (
-    AccessDenied,
-    InvalidHandle,
-    KernelDied,
-    KernelError,
-    PhysicalMemoryExhaustion,
-)
+from realmap.errors import AccessDenied, InvalidHandle, KernelDied, KernelError, PhysicalMemoryExhaustion
 from realmap.host import forks, runtime
 from realmap.host.signals import Attention, Flag
 from realmap.host.translate import shortage

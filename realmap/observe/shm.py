@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from realmap.host import SHM, procfs, shared_segments
@@ -68,6 +69,12 @@ class HolderRow(NamedTuple):
     def __str__(self) -> str:
         how = [f"{self.maps}x mapped"] * bool(self.maps) + [f"{self.descriptors}x open"] * bool(self.descriptors)
         return f"{self.pid} {self.program} ({', '.join(how)})"
+
+
+def holders_of(segment: Segment, program: Callable[[int], str]) -> list[HolderRow]:
+    """Who holds a segment, by pid. `program`: the name of what runs as a pid."""
+    maps = Counter(each.pid for each in segment.maps)
+    return [HolderRow(pid, program(pid), maps[pid], segment.opened.get(pid, 0)) for pid in sorted(segment.holders)]
 
 
 class SegmentRow(NamedTuple):
@@ -256,21 +263,13 @@ class _Judge:
     def row(self, segment: Segment) -> SegmentRow:
         family, stamped = family_of(segment)
         maker = stamped or next(iter(segment.makers), None)
-        opened = segment.opened
-        mapped: dict[int, int] = {}
-        for each in segment.maps:
-            mapped[each.pid] = mapped.get(each.pid, 0) + 1
-        used = mapped or opened or segment.attached
+        used = segment.holders or segment.attached
         state, why = (USED, "") if used else self._verdict(segment, family, stamped)
-        holders = [
-            HolderRow(pid, self._program(pid), mapped.get(pid, 0), opened.get(pid, 0))
-            for pid in sorted(mapped | opened)
-        ]
         return SegmentRow(
             segment.kind, shown(segment.name), segment.device, segment.inode, segment.size, segment.resident,
             segment.exact, segment.uid, None if segment.touched is None else max(0.0, self._now - segment.touched),
             len(segment.names), family.label if family else "", maker, self._program(maker) if maker else "",
-            holders, state, why,
+            holders_of(segment, self._program), state, why,
         )  # fmt: skip
 
     def _program(self, pid: int) -> str:

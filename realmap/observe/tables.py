@@ -84,7 +84,6 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
 
 
 def programs(snapshot: Snapshot) -> dict[int, str]:
-    """The names of what runs as the processes of a snapshot, by pid."""
     return {process.pid: program(process.pid) for process in snapshot.processes}
 
 

@@ -98,7 +98,7 @@ class Mirror(NamedTuple):
 
 
 class User:
-    """A user process: its tracks are those of `track`."""
+    """A user process; its tracks belong to the process `track` of the file."""
 
     def __init__(self, track: int, pid: int, file: TraceWriter) -> None:
         self.track = track
@@ -271,7 +271,7 @@ class Timeline:
             self._finish(call)
 
     def _finish(self, call: Call) -> None:
-        """All of it is known."""
+        """The call is complete: an arrow goes from its caller to its handler and back."""
         event, user, answer = call.arrival, call.user, call.answer
         self._calls.pop((event.process, event.b), None)
         if user is None or call.lane < 0 or answer is None or not call.began:
@@ -288,7 +288,7 @@ class Timeline:
         self._file.flow("f", *caller[:2], max(end - 1, caller[2]), self._flows)
 
     def _span_of_user(self, call: Call, end: int, **more: object) -> None:
-        """Its place on the caller's track is free again."""
+        """Writes it, and frees its place on the caller's track."""
         if call.user is not None and call.lane >= 0:
             self._span(call, call.user.track, CALLS + call.lane, end, more)
             call.user.lanes.give(call.lane)
@@ -386,7 +386,7 @@ class Timeline:
         self._span_of_mirror(begun, event.time, _marks(event, kept=WAS_KEPT, fault=FAULTED))
 
     def _span_of_mirror(self, begun: Mirror, end: int, more: About) -> None:
-        """Its place on KernelLand's tracks is free again."""
+        """Writes it, and frees its place on KernelLand's tracks."""
         event, lane, process = begun
         about = self._who(process) if process else {}
         about |= {

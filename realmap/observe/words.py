@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from realmap.host import procfs
-from realmap.pages import PAGE_SIZE
 
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 GONE = "gone"
@@ -77,8 +76,3 @@ def program(pid: int) -> str:
         return procfs.program(pid)
     except ProcessLookupError:
         return GONE
-
-
-def pages(length: int) -> int:
-    """How many pages `length` bytes take."""
-    return -(-length // PAGE_SIZE)

@@ -89,7 +89,6 @@ class Loop:
         self._run_posted()
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         self.ending = self._is_forked = True
         self._wake_lock = Lock()  # whoever had it is not here
         files.shut(self._epoll)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from command_line import command_line
 from conftest import BOUND, PAGE, wait_until
 from strangers import Stranger, pattern, stranger
 from terminal import on_a_terminal
@@ -28,13 +29,8 @@ def other(tmp_path: Path) -> Iterator[Stranger]:
         yield made
 
 
-def run(*arguments: object, says: str = "") -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-W", "error", "-m", "realmap", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, input=says, timeout=BOUND)
-
-
 def good(*arguments: object, says: str = "") -> str:
-    done = run(*arguments, says=says)
+    done = command_line(*arguments, says=says)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -71,16 +67,16 @@ def test_a_segment_by_its_name(other: Stranger) -> None:
     memfd, posix = other.map("memfd", 2, seed=65), other.map("posix", 2, seed=9)
     name = os.path.basename(posix.name)
     assert good("peek", other.pid, name, 16) == good("peek", other.pid, posix.address, 16)
-    shown = run("shm", "--pid", other.pid, "--kind", "memfd").stdout.splitlines()[-1].split()[6]
+    shown = command_line("shm", "--pid", other.pid, "--kind", "memfd").stdout.splitlines()[-1].split()[6]
     for each in (shown, "stranger \n\\012's"):
         assert good("peek", other.pid, each, 16) == good("peek", other.pid, memfd.address, 16)
     assert "2 bytes written" in good("poke", other.pid, name, "68 69", "--yes")
     assert other.tell("get", posix.address + 1) == str(0x69)
-    done = run("peek", other.pid, "nobody")
+    done = command_line("peek", other.pid, "nobody")
     assert done.returncode == 2 and f"process {other.pid} has mapped no segment of that name:" in done.stderr
     assert f"{posix.address:#x}  posix  {name}\n" in done.stderr and f"{memfd.address:#x}  memfd  " in done.stderr
     again = other.map("memfd", 1)
-    done = run("poke", other.pid, shown, "00", "--yes")
+    done = command_line("poke", other.pid, shown, "00", "--yes")
     assert done.returncode == 2 and "mapped more than once" in done.stderr
     assert f"{memfd.address:#x}" in done.stderr and f"{again.address:#x}" in done.stderr
 
@@ -113,14 +109,15 @@ def test_what_cannot_be_looked_at_is_said_in_a_line(other: Stranger) -> None:
         (("poke", other.pid, 4096, "300", "--as", "u1"), "not of that form"),
         (("maps", 1 << 30), "there is no process"),
     ]:
-        done = run(*words)
+        done = command_line(*words)
         assert done.returncode != 0 and not done.stdout
         assert why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_poke_asks_first(other: Stranger) -> None:
     place = other.map("private", 1, seed=1)
-    done = run("poke", other.pid, hex(place.address), "68 69", says="n\n")
+    words = [sys.executable, "-W", "error", "-m", "realmap", "poke", str(other.pid), hex(place.address), "68 69"]
+    done = subprocess.run(words, input="n\n", capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 1 and "01 08" in done.stdout and "68 69" in done.stdout
     assert other.tell("get", place.address) == "1"
     assert "2 bytes written" in good("poke", other.pid, place.address, "68 69", says="y\n")

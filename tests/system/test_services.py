@@ -136,6 +136,19 @@ def test_close_lets_what_runs_end_and_sends_away_what_waits(me: Process, pool: T
         me.call("gate")
 
 
+def test_its_end_keeps_no_event_loop_waiting(me: Process, pool: ThreadPoolExecutor, gate: Gate) -> None:
+    async def program() -> str:
+        async with me.serve(gated(gate, True)) as service:
+            call = pool.submit(me.call, "gate", timeout=BOUND)
+            while not gate.at_work:
+                await asyncio.sleep(0.001)
+            asyncio.get_running_loop().call_later(0.01, gate.open)
+        assert service.has_ended
+        return call.result(BOUND)
+
+    assert asyncio.run(program()) == "through"
+
+
 @pytest.mark.parametrize("blocking", [False, True])
 def test_a_handler_that_closes_its_own_service(me: Process, blocking: bool) -> None:
     def end(call: Call) -> str:

@@ -27,7 +27,7 @@ HEAVY = {
         (["-m", "realmap", "--help"], HEAVY),
         (["-m", "realmap", "shm"], HEAVY),
     ],
-    ids=" ".join,
+    ids=["import", "help", "shm"],
 )
 def test_what_is_large_is_imported_when_it_is_needed(words: list[str], heavy: set[str]) -> None:
     bare, done = (

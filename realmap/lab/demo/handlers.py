@@ -78,7 +78,6 @@ def demo_race(call: Call, data: UserBuffer, length: int) -> dict[str, Any]:
 
 @syscall
 def demo_write(call: Call, data: UserBuffer, text: bytes) -> None:
-    """Writes through a mirror."""
     with data.mirror() as mirror:
         mirror[:] = text
 

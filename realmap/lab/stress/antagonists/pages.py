@@ -19,8 +19,6 @@ from realmap.user.windows import open_segment
 
 #: What Linux answers where pages are busy, gone, or not of the kind: nothing was done, and nothing is wrong.
 PASSING = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINVAL, errno.EFAULT)
-
-
 SHM_HUGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
 
