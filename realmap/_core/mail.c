@@ -9,6 +9,8 @@
  * `bell`, for `settle` (turn.c), when the turn has been given back. */
 #include "core.h"
 
+#define CHUNK_BYTES 65536 /* that one datagram carries: wire/channel.py */
+
 /* How long a thread waits in one system call, in nanoseconds: a signal that comes right before the call is seen then. */
 #define SLICE 50000000
 

@@ -19,6 +19,9 @@
  * tail, so whoever sees that tail reads the socket first. */
 #include "core.h"
 
+#define BELL 4 /* wire/channel.py */
+#define BELL_TRIES 100
+
 static long futex(_Atomic uint32_t *word, int what, uint32_t value, const struct timespec *until)
 {
     return syscall(SYS_futex, word, what, value, until, NULL, FUTEX_BITSET_MATCH_ANY);

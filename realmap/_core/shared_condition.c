@@ -42,6 +42,16 @@ static PyObject *condition_release(PyObject *op, PyObject *ignored)
     return lock_release((PyObject *)lock_of(op), ignored);
 }
 
+static PyObject *condition_enter_block(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    return enter_by(op, condition_acquire);
+}
+
+static PyObject *condition_exit_block(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
+{
+    return condition_release(op, NULL);
+}
+
 static PyObject *condition_recovered(PyObject *op, PyObject *ignored)
 {
     return lock_recovered((PyObject *)lock_of(op), ignored);
@@ -153,8 +163,8 @@ static PyMethodDef condition_methods[] = {
      "so many seconds.\nOwnerDied: as of `acquire`. KernelPanic: this thread does not hold the lock."},
     {"notify", WITH_KEYWORDS(condition_notify), KEYWORDS,
      "notify(n=1): wakes so many of those who wait. KernelPanic: this thread does not hold the lock."},
-    {"__enter__", lock_enter, METH_NOARGS, NULL},
-    {"__exit__", FASTCALL(lock_exit), METH_FASTCALL, NULL},
+    {"__enter__", condition_enter_block, METH_NOARGS, NULL},
+    {"__exit__", FASTCALL(condition_exit_block), METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

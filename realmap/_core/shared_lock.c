@@ -18,19 +18,22 @@ COLD static int raise_owner_died(const Shared *self)
     return -1;
 }
 
-/* Takes a mutex of `self`: 0 or EOWNERDEAD; another errno where it was not, EBUSY: not until `deadline`. -1 with an
- * exception set: a signal handler's, or a MemoryFault. */
-static int take_mutex(Shared *self, pthread_mutex_t *mutex, int64_t deadline)
+COLD static int wait_for_mutex(Shared *self, pthread_mutex_t *mutex, int64_t deadline)
 {
-    int outcome = pthread_mutex_trylock(mutex);
-    if (outcome != EBUSY || !deadline)
-        return outcome;
     Wait wait = {.ready = mutex_tried, .sleep = sleep_on_mutex, .mutex = mutex, .outcome = EBUSY};
     return shared_wait(self, &wait, deadline) < 0 ? -1 : wait.outcome;
 }
 
+/* Takes a mutex of `self`: 0 or EOWNERDEAD; another errno where it was not, EBUSY: not until `deadline`. -1 with an
+ * exception set: a signal handler's, or a MemoryFault. */
+static inline int take_mutex(Shared *self, pthread_mutex_t *mutex, int64_t deadline)
+{
+    int outcome = pthread_mutex_trylock(mutex);
+    return outcome != EBUSY || !deadline ? outcome : wait_for_mutex(self, mutex, deadline);
+}
+
 /* Where bytes were gone while a mutex was taken or given back, the C library's list is not as it should be, for good. */
-static int lost_mutex(Shared *self)
+COLD static int lost_mutex(Shared *self)
 {
     if (!self->held)
         self->window->exports++;
@@ -39,17 +42,9 @@ static int lost_mutex(Shared *self)
     return shared_leave(self);
 }
 
-/* Not a pthread_t, which the next thread has again. */
-static unsigned long this_thread(void)
-{
-    static _Thread_local unsigned long mine;
-    static unsigned long last;
-    return mine ? mine : (mine = ++last);
-}
-
 static int has_lock(const Shared *self)
 {
-    return self->held && self->thread == this_thread() && self->epoch == fork_epoch;
+    return self->held && self->thread == this_thread && self->epoch == fork_epoch;
 }
 
 /* What is said of it is not left to the C library: glibc's trylock keeps a mutex that it says is not recoverable. */
@@ -62,15 +57,19 @@ COLD static int leave_ruined(Shared *self, int outcome)
                                 "without recovered()");
 }
 
-/* Notes what came of taking it: 1; or -1 with an exception set, which for OwnerDied means that it is taken, too. */
-static int lock_taken(Shared *self, int outcome)
+COLD static int raise_not_taken(int outcome)
 {
-    if (outcome && outcome != EOWNERDEAD) {
-        if (outcome == EDEADLK)
-            return raise_panic("this thread holds the lock already (after OwnerDied, too), and would wait for itself");
-        os_error(outcome);
-        return -1;
-    }
+    if (outcome == EDEADLK)
+        return raise_panic("this thread holds the lock already (after OwnerDied, too), and would wait for itself");
+    os_error(outcome);
+    return -1;
+}
+
+/* Notes what came of taking it: 1; or -1 with an exception set, which for OwnerDied means that it is taken, too. */
+static inline int lock_taken(Shared *self, int outcome)
+{
+    if (outcome && outcome != EOWNERDEAD)
+        return raise_not_taken(outcome);
     if (spot_fault(self))
         return lost_mutex(self);
     if (atomic_load_explicit(&self->spot->argument, memory_order_relaxed) & RUINED)
@@ -78,18 +77,15 @@ static int lock_taken(Shared *self, int outcome)
     if (!self->held) /* else its thread has died, or it was the parent's */
         self->window->exports++;
     self->held = 1;
-    self->thread = this_thread();
+    self->thread = this_thread;
     self->epoch = fork_epoch;
     self->orphaned = outcome == EOWNERDEAD;
     return self->orphaned ? raise_owner_died(self) : 1;
 }
 
-/* Of `acquire(blocking=True, timeout=None)`: 0: it does not wait; -1 with an exception set. */
-static int64_t acquire_until(PyObject *const *args, Py_ssize_t nargs, PyObject *names)
+COLD static int64_t acquire_until_given(PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
     PyObject *given[2] = {NULL, NULL};
-    if (!nargs && !names)
-        return INT64_MAX;
     if (arguments_of(args, nargs, names, (const char *[]){"blocking", "timeout"}, given, 2))
         return -1;
     int blocking = given[0] ? PyObject_IsTrue(given[0]) : 1;
@@ -99,6 +95,12 @@ static int64_t acquire_until(PyObject *const *args, Py_ssize_t nargs, PyObject *
         return 0;
     PyErr_SetString(PyExc_ValueError, "a timeout is for who waits");
     return -1;
+}
+
+/* Of `acquire(blocking=True, timeout=None)`: 0: it does not wait; -1 with an exception set. */
+static inline int64_t acquire_until(PyObject *const *args, Py_ssize_t nargs, PyObject *names)
+{
+    return nargs || names ? acquire_until_given(args, nargs, names) : INT64_MAX;
 }
 
 static PyObject *lock_acquire(PyObject *op, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
@@ -116,9 +118,11 @@ static PyObject *lock_acquire(PyObject *op, PyObject *const *args, Py_ssize_t na
 }
 
 /* -1 with an exception set: this thread does not hold it, or its bytes are not there. */
-static int lock_enter_held(const Shared *self)
+static inline int lock_enter_held(const Shared *self)
 {
-    if (shared_enter(self))
+    if (has_lock(self) && is_whole(self->window))
+        return 0;
+    if (shared_enter_slowly(self))
         return -1;
     return has_lock(self) ? 0 : raise_panic("this thread does not hold the lock, by this object");
 }
@@ -162,10 +166,12 @@ static PyObject *lock_recovered(PyObject *op, PyObject *Py_UNUSED(ignored))
 }
 
 /* As lock.c says: before 3.14 no handler comes in between. */
-static PyObject *shared_lock_enter(PyObject *op, PyObject *ignored)
+static inline PyObject *enter_by(PyObject *op, PyObject *(*acquire)(PyObject *, PyObject *const *, Py_ssize_t, PyObject *))
 {
-    return Py_Version < 0x030E0000 ? lock_acquire(op, NULL, 0, NULL) : lock_enter(op, ignored);
+    return Py_Version < 0x030E0000 ? acquire(op, NULL, 0, NULL) : lock_enter(op, NULL);
 }
+
+static PyObject *shared_lock_enter(PyObject *op, PyObject *Py_UNUSED(ignored)) { return enter_by(op, lock_acquire); }
 
 static PyObject *shared_lock_exit(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
 {

@@ -4,11 +4,11 @@
 
 /* ---- counter ----------------------------------------------------------------------------------- */
 
-static PyObject *number_unless(int failed, int64_t number) { return failed ? NULL : PyLong_FromLongLong(number); }
+static PyObject *number_unless(int failed, int64_t number) { return failed ? NULL : PyLong_FromLong(number); }
 
 static int as_i64(PyObject *number, int64_t *out)
 {
-    *out = PyLong_AsLongLong(number);
+    *out = PyLong_AsLong(number);
     return *out == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
@@ -171,6 +171,13 @@ static PyObject *semaphore_release(PyObject *op, PyObject *const *args, Py_ssize
     return none_unless(shared_leave(self));
 }
 
+static PyObject *semaphore_enter(PyObject *op, PyObject *Py_UNUSED(ignored)) { return enter_by(op, semaphore_acquire); }
+
+static PyObject *semaphore_exit(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
+{
+    return semaphore_release(op, NULL, 0, NULL);
+}
+
 static PyObject *semaphore_value(PyObject *op, void *Py_UNUSED(closure))
 {
     Shared *self = as_shared(op);
@@ -185,8 +192,8 @@ static PyMethodDef semaphore_methods[] = {
      "acquire(blocking=True, timeout=None): takes one; False where there is none, at once (not blocking) or after "
      "`timeout` seconds."},
     {"release", WITH_KEYWORDS(semaphore_release), KEYWORDS, "release(n=1): adds so many. ValueError: fewer than one."},
-    {"__enter__", lock_enter, METH_NOARGS, NULL},
-    {"__exit__", FASTCALL(lock_exit), METH_FASTCALL, NULL},
+    {"__enter__", semaphore_enter, METH_NOARGS, NULL},
+    {"__exit__", FASTCALL(semaphore_exit), METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

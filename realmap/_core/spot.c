@@ -45,10 +45,13 @@ COLD static int raise_not_here(const Shared *self, const char *why)
 
 static uintptr_t spot_fault(const Shared *self) { return fault_in(self->window, (uintptr_t)self->spot, self->span); }
 
-/* -1 with an exception set: it is unmapped, or bytes of it are gone. */
-static int shared_enter(const Shared *self)
+/* Of threads that have used something here: not a pthread_t, which the next thread has again. */
+static _Thread_local unsigned long this_thread;
+
+/* The first use of a thread, or one that is refused. */
+COLD static int shared_enter_slowly(const Shared *self)
 {
-    static _Thread_local char guarded; /* before every sleep once more: to ask Linux takes longer than to take a lock */
+    static unsigned long last;
     if (!is_alive(self->window)) {
         raise_unmapped();
         return -1;
@@ -58,21 +61,29 @@ static int shared_enter(const Shared *self)
         raise_fault(self->buffer, fault);
         return -1;
     }
-    if (!guarded) {
+    if (!this_thread) { /* before every sleep once more: to ask Linux takes longer than to take a lock */
         stand_guard();
-        guarded = 1;
+        this_thread = ++last;
     }
     return 0;
 }
 
-/* -1 with an exception set: its bytes have turned out to be gone, and what was read there is nothing. */
-static int shared_leave(const Shared *self)
+static inline int is_whole(const Window *window) { return is_alive(window) && !zeros_of(window); }
+
+/* -1 with an exception set: it is unmapped, or bytes of it are gone. */
+static inline int shared_enter(const Shared *self)
 {
-    uintptr_t fault = spot_fault(self);
-    if (fault)
-        raise_fault(self->buffer, fault);
-    return fault ? -1 : 0;
+    return this_thread && is_whole(self->window) ? 0 : shared_enter_slowly(self);
 }
+
+COLD static int raise_gone(const Shared *self)
+{
+    raise_fault(self->buffer, spot_fault(self));
+    return -1;
+}
+
+/* -1 with an exception set: its bytes have turned out to be gone, and what was read there is nothing. */
+static inline int shared_leave(const Shared *self) { return spot_fault(self) ? raise_gone(self) : 0; }
 
 /* ---- waiting ----------------------------------------------------------------------------------- */
 
@@ -262,8 +273,35 @@ static PyObject *shared_offset(PyObject *op, void *Py_UNUSED(closure))
     return PyLong_FromSize_t((uintptr_t)self->spot - as_view(self->buffer)->start);
 }
 
+/* __init_subclass__(): a class has the methods of the core's type below it as its own: the interpreter has a short way,
+ * half as long, to those of exactly the class of an object. */
+static PyObject *shared_init_subclass(PyObject *cls, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *bases = PyObject_GetAttrString(cls, "__bases__");
+    int failed = !bases;
+    for (Py_ssize_t i = 0; !failed && i < PyTuple_Size(bases); i++) {
+        PyTypeObject *base = as_type(PyTuple_GetItem(bases, i));
+        PyMethodDef *method = PyType_IsSubtype(base, shared_type) ? PyType_GetSlot(base, Py_tp_methods) : NULL;
+        for (; !failed && method && method->ml_name; method++) {
+            PyObject *found = PyObject_GetAttrString(cls, method->ml_name);
+            PyObject *given = PyObject_GetAttrString((PyObject *)base, method->ml_name);
+            PyObject *own = NULL;
+            failed = !found || !given;
+            if (!failed && found == given && !(method->ml_flags & (METH_CLASS | METH_STATIC)))
+                failed = !(own = PyDescr_NewMethod(as_type(cls), method)) ||
+                         PyObject_SetAttrString(cls, method->ml_name, own);
+            Py_XDECREF(found);
+            Py_XDECREF(given);
+            Py_XDECREF(own);
+        }
+    }
+    Py_XDECREF(bases);
+    return none_unless(failed);
+}
+
 static PyMethodDef shared_methods[] = {
     {"_open", FASTCALL(shared_open), METH_FASTCALL | METH_CLASS, NULL},
+    {"__init_subclass__", shared_init_subclass, METH_NOARGS | METH_CLASS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

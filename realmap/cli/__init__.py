@@ -8,7 +8,6 @@ import sys
 
 import click
 
-from realmap import __version__
 from realmap.cli.output import harmless
 from realmap.errors import KernelError
 
@@ -49,11 +48,9 @@ class Commands(click.Group):
     """Imports a command when it is needed: most of them need little of what the others do."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names."""
         return COMMANDS
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name."""
         if cmd_name not in COMMANDS:
             return None
         found: click.Command = getattr(importlib.import_module(f"realmap.cli.{cmd_name}"), cmd_name)
@@ -67,7 +64,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(package_name="realmap")
 def command() -> None:
     """Cross-process mapping with real processes, real pages and a kernel that mirrors them."""
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from realmap.cli.output import progress, require_writable
+from realmap.cli.output import progress, require_matplotlib, require_writable
 from realmap.lab import bench as lab
 from realmap.lab.bench.access import PAGES, WORKS
 from realmap.lab.bench.measure import Absent
@@ -36,9 +36,7 @@ def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path:
 
     Example: realmap bench --quick access --plot access.svg
     """
-    for path in (json_path, plot_path):
-        if path is not None:
-            require_writable(path)
+    require_writable(json_path, plot_path)
     if plot_path is not None:
         _require_plot(plot_path, names)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -62,10 +60,7 @@ def _require_plot(path: str, names: tuple[str, ...]) -> None:
         raise click.ClickException(f"a plot is a .png or an .svg file, not {path}")
     if names and "access" not in names:
         raise click.ClickException("--plot draws the curves of access: add access to the names")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise click.ClickException("--plot needs matplotlib: pip install 'realmap[bench]'") from None
+    require_matplotlib("--plot")
 
 
 def _ratio(ratio: Spread | None) -> str:
@@ -86,7 +81,6 @@ def _amount(number: float, unit: str) -> str:
 
 
 def render(console: Console, report: Report) -> None:
-    """The report for people."""
     machine = report.machine
     console.print(
         f"{machine['cpu']}, {machine['cpus']} CPUs{', virtual' if machine['virtual'] else ''}, "

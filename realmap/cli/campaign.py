@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any
 
 import click
 import msgspec
@@ -18,14 +17,23 @@ from rich.table import Table
 from rich.text import Text
 
 from realmap.cli.bench import bench
-from realmap.cli.output import Column, Seconds, json_option, plain, require_writable, show, show_json, table
-from realmap.cli.stress import KINDS, stress
+from realmap.cli.output import (
+    Column,
+    Seconds,
+    json_option,
+    print_table,
+    require_matplotlib,
+    require_writable,
+    show,
+    show_json,
+)
+from realmap.cli.stress import print_kinds, stress
 from realmap.lab.campaign import compare as lab
 from realmap.lab.campaign.cluster import Cluster
 from realmap.lab.campaign.here import Here
 from realmap.lab.campaign.plan import Plan
 from realmap.lab.campaign.report import OK, Report, junit
-from realmap.lab.campaign.run import Say, run
+from realmap.lab.campaign.run import Campaign, Say
 from realmap.observe import words
 
 #: Options that a campaign has in the place of the command's own.
@@ -125,11 +133,9 @@ def _run(
 ) -> None:
     if scheduler is not None and local is not None:
         raise click.UsageError("--local is this machine, --scheduler a cluster: give one of them")
-    for path in paths.values():
-        if path is not None:  # not found out after the run
-            require_writable(path)
+    require_writable(*paths.values())
     if paths["html_path"] is not None:
-        _require_pictures()
+        require_matplotlib("--html")
     if repeat is None and hours is None:
         repeat = 1
     plan = Plan(command, arguments, secrets.randbits(32) if seed is None else seed, repeat, hours)
@@ -137,7 +143,7 @@ def _run(
     logging.disable()  # by the cluster's own library: what it has to tell is told by us
     where: Here | Cluster = Here(local or 1) if scheduler is None else Cluster(scheduler, patience)
     with closing(where), _progress() as say:
-        report = run(plan, where, say)
+        report = Campaign(plan, where, say).run()
     written = _write(report, paths)
     render(console, report)
     sys.exit(0 if report.ok and written else 1)
@@ -200,13 +206,6 @@ def _show(found: lab.Comparison) -> None:
         click.echo(f"{word}: {', '.join(names) or 'nothing'}")
 
 
-def _require_pictures() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise click.ClickException("--html needs matplotlib: pip install 'realmap[bench]'") from None
-
-
 @contextmanager
 def _progress() -> Iterator[Say]:
     """On a terminal a line for each host, which changes; elsewhere a line for what is news."""
@@ -253,16 +252,11 @@ def _write(report: Report, paths: dict[str, str | None]) -> bool:
 
 def render(console: Console, report: Report) -> None:
     """For people: the hosts, what all of them give together, and what to type where one failed."""
-
-    def print_table(columns: list[Column], rows: list[list[Any]]) -> None:
-        console.print(table(columns, rows, console.width) if console.is_terminal else plain(columns, rows))
-
-    print_table(HOSTS, [[host.name, host.state, len(host.reports), host.seconds, host.why] for host in report.hosts])
+    hosts = [[host.name, host.state, len(host.reports), host.seconds, host.why] for host in report.hosts]
+    print_table(console, HOSTS, hosts)
     if report.kinds:
         console.print()
-        kinds = report.kinds.items()
-        rows = [[name, kind.count, f"{kind.per_second:.0f}", kind.p50, kind.p99, kind.longest] for name, kind in kinds]
-        print_table(KINDS, rows)
+        print_kinds(console, report.kinds)
     for host in report.hosts:
         if host.state != OK:
             console.print(Text.assemble(("replay ", "bold red"), f"on {host.name}: {host.replay}"))

@@ -51,8 +51,7 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None,
         planned = lab.plan(files or lab.default_files())
     except (OSError, KernelError) as error:
         raise click.ClickException(str(error)) from None
-    if trace is not None:
-        require_writable(trace)
+    require_writable(trace)
     if top:
         require_terminal()
         require_textual()

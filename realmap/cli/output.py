@@ -2,11 +2,12 @@
 
 In a pipe there is no colour, no box and nothing cut off: a line of headings, then a line for each row, its cells
 without blanks inside (but for the last one), so that grep and awk have an easy time. Empty cells are a dash.
+
+What only one of these needs (rich: a terminal; msgspec: JSON) is imported there: in a pipe that is most of the time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -15,18 +16,17 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import compress
-from typing import Any, NamedTuple
+from itertools import compress, repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-import msgspec
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from realmap.host import signals
 from realmap.lab import PROGRESS
 from realmap.observe import words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 #: A longer cell sticks out, and does not push all others aside.
 WIDEST = 48
@@ -35,6 +35,13 @@ NARROWEST, MANY = 16, 3
 #: Kinds of columns that begin at the left.
 LEFT = ("text", "lines")
 json_option = click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+
+
+def watch_option(default: str, more: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--watch [SECONDS], by default so many; `more`: the end of what --help says of it."""
+    said = f"Again every so many seconds (by default {default}){more}"
+    kind = Seconds(min=0.05, max=86_400)
+    return click.option("--watch", is_flag=False, flag_value=default, type=kind, metavar="[SECONDS]", help=said)
 
 
 class Seconds(click.FloatRange):
@@ -93,19 +100,15 @@ def _listed(each: list[str], kind: str, in_words: bool) -> str:
 
 def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
     """The lines for a pipe."""
-    cells = [[column.name for column in columns]]
-    for row in rows:
-        found = [_cell(value, column.kind, False) for value, column in zip(row, columns, strict=True)]
-        cells.append([cell.replace(" ", "\\x20") for cell in found[:-1]] + found[-1:])
-    widths = [min(WIDEST, max(map(len, column))) for column in zip(*cells, strict=True)]
-    left = [column.kind in LEFT for column in columns]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in cells
-    )
+    rows, shown = list(rows), []
+    for at, column in enumerate(columns):
+        cells = [_cell(row[at], column.kind, False) for row in rows]
+        if at < len(columns) - 1:
+            cells = [cell.replace(" ", "\\x20") for cell in cells]
+        cells.insert(0, column.name)
+        width = min(WIDEST, max(map(len, cells)))
+        shown.append(map(str.ljust if column.kind in LEFT else str.rjust, cells, repeat(width)))
+    return "\n".join(map(str.rstrip, map("  ".join, zip(*shown, strict=True))))
 
 
 def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> dict[int, int]:
@@ -123,6 +126,9 @@ def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: i
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int = 1000) -> Table:
     """The table for a terminal of so many letters a line; it says what there was no room for."""
+    from rich.table import Table
+    from rich.text import Text
+
     rows = list(rows)
     told = [not column.optional or any(row[at] for row in rows) for at, column in enumerate(columns)]
     columns = list(compress(columns, told))
@@ -147,10 +153,25 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int =
 def show(columns: Sequence[Column], rows: Sequence[Sequence[Any]], none: str = "") -> None:
     """Prints rows: as a table on a terminal (`none`: what is said there of no rows), in plain columns elsewhere."""
     if sys.stdout.isatty():
+        from rich.console import Console
+
         console = Console(highlight=False)
         console.print(table(columns, rows, console.width) if rows or not none else none)
     else:
         click.echo(plain(columns, rows))
+
+
+def show_records(columns: Sequence[Column], records: Sequence[object], none: str, as_json: bool) -> None:
+    """The same of records: in a column is what they have by its name. With `as_json`: all of them, as JSON."""
+    if as_json:
+        show_json(records)
+    else:
+        show(columns, [[getattr(each, column.name) for column in columns] for each in records], none)
+
+
+def print_table(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows where other things are printed as well: as a table on a terminal, in plain columns elsewhere."""
+    console.print(table(columns, rows, console.width) if console.is_terminal else plain(columns, rows))
 
 
 def show_json(value: Any, *, line: bool = False) -> None:
@@ -158,6 +179,8 @@ def show_json(value: Any, *, line: bool = False) -> None:
 
     What JSON allows in a text and a terminal acts upon (DEL, C1) is escaped, too.
     """
+    import msgspec
+
     encoded = msgspec.json.encode(value)
     text = (encoded if line else msgspec.json.format(encoded)).decode()
     click.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
@@ -166,6 +189,8 @@ def show_json(value: Any, *, line: bool = False) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """What is to be called with a line about how it goes: on a terminal the newest stands there, on stderr."""
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False)
     if PROGRESS in os.environ:
         yield lambda line: click.echo(line, err=True)
@@ -176,8 +201,13 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda line: None
 
 
-def require_writable(path: str) -> None:
-    """Before the run, not after it. A file that was not there is not left behind."""
+def require_writable(*paths: str | None) -> None:
+    """Each that is given: before the run, not after it. A file that was not there is not left behind."""
+    for path in filter(None, paths):
+        _require_writable(path)
+
+
+def _require_writable(path: str) -> None:
     there = os.path.lexists(path)
     try:
         # A pipe is not opened: its reader would take the end of this look for the end.
@@ -191,9 +221,19 @@ def require_writable(path: str) -> None:
         os.unlink(path)
 
 
-@contextlib.contextmanager
+def require_matplotlib(option: str) -> None:
+    """ClickException: it is not installed, and this option needs it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise click.ClickException(f"{option} needs matplotlib: pip install 'realmap[bench]'") from None
+
+
+@contextmanager
 def until_interrupted() -> Iterator[Callable[[float], bool]]:
     """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
+    from realmap.host import signals
+
     over = signals.Flag()
     with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
         yield over.wait

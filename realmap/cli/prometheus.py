@@ -100,7 +100,7 @@ class _Snapshot(Collector):
         for call in self._now.calls:
             calls.add_metric([harmless(call.name)], call.count)
             failed.add_metric([harmless(call.name)], call.failed)
-            if call.servers:
+            if call.servers is not None:
                 servers.add_metric([harmless(call.name)], call.servers)
         yield calls
         yield failed
@@ -129,7 +129,6 @@ class _Snapshot(Collector):
 
 
 def exposition(snapshot: Snapshot) -> str:
-    """The text of a scrape."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(snapshot))
     return generate_latest(registry).decode()

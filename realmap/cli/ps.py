@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from realmap.cli.output import Column, json_option, show, show_json
+from realmap.cli.output import Column, json_option, show_records
 from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe import tables
 
@@ -40,8 +40,4 @@ def ps(path: str | None, as_json: bool) -> None:
     """
     with control(path) as kernel:
         rows = tables.processes(kernel.snapshot())
-    if as_json:
-        show_json(rows)
-        return
-    values = [[getattr(row, column.name) for column in COLUMNS] for row in rows]
-    show(COLUMNS, values, "no process is connected to it")
+    show_records(COLUMNS, rows, "no process is connected to it", as_json)

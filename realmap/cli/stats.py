@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import Column, Seconds, json_option, plain, show_json, table, until_interrupted
+from realmap.cli.output import Column, json_option, plain, show_json, table, until_interrupted, watch_option
 from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe import words
 from realmap.observe.control import Control
@@ -86,14 +86,7 @@ def rates_between(before: Snapshot, now: Snapshot, seconds: float) -> Rates:
 
 
 @click.command(epilog=BOUND)
-@click.option(
-    "--watch",
-    is_flag=False,
-    flag_value="1",
-    type=Seconds(min=0.05, max=86_400),
-    metavar="[SECONDS]",
-    help="Again every so many seconds (by default 1) with rates, until Ctrl-C; a line each in a pipe.",
-)
+@watch_option("1", " with rates, until Ctrl-C; a line each in a pipe.")
 @click.option("--prometheus", is_flag=True, help="In the text format that Prometheus reads.")
 @kernel_option
 @json_option
@@ -102,7 +95,9 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
 
     A per-second figure is what was done since the look before. Of each syscall: how long its handler took, so far
     (p50, p99: what half of the calls, and 99 of 100, did not exceed; in seconds in a pipe); servers: how many services
-    of processes answer it, all of them together (none: the kernel does). With --json --watch, a JSON object per line.
+    of processes answer it, all of them together (none: the kernel does). The totals `calls`, `failed`, `late`, mirrored
+    and copied are of the kernel's own handlers; services are in the table by syscall alone, with the last 256 names
+    whose servers have gone. With --json --watch, a JSON object per line.
 
     Example: realmap stats --watch 5 | tee my.log
     """
@@ -195,7 +190,7 @@ def _calls(now: Snapshot, found: Rates | None) -> list[list[Any]]:
             call.p99,
             call.longest,
             "yes" if call.blocking else "no",
-            call.servers or None,
+            call.servers,
             call.name,
         ]
         for call in sorted(now.calls, key=lambda call: (-call.count, call.name))

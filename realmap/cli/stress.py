@@ -12,10 +12,10 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from realmap.cli.output import Column, Seconds, plain, progress, require_writable, table
+from realmap.cli.output import Column, Seconds, print_table, progress, require_writable
 from realmap.lab import stress as lab
 from realmap.lab.stress.antagonists import ALL as ANTAGONISTS
-from realmap.lab.stress.report import DEFAULTS
+from realmap.lab.stress.report import DEFAULTS, Kind
 
 #: Set in the run whose /dev/shm is a small one of its own.
 INSIDE = "REALMAP_STRESS_FULL"
@@ -80,9 +80,7 @@ def stress(mix: str, ops: tuple[str, ...], json_path: str | None, junit_path: st
         lab.check(options)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    for path in (json_path, junit_path):
-        if path is not None:  # not found out after the run
-            require_writable(path)
+    require_writable(json_path, junit_path)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     console.print(escape(options.command()))
     with progress() as say:
@@ -118,13 +116,17 @@ def _in_small_shm() -> None:
     )
 
 
+def print_kinds(console: Console, kinds: dict[str, Kind]) -> None:
+    """How often each kind of step was done, and how long it took."""
+    rows = [
+        [name, kind.count, f"{kind.per_second:.0f}", kind.p50, kind.p99, kind.longest] for name, kind in kinds.items()
+    ]
+    print_table(console, KINDS, rows)
+
+
 def render(console: Console, report: lab.Report) -> None:
     """For people: a table of the kinds, then what was injected, how the kernel fared, and what failed."""
-    rows = [
-        [name, kind.count, f"{kind.per_second:.0f}", kind.p50, kind.p99, kind.longest]
-        for name, kind in report.kinds.items()
-    ]
-    console.print(table(KINDS, rows, console.width) if console.is_terminal else plain(KINDS, rows))
+    print_kinds(console, report.kinds)
     injected = ", ".join(f"{count} {name}" for name, count in report.injected.items())
     console.print(f"{report.steps} steps in {report.seconds:.1f} s, {report.bytes_verified} bytes verified; {injected}")
     for name, slope in report.slopes.items():

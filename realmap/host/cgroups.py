@@ -14,7 +14,7 @@ PATIENCE = 5.0
 
 
 class Place(NamedTuple):
-    """Where this process is in a hierarchy of memory cgroups, and the top of that."""
+    """Where this process is in a hierarchy of cgroups, and the top of that."""
 
     version: int
     folder: Path
@@ -22,19 +22,19 @@ class Place(NamedTuple):
 
     @property
     def levels(self) -> list[Path]:
-        """Its folder, and those above."""
+        """Its folder and those above, nearest first."""
         return [level for level in (self.folder, *self.folder.parents) if level.is_relative_to(self.top)]
 
 
-def places() -> list[Place]:
-    """Of this process, in each hierarchy that may count its memory. OSError: /proc does not say."""
+def places(controller: str = "memory") -> list[Place]:
+    """Of this process, in each hierarchy that may have this controller. OSError: /proc does not say."""
     found = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             found.append(Place(2, MOUNT / path.lstrip("/"), MOUNT))
-        elif "memory" in controllers.split(","):
-            found.append(Place(1, MOUNT / "memory" / path.lstrip("/"), MOUNT / "memory"))
+        elif controller in controllers.split(","):
+            found.append(Place(1, MOUNT / controller / path.lstrip("/"), MOUNT / controller))
     return found
 
 
@@ -70,7 +70,7 @@ class MemoryCgroup:
 
     @property
     def kills(self) -> int:
-        """How many processes have been killed for it."""
+        """How many processes Linux has killed because it was full."""
         text = (self._folder / ("memory.oom_control" if self._version == 1 else "memory.events")).read_text()
         return int(dict(line.split() for line in text.splitlines())["oom_kill"])
 
@@ -95,7 +95,7 @@ class MemoryCgroup:
 
 
 def _parent() -> tuple[Place, Path]:
-    """Where groups that count memory can be made, nearest first."""
+    """The nearest group in which groups that count memory can be made."""
     for place in places():
         for level in place.levels:
             if place.version == 1 and (level / "memory.force_empty").exists():

@@ -248,7 +248,6 @@ class Child:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Sends SIGKILL."""
         self.signal(9)
 
     def leave(self) -> None:

@@ -87,7 +87,6 @@ class _Taken:
         return fcntl.fcntl(self.fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
 
     def unlink(self) -> None:
-        """For good."""
         while self.moved:
             os.unlink(self.moved[-1][1])
             self.moved.pop()

@@ -22,9 +22,9 @@ import posix_ipc
 
 from realmap._core import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
-from realmap.host import files, room, runtime
+from realmap.host import SHM, files, room, runtime
 from realmap.host.signals import pass_on
-from realmap.host.translate import SHM, frames_error
+from realmap.host.translate import frames_error
 from realmap.pages import PAGE_SIZE, demand
 
 #: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, tools/bench/README.md), then others may go on.
@@ -98,10 +98,11 @@ class Segment:
         self._maker = os.getpid()
         self.fd = -1
         self.huge = 0
-        #: The name that it is made under.
-        self._own = own = runtime.own_name(name)
         made: list[posix_ipc.SharedMemory] = []
         try:
+            own = runtime.own_name(name)
+            #: The name that it is made under, and keeps where it has another.
+            self._own = own if name is not None else ""
             try:
                 _make(own, made)
                 self.fd = made[0].fd
@@ -201,7 +202,6 @@ class Segment:
             os.unlink(f"{SHM}/{self._own}")  # last, and only then: by this a sweep finds the other
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             files.close(fd)

@@ -13,7 +13,7 @@ public method of ours, also the one that it came in the middle of, or raise. So 
   until it is whole, and compared before it takes effect (`KernelMemory._ask`). What has to be undone is tied to an
   object whose end undoes it (`Charge`), so that it makes no difference where an exception comes. An `except OSError`
   asks whose error it is (`pass_on`; those of `host/translate.py` do).
-* **A destructor takes no lock.** It makes one call of C, or leaves word in a deque for whoever comes next.
+* **A destructor takes no lock.** It makes one call of C, or appends to a deque for whoever comes next.
 * **Nobody waits for a process, a thread or the network while holding one.** Where two make the same thing at once,
   `dict.setdefault` says who was first, and the other gives his up. The exceptions: who needs the kernel of this process
   tree waits for the thread that is just booting it (`ambient`), or connecting to it (`user/travel`).
@@ -72,7 +72,6 @@ class Flag:
         self._bell: SimpleQueue[None] = SimpleQueue()  # which is re-entrant
 
     def is_set(self) -> bool:
-        """Whether it is."""
         return self._is_set
 
     def set(self) -> None:
@@ -128,7 +127,6 @@ class Attention:
             yield wait
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         signal.set_wakeup_fd(-1)
         files.shut(self._reader)
         files.shut(self._writer)
@@ -176,14 +174,12 @@ class Living(Generic[T]):
         self._things: weakref.WeakKeyDictionary[T, None] = weakref.WeakKeyDictionary()
 
     def add(self, thing: T) -> None:
-        """Enters it. Again: nothing."""
         self._things[thing] = None
 
     def discard(self, thing: T) -> None:
-        """Takes it out, if it is there."""
         with contextlib.suppress(KeyError):
             del self._things[thing]
 
     def all(self) -> list[T]:
-        """Those that live now."""
+        """The things that live at this moment."""
         return [thing for ref in self._things.keyrefs() if (thing := ref()) is not None]

@@ -63,7 +63,6 @@ class Peer:
         return f"{self._name} has {used} {things}; the kernel's limit ({what}) is {limit}: {remedy}"
 
     def give_back(self, what: str, amount: int = 1) -> None:
-        """Counts so many less."""
         self.used[what] -= amount
 
 
@@ -76,7 +75,6 @@ class Peers:
         self._users: WeakValueDictionary[int, Peer] = WeakValueDictionary()
 
     def process(self, pid: int) -> Peer:
-        """The peer of a pid."""
         found = self._processes.get(pid)
         if found is None:
             found = self._processes[pid] = Peer(f"process {pid}", OF_PROCESS, self._limits)
@@ -90,6 +88,5 @@ class Peers:
         return found
 
     def totals(self) -> dict[str, int]:
-        """How much of each there is in all."""
         all_used = sum((peer.used for peer in (*self._processes.values(), *self._users.values())), Counter())
         return {what: all_used[what] for what in (*OF_PROCESS, *OF_USER)}

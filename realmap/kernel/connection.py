@@ -52,7 +52,6 @@ class Connection(Line):
         self.pidfd = -1
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         super().after_fork_in_child()
         if self.pidfd >= 0:
             self._forget_pid()

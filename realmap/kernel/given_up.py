@@ -52,7 +52,6 @@ class GivenUp:
             self._of_uid[running.process.uid] += 1
 
     def discard(self, running: Running) -> None:
-        """Its handler has come back."""
         if running.given_up:
             running.syscall.given_up -= 1
             _take(self.of_pid, running.process.pid)

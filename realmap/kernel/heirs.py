@@ -121,18 +121,16 @@ class Heirs:
 
     @property
     def searches(self) -> int:
-        """Of how many it is not known yet whether they have any."""
+        """How many ended processes it is being searched for, whose heirs are not known yet."""
         return sum(not heirs for heirs in self._of.values())
 
     def after_fork_in_child(self) -> None:
-        """They are the parent's alone."""
         for heirs in self._of.values():
             for pidfd in heirs.values():
                 files.close(pidfd)
         self._of.clear()
 
     def clear(self) -> None:
-        """The kernel ends."""
         self._wanted.clear()
         for dead, heirs in list(self._of.items()):
             for pidfd in heirs.values():

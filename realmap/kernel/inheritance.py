@@ -37,15 +37,14 @@ class Inheritance:
         return iter(list(self._dead))
 
     def mappings(self) -> list[Mapping]:
-        """Everything that is in them."""
         return [mapping for dead in self._dead for mapping in dead.memory]
 
     def add(self, dead: UserProcess) -> None:
-        """What it has stays."""
+        """From now on what it has stays, for its forked children."""
         self._dead.append(dead)
 
     def end(self, dead: UserProcess) -> None:
-        """Nobody comes for it any more: it goes."""
+        """No child will come for it any more: it is given back."""
         self._dead.remove(dead)
         dead.user.give_back("inheritances")
         dead.memory.release_all()

@@ -141,13 +141,11 @@ class Listener:
         files.shut(self._socket)
 
     def release(self) -> None:
-        """Gives the path free."""
         if self._spare >= 0:
             files.close(self._spare)
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         files.shut(self._socket)
         for fd in (self._spare, self._watching):
             if fd >= 0:

@@ -13,7 +13,7 @@ class Observer(Protocol):
     """One method for each event. `client`: whose request it is, a process or not, to tell one from another."""
 
     def connected(self, process: UserProcess) -> None:
-        """It was taken in."""
+        """A process was taken into the books."""
 
     def disconnected(self, process: UserProcess, died: bool) -> None:
         """Its connection has ended (`died`: because it has); what it has is given back after this."""
@@ -34,7 +34,7 @@ class Observer(Protocol):
         """A blocking handler begins, or another one has lost the loop; and the thread that runs it."""
 
     def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
-        """That has ended. On its thread."""
+        """A handler that was told by `began` has ended. Called on its thread."""
 
     def served(
         self, server: UserProcess, caller: int, id: int, name: str, times: tuple[int, int, int], code: int

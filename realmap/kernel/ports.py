@@ -30,23 +30,28 @@ NAMES, LONGEST = 1024, 200
 MOST = 1 << 31
 #: What is counted of all servers of a name ends here, whatever they say.
 COUNTED = (1 << 63) - 1
+#: Of so many names it is known what servers did that have ended: those of which one has ended last.
+REMEMBERED = 256
 
 
+@dataclass(eq=False, slots=True)
 class Grant:
     """The server of a session may map the frames of this mapping."""
 
-    __slots__ = ("ended", "frames", "left", "mapping", "offset", "session", "told", "waiting")
+    session: Session
+    mapping: Mapping
+    frames: SharedFrames
+    ended: bool = False
+    #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
+    told: int = 0
+    offset: int = field(init=False)
+    left: int = field(init=False)
+    #: What takes the answer to who asked, once that were all.
+    waiting: list[Callable[[Any], None]] = field(default_factory=list)
 
-    def __init__(self, session: Session, mapping: Mapping, frames: SharedFrames) -> None:
-        self.session = session
-        self.mapping = mapping
-        self.frames = frames
-        self.ended = False
-        #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
-        self.told, self.offset, self.left = 0, mapping.phys_offset, mapping.length
-        #: What takes the answer to who asked, once that were all.
-        self.waiting: list[Callable[[Any], None]] = []
-        frames.hold(self, "lent", mapping.address, mapping.owner, f"to {session.seat.label}")
+    def __post_init__(self) -> None:
+        self.offset, self.left = self.mapping.phys_offset, self.mapping.length
+        self.frames.hold(self, "lent", self.mapping.address, self.mapping.owner, f"to {self.session.seat.label}")
 
     def end(self) -> None:
         """It holds on no longer. Again: nothing."""
@@ -66,52 +71,47 @@ class Total:
     durations: Durations = field(default_factory=Durations)
 
     def add(self, calls: int, failed: int, counts: list[int]) -> None:
-        """What one server says."""
         self.calls = min(self.calls + calls, COUNTED)
         self.failed = min(self.failed + failed, COUNTED)
         with contextlib.suppress(ValueError):  # more than can be counted
             self.durations.add(counts)
 
 
+@dataclass(eq=False, slots=True)
 class Session:
-    """A caller, and the seat that it calls."""
+    """A caller (`process`), and the seat that it calls."""
 
-    __slots__ = ("ended", "grants", "number", "process", "seat", "told")
-
-    def __init__(self, number: int, process: UserProcess, seat: Seat) -> None:
-        self.number = number
-        #: The caller.
-        self.process = process
-        self.seat = seat
-        #: By the serials of the mappings.
-        self.grants: dict[int, Grant] = {}
-        self.ended = False
-        #: Whether the server was told of it.
-        self.told = False
+    number: int
+    process: UserProcess
+    seat: Seat
+    #: By the serials of the mappings.
+    grants: dict[int, Grant] = field(default_factory=dict)
+    ended: bool = False
+    #: Whether the server was told of it.
+    told: bool = False
 
 
+@dataclass(eq=False, slots=True)
 class Seat:
     """A process that serves these names."""
 
-    __slots__ = ("closing", "names", "number", "picked", "process", "queue", "served", "sessions", "threads")
-
-    def __init__(self, number: int, process: UserProcess, names: list[str], threads: int, queue: int) -> None:
-        self.number = number
-        self.process = process
-        self.names = names
-        self.threads = threads
-        self.queue = queue
-        self.sessions: dict[int, Session] = {}
-        #: Whether it takes no new ones.
-        self.closing = False
-        #: Which of all sessions was its last.
-        self.picked = 0
-        #: What it says of itself.
-        self.served = Served({}, [], [])
+    number: int
+    process: UserProcess
+    names: list[str]
+    threads: int
+    queue: int
+    sessions: dict[int, Session] = field(default_factory=dict)
+    #: Whether it takes no new ones.
+    closing: bool = False
+    #: Which of all sessions was its last.
+    picked: int = 0
+    #: What it says of itself.
+    served: Served = field(default_factory=lambda: Served({}, [], []))
+    #: And how often it has said so.
+    told: int = 0
 
     @property
     def label(self) -> str:
-        """Whose it is, in words."""
         return f"process {self.process.number} (pid {self.process.pid})"
 
     def running(self) -> list[tuple[Session, str, float | None]]:
@@ -126,7 +126,7 @@ class Ports:
     def __init__(self) -> None:
         self._seats: dict[int, Seat] = {}
         self._by_name: dict[str, list[Seat]] = {}
-        #: What those did that have ended, of names that others still serve.
+        #: What those did that have ended, at most `REMEMBERED` names; the last one is of who has ended last.
         self._past: dict[str, Total] = {}
         self._seat_numbers, self._session_numbers = itertools.count(1), itertools.count(1)
         #: Told of each grant that ends before its session does.
@@ -138,7 +138,6 @@ class Ports:
         return iter(list(self._seats.values()))
 
     def is_served(self, name: str) -> bool:
-        """Whether anybody serves it."""
         return name in self._by_name
 
     def rivals(self, seat: Seat) -> list[Seat]:
@@ -180,12 +179,14 @@ class Ports:
             seat.closing = True
             for name in seat.names:
                 self._by_name[name].remove(seat)
-                if self._by_name[name]:
-                    if name in seat.served.names:
-                        self._past.setdefault(name, Total()).add(*seat.served.names[name])
-                else:
+                if not self._by_name[name]:
                     del self._by_name[name]
-                    self._past.pop(name, None)
+                if name in seat.served.names and seat.served.names[name][0]:
+                    past = self._past.pop(name, Total())
+                    past.add(*seat.served.names[name])
+                    self._past[name] = past
+            for name in list(self._past)[:-REMEMBERED]:
+                del self._past[name]
 
     def end(self, seat: Seat) -> None:
         """It is no more; its sessions have ended. Again: nothing."""
@@ -195,9 +196,10 @@ class Ports:
             seat.process.peer.give_back("seats")
 
     def totals(self) -> dict[str, Total]:
-        """What was called so far, by name."""
+        """What was called so far, by name, also of those that nobody serves any more."""
         found: dict[str, Total] = {}
-        for name, seats in self._by_name.items():
+        for name in dict.fromkeys((*self._by_name, *self._past)):
+            seats = self._by_name.get(name, [])
             total = found[name] = Total(len(seats))
             if (past := self._past.get(name)) is not None:
                 total.add(past.calls, past.failed, past.durations.counts())

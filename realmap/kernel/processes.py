@@ -65,7 +65,6 @@ class UserProcess:
         self.calls += 1
 
     def end_call(self, size: int) -> None:
-        """It has ended."""
         self.calls -= 1
         self.peer.give_back("calls")
         self.peer.give_back("undecoded", size)
@@ -75,8 +74,6 @@ class UserProcess:
 
 
 class ProcessTable:
-    """The processes by number."""
-
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._processes: dict[int, UserProcess] = {}

@@ -245,7 +245,6 @@ def unmap(books: Books, process: UserProcess, request: messages.Unmap) -> Answer
 
 
 def query(books: Books, process: UserProcess, request: messages.Query) -> Answer:
-    """What is at an address of the process."""
     mapping = process.memory.query_memory(request.address)
     refcount = 0
     if isinstance(mapping.frames, SharedFrames):
@@ -261,7 +260,6 @@ def share(books: Books, process: UserProcess, request: messages.Share) -> Answer
 
 
 def revoke(books: Books, process: UserProcess, request: messages.Revoke) -> Answer:
-    """Ends a handle."""
     books.handles.revoke(process, request.token, time.monotonic())
     return None, []
 

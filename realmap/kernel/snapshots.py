@@ -104,6 +104,5 @@ class Snapshots:
             files.close(file)
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         self._end()
         self._waiting = {}

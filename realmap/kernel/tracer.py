@@ -195,7 +195,6 @@ class Tracer:
         return len(process.memory), self._bytes.get(process.number, 0)
 
     def disconnected(self, process: UserProcess, died: bool) -> None:
-        """Its connection has ended; what it has is given back after this."""
         self._emit(Kind.DEATH, DIED if died else 0, process.number, process.pid)
         self._had[process.number] = self._has(process)
 
@@ -212,7 +211,6 @@ class Tracer:
     def called(
         self, client: object, process: UserProcess | None, request: messages.Request, buffers: Sequence[messages.Place]
     ) -> None:
-        """A request has arrived."""
         if process is None or not isinstance(request, messages.Call):
             if client is not self.listener:
                 self._emit(CALL, SERVICE, process.number if process else 0, self._service(request), request.id)
@@ -246,17 +244,14 @@ class Tracer:
         self._emit(BEGIN, 0, process.number, self._of_call(name)[0], id, 0 if loop == thread else loop, 0, 0, thread)
 
     def ended(self, process: UserProcess, name: str, id: int, answer: bytes) -> None:
-        """It has ended."""
         number = self._of_call(name)[0]
         self._emit(END, 0, process.number, number, id, code_of(answer), 0, 0, threading.get_ident())
 
     def served(
         self, server: UserProcess, caller: int, id: int, name: str, times: tuple[int, int, int], code: int
     ) -> None:
-        """A service has answered a call."""
         self._emit(SERVED, 0, caller, self._name(name), id, *times, server.number << 32 | code)
 
     def copied(self, process: UserProcess, address: int, length: int, began: int, out: bool, failed: bool) -> None:
-        """A handler has copied."""
         flags = (OUT if out else 0) | (FAILED if failed else 0)
         self._emit(COPY, flags, process.number, address, length, began, 0, 0, threading.get_ident())

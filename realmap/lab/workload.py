@@ -103,7 +103,6 @@ class Model:
         self._keys = 0
 
     def kinds(self, mix: Mix) -> list[str]:
-        """The kinds of step that are possible now."""
         impossible: set[str] = set() if len(self.buffers) < mix.buffers else {"map", "map_read_only"}
         if sum(len(content.kept) for content in self.buffers.values()) >= mix.kept:
             impossible.add("keep")
@@ -125,12 +124,12 @@ class Model:
         return list(self.buffers)
 
     def next_key(self) -> int:
-        """A name that nothing has had."""
+        """A key that no buffer has had."""
         self._keys += 1
         return self._keys
 
     def apply(self, step: Step) -> object:
-        """Does it to the model; what the real thing should give."""
+        """Does it to the model; the result that the real step should have."""
         if step.kind in ("map", "map_read_only"):
             self.buffers[step.key] = Content(bytearray(step.length), step.kind == "map")
             return None
@@ -163,7 +162,7 @@ class Model:
 
 
 def choose(model: Model, draw: Draw, mix: Mix) -> Step:
-    """What the process does next."""
+    """The next step of the process."""
     kinds = model.kinds(mix)
     at = draw.below(sum(mix.weights[kind] for kind in kinds))
     for kind in kinds:

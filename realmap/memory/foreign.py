@@ -31,18 +31,17 @@ from realmap.errors import (
     MemoryFault,
     PhysicalMemoryExhaustion,
 )
-from realmap.host import procfs
+from realmap.host import SHM, procfs
 from realmap.host.procfs import Map
 from realmap.host.signals import pass_on
 from realmap.host.stranger import Stranger
-from realmap.host.translate import SHM
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts, mirror_prot
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import FOREIGN_LAND
 from realmap.memory.mapping import Mapping
 from realmap.pages import USIZE_MAX, address_of, usize
-from realmap.rights import MappingAccessRights, MemoryType, allows, k_r, k_w, rights_of
+from realmap.rights import MappingAccessRights, MemoryType, allows, k_r, k_w, rights_of, user_rights
 
 #: So many mappings of a process are known at a time, each with a descriptor.
 KNOWN = 256
@@ -134,7 +133,6 @@ class ForeignProcess:
 
     @property
     def pid(self) -> int:
-        """Its pid."""
         return self._stranger.pid
 
     @property
@@ -186,22 +184,27 @@ class ForeignProcess:
             why_not = error.why
         except LookupError:
             why_not = "it is mapped there no more"
-        rights, device = _rights(entry), procfs.device_number(entry.device)
+        rights, device = user_rights(entry.perms), procfs.device_number(entry.device)
         file = (entry.path, device, entry.inode, entry.offset)
         return ForeignMapping(entry.start, entry.length, rights, kind, *file, resident, why_not)
 
     def _walk(self, start: int, size: int, asked: int) -> list[Map]:
-        """Its maps that [start, start + size) goes through, each of which allows `asked` to the process itself."""
+        """Its maps that [start, start + size) goes through, each of which allows `asked` to the process itself.
+
+        LookupError: they change as they are listed.
+        """
         found = self._stranger.maps(start, start + size)
         at = start
         for entry in found:
             if entry.start > at:
                 break
-            if not allows(_rights(entry), asked):
+            if not allows(user_rights(entry.perms), asked):
                 why = f"process {self.pid} may not do that there itself"
-                raise AccessDenied(rights_of(asked), _rights(entry), max(start, entry.start), why=why)
+                raise AccessDenied(rights_of(asked), user_rights(entry.perms), max(start, entry.start), why=why)
             at = entry.end
         if at < start + size:
+            if self._stranger.look(at):  # Linux may leave out a map that is split or merged as it lists them
+                raise LookupError(at)
             why = "nothing is mapped there" if at == start else "the range runs into a hole there"
             raise InvalidAddress(at, why=f"process {self.pid}: {why}")
         return found
@@ -275,7 +278,7 @@ class ForeignProcess:
             return known.mapping
         frames = SharedFrames([self._stranger.open(entry, writable)])
         kind, owner = MemoryType.SHARED_MEMORY, f"of process {self.pid}"
-        mapping = Mapping(entry.start, frames, entry.offset, entry.length, kind, _rights(entry), owner=owner)
+        mapping = Mapping(entry.start, frames, entry.offset, entry.length, kind, user_rights(entry.perms), owner=owner)
         line = self._line(entry)
         before = self._known.get(line)  # which could only be read
         self._known[line] = _Known(mapping, writable)
@@ -366,7 +369,7 @@ class ForeignProcess:
 
 
 def kind_of(entry: Map) -> str:
-    """As `ForeignMapping.kind`."""
+    """The `kind` of a `ForeignMapping`."""
     if entry.path.startswith("[") and entry.path not in ("[heap]", "[stack]") and not entry.path.startswith("[anon"):
         return "special"
     if entry.perms[3] == "p":
@@ -389,13 +392,8 @@ def _require_shared(entry: Map) -> None:
         raise InvalidMemState(entry.start, MemoryType.IO, why=f"{entry.path or 'that'} is no memory with frames")
 
 
-def _rights(entry: Map) -> MappingAccessRights:
-    """What the process itself may do there."""
-    return rights_of(8 | sum(bit for letter, bit in zip(entry.perms, (1, 2, 4), strict=False) if letter != "-"))
-
-
 def _kernel() -> KernelMemory:
-    """The land that all have in common."""
+    """Where every `ForeignProcess` of this process maps its mirrors."""
     land = _lands.get("land")
     if land is None:
         land = _lands.setdefault("land", KernelMemory(FOREIGN_LAND.start, FOREIGN_LAND.length))

@@ -28,6 +28,8 @@ from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, USIZE_MAX, align_up, 
 
 #: Part of a file: (descriptor, offset in it, length), in bytes.
 Piece = tuple[int, int, int]
+#: Where the segments of frames begin that have one: the same for all of them, as there may be very many.
+ALONE = (0,)
 
 
 def whole_pages(length: SupportsIndex, what: str) -> int:
@@ -72,13 +74,14 @@ class SharedFrames(FramesCore):
         self.segments = list(segments)
         #: Whether they are of a kind for a stock, and only the process that they were made for has ever had them.
         self.recycles = False
+        self._starts: tuple[int, ...]
         if len(segments) == 1:  # the common case
             (only,) = segments
-            self.length, self._starts = only.length, [0]
+            self.length, self._starts = only.length, ALONE
             self._set(only.fd, only.huge)
         else:
             self.length = sum(segment.length for segment in segments)
-            self._starts = list(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
+            self._starts = tuple(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
             self._set(-1, sum(segment.huge for segment in segments))
         self._charges = [] if charge is None else [charge]
 
@@ -110,7 +113,7 @@ class SharedFrames(FramesCore):
         """Grows by `more` segments (a heap's brk). What is mapped or mirrored of it stays as it is."""
         self._charges.append(charge)
         for segment in more:
-            self._starts.append(self.length)
+            self._starts = (*self._starts, self.length)
             self.segments.append(segment)
             self.length += segment.length
         self._grew()
@@ -239,17 +242,17 @@ class FrameAllocator(Account):
         """Bytes of frames that there may be; None: as many as the machine has."""
         return self._limit
 
-    @property
-    def segment_limit(self) -> int:
-        """Segments that there may be; 2**64 - 1: as many as there are descriptors."""
-        return self._segment_limit
-
     def after_fork_in_child(self) -> None:
-        """All of them are the parent's alone."""
         for ref in list(self._opened.values()):
             if (found := ref()) is not None:
                 found.after_fork_in_child()
         self._opened.clear()
+
+    def _charged(self, length: int, count: int) -> Charge:
+        charge = self._charge(length, count)
+        if not isinstance(charge, Charge):  # it is the allocator whose limit does not allow it
+            raise charge._refusal(length, count)
+        return charge
 
     def _refusal(self, length: int, count: int) -> PhysicalMemoryExhaustion:
         if self._limit is not None and self.used + length > self._limit:
@@ -320,9 +323,7 @@ class FrameAllocator(Account):
             size, count = sum(lengths), len(descriptors)
             if count != len(lengths):
                 raise InvalidSize(size, why=f"{len(lengths)} segments, and {count} descriptors of them")
-            charge = self._charge(size, count)
-            if not isinstance(charge, Charge):  # whose limit it is
-                raise charge._refusal(size, count)
+            charge = self._charged(size, count)
             made.extend(map(Segment.received, descriptors, lengths))
             frames = SharedFrames(made, charge)
         except BaseException:
@@ -346,9 +347,7 @@ class FrameAllocator(Account):
     ) -> tuple[list[Segment], Charge]:
         """Segments of `step` bytes, `size` bytes in all, and the charge for them. All or none; errors as `allocate`."""
         count = -(-size // step)
-        charge = self._charge(size, count)
-        if not isinstance(charge, Charge):  # whose limit it is
-            raise charge._refusal(size, count)
+        charge = self._charged(size, count)
         made: list[Segment] = []
         try:
             for start in range(0, size, step):

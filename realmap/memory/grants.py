@@ -120,7 +120,6 @@ class Grants:
                 return
 
     def mapping_at(self, address: int) -> Mapping | None:
-        """The mapping that `address` falls in, or None."""
         starts, mappings = self._table
         index = bisect_right(starts, address) - 1
         if index < 0 or mappings[index].end <= address:

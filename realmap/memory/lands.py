@@ -24,6 +24,7 @@ from typing import NamedTuple, SupportsIndex
 
 from realmap.errors import InvalidAddress, VirtualMemoryExhaustion
 from realmap.host import procfs
+from realmap.host.translate import shortage
 from realmap.pages import PAGE_SIZE, page_range
 
 
@@ -36,7 +37,6 @@ class Land(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first address beyond it."""
         return self.start + self.length
 
     def holds(self, address: int, length: int = 1) -> bool:
@@ -67,8 +67,13 @@ GUARD = PAGE_SIZE
 
 @functools.cache
 def require_address_space() -> None:
-    """VirtualMemoryExhaustion: this machine's address space is smaller than the 47 bits that the lands need."""
-    bits = procfs.address_bits()
+    """VirtualMemoryExhaustion: this machine's address space is smaller than the 47 bits that the lands need.
+    PhysicalMemoryExhaustion: no descriptor is left to look with.
+    """
+    try:
+        bits = procfs.address_bits()
+    except OSError as error:
+        raise shortage(error, "cannot look at the address space") from None
     if bits < 47:
         raise VirtualMemoryExhaustion(
             KERNEL_LAND.end, why=f"the lands need an address space of 47 bits; this machine has {bits}"

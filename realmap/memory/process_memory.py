@@ -97,7 +97,6 @@ class ProcessMemory:
         return len(self._tree())
 
     def __iter__(self) -> Iterator[Mapping]:
-        """The mappings, in order of address."""
         return iter(self._tree())
 
     # ---- making mappings --------------------------------------------------------------------
@@ -326,7 +325,6 @@ class ProcessMemory:
         return self._tree().overlap(start, end) is None and self.stock.overlap(start, end) is None
 
     def mapping_at(self, address: int) -> Mapping | None:
-        """The mapping that `address` falls in, or None."""
         return (self._tree() if self.stock.count else self._space.tree).at(address)
 
     def query_memory(self, address: SupportsIndex) -> Mapping:

@@ -96,7 +96,6 @@ class Stock:
         self._words, self.see = words, words._see
 
     def windows(self) -> list[Parked]:
-        """What is parked."""
         if self.count < len(self._windows) and self._words is not None:
             for place, parked in list(self._windows.items()):
                 if parked.frames is None and not self._words._is_gone(place):

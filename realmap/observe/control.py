@@ -30,12 +30,10 @@ class Control:
 
     @property
     def path(self) -> str:
-        """The socket of the kernel."""
         return self._client.path
 
     @property
     def pid(self) -> int:
-        """The kernel's pid."""
         return self._client.kernel_pid
 
     def _ask(self, what: str, about: int | bytes = 0, *, late: Callable[[Any], object] | None = None) -> Any:
@@ -86,7 +84,6 @@ class Control:
         self._ask("unregister", name.encode())
 
     def close(self) -> None:
-        """Ends the connection. Again: nothing."""
         self._client.close()
 
     def __enter__(self) -> Self:

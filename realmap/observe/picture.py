@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from realmap.observe.snapshot import Snapshot
-from realmap.observe.words import pages
+from realmap.pages import PAGE_SIZE, align_up
 from realmap.wire.records import LentInfo, MirrorInfo, PartInfo, ProcessInfo
 
 #: Kinds of block beside the memory types of UserLand: on KernelLand, and of what a process was lent.
@@ -147,7 +147,7 @@ class _Range:
 
 def weight(length: int) -> float:
     """How long a range of `length` bytes is drawn, in units: LEAST for a page, one more for each doubling."""
-    return LEAST + math.log2(max(1, pages(length)))
+    return LEAST + math.log2(max(1, align_up(length) // PAGE_SIZE))
 
 
 def fitting_unit(snapshot: Snapshot, cells: int, most: float) -> float:

@@ -149,7 +149,6 @@ class Snapshot(msgspec.Struct, frozen=True):
         return found
 
     def frames_by_serial(self) -> dict[int, FramesInfo]:
-        """The frames, by serial."""
         return {frames.serial: frames for frames in self.frames}
 
 

@@ -22,8 +22,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from realmap.errors import BY_CODE
-from realmap.observe.tables import GONE, program
 from realmap.observe.trace_format import About, TraceWriter
+from realmap.observe.words import GONE, program
 from realmap.rights import MemoryType, rights_of
 from realmap.wire.records import (
     ALREADY,
@@ -98,7 +98,7 @@ class Mirror(NamedTuple):
 
 
 class User:
-    """A user process: its tracks are those of `track`."""
+    """A user process; its tracks belong to the process `track` of the file."""
 
     def __init__(self, track: int, pid: int, file: TraceWriter) -> None:
         self.track = track
@@ -148,24 +148,8 @@ class Timeline:
         self._workers: dict[int, Event] = {}
         self._mirrors: dict[int, Mirror] = {}
         self._flows = 0
-        self._tell: dict[int, Callable[[Event], None]] = {
-            Kind.GAP: self._gap,
-            Kind.MIRROR: self._mirror,
-            Kind.DROP: self._drop,
-            Kind.EVICT: self._evict,
-            Kind.CALL: self._call,
-            Kind.ANSWER: self._answer,
-            Kind.DONE: self._done,
-            Kind.BEGIN: self._begin,
-            Kind.END: self._end,
-            Kind.COPY: self._copy,
-            Kind.MAP: self._map,
-            Kind.UNMAP: self._map,
-            Kind.CONNECT: self._connect,
-            Kind.DEATH: self._death,
-            Kind.REAP: self._reap,
-            Kind.SERVED: self._served,
-        }
+        #: By kind of event: `_mirror` for MIRROR, and so on.
+        self._tell: dict[int, Callable[[Event], None]] = {kind: getattr(self, f"_{kind.name.lower()}") for kind in Kind}
         self._file.name_process(self._kernel, f"kernel {start['path']} (pid {self._kernel})", 0)
         self._file.name_track(self._kernel, 1, "kernel thread")
         about = {"path": start["path"], "time": start["time"]}
@@ -271,7 +255,7 @@ class Timeline:
             self._finish(call)
 
     def _finish(self, call: Call) -> None:
-        """All of it is known."""
+        """The call is complete: an arrow goes from its caller to its handler and back."""
         event, user, answer = call.arrival, call.user, call.answer
         self._calls.pop((event.process, event.b), None)
         if user is None or call.lane < 0 or answer is None or not call.began:
@@ -288,7 +272,7 @@ class Timeline:
         self._file.flow("f", *caller[:2], max(end - 1, caller[2]), self._flows)
 
     def _span_of_user(self, call: Call, end: int, **more: object) -> None:
-        """Its place on the caller's track is free again."""
+        """Writes it, and frees its place on the caller's track."""
         if call.user is not None and call.lane >= 0:
             self._span(call, call.user.track, CALLS + call.lane, end, more)
             call.user.lanes.give(call.lane)
@@ -370,6 +354,8 @@ class Timeline:
         self._file.counter(user.track, event.time, "mappings", event.e >> 32)
         self._file.counter(user.track, event.time, "mapped bytes", event.f)
 
+    _unmap = _map
+
     def _name_lane(self, lane: int) -> None:
         self._file.name_track(self._kernel, KERNEL_LAND + lane, f"KernelLand {lane + 1}" if lane else "KernelLand")
 
@@ -386,7 +372,7 @@ class Timeline:
         self._span_of_mirror(begun, event.time, _marks(event, kept=WAS_KEPT, fault=FAULTED))
 
     def _span_of_mirror(self, begun: Mirror, end: int, more: About) -> None:
-        """Its place on KernelLand's tracks is free again."""
+        """Writes it, and frees its place on KernelLand's tracks."""
         event, lane, process = begun
         about = self._who(process) if process else {}
         about |= {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from realmap.pages import PAGE_SIZE
+from realmap.host import procfs
 
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+GONE = "gone"
 
 
 def size(length: float) -> str:
@@ -69,6 +70,9 @@ def harmless(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def pages(length: int) -> int:
-    """How many pages `length` bytes take."""
-    return -(-length // PAGE_SIZE)
+def program(pid: int) -> str:
+    """The name of the program that runs as `pid`; "gone" where it has ended."""
+    try:
+        return procfs.program(pid)
+    except ProcessLookupError:
+        return GONE

@@ -29,7 +29,7 @@ class Budget(Protocol):
         """LimitReached: it would be more than it may."""
 
     def give_back(self, what: str, amount: int = 1) -> None:
-        """So much less."""
+        """The reverse of `take`."""
 
 
 class Line:
@@ -161,7 +161,6 @@ class Line:
             self.ring = None
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         files.shut(self.sock)
         while self._outbox:
             channel.close_all(self._outbox.popleft()[1])

@@ -31,7 +31,6 @@ class Lines(ABC, Generic[L]):
         self.rings: list[RingEnd] = []
 
     def all(self) -> list[L]:
-        """Everybody."""
         return list(self._by_fd.values())
 
     @abstractmethod
@@ -59,7 +58,6 @@ class Lines(ABC, Generic[L]):
         self._by_fd[line.sock.fileno()] = line
 
     def _remove(self, line: L) -> None:
-        """Listens to it no more."""
         fd = line.sock.fileno()
         self._loop.unwatch(fd)
         self.listen_to_ring(line, False)

@@ -1,7 +1,7 @@
 """`Loop`: waits, and calls what it was handed. It knows nobody.
 
 epoll ─┬─ descriptors        each with a function of its own (`watch`)
-       ├─ an eventfd         another thread left word (`post`), or it is to end
+       ├─ an eventfd         another thread has posted a job (`post`), or it is to end
        └─ its timeout        a job whose time has come (`after`)
 rings ─── the next message   without a system call while both sides are awake (`run`)
 
@@ -89,7 +89,6 @@ class Loop:
         self._run_posted()
 
     def after_fork_in_child(self) -> None:
-        """It is the parent's alone."""
         self.ending = self._is_forked = True
         self._wake_lock = Lock()  # whoever had it is not here
         files.shut(self._epoll)

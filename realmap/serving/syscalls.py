@@ -123,7 +123,6 @@ def failed(id: int, error: BaseException, name: str = "", text: str = "") -> byt
 
 
 def has_failed(answer: bytes | BaseException) -> bool:
-    """Whether an answer is an error."""
     return isinstance(answer, BaseException) or answer[1] != DONE
 
 
@@ -138,5 +137,5 @@ def done(id: int, value: Any, descriptors: int) -> bytes:
 
 
 def encode(message: Any) -> bytes:
-    """Any other message."""
+    """A message that is no answer to a call."""
     return _encoder.encode(message)

@@ -72,7 +72,6 @@ class UserBuffer:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its call has ended."""
         return self._parts is None
 
     def _note_fault(self, mirror: CrossProcessMapping, address: int) -> None:

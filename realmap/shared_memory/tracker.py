@@ -9,7 +9,7 @@ from realmap.host.signals import Living
 
 
 class Named(Protocol):
-    """A block."""
+    """What has a name, as a block of shared memory has."""
 
     @property
     def name(self) -> str:

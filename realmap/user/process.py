@@ -26,7 +26,7 @@ from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
-from realmap.user.sessions import Routes, Session, arun, run
+from realmap.user.sessions import Routes, Session, arun, run, waiter_of
 from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.client import Client
@@ -409,14 +409,11 @@ class Process:
         A task that is cancelled, or whose `timeout` is over, gives its call up, as there. RuntimeError: no event loop
         runs. LimitReached: more calls at a time than the kernel lets a process have. Else as `call`.
         """
-        from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
-
         client = self._own_client
         request, refusal = call_of(self._client, name, args, timeout, kwargs), None
         if name not in self._known:
             try:
-                waiter = Waiter.of(client)
-                return (await waiter.request(request, timeout=timeout, name=name, holds=request.args))[0]
+                return (await waiter_of(client).request(request, timeout=timeout, name=name, holds=request.args))[0]
             except UnknownSyscall as error:
                 refusal = error.with_traceback(None)
         return await arun(self._routes.steps(request, refusal), name, timeout)

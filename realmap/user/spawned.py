@@ -106,7 +106,6 @@ class SpawnedProcess:
 
     @property
     def pid(self) -> int:
-        """Its pid."""
         return self.child.pid
 
     @property

@@ -53,7 +53,6 @@ def own_process_of(path: str) -> Process:
 
 
 def made(path: str) -> Process | None:
-    """That connection, if there is one."""
     process = _made.get(path)
     if process is not None and process.has_ended:
         _made.pop(path, None)

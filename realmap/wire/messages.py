@@ -27,7 +27,7 @@ from realmap.rights import MappingAccessRights, MemoryType
 
 #: Raised with every change that an older side would misunderstand.
 PROTOCOL = 13
-VERSION = "0.1.0"
+VERSION = __version__ = "0.1.0"
 #: A message may be this long, in bytes, both ways; larger things belong into a buffer.
 MAX_MESSAGE = 1 << 20
 #: The objects made of a message may take this much memory, in bytes, as they are estimated before.
@@ -310,7 +310,7 @@ class Done(msgspec.Struct, array_like=True, tag=DONE, gc=False):
 
 
 class Failed(msgspec.Struct, array_like=True, tag=2):
-    """The error instead of an answer."""
+    """An error in place of the answer."""
 
     id: int
     error: Error

@@ -103,12 +103,12 @@ class Page:
             files.close(fd)
 
     def turn(self) -> None:
-        """The loop takes up something."""
+        """The loop begins to work on something."""
         self.words[TURN] = self.now = time.monotonic_ns()
         self.words[ASLEEP] = 0
 
     def rest(self) -> None:
-        """It sleeps until there is something to do."""
+        """The loop sleeps until there is something to do."""
         self.words[TURN] = time.monotonic_ns()
         self.words[ASLEEP] = 1
 
@@ -129,7 +129,6 @@ class Page:
         return place
 
     def end(self, place: int) -> None:
-        """It has ended."""
         if place >= 0:
             _BESIDE.pack_into(self._view, _LAYOUT.size + place * _BESIDE.size, 0, 0, b"")
             self._free.append(place)

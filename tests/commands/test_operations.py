@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from command_line import command_line
 from conftest import BOUND
 
 import realmap
@@ -196,7 +197,7 @@ def test_bad_modules(text: str, words: str, tmp_path: Path) -> None:
     ],
 )
 def test_bad_options(arguments: list[str], words: str) -> None:
-    done = command(*arguments)
+    done = command_line("stress", *arguments)
     assert done.returncode == 2
     assert words in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr

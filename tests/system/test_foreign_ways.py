@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import BOUND, PAGE
@@ -246,6 +247,24 @@ def test_before_linux_could_be_asked_about_one_map(folder: Path, monkeypatch: py
             for _ in range(2):
                 with process.mirror(FREE, PAGE) as mirror:
                     assert bytes(mirror) == pattern(PAGE, seed)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_map_that_linux_leaves_out_of_its_list(folder: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """As Linux 6.18 does now and then of one that is split or merged meanwhile."""
+    listed, asked = procfs.maps, []
+
+    def maps(*args: Any) -> list[procfs.Map]:
+        asked.append(args)
+        return listed(*args) if len(asked) > 1 else listed(*args)[:at]
+
+    with stranger(folder) as other, ForeignProcess(other.pid) as process:
+        other.map("memfd", 1, FREE, seed=1)
+        other.map("memfd", 1, FREE + PAGE, seed=2)
+        monkeypatch.setattr(procfs, "maps", maps)
+        with process.mirror(FREE + 1, 2 * PAGE - 1) as mirror:
+            assert bytes(mirror) == (pattern(PAGE, 1) + pattern(PAGE, 2))[1:]
+        assert len(asked) == 2
 
 
 def test_doctor_says_which_ways_there_are() -> None:

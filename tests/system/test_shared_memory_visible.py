@@ -120,6 +120,7 @@ def test_it_goes_when_its_last_holder_is_killed(outside: realmap.KernelHandle, n
         assert (SHM / name).exists() == bool(left)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["gc", "looked for", "made again"])
 def test_what_is_left_when_all_are_killed_is_swept(name: str, how: str) -> None:
     text = f"""

@@ -6,14 +6,25 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from types import MethodDescriptorType
 
 import pytest
 from conftest import BOUND, PAGE, in_threads, wait_until
 from held import held_elsewhere
 
 import realmap
-from realmap import AccessDenied, Buffer, InvalidAddress, InvalidMemState, InvalidSize, KernelPanic, OwnerDied, Process
-from realmap.sync import Barrier, Condition, Counter, Event, Lock, Semaphore
+from realmap import (
+    AccessDenied,
+    Buffer,
+    InvalidAddress,
+    InvalidMemState,
+    InvalidSize,
+    KernelPanic,
+    OwnerDied,
+    Process,
+    _core,
+)
+from realmap.sync import Barrier, Condition, Counter, Event, Lock, Queue, Semaphore
 
 KINDS: list[Callable[..., object]] = [Lock, Condition, Counter, Event, Semaphore, partial(Barrier, parties=3)]
 
@@ -75,6 +86,33 @@ def test_another_kind_and_other_bytes_are_left_alone(page: Buffer) -> None:
         with pytest.raises(InvalidMemState):
             Lock(page, offset)
     assert page == before
+
+
+@pytest.mark.parametrize("kind", [Lock, Condition, Counter, Event, Semaphore, Barrier, Queue])
+def test_the_methods_of_a_class_are_its_own(kind: type[_core.Shared]) -> None:
+    base = kind.__mro__[kind.__mro__.index(_core.Shared) - 1]
+    names = [name for name, each in vars(base).items() if isinstance(each, MethodDescriptorType)]
+    assert names
+    assert all(vars(kind)[name].__objclass__ is kind for name in names)
+
+
+def test_a_class_keeps_what_it_says_itself_or_by_a_base_before(page: Buffer) -> None:
+    class Before(_core.Shared):
+        __slots__ = ()
+
+        def release(self) -> str:
+            return "before"
+
+    class Mine(Before, _core.SharedLock):  # type: ignore[misc]
+        __slots__ = ()
+
+        def acquire(self) -> str:  # type: ignore[override]
+            return "mine"
+
+    mine = Mine._open(page, 0, 0)
+    assert (mine.acquire(), mine.release()) == ("mine", "before")
+    with mine, pytest.raises(BufferError):
+        page.unmap()
 
 
 # ---- lock -----------------------------------------------------------------------------------

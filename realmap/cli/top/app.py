@@ -133,7 +133,7 @@ class Top(App[None]):
         self._title()
 
     def measured(self, cells: int) -> None:
-        """The lanes are as wide as this now."""
+        """The lanes are drawn this many cells wide from now on."""
         if cells != self._cells:
             self._cells = cells
             if self.view is not None:
@@ -162,7 +162,6 @@ class Top(App[None]):
     # ---- keys -------------------------------------------------------------------------------
 
     def action_pause(self) -> None:
-        """Stops the picture, or lets it go on."""
         self.feed.pause(not self.feed.paused)
         self._title()
 

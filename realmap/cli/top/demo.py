@@ -32,16 +32,14 @@ class DemoTop(Top):
         self._watching = watching
 
     def on_fresh(self, event: Fresh) -> None:
-        """Beside what `Top` does with it."""
         self._watching.set()
 
     def on_over(self, event: Over) -> None:
-        """The report comes on the terminal."""
         self.exit()
 
 
 class Demo:
-    """The demo's thread."""
+    """The thread that runs the demo."""
 
     def __init__(self, planned: list[lab.FileReport], trace: str | None, pace: float) -> None:
         self._planned, self._trace, self._pace = planned, trace, pace

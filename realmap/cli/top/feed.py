@@ -85,11 +85,9 @@ class Feed:
 
     @property
     def paused(self) -> bool:
-        """Whether nothing is asked at present."""
         return self._paused
 
     def pause(self, paused: bool) -> None:
-        """Asks nothing any more, or goes on at once."""
         with self._wake:
             self._paused, self._now = paused, not paused
             self._wake.notify_all()
@@ -161,7 +159,7 @@ class Feed:
             control.close()
 
     def _rest(self, seconds: float) -> None:
-        """Until it is time, what was delivered is consumed, and nobody has paused it."""
+        """Waits until it is time, what was delivered is consumed, and nobody has paused it."""
         end = time.monotonic() + seconds
         with self._wake:
             while not self._stopped:

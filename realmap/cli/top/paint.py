@@ -23,7 +23,7 @@ def _style(ink: str | None, paper: str | None, bold: bool = False) -> Style:
 
 
 class Canvas:
-    """A line of cells."""
+    """A line of cells, each with a letter and its colours."""
 
     def __init__(self, cells: int) -> None:
         self.letters = [" "] * cells
@@ -86,7 +86,6 @@ def _block(canvas: Canvas, block: Block, lights: Iterable[Light]) -> None:
 
 
 def legend(lanes: Iterable[Lane], what: str = "mirror") -> list[Segment]:
-    """What the colours mean."""
     found = []
     for kind in kinds(lanes):
         found += [Segment("  ", _style(None, colour(kind))), Segment(f" {kind.lower()}  ")]

@@ -84,7 +84,6 @@ class Rows(ScrollView, Generic[T], can_focus=True):
     # ---- what is shown ----------------------------------------------------------------------
 
     def show(self, rows: Sequence[T]) -> None:
-        """Other rows in place of those before."""
         at = self._key(self.shown[self.cursor]) if self.shown else None
         self._all = rows
         wanted = self.filter.casefold()
@@ -101,14 +100,13 @@ class Rows(ScrollView, Generic[T], can_focus=True):
 
     @property
     def all(self) -> int:
-        """How many rows there would be without the filter."""
+        """How many rows there are without the filter."""
         return len(self._all)
 
     def _words(self, row: T) -> str:
         return " ".join(column.text(row) for column in self.columns).casefold()
 
     def set_filter(self, text: str) -> None:
-        """Only rows that have `text` in one of their columns."""
         self.filter = text
         self.show(self._all)
 
@@ -179,7 +177,6 @@ class Rows(ScrollView, Generic[T], can_focus=True):
         return 2 if drawn and len(self.shown) * 2 + 1 <= self.size.height else 1
 
     def on_resize(self, event: Resize) -> None:
-        """Another size: the cursor stays in sight."""
         self._resized()
         self._into_sight()
 

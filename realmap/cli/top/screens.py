@@ -49,7 +49,7 @@ CALLS: list[Column[CallInfo]] = [
     Column("p99", 8, lambda row: _took(row.p99), lambda row: row.p99 or 0, down=True),
     Column("longest", 8, lambda row: _took(row.longest), lambda row: row.longest or 0, down=True, least=50),
     Column("blocking", 8, lambda row: "yes" if row.blocking else "", least=70, right=False),
-    Column("servers", 7, lambda row: str(row.servers or ""), lambda row: row.servers, down=True, least=80),
+    Column("servers", 7, lambda row: _servers(row), lambda row: row.servers or 0, down=True, least=80),
     Column("syscall", 0, lambda row: words.harmless(row.name), lambda row: row.name, right=False),
 ]
 
@@ -72,6 +72,10 @@ HOLDERS: list[Column[str]] = [Column("holder of a reference", 0, words.harmless,
 
 def _took(seconds: float | None) -> str:
     return "" if seconds is None else words.duration(1e9 * seconds)
+
+
+def _servers(row: CallInfo) -> str:
+    return "" if row.servers is None else str(row.servers)
 
 
 class Head(Static):
@@ -119,7 +123,7 @@ class Live(Screen[None]):
         self.call_after_refresh(self.again)
 
     def again(self) -> None:
-        """Shows what was shown, as wide as it is now."""
+        """Draws the last view once more, at the width that there is now."""
         self.measure()
         self.present(self.app.view)
 
@@ -142,7 +146,7 @@ class Live(Screen[None]):
             head.say("")
 
     def measure(self) -> None:
-        """Says how wide its lanes are."""
+        """Tells the app how wide the lanes of this screen are, where it has any."""
 
     def marks(self) -> list[str]:
         """What the first line is to say of the table: that not all of it is shown."""
@@ -153,7 +157,6 @@ class Live(Screen[None]):
         return []
 
     def action_sort(self, reverse: bool = False) -> None:
-        """By the next column, or in the other direction."""
         self.table.sort_next(reverse)
 
     def action_filter(self) -> None:
@@ -171,7 +174,6 @@ class Live(Screen[None]):
         self._filter(event.value)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Keeps the filter."""
         self._end_filter()
 
     def _filter(self, text: str) -> None:
@@ -183,7 +185,6 @@ class Live(Screen[None]):
         self.table.focus()
 
     def action_back(self) -> None:
-        """Out of the filter, or out of the screen."""
         if self.query(Input) or self.table.filter:
             self._filter("")
             self._end_filter()

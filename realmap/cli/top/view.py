@@ -13,7 +13,7 @@ from realmap.cli.top.feed import Seen
 from realmap.observe import words
 from realmap.observe.picture import Lane, Numbers, Picture, draw, fitting_unit
 from realmap.observe.snapshot import Snapshot
-from realmap.observe.tables import program
+from realmap.observe.words import program
 from realmap.rights import MappingAccessRights
 from realmap.wire.records import FramesInfo, MappingInfo, ProcessInfo, RunningInfo, SeatInfo
 
@@ -47,7 +47,6 @@ class MappingRow:
 
     @property
     def rights(self) -> str:
-        """As realmap writes them: u_rw."""
         return str(MappingAccessRights(self.mapping.rights))
 
 
@@ -85,7 +84,7 @@ class View:
 
     @cached_property
     def frames(self) -> dict[int, FramesInfo]:
-        """By serial."""
+        """The frames, by serial number."""
         return self.snapshot.frames_by_serial()
 
     def process(self, kernel: int, number: int) -> ProcessRow | None:
@@ -108,7 +107,6 @@ class View:
         return words.harmless(f"in {call.syscall}{whose}") + f" {waited(call.seconds)}"
 
     def seats(self, process: ProcessInfo) -> list[SeatInfo]:
-        """What a process serves."""
         return [each for each in self.snapshot.seats if each.process == process.number]
 
     def alone(self, process: ProcessInfo, cells: int) -> Picture:
@@ -117,7 +115,6 @@ class View:
         return draw(snapshot, cells, unit=2.0, numbers=self._numbers)
 
     def mappings(self, row: ProcessRow) -> list[MappingRow]:
-        """Those of a process."""
         lights: dict[int, set[int]] = {}
         ordered = sorted(row.lane.lights, key=lambda light: light.address)
         at = 0

@@ -50,7 +50,6 @@ class Memory(NamedTuple):
 
 
 def measure(bench: Bench) -> None:
-    """Runs every size and work."""
     winners: dict[str, list[tuple[int, str]]] = {}
     for size in QUICK_SIZES if bench.quick else SIZES:
         try:

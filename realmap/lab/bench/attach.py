@@ -13,7 +13,6 @@ SIZES = [4 << 10, 1 << 20]
 
 
 def measure(bench: Bench) -> None:
-    """By name, and by a handle. Nobody touches what is attached."""
     _, me = bench.kernel()
     for size in SIZES:
         bench.say(f"attach: {words.size(size)}")

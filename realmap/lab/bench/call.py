@@ -38,7 +38,7 @@ def pinned(kernels: list[KernelHandle], pin: bool) -> Iterator[None]:
 
 
 def timed(call: Callable[[], object]) -> Batch:
-    """Calls so often."""
+    """A batch that makes `count` calls."""
 
     def batch(count: int) -> int:
         start = time.perf_counter_ns()

@@ -25,7 +25,6 @@ def touch(memory: Any) -> int:
 
 
 def read(memory: Any) -> int:
-    """Reads all of it."""
     return int(numpy.frombuffer(memory, numpy.uint64).sum())
 
 
@@ -35,7 +34,6 @@ def write(memory: Any) -> None:
 
 
 def pages(memory: Any) -> None:
-    """Writes one byte in every page of it."""
     numpy.frombuffer(memory, numpy.uint8)[::PAGE_SIZE] = time.monotonic_ns() & 0xFF
 
 
@@ -102,7 +100,6 @@ def bench_nop(call: Call) -> None:
 
 @syscall
 def bench_take(call: Call, data: UserBuffer) -> int:
-    """Copies `data` in; its length."""
     return len(data.copy_in())
 
 

@@ -11,7 +11,6 @@ LENGTH = 64 << 20
 
 
 def measure(bench: Bench) -> None:
-    """realmap's three ways and the peers', beside the same sum in the caller's own memory."""
     bench.say("handover: 64 MiB")
     _, me = bench.kernel()
     _, keeping = bench.kernel(lazy_unmap=KEPT)

@@ -54,7 +54,6 @@ class Contender(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The median and the 10th and 90th percentile."""
     if len(values) < 2:
         return Spread(values[0], values[0], values[0])
     tenths = quantiles(values, n=10, method="inclusive")
@@ -62,7 +61,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def unsteady(found: Spread) -> bool:
-    """Whether it says little."""
+    """Whether the middle 80 % of the rounds lie too far apart to rely on the median."""
     return found.p90 - found.p10 > STEADY * found.median
 
 
@@ -138,7 +137,6 @@ class Race:
         return msgspec.structs.replace(spread(found), median=median(ours) / median(theirs))
 
     def figures(self, group: str, size: int | None = None, work: str | None = None) -> list[Figure]:
-        """What came out, contender by contender."""
         found = []
         for name, _, floor, _ in self.contenders:
             took = self.time(name)

@@ -121,7 +121,6 @@ def crowd(clients: int, address: str, server: str | None = None) -> Program:
 
 
 def floor() -> Program:
-    """The C floor, built and started."""
     sources = sorted(map(str, (TOOLS / "floor").glob("*.c")))
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if not sources:

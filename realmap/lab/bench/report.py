@@ -72,8 +72,6 @@ class Reached(msgspec.Struct, frozen=True):
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """Something that was left out, and why."""
-
     what: str
     why: str
 

@@ -27,7 +27,6 @@ HELD = 2000
 
 
 def measure(bench: Bench) -> None:
-    """Many against few."""
     _mappings(bench)
     _mirrors(bench)
     _boot(bench)

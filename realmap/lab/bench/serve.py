@@ -34,7 +34,6 @@ def _served(bench: Bench, servers: int, lazy_unmap: int = 0) -> tuple[KernelHand
 
 
 def measure(bench: Bench) -> None:
-    """Each in turn, in the same rounds."""
     bench.say("serve: calls")
     _, direct = bench.kernel()
     _, me = _served(bench, 1)

@@ -7,7 +7,6 @@ import threading
 import time
 from typing import Any
 
-from realmap.lab.bench.call import timed
 from realmap.lab.bench.measure import Batch, Contender
 from realmap.lab.bench.run import Bench
 from realmap.sync import Lock, Queue
@@ -25,11 +24,25 @@ def drain(me: Process, queue: Queue, answers: Queue) -> None:
 
 
 def _pair(lock: Any) -> Batch:
-    def once() -> None:
-        lock.acquire()
-        lock.release()
+    def batch(count: int) -> int:
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            lock.acquire()
+            lock.release()
+        return time.perf_counter_ns() - start
 
-    return timed(once)
+    return batch
+
+
+def _block(lock: Any) -> Batch:
+    def batch(count: int) -> int:
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            with lock:
+                pass
+        return time.perf_counter_ns() - start
+
+    return batch
 
 
 def _to(queue: Queue, answers: Queue, message: Any) -> Batch:
@@ -45,17 +58,17 @@ def _to(queue: Queue, answers: Queue, message: Any) -> Batch:
 
 
 def measure(bench: Bench) -> None:
-    """What nobody waits for, and one producer with one consumer."""
     bench.say("sync")
     kernel, me = bench.kernel()
     with me.map(4096) as page:
-        contenders = [
-            Contender("multiprocessing.Lock", _pair(multiprocessing.Lock())),
-            Contender("threading.Lock", _pair(threading.Lock()), "multiprocessing.Lock"),
-            Contender("Lock", _pair(Lock(page)), "multiprocessing.Lock"),
-            Contender("Lock, to threading's", _pair(Lock(page, 64)), "threading.Lock"),
-        ]
-        bench.race("sync", contenders, work="uncontended")
+        for work, timed in (("acquire + release", _pair), ("with", _block)):
+            contenders = [
+                Contender("multiprocessing.Lock", timed(multiprocessing.Lock())),
+                Contender("threading.Lock", timed(threading.Lock()), "multiprocessing.Lock"),
+                Contender("Lock", timed(Lock(page)), "multiprocessing.Lock"),
+                Contender("Lock, to threading's", timed(Lock(page, 64)), "threading.Lock"),
+            ]
+            bench.race("sync", contenders, work=work)
     for size, slots in ((SMALL, 1024), (LARGE, 8)):
         queue, answers = Queue(me, slots=slots, size=size), Queue(me, slots=1, size=8)
         consumer = kernel.spawn(drain, queue, answers)

@@ -12,7 +12,6 @@ WAYS = ("{}[0]", "{}[0] = 1", "{}[8:24]")
 
 
 def measure(bench: Bench) -> None:
-    """The same statement on both."""
     bench.say("touch")
     _, me = bench.kernel()
     with me.map(PAGE_SIZE) as buffer:

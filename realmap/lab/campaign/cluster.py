@@ -131,7 +131,6 @@ class Cluster:
         self._client.run(work.stop, self._campaign, workers=there, on_error="ignore")
 
     def close(self) -> None:
-        """Leaves the cluster."""
         self._closed.set()
         self._watcher.join()
         self._client.close()

@@ -52,7 +52,6 @@ class Change(msgspec.Struct, frozen=True):
 
     @property
     def certain(self) -> bool:
-        """Whether it is more than noise."""
         return self.low > 0 or self.high < 0
 
 

@@ -10,7 +10,7 @@ from realmap.lab.campaign import work
 
 
 class Here:
-    """So many runs at a time, on this machine."""
+    """So many runs at a time, on this machine. It keeps nothing that `close` would end."""
 
     def __init__(self, count: int) -> None:
         name = socket.gethostname()
@@ -19,11 +19,9 @@ class Here:
         self._campaign = str(uuid.uuid4())
 
     def run(self, host: int, arguments: list[str], tell: Callable[[str], None]) -> work.Outcome:
-        """One run."""
         return work.run(self._campaign, arguments, tell)
 
     def stop(self) -> None:
-        """Ends what runs."""
         work.stop(self._campaign)
 
     def close(self) -> None:

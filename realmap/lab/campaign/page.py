@@ -22,7 +22,6 @@ Rows = dict[str, dict[str, float]]
 
 
 def page(report: Report) -> bytes:
-    """All of it."""
     root = Element("html", lang="en")
     head = SubElement(root, "head")
     SubElement(head, "meta", charset="utf-8")

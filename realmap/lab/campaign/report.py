@@ -34,7 +34,7 @@ class Host(msgspec.Struct):
 
     @property
     def reports(self) -> list[Any]:
-        """Of all its runs that had one."""
+        """Those of all its runs that had one, in order."""
         return [*self.earlier, *([self.report] if self.report is not None else [])]
 
 

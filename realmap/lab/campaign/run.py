@@ -31,7 +31,7 @@ class Hosts(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends what runs."""
+        """Ends every run."""
         ...
 
 
@@ -40,8 +40,6 @@ Say = Callable[[str, str, bool], None]
 
 
 class Campaign:
-    """One campaign on these hosts."""
-
     def __init__(self, plan: Plan, where: Hosts, say: Say) -> None:
         self._plan = plan
         self._where = where
@@ -100,8 +98,3 @@ class Campaign:
         elif outcome.status:
             found = (host.report or {}).get("failures")
             host.state, host.why = FAILED, "; ".join(found) if found else outcome.said
-
-
-def run(plan: Plan, where: Hosts, say: Say) -> Report:
-    """Runs it there, and reports."""
-    return Campaign(plan, where, say).run()

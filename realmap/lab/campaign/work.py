@@ -52,7 +52,6 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 def identity() -> Identity:
-    """Of the host that this process runs on."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return Identity(f"{boot} {os.readlink('/proc/self/ns/net')}", socket.gethostname(), time.time())
 

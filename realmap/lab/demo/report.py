@@ -20,7 +20,6 @@ FRAGMENT = 5 * PAGE_SIZE
 
 
 def digest(content: bytes | memoryview | CrossProcessMapping) -> str:
-    """Its SHA-256."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -42,7 +41,6 @@ class Check(msgspec.Struct):
 
     @property
     def page_offset(self) -> int:
-        """Where in its first page the range starts."""
         return self.user_address % PAGE_SIZE
 
     @property
@@ -69,7 +67,6 @@ class Check(msgspec.Struct):
 
     @property
     def ok(self) -> bool:
-        """Whether everything about it is as it must be."""
         return self.placed and self.digested and self.counted
 
 
@@ -95,7 +92,6 @@ class KillReport(msgspec.Struct):
 
     @property
     def died(self) -> bool:
-        """Whether it was killed by SIGKILL."""
         return self.exitcode == -9
 
     @property
@@ -110,7 +106,6 @@ class KillReport(msgspec.Struct):
 
     @property
     def ok(self) -> bool:
-        """Whether all of that held."""
         return self.died and self.digested and self.counted
 
 
@@ -144,7 +139,6 @@ class Story(Report):
     written: bool = False
 
     def holds(self) -> bool:
-        """Whether all of it is as it must be."""
         checked = [check.ok for file in self.files for check in file.checks]
         raced = bool(self.races) and all(race.ok for race in self.races)
         killed = self.killed is not None and self.killed.ok

@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 
-from realmap.ambient import connect
 from realmap.errors import KernelError, MemoryFault, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
 from realmap.host import forks
 from realmap.lab.workload import Step, pattern
@@ -17,6 +16,13 @@ from realmap.user import Buffer, Process
 CALLS = {"digest": "stress_digest", "slow_digest": "stress_slow_digest", "copied_digest": "stress_copied_digest"}
 #: What a map may be answered with where memory is short; nothing is wrong then.
 NO_ROOM = (PhysicalMemoryExhaustion, VirtualMemoryExhaustion)
+#: How long the kernel may take to answer whoever would not wait for ever: what works against it may keep it. Seconds.
+PATIENCE = 60.0
+
+
+def join(path: str) -> Process:
+    """A user of the kernel at `path`. Errors as `realmap.connect`."""
+    return Process(path, timeout=PATIENCE)
 
 
 class WrongBytes(Exception):
@@ -29,11 +35,11 @@ class Actor:
     def __init__(self, me: Process) -> None:
         self.me = me
         self.buffers: dict[int, Buffer] = {}
-        #: Truncations that nobody noticed, since nothing was touched after them; and those that were reported.
-        self.unnoticed = self.reported = 0
+        #: Truncations that nobody noticed, since nothing was touched after them.
+        self.unnoticed = 0
 
     def perform(self, step: Step) -> object:
-        """Does it; what it gives. KernelError: as the library says."""
+        """Does it; its result. KernelError: as the library says."""
         kind, me = step.kind, self.me
         if kind in ("map", "map_read_only"):
             rights = u_rw if kind == "map" else u_r
@@ -82,7 +88,7 @@ class Actor:
                     errors.append(WrongBytes(f"{zeros} pages of zeros were read, and no fault was reported"))
                 self.unnoticed += 1
             except MemoryFault:
-                self.reported += 1
+                pass
             except KernelError as error:
                 errors.append(error)
 
@@ -113,7 +119,7 @@ def _fork(path: str, seed: int) -> None:
         status = 1
         try:
             if seed % 2:
-                with contextlib.suppress(*NO_ROOM), connect(path) as me:
+                with contextlib.suppress(*NO_ROOM), join(path) as me:
                     buffer = me.map(1 + seed % 9999)
                     data = pattern(seed, len(buffer))
                     buffer[:] = data

@@ -40,36 +40,35 @@ class Shown(NamedTuple):
 
 
 class Board:
-    """Of so many users. Made before they are forked; each word is written by one at a time."""
+    """A row of words for each user, in memory that all share: made before they are forked."""
 
     def __init__(self, users: int) -> None:
         self._words = memoryview(mmap.mmap(-1, users * WORDS * 8)).cast("q")
         self._users = users
 
     def enter(self, index: int) -> None:
-        """By the user itself: it may be worked on from now on."""
+        """Called by the user itself: it may be worked on from now on."""
         self._words[index * WORDS + PID] = os.getpid()
 
     def leave(self, index: int) -> None:
-        """By the runner, before it reaps that user."""
+        """Called by the runner, before it reaps that user."""
         for word in (PID, OPERATION, ADDRESS):
             self._words[index * WORDS + word] = 0
 
     def doom(self, held: Held) -> None:
-        """Its death is asked for."""
+        """Notes that its death is wanted."""
         self._words[held.user * WORDS + DOOMED] = held.pid
 
     def is_doomed(self, index: int, pid: int) -> bool:
-        """Whether it was: then it is no failure."""
+        """Whether an antagonist wants its death, which is no failure then."""
         return self._words[index * WORDS + DOOMED] == pid
 
     def begin(self, index: int, operation: int) -> None:
-        """By the user: it is in that operation from now on."""
+        """Called by the user: it is in that operation from now on."""
         self._words[index * WORDS + SINCE] = time.monotonic_ns()
         self._words[index * WORDS + OPERATION] = operation
 
     def end(self, index: int) -> None:
-        """It is in none, any more."""
         self._words[index * WORDS + OPERATION] = 0
 
     def operation(self, index: int) -> tuple[int, float]:
@@ -89,12 +88,11 @@ class Board:
         return shown if shown.address else None
 
     def pids(self) -> list[int]:
-        """Of the users that are there."""
         return [pid for index in range(self._users) if (pid := self._words[index * WORDS + PID])]
 
     @contextmanager
     def held(self, rng: random.Random) -> Iterator[Held | None]:
-        """A user chosen by `rng`; None where it is just not there."""
+        """A user chosen by `rng`; None where there is none in that row."""
         index = rng.randrange(self._users)
         pid = self._words[index * WORDS + PID]
         try:

@@ -16,46 +16,40 @@ _kept: dict[tuple[int, int], CrossProcessMapping] = {}
 
 @syscall
 def stress_digest(call: Call, data: UserBuffer) -> str:
-    """Of its bytes, in place."""
     with data.mirror(k_r) as mirror:
         return hashlib.sha256(mirror).hexdigest()
 
 
 @syscall(blocking=True)
 def stress_slow_digest(call: Call, data: UserBuffer) -> str:
-    """The same on a worker thread."""
     with data.mirror(k_r) as mirror:
         return hashlib.sha256(mirror).hexdigest()
 
 
 @syscall
 def stress_copied_digest(call: Call, data: UserBuffer) -> str:
-    """Of a copy."""
     return hashlib.sha256(data.copy_in()).hexdigest()
 
 
 @syscall
 def stress_reverse(call: Call, data: UserBuffer) -> None:
-    """Its bytes the other way round, in place."""
     with data.mirror() as mirror:
         mirror[:] = bytes(mirror)[::-1]
 
 
 @syscall
 def stress_fill(call: Call, data: UserBuffer, content: bytes) -> None:
-    """Copies `content` into it."""
     data.copy_out(content)
 
 
 @syscall
 def stress_copy(call: Call, source: UserBuffer, target: UserBuffer) -> None:
-    """Copies one buffer into another, without mapping either."""
     target.copy_out(source.copy_in())
 
 
 @syscall
 def stress_keep(call: Call, name: int, data: UserBuffer) -> None:
-    """Keeps a mirror beyond the call; what a process that died has left goes now."""
+    """Keeps a mirror beyond the call; drops those of processes that have ended."""
     # Other calls may be at it, too, where this one has lost the loop: so the keys first, and each is taken once.
     keys = list(_kept)
     living = {process.pid for process in call.kernel.processes()}

@@ -32,7 +32,7 @@ class Skipped(Exception):
 
 
 class Neighbours:
-    """Of user `index`."""
+    """What user `index` does with the others."""
 
     def __init__(self, me: Process, board: Board, index: int) -> None:
         self._me = me
@@ -102,7 +102,6 @@ class Neighbours:
         return b"", b""
 
     def close(self) -> None:
-        """Serves no more."""
         if self._service is not None:
             self._service.close()
             self._service = None

@@ -156,7 +156,6 @@ def _left(user: Process, before: dict[str, set[Any]]) -> str | None:
 
 
 def in_words(error: BaseException) -> str:
-    """What was raised, and where."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     return (
@@ -165,6 +164,5 @@ def in_words(error: BaseException) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value for people."""
     text = repr(value)
     return text if len(text) < 100 else f"{text[:60]}… ({len(text)} characters)"

@@ -46,7 +46,7 @@ class Options(msgspec.Struct, frozen=True):
     operations: str | None = None
 
     def command(self) -> str:
-        """What runs the same again."""
+        """The command that repeats this run."""
         parts = ["realmap stress", self.mix, f"--users {self.users} --seed {self.seed}"]
         parts.append(f"--ops {self.ops}" if self.ops is not None else f"--seconds {self.seconds:g}")
         for name, share in (("kill", self.kill), ("truncate", self.truncate)):
@@ -82,12 +82,10 @@ class Operation(msgspec.Struct):
     why: str | None = None
 
     def fail(self, why: str) -> None:
-        """It failed once more."""
         self.failures += 1
         self.why = self.why or why
 
     def add(self, other: Operation) -> None:
-        """What another user did."""
         self.count += other.count
         self.failures += other.failures
         self.longest = max(self.longest, other.longest)
@@ -137,7 +135,7 @@ class Kind(msgspec.Struct, frozen=True):
 
 
 def kind_of(buckets: Mapping[int, int], seconds: float, longest: float) -> Kind:
-    """Of what was counted in so many seconds, by one user or by many machines."""
+    """The summary of what was counted in so many seconds, by one user or by many machines."""
     count = sum(buckets.values())
     # A bucket may reach beyond the longest of its times.
     p50, p99 = (min(longest, percentile(buckets, share)) for share in (0.5, 0.99))
@@ -162,7 +160,6 @@ class Slope(msgspec.Struct, frozen=True):
         return self.rises and self.last - self.first > self.allowed(name)
 
     def allowed(self, name: str) -> float:
-        """How much it may go up without growing."""
         return RISE if name == "rss" else 0.2 * self.first + 100
 
     def in_words(self, name: str) -> str:

@@ -14,10 +14,9 @@ from typing import Any
 
 import msgspec
 
-from realmap.ambient import connect
 from realmap.errors import KernelDied, KernelError, LimitReached, MemoryFault, ServerDied
 from realmap.lab import workload
-from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes
+from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes, join
 from realmap.lab.stress.board import Board
 from realmap.lab.stress.neighbours import Neighbours, Skipped
 from realmap.lab.stress.operations import Own, attempt, load, shortened
@@ -58,7 +57,7 @@ class Worker:
 
     def live(self, deadline: float | None, steps: int | None) -> None:
         """Works until `deadline` (of the monotonic clock), or for so many steps, or until it is killed."""
-        with connect(self._path) as me:
+        with join(self._path) as me:
             actor = Actor(me)
             self._neighbours = Neighbours(me, self._board, self._index)
             self._board.enter(self._index)  # from here on it can bear what antagonists do
@@ -165,7 +164,7 @@ class Worker:
         self._tally.longest[kind] = max(took, self._tally.longest.get(kind, 0))
 
     def _attempt(self, actor: Actor, number: int, own: Own, step: Step) -> None:
-        """An operation of one's own. Whatever it does, the others go on."""
+        """Runs an operation of the user's own; whatever that does, the others go on."""
         began = time.perf_counter_ns()
         self._board.begin(self._index, number)
         outcome = attempt(own, actor.me, step.seed)

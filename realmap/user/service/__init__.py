@@ -30,7 +30,8 @@ _part = itertools.count()
 
 
 class Service:
-    """Handlers that run in this process, for whoever calls them by their names. A context manager.
+    """Handlers that run in this process, for whoever calls them by their names. A context manager, and one for
+    `async with`, which keeps its event loop going while it closes.
 
     Their threads are its own: this one may wait (`wait`), or go on. In a forked child it is closed.
     """
@@ -114,7 +115,7 @@ class Service:
             return
         self._closed = True
         self._server.end_soon()
-        if self._seat in nesting.seats.get():
+        if self._seat in nesting.seats():
             return
         if not self._ended.wait(timeout):
             raise TimeoutError(f"calls of {', '.join(self._handlers)} are at work after {timeout} s")
@@ -124,6 +125,14 @@ class Service:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        import asyncio  # it takes a while, and most programs do without
+
+        await asyncio.to_thread(self.close)
 
     def __repr__(self) -> str:
         state = "ended" if self.has_ended else f"{self.calls} calls so far"

@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from realmap._core import look_over
-from realmap.errors import KernelError, LimitReached, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
+from realmap.errors import (
+    KernelError,
+    LimitReached,
+    PhysicalMemoryExhaustion,
+    ProcessKilled,
+    ServerDied,
+    SyscallTimeout,
+    UnknownSyscall,
+)
 from realmap.host import forks
+from realmap.host.translate import shortage
 from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
 from realmap.serving.lines import Lines
@@ -31,13 +40,13 @@ from realmap.serving.syscalls import Call, encode, failed, has_failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
+from realmap.user.service.reports import MOST, Beside, Trace, served
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
-from realmap.user.service.told import MOST, Trace, served
 from realmap.user.service.turns import Turns
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
-from realmap.wire.news import Gone, Granted, Opened, Revoked
+from realmap.wire.news import Gone, Granted, Opened, Refused, Revoked
 from realmap.wire.ring import SPIN
 from realmap.wire.seat import BUSY, TRACED, WAITING
 from realmap.wire.status import Page
@@ -66,12 +75,14 @@ class Server(Lines[Session]):
         self._elsewhere = Elsewhere(land)
         self._sessions: dict[int, Session] = {}
         self._mine = (seat.number,)
+        #: Of the thread that has the loop.
+        self._place = nesting.Place(self._mine)
         # Where more may be at work at a time, the next one does not wait so long for the one before.
         self.relay: Relay[Work] = Relay(self._run, "service", LOOK if threads == 1 else LOOK / 10)
         self._workers = Workers()
         self._tasks: Tasks | None = None
-        #: Calls at work beside the loop, and since when; how many of them are tasks, which take no thread.
-        self._beside: dict[Call, tuple[Work, float]] = {}
+        #: Calls at work beside the loop; how many of them are tasks, which take no thread.
+        self._beside: dict[Call, Beside] = {}
         self._awaiting = 0
         #: Those that wait.
         self._turns = Turns(queue)
@@ -98,10 +109,11 @@ class Server(Lines[Session]):
 
     def _run(self, taken: Taken[Work] | None) -> None:
         """On the thread that has the loop: runs it to its end. Lost: another one has it now."""
-        nesting.seats.set(self._mine)
+        before, self._place = self._place, nesting.Place(self._mine)
+        nesting.here.set(self._place)
         try:
             if taken is not None:
-                self._take_over(taken)
+                self._take_over(taken, before)
                 del taken.work
             if not self.relay.stand_by():
                 log.warning("no thread stands by for a service: a slow handler keeps it")
@@ -160,6 +172,8 @@ class Server(Lines[Session]):
             for news, descriptors in self._seat.hear():
                 if isinstance(news, Opened):
                     self._enter(news, descriptors)
+                elif isinstance(news, Refused):
+                    self._break_circle(news)
                 elif (session := self._sessions.get(news.session)) is None:
                     continue
                 elif isinstance(news, Granted):
@@ -211,7 +225,7 @@ class Server(Lines[Session]):
         del self._sessions[line.number]
         line.shut()
         self._turns.drop(line)
-        for work, _ in self._beside.values():
+        for work, _, _ in self._beside.values():
             if work.session is line and self._tasks is not None:
                 self._tasks.cancel(work.call)
 
@@ -289,6 +303,13 @@ class Server(Lines[Session]):
             why = f"{request.name!r} would wait for itself: it is called by what its {self._threads} thread(s) wait for"
             raise LimitReached("threads", self._threads, why=f"{why}; serve with more threads, or do not call back")
 
+    def _break_circle(self, refused: Refused) -> None:
+        """A call waits for a thread that waits for it, through others. Where it does not any more: nothing."""
+        work = self._turns.take(refused.session, refused.id)
+        if work is not None:
+            self._answer(work, failed(refused.id, LimitReached("threads", self._threads, why=refused.why)))
+            self._say()
+
     def _next(self) -> None:
         """Begins what waits, as far as threads are free."""
         while self._turns and self._busy < self._threads:
@@ -319,7 +340,7 @@ class Server(Lines[Session]):
         words[BUSY] = self._busy + 1
         nested = type(request) is messages.NestedCall
         if nested:
-            nesting.seats.set(request.seats + self._mine)  # type: ignore[attr-defined]
+            self._place.seats = request.seats + self._mine  # type: ignore[attr-defined]
         relay.away[call] = work
         if relay.parked:
             relay.wake()
@@ -331,7 +352,7 @@ class Server(Lines[Session]):
         except KeyError:
             self._come_late(call, answer)
         if nested:
-            nesting.seats.set(self._mine)
+            self._place.seats = self._mine
         words[BUSY] = self._busy
         if buffers:
             answer = self._settled(request.id, answer, buffers)
@@ -349,12 +370,12 @@ class Server(Lines[Session]):
         self.loop.post(partial(self._end, call, answer))
         raise Lost
 
-    def _take_over(self, taken: Taken[Work]) -> None:
-        """The handler of a call has lost the loop: it goes on, beside it. On the new thread, before anything else."""
-        self._put_beside(taken.work, taken.since)
+    def _take_over(self, taken: Taken[Work], place: nesting.Place) -> None:
+        """The handler of a call has lost the loop: it goes on where it is. On the new thread, before anything else."""
+        self._put_beside(taken.work, taken.since, place)
         self.loop.post(self._next)  # and what else was posted, which the late one was about to do
 
-    def _put_beside(self, work: Work, since: float) -> Work:
+    def _put_beside(self, work: Work, since: float, place: nesting.Place) -> Work:
         if not work.pinned:
             buffers = [
                 buffer
@@ -364,16 +385,16 @@ class Server(Lines[Session]):
             for buffer in buffers:
                 user_buffer.pin(buffer)
             work = work._replace(buffers=buffers, pinned=True)
-        self._beside[work.call] = work, since
+        self._beside[work.call] = Beside(work, since, place)
         self._awaiting += work.syscall.is_async
         self._say()
         return work
 
     def _begin_beside(self, work: Work) -> None:
         """Runs a handler on a worker thread, or as a task."""
-        work = self._put_beside(work, time.monotonic())
+        place = nesting.Place((*getattr(work.request, "seats", ()), *self._mine))
+        work = self._put_beside(work, time.monotonic(), place)
         _, call, syscall, request, buffers, _, _ = work
-        waiting = (*getattr(request, "seats", ()), *self._mine)
         began = time.monotonic_ns()
 
         def end(answer: bytes) -> None:
@@ -381,7 +402,7 @@ class Server(Lines[Session]):
             self.loop.post(partial(self._end, call, answer))
 
         def on_thread() -> None:
-            nesting.seats.set(waiting)
+            nesting.here.set(place)
             end(run(syscall, call, request, buffers))
 
         try:
@@ -390,15 +411,17 @@ class Server(Lines[Session]):
                     from realmap.user.service.tasks import Tasks  # asyncio takes a while to import
 
                     self._tasks = Tasks()
-                self._tasks.submit(syscall, call, request, buffers, waiting, end)
+                self._tasks.submit(syscall, call, request, buffers, place, end)
             else:
                 self._workers.submit(on_thread)
-        except (RuntimeError, OSError) as error:
-            self._end(call, failed(request.id, KernelError(why=f"no thread for it: {error}")))
+        except OSError as error:
+            self._end(call, failed(request.id, shortage(error, "no event loop for it")))
+        except RuntimeError as error:
+            self._end(call, failed(request.id, PhysicalMemoryExhaustion(why=f"no thread for it: {error}")))
 
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""
-        work, since = self._beside.pop(call)
+        work, since, _ = self._beside.pop(call)
         self._awaiting -= work.syscall.is_async
         answer = self._settled(work.request.id, answer, work.buffers)
         if self._seat.words[TRACED]:

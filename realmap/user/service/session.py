@@ -48,7 +48,6 @@ class Budget:
         self._used[what] += amount
 
     def give_back(self, what: str, amount: int = 1) -> None:
-        """So much less."""
         self._used[what] -= amount
 
 
@@ -63,12 +62,10 @@ class Caller:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is this very process."""
         return self.pid == os.getpid()
 
     @property
     def facts(self) -> dict[str, int]:
-        """What a record of `logging` about it carries."""
         return {"user": self.number, "user_pid": self.pid}
 
     def __repr__(self) -> str:

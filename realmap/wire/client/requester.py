@@ -154,11 +154,9 @@ class Requester(ABC):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is of no use any more: closed, or the other side has gone."""
         return self.endpoint.end not in (OPEN, LOST_IN_CHILD)
 
     def close(self) -> None:
-        """Ends the connection. Again: nothing."""
         self.endpoint.close()
         self.forget_closed_loops()
 

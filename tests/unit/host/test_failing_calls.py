@@ -13,7 +13,7 @@ from typing import Any
 
 import posix_ipc
 import pytest
-from conftest import PAGE, left_names
+from conftest import PAGE, own_names
 
 import realmap
 from realmap.host import files, liveness, procfs, runtime
@@ -71,9 +71,9 @@ def open_descriptors() -> int:
 def test_a_segment_whose_name_cannot_be_taken_away_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = posix_ipc.unlink_shared_memory
     monkeypatch.setattr(posix_ipc, "unlink_shared_memory", failing(unlink, errno.EIO))
-    before = left_names()
+    before = own_names()
     FrameAllocator().allocate(PAGE)
-    assert left_names() == before
+    assert own_names() == before
 
 
 @pytest.mark.parametrize("kind", [posix_ipc.ExistentialError, posix_ipc.PermissionsError])
@@ -96,7 +96,7 @@ def test_a_name_that_cannot_be_had_leaves_nothing(monkeypatch: pytest.MonkeyPatc
         frames.allocate(PAGE, name=name)
     monkeypatch.undo()
     assert name not in os.listdir("/dev/shm")
-    assert left_names() == []
+    assert own_names() == []
     frames.allocate(PAGE, name=name)
 
 
@@ -284,3 +284,11 @@ def test_a_kernel_that_is_not_told_what_to_run_ends(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket.socket, "sendall", failing(socket.socket.sendall, errno.ENOBUFS))
     with pytest.raises(realmap.KernelDied, match="before it served"):
         realmap.boot()
+
+
+def test_a_first_segment_without_descriptors_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Already its name takes one, to read when this process began."""
+    monkeypatch.setattr(runtime, "_stamp", (0, ""))
+    monkeypatch.setattr(procfs, "read_file", failing(procfs.read_file, errno.EMFILE))
+    with pytest.raises(realmap.PhysicalMemoryExhaustion, match="no descriptors left"):
+        FrameAllocator().allocate(PAGE, PAGE)

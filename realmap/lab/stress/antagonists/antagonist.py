@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
-from realmap.ambient import connect
 from realmap.errors import KernelDied
-from realmap.lab.stress.actor import WrongBytes
-from realmap.lab.stress.board import Board
+from realmap.host import runtime
+from realmap.host.cgroups import MemoryCgroup
+from realmap.lab.stress.actor import WrongBytes, join
+from realmap.lab.stress.board import Board, Held
 from realmap.lab.workload import pattern
 from realmap.pages import PAGE_SIZE, align_down
 
@@ -59,17 +60,55 @@ class Antagonist(ABC):
         return
 
 
+class OnUsers(Antagonist):
+    """One whose steps work on one user each, chosen by chance; nothing is done where that has just ended."""
+
+    def step(self, rng: random.Random) -> bool:
+        with self.target.board.held(rng) as user, suppress(ProcessLookupError):
+            return user is not None and self.work_on(user, rng)
+        return False
+
+    @abstractmethod
+    def work_on(self, user: Held, rng: random.Random) -> bool:
+        """A step; `user` stays who it is meanwhile. ProcessLookupError: it has ended."""
+
+
+class InCgroup(Antagonist):
+    """One with a memory cgroup for users, of at most `most` bytes."""
+
+    most: ClassVar[int | None] = None
+    _group: MemoryCgroup | None = None
+
+    def available(self) -> str | None:
+        """Makes the cgroup."""
+        try:
+            self._group = MemoryCgroup(f"realmap-{self.name}-{runtime.stamp()}")
+            if self.most is not None:
+                self._group.limit(self.most)
+        except OSError as error:
+            return str(error)
+        return None
+
+    @property
+    def group(self) -> MemoryCgroup:
+        assert self._group is not None
+        return self._group
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+
+
 class Bytes:
     """A buffer of the antagonist's own, as a user of the kernel, and what each of its bytes should be."""
 
     def __init__(self, target: Target, length: int, rng: random.Random) -> None:
-        self._me = connect(target.path)
+        self._me = join(target.path)
         self.buffer = self._me.map(length)
         self.expected = bytearray(length)
         self.fill(0, length, rng)
 
     def fill(self, offset: int, length: int, rng: random.Random) -> None:
-        """Writes a new pattern there."""
         self.expected[offset : offset + length] = data = pattern(rng.getrandbits(32), length)
         self.buffer[offset : offset + length] = data
 
@@ -101,7 +140,6 @@ class Bytes:
             raise WrongBytes(f"wrong bytes in a kept mirror after {what}")
 
     def close(self) -> None:
-        """Ends the connection, and its buffer with it."""
         with suppress(KernelDied):
             self._me.close()
 

@@ -19,15 +19,13 @@ from contextlib import suppress
 import msgspec
 
 from realmap.host import files, forks
-from realmap.lab.stress.actor import WrongBytes
+from realmap.lab.stress.actor import PATIENCE, WrongBytes
 from realmap.lab.stress.antagonists.antagonist import Antagonist, Target
 from realmap.lab.stress.report import Antagonism
 
 #: It rests so many times as long as its last step was on a CPU, for so many seconds at most: users have to get on, too.
 SHARE, LONGEST_REST = 3, 0.25
 TELL = 0.25
-#: How long one may take to end, in seconds.
-PATIENCE = 10.0
 
 
 class Member:
@@ -41,7 +39,7 @@ class Member:
 
 
 class Crew:
-    """Those of a run."""
+    """The antagonists of a run."""
 
     def __init__(self, kinds: Sequence[type[Antagonist]], target: Target, seed: int) -> None:
         self._members = [Member(kind(target)) for kind in kinds]
@@ -59,7 +57,7 @@ class Crew:
         return [f"antagonist {name}: {each.wrong}" for name, each in self.found.items() if each.wrong]
 
     def start(self) -> None:
-        """All that the machine allows."""
+        """Starts those that the machine allows."""
         runner = os.pidfd_open(os.getpid())
         for member in self._members:
             why = member.antagonist.available()
@@ -86,7 +84,7 @@ class Crew:
         files.close(runner)
 
     def hear(self) -> None:
-        """Whatever they have told since."""
+        """Takes in what they have reported since."""
         for member in self._members:
             while member.sock is not None and select.select([member.sock], [], [], 0)[0]:
                 self._hear(member)

@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
-from realmap.host import files, paging, runtime
-from realmap.host.cgroups import MemoryCgroup
+from realmap.host import files, paging
 from realmap.host.procfs import maps
 from realmap.lab.stress.actor import WrongBytes
-from realmap.lab.stress.antagonists.antagonist import Antagonist, Target
+from realmap.lab.stress.antagonists.antagonist import Antagonist, InCgroup, OnUsers, Target
+from realmap.lab.stress.board import Held
 from realmap.lab.workload import pattern
 from realmap.memory.lands import USER_LAND
 from realmap.pages import PAGE_SIZE
@@ -42,7 +42,7 @@ class Compaction(Antagonist):
         return True
 
 
-class Numa(Antagonist):
+class Numa(OnUsers):
     """Moves users' pages from one NUMA node to another."""
 
     name = "numa"
@@ -59,54 +59,31 @@ class Numa(Antagonist):
             return f"move_pages says {error.strerror}: be root (CAP_SYS_NICE), under Linux with CONFIG_MIGRATION"
         return None
 
-    def step(self, rng: random.Random) -> bool:
-        with self.target.board.held(rng) as user:
-            if user is None:
-                return False
-            with suppress(ProcessLookupError):
-                entries = maps(user.pid, USER_LAND.start, USER_LAND.end)
-                if entries:
-                    entry = rng.choice(entries)
-                    places = list(range(entry.start, entry.end, PAGE_SIZE))[:256]
-                    moved = paging.move_pages(user.pid, places, rng.choice(self._nodes))
-                    return any(node >= 0 for node in moved)
-        return False
+    def work_on(self, user: Held, rng: random.Random) -> bool:
+        entries = maps(user.pid, USER_LAND.start, USER_LAND.end)
+        if not entries:
+            return False
+        entry = rng.choice(entries)
+        places = list(range(entry.start, entry.end, PAGE_SIZE))[:256]
+        return any(node >= 0 for node in paging.move_pages(user.pid, places, rng.choice(self._nodes)))
 
 
-class Reclaim(Antagonist):
+class Reclaim(InCgroup):
     """Has Linux reclaim what users (and a kernel of the run's own) take, in a memory cgroup of theirs."""
 
     name = "reclaim"
     rest = 0.02
 
-    def __init__(self, target: Target) -> None:
-        super().__init__(target)
-        self._group: MemoryCgroup | None = None
-
-    def available(self) -> str | None:
-        """Makes the cgroup."""
-        try:
-            self._group = MemoryCgroup(f"realmap-reclaim-{runtime.stamp()}")
-        except OSError as error:
-            return str(error)
-        return None
-
     def begin(self, rng: random.Random) -> None:
-        assert self._group is not None
         if self.target.own:  # who takes the space of frames is who they are counted for
-            self._group.enter(self.target.kernel)
+            self.group.enter(self.target.kernel)
 
     def step(self, rng: random.Random) -> bool:
-        assert self._group is not None
         with self.target.board.held(rng) as user, suppress(ProcessLookupError):
             if user is not None and not self.target.board.is_doomed(user.user, user.pid):
-                self._group.enter(user.pid)
-        self._group.reclaim(rng.randint(1, 64) << 20)
+                self.group.enter(user.pid)
+        self.group.reclaim(rng.randint(1, 64) << 20)
         return True
-
-    def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
 
 
 class Ksm(Antagonist):
@@ -123,12 +100,10 @@ class Ksm(Antagonist):
         self._before: dict[str, str] = {}
 
     def available(self) -> str | None:
-        """Notes how it is set."""
+        """Notes its settings; another run must not change them meanwhile."""
         try:
             self._lock = os.open(KSM / "run", os.O_RDWR | os.O_CLOEXEC)
-            fcntl.flock(
-                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # as long as the run: two would not know what was before
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._before = {name: (KSM / name).read_text() for name in self.FASTER}
         except FileNotFoundError:
             return "Linux has no KSM here: needs CONFIG_KSM"

@@ -10,16 +10,14 @@ import signal
 import time
 from contextlib import suppress
 
-from realmap.host import forks, runtime
-from realmap.host.cgroups import MemoryCgroup
+from realmap.host import forks
 from realmap.host.liveness import wait_death
 from realmap.lab.stress.actor import WrongBytes
-from realmap.lab.stress.antagonists.antagonist import Antagonist, Bytes, Target
+from realmap.lab.stress.antagonists.antagonist import Antagonist, Bytes, InCgroup, OnUsers, Target
+from realmap.lab.stress.board import Held
 from realmap.lab.workload import pattern
 from realmap.pages import PAGE_SIZE
 
-#: So many bytes are too few to live on.
-STARVING = 64 << 10
 #: How long a user that was starved may take to need more memory. Seconds.
 PATIENCE = 2.0
 
@@ -51,7 +49,7 @@ class Forks(Antagonist):
         return True
 
     def _fork(self, seed: int) -> int:
-        """A child that finds everything as it was, and writes to its own copies."""
+        """A child that verifies what it inherited, and writes to its own copies."""
         child = forks.fork()
         if not child:
             right = False
@@ -104,23 +102,18 @@ def _set_affinity(thread: int, cpus: list[int] | set[int]) -> bool:
     return False
 
 
-class Stops(Antagonist):
+class Stops(OnUsers):
     """Stops users in the midst of anything, for up to 20 ms."""
 
     name = "stops"
 
-    def step(self, rng: random.Random) -> bool:
-        with self.target.board.held(rng) as user:
-            if user is None:
-                return False
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(user.pidfd, signal.SIGSTOP)
-                try:
-                    time.sleep(rng.random() / 50)
-                finally:
-                    signal.pidfd_send_signal(user.pidfd, signal.SIGCONT)
-                return True
-        return False
+    def work_on(self, user: Held, rng: random.Random) -> bool:
+        signal.pidfd_send_signal(user.pidfd, signal.SIGSTOP)
+        try:
+            time.sleep(rng.random() / 50)
+        finally:
+            signal.pidfd_send_signal(user.pidfd, signal.SIGCONT)
+        return True
 
     def close(self) -> None:
         for pid in self.target.board.pids():
@@ -128,24 +121,19 @@ class Stops(Antagonist):
                 os.kill(pid, signal.SIGCONT)
 
 
-class Signals(Antagonist):
+class Signals(OnUsers):
     """Sends users bursts of SIGUSR1, for which each has a handler."""
 
     name = "signals"
 
-    def step(self, rng: random.Random) -> bool:
-        with self.target.board.held(rng) as user:
-            if user is None:
-                return False
-            with suppress(ProcessLookupError):
-                for _ in range(rng.randint(1, 64)):
-                    signal.pidfd_send_signal(user.pidfd, signal.SIGUSR1)
-                    time.sleep(rng.random() / 10_000)
-                return True
-        return False
+    def work_on(self, user: Held, rng: random.Random) -> bool:
+        for _ in range(rng.randint(1, 64)):
+            signal.pidfd_send_signal(user.pidfd, signal.SIGUSR1)
+            time.sleep(rng.random() / 10_000)
+        return True
 
 
-class Limits(Antagonist):
+class Limits(OnUsers):
     """Takes users' limit of descriptors down to about what they have, for up to 20 ms."""
 
     name = "limits"
@@ -154,18 +142,15 @@ class Limits(Antagonist):
         super().__init__(target)
         self._before = resource.getrlimit(resource.RLIMIT_NOFILE)  # every user has inherited it
 
-    def step(self, rng: random.Random) -> bool:
-        with self.target.board.held(rng) as user:
-            if user is None:
-                return False
-            with suppress(FileNotFoundError, PermissionError, ProcessLookupError):  # one that ends is root's
-                most = max(0, len(os.listdir(f"/proc/{user.pid}/fd")) + rng.randint(-2, 4))
-                self._limit(user.pid, min(most, self._before[0]))
-                try:
-                    time.sleep(rng.random() / 50)
-                finally:
-                    self._limit(user.pid, self._before[0])
-                return True
+    def work_on(self, user: Held, rng: random.Random) -> bool:
+        with suppress(FileNotFoundError, PermissionError):  # one that ends is root's
+            most = max(0, len(os.listdir(f"/proc/{user.pid}/fd")) + rng.randint(-2, 4))
+            self._limit(user.pid, min(most, self._before[0]))
+            try:
+                time.sleep(rng.random() / 50)
+            finally:
+                self._limit(user.pid, self._before[0])
+            return True
         return False
 
     def _limit(self, pid: int, soft: int) -> None:
@@ -177,39 +162,19 @@ class Limits(Antagonist):
                 self._limit(pid, self._before[0])
 
 
-class Oom(Antagonist):
+class Oom(OnUsers, InCgroup):
     """Has a user killed for want of memory, in a memory cgroup that is far too small."""
 
     name = "oom"
     rest = 0.5
+    most = 64 << 10  # too few to live on
 
-    def __init__(self, target: Target) -> None:
-        super().__init__(target)
-        self._group: MemoryCgroup | None = None
-
-    def available(self) -> str | None:
-        """Makes the cgroup."""
-        try:
-            self._group = MemoryCgroup(f"realmap-oom-{runtime.stamp()}")
-            self._group.limit(STARVING)
-        except OSError as error:
-            return str(error)
-        return None
-
-    def step(self, rng: random.Random) -> bool:
-        assert self._group is not None
-        with self.target.board.held(rng) as user:
-            if user is None:
-                return False
-            kills = self._group.kills
-            self.target.board.doom(user)
-            with suppress(ProcessLookupError):
-                self._group.enter(user.pid)
-                wait_death(user.pidfd, PATIENCE)
-                signal.pidfd_send_signal(user.pidfd, signal.SIGKILL)  # where it was a child of its that was killed, too
-                wait_death(user.pidfd, None)
-            return self._group.kills > kills
-
-    def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
+    def work_on(self, user: Held, rng: random.Random) -> bool:
+        kills = self.group.kills
+        self.target.board.doom(user)
+        with suppress(ProcessLookupError):
+            self.group.enter(user.pid)
+            wait_death(user.pidfd, PATIENCE)
+            signal.pidfd_send_signal(user.pidfd, signal.SIGKILL)  # also where Linux has killed a child of it instead
+            wait_death(user.pidfd, None)
+        return self.group.kills > kills
