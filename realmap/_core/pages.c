@@ -15,6 +15,8 @@
 /* From a huge page's size on, an address is congruent to the offset behind it, so that huge pages can serve it. */
 static size_t huge_size;
 
+static uintptr_t page_of(uintptr_t address) { return address - address % page_size; }
+
 /* Maps one piece; fd -1 means private anonymous memory. 0, or an errno with nothing mapped. */
 static int map_piece(uintptr_t address, size_t length, int prot, int fd, off_t offset)
 {

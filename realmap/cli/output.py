@@ -16,7 +16,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import compress
+from itertools import compress, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -100,19 +100,15 @@ def _listed(each: list[str], kind: str, in_words: bool) -> str:
 
 def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
     """The lines for a pipe."""
-    cells = [[column.name for column in columns]]
-    for row in rows:
-        found = [_cell(value, column.kind, False) for value, column in zip(row, columns, strict=True)]
-        cells.append([cell.replace(" ", "\\x20") for cell in found[:-1]] + found[-1:])
-    widths = [min(WIDEST, max(map(len, column))) for column in zip(*cells, strict=True)]
-    left = [column.kind in LEFT for column in columns]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in cells
-    )
+    rows, shown = list(rows), []
+    for at, column in enumerate(columns):
+        cells = [_cell(row[at], column.kind, False) for row in rows]
+        if at < len(columns) - 1:
+            cells = [cell.replace(" ", "\\x20") for cell in cells]
+        cells.insert(0, column.name)
+        width = min(WIDEST, max(map(len, cells)))
+        shown.append(map(str.ljust if column.kind in LEFT else str.rjust, cells, repeat(width)))
+    return "\n".join(map(str.rstrip, map("  ".join, zip(*shown, strict=True))))
 
 
 def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> dict[int, int]:

@@ -63,8 +63,8 @@ def stats(books: Books, around: Around) -> dict[str, int]:
 
     `lent`: windows of lent pages, as their servers said last; `grants`: mappings that servers may map.
 
-    What was done so far: calls (how many of them failed, and how many were `late`, having lost the loop), mirrors made
-    and copies, each with bytes.
+    What was done so far, by the kernel's own handlers (what services did is told by syscall): calls (how many of them
+    failed, and how many were `late`, having lost the loop), mirrors made and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
     peers, lent = books.peers.totals(), [window for seat in books.ports for window in seat.served.lent]
@@ -191,6 +191,7 @@ class Picture:
             + [
                 (name, False, each.calls, each.failed, *each.durations.summary(), each.servers)
                 for name, each in books.ports.totals().items()
+                if name not in books.syscalls  # of a name that the kernel has taken over
             ],
             "pinned": [mapping.frames.serial for mapping in loose if isinstance(mapping.frames, SharedFrames)],
             "outbox": around.outbox,

@@ -30,6 +30,8 @@ NAMES, LONGEST = 1024, 200
 MOST = 1 << 31
 #: What is counted of all servers of a name ends here, whatever they say.
 COUNTED = (1 << 63) - 1
+#: Of so many names it is known what servers did that have ended: those of which one has ended last.
+REMEMBERED = 256
 
 
 @dataclass(eq=False, slots=True)
@@ -124,7 +126,7 @@ class Ports:
     def __init__(self) -> None:
         self._seats: dict[int, Seat] = {}
         self._by_name: dict[str, list[Seat]] = {}
-        #: What those did that have ended, of names that others still serve.
+        #: What those did that have ended, at most `REMEMBERED` names; the last one is of who has ended last.
         self._past: dict[str, Total] = {}
         self._seat_numbers, self._session_numbers = itertools.count(1), itertools.count(1)
         #: Told of each grant that ends before its session does.
@@ -177,12 +179,14 @@ class Ports:
             seat.closing = True
             for name in seat.names:
                 self._by_name[name].remove(seat)
-                if self._by_name[name]:
-                    if name in seat.served.names:
-                        self._past.setdefault(name, Total()).add(*seat.served.names[name])
-                else:
+                if not self._by_name[name]:
                     del self._by_name[name]
-                    self._past.pop(name, None)
+                if name in seat.served.names and seat.served.names[name][0]:
+                    past = self._past.pop(name, Total())
+                    past.add(*seat.served.names[name])
+                    self._past[name] = past
+            for name in list(self._past)[:-REMEMBERED]:
+                del self._past[name]
 
     def end(self, seat: Seat) -> None:
         """It is no more; its sessions have ended. Again: nothing."""
@@ -192,8 +196,10 @@ class Ports:
             seat.process.peer.give_back("seats")
 
     def totals(self) -> dict[str, Total]:
+        """What was called so far, by name, also of those that nobody serves any more."""
         found: dict[str, Total] = {}
-        for name, seats in self._by_name.items():
+        for name in dict.fromkeys((*self._by_name, *self._past)):
+            seats = self._by_name.get(name, [])
             total = found[name] = Total(len(seats))
             if (past := self._past.get(name)) is not None:
                 total.add(past.calls, past.failed, past.durations.counts())

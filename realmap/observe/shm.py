@@ -193,7 +193,7 @@ def _shm(mount: Mount, machine: Machine) -> ShmRow:
 
 def shown(name: str) -> str:
     """A name as text that any encoding can carry: bytes that are no UTF-8 as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def blind_spots(machine: Machine) -> list[str]:

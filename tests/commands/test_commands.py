@@ -373,6 +373,7 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
         assert words in done.stderr
 
 
+@pytest.mark.alone
 def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHandle, tmp_path: Path) -> None:
     name, path = f"left-{os.getpid()}", str(tmp_path / "own.sock")
     killed, at_path = boot(), boot(path=path)

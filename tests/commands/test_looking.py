@@ -166,6 +166,8 @@ def test_maps_beside_linux(busy: tuple[KernelHandle, int]) -> None:
     assert (private["type"], private["segments"], private["refcount"]) == ("NORMAL", [], None)
     assert (named["length"], named["refcount"], named["resident"]) == (5 * PAGE, 2, 0)
     assert rows_of(text)[0][0] == hex(first["address"])
+    shared = {row["address"] for row in json.loads(good(kernel, "maps", str(pid), "--shared", "--json"))}
+    assert {first["address"], fragments["address"]} <= shared and private["address"] not in shared
 
 
 def test_maps_of_the_kernel_itself(busy: tuple[KernelHandle, int]) -> None:

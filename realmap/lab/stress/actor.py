@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 
-from realmap.ambient import connect
 from realmap.errors import KernelError, MemoryFault, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
 from realmap.host import forks
 from realmap.lab.workload import Step, pattern
@@ -17,6 +16,13 @@ from realmap.user import Buffer, Process
 CALLS = {"digest": "stress_digest", "slow_digest": "stress_slow_digest", "copied_digest": "stress_copied_digest"}
 #: What a map may be answered with where memory is short; nothing is wrong then.
 NO_ROOM = (PhysicalMemoryExhaustion, VirtualMemoryExhaustion)
+#: How long the kernel may take to answer whoever would not wait for ever: what works against it may keep it. Seconds.
+PATIENCE = 60.0
+
+
+def join(path: str) -> Process:
+    """A user of the kernel at `path`. Errors as `realmap.connect`."""
+    return Process(path, timeout=PATIENCE)
 
 
 class WrongBytes(Exception):
@@ -113,7 +119,7 @@ def _fork(path: str, seed: int) -> None:
         status = 1
         try:
             if seed % 2:
-                with contextlib.suppress(*NO_ROOM), connect(path) as me:
+                with contextlib.suppress(*NO_ROOM), join(path) as me:
                     buffer = me.map(1 + seed % 9999)
                     data = pattern(seed, len(buffer))
                     buffer[:] = data

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager, suppress
 import msgspec
 import psutil
 
-from realmap.ambient import connect
 from realmap.errors import KernelError, UnknownSyscall
 from realmap.host import forks, procfs, runtime, signals
 from realmap.lab.stress import handlers, worker
+from realmap.lab.stress.actor import PATIENCE, join
 from realmap.lab.stress.antagonists import chosen
 from realmap.lab.stress.antagonists.antagonist import Target
 from realmap.lab.stress.antagonists.crew import Crew
@@ -31,8 +31,6 @@ from realmap.wire.messages import VERSION
 
 SAMPLE = 0.5
 AUDIT = 5.0
-#: How long users may take to end after the last step, and the kernel to forget them. Seconds.
-PATIENCE = 60.0
 
 
 @contextmanager
@@ -90,7 +88,7 @@ class Runner:
             path = self._options.kernel
             if path is None:
                 path = stack.enter_context(boot(syscalls=handlers.ALL)).path
-            self._control = stack.enter_context(Control(path))
+            self._control = stack.enter_context(Control(path, timeout=PATIENCE))
             self._path = path
             self._require_handlers()
             before = self._remains()
@@ -109,7 +107,7 @@ class Runner:
 
     def _require_handlers(self) -> None:
         others = self._control.stats()["processes"]
-        with connect(self._path) as me:
+        with join(self._path) as me:
             try:
                 me.call("stress_end")
             except UnknownSyscall as error:
@@ -256,7 +254,7 @@ class Runner:
 
     def _look_back(self, before: dict[str, object]) -> None:
         try:
-            with connect(self._path) as me:
+            with join(self._path) as me:
                 me.call("stress_end")
             end = time.monotonic() + PATIENCE
             while (after := self._remains()) != before and time.monotonic() < end:

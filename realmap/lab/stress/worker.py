@@ -14,10 +14,9 @@ from typing import Any
 
 import msgspec
 
-from realmap.ambient import connect
 from realmap.errors import KernelDied, KernelError, LimitReached, MemoryFault, ServerDied
 from realmap.lab import workload
-from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes
+from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes, join
 from realmap.lab.stress.board import Board
 from realmap.lab.stress.neighbours import Neighbours, Skipped
 from realmap.lab.stress.operations import Own, attempt, load, shortened
@@ -58,7 +57,7 @@ class Worker:
 
     def live(self, deadline: float | None, steps: int | None) -> None:
         """Works until `deadline` (of the monotonic clock), or for so many steps, or until it is killed."""
-        with connect(self._path) as me:
+        with join(self._path) as me:
             actor = Actor(me)
             self._neighbours = Neighbours(me, self._board, self._index)
             self._board.enter(self._index)  # from here on it can bear what antagonists do

@@ -32,7 +32,7 @@ from realmap import (
     UnknownSyscall,
 )
 from realmap._core import Durations
-from realmap.kernel.ports import MOST, NAMES
+from realmap.kernel.ports import MOST, NAMES, REMEMBERED
 from realmap.observe.control import Control
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
@@ -660,7 +660,7 @@ def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kern
         assert (one.process, one.syscall, one.server, two.seconds) == (caller, "name", stage.host.number, None)
         assert one.seconds is not None and 1.0 <= one.seconds < BOUND
         by_name = {each.name: each for each in found.calls}
-        assert by_name["nop"].servers == 0 and not by_name["nop"].count
+        assert by_name["nop"].servers is None and not by_name["nop"].count
         assert (by_name["name"].count, by_name["name"].failed, by_name["name"].servers) == (10, 4, 2)
         assert by_name["name"].p50 == pytest.approx(1.0, rel=0.2)
         assert by_name["more"].p50 is None and by_name["more"].servers == 1
@@ -670,3 +670,34 @@ def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kern
         wait_until(lambda: control.stats()["seats"] == 1)
         (left,) = [each for each in control.snapshot().calls if each.name == "name"]
         assert (left.count, left.servers) == (10, 1)  # what was done is not undone
+
+
+def test_what_servers_did_is_known_after_the_last_one_has_gone(run: Callable[..., Kernel]) -> None:
+    kernel = run()
+    with RawClient(kernel.path) as host, Control(kernel.path) as control:
+
+        def serve(*names: str, calls: int) -> None:
+            with RawServer(host, *names) as server:
+                seat = list(kernel.books.ports)[-1]
+                server.tell(Served({name: (calls, 1, [9000, 20, 2]) for name in names}, [], []))
+                wait_until(lambda: seat.served.names)
+            wait_until(lambda: not list(kernel.books.ports))
+
+        def counted() -> dict[str, tuple[int, int | None]]:
+            return {each.name: (each.count, each.servers) for each in control.snapshot().calls if each.count}
+
+        serve("name", calls=5)
+        assert counted() == {"name": (5, 0)}
+        serve("name", "never called", calls=0)
+        serve("name", "other", calls=3)
+        assert counted() == {"name": (8, 0), "other": (3, 0)}
+        (found,) = [each for each in control.snapshot().calls if each.name == "name"]
+        assert found.failed == 2 and found.p50 is not None
+        names = [f"name {number}" for number in range(REMEMBERED - 1)]
+        serve(*names, calls=1)
+        assert counted() == {"other": (3, 0)} | dict.fromkeys(names, (1, 0))
+        with RawServer(host, "other"):
+            assert counted()["other"] == (3, 1)
+        wait_until(lambda: not list(kernel.books.ports))
+        kernel.register(realmap.syscall(name="other")(lambda call: None))
+        assert [each.count for each in control.snapshot().calls if each.name == "other"] == [0]

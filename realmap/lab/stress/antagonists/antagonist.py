@@ -8,11 +8,10 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
-from realmap.ambient import connect
 from realmap.errors import KernelDied
 from realmap.host import runtime
 from realmap.host.cgroups import MemoryCgroup
-from realmap.lab.stress.actor import WrongBytes
+from realmap.lab.stress.actor import WrongBytes, join
 from realmap.lab.stress.board import Board, Held
 from realmap.lab.workload import pattern
 from realmap.pages import PAGE_SIZE, align_down
@@ -104,7 +103,7 @@ class Bytes:
     """A buffer of the antagonist's own, as a user of the kernel, and what each of its bytes should be."""
 
     def __init__(self, target: Target, length: int, rng: random.Random) -> None:
-        self._me = connect(target.path)
+        self._me = join(target.path)
         self.buffer = self._me.map(length)
         self.expected = bytearray(length)
         self.fill(0, length, rng)

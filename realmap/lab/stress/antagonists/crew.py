@@ -19,15 +19,13 @@ from contextlib import suppress
 import msgspec
 
 from realmap.host import files, forks
-from realmap.lab.stress.actor import WrongBytes
+from realmap.lab.stress.actor import PATIENCE, WrongBytes
 from realmap.lab.stress.antagonists.antagonist import Antagonist, Target
 from realmap.lab.stress.report import Antagonism
 
 #: It rests so many times as long as its last step was on a CPU, for so many seconds at most: users have to get on, too.
 SHARE, LONGEST_REST = 3, 0.25
 TELL = 0.25
-#: How long one may take to end, in seconds.
-PATIENCE = 10.0
 
 
 class Member:
