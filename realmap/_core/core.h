@@ -111,9 +111,17 @@ typedef struct {
 } Name;
 
 #define RING_SLOTS 32u
-#define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
+#define RING_MESSAGE 2048u /* bytes that a message has at most */
 #define LINE 64
+#define SHORT_MESSAGE (LINE - sizeof(uint32_t))
 
+/* The length of a message, and the message itself where it is short. */
+typedef struct {
+    _Alignas(LINE) uint32_t size;
+    unsigned char bytes[SHORT_MESSAGE];
+} Head;
+
+/* Whoever takes a short message touches one page: of many processes each wakes without any in the TLB. */
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
     _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
@@ -123,7 +131,8 @@ typedef struct {
     _Alignas(LINE) _Atomic uint32_t asleep;
     _Alignas(LINE) _Atomic uint32_t places[PLACES]; /* of windows that the producer has parked: places.c */
     _Alignas(LINE) Name names[PLACES];
-    _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
+    Head heads[RING_SLOTS];
+    _Alignas(4096) unsigned char slots[RING_SLOTS][RING_MESSAGE];
 } Queue;
 
 /* Two queues, one each way, as one side sees them. */
@@ -448,6 +457,7 @@ typedef struct Endpoint {
     Post post;
     Ring *ring;
     Budget budget;
+    uint64_t number; /* of the last request */
     Table table;     /* requests on their way, by number */
     Letter *letters; /* in the order in which they are sent */
     Letter **last;

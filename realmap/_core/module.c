@@ -60,6 +60,7 @@
 #include "mail.c"
 #include "turn.c"
 #include "stock.c"
+#include "plain.c"
 #include "endpoint.c"
 #include "account.c"
 #include "lock.c"
@@ -101,7 +102,7 @@ static const struct {
     CONSTANT(TOO_LONG),   {"DEEPEST", PACKED_DEPTH},
     CONSTANT(AWAKE),      CONSTANT(ON_WORD),    CONSTANT(ON_SOCKET),
     CONSTANT(BARE),       CONSTANT(ATTACHED),   {"RING_BYTES", 2 * sizeof(Queue)},
-    {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
+    CONSTANT(RING_MESSAGE),
 };
 
 /* In the order in which they are made: a base before what builds on it. */

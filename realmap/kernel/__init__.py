@@ -32,7 +32,7 @@ observer      what is told of while somebody looks
 
 The loop itself, its threads, and how a handler is run, are in `realmap/serving/`, which serves user processes as well.
 Only whoever has the loop changes or reads the books. A worker thread, or one that has lost the loop, sees a call's
-buffers (pinned before anybody else has the loop) and KernelMemory (made for that), and leaves word when it is done.
+buffers (pinned before anybody else has the loop) and KernelMemory (made for that), and posts its answer when done.
 """
 
 from realmap.kernel.kernel import Kernel

@@ -93,7 +93,7 @@ class Handles:
         self._by_name: dict[str, Shared] = {}
         #: Those of the same frames.
         self._of: dict[int, set[Shared]] = {}
-        #: Called with a name that is not known: a process may have given it without a word, and `enter` is called then.
+        #: Called with a name that is not known: a process may have given it without a message, which is `enter`ed then.
         self.look_for: Callable[[str], None] = lambda _: None
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
         self._gone: dict[str, str] = {}
@@ -301,7 +301,7 @@ class Handles:
             self._set_end(shared, now)
 
     def look(self, frames: SharedFrames) -> None:
-        """What others have attached of these frames without a word is in the books from here on."""
+        """Enters in the books what others have attached of these frames without a message."""
         for shared in tuple(self._of.get(frames.serial, ())):
             for process in shared.stocks or ():
                 len(process.memory)

@@ -17,12 +17,23 @@ from hypothesis import strategies as st
 import realmap
 from realmap._core import Window
 from realmap.errors import AccessDenied, KernelPanic, MemoryFault, VirtualMemoryExhaustion
-from realmap.memory import LENT_LAND, FrameAllocator, KernelMemory, LentLand, LentMapping, Mapping, ProcessMemory
+from realmap.memory import (
+    LENT_LAND,
+    FrameAllocator,
+    KernelMemory,
+    LentLand,
+    LentMapping,
+    Mapping,
+    ProcessMemory,
+    SharedFrames,
+)
 from realmap.memory.cross_process import mirror_parts
 from realmap.pages import HUGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_w, u_rw
 
 FULL = 200_000
+#: The fixture `make_mapping`.
+Make = Callable[..., Mapping]
 
 
 @pytest.fixture
@@ -39,19 +50,20 @@ def lend(
     return made
 
 
+def frames_of(mapping: Mapping) -> SharedFrames:
+    assert isinstance(mapping.frames, SharedFrames)
+    return mapping.frames
+
+
 def filled(mapping: Mapping, seed: int = 1) -> bytearray:
     """Its frames full of random bytes; those bytes."""
-    frames = mapping.frames
-    assert isinstance(frames, realmap.memory.SharedFrames)
-    content = bytearray(random.Random(seed).randbytes(frames.length))
-    frames.write(0, memoryview(content), 0)
+    content = bytearray(random.Random(seed).randbytes(frames_of(mapping).length))
+    frames_of(mapping).write(0, memoryview(content), 0)
     return content
 
 
 def bytes_of(mapping: Mapping) -> bytes:
-    frames = mapping.frames
-    assert isinstance(frames, realmap.memory.SharedFrames)
-    return frames.read(0, frames.length, 0)
+    return frames_of(mapping).read(0, frames_of(mapping).length, 0)
 
 
 def pages_of(window: LentMapping) -> bytes:
@@ -99,7 +111,7 @@ def test_a_page_is_lent_where_the_range_covers_all_of_it_and_no_other(offset: in
     ],
 )
 def test_which_pages_are_lent_at_its_boundaries(
-    offset: int, length: int, shown: str, make_mapping: Callable[..., Mapping], land: LentLand
+    offset: int, length: int, shown: str, make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(3 * PAGE)
     filled(mapping)
@@ -110,9 +122,7 @@ def test_which_pages_are_lent_at_its_boundaries(
 # ---- the window -----------------------------------------------------------------------------
 
 
-def test_no_byte_beside_the_range_is_seen_and_none_is_changed(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_no_byte_beside_the_range_is_seen_and_none_is_changed(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(5 * PAGE, 2 * PAGE)
     model = filled(mapping)
     start, length = PAGE + 100, 3 * PAGE
@@ -128,7 +138,7 @@ def test_no_byte_beside_the_range_is_seen_and_none_is_changed(
 
 
 def test_whole_pages_are_the_callers_own_at_once_and_edges_when_it_is_dropped(
-    make_mapping: Callable[..., Mapping], land: LentLand
+    make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(3 * PAGE)
     filled(mapping)
@@ -142,7 +152,7 @@ def test_whole_pages_are_the_callers_own_at_once_and_edges_when_it_is_dropped(
 
 @pytest.mark.parametrize("rights", [k_w, k_rw])
 def test_of_an_edge_only_what_was_changed_is_copied_back(
-    rights: MappingAccessRights, make_mapping: Callable[..., Mapping], land: LentLand
+    rights: MappingAccessRights, make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(PAGE)
     model = filled(mapping)
@@ -150,7 +160,7 @@ def test_of_an_edge_only_what_was_changed_is_copied_back(
     changed = bytes(255 - byte for byte in model[30:40])
     ctypes.memmove(first.address + 20, changed, 10)
     ctypes.memmove(second.address + 100, changed, 10)
-    mapping.frames.write(400, memoryview(b"meanwhile"), 0)  # type: ignore[union-attr]
+    frames_of(mapping).write(400, memoryview(b"meanwhile"), 0)
     first.drop()
     second.drop()
     model[30:40] = model[110:120] = changed
@@ -158,7 +168,7 @@ def test_of_an_edge_only_what_was_changed_is_copied_back(
     assert bytes_of(mapping) == model
 
 
-def test_a_window_that_is_only_read_changes_nothing(make_mapping: Callable[..., Mapping], land: LentLand) -> None:
+def test_a_window_that_is_only_read_changes_nothing(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     model = filled(mapping)
     with lend(mapping, 3, PAGE, land, k_r) as window, pytest.raises(AccessDenied):
@@ -187,7 +197,7 @@ def test_a_range_over_several_mappings_is_one_window(land: LentLand) -> None:
     memory.release_all()
 
 
-def test_whole_pages_are_kept_under_lazy_unmap_and_edges_never(make_mapping: Callable[..., Mapping]) -> None:
+def test_whole_pages_are_kept_under_lazy_unmap_and_edges_never(make_mapping: Make) -> None:
     land, mapping = LentLand(lazy_unmap=1 << 20), make_mapping(4 * PAGE)
     lend(mapping, PAGE, 2 * PAGE, land).drop()
     assert land.kept.counts().bytes == 2 * PAGE
@@ -210,9 +220,7 @@ def test_of_huge_frames_no_page_beside_the_range_is_mapped(frames: FrameAllocato
     mapping.release()
 
 
-def test_while_a_view_lives_it_is_not_dropped_and_its_edges_stay(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_while_a_view_lives_it_is_not_dropped_and_its_edges_stay(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     window = lend(mapping, 100, 200, land)
     view = memoryview(window)
@@ -228,9 +236,7 @@ def test_while_a_view_lives_it_is_not_dropped_and_its_edges_stay(
     assert bytes_of(mapping)[100:103] == b"hi!"
 
 
-def test_collection_copies_back_too_in_a_cycle_with_a_view_as_well(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_collection_copies_back_too_in_a_cycle_with_a_view_as_well(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     window = lend(mapping, 100, 200, land)
     window[0:2] = b"hi"
@@ -246,36 +252,34 @@ def test_collection_copies_back_too_in_a_cycle_with_a_view_as_well(
 
 
 def test_a_truncated_segment_under_an_edge_is_a_fault_before_anything_is_mapped(
-    make_mapping: Callable[..., Mapping], land: LentLand
+    make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(3 * PAGE)
-    os.ftruncate(mapping.frames.segments[0].fd, PAGE)  # type: ignore[union-attr]
+    os.ftruncate(frames_of(mapping).segments[0].fd, PAGE)
     with pytest.raises(MemoryFault) as caught:
         lend(mapping, 10, 2 * PAGE, land)
     assert caught.value.address == mapping.address + PAGE
-    assert (land.live, land_maps(), mapping.frames.refcount) == (0, [], 1)  # type: ignore[union-attr]
+    assert (land.live, land_maps(), frames_of(mapping).refcount) == (0, [], 1)
 
 
 @pytest.mark.parametrize(("left", "lost"), [(PAGE, 2 * PAGE + 8), (0, 10)])
 def test_both_edges_are_copied_back_and_the_first_error_is_told(
-    left: int, lost: int, make_mapping: Callable[..., Mapping], land: LentLand
+    left: int, lost: int, make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(3 * PAGE)
     window = lend(mapping, 10, 2 * PAGE, land)
     window[0:2] = b"hi"
     window[2 * PAGE - 2 : 2 * PAGE] = b"yo"
-    os.ftruncate(mapping.frames.segments[0].fd, left)  # type: ignore[union-attr]
+    os.ftruncate(frames_of(mapping).segments[0].fd, left)
     with pytest.raises(MemoryFault) as caught:
         window.drop()
     assert caught.value.address == mapping.address + lost
     assert not window.alive
     window.drop()
-    assert os.pread(mapping.frames.segments[0].fd, 2, 10) == (b"hi" if left else b"")  # type: ignore[union-attr]
+    assert os.pread(frames_of(mapping).segments[0].fd, 2, 10) == (b"hi" if left else b"")
 
 
-def test_what_a_collected_window_cannot_copy_back_its_call_is_told(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_what_a_collected_window_cannot_copy_back_its_call_is_told(make_mapping: Make, land: LentLand) -> None:
     class Call:
         faults: list[MemoryFault] = []  # noqa: RUF012
 
@@ -286,39 +290,39 @@ def test_what_a_collected_window_cannot_copy_back_its_call_is_told(
     window = lend(mapping, 10, 20, land)
     window._tell(call)
     window[0:2] = b"hi"
-    os.ftruncate(mapping.frames.segments[0].fd, 0)  # type: ignore[union-attr]
+    os.ftruncate(frames_of(mapping).segments[0].fd, 0)
     del window
     assert [fault.address for fault in call.faults] == [mapping.address + 10]
 
 
-def test_edges_beyond_zero_pages_are_not_copied_back(make_mapping: Callable[..., Mapping], land: LentLand) -> None:
+def test_edges_beyond_zero_pages_are_not_copied_back(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(4 * PAGE, 2 * PAGE)
     model = filled(mapping)
     window = lend(mapping, 10, 4 * PAGE - 20, land)
     window[0:2] = window[-2:] = b"hi"
-    os.ftruncate(mapping.frames.segments[0].fd, PAGE)  # type: ignore[union-attr]
+    os.ftruncate(frames_of(mapping).segments[0].fd, PAGE)
     with pytest.raises(MemoryFault):
         window[PAGE]
     with pytest.raises(MemoryFault) as caught:
         window.drop()
     assert caught.value.address == mapping.address + PAGE
     model[10:12] = b"hi"
-    assert os.pread(mapping.frames.segments[0].fd, PAGE, 0) == model[:PAGE]  # type: ignore[union-attr]
-    assert os.pread(mapping.frames.segments[1].fd, 2 * PAGE, 0) == model[2 * PAGE :]  # type: ignore[union-attr]
+    assert os.pread(frames_of(mapping).segments[0].fd, PAGE, 0) == model[:PAGE]
+    assert os.pread(frames_of(mapping).segments[1].fd, 2 * PAGE, 0) == model[2 * PAGE :]
 
 
-def test_without_space_nothing_is_left(make_mapping: Callable[..., Mapping]) -> None:
+def test_without_space_nothing_is_left(make_mapping: Make) -> None:
     mapping = make_mapping(4 * PAGE)
     small = LentLand(length=2 * PAGE)
     with pytest.raises(VirtualMemoryExhaustion):
         lend(mapping, 1, 3 * PAGE, small)
-    assert (mapping.frames.refcount, small.live, land_maps()) == (1, 0, [])  # type: ignore[union-attr]
+    assert (frames_of(mapping).refcount, small.live, land_maps()) == (1, 0, [])
 
 
 @pytest.mark.parametrize("taken", range(3))
 @pytest.mark.parametrize("fragment", [PAGE, 3 * PAGE])
 def test_where_one_of_its_pages_is_somebody_elses_it_goes_to_another_place(
-    taken: int, fragment: int, make_mapping: Callable[..., Mapping], land: LentLand
+    taken: int, fragment: int, make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(3 * PAGE, fragment)
     model = filled(mapping)
@@ -327,14 +331,12 @@ def test_where_one_of_its_pages_is_somebody_elses_it_goes_to_another_place(
     with lend(mapping, 10, 3 * PAGE - 20, land) as window:
         assert window._base > place
         assert pages_of(window)[10:-10] == model[10:-10]
-    assert (mapping.frames.refcount, land.live) == (1, 0)  # type: ignore[union-attr]
+    assert (frames_of(mapping).refcount, land.live) == (1, 0)
     assert [entry.start for entry in land_maps()] == [place]
     other._unmap()
 
 
-def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(
-    make_mapping: Callable[..., Mapping], land: LentLand
-) -> None:
+def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(make_mapping: Make, land: LentLand) -> None:
     mapping = make_mapping(2 * PAGE)
     window = lend(mapping, 100, PAGE, land)
     window[0:2] = b"hi"
@@ -352,7 +354,7 @@ def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(
 
 
 def test_threads_that_drop_one_window_at_once_do_not_take_the_page_of_another(
-    make_mapping: Callable[..., Mapping], land: LentLand
+    make_mapping: Make, land: LentLand
 ) -> None:
     mapping = make_mapping(4 * PAGE)
     model = filled(mapping)
@@ -363,7 +365,7 @@ def test_threads_that_drop_one_window_at_once_do_not_take_the_page_of_another(
             window[5:7] = model[15 + 100 * number : 17 + 100 * number] = content
         in_threads(4, lambda _, windows=windows: [each.drop() for each in windows])  # type: ignore[misc]
         assert bytes_of(mapping) == model
-    assert (land.live, mapping.frames.refcount) == (0, 1)  # type: ignore[union-attr]
+    assert (land.live, frames_of(mapping).refcount) == (0, 1)
 
 
 # ---- against a model ------------------------------------------------------------------------

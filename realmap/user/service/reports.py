@@ -1,4 +1,4 @@
-"""What a server tells the kernel of itself: what runs, what waits, what is lent, and how long calls took."""
+"""What a server reports of itself to the kernel: what runs, what waits, what is lent, and how long calls took."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from realmap.user.service.seat import Seat
 from realmap.user.service.session import Work
 from realmap.wire.news import Served, Worked
 
-#: So many calls, windows, and names with their durations are told of at most; fewer where a message has no room.
+#: So many calls, windows, and names with their durations are reported at most; fewer where a message has no room.
 MOST = 500
 #: And, while somebody traces it, which calls have ended: after so many seconds, or so many calls.
 TRACE, AT_ONCE = 0.01, 64
@@ -40,7 +40,7 @@ def served(
 ) -> Served:
     """As it is now. `beside`: calls at work; `waiting`: those that wait.
 
-    `most`: so many calls, windows and waits are told of, and of so many names how long their calls took.
+    `most`: so many calls, windows and waits are reported, and of so many names how long their calls took.
     """
     running: list[tuple[int, int, str, float | None]] = [
         (work.session.number, work.request.id, work.syscall.name, since) for work, since, _ in beside
@@ -55,7 +55,7 @@ def served(
     for name in list(names)[most:]:
         names[name] = (*names[name][:2], [0])
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
-    kept = [(window.base, window.span) for window in land.kept.windows()] if land.kept is not None else []
+    kept = [(window.base, window.span) for window in land.kept.windows()]
     return Served(names, running[:most], lent[:most], kept[:most], waits[:most])
 
 
@@ -66,7 +66,7 @@ def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:
 
 
 class Trace:
-    """Calls that have ended, told together to who traces the kernel. Only on the thread that has the service's loop."""
+    """Reports calls that have ended to who traces the kernel, several at once. Only on the service's loop."""
 
     def __init__(self, seat: Seat, loop: Loop) -> None:
         self._seat, self._loop = seat, loop
@@ -83,7 +83,7 @@ class Trace:
             self.tell()
 
     def tell(self) -> None:
-        """Tells what is still to be told."""
+        """Sends what has not been sent yet."""
         ended, self._ended = self._ended, []
         if ended:
             self._seat.tell(Worked(ended))
