@@ -65,19 +65,31 @@ static int view_is_alive(PyObject *op)
     return 1;
 }
 
+/* The first buffer in tuples, lists and dicts that is unmapped; NULL: none is. `deep`: within so many others, where another
+ * thread may have changed them since they were looked at. */
+static PyObject *first_gone(PyObject *held, int deep)
+{
+    if (PyObject_TypeCheck(held, view_type))
+        return view_is_alive(held) ? NULL : held;
+    int is_tuple = PyTuple_Check(held);
+    Py_ssize_t count = deep == PACKED_DEPTH ? 0 : is_tuple ? PyTuple_Size(held) : PyList_Check(held) ? PyList_Size(held) : 0;
+    PyObject *found = NULL, *value;
+    for (Py_ssize_t i = 0; !found && i < count; i++)
+        found = first_gone(is_tuple ? PyTuple_GetItem(held, i) : PyList_GetItem(held, i), deep + 1);
+    Py_ssize_t at = 0;
+    while (!found && deep < PACKED_DEPTH && PyDict_Check(held) && PyDict_Next(held, &at, NULL, &value))
+        found = first_gone(value, deep + 1);
+    return found;
+}
+
 /* Whether one of the buffers that a request names was unmapped since they were looked at: its place may be another's by
  * now. An exception is set then. */
 static int has_gone(PyObject *holds)
 {
-    Py_ssize_t count = holds && PyTuple_Check(holds) ? PyTuple_Size(holds) : 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *held = PyTuple_GetItem(holds, i);
-        if (PyObject_TypeCheck(held, view_type) && !view_is_alive(held)) {
-            raise_made(made_error("unmapped", Py_BuildValue("(K)", (unsigned long long)as_view(held)->start)));
-            return 1;
-        }
-    }
-    return 0;
+    PyObject *gone = holds ? first_gone(holds, 0) : NULL;
+    if (gone)
+        raise_made(made_error("unmapped", Py_BuildValue("(K)", (unsigned long long)as_view(gone)->start)));
+    return gone != NULL;
 }
 
 static uintptr_t view_fault_at(PyObject *op)

@@ -9,9 +9,11 @@ from contextvars import ContextVar
 class Place:
     """Of one thread, or one task."""
 
-    __slots__ = ("seats", "waits")
+    __slots__ = ("kernel", "seats", "waits")
 
-    def __init__(self, seats: Sequence[int]) -> None:
+    def __init__(self, kernel: str, seats: Sequence[int]) -> None:
+        #: The path of the kernel that counts these seats.
+        self.kernel = kernel
         #: Of the services that wait for what is at work here, in order, its own last. None once that is over.
         self.seats = seats
         #: Its calls to services that have not been answered: [session, id, since when (monotonic, ns)].
@@ -22,7 +24,7 @@ class Place:
 here: ContextVar[Place | None] = ContextVar("realmap.place", default=None)
 
 
-def seats() -> Sequence[int]:
-    """Those that wait for the handler at work here; none outside of one, nor in what an `async` one has left."""
+def within(kernel: str) -> Place | None:
+    """Where a handler is at work here, of a service of that kernel; None: of none."""
     place = here.get()
-    return () if place is None else place.seats
+    return place if place is not None and place.kernel == kernel else None

@@ -325,7 +325,7 @@ class Routes:
 
 def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
     """Of a call to one server: what it brings is lent first."""
-    here = nesting.here.get()
+    here = nesting.within(process.path)
     if here is not None and here.seats:
         request = messages.NestedCall(
             request.id, request.name, request.args, request.timeout, request.names, tuple(here.seats)

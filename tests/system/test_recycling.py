@@ -25,6 +25,7 @@ from realmap import Buffer, InvalidAddress, KernelHandle, MemoryType, Process
 from realmap.memory.stock import PLACES
 from realmap.user.windows import open_segment
 from realmap.wire import messages
+from realmap.wire.client.requester import Requester
 
 
 @pytest.mark.parametrize("commit", [True, False])
@@ -150,6 +151,30 @@ def test_what_was_there_before_is_dead_for_good(me: Process) -> None:
         stale.unmap()  # again: nothing
     again[0] = 9
     assert again.alive
+
+
+@pytest.mark.parametrize(
+    "within", [lambda b: b, lambda b: [b], lambda b: [1, {"a": (2, b)}]], ids=["itself", "list", "deep"]
+)
+def test_a_call_does_not_take_what_is_mapped_where_its_buffer_was(
+    me: Process, monkeypatch: pytest.MonkeyPatch, within: Callable[[Buffer], Any]
+) -> None:
+    """Which another thread unmaps once the call is packed, and before it is sent."""
+    me.map(PAGE).unmap()
+    buffer, again = me.map(PAGE), []
+    address, real = buffer.address, Requester.encode
+
+    def encode(self: Requester, message: Any) -> bytes:
+        data = real(self, message)
+        monkeypatch.undo()
+        buffer.unmap()
+        again.append(me.map(PAGE))
+        return data
+
+    monkeypatch.setattr(Requester, "encode", encode)
+    with pytest.raises(InvalidAddress, match="unmapped"):
+        me.call("echo", within(buffer))
+    assert again[0].address == address
 
 
 def test_nothing_is_there_while_it_is_parked(me: Process) -> None:

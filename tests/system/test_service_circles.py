@@ -218,6 +218,21 @@ def test_a_call_that_is_given_up_breaks_its_circle(me: Process, pool: ThreadPool
         assert outcomes(calls) == ["hasty", "patient 0"]
 
 
+def test_services_of_two_kernels_are_not_taken_for_each_other() -> None:
+    """Though both count theirs from 1."""
+    with realmap.boot() as first, realmap.boot() as second, first.connect() as one, second.connect() as other:
+
+        def outer(call: Call) -> list[Any]:
+            said = other.call("inner", timeout=BOUND)
+            inner.close()  # waits for its end: it is not the one that is at work here
+            return [said, inner.has_ended]
+
+        inner = other.serve(realmap.syscall(name="inner")(lambda call: "inner"))
+        with one.serve(outer) as service:
+            assert inner._seat == service._seat
+            assert one.call("outer", timeout=BOUND) == ["inner", True]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_calls_end_whatever_they_wait_for(me: Process, pool: ThreadPoolExecutor, seed: int) -> None:
     """Plans of calls within calls: each ends, and is refused only where services have fewer threads than callers."""

@@ -67,7 +67,7 @@ class Service:
         try:
             if len(answer.descriptors) < 2:  # Linux delivers what it has room for, and cuts off the rest
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            seat = Seat(number, *answer.descriptors)
+            seat = Seat(number, process.path, *answer.descriptors)
             self._server = Server(seat, self._handlers, land, count, waiting, share)
             self._server.ended = self._ended.set
             self._seat = seat.number
@@ -119,7 +119,8 @@ class Service:
             return
         self._closed = True
         self._server.end_soon()
-        if self._seat in nesting.seats():
+        here = nesting.within(self._process.path)
+        if here is not None and self._seat in here.seats:
             return
         if not self._ended.wait(timeout):
             raise TimeoutError(f"calls of {', '.join(self._handlers)} are at work after {timeout} s")

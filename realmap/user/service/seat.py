@@ -25,11 +25,11 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Seat:
-    """This process's end. `number`: as the kernel counts seats."""
+    """This process's end. `number`: as the kernel at the path `kernel` counts seats."""
 
-    def __init__(self, number: int, sock: int, page: int) -> None:
+    def __init__(self, number: int, kernel: str, sock: int, page: int) -> None:
         """Both descriptors stay the caller's. OSError: no descriptor, or no memory."""
-        self.number = number
+        self.number, self.kernel = number, kernel
         self._page = SeatPage(page, writable=True)
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, os.dup(sock))
         self.sock.setblocking(False)

@@ -84,7 +84,7 @@ class Server(Lines[Session]):
         self._lent: WeakValueDictionary[int, FrameAllocator] = WeakValueDictionary()
         self._mine = (seat.number,)
         #: Of the thread that has the loop.
-        self._place = nesting.Place(self._mine)
+        self._place = nesting.Place(seat.kernel, self._mine)
         # Where more may be at work at a time, the next one does not wait so long for the one before.
         self.relay: Relay[Work] = Relay(self._run, "service", LOOK if threads == 1 else LOOK / 10)
         self._workers = Workers()
@@ -117,7 +117,7 @@ class Server(Lines[Session]):
 
     def _run(self, taken: Taken[Work] | None) -> None:
         """On the thread that has the loop: runs it to its end. Lost: another one has it now."""
-        before, self._place = self._place, nesting.Place(self._mine)
+        before, self._place = self._place, nesting.Place(self._seat.kernel, self._mine)
         nesting.here.set(self._place)
         try:
             if taken is not None:
@@ -405,7 +405,7 @@ class Server(Lines[Session]):
 
     def _begin_beside(self, work: Work) -> None:
         """Runs a handler on a worker thread, or as a task."""
-        place = nesting.Place((*getattr(work.request, "seats", ()), *self._mine))
+        place = nesting.Place(self._seat.kernel, (*getattr(work.request, "seats", ()), *self._mine))
         work = self._put_beside(work, time.monotonic(), place)
         _, call, syscall, request, buffers, _, _ = work
         began = time.monotonic_ns()
