@@ -101,7 +101,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "error", "-m", "realmap", "stress", "quick", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=2 * BOUND,
+        timeout=4 * BOUND,
     )
 
 
@@ -133,7 +133,8 @@ def test_the_documented_example(tmp_path: Path) -> None:
 
 
 def test_bad_operations_are_named_and_end_nothing_else(tmp_path: Path) -> None:
-    done = command("--ops", module(tmp_path, BAD, "bad.py"), "--seconds", 6, "--seed", 1, "--json", tmp_path / "report")
+    path = module(tmp_path, BAD, "bad.py")
+    done = command("--ops", path, "--ops", 800, "--seed", 1, "--json", tmp_path / "report")
     assert done.returncode == 1
     assert done.stderr == ""
     found = json.loads((tmp_path / "report").read_text())
