@@ -71,7 +71,9 @@ def test_one_run_on_a_host_however_many_workers_it_has(cluster: Cluster, tmp_pat
         kind["count"] for kind in found["kinds"].values()
     )
     assert host["machine"]["linux"] == os.uname().release
-    assert re.fullmatch(r"its clock is 36\d\d s behind ours", host["note"])
+    behind = re.fullmatch(r"its clock is (\d+) s behind ours", host["note"])
+    assert behind
+    assert abs(int(behind[1]) - 3600) < BOUND  # what it says is some seconds on its way
     assert host["note"] in done.stderr
 
 
