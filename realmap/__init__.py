@@ -21,7 +21,7 @@ connect, aconnect, Process          this process as a user of a kernel
 Service, Session                    handlers that a user serves; one of the processes that serve a name
 Buffer, Handle, MemoryInfo          its memory, what shares it with others, what the kernel has noted of it
 syscall, Call, UserBuffer           handlers: what makes a function one, who calls, a buffer argument
-ForeignProcess                      any process, of no kernel: what it shares is mirrored, the rest copied
+ForeignProcess, ForeignMapping      any process, of no kernel: what it shares is mirrored, the rest copied; a map of it
 CrossProcessMapping, UserspacePtr   a mirror; a buffer that is in this very process
 Limits                              what a kernel lets each process have
 MemoryType, MappingAccessRights     and k_r, k_rw, u_rw, … its shorthands
@@ -30,8 +30,11 @@ realmap.memory                      the pieces by themselves
 realmap.shared_memory               in place of multiprocessing.shared_memory
 realmap.sync                        locks, events, queues, … in the bytes of a Buffer
 
-All else is how it is built, and may change.
+All else is how it is built, and may change. What is large is imported when it is first asked for.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from realmap import _core
 
@@ -43,8 +46,6 @@ if getattr(_core, "__file__", None) is None:  # the folder of its C sources: a c
         name="realmap._core",
     )
 
-from realmap import memory
-from realmap.ambient import aconnect, connect
 from realmap.errors import (
     AccessDenied,
     InvalidAddress,
@@ -69,16 +70,19 @@ from realmap.errors import (
     WrongArguments,
     WrongMappingFramesForType,
 )
-from realmap.kernel import Call, Kernel, Limits, UserBuffer, syscall
-from realmap.memory import CrossProcessMapping, ForeignProcess, UserspacePtr
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights, MemoryType, k_r, k_rw, k_rx, k_w, u_r, u_rw, u_rx, u_w
-from realmap.system import KernelHandle, boot
-from realmap.user import Buffer, Handle, Process, Session
-from realmap.user.service import Service
-from realmap.user.spawned import SpawnedProcess
-from realmap.wire.messages import VERSION as __version__
-from realmap.wire.messages import MemoryInfo
+
+if TYPE_CHECKING:
+    from realmap import memory
+    from realmap.ambient import aconnect, connect
+    from realmap.kernel import Call, Kernel, Limits, UserBuffer, syscall
+    from realmap.memory import CrossProcessMapping, ForeignMapping, ForeignProcess, UserspacePtr
+    from realmap.system import KernelHandle, boot
+    from realmap.user import Buffer, Handle, Process, Session
+    from realmap.user.service import Service
+    from realmap.user.spawned import SpawnedProcess
+    from realmap.wire.messages import MemoryInfo, __version__
 
 __all__ = [
     "PAGE_SIZE",
@@ -86,6 +90,7 @@ __all__ = [
     "Buffer",
     "Call",
     "CrossProcessMapping",
+    "ForeignMapping",
     "ForeignProcess",
     "Handle",
     "InvalidAddress",
@@ -136,3 +141,42 @@ __all__ = [
     "u_rx",
     "u_w",
 ]
+
+#: Where the others are: whoever needs little, a command or a process that only maps, does not pay for the rest.
+_PLACES = {
+    "Buffer": "realmap.user.buffer",
+    "Call": "realmap.serving.syscalls",
+    "CrossProcessMapping": "realmap.memory.cross_process",
+    "ForeignMapping": "realmap.memory.foreign",
+    "ForeignProcess": "realmap.memory.foreign",
+    "Handle": "realmap.user.handle",
+    "Kernel": "realmap.kernel.kernel",
+    "KernelHandle": "realmap.system",
+    "Limits": "realmap.kernel.limits",
+    "MemoryInfo": "realmap.wire.messages",
+    "Process": "realmap.user.process",
+    "Service": "realmap.user.service",
+    "Session": "realmap.user.sessions",
+    "SpawnedProcess": "realmap.user.spawned",
+    "UserBuffer": "realmap.serving.user_buffer",
+    "UserspacePtr": "realmap.memory.userspace_ptr",
+    "__version__": "realmap.wire.messages",
+    "aconnect": "realmap.ambient",
+    "boot": "realmap.system",
+    "connect": "realmap.ambient",
+    "syscall": "realmap.serving.registry",
+}
+
+if not TYPE_CHECKING:  # a checker would take every name for one of these
+
+    def __getattr__(name: str) -> object:
+        if name == "memory":  # itself
+            return importlib.import_module("realmap.memory")
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        place = importlib.import_module(_PLACES[name])
+        found = globals()[name] = getattr(place, name)
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

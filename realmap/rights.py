@@ -22,8 +22,7 @@ class MappingAccessRights(enum.IntFlag, boundary=enum.KEEP):
     USER_ACCESSIBLE = 8
 
     def __str__(self) -> str:
-        letters = "".join(letter for bit, letter in zip((1, 2, 4), "rwx", strict=True) if self & bit)
-        return f"{'u' if self & 8 else 'k'}_{letters or 'none'}"
+        return f"{'u' if self & 8 else 'k'}_{letters(self).replace('-', '') or 'none'}"
 
 
 k_r = MappingAccessRights.READABLE
@@ -62,6 +61,16 @@ def allows(rights: int, bits: int) -> bool:
 def prot_of(rights: int) -> int:
     """The PROT_ bits of mmap(2) for `rights`."""
     return int(rights) & PROT_MASK
+
+
+def letters(rights: int) -> str:
+    """As /proc/PID/maps writes them: "rw-"."""
+    return "".join(letter if rights & bit else "-" for bit, letter in ((1, "r"), (2, "w"), (4, "x")))
+
+
+def user_rights(perms: str) -> MappingAccessRights:
+    """What a process may do where /proc/PID/maps has these letters."""
+    return rights_of(8 | sum(bit for letter, bit in zip(perms, (1, 2, 4), strict=False) if letter != "-"))
 
 
 class MemoryType(enum.IntEnum):

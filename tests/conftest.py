@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import pytest
 import syscalls
 
 import realmap
-from realmap import KernelDied, ambient
+from realmap import KernelDied, SyscallTimeout, ambient
 from realmap.host import procfs, runtime
 from realmap.memory import KERNEL_LAND, USER_LAND, FrameAllocator, KernelMemory, Mapping
-from realmap.observe import Control
+from realmap.observe.control import Control
 
 # Hundreds of interpreters start here and import realmap: none compiles it anew, also where bytecode is not to be kept.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -34,6 +35,8 @@ BOUND = 60.0
 PAGE = realmap.PAGE_SIZE
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
+#: Set where several workers share the tests.
+WORKER = "PYTEST_XDIST_WORKER"
 #: Every test of these starts a kernel, a user, or a program of ours.
 ROOMS_OF_PROCESSES = [ROOT / "tests" / room for room in ("system", "commands", "hostile")]
 
@@ -49,9 +52,12 @@ def long(*values: object) -> Any:
 
 
 def wait_until(holds: Callable[[], object], what: str = "it") -> None:
-    """Waits for an event, with a bound."""
+    """Waits for an event, with a bound. A kernel that gets no CPU, and so does not answer, has not said no."""
     end = time.monotonic() + BOUND
-    while not holds():
+    while True:
+        with suppress(SyscallTimeout):
+            if holds():
+                return
         assert time.monotonic() < end, f"{what} did not happen within {BOUND} s"
         time.sleep(0.001)
 
@@ -73,11 +79,15 @@ def land_maps(*, parked: bool = False) -> list[procfs.Map]:
     ]
 
 
+def own_names() -> list[str]:
+    """Names in /dev/shm of this process."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"{runtime.SEGMENT_PREFIX}{runtime.stamp()}.")]
+
+
 def left_names() -> list[str]:
-    """Names in /dev/shm of this process, or of somebody dead: those of the living may be another run's."""
+    """Those, and the names of somebody dead, of other workers and runs too; those of the living are theirs."""
     found = [name for name in os.listdir("/dev/shm") if name.startswith(runtime.SEGMENT_PREFIX)]
-    stamps = {name: name.removeprefix(runtime.SEGMENT_PREFIX) for name in found}
-    return [name for name, stamp in stamps.items() if runtime.is_mine(stamp) or not runtime.maker_lives(stamp)]
+    return own_names() + [name for name in found if not runtime.maker_lives(name.removeprefix(runtime.SEGMENT_PREFIX))]
 
 
 def children() -> set[int]:
@@ -96,6 +106,35 @@ def remains() -> dict[str, Any]:
         "maps": land_maps(parked=True),
         "children": children(),
     }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of `-n auto`: one more than CPUs, as tests wait more than they compute. None for single files, which are over
+    before workers have begun, nor for the long tests, which load a machine by themselves.
+    """
+    is_little = all(re.search(r"\.py(::|$)", name) for name in config.args)
+    return 0 if is_little or "slow" in config.option.markexpr else min(len(os.sched_getaffinity(0)) + 1, 6)
+
+
+@contextmanager
+def a_turn(alone: bool) -> Iterator[None]:
+    """For as long as the block lasts no other worker runs a test that is `alone`; where this one is, none at all."""
+    with open(__file__) as following, open(ROOT / "pyproject.toml") as running:  # they are there, and for all workers
+        fcntl.flock(following, fcntl.LOCK_EX)  # whoever waits for the others to end is not overtaken
+        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(following, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(running, fcntl.LOCK_UN)  # to close it would not do: the test may have forked
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Of several workers each keeps its turn, from the first fixture of a test to the last."""
+    with a_turn(item.get_closest_marker("alone") is not None) if WORKER in os.environ else nullcontext():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -163,13 +202,18 @@ def make_mapping(frames: FrameAllocator) -> Iterator[Callable[..., Mapping]]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks by room and fixture what starts a process of ours. The long tests run only where -m names them."""
+    """Marks by room and fixture what starts a process of ours. The long tests run only where -m names them.
+
+    Those that are `alone` come last: the other workers have less to wait with.
+    """
     for item in items:
         if any(item.path.is_relative_to(room) for room in ROOMS_OF_PROCESSES) or "kernel" in item.fixturenames:
             item.add_marker("process")
     if not re.search(r"\bslow\b", config.option.markexpr):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if WORKER in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

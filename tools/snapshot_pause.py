@@ -69,7 +69,7 @@ def asker(path: str) -> tuple[int, int, int]:
     pid = os.fork()
     if not pid:
         try:
-            from realmap.observe import Control
+            from realmap.observe.control import Control
 
             with Control(path) as control:
                 while os.read(read_order, 1):

@@ -24,6 +24,7 @@
 #include <structmember.h>
 #endif
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -44,20 +45,10 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-
-#ifndef MAP_FIXED_NOREPLACE
-#define MAP_FIXED_NOREPLACE 0x100000
-#endif
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#define MADV_POPULATE_WRITE 23
-#endif
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
 
 /* Below this a map or unmap is a few microseconds, and giving the GIL away would let another
  * thread keep it for a whole switch interval (5 ms); above it, others should not wait for us. */
@@ -94,8 +85,6 @@ typedef struct {
     uint32_t next; /* of those without a window: one more than its index, or 0 */
 } Guarded;
 
-#define NO_ZEROS UINTPTR_MAX
-
 typedef struct Node {
     struct Node *next;
     struct Node **at; /* what points to it: so that it can be taken out of a long chain */
@@ -122,11 +111,17 @@ typedef struct {
 } Name;
 
 #define RING_SLOTS 32u
-#define RING_SLOT 2048u /* bytes a message takes, 4 of them its length */
+#define RING_MESSAGE 2048u /* bytes that a message has at most */
 #define LINE 64
-#define BELL 4 /* wire/channel.py */
-#define BELL_TRIES 100
+#define SHORT_MESSAGE (LINE - sizeof(uint32_t))
 
+/* The length of a message, and the message itself where it is short. */
+typedef struct {
+    _Alignas(LINE) uint32_t size;
+    unsigned char bytes[SHORT_MESSAGE];
+} Head;
+
+/* Whoever takes a short message touches one page: of many processes each wakes without any in the TLB. */
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t tail;
     _Atomic uint32_t cpu; /* where the producer ran when it last had something to say */
@@ -136,7 +131,8 @@ typedef struct {
     _Alignas(LINE) _Atomic uint32_t asleep;
     _Alignas(LINE) _Atomic uint32_t places[PLACES]; /* of windows that the producer has parked: places.c */
     _Alignas(LINE) Name names[PLACES];
-    _Alignas(LINE) unsigned char slots[RING_SLOTS][RING_SLOT];
+    Head heads[RING_SLOTS];
+    _Alignas(4096) unsigned char slots[RING_SLOTS][RING_MESSAGE];
 } Queue;
 
 /* Two queues, one each way, as one side sees them. */
@@ -163,7 +159,6 @@ typedef struct {
 } Budget;
 
 #define MAX_DESCRIPTORS 64  /* that one message brings: wire/messages.py */
-#define CHUNK_BYTES 65536   /* that one datagram carries: wire/channel.py */
 #define MESSAGE_BYTES (1 << 20) /* that a message has at most: wire/messages.py */
 
 /* A socket, known by what it is: post.c. */
@@ -264,11 +259,7 @@ typedef struct Kept {
     char in_tree;
 } Kept;
 
-/* Where lands lie: Linux never hands these addresses out by itself (memory/lands.py). */
-#define LANDS_START ((uint64_t)0x2000 << 32)
-#define LANDS_END ((uint64_t)0x4000 << 32)
-
-#define ANCHORS 64 /* as many as there are 512 GiB between the two */
+#define ANCHORS 64 /* as many as there are 512 GiB in all lands (land.c) */
 
 typedef struct Land {
     PyObject_HEAD
@@ -309,7 +300,8 @@ typedef struct {
     PyObject *frames; /* Frames, or a tuple of them where there are `mappings` */
     PyObject *caller; /* the UserBuffer of the call that it was made in, or NULL */
     PyObject *weakrefs;
-    uint64_t serial; /* of its frames; 0 where it shows several */
+    struct Edges *edges; /* NULL: it shows whole pages */
+    uint64_t serial; /* of its frames; 0 where it shows several, or copies */
     uint64_t start; /* what its first page shows: an offset in the frames */
     char holds; /* whether it has references to its frames */
     uint64_t maps; /* one for each piece of it */
@@ -381,7 +373,7 @@ ACCESSOR(Shared, as_shared)
 
 /* The types, filled once by module.c. Not in the state of the module: what the guard knows is one table a process, so
  * there is one core a process, in its main interpreter. Imported again, it has the same types. */
-static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *frames_type, *mapping_type;
+static PyTypeObject *window_type, *view_type, *events_type, *land_type, *mirror_type, *lent_type, *frames_type, *mapping_type;
 static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell_type, *answer_type, *endpoint_type;
 static PyTypeObject *durations_type;
 static PyTypeObject *shared_type, *shared_lock_type, *shared_condition_type, *shared_event_type;
@@ -444,7 +436,6 @@ typedef struct {
     int prot;
 } Parked;
 
-#define NOWHERE 1
 /* Of a kind. */
 #define BARE 0x10000     /* no space was taken for it, and none is kept while it is parked */
 #define ATTACHED 0x20000 /* others have it as well: its bytes stay */
@@ -466,6 +457,7 @@ typedef struct Endpoint {
     Post post;
     Ring *ring;
     Budget budget;
+    uint64_t number; /* of the last request */
     Table table;     /* requests on their way, by number */
     Letter *letters; /* in the order in which they are sent */
     Letter **last;

@@ -12,12 +12,9 @@
 
 /* A request that is sent, or about to be. `ordered`: nothing that is said later is heard before it, and nothing later that
  * was said before. NULL with an exception set: no memory, or a buffer that is unmapped. */
-static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObject *holds, PyObject *late,
-                     PyObject *bell, int ordered)
+static Answer *start(Endpoint *self, uint64_t key, PyObject *message, PyObject *holds, PyObject *late, PyObject *bell,
+                     int ordered)
 {
-    uint64_t key;
-    if (as_u64(number, &key))
-        return NULL;
     if (!PyBytes_Check(message) || table_find(&self->table, key))
         return as_answer(PyErr_Format(PyExc_ValueError, "a request is bytes, with a number of its own"));
     Answer *answer = new_answer(self, key, holds, late, bell);
@@ -45,6 +42,12 @@ static Answer *start(Endpoint *self, PyObject *number, PyObject *message, PyObje
         finish(self, answer, FAILED);
     }
     return answer;
+}
+
+/* next_id() -> a number for a request. */
+static PyObject *endpoint_next_id(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromUnsignedLong(++as_endpoint(op)->number);
 }
 
 /* What is left of a request: its answer as it is, or NULL where a handler has raised. */
@@ -98,10 +101,11 @@ static int64_t deadline_of(PyObject *timeout)
 static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
-    if (wants(nargs, 5, "Endpoint.request"))
+    uint64_t number;
+    if (wants(nargs, 5, "Endpoint.request") || as_u64(args[0], &number))
         return NULL;
     int64_t until = deadline_of(args[2]);
-    Answer *answer = until < 0 ? NULL : start(self, args[0], args[1], args[3], args[4], NULL, 0);
+    Answer *answer = until < 0 ? NULL : start(self, number, args[1], args[3], args[4], NULL, 0);
     if (!answer)
         return NULL;
     int failed = wait_for(self, answer, until);
@@ -114,11 +118,35 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
     return leave_with(self, answer, failed);
 }
 
+/* call(name, args, others) -> the value of the answer to a call, for which it waits without a bound; the Answer where that
+ * is no plain value. NotImplemented, and nothing was done: the arguments are not so plain, the name is one of the dict
+ * `others`, or this connection has ended. An exception is a signal handler's own. */
+static PyObject *endpoint_call(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    Endpoint *self = as_endpoint(op);
+    if (wants(nargs, 3, "Endpoint.call"))
+        return NULL;
+    if (self->end || self->epoch != fork_epoch || !PyUnicode_CheckExact(args[0]) || PyDict_Contains(args[2], args[0]))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    PyObject *message = plain_call(++self->number, args[0], args[1]);
+    if (!message)
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
+    Answer *answer = start(self, self->number, message, Py_None, Py_None, NULL, 0);
+    Py_DECREF(message);
+    PyObject *got = answer ? leave_with(self, answer, wait_for(self, answer, INT64_MAX)) : NULL;
+    PyObject *value = got && answer->outcome == ANSWERED ? plain_value(answer->data) : NULL;
+    if (!value)
+        return got;
+    Py_DECREF(got);
+    return value;
+}
+
 /* Tells the kernel of the end of a window, and waits for its answer: whatever comes in between, it is told once. Where there
  * is no memory to send `message` now, `farewell` is sent some other time, and the answer FAILED. */
 static PyObject *tell_of_end(Endpoint *self, PyObject *number, PyObject *message, PyObject *farewell)
 {
-    Answer *answer = start(self, number, message, NULL, Py_None, NULL, 1);
+    uint64_t key;
+    Answer *answer = as_u64(number, &key) ? NULL : start(self, key, message, NULL, Py_None, NULL, 1);
     int failed = answer ? wait_for(self, answer, INT64_MAX) : -1;
     if (!answer || answer->outcome == FAILED)
         endpoint_notice((PyObject *)self, farewell);
@@ -163,11 +191,12 @@ static PyObject *endpoint_unmap(PyObject *op, PyObject *const *args, Py_ssize_t 
  * somebody has to read from now on; `read` reads, `give_up` gives up. */
 static PyObject *endpoint_start(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (wants(nargs, 4, "Endpoint.start"))
+    uint64_t number;
+    if (wants(nargs, 4, "Endpoint.start") || as_u64(args[0], &number))
         return NULL;
     if (!PyObject_TypeCheck(args[3], bell_type))
         return PyErr_Format(PyExc_TypeError, "a loop is told by a Bell");
-    Answer *answer = start(as_endpoint(op), args[0], args[1], args[2], Py_None, args[3], 0);
+    Answer *answer = start(as_endpoint(op), number, args[1], args[2], Py_None, args[3], 0);
     if (!answer || !settle(as_endpoint(op), args[3])) /* it may have found out that all is over */
         return (PyObject *)answer;
     Py_DECREF((PyObject *)answer);
@@ -419,6 +448,8 @@ static PyMethodDef endpoint_methods[] = {
     {"_of", endpoint_of, METH_O | METH_CLASS, NULL},
     {"join", FASTCALL(endpoint_join), METH_FASTCALL, "join(fd, spin): a ring beside the socket."},
     {"request", FASTCALL(endpoint_request), METH_FASTCALL, "request(number, message, timeout, holds, late) -> Answer"},
+    {"call", FASTCALL(endpoint_call), METH_FASTCALL, "call(name, args, others) -> a value, an Answer, or NotImplemented"},
+    {"next_id", endpoint_next_id, METH_NOARGS, "A number for a request."},
     {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
     {"park", FASTCALL(endpoint_park), METH_FASTCALL, "park(window, number, kind) -> Answer, True, or False"},
     {"unpark", FASTCALL(endpoint_unpark), METH_FASTCALL, "unpark(type, kind, span) -> a Window, or None"},

@@ -1,4 +1,4 @@
-/* A small file: read in one step, or its first page watched; a directory from which names go; one map of a process. */
+/* A small file, read in one step; a directory from which names go; what a process has mapped, and has open. */
 #include "core.h"
 
 #define MOST 4096
@@ -32,6 +32,7 @@ struct map_query {
     uint64_t name, build_id;
 };
 #define MAP_QUERY _IOWR('f', 17, struct map_query)
+#define NEXT_FILE 0x30 /* the map at the address, or the next one; only those of files */
 
 /* map_at(fd, address) -> the map that an address falls in, as Linux notes it, of an open /proc/PID/maps. None: nothing is
  * mapped there, the process runs another program by now or none, or Linux cannot tell (before 6.11). */
@@ -47,6 +48,128 @@ static PyObject *host_map_at(PyObject *Py_UNUSED(module), PyObject *const *args,
     if (failed)
         Py_RETURN_NONE;
     return PyBytes_FromStringAndSize((const char *)query.found, sizeof query.found);
+}
+
+/* The next map from query->address on of a file on one of `count` devices, and its name. 0: there is none, or errno. */
+static int next_map(int fd, struct map_query *query, const char *devices, size_t count, uint64_t *device, char *name)
+{
+    while (!ioctl(fd, MAP_QUERY, query)) {
+        const struct map_query map = *query;
+        struct map_query named = {.size = sizeof named, .address = map.found[0], .name = (uintptr_t)name, .name_size = MOST};
+        uint32_t numbers[2];
+        memcpy(numbers, &map.found[6], sizeof numbers);
+        *device = makedev(numbers[0], numbers[1]);
+        query->address = map.found[1];
+        for (size_t i = 0; i < count; i++) {
+            if (memcmp(devices + i * sizeof *device, device, sizeof *device))
+                continue;
+            name[0] = 0; /* and so it stays where it is longer than Linux shows */
+            if (ioctl(fd, MAP_QUERY, &named) && errno != ENAMETOOLONG)
+                return 0;
+            if (!named.name_size || !memcmp(named.found, map.found, sizeof map.found))
+                return 1;
+            query->address = map.found[0]; /* it has changed meanwhile: once more */
+        }
+    }
+    return 0;
+}
+
+/* Appends what was just made; *list is NULL, with an error, where that or its making failed. */
+static void append_new(PyObject **list, PyObject *item)
+{
+    if (!item || PyList_Append(*list, item))
+        Py_CLEAR(*list);
+    Py_XDECREF(item);
+}
+
+/* device_maps(path, devices) -> [(start, end, flags, offset, device, inode, name)] of a /proc/PID/maps: its maps of files
+ * on one of the devices, of 8 bytes each. None: Linux cannot be asked about single maps (before 6.11). */
+static PyObject *host_device_maps(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    char *path, *devices, name[MOST];
+    Py_ssize_t bytes;
+    if (wants(nargs, 2, "device_maps") || PyBytes_AsStringAndSize(args[0], &path, NULL) ||
+        PyBytes_AsStringAndSize(args[1], &devices, &bytes))
+        return NULL;
+    int fd = open(path, O_RDONLY | O_CLOEXEC), error = errno;
+    if (fd < 0)
+        return os_error(error);
+    struct map_query query = {.size = sizeof query, .flags = NEXT_FILE};
+    PyObject *found = PyList_New(0);
+    while (found) {
+        uint64_t device, *map = query.found;
+        int there;
+        Py_BEGIN_ALLOW_THREADS
+        there = next_map(fd, &query, devices, (size_t)bytes / sizeof device, &device, name);
+        error = errno;
+        Py_END_ALLOW_THREADS
+        if (!there)
+            break;
+        append_new(&found, Py_BuildValue("(KKKKKKy)", map[0], map[1], map[2], map[4], device, map[5], name));
+    }
+    close(fd);
+    if (!found || error == ENOENT || error == ESRCH) /* no more; no memory at all, as threads of Linux */
+        return found;
+    Py_DECREF(found);
+    if (error == ENOTTY || error == EINVAL)
+        Py_RETURN_NONE;
+    return os_error(error);
+}
+
+/* The next descriptor that is a regular file, and whose link begins with one of `starts`, each with a NUL after it. */
+static int next_file(DIR *folder, const char *starts, const char *end, char *link, struct stat *status)
+{
+    for (struct dirent *entry; errno = 0, (entry = readdir(folder));) {
+        ssize_t length = readlinkat(dirfd(folder), entry->d_name, link, MOST - 1);
+        link[length > 0 ? length : 0] = 0;
+        for (const char *start = starts; start < end; start += strlen(start) + 1)
+            if (length > 0 && !strncmp(link, start, strlen(start))) /* what else there is may not answer: a FUSE, an NFS */
+                if (!fstatat(dirfd(folder), entry->d_name, status, 0) && S_ISREG(status->st_mode))
+                    return 1;
+    }
+    return 0;
+}
+
+static double seconds(struct timespec time)
+{
+    return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
+}
+
+/* open_files(path, starts) -> [(device, inode, link, size, blocks, uid, touched)] of a /proc/PID/fd: the regular files
+ * that are open there and whose links begin with one of `starts`, each with a NUL after it; touched in seconds. */
+static PyObject *host_open_files(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    char *path, *starts, link[MOST];
+    Py_ssize_t bytes;
+    if (wants(nargs, 2, "open_files") || PyBytes_AsStringAndSize(args[0], &path, NULL) ||
+        PyBytes_AsStringAndSize(args[1], &starts, &bytes))
+        return NULL;
+    DIR *folder = opendir(path);
+    int error = errno;
+    if (!folder)
+        return os_error(error);
+    PyObject *found = PyList_New(0);
+    while (found) {
+        struct stat at;
+        int there;
+        Py_BEGIN_ALLOW_THREADS
+        there = next_file(folder, starts, starts + bytes, link, &at);
+        error = errno;
+        Py_END_ALLOW_THREADS
+        if (!there)
+            break;
+        double touched = seconds(at.st_atim), changed = seconds(at.st_ctim); /* Linux notes a change of bytes there, too */
+        if (changed > touched)
+            touched = changed;
+        append_new(&found, Py_BuildValue("(KKyLLId)", (unsigned long long)at.st_dev, (unsigned long long)at.st_ino, link,
+                                         (long long)at.st_size, (long long)at.st_blocks * 512, at.st_uid, touched));
+    }
+    closedir(folder);
+    if (found && error) {
+        Py_DECREF(found);
+        return os_error(error);
+    }
+    return found;
 }
 
 /* watch_directory(path) -> fd: to be read from once a name in it has gone, or it has gone elsewhere. */

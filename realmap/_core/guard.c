@@ -14,6 +14,7 @@
  * memory. A window that is being touched is not unmapped meanwhile (its exports are counted), so its entry stands
  * still; the others may change while they are looked at. */
 
+#define NO_ZEROS UINTPTR_MAX
 #define CHUNK 1024u
 #define CHUNKS 16384u /* of 1024: more windows than Linux allows mappings by default, by two orders */
 

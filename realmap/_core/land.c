@@ -1,6 +1,10 @@
 /* Land: what is mapped where in a range of addresses. */
 #include "core.h"
 
+/* Where lands lie: Linux never hands these addresses out by itself (memory/lands.py). */
+#define LANDS_START ((uint64_t)0x2000 << 32)
+#define LANDS_END ((uint64_t)0x4000 << 32)
+
 /* What is mapped in a land: the mirrors that live, and the windows kept for their next use. Under
  * the GIL each of these functions happens as a whole, so no lock is needed, in a destructor either.
  *

@@ -9,6 +9,8 @@
  * `bell`, for `settle` (turn.c), when the turn has been given back. */
 #include "core.h"
 
+#define CHUNK_BYTES 65536 /* that one datagram carries: wire/channel.py */
+
 /* How long a thread waits in one system call, in nanoseconds: a signal that comes right before the call is seen then. */
 #define SLICE 50000000
 
@@ -222,10 +224,19 @@ static void await_carrier(Endpoint *self, Answer *answer)
             end_connection(self, NONSENSE);
 }
 
-/* Hands a message to who waits for it; its descriptors are taken over. */
+/* Hands a message to who waits for it; its descriptors are taken over. Copied first: what is in the ring may change. */
 static void dispatch(Endpoint *self, const char *data, size_t size, int by_ring, const int *fds, int count)
 {
-    const unsigned char *bytes = (const unsigned char *)data;
+    PyObject *copy = PyBytes_FromStringAndSize(data, (Py_ssize_t)size);
+    if (!copy) {
+        PyErr_Clear();
+        close_all((int *)fds, count);
+        end_connection(self, ERRNO + ENOMEM);
+        return;
+    }
+    if (by_ring)
+        queue_done(&self->ring->duplex);
+    const unsigned char *bytes = (const unsigned char *)PyBytes_AsString(copy);
     enum tag tag = size > 1 && (bytes[0] & 0xf0) == 0x90 ? (enum tag)bytes[1] : OTHER; /* a map: the handshake's */
     uint64_t number = tag == OTHER || tag == BYE ? 0 : number_of(bytes, size);
     Node *node = table_find(&self->table, number);
@@ -236,16 +247,10 @@ static void dispatch(Endpoint *self, const char *data, size_t size, int by_ring,
         answer_take_descriptors(answer, fds, count);
     else
         close_all((int *)fds, count);
-    if (tag == CARRIER && answer) {
+    if (tag == CARRIER && answer)
         answer->carried = 1;
-        return;
-    }
-    if (!answer && tag != BYE)
-        return; /* what was given up before it was sent as a whole */
-    PyObject *copy = PyBytes_FromStringAndSize(data, (Py_ssize_t)size);
-    if (!copy) {
-        PyErr_Clear();
-        end_connection(self, ERRNO + ENOMEM);
+    if (tag == CARRIER || (!answer && tag != BYE)) { /* what was given up before it was sent as a whole */
+        Py_DECREF(copy);
     } else if (tag == BYE) {
         Py_XDECREF(self->bye);
         self->bye = copy;
@@ -329,15 +334,12 @@ static int receive_one(Endpoint *self)
 /* Hands on what is in the ring; whether anything was. Only whose turn it is. */
 static int take_from_ring(Endpoint *self)
 {
-    char copy[RING_SLOT];
     const char *data;
     uint32_t size;
     int64_t there = 0;
     int any = 0;
     while (!self->end && self->ring && (there = queue_peek(&self->ring->duplex, &data, &size)) > 0) {
-        memcpy(copy, data, size);
-        queue_done(&self->ring->duplex);
-        dispatch(self, copy, size, 1, NULL, 0);
+        dispatch(self, data, size, 1, NULL, 0);
         any = 1;
     }
     if (there < 0)

@@ -123,11 +123,10 @@ static int keep(Mirror *self)
     return 1;
 }
 
-/* Where it faulted, the call that it was made in has to end in that; it may be the only one to know. */
-static void tell_caller(Mirror *self)
+/* Where bytes from `at` on were gone, the call that it was made in has to end in that; it may be the only one to know. */
+static void tell_caller(Mirror *self, uintptr_t at)
 {
-    uintptr_t at = self->caller ? window_fault_at(&self->window) : 0;
-    if (!at)
+    if (!at || !self->caller)
         return;
     PyObject *caller = Py_NewRef(self->caller); /* it may have itself replaced */
     PyObject *told = PyObject_CallMethod(caller, "_note_fault", "OK", self, (unsigned long long)at);
@@ -173,6 +172,8 @@ static int end_mirror(Mirror *self)
         Events *events = self->land ? self->land->events : NULL;
         size_t live = self->land ? self->land->live.count - 1 : 0;
         Py_XINCREF((PyObject *)events);
+        if (self->edges)
+            copy_edges_back(self->edges, zeros_of(window));
         int kept = keep(self);
         if (!kept) {
             disarm(window);
@@ -190,19 +191,17 @@ static int end_mirror(Mirror *self)
             Py_DECREF((PyObject *)events);
         }
         unguard(window);
-        tell_caller(self);
+        tell_caller(self, window_fault_at(window));
     }
     window->state = DEAD;
+    if (self->edges)
+        forget_edges(self->edges);
     leave(self, 1);
     return let_go(self);
 }
 
 
-/* Mirror._open(land, mapping, offset, length, rights, caller): a mirror of [offset, offset + length) of a mapping,
- * by a window that was kept, or in the current hole of the land; for a `caller` (else None) only where the mapping's
- * own rights allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
- * the others. */
-static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *open_mirror(PyObject *cls, PyObject *const *args, Py_ssize_t nargs, int exact)
 {
     if (wants(nargs, 6, "Mirror._open"))
         return NULL;
@@ -223,7 +222,7 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     uint64_t length = (uint64_t)size, serial = frames->serial;
     uint64_t start = at - at % page_size, end = at + length + page_size - 1;
     end -= end % page_size;
-    if (frames->huge) { /* whole huge pages, as far as the mapping goes */
+    if (frames->huge && !exact) { /* whole huge pages, as far as the mapping goes */
         uint64_t last = mapping->phys_offset + mapping->length;
         start -= start % huge_size;
         start = start < mapping->phys_offset ? mapping->phys_offset : start;
@@ -238,7 +237,12 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
         return NULL;
     Py_XINCREF(caller);
     self->caller = caller;
-    Kept *kept = land->budget ? find_kept(land, serial, start, span, prot) : NULL;
+    int copies = exact && (at % page_size || (at + length) % page_size);
+    if (copies && !(self->edges = PyMem_Calloc(1, sizeof *self->edges))) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
+    Kept *kept = land->budget && !copies ? find_kept(land, serial, start, span, prot) : NULL;
     int was_kept = kept != NULL;
     if (was_kept) {
         land->hits++;
@@ -254,9 +258,9 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
             Py_DECREF((PyObject *)self);
             Py_RETURN_NONE;
         }
-        enter(land, self, base, span, 0, 1);
+        enter(land, self, base, span, 0, copies ? 3 : 1);
     }
-    self->serial = serial;
+    self->serial = copies ? 0 : serial;
     self->start = start;
     self->window.lead = lead;
     self->window.length = (Py_ssize_t)length;
@@ -269,7 +273,12 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
         Py_DECREF((PyObject *)self);
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     }
-    if (!was_kept && (!make_room(land, 0) || map_piece(self->window.base, span, prot, frames->fd, (off_t)start))) {
+    int error = was_kept || make_room(land, 0) ? 0 : ENOMEM;
+    if (!error && copies)
+        error = lend_piece(self->edges, window->base + lead, length, prot, frames->fd, (off_t)at);
+    else if (!error && !was_kept)
+        error = map_piece(window->base, span, prot, frames->fd, (off_t)start);
+    if (error) {
         Py_DECREF((PyObject *)self);
         Py_RETURN_NONE;
     }
@@ -281,9 +290,24 @@ static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t na
     return (PyObject *)self;
 }
 
+/* Mirror._open(land, mapping, offset, length, rights, caller): a mirror of [offset, offset + length) of a mapping,
+ * by a window that was kept, or in the current hole of the land; for a `caller` (else None) only where the mapping's
+ * own rights allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
+ * the others. */
+static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    return open_mirror(cls, args, nargs, 0);
+}
+
+/* As that; nothing beside the range is mapped. */
+static PyObject *lent_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    return open_mirror(cls, args, nargs, 1);
+}
+
 /* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces at a place that
  * was reserved, with a reference to each of `frames`, a tuple. OSError: nothing stays. */
-static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *open_mirror_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs, int exact)
 {
     uint64_t base, start, lead, length;
     int prot;
@@ -304,19 +328,49 @@ static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     window->base = base;
     self->mappings = Py_NewRef(args[2]);
     self->start = start;
-    int failed = map_window(window, args[4]);
+    if (exact && !(self->edges = PyMem_Calloc(1, sizeof *self->edges))) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
+    int failed = map_window(window, args[4], exact ? lead : 0, self->edges);
+    int copies = self->edges ? self->edges->count : 0;
     if (window->state != NOT_READY)
-        enter(land, self, base, window->span, 0, (uint64_t)maps);
+        enter(land, self, base, window->span, 0, (uint64_t)(maps + copies));
     if (failed || set_exported(window, lead, length) || hold(self)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }
-    if (PyTuple_Size(args[2]) == 1 && PyTuple_Size(args[3]) == 1)
+    if (PyTuple_Size(args[2]) == 1 && PyTuple_Size(args[3]) == 1 && !copies)
         self->serial = as_frames(PyTuple_GetItem(args[3], 0))->serial;
     count_made(land, length);
     if (land->events && is_alive(window))
         tell_made(land, self, 0);
     return (PyObject *)self;
+}
+
+static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    return open_mirror_at(cls, args, nargs, 0);
+}
+
+static PyObject *lent_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+{
+    return open_mirror_at(cls, args, nargs, 1);
+}
+
+/* _copy_back() -> None, or (errno, address): copies back what was changed at its edges, where it lives; of what cannot be, or
+ * could not when it was dropped, the first byte. ENODATA: the segment ends before it. */
+static PyObject *lent_copy_back(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Mirror *self = as_mirror(op);
+    Edges *edges = self->edges;
+    if (edges && is_alive(&self->window))
+        copy_edges_back(edges, zeros_of(&self->window));
+    if (!edges || !edges->error)
+        Py_RETURN_NONE;
+    int error = edges->error;
+    edges->error = 0;
+    return Py_BuildValue("(iK)", error, (unsigned long long)edges->lost);
 }
 
 /* _populate(): faults in every page. OSError: one cannot be had. */
@@ -350,6 +404,8 @@ static void mirror_finalize(PyObject *op)
     PyErr_Fetch(&type, &value, &traceback);
     if (end_mirror(as_mirror(op)))
         PyErr_Clear();
+    if (as_mirror(op)->edges && as_mirror(op)->edges->error)
+        tell_caller(as_mirror(op), as_mirror(op)->edges->lost);
     PyErr_Restore(type, value, traceback);
 }
 
@@ -363,6 +419,9 @@ static void mirror_dealloc(PyObject *op)
     }
     if (self->weakrefs)
         PyObject_ClearWeakRefs(op);
+    if (self->edges)
+        forget_edges(self->edges);
+    PyMem_Free(self->edges);
     leave(self, 0); /* where it could not be unmapped before: its place stays taken, or is an obstacle */
     for (size_t i = 0; i < sizeof refs / sizeof *refs; i++)
         Py_XDECREF(refs[i]);
@@ -421,4 +480,20 @@ static PyType_Spec mirror_spec = {
     .basicsize = sizeof(Mirror),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = mirror_slots,
+};
+
+static PyMethodDef lent_methods[] = {
+    {"_open", FASTCALL(lent_open), METH_FASTCALL | METH_CLASS, NULL},
+    {"_open_at", FASTCALL(lent_open_at), METH_FASTCALL | METH_CLASS, NULL},
+    {"_copy_back", lent_copy_back, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot lent_slots[] = {{Py_tp_methods, lent_methods}, {0, NULL}};
+
+static PyType_Spec lent_spec = {
+    .name = "realmap._core.Lent",
+    .basicsize = sizeof(Mirror),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = lent_slots,
 };

@@ -5,7 +5,7 @@
  *            counts the exports, so that it is never unmapped under a live view.
  *   Land     what is mapped where in a range of addresses, and the windows kept there for their next use.
  *   Frames, Mapping   what a mirror has to know of those of memory/, and their counts.
- *   Mirror   a window in a land, of frames that it holds a reference to.
+ *   Mirror   a window in a land, of frames that it holds a reference to; Lent: one that shows no byte beside its range.
  *   Events   what happened, in a ring of bounded size, for whoever asked to be told.
  *   Durations how long something took, each time: percentiles.
  *   Account  what is in use of a budget; Charge: a part of it, in use for as long as that lives.
@@ -35,6 +35,7 @@
 #include "pages.c"
 #include "file.c"
 #include "guard.c"
+#include "edges.c"
 #include "queue.c"
 #include "spin.c"
 #include "sleep.c"
@@ -59,6 +60,7 @@
 #include "mail.c"
 #include "turn.c"
 #include "stock.c"
+#include "plain.c"
 #include "endpoint.c"
 #include "account.c"
 #include "lock.c"
@@ -74,6 +76,8 @@ static PyMethodDef host_methods[] = {
     {"collapse", FASTCALL(host_collapse), METH_FASTCALL, NULL},
     {"read_file", FASTCALL(host_read_file), METH_FASTCALL, NULL},
     {"map_at", FASTCALL(host_map_at), METH_FASTCALL, NULL},
+    {"device_maps", FASTCALL(host_device_maps), METH_FASTCALL, NULL},
+    {"open_files", FASTCALL(host_open_files), METH_FASTCALL, NULL},
     {"watch_directory", FASTCALL(host_watch_directory), METH_FASTCALL, NULL},
     {"copy_in", FASTCALL(host_copy_in), METH_FASTCALL, NULL},
     {"holders_of", core_holders_of, METH_O, NULL},
@@ -98,7 +102,7 @@ static const struct {
     CONSTANT(TOO_LONG),   {"DEEPEST", PACKED_DEPTH},
     CONSTANT(AWAKE),      CONSTANT(ON_WORD),    CONSTANT(ON_SOCKET),
     CONSTANT(BARE),       CONSTANT(ATTACHED),   {"RING_BYTES", 2 * sizeof(Queue)},
-    {"RING_MESSAGE", RING_SLOT - sizeof(uint32_t)},
+    CONSTANT(RING_MESSAGE),
 };
 
 /* In the order in which they are made: a base before what builds on it. */
@@ -113,6 +117,7 @@ static const struct {
     {&durations_type, &durations_spec, NULL},
     {&land_type, &land_spec, NULL},
     {&mirror_type, &mirror_spec, &window_type},
+    {&lent_type, &lent_spec, &mirror_type},
     {&frames_type, &frames_spec, NULL},
     {&mapping_type, &mapping_spec, NULL},
     {&account_type, &account_spec, NULL},

@@ -1,8 +1,21 @@
 /* Whole pages of this address space: mapped, unmapped, faulted in, backed by huge ones. */
 #include "core.h"
 
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
 /* From a huge page's size on, an address is congruent to the offset behind it, so that huge pages can serve it. */
 static size_t huge_size;
+
+static uintptr_t page_of(uintptr_t address) { return address - address % page_size; }
 
 /* Maps one piece; fd -1 means private anonymous memory. 0, or an errno with nothing mapped. */
 static int map_piece(uintptr_t address, size_t length, int prot, int fd, off_t offset)

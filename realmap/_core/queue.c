@@ -19,6 +19,9 @@
  * tail, so whoever sees that tail reads the socket first. */
 #include "core.h"
 
+#define BELL 4 /* wire/channel.py */
+#define BELL_TRIES 100
+
 static long futex(_Atomic uint32_t *word, int what, uint32_t value, const struct timespec *until)
 {
     return syscall(SYS_futex, word, what, value, until, NULL, FUTEX_BITSET_MATCH_ANY);
@@ -38,12 +41,11 @@ static uint32_t queue_rouse(Duplex *self)
 static int queue_push(Duplex *self, const char *data, size_t length)
 {
     uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
-    if (length > RING_SLOT - sizeof(uint32_t) || used >= RING_SLOTS)
+    if (length > RING_MESSAGE || used >= RING_SLOTS)
         return -1;
-    unsigned char *slot = self->out->slots[self->out_tail % RING_SLOTS];
-    uint32_t size = (uint32_t)length;
-    memcpy(slot, &size, sizeof size);
-    memcpy(slot + sizeof size, data, size);
+    Head *head = &self->out->heads[self->out_tail % RING_SLOTS];
+    head->size = (uint32_t)length;
+    memcpy(length > SHORT_MESSAGE ? self->out->slots[self->out_tail % RING_SLOTS] : head->bytes, data, length);
     self->out_tail++;
     atomic_store_explicit(&self->out->cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
     atomic_store_explicit(&self->out->tail, self->out_tail, memory_order_release);
@@ -68,11 +70,11 @@ static int64_t queue_peek(const Duplex *self, const char **data, uint32_t *size)
     *size = 0;
     if (!there)
         return 0;
-    const unsigned char *slot = self->in->slots[self->in_head % RING_SLOTS];
-    /* Copied, then checked: the other side may be changing it this moment. */
-    memcpy(size, (const void *)slot, sizeof *size);
-    *data = (const char *)slot + sizeof *size;
-    return there > RING_SLOTS || *size > RING_SLOT - sizeof *size ? -1 : (int64_t)there;
+    const Head *head = &self->in->heads[self->in_head % RING_SLOTS];
+    /* Read once, then checked: the other side may be changing it this moment. */
+    *size = *(const volatile uint32_t *)&head->size;
+    *data = (const char *)(*size > SHORT_MESSAGE ? self->in->slots[self->in_head % RING_SLOTS] : head->bytes);
+    return there > RING_SLOTS || *size > RING_MESSAGE ? -1 : (int64_t)there;
 }
 
 /* The message was copied: its slot is free. */
@@ -86,7 +88,7 @@ static void queue_done(Duplex *self)
 static size_t queue_room(const Duplex *self)
 {
     uint32_t used = self->out_tail - atomic_load_explicit(&self->out->head, memory_order_acquire);
-    return used < RING_SLOTS ? RING_SLOT - sizeof(uint32_t) : 0;
+    return used < RING_SLOTS ? RING_MESSAGE : 0;
 }
 
 /* Whether the other side has taken so many messages, as far as it says so. */

@@ -4,6 +4,8 @@
  * a window of it, in the same call. All of it goes with the connection, and before a fork. */
 #include "core.h"
 
+#define NOWHERE 1 /* a base: there is no window, nor can there be one */
+
 /* The words; NULL: there is no ring, and nothing is ever parked. */
 static _Atomic uint32_t *places_of(Endpoint *self)
 {

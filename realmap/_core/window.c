@@ -133,8 +133,8 @@ static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nar
 
 
 /* Maps every (fd, offset, length) of `pieces` from `start` on, or nothing; -1 with an exception set. Where they end is
- * in `end`. */
-static int map_pieces(Window *self, uintptr_t start, PyObject *pieces, uintptr_t *end)
+ * in `end`. Whole pages; or, with `edges`, to the byte. */
+static int map_pieces(Window *self, uintptr_t start, PyObject *pieces, uintptr_t *end, Edges *edges)
 {
     PyObject *sequence = PySequence_Tuple(pieces);
     if (!sequence)
@@ -150,9 +150,14 @@ static int map_pieces(Window *self, uintptr_t start, PyObject *pieces, uintptr_t
             goto undo;
         }
         if (as_int(PyTuple_GetItem(piece, 0), &fd) || as_u64(PyTuple_GetItem(piece, 1), &offset) ||
-            as_u64(PyTuple_GetItem(piece, 2), &length) || check_range(at, length))
+            as_u64(PyTuple_GetItem(piece, 2), &length) || (!edges && check_range(at, length)))
             goto undo;
-        error = offset > INT64_MAX ? EOVERFLOW : map_piece(at, length, self->prot, fd, (off_t)offset);
+        if (offset > INT64_MAX)
+            error = EOVERFLOW;
+        else if (edges)
+            error = lend_piece(edges, at, length, self->prot, fd, (off_t)offset);
+        else
+            error = map_piece(at, length, self->prot, fd, (off_t)offset);
         if (error) {
             os_error(error);
             goto undo;
@@ -164,7 +169,7 @@ static int map_pieces(Window *self, uintptr_t start, PyObject *pieces, uintptr_t
     return 0;
 undo:
     if (at > start)
-        unmap_range(start, at - start);
+        unmap_range(page_of(start), at - page_of(start));
     Py_DECREF(sequence);
     return -1;
 }
@@ -182,13 +187,13 @@ static int guard_window(Window *self)
     return 0;
 }
 
-/* Maps a new window, as it is to be from its base on, and has it guarded; -1 with an exception set. */
-static int map_window(Window *self, PyObject *pieces)
+/* Maps a new window, as it is to be from `lead` bytes behind its base on, and has it guarded; -1 with an exception set. */
+static int map_window(Window *self, PyObject *pieces, size_t lead, Edges *edges)
 {
     uintptr_t end;
-    if (map_pieces(self, self->base, pieces, &end))
+    if (map_pieces(self, self->base + lead, pieces, &end, edges))
         return -1;
-    self->span = end - self->base;
+    self->span = page_of(end + page_size - 1) - self->base;
     self->state = self->span ? ALIVE : DEAD;
     return self->span ? guard_window(self) : 0;
 }
@@ -206,7 +211,7 @@ static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssiz
     Window *self = new_window(as_type(cls), address, prot, inherited);
     if (!self)
         return NULL;
-    if (map_window(self, args[2]) || set_exported(self, lead, length)) {
+    if (map_window(self, args[2], 0, NULL) || set_exported(self, lead, length)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -220,7 +225,7 @@ static PyObject *window_extend(PyObject *op, PyObject *pieces)
     if (!is_alive(self) || self->exports)
         return PyErr_Format(PyExc_BufferError, "only a live window without exports can be extended");
     uintptr_t end;
-    if (map_pieces(self, self->base + self->span, pieces, &end))
+    if (map_pieces(self, self->base + self->span, pieces, &end, NULL))
         return NULL;
     int lost = !is_alive(self) || self->exports; /* the GIL may have gone away meanwhile */
     if (lost || zeros_of(self)) { /* what comes behind zero pages would count as such */

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import sys
 
 import click
 
-from realmap import __version__
 from realmap.cli.output import harmless
 from realmap.errors import KernelError
 
@@ -55,6 +55,7 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         found: click.Command = getattr(importlib.import_module(f"realmap.cli.{cmd_name}"), cmd_name)
+        gc.freeze()  # what was imported stays: to look through it again and again takes a tenth of a short command
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -65,7 +66,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(package_name="realmap")
 def command() -> None:
     """Cross-process mapping with real processes, real pages and a kernel that mirrors them."""
 

@@ -38,13 +38,16 @@ FOREIGN = [
     Column("name"),
     Column("mirror", spare=4),
 ]
+#: Kinds of any process that are its alone.
+UNSHARED = ("private", "special")
 
 
 @click.command(epilog=BOUND)
 @click.argument("pid", type=int)
+@click.option("--shared", is_flag=True, help="Only shared memory and files: nothing private, nothing of Linux.")
 @kernel_option
 @json_option
-def maps(pid: int, path: str | None, as_json: bool) -> None:
+def maps(pid: int, shared: bool, path: str | None, as_json: bool) -> None:
     """Show what process PID has mapped: any, and of a kernel's user the kernel's books beside what Linux has there.
 
     \b
@@ -66,8 +69,9 @@ def maps(pid: int, path: str | None, as_json: bool) -> None:
     """
     rows = _in_books(pid, path)
     if rows is None:
-        _foreign(pid, as_json)
+        _foreign(pid, shared, as_json)
     else:
+        rows = [row for row in rows if row.segments or not shared]
         show_records(COLUMNS, rows, "it has no mappings that the kernel knows of", as_json)
 
 
@@ -86,18 +90,18 @@ def _in_books(pid: int, path: str | None) -> list[MapView] | None:
     return None
 
 
-def _foreign(pid: int, as_json: bool) -> None:
+def _foreign(pid: int, shared: bool, as_json: bool) -> None:
     with ForeignProcess(pid) as process:
-        found = process.mappings()
+        found = [each for each in process.mappings() if not shared or each.kind not in UNSHARED]
     if as_json:
         rows = [msgspec.structs.asdict(each) | {"rights": str(each.rights), "name": _text(each.name)} for each in found]
         show_json([row | {"why_not": _text(str(row["why_not"]))} for row in rows])
         return
-    show(FOREIGN, [_row(each) for each in found])
+    show(FOREIGN, [_row(each) for each in found], "it has mapped nothing that is shared")
 
 
 def _row(each: ForeignMapping) -> list[Any]:
-    mirror = "" if each.kind in ("private", "special") else each.why_not or "yes"
+    mirror = "" if each.kind in UNSHARED else each.why_not or "yes"
     place = (each.address, each.length, each.kind, str(each.rights)[2:])
     return [*place, each.offset, each.resident, each.inode, each.name, mirror]
 

@@ -2,6 +2,8 @@
 
 In a pipe there is no colour, no box and nothing cut off: a line of headings, then a line for each row, its cells
 without blanks inside (but for the last one), so that grep and awk have an easy time. Empty cells are a dash.
+
+What only one of these needs (rich: a terminal; msgspec: JSON) is imported there: in a pipe that is most of the time.
 """
 
 from __future__ import annotations
@@ -14,18 +16,17 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import compress
-from typing import Any, NamedTuple
+from itertools import compress, repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-import msgspec
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from realmap.host import signals
 from realmap.lab import PROGRESS
 from realmap.observe import words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 #: A longer cell sticks out, and does not push all others aside.
 WIDEST = 48
@@ -99,19 +100,15 @@ def _listed(each: list[str], kind: str, in_words: bool) -> str:
 
 def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
     """The lines for a pipe."""
-    cells = [[column.name for column in columns]]
-    for row in rows:
-        found = [_cell(value, column.kind, False) for value, column in zip(row, columns, strict=True)]
-        cells.append([cell.replace(" ", "\\x20") for cell in found[:-1]] + found[-1:])
-    widths = [min(WIDEST, max(map(len, column))) for column in zip(*cells, strict=True)]
-    left = [column.kind in LEFT for column in columns]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in cells
-    )
+    rows, shown = list(rows), []
+    for at, column in enumerate(columns):
+        cells = [_cell(row[at], column.kind, False) for row in rows]
+        if at < len(columns) - 1:
+            cells = [cell.replace(" ", "\\x20") for cell in cells]
+        cells.insert(0, column.name)
+        width = min(WIDEST, max(map(len, cells)))
+        shown.append(map(str.ljust if column.kind in LEFT else str.rjust, cells, repeat(width)))
+    return "\n".join(map(str.rstrip, map("  ".join, zip(*shown, strict=True))))
 
 
 def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> dict[int, int]:
@@ -129,6 +126,9 @@ def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: i
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int = 1000) -> Table:
     """The table for a terminal of so many letters a line; it says what there was no room for."""
+    from rich.table import Table
+    from rich.text import Text
+
     rows = list(rows)
     told = [not column.optional or any(row[at] for row in rows) for at, column in enumerate(columns)]
     columns = list(compress(columns, told))
@@ -153,6 +153,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int =
 def show(columns: Sequence[Column], rows: Sequence[Sequence[Any]], none: str = "") -> None:
     """Prints rows: as a table on a terminal (`none`: what is said there of no rows), in plain columns elsewhere."""
     if sys.stdout.isatty():
+        from rich.console import Console
+
         console = Console(highlight=False)
         console.print(table(columns, rows, console.width) if rows or not none else none)
     else:
@@ -177,6 +179,8 @@ def show_json(value: Any, *, line: bool = False) -> None:
 
     What JSON allows in a text and a terminal acts upon (DEL, C1) is escaped, too.
     """
+    import msgspec
+
     encoded = msgspec.json.encode(value)
     text = (encoded if line else msgspec.json.format(encoded)).decode()
     click.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
@@ -185,6 +189,8 @@ def show_json(value: Any, *, line: bool = False) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """What is to be called with a line about how it goes: on a terminal the newest stands there, on stderr."""
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False)
     if PROGRESS in os.environ:
         yield lambda line: click.echo(line, err=True)
@@ -226,6 +232,8 @@ def require_matplotlib(option: str) -> None:
 @contextmanager
 def until_interrupted() -> Iterator[Callable[[float], bool]]:
     """Waits so many seconds, and says whether Ctrl-C or SIGTERM has come: that is how a watch ends, and no error."""
+    from realmap.host import signals
+
     over = signals.Flag()
     with signals.handled(lambda *_: over.set(), signal.SIGINT, signal.SIGTERM):
         yield over.wait

@@ -13,7 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from realmap.cli.output import harmless, json_option, show_json, until_interrupted, watch_option
-from realmap.cli.values import Form, address_of, form_option, values
+from realmap.cli.place import place_of
+from realmap.cli.values import Form, form_option, values
 from realmap.errors import InvalidAddress
 from realmap.memory import ForeignProcess
 
@@ -24,20 +25,24 @@ CHANGED = "bold black on yellow"
 
 @click.command()
 @click.argument("pid", type=int)
-@click.argument("address", type=address_of)
+@click.argument("place", metavar="ADDRESS|NAME")
 @click.argument("length", type=click.IntRange(min=1), required=False)
 @form_option
 @watch_option("0.5", ", until Ctrl-C. What changes is lit, or, in a pipe, shown.")
 @json_option
-def peek(pid: int, address: int, length: int | None, form: Form, watch: float | None, as_json: bool) -> None:
+def peek(pid: int, place: str, length: int | None, form: Form, watch: float | None, as_json: bool) -> None:
     """Show LENGTH bytes at ADDRESS of process PID, any: as hex and text, or --as numbers.
 
-    By default 256 bytes, or what is mapped of that. `realmap maps PID` says what is where. What it shares with others
-    is read in place, all else through /proc/PID/mem; what that takes, and is missing, is said.
+    By default 256 bytes, or what is mapped of that. `realmap maps PID` says what is where. The NAME of a segment that
+    it has mapped, as `realmap shm` prints it, stands for the address of its beginning. What it shares with others is
+    read in place, all else through /proc/PID/mem; what that takes, and is missing, is said.
 
+    \b
     Example: realmap peek 4711 0x7f0012345000 --as f8 --watch
+             realmap peek 4711 psm_9f3c21ab 64
     """
     with ForeignProcess(pid) as process:
+        address = place_of(process, place)
         data = _read(process, address, length)
         if watch is None:
             _show(process, address, data, form, as_json)

@@ -6,18 +6,21 @@ import click
 
 from realmap.cli.output import harmless
 from realmap.cli.peek import lines
-from realmap.cli.values import Form, address_of, form_option, written
+from realmap.cli.place import place_of
+from realmap.cli.values import Form, form_option, written
 from realmap.memory import ForeignProcess
 
 
 @click.command()
 @click.argument("pid", type=int)
-@click.argument("address", type=address_of)
+@click.argument("place", metavar="ADDRESS|NAME")
 @click.argument("data")
 @form_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def poke(pid: int, address: int, data: str, form: Form, yes: bool) -> None:
+def poke(pid: int, place: str, data: str, form: Form, yes: bool) -> None:
     """Write DATA at ADDRESS of process PID, any: hex digits, or with --as numbers (commas between) or text.
+
+    The NAME of a segment that it has mapped, as `realmap shm` prints it, stands for the address of its beginning.
 
     What is there now is shown, and it is asked first. It is written where the process itself may write, and
     nowhere else. A number below zero is written behind `--`.
@@ -26,6 +29,7 @@ def poke(pid: int, address: int, data: str, form: Form, yes: bool) -> None:
     """
     content = written(form, data)
     with ForeignProcess(pid) as process:
+        address = place_of(process, place)
         before = process.copy_in(address, len(content))
         if not yes:
             for title, shown in (("there is", before), ("there will be", content)):

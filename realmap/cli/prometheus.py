@@ -100,7 +100,7 @@ class _Snapshot(Collector):
         for call in self._now.calls:
             calls.add_metric([harmless(call.name)], call.count)
             failed.add_metric([harmless(call.name)], call.failed)
-            if call.servers:
+            if call.servers is not None:
                 servers.add_metric([harmless(call.name)], call.servers)
         yield calls
         yield failed

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
 from realmap.cli.output import (
     Column,
@@ -23,12 +19,16 @@ from realmap.cli.output import (
     until_interrupted,
     watch_option,
 )
-from realmap.host import reclaim as host
+from realmap.host import SHM
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED
-from realmap.host.translate import SHM
 from realmap.observe import shm as observe
 from realmap.observe import words
 from realmap.observe.shm import ORPHAN, Report, SegmentRow
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from realmap.host.reclaim import Named
 
 MOUNTS = [
     Column("of", "bytes"),
@@ -96,12 +96,14 @@ def shm(
     if ctx.invoked_subcommand is not None:
         return
 
+    from fnmatch import fnmatchcase
+
     def chosen(row: SegmentRow) -> bool:
         return (
             (not orphans or row.state == ORPHAN)
             and (not kinds or row.kind in kinds)
             and (pid is None or any(holder.pid == pid for holder in row.holders))
-            and (name is None or fnmatch.fnmatchcase(row.name, name))
+            and (name is None or fnmatchcase(row.name, name))
         )
 
     def look() -> tuple[Report, list[SegmentRow]]:
@@ -118,6 +120,8 @@ def shm(
     for spot in found.blind:
         click.echo(f"Note: {spot}", err=True)
     if sys.stdout.isatty():
+        from rich.console import Console
+
         console = Console(highlight=False)
         console.print(_screen(found, rows, orphans, console.width))
     else:
@@ -128,6 +132,9 @@ def shm(
 def _watch(look: Callable[[], tuple[Report, list[SegmentRow]]], interval: float, orphans: bool, as_json: bool) -> None:
     with until_interrupted() as is_over:
         if sys.stdout.isatty() and not as_json:
+            from rich.console import Console
+            from rich.live import Live
+
             console = Console(highlight=False)
             with Live(
                 _screen(*look(), orphans, console.width), console=console, auto_refresh=False, screen=True
@@ -147,7 +154,16 @@ def _watch(look: Callable[[], tuple[Report, list[SegmentRow]]], interval: float,
 
 
 def _as_json(found: Report, rows: list[SegmentRow]) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in found.__struct_fields__} | {"segments": rows}
+    dev_shm = found.dev_shm and found.dev_shm._asdict()
+    elsewhere = [each._asdict() for each in found.elsewhere]
+    totals = {kind: total._asdict() for kind, total in found.totals.items()}
+    return found._asdict() | {
+        "dev_shm": dev_shm, "elsewhere": elsewhere, "totals": totals, "segments": [_row_as_json(row) for row in rows]
+    }  # fmt: skip
+
+
+def _row_as_json(row: SegmentRow) -> dict[str, Any]:
+    return row._asdict() | {"holders": [holder._asdict() for holder in row.holders]}
 
 
 def _mounts(found: Report) -> list[list[Any]]:
@@ -177,6 +193,9 @@ def _cells(rows: list[SegmentRow], orphans: bool, in_words: bool = False) -> tup
 
 
 def _screen(found: Report, rows: list[SegmentRow], orphans: bool, width: int) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
     columns, cells = _cells(rows, orphans, True)
     said = f"{words.counted(len(rows), 'segment')} of {words.size(sum(row.resident for row in rows))}"
     tables = [table(columns, cells, width)] if rows else []
@@ -199,6 +218,8 @@ def reclaim(names: tuple[str, ...], dry_run: bool, yes: bool, force: bool, older
 
     Example: realmap shm reclaim --dry-run
     """
+    from realmap.host.reclaim import unlink_unused
+
     may, stay = _choose(names, older, force or dry_run)
     if may and not yes and not dry_run:
         click.echo(plain(*_cells([row for row, _ in may], True)), err=True)
@@ -212,13 +233,18 @@ def reclaim(names: tuple[str, ...], dry_run: bool, yes: bool, force: bool, older
             may = [(row, file) for row, file in may if file in asked]
         gone = []
         rows = {file: row for row, file in may}
-        for file, why in host.unlink_unused(SHM, list(rows)):
+        for file, why in unlink_unused(SHM, list(rows)):
             if why:
                 stay.append((rows[file].name, why))
             else:
                 gone.append(rows[file])
     if as_json:
-        show_json({"gone": gone, "stay": [{"name": observe.shown(name), "why": why} for name, why in stay]})
+        show_json(
+            {
+                "gone": [_row_as_json(row) for row in gone],
+                "stay": [{"name": observe.shown(name), "why": why} for name, why in stay],
+            }
+        )
     else:
         for row in gone:
             click.echo(f"{'would remove' if dry_run else 'removed'} {harmless(row.name)}, {words.size(row.resident)}")
@@ -231,7 +257,7 @@ def reclaim(names: tuple[str, ...], dry_run: bool, yes: bool, force: bool, older
 
 def _choose(
     names: tuple[str, ...], older: float, force: bool
-) -> tuple[list[tuple[SegmentRow, host.Named]], list[tuple[str, str]]]:
+) -> tuple[list[tuple[SegmentRow, Named]], list[tuple[str, str]]]:
     """What may go, and what was named and may not. ClickException: who lives cannot be told, without --force."""
     machine = observe.look()
     found = observe.report(machine, older)

@@ -95,7 +95,9 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
 
     A per-second figure is what was done since the look before. Of each syscall: how long its handler took, so far
     (p50, p99: what half of the calls, and 99 of 100, did not exceed; in seconds in a pipe); servers: how many services
-    of processes answer it, all of them together (none: the kernel does). With --json --watch, a JSON object per line.
+    of processes answer it, all of them together (none: the kernel does). The totals `calls`, `failed`, `late`, mirrored
+    and copied are of the kernel's own handlers; services are in the table by syscall alone, with the last 256 names
+    whose servers have gone. With --json --watch, a JSON object per line.
 
     Example: realmap stats --watch 5 | tee my.log
     """
@@ -188,7 +190,7 @@ def _calls(now: Snapshot, found: Rates | None) -> list[list[Any]]:
             call.p99,
             call.longest,
             "yes" if call.blocking else "no",
-            call.servers or None,
+            call.servers,
             call.name,
         ]
         for call in sorted(now.calls, key=lambda call: (-call.count, call.name))

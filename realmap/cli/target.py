@@ -12,7 +12,6 @@ from realmap.ambient import VARIABLE
 from realmap.host import runtime
 from realmap.observe import words
 from realmap.observe.control import Control
-from realmap.observe.tables import program
 from realmap.system import KERNEL
 
 #: What --help says at the end, of every command that asks a running kernel.
@@ -55,7 +54,7 @@ def _whose(path: str) -> str:
         maker = psutil.Process(runtime.stamp_in(path)[1])
         if maker.name() == KERNEL:
             maker = maker.parent() or maker
-        return f"  of process {maker.pid}, {words.harmless(program(maker.pid))}"
+        return f"  of process {maker.pid}, {words.harmless(words.program(maker.pid))}"
     return ""
 
 

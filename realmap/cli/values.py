@@ -35,15 +35,6 @@ def form_of(text: str) -> Form:
     return made
 
 
-def address_of(text: str) -> int:
-    """An address: hex with 0x, or decimal. BadParameter: it is none."""
-    try:
-        return int(text, 0)
-    except ValueError:
-        why = f"{text!r} is no address: write one that `realmap maps PID` shows, 0x7f0012345000."
-        raise click.BadParameter(why) from None
-
-
 form_option = click.option(
     "--as",
     "form",

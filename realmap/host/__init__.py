@@ -14,3 +14,6 @@ reclaim      unlinking names that nobody uses, by a lease
 runtime      the directory of sockets, locks and name markers; sweeping what the dead left
 interpreter  a fresh Python that runs a function of ours
 """
+
+#: Where POSIX segments have their names.
+SHM = "/dev/shm"

@@ -14,7 +14,7 @@ PATIENCE = 5.0
 
 
 class Place(NamedTuple):
-    """Where this process is in a hierarchy of memory cgroups, and the top of that."""
+    """Where this process is in a hierarchy of cgroups, and the top of that."""
 
     version: int
     folder: Path
@@ -26,15 +26,15 @@ class Place(NamedTuple):
         return [level for level in (self.folder, *self.folder.parents) if level.is_relative_to(self.top)]
 
 
-def places() -> list[Place]:
-    """Of this process, in each hierarchy that may count its memory. OSError: /proc does not say."""
+def places(controller: str = "memory") -> list[Place]:
+    """Of this process, in each hierarchy that may have this controller. OSError: /proc does not say."""
     found = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             found.append(Place(2, MOUNT / path.lstrip("/"), MOUNT))
-        elif "memory" in controllers.split(","):
-            found.append(Place(1, MOUNT / "memory" / path.lstrip("/"), MOUNT / "memory"))
+        elif controller in controllers.split(","):
+            found.append(Place(1, MOUNT / controller / path.lstrip("/"), MOUNT / controller))
     return found
 
 

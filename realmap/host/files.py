@@ -1,14 +1,18 @@
-"""Closing, whatever close(2) says: Linux has closed the descriptor also where it reports EINTR or EIO."""
+"""Descriptors: closed whatever close(2) says, for Linux has closed one also where it reports EINTR or EIO."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import operator
 import os
-import select
-import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import select
+    import socket
 
 
 def close(fd: int) -> None:
@@ -24,6 +28,21 @@ def shut(thing: socket.socket | select.epoll) -> None:
     """Closes it. Again: nothing."""
     with contextlib.suppress(OSError):
         thing.close()
+
+
+def sealed(name: str, length: int) -> int:
+    """New memory of `length` bytes that nobody can cut short or extend: its descriptor. OSError: no memory, or none.
+
+    `name`: what Linux shows of it.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, length)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        close(fd)
+        raise
+    return fd
 
 
 class Descriptor:

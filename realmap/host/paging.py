@@ -1,4 +1,4 @@
-"""What is asked of Linux about pages, where neither Python nor a library of its has a function: by ctypes.
+"""What is asked of Linux where neither Python nor a library of its has a function, by ctypes: about pages, mostly.
 
 Each raises OSError where Linux says no. Addresses and lengths are bytes, and of whole pages.
 """
@@ -16,8 +16,8 @@ from typing import Any
 MADV_COLD, MADV_PAGEOUT, MADV_COLLAPSE = 20, 21, 25
 MREMAP_MAYMOVE = 1
 PROT_NONE = 0
-#: The same on every architecture (asm-generic/unistd.h, since Linux 5.10).
-SYS_PROCESS_MADVISE = 440
+#: The same on every architecture (asm-generic/unistd.h, since Linux 5.6 and 5.10).
+SYS_PIDFD_GETFD, SYS_PROCESS_MADVISE = 438, 440
 #: move_pages is a library's (libnuma) that need not be there.
 SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
 MPOL_MF_MOVE_ALL = 4
@@ -69,6 +69,11 @@ def advise(address: int, length: int, advice: int) -> None:
 def advise_process(pidfd: int, address: int, length: int, advice: int) -> int:
     """As process_madvise(2), of one range of another process (CAP_SYS_NICE); how many bytes were advised."""
     return _ask("syscall", SYS_PROCESS_MADVISE, pidfd, (_Word * 2)(address, length), 1, advice, 0)
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """As pidfd_getfd(2): a descriptor of our own for what is `number` in that process."""
+    return _ask("syscall", SYS_PIDFD_GETFD, pidfd, number, 0)
 
 
 def move_pages(pid: int, addresses: Sequence[int], node: int) -> list[int]:

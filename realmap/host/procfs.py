@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from realmap._core import read_file
 from realmap.pages import PAGE_SIZE
+from realmap.rights import letters
 
 
 class Map(NamedTuple):
@@ -67,8 +68,7 @@ _FOUND = struct.Struct("=6Q2I")
 def is_that(found: bytes, entry: Map) -> bool:
     """Whether what `map_at` has found is `entry`; their names are not compared."""
     start, end, flags, _, offset, inode, major, minor = _FOUND.unpack(found)
-    perms = "".join(letter if flags & bit else "-" for bit, letter in ((1, "r"), (2, "w"), (4, "x")))
-    return entry[:6] == (start, end, perms + "ps"[flags >> 3 & 1], offset, f"{major:02x}:{minor:02x}", inode)
+    return entry[:6] == (start, end, letters(flags) + "ps"[flags >> 3 & 1], offset, f"{major:02x}:{minor:02x}", inode)
 
 
 def setting(path: str) -> str:

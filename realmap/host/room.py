@@ -11,9 +11,8 @@ import errno
 import os
 from pathlib import Path
 
-from realmap.host import cgroups
+from realmap.host import SHM, cgroups
 from realmap.host.signals import pass_on
-from realmap.host.translate import SHM
 
 #: Small segments are not worth the 0.1 ms of a look each: this much is taken between two looks at the most.
 UNCHECKED = 16 << 20

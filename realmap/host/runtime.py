@@ -29,9 +29,8 @@ from pathlib import Path
 
 from realmap._core import read_file
 from realmap.errors import AccessDenied, InvalidHandle
-from realmap.host import files, forks, liveness, procfs
+from realmap.host import SHM, files, forks, liveness, procfs
 from realmap.host.signals import pass_on
-from realmap.host.translate import SHM
 
 #: Another place for the directory; only programs that have the same find each other.
 VARIABLE = "REALMAP_DIR"

@@ -22,9 +22,9 @@ import posix_ipc
 
 from realmap._core import collapse
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled
-from realmap.host import files, room, runtime
+from realmap.host import SHM, files, room, runtime
 from realmap.host.signals import pass_on
-from realmap.host.translate import SHM, frames_error
+from realmap.host.translate import frames_error
 from realmap.pages import PAGE_SIZE, demand
 
 #: How much space is taken in one system call: about 10 ms (0.6 ms a MiB, tools/bench/README.md), then others may go on.

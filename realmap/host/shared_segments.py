@@ -4,21 +4,21 @@
 /proc/PID/maps, /proc/PID/fd       who uses it; what has no name (any more): unlinked, memfd, System V, anonymous
 /proc/sysvipc/shm                  System V segments, attached or not
 
-There may be thousands: maps stay bytes, of which only the lines of a device of shared memory are taken apart. Processes
-come and go meanwhile: what ends is left out.
+There may be thousands: of a process only what is shared memory becomes an object. Processes come and go meanwhile: what
+ends is left out.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import struct
 import time
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
-
-from realmap.host import files, procfs
-from realmap.host.translate import SHM
+from realmap._core import device_maps, open_files
+from realmap.host import SHM, files, procfs
 
 POSIX, UNLINKED, MEMFD, SYSV, ANONYMOUS = "posix", "unlinked", "memfd", "sysv", "anonymous"
 #: What a process says that is gone, or goes.
@@ -27,6 +27,11 @@ DELETED = " (deleted)"
 #: What a descriptor of shared memory without a file system to be seen links to.
 NAMELESS = ("/memfd:", "/SYSV", "/dev/zero (deleted)", "[anon_shmem:")
 SYSVIPC = "/proc/sysvipc/shm"
+#: The rights of a map as /proc/PID/maps has them, by the four lowest bits of its flags.
+PERMS = [
+    "".join(letter if flags & bit else "-" for letter, bit in (("r", 1), ("w", 2), ("x", 4))) + "ps"[flags >> 3]
+    for flags in range(16)
+]
 
 
 class Shown(NamedTuple):
@@ -39,7 +44,7 @@ class Shown(NamedTuple):
     perms: str
 
 
-class Segment(msgspec.Struct):
+class Segment:
     """A segment; `size`, `resident` in bytes.
 
     `name`: in its /dev/shm (also what it was), of a memfd, the key of a System V one. `names`: all that it has now.
@@ -48,24 +53,24 @@ class Segment(msgspec.Struct):
     `makers`: pids that Linux has noted (System V). `maps`, `opened` (descriptors by pid): its holders.
     """
 
-    kind: str
-    name: str
-    device: int
-    inode: int
-    size: int = 0
-    resident: int = 0
-    exact: bool = False
-    uid: int | None = None
-    touched: float | None = None
-    names: list[str] = []
-    makers: list[int] = []
-    attached: int = 0
-    maps: list[Shown] = []
-    opened: dict[int, int] = {}
+    def __init__(
+        self, kind: str, name: str, device: int, inode: int, size: int = 0, resident: int = 0, exact: bool = False,
+        uid: int | None = None, touched: float | None = None, *, names: Sequence[str] = (), makers: Sequence[int] = (),
+        attached: int = 0, maps: Sequence[Shown] = (), opened: Mapping[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.kind, self.name, self.device, self.inode = kind, name, device, inode
+        self.size, self.resident, self.exact, self.uid, self.touched = size, resident, exact, uid, touched
+        self.names, self.makers, self.attached = list(names), list(makers), attached
+        self.maps, self.opened = list(maps), dict(opened or {})
 
     def measure(self, status: os.stat_result) -> None:
-        self.size, self.resident, self.exact = status.st_size, status.st_blocks * 512, True
-        self.uid, self.touched = status.st_uid, max(status.st_atime, status.st_mtime, status.st_ctime)
+        """Notes what Linux says of it."""
+        touched = max(status.st_atime, status.st_ctime)  # a change of its bytes is one of it, too
+        self.measured(status.st_size, status.st_blocks * 512, status.st_uid, touched)
+
+    def measured(self, size: int, resident: int, uid: int, touched: float) -> None:
+        """The same, taken apart."""
+        self.size, self.resident, self.uid, self.touched, self.exact = size, resident, uid, touched, True
 
     @property
     def holders(self) -> set[int]:
@@ -73,7 +78,7 @@ class Segment(msgspec.Struct):
         return {each.pid for each in self.maps} | set(self.opened)
 
 
-class Mount(msgspec.Struct):
+class Mount:
     """A /dev/shm. `path`: in its mount namespace; `root`: from here, by way of a process there.
 
     `memory`: it is a file system in memory. `size`, `used`: what statvfs says, in bytes; None where it counts nothing,
@@ -81,15 +86,13 @@ class Mount(msgspec.Struct):
     directories that this process may not read. `steady`: `used` was the same before the pass and after it.
     """
 
-    path: str
-    root: str
-    device: int
-    memory: bool = True
-    size: int | None = None
-    used: int | None = None
-    other: int = 0
-    closed: int = 0
-    steady: bool = True
+    def __init__(
+        self, path: str, root: str, device: int, memory: bool = True,
+        *, size: int | None = None, used: int | None = None, other: int = 0,
+    ) -> None:  # fmt: skip
+        self.path, self.root, self.device, self.memory = path, root, device, memory
+        self.size, self.used, self.other = size, used, other
+        self.closed, self.steady = 0, True
 
     def ask(self) -> None:
         """What the file system says of itself. OSError: it is gone."""
@@ -98,7 +101,7 @@ class Mount(msgspec.Struct):
         self.used = None if self.size is None else (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
 
-class Machine(msgspec.Struct):
+class Machine(NamedTuple):
     """All of it, at about one moment. `mounts`: this process's own /dev/shm is the first.
 
     `processes` could be looked into, `unseen` not: they are not this process's to see.
@@ -122,8 +125,8 @@ class _Pass:
         self.segments: dict[tuple[int | str, int], Segment] = {}
         self.unseen = self.seen = 0
         self.moment = time.time()
-        #: As /proc/PID/maps writes them: of the /dev/shm, of what has no file system to be seen, of its huge pages.
-        self.devices: dict[bytes, int] = {}
+        #: Of the /dev/shm, of what has no file system to be seen, of its huge pages.
+        self.devices = b""
         self.prefixes: dict[str, int] = {}
         self.ipc = _link("/proc/self/ns/ipc")
 
@@ -132,13 +135,16 @@ class _Pass:
         self._find_mounts(pids)
         for mount in list(self.mounts.values()):
             self._list(mount)
-        self.devices |= {_device(device): device for device in [*self.mounts, *_hidden_devices()]}
+        devices = [*self.mounts, *_hidden_devices()]
+        self.devices = struct.pack(f"={len(devices)}Q", *devices)
         self._read_sysv()
-        starts = (*self.prefixes, *NAMELESS)
+        starts = b"".join(os.fsencode(start) + b"\0" for start in (*self.prefixes, *NAMELESS))
         for pid in pids:
             try:
-                self._read_maps(pid)
-                self._read_descriptors(pid, starts)
+                mapped = _maps(b"/proc/%d/maps" % pid, self.devices)
+                opened = open_files(b"/proc/%d/fd" % pid, starts)
+                self._open(pid, opened)  # before its maps: what it has open is measured
+                self._map(pid, mapped)
                 self.seen += 1
             except GONE:
                 continue
@@ -221,69 +227,38 @@ class _Pass:
 
     # ---- processes ----------------------------------------------------------------------------
 
-    def _read_maps(self, pid: int) -> None:
-        data = _read(f"/proc/{pid}/maps")
-        for device in self.devices:
-            at = data.find(device)
-            while at >= 0:
-                end = data.find(b"\n", at)
-                self._map(pid, data[data.rfind(b"\n", 0, at) + 1 : end])
-                at = data.find(device, end)
+    def _open(self, pid: int, found: list[tuple[int, int, bytes, int, int, int, float]]) -> None:
+        for device, inode, link, size, resident, uid, touched in found:
+            segment = self._segment(pid, device, inode, link)
+            if segment is not None:
+                segment.opened[pid] = segment.opened.get(pid, 0) + 1
+                if not segment.exact:
+                    segment.measured(size, resident, uid, touched)
 
-    def _map(self, pid: int, line: bytes) -> None:
-        bounds, perms, offset, device, inode, *path = line.split(None, 5)
-        number = self.devices.get(b" %s " % device)
-        if number is None or not path:  # what looked like it stood in a path
-            return
-        key = (number, int(inode))
-        segment = self.segments.get(key) if number in self.mounts else None
-        if segment is None:
-            segment = self._segment(pid, *key, os.fsdecode(path[0]).replace("\\012", "\n"))
-        if segment is None:
-            return
-        start, _, end = bounds.partition(b"-")
-        shown = Shown(pid, int(start, 16), int(end, 16), int(offset, 16), perms.decode())
-        segment.maps.append(shown)
-        if not segment.exact:
-            segment.size = max(segment.size, shown.offset + shown.end - shown.start)
-            try:
-                segment.measure(os.stat(f"/proc/{pid}/map_files/{shown.start:x}-{shown.end:x}"))
-            except OSError:  # not ours to follow, or unmapped meanwhile
-                pass
-
-    def _read_descriptors(self, pid: int, starts: tuple[str, ...]) -> None:
-        folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            for number in os.listdir(folder):
+    def _map(self, pid: int, found: list[tuple[int, int, int, int, int, int, bytes]]) -> None:
+        for start, end, flags, offset, device, inode, path in found:
+            segment = self._segment(pid, device, inode, path)
+            if segment is None:
+                continue
+            segment.maps.append(Shown(pid, start, end, offset, PERMS[flags & 15]))
+            if not segment.exact:
+                segment.size = max(segment.size, offset + end - start)
                 try:
-                    link = os.readlink(number, dir_fd=folder)
-                    if not link.startswith(starts):  # what else there is may not answer: a FUSE, an NFS
-                        continue
-                    status = os.stat(number, dir_fd=folder)
-                except GONE:
-                    continue
-                if not stat.S_ISREG(status.st_mode):
-                    continue
-                segment = self._segment(pid, status.st_dev, status.st_ino, link)
-                if segment is not None:
-                    segment.opened[pid] = segment.opened.get(pid, 0) + 1
-                    if not segment.exact:
-                        segment.measure(status)
-        finally:
-            files.close(folder)
+                    segment.measure(os.stat(f"/proc/{pid}/map_files/{start:x}-{end:x}"))
+                except OSError:  # not ours to follow, or unmapped meanwhile
+                    pass
 
-    def _segment(self, pid: int, device: int, inode: int, path: str) -> Segment | None:
+    def _segment(self, pid: int, device: int, inode: int, path: bytes) -> Segment | None:
         """The one that a path of a process leads to. None: it is no shared memory."""
         space: int | str = device
-        if path.startswith("/SYSV") and device not in self.mounts:
+        if path.startswith(b"/SYSV") and device not in self.mounts:
             space = _link(f"/proc/{pid}/ns/ipc") or self.ipc  # its inode is its id, which each namespace has for itself
         found = self.segments.get((space, inode))
         if found is None:
-            kind, name = self._kind(device, path)
-            if not kind:
-                return None
-            found = Segment(kind, name, device, inode, names=[name] if kind == POSIX else [])
-            self.segments[space, inode] = found
+            kind, name = self._kind(device, os.fsdecode(path))
+            if kind:
+                found = Segment(kind, name, device, inode, names=[name] if kind == POSIX else [])
+                self.segments[space, inode] = found
         return found
 
     def _kind(self, device: int, path: str) -> tuple[str, str]:
@@ -312,7 +287,7 @@ class _Pass:
             self.segments[self.ipc, each["shmid"]] = Segment(
                 SYSV, f"{each['key'] & 0xFFFFFFFF:#010x}", _internal_device(), each["shmid"], each["size"],
                 each["rss"] + each["swap"], True, each["uid"], max(each["atime"], each["dtime"], each["ctime"]),
-                [], [each["cpid"], each["lpid"]], each["nattch"], [], {},
+                makers=[each["cpid"], each["lpid"]], attached=each["nattch"],
             )  # fmt: skip
 
     def _guess(self) -> None:
@@ -332,7 +307,7 @@ class _Pass:
                 vague[inode].resident = max(vague[inode].resident, sum(spots.values()))
 
 
-def _read(path: str) -> bytes:
+def _read(path: str | bytes) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         parts = []
@@ -354,15 +329,33 @@ def _link(path: str) -> str:
 def _tmpfs(pid: int | str) -> list[tuple[str, int]]:
     """Where a process sees file systems in memory, and their devices."""
     try:
-        lines = [line.split() for line in _read(f"/proc/{pid}/mountinfo").split(b"\n") if b" - tmpfs " in line]
+        mounts = _read(f"/proc/{pid}/mountinfo").split(b"\n")
+        lines = [line.split() for line in mounts if b" - tmpfs " in line]
     except OSError:
         return []
     return [(os.fsdecode(line[4]), os.makedev(*map(int, line[2].split(b":")))) for line in lines]
 
 
-def _device(device: int) -> bytes:
-    """As a line of /proc/PID/maps has it."""
-    return b" %02x:%02x " % (os.major(device), os.minor(device))
+def _maps(path: bytes, devices: bytes) -> list[tuple[int, int, int, int, int, int, bytes]]:
+    """As `device_maps`, also where Linux shows them as text alone."""
+    found = device_maps(path, devices)
+    return _parsed(_read(path), devices) if found is None else found
+
+
+def _parsed(text: bytes, devices: bytes) -> list[tuple[int, int, int, int, int, int, bytes]]:
+    found = []
+    for (number,) in struct.iter_unpack("=Q", devices):
+        wanted = b" %02x:%02x " % (os.major(number), os.minor(number))
+        at = text.find(wanted)
+        while at >= 0:
+            end = text.find(b"\n", at)
+            bounds, perms, offset, device, inode, *path = text[text.rfind(b"\n", 0, at) + 1 : end].split(None, 5)
+            if device == wanted.strip() and path:  # else it stood in a path
+                start, _, stop = bounds.partition(b"-")
+                place = (int(start, 16), int(stop, 16), PERMS.index(perms.decode()), int(offset, 16))
+                found.append((*place, number, int(inode), path[0].replace(b"\\012", b"\n")))
+            at = text.find(wanted, end)
+    return found
 
 
 def _internal_device() -> int:

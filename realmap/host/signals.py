@@ -13,7 +13,7 @@ public method of ours, also the one that it came in the middle of, or raise. So 
   until it is whole, and compared before it takes effect (`KernelMemory._ask`). What has to be undone is tied to an
   object whose end undoes it (`Charge`), so that it makes no difference where an exception comes. An `except OSError`
   asks whose error it is (`pass_on`; those of `host/translate.py` do).
-* **A destructor takes no lock.** It makes one call of C, or leaves word in a deque for whoever comes next.
+* **A destructor takes no lock.** It makes one call of C, or appends to a deque for whoever comes next.
 * **Nobody waits for a process, a thread or the network while holding one.** Where two make the same thing at once,
   `dict.setdefault` says who was first, and the other gives his up. The exceptions: who needs the kernel of this process
   tree waits for the thread that is just booting it (`ambient`), or connecting to it (`user/travel`).

@@ -38,8 +38,6 @@ from realmap.rights import MemoryType
 T = TypeVar("T")
 #: Gives what may be the file behind a map, to be looked at.
 Way: TypeAlias = Callable[[Map], Iterator[Descriptor]]
-#: The number of this system call on every architecture (it is newer than their differences), since Linux 5.6.
-PIDFD_GETFD = 438
 #: include/uapi/linux/capability.h
 CAP_SYS_PTRACE = 19
 
@@ -245,9 +243,11 @@ class Stranger:
                         yield self._open(path)
 
     def _by_getfd(self, entry: Map) -> Iterator[Descriptor]:
+        from realmap.host.paging import pidfd_getfd  # here: hardly anybody comes this far, and ctypes takes a while
+
         for number in self._numbers(entry):
             with suppress(OSError):
-                yield Descriptor(partial(_pidfd_getfd, self._pidfd, number))
+                yield Descriptor(partial(pidfd_getfd, self._pidfd, number))
 
     def _numbers(self, entry: Map) -> list[int]:
         """Which of its descriptors may be of that file: by what they are called, which asks no file system."""
@@ -294,7 +294,7 @@ def _is_file_of(fd: int, entry: Map) -> bool:
 
 def _is_mapped_as(fd: int, entry: Map) -> bool:
     """The same, where what is mapped has other numbers than the file itself (btrfs, overlays): it is mapped to see."""
-    import ctypes  # here, as below
+    import ctypes  # here, as in `_by_getfd`
 
     opens = partial(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     # ValueError: it is empty.
@@ -313,15 +313,6 @@ def _reopened(file: Descriptor, flags: int) -> Descriptor:
         if fcntl.fcntl(file.fd, fcntl.F_GETFL) & os.O_PATH:
             raise
         return Descriptor(partial(fcntl.fcntl, file.fd, fcntl.F_DUPFD_CLOEXEC, 0))  # its own: it can be mapped
-
-
-def _pidfd_getfd(pidfd: int, number: int) -> int:
-    import ctypes  # here: hardly anybody comes this far, and it takes a millisecond
-
-    found: int = ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, pidfd, number, 0)
-    if found < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return found
 
 
 def _no_process(pid: int, error: OSError, opened: bool) -> KernelError:

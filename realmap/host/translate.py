@@ -7,24 +7,18 @@ import mmap
 import os
 import resource
 
-import psutil
-
-from realmap.errors import (
-    AccessDenied,
-    InvalidAddress,
-    KernelError,
-    PhysicalMemoryExhaustion,
-    VirtualMemoryExhaustion,
-)
+from realmap.errors import AccessDenied, InvalidAddress, KernelError, PhysicalMemoryExhaustion, VirtualMemoryExhaustion
+from realmap.host import SHM
 from realmap.host.signals import pass_on
 
-SHM = "/dev/shm"
 #: Linux has no memory for the call itself (a socket's buffer, a table): nothing was done, and it may go well later.
 SHORT_OF_MEMORY = (errno.ENOMEM, errno.ENOBUFS)
 
 
 def shm_mount() -> tuple[str, str]:
     """The mount that holds /dev/shm, as (mount point, options)."""
+    import psutil  # here: it takes longer to import than all that comes without an error
+
     mounts = [
         part for part in psutil.disk_partitions(all=True) if (SHM + "/").startswith(part.mountpoint.rstrip("/") + "/")
     ]

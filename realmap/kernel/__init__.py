@@ -23,6 +23,7 @@ dump          stats, and the books as plain data
 books         Books: what the kernel knows. No sockets, no threads, no clock
 processes     who is connected, and what each holds
 handles       what is shared between processes, and until when
+circles       services whose threads wait for one another, as their servers tell
 ports         which processes serve which names, who calls whom, and what is granted
 inheritance   what a process that had forked left to its children
 budgets       what each peer has at a time, and what a uid's ended processes left
@@ -31,7 +32,7 @@ observer      what is told of while somebody looks
 
 The loop itself, its threads, and how a handler is run, are in `realmap/serving/`, which serves user processes as well.
 Only whoever has the loop changes or reads the books. A worker thread, or one that has lost the loop, sees a call's
-buffers (pinned before anybody else has the loop) and KernelMemory (made for that), and leaves word when it is done.
+buffers (pinned before anybody else has the loop) and KernelMemory (made for that), and posts its answer when done.
 """
 
 from realmap.kernel.kernel import Kernel

@@ -28,8 +28,9 @@ from realmap.wire.messages import FLAWS, PROTOCOL, VERSION, Forked
 from realmap.wire.ring import RingEnd
 
 Handle: TypeAlias = Callable[[Connection, messages.Request, Sequence[messages.Place]], None]
-#: So many of a client's last words are read, at most: more do not wait in a socket or a ring, unless others go on.
-LAST_WORDS = 512
+#: So many messages of a client that has ended are read, at most: more do not wait in a socket or a ring, unless
+#: others go on.
+LAST_MESSAGES = 512
 
 
 class Clients(Lines[Connection]):
@@ -163,13 +164,13 @@ class Clients(Lines[Connection]):
             self.drop(connection)
 
     def _hear_of_forks(self, connection: Connection) -> None:
-        """Its end may be known before its last words are read. Of those, only that it has forked matters now."""
+        """Its end may be known before its last messages are read. Of those, only that it has forked matters now."""
         process, ring = connection.process, connection.ring
         if process is None or process.forked or not len(process.memory):
             return
         for take in [connection.receive] if ring is None else [ring._pop, connection.receive, ring._pop]:
             with contextlib.suppress(Exception):  # EOFError, or no sound message: nothing more comes this way
-                for _ in range(LAST_WORDS):
+                for _ in range(LAST_MESSAGES):
                     data = take()
                     if data is None:
                         break

@@ -25,7 +25,7 @@ from realmap.kernel.processes import UserProcess
 from realmap.kernel.running import Running
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
-from realmap.memory.kept import KeptCounts, KeptWindow
+from realmap.memory.kept import KeptWindow
 from realmap.memory.mapping import Mapping
 from realmap.serving.syscalls import encode
 from realmap.serving.user_buffer import parts_of
@@ -63,12 +63,12 @@ def stats(books: Books, around: Around) -> dict[str, int]:
 
     `lent`: windows of lent pages, as their servers said last; `grants`: mappings that servers may map.
 
-    What was done so far: calls (how many of them failed, and how many were `late`, having lost the loop), mirrors made
-    and copies, each with bytes.
+    What was done so far, by the kernel's own handlers (what services did is told by syscall): calls (how many of them
+    failed, and how many were `late`, having lost the loop), mirrors made and copies, each with bytes.
     """
     memory, syscalls = books.memory, books.syscalls.values()
     peers, lent = books.peers.totals(), [window for seat in books.ports for window in seat.served.lent]
-    kept = memory.kept.counts() if memory.kept is not None else KeptCounts(0, 0, 0, 0, 0)
+    kept = memory.kept.counts()
     mappings = sum(len(process.memory) for process in books.processes)  # first: it finds what of a stock is used again
     stocks = [process.memory.stock for process in books.processes]
     stock, stock_bytes = sum(each.segments for each in stocks), sum(each.bytes for each in stocks)
@@ -169,7 +169,7 @@ class Picture:
         found.update(dict.fromkeys(frames for *_, parked in self._processes for *_, frames in parked))
         self._frames = [frames for frames in found if type(frames) is SharedFrames]
         self._holders = holders_of(self._frames)
-        self._kept = books.memory.kept.windows() if books.memory.kept else []
+        self._kept = books.memory.kept.windows()
         self._rows = {"running": [self._running_row(each) for each in around.running]} | _rows_of_seats(books.ports)
         self._rows["running"] += self._served_rows(books.ports)
         sessions = [session for seat in books.ports for session in seat.sessions.values()]
@@ -191,6 +191,7 @@ class Picture:
             + [
                 (name, False, each.calls, each.failed, *each.durations.summary(), each.servers)
                 for name, each in books.ports.totals().items()
+                if name not in books.syscalls  # of a name that the kernel has taken over
             ],
             "pinned": [mapping.frames.serial for mapping in loose if isinstance(mapping.frames, SharedFrames)],
             "outbox": around.outbox,

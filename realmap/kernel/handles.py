@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from weakref import WeakSet
 
 from realmap.errors import AccessDenied, InvalidAddress, InvalidHandle, InvalidMemState, InvalidSize
+from realmap.kernel.budgets import Peer
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
@@ -33,68 +35,42 @@ FOR_EVER = 1e9
 TOKEN = 16
 
 
+@dataclass(eq=False, slots=True)
 class Shared:
     """What a handle stands for: `length` bytes from byte `start` of `frames` on, and what may be done there."""
 
-    __slots__ = (
-        "account",
-        "counted",
-        "frames",
-        "holders",
-        "keep",
-        "kind",
-        "length",
-        "maker",
-        "more",
-        "name",
-        "rights",
-        "start",
-        "stays",
-        "stocks",
-        "uid",
-        "until",
-        "uses",
-    )
+    name: str
+    frames: SharedFrames
+    start: int
+    length: int
+    kind: MemoryType
+    rights: MappingAccessRights
+    #: Whose end is its end, `keep` seconds later; None: it has ended.
+    maker: UserProcess | None
+    keep: float
+    #: How often it can still be attached; None: as often as anybody likes.
+    uses: int | None
+    #: When it ends, in seconds of the monotonic clock; None: never.
+    until: float | None
+    #: Whether it may be given more uses.
+    more: bool
+    uid: int = field(init=False)
+    #: Where it is counted, and as what: its maker's; once that has ended, its uid's.
+    account: Peer = field(init=False)
+    counted: str = "handles"
+    #: Of one with a name: who has attached it.
+    holders: set[UserProcess] = field(default_factory=set)
+    #: Whether it can be attached as often as anybody likes, until it is revoked or its maker ends; and who may have
+    #: parked what was attached by it.
+    stays: bool = field(init=False)
+    stocks: WeakSet[UserProcess] | None = None
 
-    def __init__(
-        self,
-        name: str,
-        frames: SharedFrames,
-        start: int,
-        length: int,
-        kind: MemoryType,
-        rights: MappingAccessRights,
-        maker: UserProcess,
-        keep: float,
-        uses: int | None,
-        until: float | None,
-        more: bool,
-    ) -> None:
-        self.name = name
-        self.frames = frames
-        self.start = start
-        self.length = length
-        self.kind = kind
-        self.rights = rights
-        #: Whose end is its end, `keep` seconds later; None: it has ended.
-        self.maker: UserProcess | None = maker
-        self.uid = maker.uid
-        #: Where it is counted, and as what: its maker's; once that has ended, its uid's.
-        self.account, self.counted = maker.peer, "handles"
-        self.keep = keep
-        #: How often it can still be attached; None: as often as anybody likes.
-        self.uses = uses
-        #: When it ends, in seconds of the monotonic clock; None: never.
-        self.until = until
-        #: Whether it may be given more uses.
-        self.more = more
-        #: Of one with a name: who has attached it.
-        self.holders: set[UserProcess] = set()
-        #: Whether it can be attached as often as anybody likes, until it is revoked or its maker ends; and who may have
-        #: parked what was attached by it.
-        self.stays = uses is None and until is None
-        self.stocks: WeakSet[UserProcess] | None = None
-        frames.hold(self, "handle", self.label, f"of process {maker.number}")
+    def __post_init__(self) -> None:
+        maker = self.maker
+        assert maker is not None
+        self.uid, self.account = maker.uid, maker.peer
+        self.stays = self.uses is None and self.until is None
+        self.frames.hold(self, "handle", self.label, f"of process {maker.number}")
 
     @property
     def is_named(self) -> bool:
@@ -117,7 +93,7 @@ class Handles:
         self._by_name: dict[str, Shared] = {}
         #: Those of the same frames.
         self._of: dict[int, set[Shared]] = {}
-        #: Called with a name that is not known: a process may have given it without a word, and `enter` is called then.
+        #: Called with a name that is not known: a process may have given it without a message, which is `enter`ed then.
         self.look_for: Callable[[str], None] = lambda _: None
         #: Why those that went are no more: a late user is told that, rather than that it made one up.
         self._gone: dict[str, str] = {}
@@ -325,7 +301,7 @@ class Handles:
             self._set_end(shared, now)
 
     def look(self, frames: SharedFrames) -> None:
-        """What others have attached of these frames without a word is in the books from here on."""
+        """Enters in the books what others have attached of these frames without a message."""
         for shared in tuple(self._of.get(frames.serial, ())):
             for process in shared.stocks or ():
                 len(process.memory)

@@ -7,7 +7,7 @@ loop ─┬─ listener            a client connects
       │  and its ring        the same, without a system call while both sides are awake
       ├─ a process's pidfd   it died: reap
       ├─ the booter's pidfd, where there is one: end
-      └─ what was posted     a worker left word, or `stop` was called
+      └─ what was posted     a worker's answer, or `stop` was called
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, SupportsIndex, TypeVar
 
-from realmap.errors import (
-    AccessDenied,
-    InvalidHandle,
-    KernelDied,
-    KernelError,
-    PhysicalMemoryExhaustion,
-)
+from realmap.errors import AccessDenied, InvalidHandle, KernelDied, KernelError, PhysicalMemoryExhaustion
 from realmap.host import forks, runtime
 from realmap.host.signals import Attention, Flag
 from realmap.host.translate import shortage
@@ -88,14 +82,8 @@ class Kernel:
         limits: Limits | None = None,
         initializer: Callable[[], object] | None = None,
     ) -> None:
-        """Checks the options; nothing is opened before `start` or `serve`.
-
-        `syscalls`: the handlers. `memory_limit`, `process_limit`: bytes of frames in all, and for
-        each process. `lazy_unmap`: bytes of dropped mirrors that are kept mapped for their next use.
-        `kernel_land`: bytes of KernelLand, whole pages. `path`: of its socket, by
-        default one in the private directory of `realmap.host.runtime`. `spin`: microseconds that both
-        sides look for the next message before they sleep; 0 sends everything by the socket. `limits`: what
-        each process may have at a time. `initializer`: called first by `start` or `serve`, which raise what it raises.
+        """Checks the options, which are those of `boot`; nothing is opened before `start` or `serve`. `initializer` is
+        called first by these, which raise what it raises.
 
         InvalidSize: a limit is negative, or kernel_land is no whole pages. InvalidAddress: it is
         larger than KernelLand. TypeError, ValueError: as `syscall` and `registry`.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import SupportsIndex
+from dataclasses import dataclass, field
 
 from realmap.errors import LimitReached
 from realmap.pages import usize
 
 
+@dataclass(kw_only=True, slots=True)
 class Limits:
     """How much of the kernel each process may take; what goes beyond is an error to the one who asked.
 
@@ -40,78 +41,37 @@ class Limits:
     InvalidSize: a negative number. ValueError: none at all, or no time. TypeError: no integer.
     """
 
-    __slots__ = (
-        "buffers",
-        "calls",
-        "connections",
-        "given_up",
-        "grants",
-        "half_sent",
-        "handles",
-        "inheritances",
-        "mappings",
-        "orphans",
-        "processes",
-        "reserve",
-        "running",
-        "seats",
-        "seconds",
-        "segments",
-        "sessions",
-        "stock",
-        "undecoded",
-        "unread",
-    )
+    processes: int = 4096
+    mappings: int = 65_536
+    segments: int | None = None
+    calls: int = 1024
+    handles: int = 4096
+    running: int = field(default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)))
+    seconds: float | None = None
+    given_up: int = 64
+    connections: int = 256
+    half_sent: int = 8 << 20
+    unread: int = 32 << 20
+    undecoded: int = 16 << 20
+    buffers: int = 1024
+    orphans: int = 4096
+    inheritances: int = 256
+    reserve: int = 32
+    stock: int = 2 << 20
+    seats: int = 64
+    sessions: int = 256
+    grants: int = 4096
 
-    def __init__(
-        self,
-        *,
-        processes: SupportsIndex = 4096,
-        mappings: SupportsIndex = 65_536,
-        segments: SupportsIndex | None = None,
-        calls: SupportsIndex = 1024,
-        handles: SupportsIndex = 4096,
-        running: SupportsIndex | None = None,
-        seconds: float | None = None,
-        given_up: SupportsIndex = 64,
-        connections: SupportsIndex = 256,
-        half_sent: SupportsIndex = 8 << 20,
-        unread: SupportsIndex = 32 << 20,
-        undecoded: SupportsIndex = 16 << 20,
-        buffers: SupportsIndex = 1024,
-        orphans: SupportsIndex = 4096,
-        inheritances: SupportsIndex = 256,
-        reserve: SupportsIndex = 32,
-        stock: SupportsIndex = 2 << 20,
-        seats: SupportsIndex = 64,
-        sessions: SupportsIndex = 256,
-        grants: SupportsIndex = 4096,
-    ) -> None:
-        self.processes = _some(processes, "processes")
-        self.mappings = _some(mappings, "mappings")
-        self.segments = None if segments is None else _some(segments, "segments")
-        self.calls = _some(calls, "calls")
-        self.handles = _some(handles, "handles")
-        self.connections = _some(connections, "connections")
-        self.half_sent = _some(half_sent, "half_sent")
-        self.unread = _some(unread, "unread")
-        self.undecoded = _some(undecoded, "undecoded")
-        self.buffers = _some(buffers, "buffers")
-        self.orphans = _some(orphans, "orphans")
-        self.inheritances = _some(inheritances, "inheritances")
-        self.reserve = _some(reserve, "reserve")
-        self.stock = usize(stock, "stock")
-        self.seats = _some(seats, "seats")
-        self.sessions = _some(sessions, "sessions")
-        self.grants = _some(grants, "grants")
-        self.running = max(4, 2 * (os.cpu_count() or 1)) if running is None else _some(running, "running")
-        self.given_up = _some(given_up, "given_up")
-        if seconds is not None and not seconds > 0:
-            raise ValueError(f"seconds must be above 0, or None for no limit: {seconds!r}")
-        self.seconds = seconds
-
-    def __repr__(self) -> str:
-        return f"Limits({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, or None for no limit: {self.seconds!r}")
+        for name in self.__slots__:
+            number = getattr(self, name)
+            if name != "seconds" and (name != "segments" or number is not None):
+                found = usize(number, name)
+                if not found and name != "stock":
+                    raise ValueError(f"a limit of no {name} lets nobody in; leave it out for the default")
+                setattr(self, name, found)
 
 
 def segments_of(limits: Limits) -> int:
@@ -131,10 +91,3 @@ def require_unreserved(limits: Limits, *descriptors: int) -> None:
     if max(descriptors) >= first:
         why = f"the kernel has {first} descriptors in use, and keeps the others for commands (reserve)"
         raise LimitReached("descriptors", first, why=f"{why}: unmap or close some, or raise ulimit -n")
-
-
-def _some(number: SupportsIndex, what: str) -> int:
-    found = usize(number, what)
-    if not found:
-        raise ValueError(f"a limit of no {what} lets nobody in; leave it out for the default")
-    return found

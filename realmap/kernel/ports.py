@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from realmap._core import Durations
-from realmap.errors import InvalidAddress, InvalidMemState, InvalidSize, KernelError, ServerDied, UnknownSyscall
+from realmap.errors import (
+    InvalidAddress,
+    InvalidMemState,
+    InvalidSize,
+    KernelError,
+    LimitReached,
+    ServerDied,
+    UnknownSyscall,
+)
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
@@ -30,28 +38,40 @@ NAMES, LONGEST = 1024, 200
 MOST = 1 << 31
 #: What is counted of all servers of a name ends here, whatever they say.
 COUNTED = (1 << 63) - 1
+#: Of so many names it is known what servers did that have ended: those of which one has ended last.
+REMEMBERED = 256
 
 
+@dataclass(eq=False, slots=True)
 class Grant:
     """The server of a session may map the frames of this mapping."""
 
-    __slots__ = ("ended", "frames", "left", "mapping", "offset", "session", "told", "waiting")
+    session: Session
+    mapping: Mapping
+    frames: SharedFrames
+    #: Its pieces, each a descriptor of the server's.
+    count: int
+    ended: bool = False
+    #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
+    told: int = 0
+    offset: int = field(init=False)
+    left: int = field(init=False)
+    #: What takes the answer to who asked, once that were all.
+    waiting: list[Callable[[Any], None]] = field(default_factory=list)
 
-    def __init__(self, session: Session, mapping: Mapping, frames: SharedFrames) -> None:
-        self.session = session
-        self.mapping = mapping
-        self.frames = frames
-        self.ended = False
-        #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
-        self.told, self.offset, self.left = 0, mapping.phys_offset, mapping.length
-        #: What takes the answer to who asked, once that were all.
-        self.waiting: list[Callable[[Any], None]] = []
-        frames.hold(self, "lent", mapping.address, mapping.owner, f"to {session.seat.label}")
+    def __post_init__(self) -> None:
+        self.offset, self.left = self.mapping.phys_offset, self.mapping.length
+        self.session.seat.process.peer.lent[self.session.process.pid] += self.count
+        self.frames.hold(self, "lent", self.mapping.address, self.mapping.owner, f"to {self.session.seat.label}")
 
     def end(self) -> None:
         """It holds on no longer. Again: nothing."""
         if not self.ended:
             self.ended = True
+            pid, lent = self.session.process.pid, self.session.seat.process.peer.lent
+            lent[pid] -= self.count
+            if not lent[pid]:
+                del lent[pid]
             self.session.process.peer.give_back("grants")
             self.frames.let_go(self)
 
@@ -72,41 +92,40 @@ class Total:
             self.durations.add(counts)
 
 
+@dataclass(eq=False, slots=True)
 class Session:
-    """A caller, and the seat that it calls."""
+    """A caller (`process`), and the seat that it calls."""
 
-    __slots__ = ("ended", "grants", "number", "process", "seat", "told")
-
-    def __init__(self, number: int, process: UserProcess, seat: Seat) -> None:
-        self.number = number
-        #: The caller.
-        self.process = process
-        self.seat = seat
-        #: By the serials of the mappings.
-        self.grants: dict[int, Grant] = {}
-        self.ended = False
-        #: Whether the server was told of it.
-        self.told = False
+    number: int
+    process: UserProcess
+    seat: Seat
+    #: By the serials of the mappings.
+    grants: dict[int, Grant] = field(default_factory=dict)
+    ended: bool = False
+    #: Whether the server was told of it.
+    told: bool = False
 
 
+@dataclass(eq=False, slots=True)
 class Seat:
     """A process that serves these names."""
 
-    __slots__ = ("closing", "names", "number", "picked", "process", "queue", "served", "sessions", "threads")
-
-    def __init__(self, number: int, process: UserProcess, names: list[str], threads: int, queue: int) -> None:
-        self.number = number
-        self.process = process
-        self.names = names
-        self.threads = threads
-        self.queue = queue
-        self.sessions: dict[int, Session] = {}
-        #: Whether it takes no new ones.
-        self.closing = False
-        #: Which of all sessions was its last.
-        self.picked = 0
-        #: What it says of itself.
-        self.served = Served({}, [], [])
+    number: int
+    process: UserProcess
+    names: list[str]
+    threads: int
+    queue: int
+    #: So many it holds at most of what one process lends to it.
+    descriptors: int = 256
+    sessions: dict[int, Session] = field(default_factory=dict)
+    #: Whether it takes no new ones.
+    closing: bool = False
+    #: Which of all sessions was its last.
+    picked: int = 0
+    #: What it says of itself.
+    served: Served = field(default_factory=lambda: Served({}, [], []))
+    #: And how often it has said so.
+    told: int = 0
 
     @property
     def label(self) -> str:
@@ -124,7 +143,7 @@ class Ports:
     def __init__(self) -> None:
         self._seats: dict[int, Seat] = {}
         self._by_name: dict[str, list[Seat]] = {}
-        #: What those did that have ended, of names that others still serve.
+        #: What those did that have ended, at most `REMEMBERED` names; the last one is of who has ended last.
         self._past: dict[str, Total] = {}
         self._seat_numbers, self._session_numbers = itertools.count(1), itertools.count(1)
         #: Told of each grant that ends before its session does.
@@ -165,7 +184,7 @@ class Ports:
         if len(set(names)) < len(names):
             raise KernelError(why=f"a name is served twice: {max(names, key=names.count)!r}")
         process.peer.take("seats")
-        seat = Seat(next(self._seat_numbers), process, names, request.threads, request.queue)
+        seat = Seat(next(self._seat_numbers), process, names, request.threads, request.queue, request.descriptors)
         self._seats[seat.number] = process.seats[seat.number] = seat
         for name in names:
             self._by_name.setdefault(name, []).append(seat)
@@ -177,12 +196,14 @@ class Ports:
             seat.closing = True
             for name in seat.names:
                 self._by_name[name].remove(seat)
-                if self._by_name[name]:
-                    if name in seat.served.names:
-                        self._past.setdefault(name, Total()).add(*seat.served.names[name])
-                else:
+                if not self._by_name[name]:
                     del self._by_name[name]
-                    self._past.pop(name, None)
+                if name in seat.served.names and seat.served.names[name][0]:
+                    past = self._past.pop(name, Total())
+                    past.add(*seat.served.names[name])
+                    self._past[name] = past
+            for name in list(self._past)[:-REMEMBERED]:
+                del self._past[name]
 
     def end(self, seat: Seat) -> None:
         """It is no more; its sessions have ended. Again: nothing."""
@@ -192,8 +213,10 @@ class Ports:
             seat.process.peer.give_back("seats")
 
     def totals(self) -> dict[str, Total]:
+        """What was called so far, by name, also of those that nobody serves any more."""
         found: dict[str, Total] = {}
-        for name, seats in self._by_name.items():
+        for name in dict.fromkeys((*self._by_name, *self._past)):
+            seats = self._by_name.get(name, [])
             total = found[name] = Total(len(seats))
             if (past := self._past.get(name)) is not None:
                 total.add(past.calls, past.failed, past.durations.counts())
@@ -244,7 +267,7 @@ class Ports:
         """Grants the mapping there, or has done so already.
 
         InvalidAddress: nothing is mapped there. InvalidMemState: private memory. LimitReached: the caller has granted
-        as many as it may.
+        as many as it may, or all its server holds of them would take more descriptors than that lets one caller have.
         """
         process = session.process
         mapping = process.memory.mapping_at(address)
@@ -255,9 +278,12 @@ class Ports:
             raise InvalidMemState(address, mapping.type, why="private memory cannot be lent")
         grant = session.grants.get(mapping.serial)
         if grant is None:
+            first, last = mapping.phys_offset, mapping.phys_offset + mapping.length - 1
+            count = frames.index_of(last) + 1 - frames.index_of(first)
+            _require_few(session.seat, process, count)
             process.peer.take("grants")
             frames.recycles = False  # the server may keep them
-            grant = session.grants[mapping.serial] = Grant(session, mapping, frames)
+            grant = session.grants[mapping.serial] = Grant(session, mapping, frames, count)
         return grant
 
     def unmapped(self, process: UserProcess, serial: int) -> None:
@@ -266,3 +292,12 @@ class Ports:
             grant = session.grants.pop(serial, None)
             if grant is not None:
                 self.revoked(grant)
+
+
+def _require_few(seat: Seat, process: UserProcess, count: int) -> None:
+    """LimitReached: its server would have more descriptors of what this process lends than it lets one caller have."""
+    lent, limit = seat.process.peer.lent[process.pid], seat.descriptors
+    if lent + count > limit:
+        has = f"process {seat.process.pid} has {lent} descriptors of what process {process.pid} lends, {limit} at most"
+        remedy = "unmap some, lend larger segments, or let that process open more (ulimit -n)"
+        raise LimitReached("descriptors", limit, why=f"{has}, and this takes {count}: {remedy}")

@@ -17,6 +17,7 @@ import errno
 import os
 import select
 import socket
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -24,7 +25,9 @@ from realmap._core import Durations, look_over
 from realmap.errors import InvalidAddress, KernelError, LimitReached, ServerDied
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY, shortage
+from realmap.kernel import circles
 from realmap.kernel.books import Books
+from realmap.kernel.circles import Circle
 from realmap.kernel.limits import require_unreserved
 from realmap.kernel.ports import Grant, Seat, Session
 from realmap.kernel.processes import UserProcess
@@ -34,7 +37,7 @@ from realmap.serving.loop import Loop
 from realmap.serving.syscalls import encode
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_DESCRIPTORS
-from realmap.wire.news import Gone, Granted, News, Opened, Revoked, Served, Told, Worked
+from realmap.wire.news import Gone, Granted, News, Opened, Refused, Revoked, Served, Told, Worked
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, TRACED, WAITING, SeatPage
 
@@ -46,19 +49,20 @@ WAITING_FOR_ONE = 64
 Matter = Session | Grant
 
 
+@dataclass(eq=False, slots=True)
 class _Desk:
     """The kernel's side of a seat."""
 
-    __slots__ = ("events", "news", "page", "page_fd", "seat", "sock")
-
-    def __init__(self, seat: Seat, sock: socket.socket, page: SeatPage, page_fd: int) -> None:
-        self.seat = seat
-        self.sock = sock
-        self.page, self.page_fd = page, page_fd
-        #: What epoll is asked to tell of it.
-        self.events = select.EPOLLIN
-        #: In the order in which it is told.
-        self.news: dict[Matter, None] = {}
+    seat: Seat
+    sock: socket.socket
+    page: SeatPage
+    page_fd: int
+    #: What epoll is asked to tell of it.
+    events: int = select.EPOLLIN
+    #: In the order in which it is told.
+    news: dict[Matter, None] = field(default_factory=dict)
+    #: Which circle of services it seems to be in.
+    circle: Circle | None = None
 
     def close(self) -> None:
         files.shut(self.sock)
@@ -66,15 +70,13 @@ class _Desk:
         self.page.close()
 
 
+@dataclass(eq=False, slots=True)
 class _Line:
     """The kernel's share in a session: the server's end of its socket; and the ring, until the server is told of it."""
 
-    __slots__ = ("ring", "sock")
-
-    def __init__(self, sock: socket.socket, ring: int) -> None:
-        self.sock = sock
-        #: -1: there is none, or the server has it.
-        self.ring = ring
+    sock: socket.socket
+    #: -1: there is none, or the server has it.
+    ring: int = -1
 
     def descriptors(self) -> list[int]:
         return [self.sock.fileno()] + [self.ring] * (self.ring >= 0)
@@ -177,7 +179,7 @@ class Seats:
             with contextlib.ExitStack() as undo:
                 undo.callback(channel.close_all, rights)
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                line = _Line(ours, -1)
+                line = _Line(ours)
                 undo.callback(line.close)
                 rights.append(theirs.detach())
                 if self._spin:
@@ -257,9 +259,7 @@ class Seats:
             del desk.news[news]
             desk.page.count(GRANTS)
             return True
-        frames, first = news.frames, news.frames.index_of(mapping.phys_offset)
-        pieces = [piece[1:] for piece in frames.pieces(news.offset, news.left, MAX_DESCRIPTORS)]
-        count = frames.index_of(mapping.phys_offset + mapping.length - 1) + 1 - first
+        pieces = [piece[1:] for piece in news.frames.pieces(news.offset, news.left, MAX_DESCRIPTORS)]
         place = mapping.address, mapping.length, int(mapping.type), int(mapping.rights)
         try:
             opened = self._books.patiently(news.session.process, lambda: descriptors(mapping, news.told))
@@ -268,7 +268,7 @@ class Seats:
             self._revoke(news, error)
             return False
         try:
-            message = Granted(session, mapping.serial, *place, pieces, news.told, count)
+            message = Granted(session, mapping.serial, *place, pieces, news.told, news.count)
             if not self._send(desk, message, opened):
                 return False
         finally:
@@ -354,11 +354,24 @@ class Seats:
             return
         if isinstance(told, Served):
             desk.seat.served = told
+            desk.seat.told += 1
+            if told.waits:
+                self._look_for_circle(desk)
         elif isinstance(told, Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
             self._end_session(session)
         elif isinstance(told, Worked) and (observer := self._books.observer) is not None:
             for caller, id, name, came, began, ended, code in told.calls:
                 observer.served(desk.seat.process, caller, id, name, (came, began, ended), code)
+
+    def _look_for_circle(self, desk: _Desk) -> None:
+        """Of services that wait for each other: the last call of it is refused, so that the others go on."""
+        found, before = circles.find(desk.seat), desk.circle
+        if found is None or before is None or found.waits != before.waits:
+            desk.circle = found
+        elif found.is_sure(before):
+            desk.circle = None
+            last = found.waits[-1]
+            self._send(self._desks[last.seat], Refused(*last.call, found.why), [])  # else it is found again
 
     def _trace(self, on: bool) -> None:
         for desk in self._desks.values():

@@ -162,7 +162,8 @@ class CrossProcessMapping(Mirror, ByteAccess):
                 start, lead = low, at - low
             demand(not pieces or low == at, "only the first part may start within a page")
             pieces += mapping.frames.pieces(low, high - low)
-        return cls._placed(ranges, kernel, tuple(frames.values()), pieces, start, lead, pieces[0][1], prot)
+        span = sum(piece[2] for piece in pieces)
+        return cls._placed(ranges, kernel, tuple(frames.values()), pieces, start, lead, pieces[0][1], prot, span)
 
     @classmethod
     def _placed(
@@ -175,9 +176,10 @@ class CrossProcessMapping(Mirror, ByteAccess):
         lead: int,
         residue: int,
         prot: int,
+        span: int,
     ) -> Self:
         """Maps `pieces` side by side where there is space: from `start` of the frames on, `lead` bytes of which are not
-        shown. `residue`: what a large one's address is congruent to.
+        shown. `residue`: what a large one's address is congruent to. `span`: bytes of its whole pages.
         """
         mappings = tuple(mapping for mapping, _, _ in ranges)
         total = sum(length for _, _, length in ranges)
@@ -185,7 +187,7 @@ class CrossProcessMapping(Mirror, ByteAccess):
         def make(base: int) -> Any:
             return cls._open_at(kernel, base, mappings, frames, pieces, start, lead, total, prot)
 
-        made: Self = kernel.place(make, sum(piece[2] for piece in pieces), residue % HUGE_SIZE, prot, len(pieces))
+        made: Self = kernel.place(make, span, residue % HUGE_SIZE, prot, len(pieces))
         return made
 
     def _prefault(self) -> None:

@@ -31,18 +31,17 @@ from realmap.errors import (
     MemoryFault,
     PhysicalMemoryExhaustion,
 )
-from realmap.host import procfs
+from realmap.host import SHM, procfs
 from realmap.host.procfs import Map
 from realmap.host.signals import pass_on
 from realmap.host.stranger import Stranger
-from realmap.host.translate import SHM
 from realmap.memory.cross_process import CrossProcessMapping, Part, mirror_parts, mirror_prot
 from realmap.memory.frames import SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import FOREIGN_LAND
 from realmap.memory.mapping import Mapping
 from realmap.pages import USIZE_MAX, address_of, usize
-from realmap.rights import MappingAccessRights, MemoryType, allows, k_r, k_w, rights_of
+from realmap.rights import MappingAccessRights, MemoryType, allows, k_r, k_w, rights_of, user_rights
 
 #: So many mappings of a process are known at a time, each with a descriptor.
 KNOWN = 256
@@ -185,7 +184,7 @@ class ForeignProcess:
             why_not = error.why
         except LookupError:
             why_not = "it is mapped there no more"
-        rights, device = _rights(entry), procfs.device_number(entry.device)
+        rights, device = user_rights(entry.perms), procfs.device_number(entry.device)
         file = (entry.path, device, entry.inode, entry.offset)
         return ForeignMapping(entry.start, entry.length, rights, kind, *file, resident, why_not)
 
@@ -199,9 +198,9 @@ class ForeignProcess:
         for entry in found:
             if entry.start > at:
                 break
-            if not allows(_rights(entry), asked):
+            if not allows(user_rights(entry.perms), asked):
                 why = f"process {self.pid} may not do that there itself"
-                raise AccessDenied(rights_of(asked), _rights(entry), max(start, entry.start), why=why)
+                raise AccessDenied(rights_of(asked), user_rights(entry.perms), max(start, entry.start), why=why)
             at = entry.end
         if at < start + size:
             if self._stranger.look(at):  # Linux may leave out a map that is split or merged as it lists them
@@ -279,7 +278,7 @@ class ForeignProcess:
             return known.mapping
         frames = SharedFrames([self._stranger.open(entry, writable)])
         kind, owner = MemoryType.SHARED_MEMORY, f"of process {self.pid}"
-        mapping = Mapping(entry.start, frames, entry.offset, entry.length, kind, _rights(entry), owner=owner)
+        mapping = Mapping(entry.start, frames, entry.offset, entry.length, kind, user_rights(entry.perms), owner=owner)
         line = self._line(entry)
         before = self._known.get(line)  # which could only be read
         self._known[line] = _Known(mapping, writable)
@@ -391,10 +390,6 @@ def _require_shared(entry: Map) -> None:
         raise InvalidMemState(entry.start, MemoryType.NORMAL, why="private memory has no shared frames; copy it")
     if kind in ("special", "device"):
         raise InvalidMemState(entry.start, MemoryType.IO, why=f"{entry.path or 'that'} is no memory with frames")
-
-
-def _rights(entry: Map) -> MappingAccessRights:
-    return rights_of(8 | sum(bit for letter, bit in zip(entry.perms, (1, 2, 4), strict=False) if letter != "-"))
 
 
 def _kernel() -> KernelMemory:

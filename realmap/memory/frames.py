@@ -242,16 +242,17 @@ class FrameAllocator(Account):
         """Bytes of frames that there may be; None: as many as the machine has."""
         return self._limit
 
-    @property
-    def segment_limit(self) -> int:
-        """Segments that there may be; 2**64 - 1: as many as there are descriptors."""
-        return self._segment_limit
-
     def after_fork_in_child(self) -> None:
         for ref in list(self._opened.values()):
             if (found := ref()) is not None:
                 found.after_fork_in_child()
         self._opened.clear()
+
+    def _charged(self, length: int, count: int) -> Charge:
+        charge = self._charge(length, count)
+        if not isinstance(charge, Charge):  # it is the allocator whose limit does not allow it
+            raise charge._refusal(length, count)
+        return charge
 
     def _refusal(self, length: int, count: int) -> PhysicalMemoryExhaustion:
         if self._limit is not None and self.used + length > self._limit:
@@ -322,9 +323,7 @@ class FrameAllocator(Account):
             size, count = sum(lengths), len(descriptors)
             if count != len(lengths):
                 raise InvalidSize(size, why=f"{len(lengths)} segments, and {count} descriptors of them")
-            charge = self._charge(size, count)
-            if not isinstance(charge, Charge):  # whose limit it is
-                raise charge._refusal(size, count)
+            charge = self._charged(size, count)
             made.extend(map(Segment.received, descriptors, lengths))
             frames = SharedFrames(made, charge)
         except BaseException:
@@ -348,9 +347,7 @@ class FrameAllocator(Account):
     ) -> tuple[list[Segment], Charge]:
         """Segments of `step` bytes, `size` bytes in all, and the charge for them. All or none; errors as `allocate`."""
         count = -(-size // step)
-        charge = self._charge(size, count)
-        if not isinstance(charge, Charge):  # whose limit it is
-            raise charge._refusal(size, count)
+        charge = self._charged(size, count)
         made: list[Segment] = []
         try:
             for start in range(0, size, step):

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from realmap.host import procfs, runtime
-from realmap.host.translate import SHM
+from realmap.host import SHM, procfs, runtime
 from realmap.memory.lands import FOREIGN_LAND, KERNEL_LAND, LENT_LAND, OWN_LAND, USER_LAND, Land
 from realmap.observe import words
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE, align_down, align_up
+from realmap.rights import letters
 from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, PartInfo
 
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
@@ -109,10 +109,6 @@ def linux_ranges(pid: int, land: Land, kernel: int) -> list[Range]:
     )
 
 
-def _perms(rights: int) -> str:
-    return "".join(letter if rights & bit else "-" for bit, letter in ((1, "r"), (2, "w"), (4, "x")))
-
-
 def _show_zeros(ranges: list[Range], zeros: int) -> list[Range]:
     """The ranges of one window, from `zeros` on of zero pages (0: nowhere)."""
     if not zeros:
@@ -135,7 +131,7 @@ def mapping_ranges(mapping: MappingInfo, frames: dict[int, FramesInfo], linux: l
     end = mapping.address + mapping.length
     if mapping.frames is None:
         private = mapping.type in ("IO", "NORMAL")
-        return [(mapping.address, end, _perms(mapping.rights), 0, 0)] if private else [], 0
+        return [(mapping.address, end, letters(mapping.rights), 0, 0)] if private else [], 0
     part = PartInfo(mapping.frames, mapping.phys_offset, mapping.length)
     zeros = _zeros(mapping.address, end, linux)
     return window_ranges(mapping.address, mapping.rights, [part], zeros, frames), zeros
@@ -148,7 +144,7 @@ def window_ranges(
     shown = []
     for part in parts:
         for inode, offset, length in frames[part.frames].pieces(part.offset, part.length):
-            shown.append((at, at + length, _perms(rights), inode, offset))
+            shown.append((at, at + length, letters(rights), inode, offset))
             at += length
     return _show_zeros(shown, zeros)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import platform
@@ -16,9 +15,8 @@ import posix_ipc
 import psutil
 
 from realmap.errors import KernelError
-from realmap.host import files, liveness, procfs, room, runtime, stranger
+from realmap.host import SHM, files, liveness, procfs, room, runtime, stranger
 from realmap.host.segment import Segment
-from realmap.host.translate import SHM
 from realmap.pages import HUGE_SIZE
 from realmap.wire import status
 
@@ -178,11 +176,7 @@ def _kernel_features() -> Iterator[Check]:
             # The start time is compared in its place (host/liveness.py): nothing is lost.
             yield Check("SO_PEERPIDFD", "not there (Linux 6.5 has it): pid and start time are used instead", OK)
     try:
-        fd = os.memfd_create("realmap-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        finally:
-            files.close(fd)
+        files.close(files.sealed("realmap-doctor", mmap.PAGESIZE))
         yield Check("memfd with seals", "works", OK)
     except OSError as error:
         yield Check("memfd with seals", error.strerror or "fails", WARN, "calls go by the socket, not by rings: slower")

@@ -11,7 +11,7 @@ from realmap.errors import InvalidHandle
 from realmap.host import procfs
 from realmap.host.procfs import Resident
 from realmap.memory.lands import KERNEL_LAND, USER_LAND
-from realmap.observe.audit import Range, lent_parts, lent_to, mapping_ranges, merged, window_ranges
+from realmap.observe.audit import Range, clipped, lent_parts, lent_to, mapping_ranges, merged, window_ranges
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights
@@ -20,6 +20,8 @@ from realmap.wire.records import FramesInfo, LentInfo, PartInfo
 AGREES = "agrees"
 #: It differed, and was made or changed between two looks: the books and Linux are not read at one moment.
 CHANGING = "changing"
+#: How often it is looked again while something differs.
+TRIES = 5
 #: So many users are listed where somebody asks for another one.
 MANY = 20
 
@@ -47,16 +49,16 @@ class MapView(msgspec.Struct, frozen=True):
     linux: str
 
 
-def view(take: Callable[[], Snapshot], pid: int, tries: int = 5) -> list[MapView]:
+def view(take: Callable[[], Snapshot], pid: int) -> list[MapView]:
     """The mappings of `pid`, in order of address; for the kernel's own pid those of KernelLand as well.
 
-    `take` gives a new snapshot; `tries` how often it is looked again while something differs.
+    `take` gives a new snapshot.
 
     InvalidHandle: `pid` is no user of this kernel (who is, is said), or has ended meanwhile.
     AccessDenied, PermissionError: it is not ours to look at.
     """
     found = _look(take(), pid)
-    for _ in range(tries):
+    for _ in range(TRIES):
         if all(each.linux == AGREES for each in found):
             break
         before = set(map(_said, found))
@@ -170,12 +172,9 @@ class _Places:
 
     def ranges(self, start: int, end: int) -> list[Range]:
         """What is mapped in [start, end), cut to that."""
-        found = []
-        for each in self._within(start, end):
-            low, high = max(start, each.map.start), min(end, each.map.end)
-            offset = each.map.offset + low - each.map.start if each.map.inode else 0
-            found.append((low, high, each.map.perms[:3], each.map.inode, offset))
-        return merged(found)
+        inside = [each.map for each in self._within(start, end)]
+        found = [(each.start, each.end, each.perms[:3], each.inode, each.offset) for each in inside]
+        return merged(clipped(found, start, end))
 
     def _amounts(self, start: int, end: int) -> tuple[int | None, int | None]:
         """Bytes in memory, and shared ones, of [start, end); None: more than that is one map."""

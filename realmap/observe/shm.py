@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
-from realmap.host import procfs, runtime, shared_segments
-from realmap.host.reclaim import Named
+from realmap.host import SHM, procfs, shared_segments
 from realmap.host.shared_segments import POSIX, SYSV, UNLINKED, Machine, Mount, Segment
-from realmap.host.translate import SHM
-from realmap.observe import tables, words
+from realmap.observe import words
+
+if TYPE_CHECKING:
+    from realmap.host.reclaim import Named
 
 #: Looks at the most, where /dev/shm has changed during one.
 TRIES = 3
@@ -55,11 +55,10 @@ FAMILIES = [
     Family("NCCL", r"nccl-\w{6}"),  # nccl, src/misc/shmutils.cc, ncclShmOpen
     Family("semaphore", r"sem\..+"),  # glibc, SEM_SHM_PREFIX: any program's sem_open
 ]
-_PATTERNS = [(family, re.compile(family.pattern, re.DOTALL)) for family in FAMILIES]
 _ANY = re.compile("|".join(family.pattern for family in FAMILIES), re.DOTALL)
 
 
-class HolderRow(msgspec.Struct, frozen=True):
+class HolderRow(NamedTuple):
     """A process that has it mapped so many times, and so many descriptors open on it."""
 
     pid: int
@@ -72,7 +71,13 @@ class HolderRow(msgspec.Struct, frozen=True):
         return f"{self.pid} {self.program} ({', '.join(how)})"
 
 
-class SegmentRow(msgspec.Struct, frozen=True):
+def holders_of(segment: Segment, program: Callable[[int], str]) -> list[HolderRow]:
+    """Who holds a segment, by pid. `program`: the name of what runs as a pid."""
+    maps = Counter(each.pid for each in segment.maps)
+    return [HolderRow(pid, program(pid), maps[pid], segment.opened.get(pid, 0)) for pid in sorted(segment.holders)]
+
+
+class SegmentRow(NamedTuple):
     """A segment. `size`, `resident` in bytes; `exact`: all that it takes, else at least so much is known of.
 
     `age`: seconds since anything of it last changed, None where Linux does not tell. `family`: whose names look so.
@@ -97,7 +102,7 @@ class SegmentRow(msgspec.Struct, frozen=True):
     why: str
 
 
-class ShmRow(msgspec.Struct, frozen=True):
+class ShmRow(NamedTuple):
     """A /dev/shm, in bytes. `through`: a process that has it, 0 for this one's own.
 
     `used`: what its file system says, None where that counts nothing. `explained`: what `named` and `unlinked` segments
@@ -117,7 +122,7 @@ class ShmRow(msgspec.Struct, frozen=True):
     closed: int
 
 
-class Total(msgspec.Struct, frozen=True):
+class Total(NamedTuple):
     """Of a kind: how many there are, and their bytes."""
 
     segments: int
@@ -125,7 +130,7 @@ class Total(msgspec.Struct, frozen=True):
     resident: int
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(NamedTuple):
     """The machine's shared memory at one moment; `time` in seconds since 1970.
 
     `elsewhere`: the /dev/shm of other mount namespaces. `processes` were looked into, `unseen` could not be.
@@ -187,7 +192,7 @@ def _shm(mount: Mount, machine: Machine) -> ShmRow:
 
 def shown(name: str) -> str:
     """A name as text that any encoding can carry: bytes that are no UTF-8 as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def blind_spots(machine: Machine) -> list[str]:
@@ -217,6 +222,8 @@ def reclaimable(
     Without `names` every orphan; with them these alone, also where it cannot be told who made one, and with `force`
     where its maker may live. What somebody has may never go.
     """
+    from realmap.host.reclaim import Named
+
     device = machine.mounts[0].device if found.dev_shm is not None else None
     rows = {(row.device, row.inode): row for row in found.segments if row.kind == POSIX and row.device == device}
     files = {
@@ -258,24 +265,16 @@ class _Judge:
         maker = stamped or next(iter(segment.makers), None)
         used = segment.holders or segment.attached
         state, why = (USED, "") if used else self._verdict(segment, family, stamped)
-        opened = segment.opened
-        mapped: dict[int, int] = {}
-        for each in segment.maps:
-            mapped[each.pid] = mapped.get(each.pid, 0) + 1
-        holders = [
-            HolderRow(pid, self._program(pid), mapped.get(pid, 0), opened.get(pid, 0))
-            for pid in sorted(mapped | opened)
-        ]
         return SegmentRow(
             segment.kind, shown(segment.name), segment.device, segment.inode, segment.size, segment.resident,
             segment.exact, segment.uid, None if segment.touched is None else max(0.0, self._now - segment.touched),
             len(segment.names), family.label if family else "", maker, self._program(maker) if maker else "",
-            holders, state, why,
+            holders_of(segment, self._program), state, why,
         )  # fmt: skip
 
     def _program(self, pid: int) -> str:
         if pid not in self._programs:
-            self._programs[pid] = tables.program(pid)
+            self._programs[pid] = words.program(pid)
         return self._programs[pid]
 
     def _verdict(self, segment: Segment, family: Family | None, stamped: int | None) -> tuple[str, str]:
@@ -291,6 +290,8 @@ class _Judge:
             return UNSURE, "no program is known to give such names"
         if stamped is not None:
             if family.label == "realmap":
+                from realmap.host import runtime  # here: nobody else needs it
+
                 alive = runtime.maker_lives(segment.name.removeprefix(runtime.SEGMENT_PREFIX))
             else:
                 alive = self._lives(stamped, segment)
@@ -329,7 +330,7 @@ def _who(pid: int) -> tuple[str, int] | None:
 def family_of(segment: Segment) -> tuple[Family | None, int | None]:
     """Whose names look like this one's, and the maker's pid in it."""
     if segment.kind in (POSIX, UNLINKED) and _ANY.fullmatch(segment.name):
-        for family, pattern in _PATTERNS:
-            if found := pattern.fullmatch(segment.name):
-                return family, int(found[1]) if pattern.groups else None
+        for family in FAMILIES:
+            if found := re.fullmatch(family.pattern, segment.name, re.DOTALL):
+                return family, int(found[1]) if found.groups() else None
     return None, None

@@ -7,10 +7,8 @@ from collections import Counter
 
 import msgspec
 
-from realmap.host import procfs
 from realmap.observe.snapshot import Snapshot
-
-GONE = "gone"
+from realmap.observe.words import program
 
 
 class ProcessRow(msgspec.Struct, frozen=True):
@@ -83,14 +81,6 @@ def processes(snapshot: Snapshot) -> list[ProcessRow]:
         )
         for process in sorted(snapshot.processes, key=lambda each: each.number)
     ]
-
-
-def program(pid: int) -> str:
-    """The name of the program that runs as `pid`; "gone" where it has ended."""
-    try:
-        return procfs.program(pid)
-    except ProcessLookupError:
-        return GONE
 
 
 def programs(snapshot: Snapshot) -> dict[int, str]:

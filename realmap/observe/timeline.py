@@ -22,8 +22,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from realmap.errors import BY_CODE
-from realmap.observe.tables import GONE, program
 from realmap.observe.trace_format import About, TraceWriter
+from realmap.observe.words import GONE, program
 from realmap.rights import MemoryType, rights_of
 from realmap.wire.records import (
     ALREADY,
@@ -148,24 +148,8 @@ class Timeline:
         self._workers: dict[int, Event] = {}
         self._mirrors: dict[int, Mirror] = {}
         self._flows = 0
-        self._tell: dict[int, Callable[[Event], None]] = {
-            Kind.GAP: self._gap,
-            Kind.MIRROR: self._mirror,
-            Kind.DROP: self._drop,
-            Kind.EVICT: self._evict,
-            Kind.CALL: self._call,
-            Kind.ANSWER: self._answer,
-            Kind.DONE: self._done,
-            Kind.BEGIN: self._begin,
-            Kind.END: self._end,
-            Kind.COPY: self._copy,
-            Kind.MAP: self._map,
-            Kind.UNMAP: self._map,
-            Kind.CONNECT: self._connect,
-            Kind.DEATH: self._death,
-            Kind.REAP: self._reap,
-            Kind.SERVED: self._served,
-        }
+        #: By kind of event: `_mirror` for MIRROR, and so on.
+        self._tell: dict[int, Callable[[Event], None]] = {kind: getattr(self, f"_{kind.name.lower()}") for kind in Kind}
         self._file.name_process(self._kernel, f"kernel {start['path']} (pid {self._kernel})", 0)
         self._file.name_track(self._kernel, 1, "kernel thread")
         about = {"path": start["path"], "time": start["time"]}
@@ -369,6 +353,8 @@ class Timeline:
         self._file.instant(user.track, MEMORY, event.time, "map" if mapped else "unmap", about)
         self._file.counter(user.track, event.time, "mappings", event.e >> 32)
         self._file.counter(user.track, event.time, "mapped bytes", event.f)
+
+    _unmap = _map
 
     def _name_lane(self, lane: int) -> None:
         self._file.name_track(self._kernel, KERNEL_LAND + lane, f"KernelLand {lane + 1}" if lane else "KernelLand")

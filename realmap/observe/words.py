@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from realmap.host import procfs
+
 UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+GONE = "gone"
 
 
 def size(length: float) -> str:
@@ -65,3 +68,11 @@ def harmless(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def program(pid: int) -> str:
+    """The name of the program that runs as `pid`; "gone" where it has ended."""
+    try:
+        return procfs.program(pid)
+    except ProcessLookupError:
+        return GONE

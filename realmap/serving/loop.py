@@ -1,7 +1,7 @@
 """`Loop`: waits, and calls what it was handed. It knows nobody.
 
 epoll ─┬─ descriptors        each with a function of its own (`watch`)
-       ├─ an eventfd         another thread left word (`post`), or it is to end
+       ├─ an eventfd         another thread has posted a job (`post`), or it is to end
        └─ its timeout        a job whose time has come (`after`)
 rings ─── the next message   without a system call while both sides are awake (`run`)
 

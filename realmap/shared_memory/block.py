@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from multiprocessing import shared_memory as standard
 from typing import Any
 
-from realmap.host import files
-from realmap.host.translate import SHM
+from realmap.host import SHM, files
 from realmap.shared_memory import lookup, tracker
 from realmap.user.buffer import Buffer
 from realmap.user.windows import open_segment

@@ -14,10 +14,9 @@ from typing import TypeVar
 
 from realmap import ambient
 from realmap.errors import AccessDenied, InvalidHandle, KernelDied, SyscallTimeout, VersionMismatch
-from realmap.host import runtime
+from realmap.host import SHM, runtime
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living
-from realmap.host.translate import SHM
 from realmap.rights import u_r
 from realmap.user import names, travel
 from realmap.user.buffer import Buffer

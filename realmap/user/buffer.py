@@ -43,7 +43,7 @@ class UserWindow(Window):
         """
         process = self.process
         client = process._client
-        if client.lost_in_child:  # a forked child that has not said a word yet: its copy is nobody else's business
+        if client.lost_in_child:  # a forked child that has not connected yet: its copy is its own affair
             self._unmap()
             return
         number = client.next_id()

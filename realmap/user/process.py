@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import msgspec
 
-from realmap._core import BARE, Lock
+from realmap._core import BARE, Answer, Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, UnknownSyscall, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
 from realmap.host.signals import Living, pass_on
@@ -384,19 +384,23 @@ class Process:
         unmapped, or of another Process. MemoryFault: bytes of a buffer were gone when the handler, or this process,
         touched them. InvalidSize: arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that
         cannot travel, a dict whose keys are no text, or lists and dicts more than 60 deep. LimitReached: as many calls
-        wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process may
-        have. KernelDied, ProcessKilled: no kernel.
+        wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process or
+        its server may have. KernelDied, ProcessKilled: no kernel.
         """
-        client = self._client
-        if client.lost_in_child:  # asked here: a property costs a call
-            client = self._own_client
-        request = call_of(self._client, name, args, timeout, kwargs)
-        if name in self._known:
-            return self._routes.call(request, timeout)
+        refusal = None
         try:
-            return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+            if timeout is None and not kwargs:  # most calls are of a few plain values, and made in one go
+                got = self._client.endpoint.call(name, args, self._known)
+                if got is not NotImplemented:
+                    return self._client.value(got) if type(got) is Answer else got
+            client = self._own_client
+            request = call_of(client, name, args, timeout, kwargs)
+            if name not in self._known:
+                return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
         except UnknownSyscall as error:
-            refusal = error.with_traceback(None)
+            request, refusal = call_of(self._client, name, args, timeout, kwargs), error.with_traceback(None)
+        if refusal is None:
+            return self._routes.call(request, timeout)
         return run(self._routes.steps(request, refusal), name, timeout)
 
     async def acall(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
@@ -450,6 +454,8 @@ class Process:
         `lazy_unmap`: bytes of lent pages that are kept mapped for their next use.
 
         What a caller lends is mapped here by whole pages; the rest of its first and last page is copied, both ways.
+        Each segment of it takes a descriptor: a caller has a quarter at most of what this process may open as it begins
+        to serve, and who lends more is told LimitReached.
         Whoever serves could keep pages that it was lent: Linux cannot take them back.
 
         KernelError: the kernel has a handler of that name. TypeError, ValueError: as `syscall`; or no threads.

@@ -27,6 +27,7 @@ from realmap.user.buffer import Buffer, UserWindow, buffers_in, require_own
 from realmap.wire import messages
 from realmap.wire.client.requester import Requester
 from realmap.wire.seat import BUSY, CHANGES, THREADS, WAITING, SeatPage
+from realmap.wire.status import look
 
 if TYPE_CHECKING:
     from realmap.user.process import Process
@@ -157,13 +158,13 @@ class Server(Requester):
 
     # ---- what its end is called -------------------------------------------------------------
 
-    def unanswered(self, name: str, timeout: float | None) -> SyscallTimeout:
-        """What is raised where it has not answered in time."""
+    def unanswered(self, name: str, timeout: float | None, what: str = "answered") -> SyscallTimeout:
+        """What is raised where it has not answered in time, or not done `what` it is to do first."""
         stopped = False
         with contextlib.suppress(ProcessLookupError):
             stopped = procfs.is_stopped(self.server)
         is_so = " is stopped (SIGSTOP):" if stopped else ""
-        why = f"process {self.server}, which serves {self.name!r},{is_so} has not answered within {timeout} s"
+        why = f"process {self.server}, which serves {self.name!r},{is_so} has not {what} within {timeout} s"
         return SyscallTimeout(name, timeout, why=why)
 
     def elsewhere(self) -> KernelError:
@@ -237,7 +238,7 @@ class Routes:
 
     def _free(self, request: messages.Call) -> Server | None:
         route = self.known.get(request.name)
-        if route is None or nesting.seats.get():
+        if route is None or nesting.here.get() is not None:
             return None
         for server in route.servers:
             if server.load < 0 and not server.endpoint.end:
@@ -324,27 +325,42 @@ class Routes:
 
 def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
     """Of a call to one server: what it brings is lent first."""
-    if seats := nesting.seats.get():
+    here = nesting.here.get()
+    if here is not None and here.seats:
         request = messages.NestedCall(
-            request.id, request.name, request.args, request.timeout, request.names, tuple(seats)
+            request.id, request.name, request.args, request.timeout, request.names, tuple(here.seats)
         )
     for buffer in buffers_in(request.args):
         require_own(process, buffer)
         for window in buffer._windows:
             assert isinstance(window, UserWindow)
             if server.number not in window.lent_to:
-                yield from _lend(process, server, window)
-    value, _ = yield Step(server, request, holds=request.args)
+                yield from _lend(process, server, request.name, buffer, window)
+    if here is None:
+        value, _ = yield Step(server, request, holds=request.args)
+        return value
+    wait = server.number, request.id, time.monotonic_ns()
+    here.waits[wait] = None
+    try:
+        value, _ = yield Step(server, request, holds=request.args)
+    finally:
+        del here.waits[wait]
     return value
 
 
-def _lend(process: Process, server: Server, window: UserWindow) -> Steps:
+def _lend(process: Process, server: Server, name: str, buffer: Buffer, window: UserWindow) -> Steps:
     window.recycles = 0  # somebody else will have it mapped
     client = process._own_client
     try:
-        yield Step(client, messages.Lend(client.next_id(), server.number, window._base))
+        # `holds`: where another thread unmaps it now, what is mapped there next is not lent in its place.
+        yield Step(client, messages.Lend(client.next_id(), server.number, window._base), holds=(buffer,))
     except ServerDied as error:  # the kernel has noticed first
         raise _seen(ServerDied(server.name, server.server, False, why=error.why)) from None
+    except SyscallTimeout as error:
+        status = look(process.path)
+        if status is not None and status.is_stuck:
+            raise
+        raise server.unanswered(name, error.timeout, "read what it is lent") from None
     window.lent_to = (*window.lent_to[1 - LENT_TO :], server.number)
 
 

@@ -1,7 +1,7 @@
 """What the kernel and a server tell each other by the socket of a seat: one datagram each, and nobody answers.
 
-kernel ── Opened, Granted, Revoked, Gone ──▶ server     News
-kernel ◀── Served, Worked, Gone ──────────── server     Told
+kernel ── Opened, Granted, Revoked, Gone, Refused ──▶ server     News
+kernel ◀── Served, Worked, Gone ───────────────────── server     Told
 """
 
 from __future__ import annotations
@@ -50,8 +50,16 @@ class Gone(msgspec.Struct, array_like=True, frozen=True, tag=4):
     session: int
 
 
+class Refused(msgspec.Struct, array_like=True, frozen=True, tag=7):
+    """A call of that session and number waits for a thread that waits for it, through other services (`why`: which)."""
+
+    session: int
+    id: int
+    why: str
+
+
 #: What a server hears.
-News = Opened | Granted | Revoked | Gone
+News = Opened | Granted | Revoked | Gone | Refused
 
 
 #: As they fit into a record.
@@ -71,6 +79,9 @@ class Served(msgspec.Struct, array_like=True, frozen=True, tag=5):
     lent: list[tuple[int, int, int, int, int]]
     #: Whole pages that are kept mapped for their next use (`lazy_unmap`): where, and how many bytes.
     kept: list[tuple[int, int]] = []
+    #: What calls at work wait for: [session, id, whether it takes a thread, and of the call that is to be answered:
+    #: session, id, since when (monotonic, ns)].
+    waits: list[tuple[int, int, bool, int, int, Count]] = []
 
 
 class Worked(msgspec.Struct, array_like=True, frozen=True, tag=6):

@@ -263,8 +263,8 @@ class LimitsInfo(msgspec.Struct, frozen=True):
 class CallInfo(msgspec.Struct, frozen=True):
     """A syscall: how often it was called so far, and how many of these calls ended in an error.
 
-    `servers`: how many services of processes answer it; 0: the kernel does. What servers say of themselves is a moment
-    old.
+    `servers`: how many services of processes answer it by now; None: the kernel does. What servers say of themselves is
+    a moment old; of the last 256 names whose servers have ended it is kept what those did.
 
     How long its handler took, in seconds: what half of the calls (`p50`) and 99 of 100 (`p99`) did not exceed, right to
     6 %, and the longest; None where it has not returned yet.
@@ -277,7 +277,7 @@ class CallInfo(msgspec.Struct, frozen=True):
     p50: float | None
     p99: float | None
     longest: float | None
-    servers: int = 0
+    servers: int | None = None
 
 
 class RunningInfo(msgspec.Struct, frozen=True):

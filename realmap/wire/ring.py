@@ -13,8 +13,6 @@ kernel would be a way to make the kernel wait.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from typing import Any, Self
 
 from realmap._core import RING_BYTES, RING_MESSAGE, Ring
@@ -47,14 +45,7 @@ class RingEnd(Ring):
     @staticmethod
     def make() -> int:
         """Memory for a ring: a descriptor, the caller's to close. OSError: no memory, or no descriptors."""
-        fd = os.memfd_create("realmap-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, RING_BYTES)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            return fd
-        except BaseException:
-            files.close(fd)
-            raise
+        return files.sealed("realmap-ring", RING_BYTES)
 
     @classmethod
     def create(cls) -> tuple[Self, int]:

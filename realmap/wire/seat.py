@@ -9,9 +9,7 @@ It is a sealed memfd, as a ring is: nobody can cut it short. A server that lies 
 
 from __future__ import annotations
 
-import fcntl
 import mmap
-import os
 
 from realmap.host import files
 
@@ -38,10 +36,8 @@ class SeatPage:
     @staticmethod
     def create(threads: int) -> tuple[SeatPage, int]:
         """The kernel's, and its descriptor, which the caller closes. OSError: no memory, or no descriptors."""
-        fd = os.memfd_create("realmap-seat", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = files.sealed("realmap-seat", mmap.PAGESIZE)
         try:
-            os.ftruncate(fd, mmap.PAGESIZE)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             page = SeatPage(fd, writable=True)
             page.words[THREADS] = threads
             return page, fd

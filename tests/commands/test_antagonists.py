@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command_line import command_line
 from conftest import BOUND, long, wait_until
 
 from realmap.host import cgroups, paging
@@ -24,7 +25,8 @@ from realmap.lab.stress.board import Board
 from realmap.lab.stress.report import Antagonism
 
 KSM = machine.KSM / "run"
-COMMAND = [sys.executable, "-W", "error", "-m", "realmap", "stress", "quick", "--users", "2", "--seed", "3"]
+WORDS = ["stress", "quick", "--users", "2", "--seed", "3"]
+COMMAND = [sys.executable, "-W", "error", "-m", "realmap", *WORDS]
 
 
 def run(*names: str, seconds: float = 1.0, seed: int = 1) -> stress.Report:
@@ -61,7 +63,7 @@ def at_work(found: Antagonism) -> bool:
 
 def test_all_at_once() -> None:
     found = run("all", seconds=5.0)
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     assert list(found.antagonists) == list(ALL)
     assert [name for name, each in found.antagonists.items() if not at_work(each)] == []
     if os.geteuid() == 0:
@@ -73,7 +75,7 @@ def test_all_at_once() -> None:
 @pytest.mark.parametrize("name", [long(name) for name in ALL])
 def test_each_alone(name: str) -> None:
     found = run(name, seconds=5.0)
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     assert list(found.antagonists) == [name]
     assert at_work(found.antagonists[name])
 
@@ -93,7 +95,7 @@ def test_the_report_says_how_often_and_why_not(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name() -> None:
-    done = subprocess.run([*COMMAND, "--antagonists", "holes,nobody"], capture_output=True, text=True, timeout=BOUND)
+    done = command_line(*WORDS, "--antagonists", "holes,nobody")
     assert done.returncode == 2
     assert "no antagonist is called 'nobody': there are all, collapse, pageout" in done.stderr
 
@@ -109,7 +111,7 @@ def test_what_is_not_allowed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "KSM", Path("/nowhere"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     found = run("pageout", "compaction", "reclaim", "oom", "ksm", "affinity")
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     words = {name: each.why or "" for name, each in found.antagonists.items()}
     assert all(why.startswith("not here: ") for why in words.values()), words
     assert "CAP_SYS_NICE" in words["pageout"]
@@ -126,7 +128,7 @@ def test_one_that_fails_midway_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(processes.Signals, "step", fail)
     found = run("signals", "holes")
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     assert found.antagonists["holes"].count > 0
     assert found.antagonists["signals"].count == 0
     assert (found.antagonists["signals"].why or "").startswith(
@@ -140,21 +142,26 @@ def test_one_that_cannot_be_forked_ends_nothing(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(crew, "forks", SimpleNamespace(fork=fork))
     found = run("stops", seconds=0.2)
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     assert found.antagonists["stops"].why == "not here: no more processes"
 
 
+@pytest.mark.alone
 def test_one_that_is_killed_midway_leaves_no_setting(ksm: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.Ksm, "step", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(machine.Reclaim, "step", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     found = run("ksm", "reclaim")
-    assert found.ok, found.failures
-    assert found.antagonists["ksm"].why == "ended midway: it died (SIGKILL)"
-    assert "not here" in (why := found.antagonists["reclaim"].why or "") or "SIGKILL" in why
+    assert found.ok, "\n".join(found.failures)
+    ksms, reclaims = (found.antagonists[name].why or "" for name in ("ksm", "reclaim"))
+    if "another run" in ksms:
+        pytest.skip(ksms)
+    assert ksms == "ended midway: it died (SIGKILL)"
+    assert "not here" in reclaims or "SIGKILL" in reclaims
     assert settings() == ksm
     assert groups() == []
 
 
+@pytest.mark.alone
 def test_a_runner_that_is_killed_leaves_no_setting(ksm: dict[str, str]) -> None:
     arguments = ["--seconds", "60", "--antagonists", "ksm"]
     with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL) as running:
@@ -163,6 +170,7 @@ def test_a_runner_that_is_killed_leaves_no_setting(ksm: dict[str, str]) -> None:
     wait_until(lambda: settings() == ksm, "its end")
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("ksm")
 def test_two_runs_do_not_take_each_others_settings_for_what_was_before() -> None:
     target: Any = None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from command_line import command_line
 from conftest import BOUND, PAGE, long, wait_until
 from rich.console import Console
 
@@ -171,9 +172,8 @@ def test_a_program_that_is_not_there_or_dies_is_absent() -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("terminal", [False, True])
 def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(programs, "TOOLS", tmp_path / "none")
     monkeypatch.setattr(many, "CROWDS", (1, 2))
@@ -183,14 +183,15 @@ def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
         ("map + unmap", None), ("map + unmap, commit=False", None), ("attach + unmap", None),
         ("1 process, call", None), ("2 processes, call", None), ("a process", None),
     }  # fmt: skip
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    render(console, report)
-    said = console.file.getvalue()
-    assert "map + unmap, commit=False" in said
-    for word in ("floor", "left out", "holds itself"):
-        assert word not in said, word
-    for word in ("peer", "checkout"):
-        assert word not in said + str(command.help), word
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+        render(console, report)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "map + unmap, commit=False" in said
+        for word in ("floor", "left out", "holds itself"):
+            assert word not in said, word
+        for word in ("peer", "checkout"):
+            assert word not in said + str(command.help), word
 
 
 @pytest.mark.usefixtures("short")
@@ -314,14 +315,11 @@ def test_all_of_it_in_short(tmp_path: Path) -> None:
         long(["--plot", "/nonexistent/folder/file.svg"], 1, "cannot write"),
     ],
 )
-def test_bad_arguments_are_told_before_the_run(arguments: list[str], status: int, said: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "realmap", "bench", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        cwd=tmp_path,
-    )
+def test_bad_arguments_are_told_before_the_run(
+    arguments: list[str], status: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command_line("bench", *arguments)
     assert done.returncode == status
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -332,7 +330,7 @@ def test_bad_arguments_are_told_before_the_run(arguments: list[str], status: int
 def test_an_output_file_that_is_there_is_left_as_it_is_until_the_end(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
     target.write_text("before")
-    assert run("make", "--json", str(target), "--plot", "x.svg").returncode == 1
+    assert command_line("bench", "make", "--json", target, "--plot", "x.svg").returncode == 1
     assert target.read_text() == "before"
 
 

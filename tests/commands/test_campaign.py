@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import msgspec
 import psutil
 import pytest
+from command_line import command_line
 from conftest import BOUND, long, wait_until
 from rich.console import Console
 from terminal import on_a_terminal
@@ -158,7 +159,7 @@ def test_a_full_disk_takes_no_results_away() -> None:
     ],
 )
 def test_bad_options(given: list[str], words: str) -> None:
-    done = command(*given)
+    done = command_line("campaign", *given)
     assert done.returncode
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -303,14 +304,14 @@ def test_the_command_compares(tmp_path: Path) -> None:
     for name, report in (("a", bench_campaign(1)), ("b", bench_campaign(2, slower=1.2, linux="6.8"))):
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_bytes(msgspec.json.encode(report))
-    done = command("compare", *paths)
+    done = command_line("campaign", "compare", *paths)
     assert done.returncode == 1, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.endswith("access 4 KiB: mirror"))
     assert line.startswith("slower ")
     assert "the machines differ: linux: 6.1 -> 6.8" in done.stdout
     assert done.stdout.endswith("slower: access 4 KiB: mirror\nfaster: nothing\n")
-    assert command("compare", *paths, "--threshold", 50).returncode == 0
-    found = json.loads(command("compare", *reversed(paths), "--json").stdout)
+    assert command_line("campaign", "compare", *paths, "--threshold", 50).returncode == 0
+    found = json.loads(command_line("campaign", "compare", *reversed(paths), "--json").stdout)
     assert found["faster"] == ["access 4 KiB: mirror"]
 
 
@@ -326,7 +327,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         path.write_bytes(text)
         with pytest.raises(Unlike, match=words):
             load(str(path))
-        done = command("compare", path, path)
+        done = command_line("campaign", "compare", path, path)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
     with pytest.raises(Unlike, match="8 and 4 runs: too few"):

@@ -71,9 +71,7 @@ def test_one_run_on_a_host_however_many_workers_it_has(cluster: Cluster, tmp_pat
         kind["count"] for kind in found["kinds"].values()
     )
     assert host["machine"]["linux"] == os.uname().release
-    behind = re.fullmatch(r"its clock is (\d+) s behind ours", host["note"])
-    assert behind
-    assert abs(int(behind[1]) - 3600) < BOUND  # what it says is some seconds on its way
+    assert re.fullmatch(r"its clock is 3[56]\d\d s behind ours", host["note"])
     assert host["note"] in done.stderr
 
 
@@ -212,6 +210,7 @@ def test_three_hosts_of_which_one_is_cut_off_and_one_is_killed(fleet: Fleet, tmp
     wait_until(lambda: not any(process.is_running() for process in left), "the end of the killed worker's run")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_three_hosts_take_as_long_as_the_slowest_alone(fleet: Fleet, tmp_path: Path) -> None:
     out, given = tmp_path / "out.json", ["--seconds", str(max(20, scaled(40))), "--users", "1"]

@@ -20,6 +20,7 @@ import click
 import msgspec
 import pytest
 import syscalls
+from command_line import command_line
 from conftest import BOUND, PAGE, ROOT, long, wait_until
 from rich.console import Console
 from terminal import on_a_terminal
@@ -124,7 +125,7 @@ def test_the_demo_on_a_terminal_has_a_picture_and_colour(files: list[str], width
 def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for path, words in [("empty", "empty"), ("none", "does not exist"), (".", "directory")]:
-        done = realmap("demo", str(tmp_path / path))
+        done = command_line("demo", str(tmp_path / path))
         assert done.returncode != 0
         assert words in done.stderr
         assert "Traceback" not in done.stderr
@@ -257,11 +258,11 @@ def test_help_and_errors_are_short() -> None:
     assert done.returncode == 0
     assert "demo" in done.stdout
     assert "kernel" in done.stdout
-    assert realmap("--version").stdout.strip().endswith("0.1.0")
-    done = realmap("kernel", "--path", "/nowhere/at/all.sock")
+    assert command_line("--version").stdout.strip().endswith("0.1.0")
+    done = command_line("kernel", "--path", "/nowhere/at/all.sock")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "directory" in done.stderr
-    assert realmap("kernel", "--memory-limit", "-1").returncode == 1
+    assert command_line("kernel", "--memory-limit", "-1").returncode == 1
 
 
 def test_no_letter_for_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,11 +301,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelHandle]:
 def test_an_audit_of_a_running_kernel(running: KernelHandle, how: str) -> None:
     with running.connect() as me, me.map(5 * PAGE, fragment=2 * PAGE), me.map(PAGE, name=f"named-{os.getpid()}"):
         options = ["--kernel", running.path] if how == "option" else []
-        variables = {**os.environ, **({"REALMAP_KERNEL": running.path} if how == "variable" else {})}
-        done = realmap("audit", *options, env=variables)
+        variables = {"REALMAP_KERNEL": running.path} if how == "variable" else {}
+        done = command_line("audit", *options, **variables)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == "0 differences in 1 process, 2 mappings, 0 mirrors, 2 frames\n"
-        report = json.loads(realmap("audit", "--json", *options, env=variables).stdout)
+        report = json.loads(command_line("audit", "--json", *options, **variables).stdout)
         assert (report["differences"], report["mappings"], report["faulted"]) == ([], 2, [])
 
 
@@ -314,7 +315,7 @@ def test_an_audit_names_each_difference(running: KernelHandle) -> None:
         address = buffer._window._base
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.munmap(ctypes.c_void_p(address + PAGE), ctypes.c_size_t(PAGE)) == 0
-        done = realmap("audit", "--kernel", running.path)
+        done = command_line("audit", "--kernel", running.path)
         assert done.returncode == 1
         assert f"UserLand of pid {os.getpid()} at {address:#x}" in done.stdout
         assert done.stdout.startswith("2 differences")
@@ -344,13 +345,13 @@ def test_an_audit_finds_a_descriptor_too_many(running: KernelHandle) -> None:
 @pytest.mark.parametrize("command", [["audit"]])
 def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_path: Path) -> None:
     with boot() as second:
-        done = realmap(*command)
+        done = realmap(*command)  # as a process of its own
         assert done.returncode == 1
         assert running.path in done.stderr
         assert second.path in done.stderr
         assert f"  of process {os.getpid()}, " in done.stderr  # who booted it
     running.shutdown()
-    done = realmap(*command)
+    done = command_line(*command)
     assert done.returncode == 1
     assert "start one: realmap kernel" in done.stderr
     file, dead = tmp_path / "file", tmp_path / "dead"
@@ -364,7 +365,7 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
         (file, "is a file, not the socket of a kernel: give what"),
         (file / "x", "no kernel listens at"),
     ):
-        done = realmap(*command, "--kernel", str(path))
+        done = command_line(*command, "--kernel", path)
         assert done.returncode == 1
         assert done.stderr.startswith("Error: ")
         assert done.stderr.count("\n") == 1
@@ -372,16 +373,17 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
         assert words in done.stderr
 
 
+@pytest.mark.alone
 def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHandle, tmp_path: Path) -> None:
     name, path = f"left-{os.getpid()}", str(tmp_path / "own.sock")
     killed, at_path = boot(), boot(path=path)
     with killed.connect() as me, me.map(PAGE, name=name), running.connect() as other:
         with other.map(PAGE, name=name + "-living"):
-            assert realmap("gc").stdout == "nothing was left over\n"
+            assert command_line("gc").stdout == "nothing was left over\n"
             for kernel in (killed, at_path):
                 os.kill(kernel.pid, signal.SIGKILL)
                 kernel._child.wait(BOUND)
-            gone = json.loads(realmap("gc", "--json", path, running.path[:-5] + ".none").stdout)
+            gone = json.loads(command_line("gc", "--json", path, running.path[:-5] + ".none").stdout)
             # The segment may be swept by a kernel of somebody else's that starts just now.
             assert gone in ([name, killed.path, path], [killed.path, path])
             assert not os.path.exists(f"/dev/shm/{name}")
@@ -403,15 +405,15 @@ def test_gc_gives_back_what_was_to_outlive_its_maker(running: KernelHandle) -> N
         names.make(other, PAGE, name, keep=True)
         other.close()
         wait_until(lambda: running.stats()["orphans"] == 3)
-        done = realmap("gc", "--orphans", "--kernel", running.path)
+        done = command_line("gc", "--orphans", "--kernel", running.path)
         assert done.stdout == "".join(f"removed the handle {label}…\n" for label in labels)
         assert (running.stats()["orphans"], running.stats()["handles"]) == (1, 2)
-        assert realmap("gc", "--orphans", "--kernel", running.path).stdout == "nothing was left over\n"
+        assert command_line("gc", "--orphans", "--kernel", running.path).stdout == "nothing was left over\n"
         assert len(me.attach(mine)) == PAGE
         assert len(names.attach(me, name)) == PAGE
         names.unlink(me, name)
         me.revoke(mine)
-    assert realmap("gc", "--orphans", "--kernel", running.path + ".none").returncode == 1
+    assert command_line("gc", "--orphans", "--kernel", running.path + ".none").returncode == 1
 
 
 def test_a_path_is_taken_over_from_a_killed_kernel(tmp_path: Path) -> None:

@@ -9,18 +9,19 @@ import subprocess
 import sys
 
 import pytest
+from command_line import command_line
 from conftest import BOUND, long
 
 from realmap.observe import doctor
 
 
-def run(*arguments: str, mount: str | None = None, script: str = "") -> subprocess.CompletedProcess[str]:
-    """`realmap doctor`; `mount`: with a /dev/shm of its own, made with these options; `script`: done before."""
+def run(mount: str, *arguments: str, script: str = "true") -> subprocess.CompletedProcess[str]:
+    """`realmap doctor` with a /dev/shm of its own, made with these options; `script`: done before."""
+    script = f'mount -t tmpfs -o {mount} tmpfs /dev/shm && {script} && exec "$@"'
     words = [sys.executable, "-W", "error", "-m", "realmap", "doctor", *arguments]
-    if mount is not None:
-        script = f'mount -t tmpfs -o {mount} tmpfs /dev/shm && {script or "true"} && exec "$@"'
-        words = ["unshare", "-m", "sh", "-c", script, "-", *words]
-    return subprocess.run(words, capture_output=True, text=True, timeout=BOUND)
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "-", *words], capture_output=True, text=True, timeout=BOUND
+    )
 
 
 def may_mount() -> bool:
@@ -39,11 +40,11 @@ def by_name(text: str) -> dict[str, dict[str, str]]:
 
 
 def test_this_machine() -> None:
-    done = run()
+    done = command_line("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert {line.split()[0] for line in lines} <= {"ok", "warn"}
-    found = by_name(run("--json").stdout)
+    found = by_name(command_line("doctor", "--json").stdout)
     assert len(found) == len(lines)
     for name in ("linux", "/dev/shm", "descriptors", "maps of a process", "overcommit", "MADV_COLLAPSE", "sockets"):
         assert found[name]["found"], name
@@ -64,7 +65,7 @@ def test_this_machine() -> None:
     ],
 )
 def test_a_shared_memory_that_is_not_as_it_should_be(options: str, name: str, status: str, words: str) -> None:
-    done = run("--json", mount=options)
+    done = run(options, "--json")
     assert done.returncode == (status == "bad")
     assert done.stderr == ""
     check = by_name(done.stdout)[name]
@@ -74,7 +75,7 @@ def test_a_shared_memory_that_is_not_as_it_should_be(options: str, name: str, st
 
 @mounting
 def test_one_that_is_nearly_full() -> None:
-    done = run(mount="size=100m", script="head -c 95M /dev/zero > /dev/shm/much")
+    done = run("size=100m", script="head -c 95M /dev/zero > /dev/shm/much")
     (line,) = [line for line in done.stdout.splitlines() if " /dev/shm: " in line]
     assert line.startswith("warn")
     assert "nearly full" in line

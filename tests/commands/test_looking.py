@@ -1,4 +1,4 @@
-"""`realmap ps`, `maps`, `segments`, `stats` and `call`, as real processes, on a real kernel that is under load."""
+"""`realmap ps`, `maps`, `segments`, `stats` and `call`, on a real kernel that is under load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import syscalls
-from click.testing import CliRunner
+from command_line import command_line
 from conftest import BOUND, PAGE, long, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from terminal import on_a_terminal
@@ -84,20 +84,12 @@ def busy() -> Iterator[tuple[KernelHandle, int]]:
         yield kernel, user.pid
 
 
-def run(kernel: KernelHandle | None, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    named = {"REALMAP_KERNEL": kernel.path} if kernel is not None else {}
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "realmap", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        env=os.environ | named,
-        **options,  # type: ignore[call-overload]
-    )
+def run(kernel: KernelHandle | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return command_line(*arguments, **({"REALMAP_KERNEL": kernel.path} if kernel is not None else {}))
 
 
-def good(kernel: KernelHandle, *arguments: str, **options: object) -> str:
-    done = run(kernel, *arguments, **options)
+def good(kernel: KernelHandle, *arguments: str) -> str:
+    done = run(kernel, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     return done.stdout
@@ -115,10 +107,10 @@ def refused(kernel: KernelHandle | None, *arguments: str) -> str:
     return lines[0]
 
 
-def inside(kernel: KernelHandle, *arguments: str) -> str:
-    """The last line that a command says, run in this very process: that is quicker."""
-    done = CliRunner().invoke(command, arguments, env={"REALMAP_KERNEL": kernel.path})
-    return str(done.exception) if isinstance(done.exception, realmap.KernelError) else done.output.splitlines()[-1]
+def last_line(kernel: KernelHandle, *arguments: str) -> str:
+    """The last one that a command says, on stderr where it fails."""
+    done = run(kernel, *arguments)
+    return (done.stderr or done.stdout).splitlines()[-1]
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -174,6 +166,8 @@ def test_maps_beside_linux(busy: tuple[KernelHandle, int]) -> None:
     assert (private["type"], private["segments"], private["refcount"]) == ("NORMAL", [], None)
     assert (named["length"], named["refcount"], named["resident"]) == (5 * PAGE, 2, 0)
     assert rows_of(text)[0][0] == hex(first["address"])
+    shared = {row["address"] for row in json.loads(good(kernel, "maps", str(pid), "--shared", "--json"))}
+    assert {first["address"], fragments["address"]} <= shared and private["address"] not in shared
 
 
 def test_maps_of_the_kernel_itself(busy: tuple[KernelHandle, int]) -> None:
@@ -335,8 +329,8 @@ def test_call_with_values(busy: tuple[KernelHandle, int]) -> None:
     kernel, _ = busy
     text = good(kernel, "call", "echo", "1", "-2.5", "true", "null", '"5"', "[1,{}]", "some text", "@@at", "", "-x")
     assert json.loads(text) == [1, -2.5, True, None, "5", [1, {}], "some text", "@at", "", "-x"]
-    assert json.loads(inside(kernel, "call", "raw")) == {"base64": base64.b64encode(b"\xff\x00").decode()}
-    assert inside(kernel, "call", EVIL) == "null"
+    assert json.loads(last_line(kernel, "call", "raw")) == {"base64": base64.b64encode(b"\xff\x00").decode()}
+    assert last_line(kernel, "call", EVIL) == "null"
 
 
 def test_call_with_files(busy: tuple[KernelHandle, int], tmp_path: Path) -> None:
@@ -344,11 +338,12 @@ def test_call_with_files(busy: tuple[KernelHandle, int], tmp_path: Path) -> None
     file = tmp_path / "some file"
     content = os.urandom(3 * PAGE + 333)
     file.write_bytes(content)
-    assert json.loads(inside(kernel, "call", "count", f"@{file}")) == len(content)
+    assert json.loads(last_line(kernel, "call", "count", f"@{file}")) == len(content)
     words = [sys.executable, "-m", "realmap", "call", "--kernel", kernel.path, "--out", "1", "reverse", f"@{file}"]
     assert subprocess.run(words, capture_output=True, timeout=BOUND).stdout == content[::-1]
-    assert json.loads(good(kernel, "call", "count", "@/dev/stdin", input="four")) == 4
-    assert json.loads(inside(kernel, "call", "count", "@/proc/self/stat")) > 10
+    words = [sys.executable, "-W", "error", "-m", "realmap", "call", "--kernel", kernel.path, "count", "@/dev/stdin"]
+    assert subprocess.run(words, capture_output=True, input=b"four", timeout=BOUND).stdout == b"4\n"
+    assert json.loads(last_line(kernel, "call", "count", "@/proc/self/stat")) > 10
 
 
 def test_calls_that_cannot_be(busy: tuple[KernelHandle, int], tmp_path: Path) -> None:
@@ -359,15 +354,15 @@ def test_calls_that_cannot_be(busy: tuple[KernelHandle, int], tmp_path: Path) ->
     assert "no syscall 'nope'" in said
     assert harmless(EVIL) in said
     assert "ValueError: \\x1b[1m" in refused(kernel, "call", "explode", "ValueError", "\x1b[1m")
-    assert "is empty" in inside(kernel, "call", "count", f"@{empty}")
-    assert "No such file" in inside(kernel, "call", "count", f"@{tmp_path}/none")
-    assert "directory" in inside(kernel, "call", "count", f"@{tmp_path}")
-    assert "device" in inside(kernel, "call", "count", "@/dev/zero")
-    assert "cannot be sent" in inside(kernel, "call", "echo", str(1 << 70))
-    assert "--out 2" in inside(kernel, "call", "--out", "2", "count", f"@{empty}")
-    assert "within 0.2 s" in inside(kernel, "call", "--timeout", "0.2", "sleep", "2")
-    assert "--kernel comes before echo" in inside(kernel, "call", "echo", "5", "--kernel", "/nowhere")
-    assert inside(kernel, "call", "echo", '"--kernel"') == '["--kernel"]'
+    assert "is empty" in last_line(kernel, "call", "count", f"@{empty}")
+    assert "No such file" in last_line(kernel, "call", "count", f"@{tmp_path}/none")
+    assert "directory" in last_line(kernel, "call", "count", f"@{tmp_path}")
+    assert "device" in last_line(kernel, "call", "count", "@/dev/zero")
+    assert "cannot be sent" in last_line(kernel, "call", "echo", str(1 << 70))
+    assert "--out 2" in last_line(kernel, "call", "--out", "2", "count", f"@{empty}")
+    assert "within 0.2 s" in last_line(kernel, "call", "--timeout", "0.2", "sleep", "2")
+    assert "--kernel comes before echo" in last_line(kernel, "call", "echo", "5", "--kernel", "/nowhere")
+    assert last_line(kernel, "call", "echo", '"--kernel"') == '["--kernel"]'
 
 
 # ---- bad input and odd places ----------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from command_line import command_line
 from conftest import BOUND
 
 import realmap
@@ -101,7 +102,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "error", "-m", "realmap", "stress", "quick", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=4 * BOUND,
+        timeout=2 * BOUND,
     )
 
 
@@ -133,8 +134,7 @@ def test_the_documented_example(tmp_path: Path) -> None:
 
 
 def test_bad_operations_are_named_and_end_nothing_else(tmp_path: Path) -> None:
-    path = module(tmp_path, BAD, "bad.py")
-    done = command("--ops", path, "--ops", 800, "--seed", 1, "--json", tmp_path / "report")
+    done = command("--ops", module(tmp_path, BAD, "bad.py"), "--ops", 500, "--seed", 1, "--json", tmp_path / "report")
     assert done.returncode == 1
     assert done.stderr == ""
     found = json.loads((tmp_path / "report").read_text())
@@ -197,7 +197,7 @@ def test_bad_modules(text: str, words: str, tmp_path: Path) -> None:
     ],
 )
 def test_bad_options(arguments: list[str], words: str) -> None:
-    done = command(*arguments)
+    done = command_line("stress", *arguments)
     assert done.returncode == 2
     assert words in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr

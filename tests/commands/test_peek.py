@@ -13,13 +13,14 @@ from pathlib import Path
 
 import click
 import pytest
+from command_line import command_line
 from conftest import BOUND, PAGE, wait_until
 from strangers import Stranger, pattern, stranger
 from terminal import on_a_terminal
 
 import realmap
 from realmap.cli.peek import CHANGED, lines
-from realmap.cli.values import address_of, form_of, values, written
+from realmap.cli.values import form_of, values, written
 
 
 @pytest.fixture
@@ -28,13 +29,8 @@ def other(tmp_path: Path) -> Iterator[Stranger]:
         yield made
 
 
-def run(*arguments: object, says: str = "") -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-W", "error", "-m", "realmap", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, input=says, timeout=BOUND)
-
-
 def good(*arguments: object, says: str = "") -> str:
-    done = run(*arguments, says=says)
+    done = command_line(*arguments, says=says)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -66,6 +62,39 @@ def test_peek_in_other_forms(other: Stranger) -> None:
     assert found["values"] == [[0, "\x00\x00\x04@"], [0, "\x00\x00\x08\\xc0"]]
 
 
+def test_a_segment_by_its_name(other: Stranger) -> None:
+    """As `realmap shm` prints it, on a terminal and in a pipe."""
+    memfd, posix = other.map("memfd", 2, seed=65), other.map("posix", 2, seed=9)
+    name = os.path.basename(posix.name)
+    assert good("peek", other.pid, name, 16) == good("peek", other.pid, posix.address, 16)
+    shown = command_line("shm", "--pid", other.pid, "--kind", "memfd").stdout.splitlines()[-1].split()[6]
+    for each in (shown, "stranger \n\\012's"):
+        assert good("peek", other.pid, each, 16) == good("peek", other.pid, memfd.address, 16)
+    assert "2 bytes written" in good("poke", other.pid, name, "68 69", "--yes")
+    assert other.tell("get", posix.address + 1) == str(0x69)
+    done = command_line("peek", other.pid, "nobody")
+    assert done.returncode == 2 and f"process {other.pid} has mapped no segment of that name:" in done.stderr
+    assert f"{posix.address:#x}  posix  {name}\n" in done.stderr and f"{memfd.address:#x}  memfd  " in done.stderr
+    again = other.map("memfd", 1)
+    done = command_line("poke", other.pid, shown, "00", "--yes")
+    assert done.returncode == 2 and "mapped more than once" in done.stderr
+    assert f"{memfd.address:#x}" in done.stderr and f"{again.address:#x}" in done.stderr
+
+
+def test_a_segment_in_pieces_begins_with_its_first() -> None:
+    import mmap
+
+    name = f"realmap-test-{os.getpid()}-pieces"
+    fd = os.open(f"/dev/shm/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        os.pwrite(fd, b"AB\0C" + bytes(3 * PAGE), 0)
+        with mmap.mmap(fd, PAGE), mmap.mmap(fd, PAGE, offset=2 * PAGE):  # Linux puts the later one below
+            assert good("peek", os.getpid(), name, 4).endswith(" 41 42 00 43" + " " * 37 + "AB.C\n")
+    finally:
+        os.close(fd)
+        os.unlink(f"/dev/shm/{name}")
+
+
 def test_what_cannot_be_looked_at_is_said_in_a_line(other: Stranger) -> None:
     for words, why in [
         (("peek", other.pid, 4096), "nothing is mapped there"),
@@ -80,14 +109,15 @@ def test_what_cannot_be_looked_at_is_said_in_a_line(other: Stranger) -> None:
         (("poke", other.pid, 4096, "300", "--as", "u1"), "not of that form"),
         (("maps", 1 << 30), "there is no process"),
     ]:
-        done = run(*words)
+        done = command_line(*words)
         assert done.returncode != 0 and not done.stdout
         assert why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_poke_asks_first(other: Stranger) -> None:
     place = other.map("private", 1, seed=1)
-    done = run("poke", other.pid, hex(place.address), "68 69", says="n\n")
+    words = [sys.executable, "-W", "error", "-m", "realmap", "poke", str(other.pid), hex(place.address), "68 69"]
+    done = subprocess.run(words, input="n\n", capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 1 and "01 08" in done.stdout and "68 69" in done.stdout
     assert other.tell("get", place.address) == "1"
     assert "2 bytes written" in good("poke", other.pid, place.address, "68 69", says="y\n")
@@ -145,7 +175,6 @@ def test_forms_there_and_back() -> None:
     assert values(form_of("u2"), written(form_of("u2"), "1, 0x10,65535")) == [1, 16, 65535]
     assert values(form_of("struct <Bd"), written(form_of("struct <Bd"), "1,2.5,3,4")) == [[1, 2.5], [3, 4.0]]
     assert written(None, "0x6869") == b"hi"
-    assert address_of("0x10") == address_of("16") == 16
     for wrong in ("struct", "struct 0s", "i3"):
         with pytest.raises(click.BadParameter):
             form_of(wrong)
@@ -165,6 +194,14 @@ def test_maps_of_any_process(other: Stranger) -> None:
     assert shown[hex(kept.address)][1:4] == [str(3 * PAGE), "memfd", "rw"]
     assert shown[hex(kept.address)][-1] == "yes"
     assert rows.get(private.address, {"kind": "private"})["kind"] == "private"
+
+
+def test_maps_that_are_shared(other: Stranger) -> None:
+    places = [other.map(kind, 1).address for kind in ("memfd", "posix", "anonymous", "file", "private")]
+    rows = json.loads(good("maps", other.pid, "--shared", "--json"))
+    assert {row["kind"] for row in rows} == {"memfd", "posix", "anonymous", "file"}
+    assert {row["address"] for row in rows} >= set(places[:4])
+    assert len(good("maps", other.pid, "--shared").splitlines()) == len(rows) + 1
 
 
 def test_maps_of_a_name_that_is_no_utf8(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import syscalls
+from command_line import command_line
 from conftest import BOUND, PAGE, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -268,29 +269,24 @@ def test_words() -> None:
 # ---- the command --------------------------------------------------------------------------
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "realmap", "snapshot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=BOUND)
-
-
 def test_the_command_on_a_running_kernel(tmp_path: Path) -> None:
     with realmap.boot(syscalls=syscalls.ALL) as kernel, kernel.connect() as me, me.map(5 * PAGE) as buffer:
         me.call("keep", "held", buffer.slice(PAGE, 3333))
-        done = run("--kernel", kernel.path)
+        done = command_line("snapshot", "--kernel", kernel.path)
         assert (done.returncode, done.stderr) == (0, "")
         assert f"kernel {kernel.pid} at {kernel.path}" in done.stdout
         assert "1 process, 1 mapping, 1 segment" in done.stdout
         assert "1 live mirror of 3333 bytes" in done.stdout
         assert f"pid {os.getpid()}: 1 mapping of {5 * PAGE} bytes (1 HEAP)" in done.stdout
         file = tmp_path / "now.svg"
-        done = run("--kernel", kernel.path, "--json", "--svg", str(file))
+        done = command_line("snapshot", "--kernel", kernel.path, "--json", "--svg", str(file))
         assert (done.returncode, done.stderr) == (0, "")
         assert msgspec.json.decode(done.stdout, type=Snapshot).mirrors[0].length == 3333
         assert json.loads(done.stdout)["processes"][0]["pid"] == os.getpid()
         assert "mirror 1: 4 KiB" in file.read_text()
-        parsed(run("--kernel", kernel.path, "--svg", "-").stdout)
+        parsed(command_line("snapshot", "--kernel", kernel.path, "--svg", "-").stdout)
         for wrong in (["--svg", str(tmp_path / "none" / "x.svg")], ["--json", "--svg", "-"]):
-            done = run("--kernel", kernel.path, *wrong)
+            done = command_line("snapshot", "--kernel", kernel.path, *wrong)
             assert done.returncode != 0
             assert "Traceback" not in done.stderr
         me.call("read_kept", "held")

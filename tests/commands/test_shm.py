@@ -1,4 +1,4 @@
-"""`realmap shm`: as real processes, on segments of its own among whatever else this machine has."""
+"""`realmap shm`, on segments of its own among whatever else this machine has."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import command_line
 from conftest import BOUND, PAGE
 from terminal import on_a_terminal
 
@@ -26,15 +27,8 @@ FIRST = os.readlink("/proc/self/ns/pid") == "pid:[4026531836]"
 FORCE = [] if FIRST else ["--force"]
 
 
-def realmap(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "realmap", *words],
-        capture_output=True, text=True, timeout=BOUND, errors="surrogateescape", **options,
-    )  # fmt: skip
-
-
 def show(*words: str) -> Any:
-    done = realmap("shm", "--json", *words)
+    done = command_line("shm", "--json", *words)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -94,7 +88,7 @@ def test_sorted_and_filtered(prefix: str, held: str) -> None:
 
 def test_in_a_pipe_odd_names_are_shown_safely(prefix: str) -> None:
     make(prefix + ODD)
-    done = realmap("shm", "--name", f"{prefix}*")
+    done = command_line("shm", "--name", f"{prefix}*")
     assert done.returncode == 0
     heads, *rows = done.stdout.split("\n\n")[1].splitlines()
     assert heads.split() == ["kind", "size", "resident", "age", "family", "maker", "name", "holders"]
@@ -102,7 +96,7 @@ def test_in_a_pipe_odd_names_are_shown_safely(prefix: str) -> None:
     assert row.isprintable()
     assert row.split()[6] == prefix + r"\x1b[31mred\x07\nline\x20\xff"
     (shown,) = show("--name", f"{prefix}*")["segments"]
-    gone = realmap(
+    gone = command_line(
         "shm", "reclaim", "--yes", *FORCE, shown["name"].encode("unicode_escape").decode().replace("\\\\", "\\")
     )
     assert (gone.returncode, gone.stdout.isprintable() or gone.stdout.count("\n") == 1) == (0, True)
@@ -151,7 +145,7 @@ def left(name: str) -> bool:
 
 def test_orphans_are_listed_with_the_reason(orphan: str) -> None:
     try:
-        done = realmap("shm", "--orphans", "--name", orphan)
+        done = command_line("shm", "--orphans", "--name", orphan)
         (row,) = done.stdout.split("\n\n")[1].splitlines()[1:]
         pid = orphan.split("_")[1]
         assert row.split(maxsplit=3) == ["posix", str(2 * PAGE), orphan, f"its maker, {pid}, has ended"]
@@ -162,12 +156,12 @@ def test_orphans_are_listed_with_the_reason(orphan: str) -> None:
 def test_it_asks_first(orphan: str) -> None:
     try:
         for words in (["--dry-run"], []):
-            done = realmap("shm", "reclaim", orphan, *FORCE, *words, input="n\n")
+            done = command_line("shm", "reclaim", orphan, *FORCE, *words, says="n\n")
             assert (done.returncode, left(orphan)) == (0 if words else 1, True)
             assert orphan in done.stdout + done.stderr
-        done = realmap("shm", "reclaim", orphan, *FORCE, stdin=subprocess.DEVNULL)
+        done = command_line("shm", "reclaim", orphan, *FORCE)
         assert (done.returncode, left(orphan)) == (1, True)
-        done = realmap("shm", "reclaim", orphan, *FORCE, input="y\n")
+        done = command_line("shm", "reclaim", orphan, *FORCE, says="y\n")
         assert (done.returncode, done.stdout, left(orphan)) == (0, f"removed {orphan}, 8 KiB\n", False)
     finally:
         with suppress(FileNotFoundError):
@@ -176,7 +170,7 @@ def test_it_asks_first(orphan: str) -> None:
 
 def test_what_is_used_stays_also_by_force(prefix: str, held: str) -> None:
     make(f"{prefix}alone")
-    done = realmap("shm", "reclaim", held, f"{prefix}alone", f"{prefix}nope", "--yes", "--force", "--json")
+    done = command_line("shm", "reclaim", held, f"{prefix}alone", f"{prefix}nope", "--yes", "--force", "--json")
     assert done.returncode == 1
     found = json.loads(done.stdout)
     assert [row["name"] for row in found["gone"]] == [f"{prefix}alone"]
@@ -244,7 +238,7 @@ def test_without_proc_the_names_are_shown_and_nothing_goes() -> None:
 
 AS_ANOTHER = """
 import bisect, os, sys
-import realmap.cli.shm  # what it needs, that user may not be allowed to read
+import realmap.cli.shm, realmap.host.reclaim, realmap.host.runtime  # which that user may not be allowed to read
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -279,9 +273,9 @@ def test_drawn_with_who_shares_it(held: str) -> None:
     ) as child:  # fmt: skip
         assert child.stdout is not None
         child.stdout.readline()
-        done = realmap("snapshot", "--machine", "--svg", "-")
+        done = command_line("snapshot", "--machine", "--svg", "-")
         child.communicate("\n", timeout=BOUND)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f" {pid}</text>" in done.stdout for pid in (os.getpid(), child.pid))
     for wrong in ([], ["--json"], ["--svg", "-", "--kernel", "x"]):
-        assert realmap("snapshot", "--machine", *wrong).returncode == 2
+        assert command_line("snapshot", "--machine", *wrong).returncode == 2

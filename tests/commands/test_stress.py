@@ -17,6 +17,7 @@ from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import pytest
+from command_line import command_line
 from conftest import BOUND, SUPPORT, long, scaled, wait_until
 from rich.console import Console
 
@@ -39,7 +40,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 def test_a_storm(tmp_path: Path) -> None:
     out, xml = tmp_path / "report.json", tmp_path / "report.xml"
-    done = command("storm", "--seconds", 2, "--users", 3, "--seed", 1, "--json", out, "--junit", xml)
+    done = command("storm", "--ops", 400, "--users", 3, "--seed", 1, "--json", out, "--junit", xml)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["failures"] == []
@@ -48,7 +49,7 @@ def test_a_storm(tmp_path: Path) -> None:
     assert found["injected"]["kills"] > 0
     assert found["audits"] >= 1
     assert set(found["slopes"]) == {"rss", "maps", "descriptors", "threads"}
-    assert found["replay"] == "realmap stress storm --users 3 --seed 1 --seconds 2 --kill 0.02 --truncate 0.01"
+    assert found["replay"] == "realmap stress storm --users 3 --seed 1 --ops 400 --kill 0.02 --truncate 0.01"
     for kind in found["kinds"].values():
         assert 0 < kind["p50"] <= kind["p99"] <= kind["longest"]
     suite = ElementTree.parse(xml).getroot()
@@ -59,7 +60,7 @@ def test_a_storm(tmp_path: Path) -> None:
 
 def test_truncations_are_told_of() -> None:
     found = stress.run(stress.Options("quick", users=2, seconds=None, ops=300, seed=4, truncate=0.2))
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     assert found.injected["truncations"] > 10
     assert found.kinds["truncate"].count == found.injected["truncations"]
 
@@ -133,7 +134,7 @@ def test_a_wrong_byte_is_found_by_each_mix_and_again_by_its_seed(mix: str, tmp_p
 
 def test_users_serve_and_look_into_each_other_and_are_killed() -> None:
     found = stress.run(stress.Options("quick", users=3, seconds=None, ops=1500, seed=2, kill=0.01))
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     assert {"serve", "served", "show", "stranger"} <= set(found.kinds)
     assert found.injected["kills"] > 0
     assert set(found.skipped) == (set() if may_open_map_files() else {"stranger"})
@@ -187,7 +188,7 @@ def test_strangers_that_linux_does_not_show_are_skipped_by_name(may: bool, monke
     if may:
         assert "CAP_NOTHING" in found.failures[0]
         return
-    assert found.ok, found.failures
+    assert found.ok, "\n".join(found.failures)
     assert found.skipped == {"stranger": "it takes CAP_NOTHING"}
     assert "stranger" not in found.kinds
     console = Console(file=io.StringIO(), width=200)
@@ -229,7 +230,7 @@ def test_what_is_left_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     rest = [found for found in handlers.ALL if found is not handlers.stress_end]
     with realmap.boot(syscalls=[stress_end, *rest]) as kernel:
         found = stress.run(stress.Options("quick", users=1, seconds=None, ops=20, seed=1, kernel=kernel.path))
-        assert found.ok, found.failures
+        assert found.ok, "\n".join(found.failures)
         with kernel.connect() as me:
             buffer = me.map(4096)
             original = runner.Runner._work
@@ -256,7 +257,7 @@ def test_what_is_left_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_options(arguments: list[str], words: str) -> None:
-    done = command(*arguments)
+    done = command_line("stress", *arguments)
     assert done.returncode
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -264,7 +265,7 @@ def test_bad_options(arguments: list[str], words: str) -> None:
 
 def test_a_kernel_without_the_handlers() -> None:
     with realmap.boot() as kernel:
-        done = command("--kernel", kernel.path)
+        done = command_line("stress", "--kernel", kernel.path)
         assert done.returncode == 1
         assert "--syscalls realmap.lab.stress.handlers" in done.stderr
         assert done.stderr.count("\n") == 1

@@ -79,7 +79,7 @@ GARBAGE = [
     b"\0" + msgspec.msgpack.encode([1, "id", "nop", []]),
     b"\0" + msgspec.msgpack.encode([1, 1, "echo", [{1: 2}]]),
     b"\0" + msgspec.msgpack.encode([1, 1, "echo", [[[]] * 60_000]]),
-    b"\0" + msgspec.msgpack.encode([1, 1, "echo", [datetime.datetime.now(datetime.UTC)]]),
+    b"\0" + msgspec.msgpack.encode([1, 1, "echo", [datetime.datetime(2031, 5, 7, tzinfo=datetime.UTC)]]),
     b"\0" + msgspec.msgpack.encode({"type": "hello"}),
     b"\0" + b"\xdd\xff\xff\xff\xff",  # an array of 4 294 967 295 items, it says
     b"\0" + b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes, it says

@@ -16,10 +16,7 @@ from typing import Any
 from books_model import Frames, Model, Part, Person, Place, Wrong, recycles
 from conftest import PAGE, land_maps
 
-from realmap.errors import (
-    KernelError,
-    PhysicalMemoryExhaustion,
-)
+from realmap.errors import KernelError, PhysicalMemoryExhaustion
 from realmap.host import files
 from realmap.kernel.books import Books
 from realmap.kernel.limits import Limits

@@ -232,6 +232,8 @@ class Fuzz:
             "take": [10],
             "collapse": [self.fd, span],
             "read_file": [b"/proc/self/stat", 100],
+            "device_maps": [b"/proc/self/maps", bytes(24)],
+            "open_files": [b"/proc/self/fd", b"/dev/\0/memfd:\0"],
             "copy_in": [self.of(Mapping), 0, PAGE_SIZE],
         }  # fmt: skip
         if name not in right:

@@ -14,7 +14,8 @@ from parked import parked
 import realmap
 from realmap import ambient
 from realmap.memory.stock import PLACES
-from realmap.observe import Control, audit
+from realmap.observe.audit import audit
+from realmap.observe.control import Control
 from realmap.pages import PAGE_SIZE as PAGE
 from realmap.shared_memory import SharedMemory
 from realmap.user import travel

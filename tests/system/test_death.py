@@ -82,6 +82,7 @@ def test_a_reader_killed_does_not_touch_others(me: Process, kernel: KernelHandle
     wait_until(lambda: kernel.stats()["segments"] == 1)
 
 
+@pytest.mark.alone
 def test_the_kernel_killed_in_the_middle_of_a_call() -> None:
     kernel = realmap.boot(syscalls=syscalls.ALL)
     with kernel.connect() as me:

@@ -395,6 +395,7 @@ def test_a_thread_of_linux_itself() -> None:
         ForeignProcess(2)
 
 
+@pytest.mark.alone
 def test_a_pid_that_is_reused_is_another_process(other: Stranger, tmp_path: Path) -> None:
     require_map_files()  # to choose a pid takes the same
     last = Path("/proc/sys/kernel/ns_last_pid")
@@ -441,6 +442,7 @@ def test_more_segments_than_are_known_at_a_time(other: Stranger, process: Foreig
     assert sum(each.kind == "memfd" and not each.why_not for each in process.mappings()) == count
 
 
+@pytest.mark.alone
 def test_huge_pages(other: Stranger, process: ForeignProcess) -> None:
     require_map_files()
     setting = Path("/proc/sys/vm/nr_hugepages")

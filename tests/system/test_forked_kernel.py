@@ -19,7 +19,7 @@ import realmap
 from realmap import Call, Kernel, UserBuffer
 from realmap.host import procfs
 from realmap.memory import KERNEL_LAND
-from realmap.observe import Control
+from realmap.observe.control import Control
 from realmap.wire import messages
 
 Descriptors = dict[str, str]

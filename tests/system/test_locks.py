@@ -78,7 +78,7 @@ def test_some_pieces_within_some_others() -> None:
 
 
 def test_a_handler_that_raises_within_some_pieces() -> None:
-    wrong = run(some([(outer, kind) for outer in ALONE for kind in RAISED], 40), 5)
+    wrong = run(some([(outer, kind) for outer in ALONE for kind in RAISED], 25), 3)
     assert not wrong, shown(wrong)
 
 
@@ -88,7 +88,7 @@ def test_some_operations_within_some_others() -> None:
 
 
 def test_a_handler_that_raises_within_some_operations() -> None:
-    wrong = run(some([(outer, kind) for outer in CONNECTED for kind in RAISED], 10), 5)
+    wrong = run(some([(outer, kind) for outer in CONNECTED for kind in RAISED], 6), 3)
     assert not wrong, shown(wrong)
 
 

@@ -17,7 +17,8 @@ from conftest import BOUND, PAGE
 import realmap
 from realmap import Call, Kernel, UserBuffer, ambient, memory, system
 from realmap.memory import FrameAllocator, KernelMemory, ProcessMemory
-from realmap.observe import Control, Trace
+from realmap.observe.control import Control
+from realmap.observe.trace import Trace
 from realmap.shared_memory import ShareableList, SharedMemory
 from realmap.wire.client import handshake
 

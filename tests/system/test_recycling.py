@@ -21,13 +21,7 @@ from conftest import BOUND, PAGE, wait_until
 from parked import inode, park, parked, segment_of, stock
 
 import realmap
-from realmap import (
-    Buffer,
-    InvalidAddress,
-    KernelHandle,
-    MemoryType,
-    Process,
-)
+from realmap import Buffer, InvalidAddress, KernelHandle, MemoryType, Process
 from realmap.memory.stock import PLACES
 from realmap.user.windows import open_segment
 from realmap.wire import messages

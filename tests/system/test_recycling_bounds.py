@@ -18,15 +18,7 @@ from conftest import BOUND, PAGE, in_threads, land_maps, wait_until
 from parked import inode, park, parked, segment_of, stock
 
 import realmap
-from realmap import (
-    InvalidAddress,
-    InvalidSize,
-    KernelHandle,
-    Limits,
-    MemoryType,
-    PhysicalMemoryExhaustion,
-    Process,
-)
+from realmap import InvalidAddress, InvalidSize, KernelHandle, Limits, MemoryType, PhysicalMemoryExhaustion, Process
 from realmap.host import forks
 from realmap.memory.stock import PLACES
 from realmap.wire import messages

@@ -22,7 +22,7 @@ import realmap
 from realmap import Call, KernelDied, KernelError, KernelHandle, LimitReached, Process, ServerDied, UserBuffer
 from realmap.host import forks, procfs
 from realmap.memory import LENT_LAND, CrossProcessMapping
-from realmap.observe import Control
+from realmap.observe.control import Control
 
 CARRIERS = ("ring", "socket")
 
@@ -134,6 +134,19 @@ def test_close_lets_what_runs_end_and_sends_away_what_waits(me: Process, pool: T
     assert service.has_ended and service.wait(0)
     with pytest.raises((realmap.UnknownSyscall, ServerDied)):
         me.call("gate")
+
+
+def test_its_end_keeps_no_event_loop_waiting(me: Process, pool: ThreadPoolExecutor, gate: Gate) -> None:
+    async def program() -> str:
+        async with me.serve(gated(gate, True)) as service:
+            call = pool.submit(me.call, "gate", timeout=BOUND)
+            while not gate.at_work:
+                await asyncio.sleep(0.001)
+            asyncio.get_running_loop().call_later(0.01, gate.open)
+        assert service.has_ended
+        return call.result(BOUND)
+
+    assert asyncio.run(program()) == "through"
 
 
 @pytest.mark.parametrize("blocking", [False, True])
@@ -300,7 +313,7 @@ def test_no_event_loop_can_be_had(me: Process, monkeypatch: pytest.MonkeyPatch) 
     with me.serve(later):
         with monkeypatch.context() as patched:
             patched.setattr(asyncio, "new_event_loop", none)
-            with pytest.raises(KernelError, match="no thread for it"):
+            with pytest.raises(KernelError, match="no event loop for it: no descriptors"):
                 me.call("later")
         assert me.call("later") == "there"
 

@@ -21,7 +21,7 @@ import realmap
 from realmap import Kernel, KernelHandle, VersionMismatch
 from realmap.kernel import snapshots
 from realmap.memory import MemoryType, OwnedFrames
-from realmap.observe import Control
+from realmap.observe.control import Control
 from realmap.observe.snapshot import FORM, Snapshot
 from realmap.serving import logs
 from realmap.wire import messages

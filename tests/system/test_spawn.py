@@ -20,6 +20,7 @@ from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import Call, Kernel, KernelDied, KernelHandle, Process, ProcessKilled
+from realmap.observe.control import Control
 
 
 class Odd(Exception):
@@ -309,13 +310,13 @@ def test_handlers_of_a_kernel_in_this_process() -> None:
             kernel.unregister("one")
             with pytest.raises(realmap.UnknownSyscall):
                 me.call("one")
-            with realmap.observe.Control(kernel.path) as control, pytest.raises(realmap.AccessDenied):
+            with Control(kernel.path) as control, pytest.raises(realmap.AccessDenied):
                 control.register(b"")
 
 
 def test_only_the_booter_changes_handlers(kernel: KernelHandle) -> None:
     def try_it(me: Process) -> list[str]:
-        from realmap.observe import Control
+        from realmap.observe.control import Control
 
         found = []
         with Control(me.path) as control:

@@ -17,7 +17,8 @@ import realmap
 from realmap import Kernel, KernelHandle, Process
 from realmap._core import Events
 from realmap.errors import AccessDenied, InvalidMemState, InvalidSize, LimitReached, UnknownSyscall
-from realmap.observe import Control, Trace
+from realmap.observe.control import Control
+from realmap.observe.trace import Trace
 from realmap.wire import messages
 from realmap.wire.records import RECORD
 

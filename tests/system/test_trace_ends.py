@@ -16,7 +16,8 @@ from trace_format import TraceFile
 import realmap
 from realmap import Kernel, KernelHandle, Process
 from realmap.errors import KernelDied
-from realmap.observe import Control, Trace
+from realmap.observe.control import Control
+from realmap.observe.trace import Trace
 
 
 @pytest.fixture

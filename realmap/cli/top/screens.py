@@ -49,7 +49,7 @@ CALLS: list[Column[CallInfo]] = [
     Column("p99", 8, lambda row: _took(row.p99), lambda row: row.p99 or 0, down=True),
     Column("longest", 8, lambda row: _took(row.longest), lambda row: row.longest or 0, down=True, least=50),
     Column("blocking", 8, lambda row: "yes" if row.blocking else "", least=70, right=False),
-    Column("servers", 7, lambda row: str(row.servers or ""), lambda row: row.servers, down=True, least=80),
+    Column("servers", 7, lambda row: _servers(row), lambda row: row.servers or 0, down=True, least=80),
     Column("syscall", 0, lambda row: words.harmless(row.name), lambda row: row.name, right=False),
 ]
 
@@ -72,6 +72,10 @@ HOLDERS: list[Column[str]] = [Column("holder of a reference", 0, words.harmless,
 
 def _took(seconds: float | None) -> str:
     return "" if seconds is None else words.duration(1e9 * seconds)
+
+
+def _servers(row: CallInfo) -> str:
+    return "" if row.servers is None else str(row.servers)
 
 
 class Head(Static):

@@ -13,7 +13,7 @@ from realmap.cli.top.feed import Seen
 from realmap.observe import words
 from realmap.observe.picture import Lane, Numbers, Picture, draw, fitting_unit
 from realmap.observe.snapshot import Snapshot
-from realmap.observe.tables import program
+from realmap.observe.words import program
 from realmap.rights import MappingAccessRights
 from realmap.wire.records import FramesInfo, MappingInfo, ProcessInfo, RunningInfo, SeatInfo
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 
+from realmap.host import SHM
+from realmap.host.cgroups import places
 from realmap.host.procfs import setting
-from realmap.host.translate import SHM
 from realmap.pages import PAGE_SIZE
 
 #: Others may take this share of the CPUs before it is said.
@@ -52,13 +53,7 @@ def facts() -> dict[str, str | int | float | bool]:
 
 def cgroup(controller: str, limit: str, old: str) -> str:
     """What this process's group may have of it: by the file `limit` (version 2) or `old` (version 1)."""
-    found = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            found.append(setting(f"/sys/fs/cgroup{path}/{limit}"))
-        elif controller in controllers.split(","):
-            found.append(setting(f"/sys/fs/cgroup/{controller}{path}/{old}"))
+    found = [setting(str(at.folder / (limit if at.version == 2 else old))) for at in places(controller)]
     return next(filter(None, found), "unknown")
 
 

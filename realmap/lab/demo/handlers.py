@@ -33,7 +33,7 @@ def _frames_of(data: UserBuffer) -> SharedFrames:
 
 @syscall(blocking=True)
 def demo_digest(call: Call, number: int, data: UserBuffer, pace: float) -> None:
-    """Digests a range in place, and leaves word of what it saw. The mirror is kept `pace` seconds, to be seen."""
+    """Digests a range in place, and reports what it saw. The mirror is kept `pace` seconds, to be seen."""
     frames = _frames_of(data)
     before = frames.refcount
     with data.mirror(k_r) as mirror:
@@ -100,7 +100,7 @@ def demo_read(call: Call) -> dict[str, Any]:
 
 @syscall(blocking=True)
 def demo_collect(call: Call, patience: float) -> dict[str, Any] | None:
-    """The next thing that a handler left word of; None where nothing came within `patience` seconds."""
+    """The next report of a handler; None where nothing came within `patience` seconds."""
     with suppress(Empty):
         return _events.get(timeout=patience)
     return None

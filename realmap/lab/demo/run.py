@@ -101,7 +101,7 @@ def _pause(seconds: float, on_wait: Callable[[], None]) -> None:
 def _collect(
     me: Process, files: list[FileReport], held: list[dict[str, Any]], on_wait: Callable[[], None]
 ) -> Iterator[Check]:
-    """Each check as it comes in; word of the held mirror, which may come in between, is put aside in `held`."""
+    """Each check as it comes in; the report of the held mirror, which may come in between, is put aside in `held`."""
     checks = [check for file in files for check in file.checks]
     left = len(checks)
     while left:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
 
 #: LentLand is shared out in so many parts: each service of this process has one, in turn.
 PARTS = 16
+#: What one caller lends takes one in so many of the descriptors that this process may open, at most.
+SHARE = 4
 _part = itertools.count()
 
 
 class Service:
-    """Handlers that run in this process, for whoever calls them by their names. A context manager.
+    """Handlers that run in this process, for whoever calls them by their names. A context manager, and one for
+    `async with`, which keeps its event loop going while it closes.
 
     Their threads are its own: this one may wait (`wait`), or go on. In a forked child it is closed.
     """
@@ -57,13 +61,14 @@ class Service:
         self._closed = False
         self._pid = os.getpid()
         client = process._own_client
-        request = messages.Serve(client.next_id(), list(self._handlers), count, waiting)
+        share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE
+        request = messages.Serve(client.next_id(), list(self._handlers), count, waiting, share)
         number, answer = client.request(request, name="serve")
         try:
             if len(answer.descriptors) < 2:  # Linux delivers what it has room for, and cuts off the rest
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             seat = Seat(number, *answer.descriptors)
-            self._server = Server(seat, self._handlers, land, count, waiting)
+            self._server = Server(seat, self._handlers, land, count, waiting, share)
             self._server.ended = self._ended.set
             self._seat = seat.number
             try:
@@ -114,7 +119,7 @@ class Service:
             return
         self._closed = True
         self._server.end_soon()
-        if self._seat in nesting.seats.get():
+        if self._seat in nesting.seats():
             return
         if not self._ended.wait(timeout):
             raise TimeoutError(f"calls of {', '.join(self._handlers)} are at work after {timeout} s")
@@ -124,6 +129,14 @@ class Service:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        import asyncio  # it takes a while, and most programs do without
+
+        await asyncio.to_thread(self.close)
 
     def __repr__(self) -> str:
         state = "ended" if self.has_ended else f"{self.calls} calls so far"

@@ -1,6 +1,6 @@
 """`Seat`: what a server and the kernel tell each other, by a socket of their own, and the page beside it.
 
-kernel   Opened, Granted, Revoked, Gone ──▶   each a datagram, with its descriptors
+kernel   Opened, Granted, Revoked, Gone, Refused ──▶   each a datagram, with its descriptors
 server   ◀── Served, Gone                     lost where the kernel does not read: the next one says it all again
 """
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -29,6 +30,7 @@ from realmap.errors import (
 )
 from realmap.host import forks
 from realmap.host.translate import shortage
+from realmap.memory.frames import FrameAllocator
 from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
 from realmap.serving.lines import Lines
@@ -40,13 +42,13 @@ from realmap.serving.syscalls import Call, encode, failed, has_failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.serving.workers import Workers
 from realmap.user.service.elsewhere import Elsewhere
+from realmap.user.service.reports import MOST, Beside, Trace, served
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
-from realmap.user.service.told import MOST, Trace, served
 from realmap.user.service.turns import Turns
 from realmap.wire import channel, messages
 from realmap.wire.messages import DONE, FLAWS
-from realmap.wire.news import Gone, Granted, Opened, Revoked
+from realmap.wire.news import Gone, Granted, Opened, Refused, Revoked
 from realmap.wire.ring import SPIN
 from realmap.wire.seat import BUSY, TRACED, WAITING
 from realmap.wire.status import Page
@@ -64,7 +66,10 @@ _decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
 class Server(Lines[Session]):
     """Only on the thread that has its loop, but for `start`, `end_soon` and what the loop is for."""
 
-    def __init__(self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int) -> None:
+    def __init__(
+        self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int, share: int
+    ) -> None:
+        """`share`: so many descriptors are of what one caller lends, at most."""
         self._page = Page()  # a loop writes there; nobody looks
         super().__init__(Loop(self._page))
         self.loop = self._loop
@@ -74,13 +79,18 @@ class Server(Lines[Session]):
         self._threads, self._queue = threads, queue
         self._elsewhere = Elsewhere(land)
         self._sessions: dict[int, Session] = {}
+        self._share = share
+        #: What each caller has lent, by its pid: in all its sessions, and what calls hold after their end.
+        self._lent: WeakValueDictionary[int, FrameAllocator] = WeakValueDictionary()
         self._mine = (seat.number,)
+        #: Of the thread that has the loop.
+        self._place = nesting.Place(self._mine)
         # Where more may be at work at a time, the next one does not wait so long for the one before.
         self.relay: Relay[Work] = Relay(self._run, "service", LOOK if threads == 1 else LOOK / 10)
         self._workers = Workers()
         self._tasks: Tasks | None = None
-        #: Calls at work beside the loop, and since when; how many of them are tasks, which take no thread.
-        self._beside: dict[Call, tuple[Work, float]] = {}
+        #: Calls at work beside the loop; how many of them are tasks, which take no thread.
+        self._beside: dict[Call, Beside] = {}
         self._awaiting = 0
         #: Those that wait.
         self._turns = Turns(queue)
@@ -107,10 +117,11 @@ class Server(Lines[Session]):
 
     def _run(self, taken: Taken[Work] | None) -> None:
         """On the thread that has the loop: runs it to its end. Lost: another one has it now."""
-        nesting.seats.set(self._mine)
+        before, self._place = self._place, nesting.Place(self._mine)
+        nesting.here.set(self._place)
         try:
             if taken is not None:
-                self._take_over(taken)
+                self._take_over(taken, before)
                 del taken.work
             if not self.relay.stand_by():
                 log.warning("no thread stands by for a service: a slow handler keeps it")
@@ -169,11 +180,15 @@ class Server(Lines[Session]):
             for news, descriptors in self._seat.hear():
                 if isinstance(news, Opened):
                     self._enter(news, descriptors)
+                elif isinstance(news, Refused):
+                    self._break_circle(news)
                 elif (session := self._sessions.get(news.session)) is None:
                     continue
                 elif isinstance(news, Granted):
                     try:
                         session.enter(news, descriptors)
+                    except LimitReached as error:  # beyond what the kernel counts: calls hold what was unmapped
+                        self._send_away(session, error)
                     except KernelError as error:  # its caller lends anew, by another session
                         log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
                         self.drop(session)
@@ -186,8 +201,9 @@ class Server(Lines[Session]):
             self.loop.end()
 
     def _enter(self, opened: Opened, descriptors: list[int]) -> None:
+        held = self._lent.setdefault(opened.pid, FrameAllocator(segments=self._share))
         try:
-            session = Session(opened, descriptors)
+            session = Session(opened, descriptors, held)
         except OSError as error:
             log.warning("a caller is turned away: %s", error)
             self._seat.tell(Gone(opened.session))
@@ -204,8 +220,10 @@ class Server(Lines[Session]):
 
     def expel(self, line: Session, why: str) -> None:
         """Ends the session of a caller that does not speak as it should."""
-        log.warning("a caller is sent away: %s", why, extra=line.caller.facts)
-        error = ProcessKilled(line.caller.pid, why=f"the server ended this session: {why}")
+        self._send_away(line, ProcessKilled(line.caller.pid, why=f"the server ended this session: {why}"))
+
+    def _send_away(self, line: Session, error: KernelError) -> None:
+        log.warning("a caller is sent away: %s", error.why, extra=line.caller.facts)
         try:
             line.send(encode(messages.Bye(messages.error_of(error))))
         except (OSError, KernelError):
@@ -220,7 +238,7 @@ class Server(Lines[Session]):
         del self._sessions[line.number]
         line.shut()
         self._turns.drop(line)
-        for work, _ in self._beside.values():
+        for work, _, _ in self._beside.values():
             if work.session is line and self._tasks is not None:
                 self._tasks.cancel(work.call)
 
@@ -298,6 +316,13 @@ class Server(Lines[Session]):
             why = f"{request.name!r} would wait for itself: it is called by what its {self._threads} thread(s) wait for"
             raise LimitReached("threads", self._threads, why=f"{why}; serve with more threads, or do not call back")
 
+    def _break_circle(self, refused: Refused) -> None:
+        """A call waits for a thread that waits for it, through others. Where it does not any more: nothing."""
+        work = self._turns.take(refused.session, refused.id)
+        if work is not None:
+            self._answer(work, failed(refused.id, LimitReached("threads", self._threads, why=refused.why)))
+            self._say()
+
     def _next(self) -> None:
         """Begins what waits, as far as threads are free."""
         while self._turns and self._busy < self._threads:
@@ -328,7 +353,7 @@ class Server(Lines[Session]):
         words[BUSY] = self._busy + 1
         nested = type(request) is messages.NestedCall
         if nested:
-            nesting.seats.set(request.seats + self._mine)  # type: ignore[attr-defined]
+            self._place.seats = request.seats + self._mine  # type: ignore[attr-defined]
         relay.away[call] = work
         if relay.parked:
             relay.wake()
@@ -340,7 +365,7 @@ class Server(Lines[Session]):
         except KeyError:
             self._come_late(call, answer)
         if nested:
-            nesting.seats.set(self._mine)
+            self._place.seats = self._mine
         words[BUSY] = self._busy
         if buffers:
             answer = self._settled(request.id, answer, buffers)
@@ -358,12 +383,12 @@ class Server(Lines[Session]):
         self.loop.post(partial(self._end, call, answer))
         raise Lost
 
-    def _take_over(self, taken: Taken[Work]) -> None:
-        """The handler of a call has lost the loop: it goes on, beside it. On the new thread, before anything else."""
-        self._put_beside(taken.work, taken.since)
+    def _take_over(self, taken: Taken[Work], place: nesting.Place) -> None:
+        """The handler of a call has lost the loop: it goes on where it is. On the new thread, before anything else."""
+        self._put_beside(taken.work, taken.since, place)
         self.loop.post(self._next)  # and what else was posted, which the late one was about to do
 
-    def _put_beside(self, work: Work, since: float) -> Work:
+    def _put_beside(self, work: Work, since: float, place: nesting.Place) -> Work:
         if not work.pinned:
             buffers = [
                 buffer
@@ -373,16 +398,16 @@ class Server(Lines[Session]):
             for buffer in buffers:
                 user_buffer.pin(buffer)
             work = work._replace(buffers=buffers, pinned=True)
-        self._beside[work.call] = work, since
+        self._beside[work.call] = Beside(work, since, place)
         self._awaiting += work.syscall.is_async
         self._say()
         return work
 
     def _begin_beside(self, work: Work) -> None:
         """Runs a handler on a worker thread, or as a task."""
-        work = self._put_beside(work, time.monotonic())
+        place = nesting.Place((*getattr(work.request, "seats", ()), *self._mine))
+        work = self._put_beside(work, time.monotonic(), place)
         _, call, syscall, request, buffers, _, _ = work
-        waiting = (*getattr(request, "seats", ()), *self._mine)
         began = time.monotonic_ns()
 
         def end(answer: bytes) -> None:
@@ -390,7 +415,7 @@ class Server(Lines[Session]):
             self.loop.post(partial(self._end, call, answer))
 
         def on_thread() -> None:
-            nesting.seats.set(waiting)
+            nesting.here.set(place)
             end(run(syscall, call, request, buffers))
 
         try:
@@ -399,7 +424,7 @@ class Server(Lines[Session]):
                     from realmap.user.service.tasks import Tasks  # asyncio takes a while to import
 
                     self._tasks = Tasks()
-                self._tasks.submit(syscall, call, request, buffers, waiting, end)
+                self._tasks.submit(syscall, call, request, buffers, place, end)
             else:
                 self._workers.submit(on_thread)
         except OSError as error:
@@ -409,7 +434,7 @@ class Server(Lines[Session]):
 
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""
-        work, since = self._beside.pop(call)
+        work, since, _ = self._beside.pop(call)
         self._awaiting -= work.syscall.is_async
         answer = self._settled(work.request.id, answer, work.buffers)
         if self._seat.words[TRACED]:

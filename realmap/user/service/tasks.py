@@ -53,20 +53,20 @@ class Tasks:
         call: Call,
         request: messages.Call,
         buffers: Sequence[UserBuffer],
-        waiting: tuple[int, ...],
+        place: nesting.Place,
         done: Callable[[bytes], object],
     ) -> None:
-        """Runs a handler; `done` gets its answer, on the loop's thread. `waiting`: the seats that wait for it."""
-
-        seats = list(waiting)  # also of the tasks that it starts, which may go on when nobody waits any more
+        """Runs a handler; `done` gets its answer, on the loop's thread. `place`: where it is at work, as are the tasks
+        that it starts, which may go on when nobody waits any more.
+        """
 
         async def work() -> bytes:
-            nesting.seats.set(seats)
+            nesting.here.set(place)
             return await _answer(syscall, call, request, buffers)
 
         def end(task: asyncio.Task[bytes]) -> None:
             del self._tasks[call]
-            seats.clear()
+            place.seats = ()
             try:
                 done(failed(request.id, asyncio.CancelledError()) if task.cancelled() else task.result())
             except Lost:

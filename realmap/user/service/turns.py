@@ -48,6 +48,17 @@ class Turns:
         self._count -= 1
         return work
 
+    def take(self, session: int, id: int) -> Work | None:
+        """Takes out the call with that number; None: it does not wait."""
+        for work in self:
+            if (work.session.number, work.request.id) == (session, id):
+                work.session.waiting.remove(work)
+                if not work.session.waiting:
+                    self._sessions.remove(work.session)
+                self._count -= 1
+                return work
+        return None
+
     def drop(self, session: Session) -> None:
         """The calls of a session that has ended wait no more."""
         if session.waiting:

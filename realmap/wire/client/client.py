@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 
 import msgspec
@@ -35,7 +34,8 @@ class Client(Requester):
         """
         self.path = path
         encoder = encoder or msgspec.msgpack.Encoder()
-        super().__init__(handshake.open_endpoint(path, timeout), encoder, itertools.count(1).__next__)
+        endpoint = handshake.open_endpoint(path, timeout)
+        super().__init__(endpoint, encoder, endpoint.next_id)
         welcome = handshake.introduce(self.endpoint, path, control, encoder, timeout)
         self.number, self.kernel_pid = welcome.process, welcome.kernel
         #: What its forked children show to the kernel.

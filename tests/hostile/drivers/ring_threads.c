@@ -65,7 +65,7 @@ static uint32_t take(Side *side, unsigned char *message)
 
 static void *echo(void *ignored)
 {
-    unsigned char message[RING_SLOT];
+    unsigned char message[RING_MESSAGE];
     (void)ignored;
     for (long i = 0; i < messages; i++) {
         uint32_t size = take(&sides[1], message);
@@ -85,7 +85,7 @@ int main(int count, char **arguments)
     pthread_t thread;
     if (pthread_create(&thread, NULL, echo, NULL))
         return 2;
-    unsigned char sent[RING_SLOT], got[RING_SLOT];
+    unsigned char sent[RING_MESSAGE], got[RING_MESSAGE];
     for (long done = 0, begun = 0; done < messages;) {
         long ahead = 1 + begun % (RING_SLOTS - 1); /* bursts of every size: the queues run full and empty */
         for (; begun < messages && begun < done + ahead; begun++)

@@ -18,7 +18,23 @@ from typing import Any
 
 from mutations import Mutator, Shot, is_request, signed
 from peer import BOUND, Notes, Peer, Tally, Wrong
-from states import ANSWERS, ASLEEP, CALLS, HEAD, QUEUE_BYTES, SLOT_BYTES, SLOT_COUNT, SLOTS, TAIL, Scribbler, State
+from states import (
+    ANSWERS,
+    ASLEEP,
+    CALLS,
+    HEAD,
+    HEAD_BYTES,
+    HEADS,
+    QUEUE_BYTES,
+    SLOT_BYTES,
+    SLOT_COUNT,
+    SLOTS,
+    TAIL,
+    Scribbler,
+    State,
+    bytes_of,
+    head_of,
+)
 
 from realmap.host import procfs
 from realmap.wire import channel
@@ -217,18 +233,17 @@ class Ring:
         for write in state.writes:
             what = write[0]
             if what == "call":
-                at = SLOTS + self.next % SLOT_COUNT * SLOT_BYTES
-                _WORD.pack_into(self.memory, at, len(write[1]))
-                self.memory[at + 4 : at + 4 + len(write[1])] = write[1]
+                _WORD.pack_into(self.memory, head_of(self.next), len(write[1]))
+                at = bytes_of(self.next, len(write[1]))
+                self.memory[at : at + len(write[1])] = write[1]
                 self.next = (self.next + 1) % 2**32
                 self.unread += 1
             elif what == "bytes":
-                at = write[1] * QUEUE_BYTES + SLOTS + write[2]
+                at = write[1] * QUEUE_BYTES + write[2]
                 if write[1] == ANSWERS or not self._holds_calls(write[2], len(write[3])):
                     self.memory[at : at + len(write[3])] = write[3]
             elif what == "length":
-                at = SLOTS + (self.next - 1) % SLOT_COUNT * SLOT_BYTES
-                _WORD.pack_into(self.memory, at, write[2])
+                _WORD.pack_into(self.memory, head_of(self.next - 1), write[2])
             elif what == "race":
                 race = write
             elif write[3] == "next":
@@ -250,11 +265,14 @@ class Ring:
 
     def _holds_calls(self, at: int, size: int) -> bool:
         """Whether calls that the kernel has not read may lie there."""
-        first, last = at // SLOT_BYTES, (at + size - 1) // SLOT_BYTES
-        return any((self.next - 1 - slot) % SLOT_COUNT < self.unread for slot in range(first, last + 1))
+        return any(
+            (self.next - 1 - slot) % SLOT_COUNT < self.unread
+            for start, step in ((HEADS, HEAD_BYTES), (SLOTS, SLOT_BYTES))
+            for slot in range(max(0, (at - start) // step), min(SLOT_COUNT, (at + size - 1 - start) // step + 1))
+        )
 
     def _change(self, turns: int, data: bytes) -> None:
-        at = SLOTS + (self.next - 1) % SLOT_COUNT * SLOT_BYTES
+        at = head_of(self.next - 1)
         before = self.memory[at : at + len(data)]
         for _ in range(turns):
             self.memory[at : at + len(data)] = data

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 from mutations import hello, own_memory, signed
-from states import ANSWERS, HEAD, QUEUE_BYTES, SLOT_BYTES, SLOT_COUNT, SLOTS, TAIL
+from states import ANSWERS, HEAD, QUEUE_BYTES, SLOT_COUNT, TAIL, bytes_of, head_of
 
 from realmap._core import RING_BYTES
 from realmap.host import procfs
@@ -223,9 +223,9 @@ class Peer:
         if (tail - head) % 2**32 > SLOT_COUNT:
             raise Wrong(f"the kernel's queue of answers has a tail of {tail} at a head of {head}")
         while head != tail:
-            at = base + SLOTS + head % SLOT_COUNT * SLOT_BYTES
-            size = _WORD.unpack_from(memory, at)[0]
-            self._check(memory[at + 4 : at + 4 + size])
+            size = _WORD.unpack_from(memory, base + head_of(head))[0]
+            at = base + bytes_of(head, size)
+            self._check(memory[at : at + size])
             head = (head + 1) % 2**32
         _WORD.pack_into(memory, base + HEAD, head)
 

@@ -20,13 +20,14 @@ from mutations import Mutator, is_request
 
 from realmap._core import RING_BYTES, RING_MESSAGE
 
-#: The layout of a queue: realmap/_core/ring.c.
+#: The layout of a queue: realmap/_core/core.h. A head has a message's length, and the message where that is short.
 TAIL, CPU, HEAD, ASLEEP, PLACES, NAMES = 0, 4, 64, 128, 192, 256
 NAME_COUNT, NAME_BYTES = 16, 64
-SLOTS = NAMES + NAME_COUNT * NAME_BYTES
-SLOT_COUNT, SLOT_BYTES = 32, 2048
+HEADS, HEAD_BYTES = NAMES + NAME_COUNT * NAME_BYTES, 64
+SHORT = HEAD_BYTES - 4
+SLOTS, SLOT_COUNT, SLOT_BYTES = 4096, 32, RING_MESSAGE
 QUEUE_BYTES = RING_BYTES // 2
-assert QUEUE_BYTES == SLOTS + SLOT_COUNT * SLOT_BYTES and RING_MESSAGE == SLOT_BYTES - 4
+assert QUEUE_BYTES == SLOTS + SLOT_COUNT * SLOT_BYTES
 #: The kernel reads calls from queue 0, and writes answers into queue 1.
 CALLS, ANSWERS = 0, 1
 
@@ -34,6 +35,16 @@ Write = tuple[Any, ...]
 #: A request that is right and wants no answer: it shows that the kernel has got past what stands before it.
 QUIET = b"\x94\x01\x00\xa3nop\x90"
 _WORDS = [0, 1, 2, 31, 32, 33, 2**31 - 1, 2**31, 2**32 - 1]
+
+
+def head_of(number: int) -> int:
+    """Where the length of that message lies in its queue."""
+    return HEADS + number % SLOT_COUNT * HEAD_BYTES
+
+
+def bytes_of(number: int, size: int) -> int:
+    """And where the message, of so many bytes."""
+    return head_of(number) + 4 if size <= SHORT else SLOTS + number % SLOT_COUNT * SLOT_BYTES
 
 
 class State(NamedTuple):
@@ -68,7 +79,7 @@ class Scribbler:
             data = bytearray(self._fitting() if self.random.random() < 0.2 else QUIET)
             return State("race", [("call", bytes(data)), self._race()], bell, True)
         if pick < 0.985:
-            size = self.random.choice((0, 1, 7, RING_MESSAGE, RING_MESSAGE + 1, SLOT_BYTES, 2**31, 2**32 - 1))
+            size = self.random.choice((0, 1, SHORT, SHORT + 1, RING_MESSAGE, RING_MESSAGE + 1, 2**31, 2**32 - 1))
             return State("length", [("call", QUIET), ("length", 0, size)], bell, True)
         return State("tail", [*self._bytes(), ("word", CALLS, TAIL, "next", self._step())], bell, True)
 
@@ -103,21 +114,21 @@ class Scribbler:
         writes: list[Write] = []
         for _ in range(self.random.randrange(1, 4)):
             data = self.random.randbytes(self.random.choice((4, 4, 8, 64, 2048)))
-            at = self.random.randrange(SLOT_COUNT) * SLOT_BYTES
+            at = bytes_of(self.random.randrange(SLOT_COUNT), self.random.choice((0, SLOT_BYTES)))
             if self.random.random() < 0.3:
-                at = self.random.randrange(SLOT_COUNT * SLOT_BYTES)
-            at = min(at, SLOT_COUNT * SLOT_BYTES - len(data))
+                at = self.random.randrange(HEADS, QUEUE_BYTES)
+            at = min(at, QUEUE_BYTES - len(data))
             if self.random.random() < 0.15:  # the names before them: a length, whether it lasts, a text
                 length = self.random.choice((0, 1, 4096, 70_000, 2**40, 2**63, 2**64 - 1))
                 text = self.random.choice((b"psm_" + b"a" * 20, b"a" * 24, b"f" * 24, self.random.randbytes(48)))
                 data = struct.pack("=QQ48s", length, self.random.choice((0, 1, 2**63)), text)
-                at = -NAME_BYTES * self.random.randrange(1, NAME_COUNT + 1)
+                at = HEADS - NAME_BYTES * self.random.randrange(1, NAME_COUNT + 1)
             writes.append(("bytes", self.random.randrange(2), at, data))
         return writes
 
     def _race(self) -> Write:
         data = self.random.choice(
-            (self.random.randbytes(4), b"\xff\xff\xff\xff", b"\xfc\x07\0\0", b"\0\x08\0\0", b"\0\0\0\0")
+            (self.random.randbytes(4), b"\xff\xff\xff\xff", b"\0\x08\0\0", b"\1\x08\0\0", b"\x3d\0\0\0", b"\0\0\0\0")
         )
         return ("race", self.random.choice((1, 10, 50)), data)
 

@@ -20,7 +20,7 @@ from realmap import Call, UserBuffer, syscall
 from realmap.host import procfs, runtime
 from realmap.kernel import Kernel
 from realmap.memory import KERNEL_LAND, USER_LAND
-from realmap.observe import AuditReport, audit
+from realmap.observe.audit import AuditReport, audit
 from realmap.observe.snapshot import Snapshot
 from realmap.wire import messages
 from realmap.wire.client import Client

@@ -31,7 +31,7 @@ import realmap
 from realmap import PAGE_SIZE, Call, KernelDied, KernelError, ProcessKilled, UserBuffer
 from realmap.host import procfs
 from realmap.kernel.seats import Seats
-from realmap.memory import lending
+from realmap.memory import LentMapping
 from realmap.memory.lands import LENT_LAND
 from realmap.serving.line import Line
 from realmap.user import sessions
@@ -135,10 +135,10 @@ POINTS = [
     Point("server between the parts of a grant", "server", lambda: dies(Session, "enter", nth=2)),
     Point("server after it took a grant", "server", lambda: dies(Session, "enter", nth=2, after=True)),
     Point("server before the handler begins", "server", lambda: dies(server.Server, "_begin")),
-    Point("server with an edge copied, before the other", "server", lambda: dies(lending, "_Edge", nth=2)),
+    Point("server before its window is mapped", "server", lambda: dies(LentMapping, "_open")),
+    Point("server after its window is mapped", "server", lambda: dies(LentMapping, "_open", after=True)),
     Point("server in the handler, with a lent window", "server", lambda: strikes("mapped", _own)),
-    Point("server before an edge is copied back", "server", lambda: dies(lending._Edge, "_write")),
-    Point("server with one edge copied back", "server", lambda: dies(lending._Edge, "_write", nth=2)),
+    Point("server before its edges are copied back", "server", lambda: dies(LentMapping, "drop")),
     Point("server after its window is dropped", "server", lambda: strikes("dropped", _own)),
     Point("server before it answers", "server", lambda: dies(Line, "send_short")),
     Point("server after it answered", "server", lambda: dies(Line, "send_short", after=True)),
@@ -394,11 +394,11 @@ class Services(Rounds[Point]):
     def _told(self, point: Point, path: str, name: str, serving: Part, waiting: Part) -> list[str]:
         """Who was at work in the server: it is told, or goes on."""
         if point.who == "caller":
-            wrong = [f"{each} is mapped in the server" for each in _lent(serving.pid)]
-            with realmap.connect(path) as me:
+            with realmap.connect(path) as me:  # first: by then its call is at work, if it ever will be
                 me.call(name + "go", timeout=BOUND)
             said = waiting.hear()
-            return wrong + ([] if said == "done" else [f"who waited there was told {said}"])
+            wrong = [] if said == "done" else [f"who waited there was told {said}"]
+            return wrong + [f"{each} is mapped in the server" for each in _lent(serving.pid)]
         said = waiting.hear()
         right = {"server": ["ServerDied"], "kernel": ["ServerDied", "KernelDied"]}[point.who]
         wrong = [] if said in right else [f"who waited there was told {said}"]
@@ -444,5 +444,4 @@ def _lent(pid: int) -> list[str]:
         maps = procfs.maps(pid, LENT_LAND.start, LENT_LAND.end)
         return [f"{each.start:#x} {each.perms}" for each in maps if each.perms != "---p"]
 
-    served.wait_until(lambda: not there())
-    return there()
+    return [] if served.wait_until(lambda: not there()) else there()

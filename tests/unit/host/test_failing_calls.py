@@ -13,7 +13,7 @@ from typing import Any
 
 import posix_ipc
 import pytest
-from conftest import PAGE, left_names
+from conftest import PAGE, own_names
 
 import realmap
 from realmap.host import files, liveness, procfs, runtime
@@ -71,9 +71,9 @@ def open_descriptors() -> int:
 def test_a_segment_whose_name_cannot_be_taken_away_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = posix_ipc.unlink_shared_memory
     monkeypatch.setattr(posix_ipc, "unlink_shared_memory", failing(unlink, errno.EIO))
-    before = left_names()
+    before = own_names()
     FrameAllocator().allocate(PAGE)
-    assert left_names() == before
+    assert own_names() == before
 
 
 @pytest.mark.parametrize("kind", [posix_ipc.ExistentialError, posix_ipc.PermissionsError])
@@ -96,7 +96,7 @@ def test_a_name_that_cannot_be_had_leaves_nothing(monkeypatch: pytest.MonkeyPatc
         frames.allocate(PAGE, name=name)
     monkeypatch.undo()
     assert name not in os.listdir("/dev/shm")
-    assert left_names() == []
+    assert own_names() == []
     frames.allocate(PAGE, name=name)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import posix_ipc
 import pytest
-from conftest import PAGE, left_names
+from conftest import PAGE, left_names, own_names
 
 from realmap._core import map_at
 from realmap.errors import AccessDenied, InvalidHandle, PhysicalMemoryExhaustion, ProcessKilled
@@ -31,7 +31,7 @@ def test_a_segment_has_no_name_and_all_its_space() -> None:
     made = Segment(3 * PAGE)
     status = os.fstat(made.fd)
     assert (status.st_size, status.st_blocks * 512, status.st_ino) == (3 * PAGE, 3 * PAGE, made.inode)
-    assert left_names() == []
+    assert own_names() == []
     assert os.pread(made.fd, 3 * PAGE, 0) == bytes(3 * PAGE)
     assert not os.get_inheritable(made.fd)
     made.close()
@@ -54,7 +54,7 @@ def test_a_named_segment_can_be_opened_by_name_until_it_is_closed() -> None:
     os.close(other.fd)
     made.close()
     assert not os.path.exists(f"/dev/shm/{name}")
-    assert left_names() == []
+    assert own_names() == []
 
 
 def test_a_name_is_given_up_before_the_memory() -> None:
@@ -173,6 +173,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
 
 
+@pytest.mark.alone
 def test_a_named_segment_of_a_killed_maker_is_swept() -> None:
     name = f"test-{os.getpid()}"
     killed_maker(name)
@@ -183,6 +184,7 @@ def test_a_named_segment_of_a_killed_maker_is_swept() -> None:
     assert runtime.sweep() == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("what", ["a new one", "another link"])
 def test_a_sweep_leaves_what_the_dead_did_not_make(what: str) -> None:
     name = f"test-{os.getpid()}"
@@ -198,6 +200,7 @@ def test_a_sweep_leaves_what_the_dead_did_not_make(what: str) -> None:
     assert not os.path.exists(f"/dev/shm/{name}")
 
 
+@pytest.mark.alone
 def test_of_those_who_sweep_at_the_same_time_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"test-{os.getpid()}"
     killed_maker(name)
@@ -215,6 +218,7 @@ def test_of_those_who_sweep_at_the_same_time_one_does_it(monkeypatch: pytest.Mon
     later[0].close()
 
 
+@pytest.mark.alone
 def test_who_comes_second_leaves_the_first_ones_name_as_it_is() -> None:
     name = f"test-{os.getpid()}"
     killed_maker(
@@ -237,6 +241,7 @@ os.wait()
     assert left_names() == []
 
 
+@pytest.mark.alone
 def test_sweeping_takes_what_the_dead_left_and_nothing_else() -> None:
     folder = runtime.directory()
     dead, alive = dead_stamp(), runtime.stamp()

@@ -225,6 +225,7 @@ def test_interrupted_it_puts_back_what_it_has_not_unlinked(name: str, monkeypatc
     assert [is_there(file) for file in files] == [False, True, True, True, True]
 
 
+@pytest.mark.alone
 def test_killed_amid_it_what_is_left_is_swept(name: str) -> None:
     file = make(name)
     pid = os.fork()

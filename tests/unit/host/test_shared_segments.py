@@ -8,15 +8,18 @@ import os
 import resource
 import secrets
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import BOUND, PAGE, SUPPORT, scaled
 
+from realmap._core import device_maps
 from realmap.host import shared_segments
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED, Segment, look
 
@@ -223,27 +226,46 @@ def test_odd_names(name: str, odd: str) -> None:
     gone = next(each for each in held(os.getpid()) if each.name.startswith(name))
     window.close()
     assert gone.kind == UNLINKED
-    assert gone.name == (name + odd).replace("\\012", "\n")  # as Linux writes it, these two are the same
+    assert gone.name == name + odd
+
+
+def test_maps_are_the_same_where_linux_shows_them_as_text_alone(name: str) -> None:
+    """Before 6.11 it cannot be asked about single ones."""
+    fd = made(f"{name} 00:01 \n", 3)
+    windows = [mmap.mmap(fd, PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ), mmap.mmap(fd, 2 * PAGE, offset=PAGE)]
+    windows += [mmap.mmap(-1, PAGE)]
+    devices = struct.pack("=2Q", os.fstat(fd).st_dev, shared_segments._internal_device())
+    os.unlink(f"/dev/shm/{name} 00:01 \n")
+    asked = device_maps(b"/proc/self/maps", devices)
+    with open("/proc/self/maps", "rb") as file:
+        read = shared_segments._parsed(file.read(), devices)
+    for window in windows:
+        window.close()
+    os.close(fd)
+    assert len(read) >= 3
+    assert asked is None or sorted(asked) == sorted(read)
 
 
 def test_what_dies_meanwhile_is_left_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Between any two steps of the pass."""
-    real = shared_segments._Pass._read_maps
+    real = shared_segments._maps
     fd = made(name, 1)
     for step in ("before", "between"):
         with holder(lambda: os.dup(fd)) as pid:
             child = pid
 
-            def read(self: object, at: int, child: int = child, step: str = step) -> None:
+            def maps(path: bytes, devices: bytes, child: int = child, step: str = step) -> Any:
+                at = int(path.split(b"/")[2])
                 if at == child and step == "before":
                     os.kill(child, signal.SIGKILL)
                     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-                real(self, at)  # type: ignore[arg-type]
+                found = real(path, devices)
                 if at == child and step == "between":
                     os.kill(child, signal.SIGKILL)
                     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+                return found
 
-            monkeypatch.setattr(shared_segments._Pass, "_read_maps", read)
+            monkeypatch.setattr(shared_segments, "_maps", maps)
             assert of_name(name).holders == {os.getpid()}
     os.close(fd)
 

@@ -108,7 +108,7 @@ def test_half_of_the_kernels_descriptors_are_the_most_that_one_gets() -> None:
     """Of the kernel's own limit, not of the one of the process that made the `Limits`."""
     with Kernel(limits=Limits(calls=5)) as kernel, realmap.connect(kernel.path):
         half = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-        assert next(iter(kernel.books.processes)).memory.allocator.segment_limit == half
+        assert next(iter(kernel.books.processes)).memory.allocator._segment_limit == half
     assert Limits().segments is None
 
 
@@ -182,9 +182,9 @@ def test_calls_that_wait_go_with_their_process(limited: Callable[..., Kernel]) -
 
 
 def test_seconds(limited: Callable[..., Kernel]) -> None:
-    kernel = limited(seconds=0.05, running=1)
+    kernel = limited(seconds=0.5, running=1)
     with realmap.connect(kernel.path) as me, me.map(PAGE) as buffer:
-        with pytest.raises(SyscallTimeout, match=r"0\.05 s, the kernel's limit"):
+        with pytest.raises(SyscallTimeout, match=r"0\.5 s, the kernel's limit"):
             me.call("hold", "long", buffer)
         assert me.call("nop") is None
         syscalls.gate.put(None)

@@ -32,11 +32,11 @@ from realmap import (
     UnknownSyscall,
 )
 from realmap._core import Durations
-from realmap.kernel.ports import MOST, NAMES
-from realmap.observe import Control
+from realmap.kernel.ports import MOST, NAMES, REMEMBERED
+from realmap.observe.control import Control
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
-from realmap.wire.news import Gone, Granted, News, Opened, Revoked, Served
+from realmap.wire.news import Gone, Granted, News, Opened, Refused, Revoked, Served
 from realmap.wire.records import GrantInfo, SessionInfo
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, THREADS, WAITING, WORDS, SeatPage
@@ -333,6 +333,67 @@ def test_what_a_server_tells_is_in_the_books(stage: Stage) -> None:
     wait_until(lambda: seat.served == told)
 
 
+class Knot(contextlib.ExitStack):
+    """Two servers with a thread each: a call of "name" waits for one of "other", where it is the same."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.stage = self.enter_context(Stage(kernel, threads=1))
+        self.other = self.enter_context(RawServer(self.stage.caller, "other"))
+        self.back = self.enter_context(RawSession(self.stage.host, "other"))
+        _, fds = self.other.hear()
+        channel.close_all(fds)
+
+    def tell(self, *, first: int = 1, second: int = 2, waits: list[Any] | None = None) -> None:
+        """Each server tells once: 5 is at work, 6 waits there. `first`, `second`: since when those two wait; `waits`:
+        what the first one tells of that instead.
+        """
+        to, back = self.stage.session.number, self.back.number
+        waits = [(to, 5, True, back, 6, first)] if waits is None else waits
+        self.stage.server.tell(Served({}, [(to, 5, "name", 1.0), (to, 6, "name", None)], [], [], waits))
+        self.other.tell(
+            Served({}, [(back, 5, "other", 1.0), (back, 6, "other", None)], [], [], [(back, 5, True, to, 6, second)])
+        )
+
+
+def test_the_last_call_of_a_circle_is_refused_once_all_have_told_of_it_twice(run: Callable[..., Kernel]) -> None:
+    with Knot(run()) as knot:
+        knot.tell()
+        knot.tell(second=3)  # another call than before
+        knot.tell(second=3, waits=[])
+        knot.tell()
+        knot.stage.session.lend(knot.stage.address)
+        assert isinstance(knot.stage.hear(), Granted)  # and nothing before it
+        knot.tell()
+        refused = knot.stage.hear()
+        assert isinstance(refused, Refused) and (refused.session, refused.id) == (knot.stage.session.number, 6)
+        for words in ("'name' would wait for itself", "'other' of process", "'name' of process", "more threads"):
+            assert words in refused.why
+        for _ in range(2):
+            knot.tell(first=9)
+        (refused, _) = knot.other.hear()
+        assert isinstance(refused, Refused) and (refused.session, refused.id) == (knot.back.number, 6)
+
+
+def test_a_server_that_lies_about_what_it_waits_for(run: Callable[..., Kernel]) -> None:
+    """Of sessions that there are not, of itself, of somebody else's, of more than anybody has."""
+    with Knot(run()) as knot:
+        to, back = knot.stage.session.number, knot.back.number
+        for waits in (
+            [(to, 5, True, 99, 6, 1)],
+            [(to, 5, True, -1, 2**63, 2**62 - 1)],
+            [(to, 5, True, to, 5, 1)],
+            [(to, 5, True, to, 6, 1)],
+            [(to, 5, False, back, 6, 1)],
+            [(to, 5, True, back, 6, 1), (to, 5, True, back, 5, 1), (to, 5, True, back, 7, 1)],
+            [(to, id, True, back, id, 1) for id in range(500)],
+        ):
+            for _ in range(3):
+                knot.tell(waits=waits)
+        knot.stage.session.lend(knot.stage.address)
+        assert isinstance(knot.stage.hear(), Granted)
+
+
 def test_servers_that_count_too_high_leave_the_snapshot_as_it_is(stage: Stage) -> None:
     with RawServer(stage.host, "name") as second, RawServer(stage.host, "name") as third:
         for each in (stage.server, second, third):
@@ -365,6 +426,45 @@ def test_limits(run: Callable[..., Kernel]) -> None:
         wait_until(lambda: sessions[0].has_ended)
         stack.enter_context(RawServer(host, "name"))
         stack.enter_context(RawSession(host, "name"))
+
+
+def test_a_caller_has_so_many_descriptors_of_its_server_and_no_more(run: Callable[..., Kernel]) -> None:
+    """Over all sessions between the two processes; what goes beyond is not sent."""
+    with contextlib.ExitStack() as stack:
+        stage = stack.enter_context(Stage(run()))
+        server = stack.enter_context(RawServer(stage.host, "few", descriptors=5))
+        first, second = [stack.enter_context(RawSession(stage.caller, "few")) for _ in range(2)]
+        stage.session.lend(stage.address)  # to another seat of that process
+        words = "has 3 descriptors of what process .*, 5 at most, and this takes 3"
+        with pytest.raises(LimitReached, match=words) as caught:
+            first.lend(stage.address)
+        assert (caught.value.what, caught.value.limit) == ("descriptors", 5)
+        one, other = stage.caller.map(PAGE), stage.caller.map(PAGE)
+        first.lend(one)
+        first.lend(one)  # again: it is there
+        second.lend(one)
+        with pytest.raises(LimitReached):
+            second.lend(other)
+        stage.caller.say(messages.Unmap(0, one, PAGE))
+        second.lend(other)
+        stage.session.sock.close()
+        wait_until(lambda: len(stage.kernel._seats._lines) == 2)
+        first.lend(stage.address)
+        told = []
+        while len(told) < 8:
+            news, fds = server.hear()
+            channel.close_all(fds)
+            told.append(news)
+        granted = [(each.session, each.address) for each in told if isinstance(each, Granted)]
+        assert granted == [
+            (first.number, one),
+            (second.number, one),
+            (second.number, other),
+            (first.number, stage.address),
+        ]
+        peer = stage.kernel.books.peers.process(os.getpid())
+        assert peer.lent == {os.getpid(): 4}
+    wait_until(lambda: not peer.lent)
 
 
 # ---- ends ------------------------------------------------------------------------------------------
@@ -599,7 +699,7 @@ def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kern
         assert (one.process, one.syscall, one.server, two.seconds) == (caller, "name", stage.host.number, None)
         assert one.seconds is not None and 1.0 <= one.seconds < BOUND
         by_name = {each.name: each for each in found.calls}
-        assert by_name["nop"].servers == 0 and not by_name["nop"].count
+        assert by_name["nop"].servers is None and not by_name["nop"].count
         assert (by_name["name"].count, by_name["name"].failed, by_name["name"].servers) == (10, 4, 2)
         assert by_name["name"].p50 == pytest.approx(1.0, rel=0.2)
         assert by_name["more"].p50 is None and by_name["more"].servers == 1
@@ -609,3 +709,34 @@ def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kern
         wait_until(lambda: control.stats()["seats"] == 1)
         (left,) = [each for each in control.snapshot().calls if each.name == "name"]
         assert (left.count, left.servers) == (10, 1)  # what was done is not undone
+
+
+def test_what_servers_did_is_known_after_the_last_one_has_gone(run: Callable[..., Kernel]) -> None:
+    kernel = run()
+    with RawClient(kernel.path) as host, Control(kernel.path) as control:
+
+        def serve(*names: str, calls: int) -> None:
+            with RawServer(host, *names) as server:
+                seat = list(kernel.books.ports)[-1]
+                server.tell(Served({name: (calls, 1, [9000, 20, 2]) for name in names}, [], []))
+                wait_until(lambda: seat.served.names)
+            wait_until(lambda: not list(kernel.books.ports))
+
+        def counted() -> dict[str, tuple[int, int | None]]:
+            return {each.name: (each.count, each.servers) for each in control.snapshot().calls if each.count}
+
+        serve("name", calls=5)
+        assert counted() == {"name": (5, 0)}
+        serve("name", "never called", calls=0)
+        serve("name", "other", calls=3)
+        assert counted() == {"name": (8, 0), "other": (3, 0)}
+        (found,) = [each for each in control.snapshot().calls if each.name == "name"]
+        assert found.failed == 2 and found.p50 is not None
+        names = [f"name {number}" for number in range(REMEMBERED - 1)]
+        serve(*names, calls=1)
+        assert counted() == {"other": (3, 0)} | dict.fromkeys(names, (1, 0))
+        with RawServer(host, "other"):
+            assert counted()["other"] == (3, 1)
+        wait_until(lambda: not list(kernel.books.ports))
+        kernel.register(realmap.syscall(name="other")(lambda call: None))
+        assert [each.count for each in control.snapshot().calls if each.name == "other"] == [0]

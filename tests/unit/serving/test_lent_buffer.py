@@ -48,7 +48,6 @@ def lender(make_mapping: Callable[..., Mapping]) -> Iterator[Lender]:
     made = Lender(make_mapping(PAGES * PAGE, 2 * PAGE))
     yield made
     made.granted.clear()
-    made.land._scratch = None
     made.land.kept.clear()
 
 

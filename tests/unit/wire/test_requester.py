@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from conftest import scaled
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from realmap._core import ANSWERED, DIED, ENDED, Answer, Bell, Endpoint, Window, fall_asleep, wake_up
 from realmap.memory import KERNEL_LAND
@@ -26,8 +30,8 @@ class Pair(NamedTuple):
     ring: RingEnd
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
+@contextlib.contextmanager
+def connected() -> Iterator[Pair]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ring, fd = RingEnd.create()
     with ours, theirs:
@@ -39,6 +43,12 @@ def pair() -> Iterator[Pair]:
         yield Pair(endpoint, theirs, ring)
         endpoint.close()
         ring._close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with connected() as found:
+        yield found
 
 
 def ask(pair: Pair, number: int) -> Answer:
@@ -137,3 +147,105 @@ def test_an_unmapping_is_not_heard_before_a_call_that_lies_in_the_socket(pair: P
     assert pair.ring._pop() == b""  # the socket comes first
     assert pair.sock.recv(100)[1:] == msgspec.msgpack.encode(messages.Query(1, 1))
     assert pair.ring._pop() == said
+
+
+# ---- calls of plain values ----------------------------------------------------------------------
+
+numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.integers(0, 64).map(lambda bits: (1 << bits) - 1)
+texts = st.text(max_size=40) | st.integers(0, 2100).map("x".__mul__)
+plain = st.none() | st.booleans() | numbers | st.floats() | texts | texts.map(str.encode)
+values = plain | st.lists(plain, max_size=3) | st.dictionaries(st.text(max_size=3), plain, max_size=2)
+
+
+class Odd(int):
+    """A number that is more than that."""
+
+
+class Name(str):
+    """A text that is more than that."""
+
+
+call_of, done_of = msgspec.msgpack.Decoder(messages.Call).decode, msgspec.msgpack.Decoder(messages.Done).decode
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether these are equal, and of one type; not a number is, too."""
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+def is_beyond(value: Any) -> bool:
+    """Whether it is more than a plain value of 64 bits."""
+    return isinstance(value, list | dict) or (type(value) is int and value >= 1 << 63)
+
+
+@settings(max_examples=scaled(300), deadline=None)
+@given(name=texts, args=st.lists(values, max_size=20), value=values)
+def test_a_call_is_written_and_its_answer_read_as_by_the_encoder(name: str, args: list[Any], value: Any) -> None:
+    with connected() as pair:
+        number = pair.endpoint.next_id() + 1
+        answer = msgspec.msgpack.encode(messages.Done(number, value))
+        by_ring = pair.ring._send(answer, pair.sock.fileno()) >= 0
+        if not by_ring:
+            pair.sock.send(b"\0" + answer)
+        got = pair.endpoint.call(name, tuple(args), {})
+        sent = pair.ring._pop()
+    if got is NotImplemented:
+        assert sent is None
+        is_long = sum(len(each) for each in [name, *args] if isinstance(each, str | bytes)) > 1000
+        assert is_long or len(args) > 15 or any(map(is_beyond, args))
+        return
+    assert sent is not None
+    call = call_of(sent)
+    assert (call.id, call.name, call.timeout, call.names) == (number, name, None, None)
+    assert same(msgspec.msgpack.decode(call.args), args)
+    assert same(done_of(got.data or b"").value if isinstance(got, Answer) else got, value)
+    assert isinstance(got, Answer) == isinstance(value, list | dict)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        messages.Done(1, None, 1),
+        messages.Failed(1, messages.Error(1, [], "")),
+        msgspec.Raw(b"\x94\x01\x01\xd9\x05abcd\0"),
+        msgspec.Raw(b"\x94\x01\x01\xa1\xff\0"),  # no UTF-8
+        msgspec.Raw(b"\x94\x01\x01\xc0\xc0\0"),
+        msgspec.Raw(b"\x94\x01\x01\xda\0"),
+    ],
+)
+def test_an_answer_that_is_no_plain_value_is_given_as_it_is(pair: Pair, answer: Any) -> None:
+    data = msgspec.msgpack.encode(answer)
+    if data[-1] == 1:
+        pair.sock.send(b"\0" + msgspec.msgpack.encode(messages.Carrier(1)))
+    assert pair.ring._send(data, pair.sock.fileno()) >= 0
+    got = pair.endpoint.call("name", (), {})
+    assert isinstance(got, Answer)
+    assert (got.outcome, got.data) == (ANSWERED, data)
+
+
+@pytest.mark.parametrize(
+    "args", [([1],), ({},), (1 << 64,), ("\ud800",), (object(),), (None,) * 16, (bytes(2048),), (Odd(1),)]
+)
+def test_a_call_that_is_not_so_plain_is_left_to_the_encoder(pair: Pair, args: tuple[Any, ...]) -> None:
+    assert pair.endpoint.call("name", args, {}) is NotImplemented
+    assert (pair.endpoint.pending, pair.ring._pop()) == (0, None)
+
+
+@pytest.mark.parametrize("number", [127, 128, 255, 256, 65_535, 65_536])
+def test_the_number_of_a_call(pair: Pair, number: int) -> None:
+    while pair.endpoint.next_id() < number - 1:
+        pass
+    assert pair.ring._send(msgspec.msgpack.encode(messages.Done(number, 5)), pair.sock.fileno()) >= 0
+    assert pair.endpoint.call("name", (), {}) == 5
+    assert call_of(pair.ring._pop() or b"").id == number
+
+
+def test_a_call_of_another_name_is_not_made(pair: Pair) -> None:
+    for name in ["other", 7, Name("name")]:
+        assert pair.endpoint.call(name, (), {"other": None}) is NotImplemented  # type: ignore[arg-type]
+    assert (pair.endpoint.pending, pair.ring._pop()) == (0, None)
+
+
+def test_a_call_by_an_endpoint_that_has_ended_is_not_made(pair: Pair) -> None:
+    pair.endpoint.close()
+    assert pair.endpoint.call("name", (), {}) is NotImplemented

@@ -9,9 +9,8 @@ import os
 import random
 from contextlib import suppress
 
-from realmap.host import files, paging
+from realmap.host import SHM, files, paging
 from realmap.host.procfs import maps, setting
-from realmap.host.translate import SHM
 from realmap.lab.stress.actor import WrongBytes
 from realmap.lab.stress.antagonists.antagonist import Antagonist, Bytes, within
 from realmap.memory.lands import KERNEL_LAND, USER_LAND

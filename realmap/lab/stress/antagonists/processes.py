@@ -175,6 +175,6 @@ class Oom(OnUsers, InCgroup):
         with suppress(ProcessLookupError):
             self.group.enter(user.pid)
             wait_death(user.pidfd, PATIENCE)
-            signal.pidfd_send_signal(user.pidfd, signal.SIGKILL)  # where it was a child of its that was killed, too
+            signal.pidfd_send_signal(user.pidfd, signal.SIGKILL)  # also where Linux has killed a child of it instead
             wait_death(user.pidfd, None)
         return self.group.kills > kills

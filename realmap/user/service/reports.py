@@ -1,13 +1,15 @@
-"""What a server tells the kernel of itself: what runs, what waits, what is lent, and how long calls took."""
+"""What a server reports of itself to the kernel: what runs, what waits, what is lent, and how long calls took."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.serving.loop import Loop
+from realmap.serving.nesting import Place
 from realmap.serving.registry import Syscall
 from realmap.serving.syscalls import code_of
 from realmap.serving.user_buffer import UserBuffer
@@ -15,33 +17,46 @@ from realmap.user.service.seat import Seat
 from realmap.user.service.session import Work
 from realmap.wire.news import Served, Worked
 
-#: So many calls, windows, and names with their durations are told of at most; fewer where a message has no room.
+#: So many calls, windows, and names with their durations are reported at most; fewer where a message has no room.
 MOST = 500
 #: And, while somebody traces it, which calls have ended: after so many seconds, or so many calls.
 TRACE, AT_ONCE = 0.01, 64
 
 
+class Beside(NamedTuple):
+    """A call at work, but not on the thread that has the loop; since when, in seconds (monotonic); and where."""
+
+    work: Work
+    since: float
+    place: Place
+
+
 def served(
     handlers: dict[str, Syscall],
-    beside: Iterable[tuple[Work, float]],
+    beside: Iterable[Beside],
     waiting: Iterable[Work],
     land: KernelMemory,
     most: int = MOST,
 ) -> Served:
-    """As it is now. `beside`: calls at work, and since when; `waiting`: those that wait.
+    """As it is now. `beside`: calls at work; `waiting`: those that wait.
 
-    `most`: so many calls and windows are told of, and of so many names how long their calls took.
+    `most`: so many calls, windows and waits are reported, and of so many names how long their calls took.
     """
     running: list[tuple[int, int, str, float | None]] = [
-        (work.session.number, work.request.id, work.syscall.name, since) for work, since in beside
+        (work.session.number, work.request.id, work.syscall.name, since) for work, since, _ in beside
     ]
     running += [(work.session.number, work.request.id, work.syscall.name, None) for work in waiting]
+    waits = [
+        (work.session.number, work.request.id, not work.syscall.is_async, *wait)
+        for work, _, place in beside
+        for wait in list(place.waits)
+    ]
     names = {name: (each.calls, each.failed, each.durations.counts()) for name, each in handlers.items()}
     for name in list(names)[most:]:
         names[name] = (*names[name][:2], [0])
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
-    kept = [(window.base, window.span) for window in land.kept.windows()] if land.kept is not None else []
-    return Served(names, running[:most], lent[:most], kept[:most])
+    kept = [(window.base, window.span) for window in land.kept.windows()]
+    return Served(names, running[:most], lent[:most], kept[:most], waits[:most])
 
 
 def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:
@@ -51,7 +66,7 @@ def _window(mirror: CrossProcessMapping) -> tuple[int, int, int, int, int]:
 
 
 class Trace:
-    """Calls that have ended, told together to who traces the kernel. Only on the thread that has the service's loop."""
+    """Reports calls that have ended to who traces the kernel, several at once. Only on the service's loop."""
 
     def __init__(self, seat: Seat, loop: Loop) -> None:
         self._seat, self._loop = seat, loop
@@ -68,7 +83,7 @@ class Trace:
             self.tell()
 
     def tell(self) -> None:
-        """Tells what is still to be told."""
+        """Sends what has not been sent yet."""
         ended, self._ended = self._ended, []
         if ended:
             self._seat.tell(Worked(ended))

@@ -1,0 +1,165 @@
+"""Circles of services, as found in what servers tell: random graphs of calls, against a model that runs them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from realmap.kernel import circles
+from realmap.kernel.ports import Seat, Session
+from realmap.wire.news import Served
+
+
+@dataclass(eq=False)
+class Made:
+    """A call: at work (on a thread, or as a task), or waiting for a thread."""
+
+    number: int
+    seat: Seat
+    parent: Made | None
+    runs: bool
+    task: bool = False
+    waits: list[Made] = field(default_factory=list)
+    session: Any = None
+
+
+class World:
+    """Services, and their calls. It goes on (`settle`) as far as it can: a call that waits for nothing ends."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)
+        self.calls: list[Made] = []
+        processes = [
+            SimpleNamespace(number=at, pid=100 + at, sessions={}) for at in range(1, self.dice.randint(1, 4) + 1)
+        ]
+        self.seats = [
+            Seat(at, self.dice.choice(processes), [f"name{at}"], self.dice.choice([1, 1, 1, 2, 3]), 64)  # type: ignore[arg-type]
+            for at in range(1, self.dice.randint(1, 6) + 1)
+        ]
+        self._outside = SimpleNamespace(number=0, pid=99, sessions={})
+        for _ in range(self.dice.randint(1, 12)):
+            self._call(None)
+        for _ in range(self.dice.randint(0, 40)):
+            at_work = [call for call in self.calls if call.runs and len(call.waits) < self.dice.choice([1, 1, 1, 2])]
+            if at_work:
+                self._call(self.dice.choice(at_work))
+        self.tell()
+
+    def _call(self, parent: Made | None) -> None:
+        seat, task = self.dice.choice(self.seats), self.dice.random() < 0.2
+        call = Made(len(self.calls) + 1, seat, parent, task or self.has_room(seat), task)
+        process: Any = self._outside if parent is None else parent.seat.process
+        call.session = next((each for each in process.sessions.values() if each.seat is seat), None)
+        if call.session is None:
+            call.session = Session(1000 * seat.number + process.number, process, seat)
+            process.sessions[call.session.number] = seat.sessions[call.session.number] = call.session
+        self.calls.append(call)
+        if parent is not None:
+            parent.waits.append(call)
+
+    def has_room(self, seat: Seat) -> bool:
+        return sum(call.seat is seat and call.runs and not call.task for call in self.calls) < seat.threads
+
+    def end(self, call: Made) -> None:
+        """It is answered, or refused."""
+        self.calls.remove(call)
+        if call.parent is not None:
+            call.parent.waits.remove(call)
+        for other in self.calls:
+            if other.seat is call.seat and not other.runs and self.has_room(call.seat):
+                other.runs = True
+
+    def settle(self) -> None:
+        while ended := next((call for call in self.calls if call.runs and not call.waits), None):
+            self.end(ended)
+        self.tell()
+
+    def tell(self) -> None:
+        """As every server would."""
+        for seat in self.seats:
+            here = [call for call in self.calls if call.seat is seat]
+            running = [(call.session.number, call.number, seat.names[0], 1.0 if call.runs else None) for call in here]
+            waits = [
+                (call.session.number, call.number, not call.task, wait.session.number, wait.number, wait.number)
+                for call in here
+                for wait in call.waits
+            ]
+            seat.served = Served({}, running, [], [], waits)
+            seat.told += 1
+
+    def ends(self, call: Made) -> set[Seat]:
+        return set().union(*(self.ends(wait) if wait.runs else {wait.seat} for wait in call.waits))
+
+    def circle(self, seat: Seat) -> set[Seat] | None:
+        """The seats that its threads wait for, however far, where each of them waits for it. Of a settled world."""
+        to = {
+            each: set().union(
+                *(self.ends(call) for call in self.calls if call.seat is each and call.runs and not call.task)
+            )
+            for each in self.seats
+        }
+        reached: dict[Seat, set[Seat]] = {}
+        for each in self.seats:
+            found: set[Seat] = set()
+            todo = [each]
+            while todo:
+                more = to[todo.pop()] - found
+                found |= more
+                todo += more
+            reached[each] = found
+        if (
+            self.has_room(seat)
+            or seat not in reached[seat]
+            or any(seat not in reached[other] for other in reached[seat])
+        ):
+            return None
+        return reached[seat]
+
+
+@pytest.mark.parametrize("seed", range(400))
+def test_what_is_found_is_what_never_goes_on(seed: int) -> None:
+    world = World(seed)
+    early = [seat for seat in world.seats if circles.find(seat)]
+    world.settle()
+    assert all(not world.has_room(seat) for seat in early)
+    while world.calls:
+        found = {seat: circles.find(seat) for seat in world.seats}
+        for seat, circle in found.items():
+            expected = world.circle(seat)
+            assert (None if circle is None else {wait.seat for wait in circle.waits}) == expected
+        circle = next(filter(None, found.values()))  # else it would never end
+        numbers = {wait.call[1] for wait in circle.waits}
+        last = max((call for call in world.calls if call.number in numbers), key=lambda call: call.number)
+        assert circle.waits[-1].call == (last.session.number, last.number) and not last.runs
+        assert f"{last.seat.names[0]!r} would wait for itself" in circle.why
+        world.end(last)
+        world.settle()
+
+
+def test_the_model_has_circles_of_every_kind() -> None:
+    sizes = set()
+    for seed in range(400):
+        world = World(seed)
+        world.settle()
+        sizes |= {len(circle.waits) for seat in world.seats if (circle := circles.find(seat))}
+    assert {1, 2, 3, 4} <= sizes
+
+
+def test_a_circle_is_sure_once_all_have_told_of_it_again() -> None:
+    for seed in range(100):
+        world = World(seed)
+        world.settle()
+        for seat in world.seats:
+            before = circles.find(seat)
+            for each in world.seats if before is not None else ():
+                now = circles.find(seat)
+                assert now is not None and now.waits == before.waits
+                assert now.is_sure(before) == all(
+                    other.number not in before.told or other.told > before.told[other.number] for other in world.seats
+                )
+                each.told += 1
+            assert before is None or circles.find(seat).is_sure(before)
