@@ -38,7 +38,7 @@ static void answer_take_descriptors(Answer *self, const int *fds, int count)
 }
 
 /* Done is an array whose second byte is 1; of these alone something may have to be given back. */
-static int is_done(const char *data, Py_ssize_t size) { return size > 1 && (data[0] & 0xf0) == 0x90 && data[1] == 1; }
+static int is_done(const char *data, Py_ssize_t size) { return size > 1 && (data[0] & 0xf0) == 0x90 && data[1] == DONE; }
 
 static void answer_drop_late(Answer *self)
 {
@@ -105,6 +105,12 @@ static PyObject *answer_descriptors(PyObject *op, void *Py_UNUSED(closure))
     return found;
 }
 
+static PyObject *answer_value(PyObject *op, void *Py_UNUSED(closure))
+{
+    PyObject *value = plain_value(as_answer(op));
+    return value ? value : Py_NewRef(Py_NotImplemented);
+}
+
 /* refuse(): nobody takes it, and nobody will: what it brought is given back now. */
 static PyObject *answer_refuse(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
@@ -128,6 +134,7 @@ static PyMemberDef answer_members[] = {
 };
 
 static PyGetSetDef answer_getset[] = {
+    {"value", answer_value, NULL, "Its value, where that is a plain one and nothing came along, or NotImplemented.", NULL},
     {"descriptors", answer_descriptors, NULL, "That came along. They are closed with this object.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -384,6 +384,9 @@ static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
 
 struct Endpoint;
 
+/* What a message of the kernel's is: its second byte (wire/messages.py). */
+enum tag { OTHER, DONE, REFUSED, BYE, CARRIER };
+
 /* What has become of a request. */
 enum outcome { ON_ITS_WAY, ANSWERED, TIMED_OUT, ENDED, FAILED };
 
@@ -457,6 +460,7 @@ typedef struct Endpoint {
     Post post;
     Ring *ring;
     Budget budget;
+    Budget moment;   /* of a loop that looks */
     uint64_t number; /* of the last request */
     Table table;     /* requests on their way, by number */
     Letter *letters; /* in the order in which they are sent */

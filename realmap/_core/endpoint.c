@@ -118,23 +118,37 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
     return leave_with(self, answer, failed);
 }
 
+/* A call, numbered, as a message. NULL where its arguments are not so plain, its name is one of the dict `others`, or this
+ * connection has ended, without an exception; or with one. */
+static PyObject *write_plain(Endpoint *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (wants(nargs, 3, "a call") || self->end || self->epoch != fork_epoch || !PyUnicode_CheckExact(args[0]) ||
+        PyDict_Contains(args[2], args[0]))
+        return NULL;
+    return plain_call(++self->number, args[0], args[1]);
+}
+
+/* plain(name, args, others) -> (number, message) of a call; None: as write_plain. */
+static PyObject *endpoint_plain(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    PyObject *message = write_plain(as_endpoint(op), args, nargs);
+    if (message)
+        return Py_BuildValue("KN", (unsigned long long)as_endpoint(op)->number, message);
+    return none_unless(PyErr_Occurred() != NULL);
+}
+
 /* call(name, args, others) -> the value of the answer to a call, for which it waits without a bound; the Answer where that
- * is no plain value. NotImplemented, and nothing was done: the arguments are not so plain, the name is one of the dict
- * `others`, or this connection has ended. An exception is a signal handler's own. */
+ * is no plain value; NotImplemented, and nothing was done: as write_plain. An exception is a signal handler's own. */
 static PyObject *endpoint_call(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
-    if (wants(nargs, 3, "Endpoint.call"))
-        return NULL;
-    if (self->end || self->epoch != fork_epoch || !PyUnicode_CheckExact(args[0]) || PyDict_Contains(args[2], args[0]))
-        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
-    PyObject *message = plain_call(++self->number, args[0], args[1]);
+    PyObject *message = write_plain(self, args, nargs);
     if (!message)
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
     Answer *answer = start(self, self->number, message, Py_None, Py_None, NULL, 0);
     Py_DECREF(message);
     PyObject *got = answer ? leave_with(self, answer, wait_for(self, answer, INT64_MAX)) : NULL;
-    PyObject *value = got && answer->outcome == ANSWERED ? plain_value(answer->data) : NULL;
+    PyObject *value = got ? plain_value(answer) : NULL;
     if (!value)
         return got;
     Py_DECREF(got);
@@ -214,6 +228,17 @@ static PyObject *endpoint_give_up(PyObject *op, PyObject *answer)
     return none_unless(settle(self, NULL));
 }
 
+/* Who is alone is often answered in less time than its loop takes to come round, and to be woken. So long at most. */
+#define MOMENT 8000
+
+static void look_shortly(Endpoint *self, Duplex *pair)
+{
+    int64_t patience = budget_now(&self->moment, nanoseconds(), crowd_of(pair));
+    ptrdiff_t found = queue_ready(pair) ? 0 : patience > 0 ? spin_for(&pair, 1, 0, patience) : -1;
+    if (found >= 0 || patience > 0)
+        budget_spun(&self->moment, found, nanoseconds());
+}
+
 /* read(bell) -> what the loop of that bell is to watch the socket for: 0: nothing, another thread reads, and wakes who
  * waits; 1: what comes; 2: and room to send; 3: what comes, and it is to look again soon: Linux had no memory to send.
  * Hands on what is there, and waits for nothing. */
@@ -228,6 +253,8 @@ static PyObject *endpoint_read(PyObject *op, PyObject *bell)
         queue_say(pair, AWAKE);
     while (receive_one(self) && !pair)
         ; /* beside a ring one at a time: what else there is the loop is told again, and most often it is a bell alone */
+    if (pair && self->table.count == 1 && !peer_sleeps(pair))
+        look_shortly(self, pair);
     do
         take_from_ring(self);
     while (!self->end && pair && !fall_asleep(&pair, 1, ON_SOCKET));
@@ -334,8 +361,10 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
         Py_XDECREF((PyObject *)ring);
         return PyLong_FromLong(error);
     }
+    int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
     self->ring = ring;
-    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), (int)sysconf(_SC_NPROCESSORS_ONLN));
+    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus);
+    budget_set(&self->moment, most < MOMENT ? (int64_t)most : MOMENT, cpus);
     return PyLong_FromLong(0);
 }
 
@@ -449,6 +478,7 @@ static PyMethodDef endpoint_methods[] = {
     {"join", FASTCALL(endpoint_join), METH_FASTCALL, "join(fd, spin): a ring beside the socket."},
     {"request", FASTCALL(endpoint_request), METH_FASTCALL, "request(number, message, timeout, holds, late) -> Answer"},
     {"call", FASTCALL(endpoint_call), METH_FASTCALL, "call(name, args, others) -> a value, an Answer, or NotImplemented"},
+    {"plain", FASTCALL(endpoint_plain), METH_FASTCALL, "plain(name, args, others) -> (number, message) of a call, or None"},
     {"next_id", endpoint_next_id, METH_NOARGS, "A number for a request."},
     {"unmap", FASTCALL(endpoint_unmap), METH_FASTCALL, "unmap(window, number, message) -> Answer, None, or an errno"},
     {"park", FASTCALL(endpoint_park), METH_FASTCALL, "park(window, number, kind) -> Answer, True, or False"},

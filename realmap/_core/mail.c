@@ -15,7 +15,6 @@
 #define SLICE 50000000
 
 enum flag { WHOLE, FIRST, MIDDLE, LAST, BELL_FLAG }; /* wire/channel.py */
-enum tag { OTHER, DONE, REFUSED, BYE, CARRIER };      /* wire/messages.py */
 
 /* ---- who waits ------------------------------------------------------------------------------ */
 

@@ -133,10 +133,12 @@ static PyObject *read_value(const unsigned char *at, size_t size)
 
 /* The value of an answer: of a Done that has a plain one, and no descriptors. NULL where it is anything else; no exception
  * is set. */
-static PyObject *plain_value(PyObject *message)
+static PyObject *plain_value(const Answer *answer)
 {
-    const unsigned char *data = (const unsigned char *)PyBytes_AsString(message);
-    size_t size = (size_t)PyBytes_Size(message);
+    if (answer->outcome != ANSWERED)
+        return NULL;
+    const unsigned char *data = (const unsigned char *)PyBytes_AsString(answer->data);
+    size_t size = (size_t)PyBytes_Size(answer->data);
     if (size < 5 || data[0] != 0x94 || data[1] != DONE || data[size - 1])
         return NULL;
     size_t at = data[2] < 0x80 ? 3 : data[2] >= 0xcc && data[2] <= 0xcf ? 3 + ((size_t)1 << (data[2] - 0xcc)) : size;

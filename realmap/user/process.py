@@ -26,7 +26,7 @@ from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
-from realmap.user.sessions import Routes, Session, arun, run, waiter_of
+from realmap.user.sessions import Routes, Session, arun, run, waiters
 from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.client import Client
@@ -410,12 +410,18 @@ class Process:
         runs. LimitReached: more calls at a time than the kernel lets a process have. Else as `call`.
         """
         client = self._own_client
-        request, refusal = call_of(self._client, name, args, timeout, kwargs), None
-        if name not in self._known:
-            try:
-                return (await waiter_of(client).request(request, timeout=timeout, name=name, holds=request.args))[0]
-            except UnknownSyscall as error:
-                refusal = error.with_traceback(None)
+        holds: Any = args
+        sent = client.endpoint.plain(name, args, self._known) if timeout is None and not kwargs else None
+        if sent is None:
+            request = call_of(client, name, args, timeout, kwargs)
+            if name in self._known:
+                return await arun(self._routes.steps(request), name, timeout)
+            sent, holds = (request.id, client.encode(request)), request.args
+        try:
+            return (await waiters()(client).request(*sent, timeout=timeout, name=name, holds=holds))[0]
+        except UnknownSyscall as error:
+            refusal = error.with_traceback(None)
+        request = call_of(client, name, args, timeout, kwargs)
         return await arun(self._routes.steps(request, refusal), name, timeout)
 
     def session(self, name: str, *, timeout: float | None = None) -> Session:

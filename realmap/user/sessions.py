@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
@@ -68,15 +69,14 @@ def run(steps: Steps, name: str, timeout: float | None) -> Any:
         return end.value
 
 
-def waiter_of(requester: Requester) -> Waiter:
-    """Who awaits its answers in the running loop. PhysicalMemoryExhaustion: no descriptor is left to load it by.
-    RuntimeError: no loop runs.
-    """
+@functools.cache
+def waiters() -> Callable[[Requester], Waiter]:
+    """`Waiter.of`. PhysicalMemoryExhaustion: no descriptor is left to load it by."""
     try:
         from realmap.wire.client.waiter import Waiter  # asyncio takes a while to import, and most programs do without
     except OSError as error:
         raise shortage(error, "cannot load what awaits an answer") from None
-    return Waiter.of(requester)
+    return Waiter.of
 
 
 async def arun(steps: Steps, name: str, timeout: float | None) -> Any:
@@ -86,7 +86,8 @@ async def arun(steps: Steps, name: str, timeout: float | None) -> Any:
         step = next(steps)
         while True:
             try:
-                got = await waiter_of(step.of).request(step.message, timeout=left, name=name, holds=step.holds)
+                number, data = step.message.id, step.of.encode(step.message)
+                got = await waiters()(step.of).request(number, data, timeout=left, name=name, holds=step.holds)
             except BaseException as error:
                 step = steps.throw(error)
             else:

@@ -216,7 +216,7 @@ def nester(stage: Stage, name: str) -> Callable[[], None]:
 
 
 #: In the default run, each so-manieth point (a prime); which ones differs from one pair to the next.
-SPARSE = {"alone": 179, "in company": 499}
+SPARSE = {"alone": 179, "in company": 307}
 HANDLERS = [*(kind.__name__ for kind in RAISED), *NESTED]
 
 

@@ -111,6 +111,8 @@ class Requester(ABC):
             if answer.outcome == FAILED:
                 raise shortage(OSError(answer.error, os.strerror(answer.error)), "cannot send a request")
             self.check(answer.unread)
+        if (value := answer.value) is not NotImplemented:
+            return value
         try:
             reply = _decode(answer.data or b"")
         except msgspec.MsgspecError:

@@ -50,17 +50,16 @@ class Waiter:
         return waiter
 
     async def request(
-        self, message: Any, *, timeout: float | None, name: str, holds: object = None
+        self, number: int, data: bytes, *, timeout: float | None, name: str, holds: object = None
     ) -> tuple[Any, Answer]:
-        """As `Requester.request`, where nothing has to be given back."""
+        """As `Requester.request`, of what is encoded, and where nothing has to be given back."""
         client = self._client
-        data = client.encode(message)
         if client.endpoint.end:
             client.check(unread=True)
         future = self._loop.create_future()
         task, timer = asyncio.current_task(self._loop), None
         cancelled = task.cancelling() if task is not None else 0
-        answer = client.endpoint.start(message.id, data, holds, self._bell)
+        answer = client.endpoint.start(number, data, holds, self._bell)
         self._waiting[answer] = future
         try:
             if timeout is not None:

@@ -220,7 +220,7 @@ def test_an_answer_that_is_no_plain_value_is_given_as_it_is(pair: Pair, answer: 
     assert pair.ring._send(data, pair.sock.fileno()) >= 0
     got = pair.endpoint.call("name", (), {})
     assert isinstance(got, Answer)
-    assert (got.outcome, got.data) == (ANSWERED, data)
+    assert (got.outcome, got.data, got.value) == (ANSWERED, data, NotImplemented)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ def test_an_answer_that_is_no_plain_value_is_given_as_it_is(pair: Pair, answer: 
 )
 def test_a_call_that_is_not_so_plain_is_left_to_the_encoder(pair: Pair, args: tuple[Any, ...]) -> None:
     assert pair.endpoint.call("name", args, {}) is NotImplemented
+    assert pair.endpoint.plain("name", args, {}) is None
     assert (pair.endpoint.pending, pair.ring._pop()) == (0, None)
 
 
@@ -238,6 +239,20 @@ def test_the_number_of_a_call(pair: Pair, number: int) -> None:
     assert pair.ring._send(msgspec.msgpack.encode(messages.Done(number, 5)), pair.sock.fileno()) >= 0
     assert pair.endpoint.call("name", (), {}) == 5
     assert call_of(pair.ring._pop() or b"").id == number
+
+
+def test_a_plain_call_that_is_awaited(pair: Pair) -> None:
+    written = pair.endpoint.plain("name", (1, "x"), {})
+    assert written is not None
+    number, data = written
+    call = call_of(data)
+    assert (call.id, call.name, msgspec.msgpack.decode(call.args)) == (number, "name", [1, "x"])
+    bell = Bell(lambda: None, lambda _: None, lambda: False)
+    answer = pair.endpoint.start(number, data, None, bell)
+    assert answer.value is NotImplemented
+    assert pair.ring._send(msgspec.msgpack.encode(messages.Done(number, 5)), pair.sock.fileno()) >= 0
+    pair.endpoint.read(bell)
+    assert (answer.outcome, answer.value) == (ANSWERED, 5)
 
 
 def test_a_call_of_another_name_is_not_made(pair: Pair) -> None:
