@@ -164,17 +164,18 @@ _PLACES = {
     "aconnect": "realmap.ambient",
     "boot": "realmap.system",
     "connect": "realmap.ambient",
-    "memory": "realmap.memory",  # itself
     "syscall": "realmap.serving.registry",
 }
 
 if not TYPE_CHECKING:  # a checker would take every name for one of these
 
     def __getattr__(name: str) -> object:
+        if name == "memory":  # itself
+            return importlib.import_module("realmap.memory")
         if name not in _PLACES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         place = importlib.import_module(_PLACES[name])
-        found = globals()[name] = getattr(place, name, place)
+        found = globals()[name] = getattr(place, name)
         return found
 
     def __dir__() -> list[str]:

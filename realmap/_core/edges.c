@@ -5,7 +5,7 @@
  *                   copied    lent     lent  copied
  *      window  ──┤0000▓▓▓▓│▓▓▓▓▓▓▓▓│▓▓▓▓▓▓▓▓│▓▓000000├──   congruent modulo the page
  *
- * Parts of a range follow each other between pages, so that a window has two at most. No Python. */
+ * Parts of a range follow each other between pages, so that a window has two at most. */
 #include "core.h"
 
 typedef struct {

@@ -34,7 +34,7 @@ OF_USER = {
 class Peer:
     """What one of them has."""
 
-    __slots__ = ("__weakref__", "_limits", "_name", "_words", "calls", "maps", "used")
+    __slots__ = ("__weakref__", "_limits", "_name", "_words", "calls", "lent", "maps", "used")
 
     def __init__(self, name: str, words: dict[str, tuple[str, str]], limits: Limits) -> None:
         """`name`: as errors say it."""
@@ -46,6 +46,8 @@ class Peer:
         #: What runs of it on worker threads, for each connection (`workers.Share`).
         self.calls: list[Any] = []
         self.maps: list[Any] = []
+        #: Descriptors that it holds of what others lend to it, by their pids.
+        self.lent: Counter[int] = Counter()
 
     def take(self, what: str, amount: int = 1) -> None:
         """Counts so many more. LimitReached: it would have more than it may; nothing is counted then."""

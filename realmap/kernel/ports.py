@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from realmap._core import Durations
-from realmap.errors import InvalidAddress, InvalidMemState, InvalidSize, KernelError, ServerDied, UnknownSyscall
+from realmap.errors import (
+    InvalidAddress,
+    InvalidMemState,
+    InvalidSize,
+    KernelError,
+    LimitReached,
+    ServerDied,
+    UnknownSyscall,
+)
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
@@ -41,6 +49,8 @@ class Grant:
     session: Session
     mapping: Mapping
     frames: SharedFrames
+    #: Its pieces, each a descriptor of the server's.
+    count: int
     ended: bool = False
     #: How many pieces of it its server was told of; where in the frames the next one is, and bytes from there on.
     told: int = 0
@@ -51,12 +61,17 @@ class Grant:
 
     def __post_init__(self) -> None:
         self.offset, self.left = self.mapping.phys_offset, self.mapping.length
+        self.session.seat.process.peer.lent[self.session.process.pid] += self.count
         self.frames.hold(self, "lent", self.mapping.address, self.mapping.owner, f"to {self.session.seat.label}")
 
     def end(self) -> None:
         """It holds on no longer. Again: nothing."""
         if not self.ended:
             self.ended = True
+            pid, lent = self.session.process.pid, self.session.seat.process.peer.lent
+            lent[pid] -= self.count
+            if not lent[pid]:
+                del lent[pid]
             self.session.process.peer.give_back("grants")
             self.frames.let_go(self)
 
@@ -100,6 +115,8 @@ class Seat:
     names: list[str]
     threads: int
     queue: int
+    #: So many it holds at most of what one process lends to it.
+    descriptors: int = 256
     sessions: dict[int, Session] = field(default_factory=dict)
     #: Whether it takes no new ones.
     closing: bool = False
@@ -167,7 +184,7 @@ class Ports:
         if len(set(names)) < len(names):
             raise KernelError(why=f"a name is served twice: {max(names, key=names.count)!r}")
         process.peer.take("seats")
-        seat = Seat(next(self._seat_numbers), process, names, request.threads, request.queue)
+        seat = Seat(next(self._seat_numbers), process, names, request.threads, request.queue, request.descriptors)
         self._seats[seat.number] = process.seats[seat.number] = seat
         for name in names:
             self._by_name.setdefault(name, []).append(seat)
@@ -250,7 +267,7 @@ class Ports:
         """Grants the mapping there, or has done so already.
 
         InvalidAddress: nothing is mapped there. InvalidMemState: private memory. LimitReached: the caller has granted
-        as many as it may.
+        as many as it may, or all its server holds of them would take more descriptors than that lets one caller have.
         """
         process = session.process
         mapping = process.memory.mapping_at(address)
@@ -261,9 +278,12 @@ class Ports:
             raise InvalidMemState(address, mapping.type, why="private memory cannot be lent")
         grant = session.grants.get(mapping.serial)
         if grant is None:
+            first, last = mapping.phys_offset, mapping.phys_offset + mapping.length - 1
+            count = frames.index_of(last) + 1 - frames.index_of(first)
+            _require_few(session.seat, process, count)
             process.peer.take("grants")
             frames.recycles = False  # the server may keep them
-            grant = session.grants[mapping.serial] = Grant(session, mapping, frames)
+            grant = session.grants[mapping.serial] = Grant(session, mapping, frames, count)
         return grant
 
     def unmapped(self, process: UserProcess, serial: int) -> None:
@@ -272,3 +292,12 @@ class Ports:
             grant = session.grants.pop(serial, None)
             if grant is not None:
                 self.revoked(grant)
+
+
+def _require_few(seat: Seat, process: UserProcess, count: int) -> None:
+    """LimitReached: its server would have more descriptors of what this process lends than it lets one caller have."""
+    lent, limit = seat.process.peer.lent[process.pid], seat.descriptors
+    if lent + count > limit:
+        has = f"process {seat.process.pid} has {lent} descriptors of what process {process.pid} lends, {limit} at most"
+        remedy = "unmap some, lend larger segments, or let that process open more (ulimit -n)"
+        raise LimitReached("descriptors", limit, why=f"{has}, and this takes {count}: {remedy}")

@@ -259,9 +259,7 @@ class Seats:
             del desk.news[news]
             desk.page.count(GRANTS)
             return True
-        frames, first = news.frames, news.frames.index_of(mapping.phys_offset)
-        pieces = [piece[1:] for piece in frames.pieces(news.offset, news.left, MAX_DESCRIPTORS)]
-        count = frames.index_of(mapping.phys_offset + mapping.length - 1) + 1 - first
+        pieces = [piece[1:] for piece in news.frames.pieces(news.offset, news.left, MAX_DESCRIPTORS)]
         place = mapping.address, mapping.length, int(mapping.type), int(mapping.rights)
         try:
             opened = self._books.patiently(news.session.process, lambda: descriptors(mapping, news.told))
@@ -270,7 +268,7 @@ class Seats:
             self._revoke(news, error)
             return False
         try:
-            message = Granted(session, mapping.serial, *place, pieces, news.told, count)
+            message = Granted(session, mapping.serial, *place, pieces, news.told, news.count)
             if not self._send(desk, message, opened):
                 return False
         finally:

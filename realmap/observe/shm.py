@@ -55,7 +55,6 @@ FAMILIES = [
     Family("NCCL", r"nccl-\w{6}"),  # nccl, src/misc/shmutils.cc, ncclShmOpen
     Family("semaphore", r"sem\..+"),  # glibc, SEM_SHM_PREFIX: any program's sem_open
 ]
-_PATTERNS = [(family, re.compile(family.pattern, re.DOTALL)) for family in FAMILIES]
 _ANY = re.compile("|".join(family.pattern for family in FAMILIES), re.DOTALL)
 
 
@@ -331,7 +330,7 @@ def _who(pid: int) -> tuple[str, int] | None:
 def family_of(segment: Segment) -> tuple[Family | None, int | None]:
     """Whose names look like this one's, and the maker's pid in it."""
     if segment.kind in (POSIX, UNLINKED) and _ANY.fullmatch(segment.name):
-        for family, pattern in _PATTERNS:
-            if found := pattern.fullmatch(segment.name):
-                return family, int(found[1]) if pattern.groups else None
+        for family in FAMILIES:
+            if found := re.fullmatch(family.pattern, segment.name, re.DOTALL):
+                return family, int(found[1]) if found.groups() else None
     return None, None

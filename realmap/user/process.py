@@ -384,8 +384,8 @@ class Process:
         unmapped, or of another Process. MemoryFault: bytes of a buffer were gone when the handler, or this process,
         touched them. InvalidSize: arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that
         cannot travel, a dict whose keys are no text, or lists and dicts more than 60 deep. LimitReached: as many calls
-        wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process may
-        have. KernelDied, ProcessKilled: no kernel.
+        wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process or
+        its server may have. KernelDied, ProcessKilled: no kernel.
         """
         refusal = None
         try:
@@ -454,6 +454,8 @@ class Process:
         `lazy_unmap`: bytes of lent pages that are kept mapped for their next use.
 
         What a caller lends is mapped here by whole pages; the rest of its first and last page is copied, both ways.
+        Each segment of it takes a descriptor: a caller has a quarter at most of what this process may open as it begins
+        to serve, and who lends more is told LimitReached.
         Whoever serves could keep pages that it was lent: Linux cannot take them back.
 
         KernelError: the kernel has a handler of that name. TypeError, ValueError: as `syscall`; or no threads.

@@ -236,7 +236,8 @@ class NestedCall(Call, tag=15, frozen=True):
 
 
 class Serve(_Request, tag=16, frozen=True):
-    """This process serves calls of these names, so many at a time, and lets so many wait. See `Opened`.
+    """This process serves calls of these names, so many at a time, and lets so many wait; it holds so many descriptors
+    at most of what one caller lends. See `Opened`.
 
     Done: the number of its seat. Descriptors: the seat's socket, its page.
     """
@@ -244,6 +245,7 @@ class Serve(_Request, tag=16, frozen=True):
     names: list[str]
     threads: int
     queue: int
+    descriptors: int = 256
 
 
 class Open(_Request, tag=17, frozen=True):

@@ -134,7 +134,7 @@ def test_the_documented_example(tmp_path: Path) -> None:
 
 
 def test_bad_operations_are_named_and_end_nothing_else(tmp_path: Path) -> None:
-    done = command("--ops", module(tmp_path, BAD, "bad.py"), "--seconds", 6, "--seed", 1, "--json", tmp_path / "report")
+    done = command("--ops", module(tmp_path, BAD, "bad.py"), "--ops", 500, "--seed", 1, "--json", tmp_path / "report")
     assert done.returncode == 1
     assert done.stderr == ""
     found = json.loads((tmp_path / "report").read_text())

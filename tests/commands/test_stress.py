@@ -40,7 +40,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 def test_a_storm(tmp_path: Path) -> None:
     out, xml = tmp_path / "report.json", tmp_path / "report.xml"
-    done = command("storm", "--seconds", 2, "--users", 3, "--seed", 1, "--json", out, "--junit", xml)
+    done = command("storm", "--ops", 400, "--users", 3, "--seed", 1, "--json", out, "--junit", xml)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["failures"] == []
@@ -49,7 +49,7 @@ def test_a_storm(tmp_path: Path) -> None:
     assert found["injected"]["kills"] > 0
     assert found["audits"] >= 1
     assert set(found["slopes"]) == {"rss", "maps", "descriptors", "threads"}
-    assert found["replay"] == "realmap stress storm --users 3 --seed 1 --seconds 2 --kill 0.02 --truncate 0.01"
+    assert found["replay"] == "realmap stress storm --users 3 --seed 1 --ops 400 --kill 0.02 --truncate 0.01"
     for kind in found["kinds"].values():
         assert 0 < kind["p50"] <= kind["p99"] <= kind["longest"]
     suite = ElementTree.parse(xml).getroot()

@@ -97,8 +97,10 @@ class RawClient:
 class RawServer:
     """A seat of such a client: its socket, and its page. A context manager."""
 
-    def __init__(self, client: RawClient, *names: str, threads: int = 1, queue: int = 0) -> None:
-        self.number, (sock, self.page) = client.ask(messages.Serve, list(names), threads, queue)
+    def __init__(
+        self, client: RawClient, *names: str, threads: int = 1, queue: int = 0, descriptors: int = 256
+    ) -> None:
+        self.number, (sock, self.page) = client.ask(messages.Serve, list(names), threads, queue, descriptors)
         self.sock = socket.socket(fileno=sock)
 
     def hear(self) -> tuple[News, list[int]]:

@@ -76,6 +76,7 @@ FACE = {
     "Buffer": f"{BYTES} check huge process refcount slice unmap writable",
     "Call": "cancelled deadline kernel name process",
     "CrossProcessMapping": f"{BYTES} drop mapping mappings mirror_mapping offset",
+    "ForeignMapping": "address device inode kind length name offset resident rights why_not",
     "ForeignProcess": "close copy_in copy_out mappings mirror name pid",
     "Handle": "length parse path rights token",
     "Kernel": "ending process processes register serve start stop unregister",

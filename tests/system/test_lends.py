@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from conftest import BOUND, PAGE, wait_until
 
 import realmap
-from realmap import Buffer, Call, KernelHandle, Process, UserBuffer
+from realmap import Buffer, Call, KernelHandle, LimitReached, Process, UserBuffer
 from realmap.host import procfs
 from realmap.system import SpawnedProcess
 from realmap.user import sessions
@@ -25,17 +28,47 @@ def look(call: Call, data: UserBuffer) -> bytes:
     return data.copy_in(1)
 
 
+at_work, let_go = threading.Event(), threading.Event()
+
+
+@realmap.syscall(blocking=True)
+def keep_at_it(call: Call, data: UserBuffer) -> None:
+    """Until it is let go."""
+    with data.mirror():
+        at_work.set()
+        let_go.wait(BOUND)
+
+
+@realmap.syscall(blocking=True)
+def end_it(call: Call, ends: bool) -> None:
+    """Once that is at work: lets it go, where this `ends` it."""
+    at_work.wait(BOUND)
+    if ends:
+        let_go.set()
+
+
+def look_too(user: Process) -> bytes:
+    """Somebody else, who lends as much as one may."""
+    found: bytes = user.call("look", user.map(100 * PAGE, fragment=PAGE), timeout=BOUND)
+    return found
+
+
 @pytest.fixture
 def server(kernel: KernelHandle, me: Process) -> Iterator[Callable[..., SpawnedProcess]]:
     """Starts a process that serves `look`."""
     made: list[SpawnedProcess] = []
 
-    def serve(process: Process) -> None:
-        with suppress(realmap.KernelDied, realmap.ProcessKilled), process.serve(look) as service:
+    def serve(process: Process, descriptors: int | None) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors or soft, hard))
+        with (
+            suppress(realmap.KernelDied, realmap.ProcessKilled),
+            process.serve(look, keep_at_it, end_it, threads=9) as service,
+        ):
             service.wait()
 
-    def start() -> SpawnedProcess:
-        made.append(kernel.spawn(serve))
+    def start(descriptors: int | None = None) -> SpawnedProcess:
+        made.append(kernel.spawn(serve, descriptors))
         me.session("look", timeout=BOUND).close()
         return made[-1]
 
@@ -91,3 +124,50 @@ def test_a_buffer_that_is_unmapped_as_it_is_lent(
         assert again[0].address == address and kernel.stats()["grants"] == 0
         again[0][0] = 7
         assert session.call("look", again[0], timeout=BOUND) == b"\7"
+
+
+def test_a_caller_takes_a_share_of_its_servers_descriptors_and_no_more(
+    me: Process, kernel: KernelHandle, server: Any
+) -> None:
+    """A quarter of what it may open; what goes beyond is told to who lends it, and everything else goes on."""
+    only = server(400)
+
+    open_first = len(os.listdir(f"/proc/{only.pid}/fd"))
+    most, more = me.map(100 * PAGE, fragment=PAGE), me.map(101 * PAGE, fragment=PAGE)
+    with pytest.raises(LimitReached, match=r"descriptors of what process .* 100 at most, and this takes 101") as caught:
+        me.call("look", more, timeout=BOUND)
+    assert (caught.value.what, caught.value.limit) == ("descriptors", 100)
+    assert len(os.listdir(f"/proc/{only.pid}/fd")) < open_first + 10
+    assert me.call("look", most, timeout=BOUND) == b"\0"
+    with pytest.raises(LimitReached):
+        me.call("look", me.map(1), timeout=BOUND)
+    assert kernel.spawn(look_too).result(BOUND) == b"\0"
+    most.unmap()
+    assert me.call("look", me.map(1), timeout=BOUND) == b"\0"
+
+
+def test_a_caller_that_unmaps_what_its_calls_are_at_work_on_takes_no_more_either(
+    me: Process, kernel: KernelHandle, server: Any
+) -> None:
+    """The kernel does not count that any more; the server does, ends that session, and serves others."""
+    server(400)
+    data, more = me.map(60 * PAGE, fragment=PAGE), me.map(60 * PAGE, fragment=PAGE)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(me.call, "keep_at_it", data, timeout=BOUND)
+        me.call("end_it", False, timeout=BOUND)
+        data.unmap()
+        with pytest.raises(LimitReached, match="60 descriptors are in use") as caught:
+            me.call("look", more, timeout=BOUND)
+        assert (caught.value.what, caught.value.limit) == ("descriptors", 100)
+        assert isinstance(first.exception(BOUND), LimitReached)  # its session has ended
+    assert kernel.spawn(look_too).result(BOUND) == b"\0"
+    me.call("end_it", True, timeout=BOUND)
+    wait_until(lambda: looks(me))
+
+
+def looks(me: Process) -> bool:
+    """Whether it is served again."""
+    try:
+        return me.call("look", me.map(60 * PAGE, fragment=PAGE), timeout=BOUND) == b"\0"
+    except LimitReached:
+        return False

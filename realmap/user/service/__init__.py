@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: LentLand is shared out in so many parts: each service of this process has one, in turn.
 PARTS = 16
+#: What one caller lends takes one in so many of the descriptors that this process may open, at most.
+SHARE = 4
 _part = itertools.count()
 
 
@@ -58,13 +61,14 @@ class Service:
         self._closed = False
         self._pid = os.getpid()
         client = process._own_client
-        request = messages.Serve(client.next_id(), list(self._handlers), count, waiting)
+        share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE
+        request = messages.Serve(client.next_id(), list(self._handlers), count, waiting, share)
         number, answer = client.request(request, name="serve")
         try:
             if len(answer.descriptors) < 2:  # Linux delivers what it has room for, and cuts off the rest
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             seat = Seat(number, *answer.descriptors)
-            self._server = Server(seat, self._handlers, land, count, waiting)
+            self._server = Server(seat, self._handlers, land, count, waiting, share)
             self._server.ended = self._ended.set
             self._seat = seat.number
             try:

@@ -31,7 +31,7 @@ class Seat:
         """Both descriptors stay the caller's. OSError: no descriptor, or no memory."""
         self.number = number
         self._page = SeatPage(page, writable=True)
-        self.sock = socket.socket(fileno=os.dup(sock))
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, os.dup(sock))
         self.sock.setblocking(False)
         #: Of the page: how many calls are at work, and wait, for those who choose a server. Nobody's after `close`.
         self.words: memoryview | list[int] = self._page.words

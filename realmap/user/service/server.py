@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -29,6 +30,7 @@ from realmap.errors import (
 )
 from realmap.host import forks
 from realmap.host.translate import shortage
+from realmap.memory.frames import FrameAllocator
 from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
 from realmap.serving.lines import Lines
@@ -64,7 +66,10 @@ _decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
 class Server(Lines[Session]):
     """Only on the thread that has its loop, but for `start`, `end_soon` and what the loop is for."""
 
-    def __init__(self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int) -> None:
+    def __init__(
+        self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int, share: int
+    ) -> None:
+        """`share`: so many descriptors are of what one caller lends, at most."""
         self._page = Page()  # a loop writes there; nobody looks
         super().__init__(Loop(self._page))
         self.loop = self._loop
@@ -74,6 +79,9 @@ class Server(Lines[Session]):
         self._threads, self._queue = threads, queue
         self._elsewhere = Elsewhere(land)
         self._sessions: dict[int, Session] = {}
+        self._share = share
+        #: What each caller has lent, by its pid: in all its sessions, and what calls hold after their end.
+        self._lent: WeakValueDictionary[int, FrameAllocator] = WeakValueDictionary()
         self._mine = (seat.number,)
         #: Of the thread that has the loop.
         self._place = nesting.Place(self._mine)
@@ -179,6 +187,8 @@ class Server(Lines[Session]):
                 elif isinstance(news, Granted):
                     try:
                         session.enter(news, descriptors)
+                    except LimitReached as error:  # beyond what the kernel counts: calls hold what was unmapped
+                        self._send_away(session, error)
                     except KernelError as error:  # its caller lends anew, by another session
                         log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
                         self.drop(session)
@@ -191,8 +201,9 @@ class Server(Lines[Session]):
             self.loop.end()
 
     def _enter(self, opened: Opened, descriptors: list[int]) -> None:
+        held = self._lent.setdefault(opened.pid, FrameAllocator(segments=self._share))
         try:
-            session = Session(opened, descriptors)
+            session = Session(opened, descriptors, held)
         except OSError as error:
             log.warning("a caller is turned away: %s", error)
             self._seat.tell(Gone(opened.session))
@@ -209,8 +220,10 @@ class Server(Lines[Session]):
 
     def expel(self, line: Session, why: str) -> None:
         """Ends the session of a caller that does not speak as it should."""
-        log.warning("a caller is sent away: %s", why, extra=line.caller.facts)
-        error = ProcessKilled(line.caller.pid, why=f"the server ended this session: {why}")
+        self._send_away(line, ProcessKilled(line.caller.pid, why=f"the server ended this session: {why}"))
+
+    def _send_away(self, line: Session, error: KernelError) -> None:
+        log.warning("a caller is sent away: %s", error.why, extra=line.caller.facts)
         try:
             line.send(encode(messages.Bye(messages.error_of(error))))
         except (OSError, KernelError):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from realmap.errors import LimitReached
+from realmap.memory.frames import FrameAllocator
 from realmap.memory.grants import Grants
 from realmap.rights import rights_of, type_of
 from realmap.serving.line import Line
@@ -54,11 +55,12 @@ class Budget:
 class Caller:
     """The process that calls: `Call.process` in a service. `number` is its name in the kernel's books."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, held: FrameAllocator) -> None:
+        """`held`: what is lent takes its segments."""
         self.number, self.pid, self.uid = opened.number, opened.pid, opened.uid
         self.alive = True
         #: What it has lent, as far as this service knows: found as in its `ProcessMemory`.
-        self.memory = Grants(f"of process {self.number} (pid {self.pid})")
+        self.memory = Grants(f"of process {self.number} (pid {self.pid})", held)
 
     @property
     def is_here(self) -> bool:
@@ -77,26 +79,37 @@ class Session(Line):
 
     __slots__ = ("_coming", "caller", "number", "waiting")
 
-    def __init__(self, opened: Opened, descriptors: list[int]) -> None:
-        """Takes the descriptor of the socket out. OSError: no memory, or it has not come (none was left)."""
+    def __init__(self, opened: Opened, descriptors: list[int], held: FrameAllocator) -> None:
+        """`held`: as of `Caller`. Takes the descriptor of the socket out.
+
+        OSError: no memory, or it has not come (none was left).
+        """
         if not descriptors:
             raise OSError("no descriptors are left")
         ring = RingEnd.serve(descriptors[1]) if len(descriptors) > 1 else None
-        super().__init__(socket.socket(fileno=descriptors.pop(0)), Budget())
+        super().__init__(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptors.pop(0)), Budget())
         if ring is not None:  # without one everything takes the socket
             self.ring, ring.owner = ring, None
         self.number = opened.session
-        self.caller = Caller(opened)
+        self.caller = Caller(opened, held)
         #: Its calls that wait for a thread.
         self.waiting: deque[Work] = deque()
         self._coming: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
 
     def enter(self, granted: Granted, descriptors: list[int]) -> None:
-        """What its caller lends, or the next part of that. KernelError: Linux has no room for it."""
+        """What its caller lends, or the next part of that.
+
+        LimitReached: it takes more descriptors than one caller may have. KernelError: Linux has no room for it.
+        """
         pieces, fds = self._coming.setdefault(granted.serial, ([], []))
         pieces += granted.pieces
         fds += descriptors
         descriptors.clear()
+        held = self.caller.memory.allocator
+        if held.segments + len(fds) > held._segment_limit:
+            why = f"{held.segments} descriptors are in use of what process {self.caller.pid} has lent, unmapped or not"
+            limit = held._segment_limit
+            raise LimitReached("descriptors", limit, why=f"{why}; its limit is {limit}: wait for its calls to end")
         if len(pieces) == granted.count:
             del self._coming[granted.serial]
             kind, rights = type_of(granted.kind), rights_of(granted.rights)

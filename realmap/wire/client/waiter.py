@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SOON = 0.05
 #: A timeout of more seconds than these is as long as none.
 LONGEST = 1e9
+#: After so many requests it is looked for answers, whether they were told of or not: half of what the ring holds.
+MANY = 16
 
 
 class Waiter:
@@ -53,9 +55,10 @@ class Waiter:
         """As `Requester.request`, where nothing has to be given back."""
         client = self._client
         data = client.encode(message)
-        client.check(unread=True)
+        if client.endpoint.end:
+            client.check(unread=True)
         future = self._loop.create_future()
-        task, timer = asyncio.current_task(), None
+        task, timer = asyncio.current_task(self._loop), None
         cancelled = task.cancelling() if task is not None else 0
         answer = client.endpoint.start(message.id, data, holds, self._bell)
         self._waiting[answer] = future
@@ -63,8 +66,9 @@ class Waiter:
             if timeout is not None:
                 # Cancelled by C: a signal handler that raises in there would be the timer's end.
                 timer = self._loop.call_later(min(timeout, LONGEST), future.cancel)
-            # Who is alone is often answered by now; of many, those are all seen when the loop comes round.
-            if len(self._waiting) == 1 or not (self._watching and client.endpoint.is_armed):
+            # Who is alone is often answered by now; of many, the others are seen when the loop comes round, or before
+            # there is no room in the ring for more.
+            if len(self._waiting) % MANY == 1 or not (self._watching and client.endpoint.is_armed):
                 self._look()
             if answer.outcome == ON_ITS_WAY:
                 await future

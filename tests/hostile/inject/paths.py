@@ -15,10 +15,19 @@ from typing import Any, NamedTuple
 from served import HANDLERS
 
 import realmap
-from realmap import PAGE_SIZE, Buffer, KernelHandle, Process
+from realmap import PAGE_SIZE, Buffer, Call, ForeignProcess, KernelHandle, Process, Service, UserBuffer
 from realmap.kernel import Kernel
 
 Steps = Generator[None, None, bool]
+
+
+@realmap.syscall
+def offered(call: Call, data: UserBuffer) -> str:
+    """Turns it round, in place; the digest of what was."""
+    with data.mirror() as mirror:
+        before = bytes(mirror)
+        mirror[:] = before[::-1]
+        return hashlib.sha256(before).hexdigest()
 
 
 class Stage:
@@ -31,6 +40,7 @@ class Stage:
         self.me: Process | None = None
         self.kernel: Kernel | None = None
         self.handle: KernelHandle | None = None
+        self.service: Service | None = None
         self.buffers: list[Buffer] = []
 
     def join(self) -> Process:
@@ -58,6 +68,9 @@ class Stage:
 
     def strike(self) -> None:
         """Gives everything back. Nothing of it may fail: what was injected is over."""
+        if self.service is not None:
+            self.service.close()
+            self.service = None
         for buffer in self.buffers:
             buffer.unmap()
         self.buffers.clear()
@@ -138,6 +151,38 @@ def _echo(length: int) -> Callable[[Stage], Steps]:
         return bool(me.call("echo", data) == data)
 
     return steps
+
+
+def _offer(stage: Stage) -> Steps:
+    me = stage.join()
+    yield
+    stage.service = me.serve(offered)
+    return True
+
+
+def _served(stage: Stage) -> Steps:
+    """By the very process that calls: whole pages are lent, the edges copied."""
+    me, buffer, _ = stage.filled(3 * PAGE_SIZE, fragment=PAGE_SIZE)
+    stage.service = me.serve(offered)
+    part = buffer.slice(5, 2 * PAGE_SIZE)
+    content = part[:]
+    yield
+    return bool(me.call("offered", part) == hashlib.sha256(content).hexdigest()) and part[:] == content[::-1]
+
+
+def _attach(stage: Stage) -> Steps:
+    me, buffer, digest = stage.filled(3 * PAGE_SIZE, fragment=PAGE_SIZE)
+    handle = me.share(buffer)
+    yield
+    stage.buffers.append(me.attach(handle))
+    return hashlib.sha256(stage.buffers[-1]).hexdigest() == digest
+
+
+def _look(stage: Stage) -> Steps:
+    _, buffer, digest = stage.filled(3 * PAGE_SIZE, fragment=PAGE_SIZE)
+    yield
+    with ForeignProcess(os.getpid()) as process, process.mirror(buffer.address, len(buffer)) as mirror:
+        return hashlib.sha256(mirror).hexdigest() == digest
 
 
 def _close(stage: Stage) -> Steps:
@@ -230,6 +275,10 @@ _ALL = [
     Path("unmap", _unmapping(PAGE_SIZE)),
     Path("unmap-fragments", _unmapping(3 * PAGE_SIZE, fragment=PAGE_SIZE)),
     Path("collect", _collect),
+    Path("offer", _offer),
+    Path("call-served", _served),
+    Path("attach", _attach),
+    Path("look", _look),
     Path("close", _close),
     Path("start", _start, within=True, one_thread=True),
     Path("within", _within, within=True),

@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,8 +151,7 @@ def _dance(shared: mmap.mmap) -> None:
     while True:
         _await(shared, PREPARE)
         order: Order = _said(shared)
-        gc.collect()
-        before = (served.descriptors(os.getpid()), served.land_maps())
+        before = _open()
         stage = paths.Stage(order.where, order.spin, order.seed)
         steps = paths.PATHS[order.path].steps(stage)
         next(steps)
@@ -167,12 +167,21 @@ def _dance(shared: mmap.mmap) -> None:
         del steps, stage
         gc.collect()
         left += _normal(order, cleanup)
-        gc.collect()
-        after = (served.descriptors(os.getpid()), served.land_maps())
+        served.wait_until(partial(_is_open, before), 2.0)  # the thread of a service may not have ended yet
+        after = _open()
         left += [f"user's {what}: {one} became {other}" for what, one, other in _differences(before, after)]
         left += gone_wrong
         gone_wrong.clear()
         _say(shared, IDLE, Report(outcome, left))
+
+
+def _open() -> tuple[list[str], ...]:
+    gc.collect()
+    return served.descriptors(os.getpid()), served.land_maps()
+
+
+def _is_open(before: tuple[list[str], ...]) -> bool:
+    return _open() == before
 
 
 def _differences(before: tuple[list[str], ...], after: tuple[list[str], ...]) -> list[tuple[str, Any, Any]]:

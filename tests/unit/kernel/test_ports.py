@@ -428,6 +428,45 @@ def test_limits(run: Callable[..., Kernel]) -> None:
         stack.enter_context(RawSession(host, "name"))
 
 
+def test_a_caller_has_so_many_descriptors_of_its_server_and_no_more(run: Callable[..., Kernel]) -> None:
+    """Over all sessions between the two processes; what goes beyond is not sent."""
+    with contextlib.ExitStack() as stack:
+        stage = stack.enter_context(Stage(run()))
+        server = stack.enter_context(RawServer(stage.host, "few", descriptors=5))
+        first, second = [stack.enter_context(RawSession(stage.caller, "few")) for _ in range(2)]
+        stage.session.lend(stage.address)  # to another seat of that process
+        words = "has 3 descriptors of what process .*, 5 at most, and this takes 3"
+        with pytest.raises(LimitReached, match=words) as caught:
+            first.lend(stage.address)
+        assert (caught.value.what, caught.value.limit) == ("descriptors", 5)
+        one, other = stage.caller.map(PAGE), stage.caller.map(PAGE)
+        first.lend(one)
+        first.lend(one)  # again: it is there
+        second.lend(one)
+        with pytest.raises(LimitReached):
+            second.lend(other)
+        stage.caller.say(messages.Unmap(0, one, PAGE))
+        second.lend(other)
+        stage.session.sock.close()
+        wait_until(lambda: len(stage.kernel._seats._lines) == 2)
+        first.lend(stage.address)
+        told = []
+        while len(told) < 8:
+            news, fds = server.hear()
+            channel.close_all(fds)
+            told.append(news)
+        granted = [(each.session, each.address) for each in told if isinstance(each, Granted)]
+        assert granted == [
+            (first.number, one),
+            (second.number, one),
+            (second.number, other),
+            (first.number, stage.address),
+        ]
+        peer = stage.kernel.books.peers.process(os.getpid())
+        assert peer.lent == {os.getpid(): 4}
+    wait_until(lambda: not peer.lent)
+
+
 # ---- ends ------------------------------------------------------------------------------------------
 
 
