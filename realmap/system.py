@@ -24,7 +24,7 @@ from realmap.observe.announce import announce
 from realmap.observe.audit import AuditReport
 from realmap.observe.control import Control
 from realmap.observe.snapshot import Snapshot
-from realmap.observe.trace import CAPACITY, Trace
+from realmap.observe.trace import Trace
 from realmap.serving import logs
 from realmap.serving.registry import registry
 from realmap.serving.user_buffer import UserBuffer
@@ -32,6 +32,7 @@ from realmap.user.process import Process
 from realmap.user.spawned import SpawnedProcess as SpawnedProcess
 from realmap.user.spawned import spawn
 from realmap.wire import status
+from realmap.wire.records import CAPACITY
 from realmap.wire.ring import SPIN, checked_spin
 
 #: What the process of a booted kernel is called.

@@ -21,8 +21,6 @@ from realmap.observe.control import Control
 from realmap.observe.timeline import Timeline
 from realmap.wire.records import CAPACITY
 
-__all__ = ["CAPACITY", "Trace"]
-
 #: How often the records are taken, in seconds; a full batch is followed by the next at once.
 INTERVAL = 0.05
 #: Services tell of the calls that they have answered so much later, at most, in seconds.

@@ -13,7 +13,6 @@ from realmap.pages import PAGE_SIZE
 from realmap.rights import u_r, u_rw
 from realmap.user import Buffer, Process
 
-CALLS = {"digest": "stress_digest", "slow_digest": "stress_slow_digest", "copied_digest": "stress_copied_digest"}
 #: What a map may be answered with where memory is short; nothing is wrong then.
 NO_ROOM = (PhysicalMemoryExhaustion, VirtualMemoryExhaustion)
 #: How long the kernel may take to answer whoever would not wait for ever: what works against it may keep it. Seconds.
@@ -53,10 +52,8 @@ class Actor:
             buffer[step.offset : step.offset + step.length] = pattern(step.seed, step.length)
         elif kind == "check":
             return buffer[:]
-        elif kind in CALLS:
-            return me.call(CALLS[kind], buffer.slice(step.offset, step.length))
-        elif kind == "reverse":
-            me.call("stress_reverse", buffer.slice(step.offset, step.length))
+        elif kind in ("digest", "slow_digest", "copied_digest", "reverse"):
+            return me.call(f"stress_{kind}", buffer.slice(step.offset, step.length))
         elif kind == "fill":
             me.call("stress_fill", buffer.slice(step.offset, step.length), pattern(step.seed, step.length))
         elif kind == "copy":

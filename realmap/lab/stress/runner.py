@@ -16,7 +16,7 @@ import psutil
 
 from realmap.errors import KernelError, UnknownSyscall
 from realmap.host import forks, procfs, runtime, signals
-from realmap.lab.stress import handlers, worker
+from realmap.lab.stress import handlers
 from realmap.lab.stress.actor import PATIENCE, join
 from realmap.lab.stress.antagonists import chosen
 from realmap.lab.stress.antagonists.antagonist import Target
@@ -24,6 +24,7 @@ from realmap.lab.stress.antagonists.crew import Crew
 from realmap.lab.stress.board import Board
 from realmap.lab.stress.operations import load
 from realmap.lab.stress.report import FORM, Operation, Options, Report, Slope, Tally, kind_of, slope, summed
+from realmap.lab.stress.worker import Worker
 from realmap.memory import KERNEL_LAND
 from realmap.observe.control import Control
 from realmap.system import boot
@@ -129,7 +130,8 @@ class Runner:
             pid = forks.fork()
             if not pid:
                 ours.close()
-                worker.run(theirs, self._options, self._path, self._board, user.index, user.life, self._deadline, left)
+                life = Worker(theirs, self._options, self._path, self._board, user.index, user.life)
+                life.run(self._deadline, left)
             theirs.close()
             user.pid, user.sock = pid, ours
             user.now = Tally()

@@ -10,11 +10,11 @@ import threading
 import time
 import traceback
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
-from realmap.errors import KernelDied, KernelError, LimitReached, MemoryFault, ServerDied
+from realmap.errors import KernelError, LimitReached, MemoryFault, ServerDied
 from realmap.lab import workload
 from realmap.lab.stress.actor import NO_ROOM, Actor, WrongBytes, join
 from realmap.lab.stress.board import Board
@@ -54,6 +54,22 @@ class Worker:
         self._choices = hashlib.sha256()
         self._told = 0.0
         self._recent: list[Step] = []
+
+    def run(self, deadline: float | None, steps: int | None) -> NoReturn:
+        """A whole life, in a process of its own that ends with it; exit status 1 where something was wrong."""
+        status = 1
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, lambda *_: None)  # an antagonist sends it
+        try:
+            self.live(deadline, steps)
+            status = 0
+        except BrokenPipeError:  # the runner has gone
+            pass
+        except BaseException as error:
+            self.fail(error)
+        finally:
+            os._exit(status)
 
     def live(self, deadline: float | None, steps: int | None) -> None:
         """Works until `deadline` (of the monotonic clock), or for so many steps, or until it is killed."""
@@ -207,32 +223,3 @@ class Worker:
         self._told = time.monotonic()
         self._tally.choices = self._choices.hexdigest()
         self._sock.send(msgspec.msgpack.encode(self._tally))
-
-
-def run(
-    sock: socket.socket,
-    options: Options,
-    path: str,
-    board: Board,
-    index: int,
-    life: int,
-    deadline: float | None,
-    steps: int | None,
-) -> None:
-    """A whole life, in a process of its own that ends with it; exit status 1 where something was wrong."""
-    status = 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, lambda *_: None)  # an antagonist sends it
-    worker = Worker(sock, options, path, board, index, life)
-    try:
-        worker.live(deadline, steps)
-        status = 0
-    except KernelDied as error:
-        worker.fail(error)
-    except BrokenPipeError:  # the runner has gone
-        pass
-    except BaseException as error:
-        worker.fail(error)
-    finally:
-        os._exit(status)
