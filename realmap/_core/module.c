@@ -61,6 +61,7 @@
 #include "mail.c"
 #include "turn.c"
 #include "stock.c"
+#include "request.c"
 #include "endpoint.c"
 #include "account.c"
 #include "lock.c"
