@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -25,7 +26,8 @@ import realmap
 from realmap.cli.stress import render
 from realmap.host.stranger import may_open_map_files
 from realmap.lab import stress, workload
-from realmap.lab.stress import handlers, neighbours, report
+from realmap.lab.stress import handlers, neighbours, report, worker
+from realmap.lab.stress.board import Board
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -194,6 +196,15 @@ def test_strangers_that_linux_does_not_show_are_skipped_by_name(may: bool, monke
     console = Console(file=io.StringIO(), width=200)
     render(console, found)
     assert "stranger: not here: it takes CAP_NOTHING\n" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_who_has_ended_shows_nothing() -> None:
+    """Others would look for what it has unmapped, until it is reaped."""
+    ours, theirs = socket.socketpair()
+    board, options = Board(1), stress.Options("quick", users=1)
+    with ours, theirs, realmap.boot(syscalls=handlers.ALL) as kernel:
+        worker.Worker(theirs, options, kernel.path, board, 0, 0).live(None, 5)
+    assert board.shown(0) is None
 
 
 def test_two_calls_drop_the_mirrors_of_the_dead_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,18 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import realmap
-from realmap import PAGE_SIZE, ForeignProcess, KernelError, SyscallFailed, UserBuffer
+from realmap import (
+    PAGE_SIZE,
+    Buffer,
+    ForeignProcess,
+    KernelError,
+    Process,
+    SyscallFailed,
+    UserBuffer,
+    connect,
+    syscall,
+    u_rw,
+)
 from realmap.host import forks
 from realmap.kernel import Kernel
 
@@ -37,8 +47,8 @@ async def few_reverse_soon(call: object, data: UserBuffer) -> None:
     few_reverse(call, data)
 
 
-def connect(path: str) -> Callable[[], object]:
-    return lambda: realmap.connect(path).close()
+def join(path: str) -> Callable[[], object]:
+    return lambda: connect(path).close()
 
 
 def start(path: str) -> Callable[[], object]:
@@ -46,7 +56,7 @@ def start(path: str) -> Callable[[], object]:
         kernel = Kernel(syscalls=[few_reverse])
         kernel.start()
         try:
-            with realmap.connect(kernel.path) as me:
+            with connect(kernel.path) as me:
                 me.call("few_reverse", me.map(LENGTH))
         finally:
             kernel.stop()
@@ -59,10 +69,10 @@ def _own(handler: Callable[..., Any]) -> str:
     return f"{handler.__name__} of {os.getpid()}"
 
 
-def _served(path: str) -> tuple[realmap.Process, realmap.Buffer]:
+def _served(path: str) -> tuple[Process, Buffer]:
     """A user that serves itself, and a part of a buffer: whole pages are lent, its edges copied."""
-    me = realmap.connect(path)
-    me.serve(*(realmap.syscall(name=_own(each))(each) for each in (few_reverse, few_reverse_soon)))
+    me = connect(path)
+    me.serve(*(syscall(name=_own(each))(each) for each in (few_reverse, few_reverse_soon)))
     return me, me.map(LENGTH, fragment=PAGE_SIZE).slice(5, LENGTH - 9)
 
 
@@ -81,14 +91,14 @@ def await_it(path: str) -> Callable[[], object]:
 
 
 def attach(path: str) -> Callable[[], object]:
-    one, other = realmap.connect(path), realmap.connect(path)
+    one, other = connect(path), connect(path)
     buffer = one.map(LENGTH, fragment=PAGE_SIZE)
-    handle = one.share(buffer, rights=realmap.u_rw)
+    handle = one.share(buffer, rights=u_rw)
     return lambda: other.attach(handle).unmap()
 
 
 def look(path: str) -> Callable[[], object]:
-    buffer = realmap.connect(path).map(LENGTH)
+    buffer = connect(path).map(LENGTH)
 
     def act() -> None:
         with ForeignProcess(os.getppid()) as parent:
@@ -100,7 +110,7 @@ def look(path: str) -> Callable[[], object]:
 
 
 ACTS = {
-    "connect": connect, "start": start, "call": _calling(few_reverse), "call a task": _calling(few_reverse_soon),
+    "connect": join, "start": start, "call": _calling(few_reverse), "call a task": _calling(few_reverse_soon),
     "await": await_it, "attach": attach, "look": look,
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ def test_each_first_time_with_few_descriptors(kernel: KernelHandle) -> None:
         [sys.executable, str(SUPPORT / "few_descriptors.py"), kernel.path],
         capture_output=True,
         text=True,
-        timeout=2 * BOUND,
+        timeout=4 * BOUND,
     )
     found = json.loads(done.stdout)
     assert len(found) == 7

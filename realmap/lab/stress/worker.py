@@ -78,13 +78,18 @@ class Worker:
             self._neighbours = Neighbours(me, self._board, self._index)
             self._board.enter(self._index)  # from here on it can bear what antagonists do
             self._do(actor, Step("show", seed=self._draw.below(1 << 32)))
-            while (steps is None or self._tally.steps < steps) and (deadline is None or time.monotonic() < deadline):
-                self._step(actor)
-                if self._tally.again:
-                    self._tell()
-                    return
-                if time.monotonic() - self._told > TELL:
-                    self._tell()
+            try:
+                while (steps is None or self._tally.steps < steps) and (
+                    deadline is None or time.monotonic() < deadline
+                ):
+                    self._step(actor)
+                    if self._tally.again:
+                        self._tell()
+                        return
+                    if time.monotonic() - self._told > TELL:
+                        self._tell()
+            finally:
+                self._board.show(self._index, 0, 0, 0)  # before its end unmaps what it shows
             self._tally.unnoticed = actor.unnoticed
             self._neighbours.close()
             # Drops what the kernel keeps for it, so that nothing but its own end is left to be seen to.
