@@ -34,6 +34,7 @@ HELD = ("processes", "mappings", "mirrors", "segments", "bytes", "handles")
 def kernel(request: pytest.FixtureRequest) -> Iterator[KernelHandle]:
     """A kernel, and whoever serves."""
     where = request.param
+    placed.gates.clear()  # of a module that handlers are sent with, and queues cannot travel
     inside = {"loop": placed.HANDLERS, "workers": placed.ON_WORKERS}.get(where, [])
     with realmap.boot(syscalls=inside) as handle:
         servers = [handle.spawn(placed.serve) for _ in range(SERVERS[where])]
