@@ -37,7 +37,8 @@ os.mkdir("packages")
 for name in os.listdir(packages):
     if "realmap" not in name:
         os.symlink(os.path.join(packages, name), os.path.join("packages", name))
-sys.path = [os.path.abspath("packages") if path == packages else path for path in sys.path if path]
+there = [path for path in sys.path if path and not os.path.exists(os.path.join(path, "realmap"))]
+sys.path = [os.path.abspath("packages") if path == packages else path for path in there]
 sys.meta_path = [finder for finder in sys.meta_path if "realmap" not in getattr(finder, "__module__", "")]
 """
 CLOCK_OFF = "import time; right = time.time; time.time = lambda: right() - 3600"

@@ -6,7 +6,7 @@ Run as a script: METHOD; unittest's output, on stderr. Every `multiprocessing.sh
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 import tempfile
