@@ -65,6 +65,7 @@ def test_all_at_once() -> None:
     found = run("all", seconds=5.0)
     assert found.ok, "\n".join(found.failures)
     assert list(found.antagonists) == list(ALL)
+    assert set(found.slopes) == {"rss", "maps", "descriptors", "threads"}
     assert [name for name, each in found.antagonists.items() if not at_work(each)] == []
     if os.geteuid() == 0:
         assert sum(each.count > 0 for each in found.antagonists.values()) >= 8
