@@ -417,8 +417,9 @@ class Process:
             if name in self._known:
                 return await arun(self._routes.steps(request), name, timeout)
             sent, holds = (request.id, client.encode(request)), request.args
+        number, data = sent  # not `*sent`: before 3.12 a handler could come between that call and its await
         try:
-            return (await waiters()(client).request(*sent, timeout=timeout, name=name, holds=holds))[0]
+            return (await waiters()(client).request(number, data, timeout=timeout, name=name, holds=holds))[0]
         except UnknownSyscall as error:
             refusal = error.with_traceback(None)
         request = call_of(client, name, args, timeout, kwargs)
