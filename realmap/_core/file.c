@@ -64,11 +64,12 @@ static int next_map(int fd, struct map_query *query, const char *devices, size_t
             if (memcmp(devices + i * sizeof *device, device, sizeof *device))
                 continue;
             name[0] = 0; /* and so it stays where it is longer than Linux shows */
-            if (ioctl(fd, MAP_QUERY, &named) && errno != ENAMETOOLONG)
-                return 0;
-            if (!named.name_size || !memcmp(named.found, map.found, sizeof map.found))
+            int error = ioctl(fd, MAP_QUERY, &named) ? errno : 0;
+            if (error == ENAMETOOLONG || (!error && !memcmp(named.found, map.found, sizeof map.found)))
                 return 1;
-            query->address = map.found[0]; /* it has changed meanwhile: once more */
+            if (error && error != ENOENT)
+                return 0;
+            query->address = map.found[0]; /* it has changed, or gone, meanwhile: once more */
         }
     }
     return 0;

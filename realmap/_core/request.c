@@ -113,8 +113,11 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
  * connection has ended, without an exception; or with one. */
 static PyObject *write_plain(Endpoint *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (wants(nargs, 3, "a call") || self->end || self->epoch != fork_epoch || !PyUnicode_CheckExact(args[0]) ||
-        PyDict_Contains(args[2], args[0]))
+    if (wants(nargs, 3, "a call") || self->end || self->epoch != fork_epoch || !PyUnicode_CheckExact(args[0]))
+        return NULL;
+    if (!PyTuple_Check(args[1]) || !PyDict_Check(args[2])) /* PyDict_Contains does not look */
+        return PyErr_Format(PyExc_TypeError, "arguments are a tuple, names a dict");
+    if (PyDict_Contains(args[2], args[0]))
         return NULL;
     return plain_call(++self->number, args[0], args[1]);
 }

@@ -275,9 +275,12 @@ static PyObject *shared_offset(PyObject *op, void *Py_UNUSED(closure))
 
 /* __init_subclass__(): a class has the methods of the core's type below it as its own: the interpreter has a short way,
  * half as long, to those of exactly the class of an object. */
-static PyObject *shared_init_subclass(PyObject *cls, PyObject *Py_UNUSED(ignored))
+static PyObject *shared_init_subclass(PyObject *cls, PyObject *args, PyObject *names)
 {
-    PyObject *bases = PyObject_GetAttrString(cls, "__bases__");
+    PyObject *others = PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, (PyObject *)shared_type, cls, NULL);
+    PyObject *next = others ? PyObject_GetAttrString(others, "__init_subclass__") : NULL; /* of Generic, of a mixin */
+    PyObject *done = next ? PyObject_Call(next, args, names) : NULL;
+    PyObject *bases = done ? PyObject_GetAttrString(cls, "__bases__") : NULL;
     int failed = !bases;
     for (Py_ssize_t i = 0; !failed && i < PyTuple_Size(bases); i++) {
         PyTypeObject *base = as_type(PyTuple_GetItem(bases, i));
@@ -296,12 +299,15 @@ static PyObject *shared_init_subclass(PyObject *cls, PyObject *Py_UNUSED(ignored
         }
     }
     Py_XDECREF(bases);
+    Py_XDECREF(done);
+    Py_XDECREF(next);
+    Py_XDECREF(others);
     return none_unless(failed);
 }
 
 static PyMethodDef shared_methods[] = {
     {"_open", FASTCALL(shared_open), METH_FASTCALL | METH_CLASS, NULL},
-    {"__init_subclass__", shared_init_subclass, METH_NOARGS | METH_CLASS, NULL},
+    {"__init_subclass__", FASTCALL(shared_init_subclass), METH_VARARGS | METH_KEYWORDS | METH_CLASS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import msgspec
-
 from realmap._core import CLOSED, DIED, ERRNO, NONSENSE, SAID_BYE, STOLEN, Answer, Endpoint
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
 from realmap.host import procfs
@@ -184,7 +182,7 @@ class Server(Requester):
             why = "the descriptor of this session was closed by another part of this program (os.closerange?)"
             return ProcessKilled(self.pid, why=why)
         if end == SAID_BYE:
-            with contextlib.suppress(msgspec.MsgspecError):
+            with contextlib.suppress(*messages.UNREADABLE):
                 return self.farewell()
             end = NONSENSE
         said = {DIED: "has ended, or serves no more", NONSENSE: "said what is no message"}

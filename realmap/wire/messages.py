@@ -407,8 +407,13 @@ def _plain_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+#: What comes of a peer's bytes that are no message of ours: text that is no UTF-8, too deep, a key that cannot be
+#: hashed, facts that are not those of an error.
+UNREADABLE = (msgspec.MsgspecError, ValueError, TypeError, RecursionError)
+
+
 def exception_of(error: Error) -> KernelError:
-    """The exception again, on the other side."""
+    """The exception again, on the other side. UNREADABLE: it has other facts."""
     kind = errors.BY_CODE.get(error.code, KernelError)
     facts = error.facts[: len(kind.fields)]
     if error.code in _TYPES and facts and "type" in kind.fields:

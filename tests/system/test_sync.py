@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import MethodDescriptorType
+from typing import Generic, TypeVar
 
 import pytest
 from conftest import BOUND, PAGE, in_threads, wait_until
@@ -26,6 +27,7 @@ from realmap import (
 )
 from realmap.sync import Barrier, Condition, Counter, Event, Lock, Queue, Semaphore
 
+T = TypeVar("T")
 KINDS: list[Callable[..., object]] = [Lock, Condition, Counter, Event, Semaphore, partial(Barrier, parties=3)]
 
 
@@ -113,6 +115,27 @@ def test_a_class_keeps_what_it_says_itself_or_by_a_base_before(page: Buffer) -> 
     assert (mine.acquire(), mine.release()) == ("mine", "before")
     with mine, pytest.raises(BufferError):
         page.unmap()
+
+
+def test_a_class_may_have_other_bases_that_are_told_of_it(page: Buffer) -> None:
+    told: dict[type, str] = {}
+
+    class Told:
+        def __init_subclass__(cls, /, by: str = "", **more: object) -> None:
+            super().__init_subclass__(**more)
+            told[cls] = by
+
+    class Typed(Lock, Generic[T]):
+        pass
+
+    class Both(Lock, Told, by="name"):
+        pass
+
+    with Typed[int](page):
+        pass
+    assert told == {Both: "name"}
+    with pytest.raises(TypeError):
+        type("Odd", (Lock,), {}, by="name")
 
 
 # ---- lock -----------------------------------------------------------------------------------

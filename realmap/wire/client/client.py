@@ -12,7 +12,7 @@ from realmap.errors import InvalidHandle, KernelDied, KernelError, ProcessKilled
 from realmap.wire import status
 from realmap.wire.client import handshake
 from realmap.wire.client.requester import Requester
-from realmap.wire.messages import VERSION
+from realmap.wire.messages import UNREADABLE, VERSION
 
 
 class Client(Requester):
@@ -57,7 +57,7 @@ class Client(Requester):
         """Why the connection is of no use any more."""
         end = self.endpoint.end
         if end == SAID_BYE:
-            with contextlib.suppress(msgspec.MsgspecError):
+            with contextlib.suppress(*UNREADABLE):
                 return self.farewell()
             end = NONSENSE
         if end == CLOSED:

@@ -92,7 +92,7 @@ def introduce(
         raise KernelDied(path, why=f"the kernel at {path!r} ended while this process connected")
     try:
         found = msgspec.msgpack.decode(answer.data or b"", type=messages.Welcome | messages.Refused)
-    except msgspec.MsgspecError:
+    except messages.UNREADABLE:
         raise VersionMismatch(VERSION, "unknown", why=f"what answers at {path!r} does not speak as we do") from None
     if isinstance(found, messages.Refused):
         raise messages.exception_of(found.error)

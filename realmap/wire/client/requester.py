@@ -115,13 +115,14 @@ class Requester(ABC):
             return value
         try:
             reply = _decode(answer.data or b"")
-        except msgspec.MsgspecError:
+            if type(reply) is Done:
+                return reply.value
+            assert isinstance(reply, messages.Failed)
+            error = messages.exception_of(reply.error)
+        except messages.UNREADABLE:
             self.endpoint.reject()
             raise self.ended() from None
-        if type(reply) is Done:
-            return reply.value
-        assert isinstance(reply, messages.Failed)
-        raise messages.exception_of(reply.error)
+        raise error
 
     def notice(self, message: Any) -> None:
         """Sends a request that wants no answer; later if it cannot be sent now. Safe in a destructor: never waits."""
@@ -151,7 +152,7 @@ class Requester(ABC):
         """What is raised where it is of no use any more."""
 
     def farewell(self) -> KernelError:
-        """Why the other side has ended it, as that said last. MsgspecError: it made no sense."""
+        """Why the other side has ended it, as that said last. UNREADABLE: it made no sense."""
         return messages.exception_of(_bye(self.endpoint.bye or b"").error)
 
     @property

@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -227,6 +228,53 @@ def test_odd_names(name: str, odd: str) -> None:
     window.close()
     assert gone.kind == UNLINKED
     assert gone.name == name + odd
+
+
+def test_a_map_of_a_file_whose_path_is_longer_than_linux_shows(tmp_path: Path) -> None:
+    folders = [os.open(tmp_path, os.O_PATH)]
+    try:
+        for _ in range(17):
+            os.mkdir("d" * 250, dir_fd=folders[-1])
+            folders.append(os.open("d" * 250, os.O_PATH, dir_fd=folders[-1]))
+        fd = os.open("file", os.O_RDWR | os.O_CREAT, dir_fd=folders[-1])
+        os.truncate(fd, PAGE)
+        file = os.fstat(fd)
+        with mmap.mmap(fd, PAGE):
+            asked = device_maps(b"/proc/self/maps", struct.pack("=Q", file.st_dev))
+        os.close(fd)
+        os.unlink("file", dir_fd=folders[-1])
+    finally:
+        for folder in folders[-2::-1]:
+            os.rmdir("d" * 250, dir_fd=folder)
+        for folder in folders:
+            os.close(folder)
+    assert asked is None or [row[6] for row in asked if row[5] == file.st_ino] == [b""]
+
+
+def test_maps_that_go_while_they_are_looked_at_hide_no_others(name: str) -> None:
+    """One that has gone between being found and being asked for its name ended the list."""
+    fd = made(name, 1)
+    file = os.fstat(fd)
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            for window in [mmap.mmap(fd, PAGE) for _ in range(3)]:
+                window.close()
+
+    steady = [mmap.mmap(fd, PAGE) for _ in range(8)]
+    over = threading.Event()
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(scaled(3000)):
+            asked = device_maps(b"/proc/self/maps", struct.pack("=Q", file.st_dev))
+            assert asked is None or sum(row[5] == file.st_ino for row in asked) >= len(steady)
+    finally:
+        over.set()
+        thread.join()
+        for window in steady:
+            window.close()
+        os.close(fd)
 
 
 def test_maps_are_the_same_where_linux_shows_them_as_text_alone(name: str) -> None:

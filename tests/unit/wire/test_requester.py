@@ -15,10 +15,12 @@ from conftest import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realmap._core import ANSWERED, DIED, ENDED, Answer, Bell, Endpoint, Window, fall_asleep, wake_up
+from realmap._core import ANSWERED, DIED, ENDED, NONSENSE, Answer, Bell, Endpoint, Window, fall_asleep, wake_up
+from realmap.errors import InvalidMemState, KernelDied, KernelError, SyscallTimeout
 from realmap.memory import KERNEL_LAND
 from realmap.pages import PAGE_SIZE
 from realmap.wire import messages
+from realmap.wire.client.requester import Requester
 from realmap.wire.ring import RingEnd
 
 
@@ -149,6 +151,40 @@ def test_an_unmapping_is_not_heard_before_a_call_that_lies_in_the_socket(pair: P
     assert pair.ring._pop() == said
 
 
+class Asking(Requester):
+    """Who asks by a pair."""
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair.endpoint, msgspec.msgpack.Encoder(), pair.endpoint.next_id)
+
+    def unanswered(self, name: str, timeout: float | None) -> SyscallTimeout:
+        return SyscallTimeout(name, timeout)
+
+    def elsewhere(self) -> KernelError:
+        return KernelDied("path", why="elsewhere")
+
+    def ended(self, unread: bool = False) -> KernelError:
+        return KernelDied("path", why="ended")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\x94\x01\x01\xa1\xff\0",  # text that is no UTF-8
+        b"\x94\x01\x01" + b"\x91" * 100_000,
+        b"\x94\x01\x01\x81\x80\1\0",  # a dict with a dict as its key
+        msgspec.msgpack.encode(messages.Failed(1, messages.Error(InvalidMemState.code, [0, 77], ""))),
+    ],
+)
+def test_an_answer_that_is_no_message_ends_it(pair: Pair, answer: bytes) -> None:
+    asked = ask(pair, 1)
+    pair.sock.send(b"\0" + answer[:60_000])
+    pair.endpoint.read(Bell(lambda: None, lambda _: None, lambda: False))
+    with pytest.raises(KernelDied, match="ended"):
+        Asking(pair).value(asked)
+    assert pair.endpoint.end == NONSENSE
+
+
 # ---- calls of plain values ----------------------------------------------------------------------
 
 numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.integers(0, 64).map(lambda bits: (1 << bits) - 1)
@@ -230,6 +266,47 @@ def test_a_call_that_is_not_so_plain_is_left_to_the_encoder(pair: Pair, args: tu
     assert pair.endpoint.call("name", args, {}) is NotImplemented
     assert pair.endpoint.plain("name", args, {}) is None
     assert (pair.endpoint.pending, pair.ring._pop()) == (0, None)
+
+
+@settings(max_examples=scaled(600), deadline=None)
+@given(
+    st.sampled_from([b"\x94\x01\x01", b"\x94\x01\xcc\x01", b"\x94\x01\xcf" + bytes(7) + b"\x01", b"\x93\x01\x01"]),
+    values, st.integers(0, 1), st.data(),
+)  # fmt: skip
+def test_a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_same(
+    head: bytes, value: Any, descriptors: int, more: st.DataObject
+) -> None:
+    data = bytearray(msgspec.msgpack.encode(value) + bytes([descriptors]))
+    for _ in range(more.draw(st.integers(0, 2))):
+        how, at = more.draw(st.integers(0, 2)), more.draw(st.integers(0, min(len(data), 12)))
+        if how == 0:
+            del data[at : at + more.draw(st.integers(1, 9))]
+        elif how == 1:
+            data[at : at + 1] = more.draw(st.binary(max_size=1))
+        else:
+            data[at:at] = more.draw(st.binary(max_size=4))
+    bell = Bell(lambda: None, lambda _: None, lambda: False)
+    with connected() as pair:
+        answer = ask(pair, 1)
+        pair.sock.send(b"\0" + head + data)  # by the ring, descriptors that it says it has would be waited for
+        pair.endpoint.read(bell)
+        assert answer.outcome == ANSWERED
+        read = answer.value
+    try:
+        right = done_of(head + data)
+    except messages.UNREADABLE:
+        assert read is NotImplemented
+        return
+    if read is not NotImplemented:
+        assert right.descriptors == 0
+        assert same(read, right.value)
+
+
+@pytest.mark.parametrize(("args", "others"), [([], {}), ((), 5), ((), ["name"]), (None, {})])
+def test_what_is_no_tuple_or_no_dict_is_no_call(pair: Pair, args: Any, others: Any) -> None:
+    for ask_by in (pair.endpoint.call, pair.endpoint.plain):
+        with pytest.raises(TypeError):
+            ask_by("name", args, others)
 
 
 @pytest.mark.parametrize("number", [127, 128, 255, 256, 65_535, 65_536])
