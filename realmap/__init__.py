@@ -31,7 +31,7 @@ realmap.shared_memory               in place of multiprocessing.shared_memory
 realmap.sync                        locks, events, queues, … in the bytes of a Buffer
 
 All else is how it is built, and may change. What is large is imported when it is first asked for: whoever changes its
-root, its user or its rights after `import realmap` names before what it uses then (`realmap.connect`, …).
+root or its user, or takes its last descriptor, after `import realmap` names what it needs before (`realmap.connect`).
 """
 
 import importlib

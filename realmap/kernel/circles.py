@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeAlias
 
 from realmap.kernel.ports import LONGEST, Seat, Session
 
-#: Seats that are looked at for one circle at most, and that its error names.
-MOST, NAMED = 64, 8
+#: Seats that are looked at for one circle at most, what is read of their calls (so the loop is not held), and the seats
+#: that its error names.
+MOST, CALLS, NAMED = 64, 8192, 8
 #: A call: the number of its session, and its own there.
 Key: TypeAlias = tuple[int, int]
 
@@ -67,11 +68,21 @@ class _Told:
 class _Known(dict[Seat, _Told]):
     """Of every seat that was looked at."""
 
+    def __init__(self) -> None:
+        self._read = 0
+
     def __missing__(self, seat: Seat) -> _Told:
         if len(self) == MOST:
             raise _May
+        self.count(len(seat.served.running) + len(seat.served.waits))
         told = self[seat] = _Told(seat)
         return told
+
+    def count(self, calls: int) -> None:
+        """_May: that is more than is read."""
+        self._read += calls
+        if self._read > CALLS:
+            raise _May
 
 
 class _May(Exception):
@@ -112,6 +123,7 @@ def _waits_of(seat: Seat, known: _Known) -> Iterator[Wait]:
         waits = known[at].waits.get(call)
         if not waits:
             raise _May
+        known.count(len(waits))
         for key, since in waits:
             session: Session | None = at.process.sessions.get(key[0])
             if session is None or key not in known[session.seat].calls:  # it is on its way, or has been answered
