@@ -4,7 +4,8 @@
                                                                  each of whose threads waits … for one of seat A
 
 Every server tells what it waits for a few times a second, each at another moment. So a circle is believed once each of
-its servers has told of it twice: what holds before and after a moment held then, for all of them.
+its servers has told of it twice: what holds before and after a moment held then, for all of them. A call that would be
+given up later, by a timeout, waits as any other.
 """
 
 from __future__ import annotations

@@ -109,5 +109,6 @@ assert os.waitpid(child, 0)[1] == 0
     ids=["threads", "more threads", "handler", "fork"],
 )
 def test_a_name_is_whole_also_in_the_middle_of_another_ones_import(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=BOUND)
+    words = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]  # of a fork, from 3.12 on
+    done = subprocess.run(words, capture_output=True, text=True, timeout=BOUND)
     assert (done.returncode, done.stderr) == (0, "")
