@@ -30,10 +30,13 @@ realmap.memory                      the pieces by themselves
 realmap.shared_memory               in place of multiprocessing.shared_memory
 realmap.sync                        locks, events, queues, … in the bytes of a Buffer
 
-All else is how it is built, and may change. What is large is imported when it is first asked for.
+All else is how it is built, and may change. What is large is imported when it is first asked for: whoever changes its
+root or its user, or takes its last descriptor, after `import realmap` names what it needs before (`realmap.connect`).
 """
 
 import importlib
+import os
+from _thread import RLock
 from typing import TYPE_CHECKING
 
 from realmap import _core
@@ -167,16 +170,32 @@ _PLACES = {
     "syscall": "realmap.serving.registry",
 }
 
+#: Whoever imports one has this: others would see half modules, and the child of a fork would wait for it for ever.
+_importing = RLock()
+os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+
 if not TYPE_CHECKING:  # a checker would take every name for one of these
 
     def __getattr__(name: str) -> object:
         if name == "memory":  # itself
-            return importlib.import_module("realmap.memory")
+            return _imported("realmap.memory")
         if name not in _PLACES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        place = importlib.import_module(_PLACES[name])
-        found = globals()[name] = getattr(place, name)
+        found = globals()[name] = getattr(_imported(_PLACES[name]), name)
         return found
+
+    def _imported(place: str) -> object:
+        import signal  # here: whoever only imports realmap does without
+
+        with _importing:
+            # The handler of a signal that comes meanwhile runs afterwards: it may use realmap, or raise.
+            handled = {number for number in signal.valid_signals() if callable(signal.getsignal(number))}
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+                return importlib.import_module(place)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -23,7 +23,7 @@ def place_of(process: ForeignProcess, text: str) -> int:
         return int(text, 0)
     except ValueError:
         named = [each for each in process.mappings() if each.kind in BEFORE]
-    found = _beginnings([each for each in named if _name(each) == _as_shown(text)])
+    found = _beginnings([each for each in named if _as_shown(text) in (_name(each), _name(each) + DELETED)])
     if len(found) == 1:
         return found[0].address
     if found:

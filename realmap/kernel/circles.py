@@ -4,7 +4,8 @@
                                                                  each of whose threads waits … for one of seat A
 
 Every server tells what it waits for a few times a second, each at another moment. So a circle is believed once each of
-its servers has told of it twice: what holds before and after a moment held then, for all of them.
+its servers has told of it twice: what holds before and after a moment held then, for all of them. A call that would be
+given up later, by a timeout, waits as any other.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import NamedTuple, TypeAlias
 
 from realmap.kernel.ports import LONGEST, Seat, Session
 
-#: Seats that are looked at for one circle at most, and that its error names.
-MOST, NAMED = 64, 8
+#: Seats that are looked at for one circle at most, what is read of their calls (so the loop is not held), and the seats
+#: that its error names.
+MOST, CALLS, NAMED = 64, 8192, 8
 #: A call: the number of its session, and its own there.
 Key: TypeAlias = tuple[int, int]
 
@@ -67,11 +69,21 @@ class _Told:
 class _Known(dict[Seat, _Told]):
     """Of every seat that was looked at."""
 
+    def __init__(self) -> None:
+        self._read = 0
+
     def __missing__(self, seat: Seat) -> _Told:
         if len(self) == MOST:
             raise _May
+        self.count(len(seat.served.running) + len(seat.served.waits))
         told = self[seat] = _Told(seat)
         return told
+
+    def count(self, calls: int) -> None:
+        """_May: that is more than is read."""
+        self._read += calls
+        if self._read > CALLS:
+            raise _May
 
 
 class _May(Exception):
@@ -112,6 +124,7 @@ def _waits_of(seat: Seat, known: _Known) -> Iterator[Wait]:
         waits = known[at].waits.get(call)
         if not waits:
             raise _May
+        known.count(len(waits))
         for key, since in waits:
             session: Session | None = at.process.sessions.get(key[0])
             if session is None or key not in known[session.seat].calls:  # it is on its way, or has been answered

@@ -18,6 +18,7 @@ def call_of(client: Client, name: str, args: Any, timeout: float | None, kwargs:
     """A call as it is sent. TypeError: the name is no str, or something cannot travel. ValueError: no timeout."""
     if not isinstance(name, str):
         raise TypeError(f"the name of a syscall is a str, not {type(name).__name__}")
+    name = str.__str__(name)  # of a StrEnum, say, its text alone
     if timeout is not None:
         if not timeout >= 0:
             raise ValueError(f"timeout must be a number of seconds, not below 0: {timeout!r}")

@@ -81,10 +81,11 @@ def test_a_segment_by_its_name(other: Stranger) -> None:
     assert f"{memfd.address:#x}" in done.stderr and f"{again.address:#x}" in done.stderr
 
 
-def test_a_segment_in_pieces_begins_with_its_first() -> None:
+@pytest.mark.parametrize("end", ["pieces", "x (deleted)"])
+def test_a_segment_in_pieces_begins_with_its_first(end: str) -> None:
     import mmap
 
-    name = f"realmap-test-{os.getpid()}-pieces"
+    name = f"realmap-test-{os.getpid()}-{end}"
     fd = os.open(f"/dev/shm/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         os.pwrite(fd, b"AB\0C" + bytes(3 * PAGE), 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import enum
 import gc
 import hashlib
 import math
@@ -68,6 +70,11 @@ def test_plain_values_travel_both_ways(me: Process, value: Any) -> None:
 
 def test_bytearrays_travel_as_bytes_and_tuples_as_lists(me: Process) -> None:
     assert me.call("echo", bytearray(b"x"), (1, (2,))) == [b"x", [1, [2]]]
+
+
+def test_a_name_may_be_of_a_kind_of_text(me: Process) -> None:
+    name = enum.StrEnum("Name", ["echo"]).echo
+    assert me.call(name, 1) == [1] == asyncio.run(me.acall(name, 1))
 
 
 def test_buffers_travel_as_address_and_length_wherever_they_stand(me: Process) -> None:

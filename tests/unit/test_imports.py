@@ -46,3 +46,69 @@ def test_every_name_is_there_and_listed_before_it_is_imported() -> None:
     assert done.stdout.startswith("set() <class 'realmap.user.buffer.Buffer'>"), done.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = realmap.nothing  # type: ignore[attr-defined]
+
+
+#: Each is a program: what of realmap is named first there, in the middle of another first import.
+AT_THE_SAME_TIME = """
+import random, sys, threading, realmap
+sys.setswitchinterval(1e-6)
+names = [*realmap._PLACES, "memory"]
+random.Random({seed}).shuffle(names)
+together, found = threading.Barrier(8), []
+
+def name(mine):
+    together.wait()
+    found.extend(getattr(realmap, each) for each in mine)
+
+threads = [threading.Thread(target=name, args=(names[at::8],)) for at in range(8)]
+for each in threads: each.start()
+for each in threads: each.join()
+assert len(found) == len(names)
+"""
+IN_A_HANDLER = """
+import signal, sys, realmap
+found, sent = [], []
+
+def interrupt(event, args):
+    if event == "import" and args[0] == "realmap.user.process" and not sent:
+        sent.append(True)
+        signal.raise_signal(signal.SIGUSR1)
+
+signal.signal(signal.SIGUSR1, lambda *_: found.append((realmap.connect, realmap.boot, realmap.Process)))
+sys.addaudithook(interrupt)
+assert sent == [] and realmap.boot and sent
+assert found == [(realmap.connect, realmap.boot, realmap.Process)]
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+"""
+AT_A_FORK = """
+import os, signal, sys, threading, realmap
+midst, forking = threading.Event(), threading.Event()
+
+def wait(event, args):
+    if event == "import" and args[0] == "realmap.user.process" and not midst.is_set():
+        midst.set()
+        assert forking.wait({bound})
+
+sys.addaudithook(wait)
+thread = threading.Thread(target=lambda: realmap.boot)
+thread.start()
+assert midst.wait({bound})
+os.register_at_fork(before=forking.set)
+child = os.fork()
+if not child:
+    signal.alarm({bound})
+    os._exit(not realmap.boot)
+thread.join()
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [AT_THE_SAME_TIME.format(seed=4), AT_THE_SAME_TIME.format(seed=6), IN_A_HANDLER, AT_A_FORK.format(bound=10)],
+    ids=["threads", "more threads", "handler", "fork"],
+)
+def test_a_name_is_whole_also_in_the_middle_of_another_ones_import(code: str) -> None:
+    words = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]  # of a fork, from 3.12 on
+    done = subprocess.run(words, capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stderr) == (0, "")

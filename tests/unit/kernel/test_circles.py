@@ -163,3 +163,11 @@ def test_a_circle_is_sure_once_all_have_told_of_it_again() -> None:
                 )
                 each.told += 1
             assert before is None or circles.find(seat).is_sure(before)
+
+
+def test_of_so_many_calls_no_circle_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any server may tell of hundreds, several times a second, and the kernel's loop reads no more than this."""
+    world = next(each for each in map(World, range(400)) if each.settle() or any(map(circles.find, each.seats)))
+    seat = next(filter(circles.find, world.seats))
+    monkeypatch.setattr(circles, "CALLS", 2)
+    assert circles.find(seat) is None
