@@ -33,6 +33,8 @@ from realmap.lab import demo
 from realmap.observe.control import Control
 from realmap.user import names
 
+#: The environment of these tests, where `tools/setup` has made it.
+VENV = ROOT / Path(sys.prefix).name
 #: What an example is given where its own size only makes it long: MiB and rounds.
 SMALLER = {"big_array": ["8", "1"]}
 
@@ -78,9 +80,10 @@ def test_the_demo_on_given_files_as_json(files: list[str]) -> None:
         assert all(user for check in checks for user, _ in check["frames"])
 
 
-@pytest.mark.skipif(not list(ROOT.glob(".venv*/.built-test")), reason="tools/setup has not set up this checkout")
-def test_the_command_of_the_readme(files: list[str]) -> None:
+@pytest.mark.skipif(not (VENV / ".built-test").exists(), reason="tools/setup has not set up this environment")
+def test_the_command_of_the_readme(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """From wherever it is called: files are named from there."""
+    monkeypatch.setenv("PYTHON", "" if VENV.name == ".venv" else sys.executable)  # that environment, and no new one
     done = subprocess.run(
         [ROOT / "tools" / "demo", "--json", Path(files[0]).name], cwd=Path(files[0]).parent, capture_output=True
     )

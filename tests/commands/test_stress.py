@@ -136,7 +136,7 @@ def test_a_wrong_byte_is_found_by_each_mix_and_again_by_its_seed(mix: str, tmp_p
 def test_users_serve_and_look_into_each_other_and_are_killed() -> None:
     found = stress.run(stress.Options("quick", users=3, seconds=None, ops=1500, seed=2, kill=0.01))
     assert found.ok, "\n".join(found.failures)
-    assert {"serve", "served", "show", "stranger"} <= set(found.kinds)
+    assert {"serve", "served", "show", "stranger"} <= {*found.kinds, *found.skipped}
     assert found.injected["kills"] > 0
     assert set(found.skipped) == (set() if may_open_map_files() else {"stranger"})
 
@@ -145,6 +145,8 @@ def test_users_serve_and_look_into_each_other_and_are_killed() -> None:
 def test_a_wrong_byte_between_users_is_found_and_again_by_its_seed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "served":
         monkeypatch.setattr(neighbours, "FLIPPED", workload.FLIPPED.replace(b"\7", b"\6"))
+    elif not may_open_map_files():
+        pytest.skip("needs a way into another process's frames: CAP_CHECKPOINT_RESTORE")
     else:
         show = neighbours.Neighbours.show
 

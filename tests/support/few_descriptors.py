@@ -98,7 +98,7 @@ def attach(path: str) -> Callable[[], object]:
 
 
 def look(path: str) -> Callable[[], object]:
-    buffer = connect(path).map(LENGTH)
+    buffer = connect(path).map(LENGTH, name=f"few-{os.getpid()}")  # by its name anybody may find it
 
     def act() -> None:
         with ForeignProcess(os.getppid()) as parent:

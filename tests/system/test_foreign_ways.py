@@ -255,6 +255,8 @@ def test_a_map_that_linux_leaves_out_of_its_list(folder: Path, monkeypatch: pyte
     listed, asked = procfs.maps, []
 
     def maps(*args: Any) -> list[procfs.Map]:
+        if args[0] == "self":  # its own: where it looks whether a descriptor led to the right file
+            return listed(*args)
         asked.append(args)
         return listed(*args) if len(asked) > 1 else listed(*args)[:at]
 

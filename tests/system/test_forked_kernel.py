@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -109,12 +110,17 @@ class Company:
     def _ask_and_do_not_read(self, path: str) -> None:
         """Copies of what it should have read wait in the kernel."""
         self.silent.sock.settimeout(0.5)
-        with contextlib.suppress(TimeoutError):  # it is not listened to any more
-            for number in range(1, 2000):
-                ask = messages.Map(number, PAGE, int(realmap.MemoryType.HEAP), int(realmap.u_rw), None, None, False)
-                self.silent.sock.send(b"\0" + msgspec.msgpack.encode(ask))
+        numbers = itertools.count(1)
+
+        def copies_wait(control: Control) -> bool:
+            with contextlib.suppress(TimeoutError):  # it is not listened to any more, or the kernel got no CPU
+                for number in itertools.islice(numbers, 2000):
+                    ask = messages.Map(number, PAGE, int(realmap.MemoryType.HEAP), int(realmap.u_rw), None, None, False)
+                    self.silent.sock.send(b"\0" + msgspec.msgpack.encode(ask))
+            return len(control.snapshot().outbox) > 3
+
         with Control(path) as control:
-            wait_until(lambda: len(control.snapshot().outbox) > 3, "copies that wait")
+            wait_until(lambda: copies_wait(control), "copies that wait")
             wait_until(lambda: control.stats()["inheritances"] == control.stats()["running"] == 1, "the others")
 
     def _serves(self, path: str) -> None:
