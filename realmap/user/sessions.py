@@ -335,7 +335,7 @@ def steps_of(process: Process, server: Server, request: messages.Call) -> Steps:
             assert isinstance(window, UserWindow)
             if server.number not in window.lent_to:
                 yield from _lend(process, server, request.name, buffer, window)
-    if here is None:
+    if here is None or not here.is_handler:
         value, _ = yield Step(server, request, holds=request.args)
         return value
     wait = server.number, request.id, time.monotonic_ns()

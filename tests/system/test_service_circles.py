@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -216,6 +217,34 @@ def test_a_call_that_is_given_up_breaks_its_circle(me: Process, pool: ThreadPool
     with me.serve(hasty, realmap.syscall(name="hasty 0")(lambda call: "0")), me.serve(patient):
         calls = [pool.submit(me.call, "hasty", timeout=BOUND), pool.submit(me.call, "patient", True, timeout=BOUND)]
         assert outcomes(calls) == ["hasty", "patient 0"]
+
+
+@pytest.mark.parametrize("way", ["task", "thread"])
+def test_what_a_handler_does_not_wait_for_is_in_no_circle(me: Process, pool: ThreadPoolExecutor, way: str) -> None:
+    both, left = threading.Barrier(2), []
+
+    def first(call: Call) -> str:
+        both.wait(BOUND)
+        return "first " + str(me.call("starter"))
+
+    async def starter(call: Call) -> str:
+        start = me.acall if way == "task" else partial(asyncio.to_thread, me.call)
+        left.append(asyncio.ensure_future(start("third", False)))  # type: ignore[operator]
+        await asyncio.sleep(1.5)  # longer than a circle takes to be found
+        return "starter"
+
+    def third(call: Call, goes_on: bool) -> str:
+        if goes_on:
+            both.wait(BOUND)
+            return "third " + str(me.call("first 0"))
+        return "third"
+
+    answers = first, realmap.syscall(name="first 0")(lambda call: "0")
+    with me.serve(*answers), me.serve(starter), me.serve(third):
+        calls = [pool.submit(me.call, *each, timeout=BOUND) for each in (("first",), ("third", True))]
+        assert outcomes(calls) == ["first starter", "third 0"]
+        wait_until(lambda: left[0].done())
+        assert left[0].result() == "third"
 
 
 def test_services_of_two_kernels_are_not_taken_for_each_other() -> None:

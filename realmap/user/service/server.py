@@ -118,7 +118,7 @@ class Server(Lines[Session]):
     def _run(self, taken: Taken[Work] | None) -> None:
         """On the thread that has the loop: runs it to its end. Lost: another one has it now."""
         before, self._place = self._place, nesting.Place(self._seat.kernel, self._mine)
-        nesting.here.set(self._place)
+        self._place.enter()
         try:
             if taken is not None:
                 self._take_over(taken, before)
@@ -415,7 +415,7 @@ class Server(Lines[Session]):
             self.loop.post(partial(self._end, call, answer))
 
         def on_thread() -> None:
-            nesting.here.set(place)
+            place.enter()
             end(run(syscall, call, request, buffers))
 
         try:

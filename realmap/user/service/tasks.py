@@ -61,7 +61,7 @@ class Tasks:
         """
 
         async def work() -> bytes:
-            nesting.here.set(place)
+            place.enter(asyncio.current_task())
             return await _answer(syscall, call, request, buffers)
 
         def end(task: asyncio.Task[bytes]) -> None:
