@@ -13,7 +13,7 @@ typedef struct {
     size_t length;
     int fd; /* of this file, from here on */
     off_t offset;
-    unsigned char *before; /* as it was; NULL: it is only read, and nothing is copied back */
+    unsigned char *before; /* as it was, and as it is now; NULL: it is only read, and nothing is copied back */
 } Edge;
 
 typedef struct Edges {
@@ -37,7 +37,7 @@ static int copy_edge(Edges *edges, uintptr_t address, size_t length, int prot, i
         error = got < 0 ? errno : ENODATA;
     else if (!(prot & PROT_WRITE))
         error = mprotect((void *)page, page_size, prot) ? errno : 0;
-    else if ((edge.before = malloc(length)))
+    else if ((edge.before = malloc(2 * length)))
         memcpy(edge.before, edge.copy, length);
     else
         error = ENOMEM;
@@ -69,16 +69,16 @@ static int lend_piece(Edges *edges, uintptr_t address, size_t length, int prot, 
     return error;
 }
 
-/* Writes [from, to) of an edge into its file; 0, or an errno. */
-static int write_edge(const Edge *edge, size_t from, size_t to)
+/* Writes [from, to) of an edge, as it is `now`, into its file; 0, or an errno. */
+static int write_edge(const Edge *edge, const unsigned char *now, size_t from, size_t to)
 {
-    struct stat now;
-    if (fstat(edge->fd, &now))
+    struct stat file;
+    if (fstat(edge->fd, &file))
         return errno;
-    if (now.st_size < edge->offset + (off_t)to)
+    if (file.st_size < edge->offset + (off_t)to)
         return ENODATA;
     while (from < to) {
-        ssize_t wrote = pwrite(edge->fd, edge->copy + from, to - from, edge->offset + (off_t)from);
+        ssize_t wrote = pwrite(edge->fd, now + from, to - from, edge->offset + (off_t)from);
         if (wrote < 0)
             return errno;
         from += (size_t)wrote;
@@ -93,15 +93,19 @@ static void copy_edges_back(Edges *edges, uintptr_t zeros)
     for (int i = 0; i < edges->count; i++) {
         Edge *edge = &edges->each[i];
         size_t from = 0, to = edge->length;
-        if (!edge->before || (zeros && (uintptr_t)edge->copy + to > zeros) || !memcmp(edge->before, edge->copy, to))
+        if (!edge->before || (zeros && (uintptr_t)edge->copy + to > zeros))
             continue;
-        while (from < to && edge->before[from] == edge->copy[from])
+        unsigned char *now = edge->before + edge->length;
+        memcpy(now, edge->copy, to); /* once: another thread may be writing there */
+        if (!memcmp(edge->before, now, to))
+            continue;
+        while (from < to && edge->before[from] == now[from])
             from++;
-        while (from < to && edge->before[to - 1] == edge->copy[to - 1])
+        while (from < to && edge->before[to - 1] == now[to - 1])
             to--;
-        int error = write_edge(edge, from, to);
+        int error = write_edge(edge, now, from, to);
         if (!error)
-            memcpy(edge->before + from, edge->copy + from, to - from);
+            memcpy(edge->before + from, now + from, to - from);
         else if (!edges->error) {
             edges->error = error;
             edges->lost = (uintptr_t)edge->copy + from;

@@ -6,8 +6,10 @@ import ctypes
 import gc
 import os
 import random
+import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from canaries import AT, between_canaries
 from conftest import PAGE, in_threads, land_maps, scaled
@@ -166,6 +168,23 @@ def test_of_an_edge_only_what_was_changed_is_copied_back(
     model[30:40] = model[110:120] = changed
     model[400:409] = b"meanwhile"
     assert bytes_of(mapping) == model
+
+
+def test_what_is_written_while_an_edge_is_copied_back_is_copied_back_later(make_mapping: Make, land: LentLand) -> None:
+    mapping = make_mapping(PAGE)
+    window = lend(mapping, 1, PAGE - 1, land, k_rw)
+    view = np.asarray(window)
+    again = np.lib.stride_tricks.as_strided(view, (1000, PAGE - 1), (0, 1))  # each byte, so many times
+    for _ in range(scaled(100)):
+        values = np.frombuffer(os.urandom(1000), np.uint8)[:, None]
+        writer = threading.Thread(target=np.copyto, args=(again, values))  # without the GIL
+        writer.start()
+        while writer.is_alive():
+            window.copy_back()
+        window.copy_back()
+        assert bytes_of(mapping)[1:] == view.tobytes()
+    del view, again
+    window.drop()
 
 
 def test_a_window_that_is_only_read_changes_nothing(make_mapping: Make, land: LentLand) -> None:
