@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from realmap._core import CLOSED, DIED, ERRNO, NONSENSE, SAID_BYE, STOLEN, Answer, Endpoint
 from realmap.errors import InvalidHandle, KernelError, ProcessKilled, ServerDied, SyscallTimeout, UnknownSyscall
 from realmap.host import procfs
+from realmap.host.signals import pass_on
 from realmap.host.translate import shortage
 from realmap.serving import nesting
 from realmap.user.arguments import call_of
@@ -182,8 +183,10 @@ class Server(Requester):
             why = "the descriptor of this session was closed by another part of this program (os.closerange?)"
             return ProcessKilled(self.pid, why=why)
         if end == SAID_BYE:
-            with contextlib.suppress(*messages.UNREADABLE):
+            try:
                 return self.farewell()
+            except messages.UNREADABLE as error:
+                pass_on(error)
             end = NONSENSE
         said = {DIED: "has ended, or serves no more", NONSENSE: "said what is no message"}
         how = said.get(end) or f"cannot be spoken to ({os.strerror(end - ERRNO)})"

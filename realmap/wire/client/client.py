@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import msgspec
 
 from realmap._core import CLOSED, DIED, ERRNO, NONSENSE, SAID_BYE, STOLEN
 from realmap.errors import InvalidHandle, KernelDied, KernelError, ProcessKilled, SyscallTimeout, VersionMismatch
+from realmap.host.signals import pass_on
 from realmap.wire import status
 from realmap.wire.client import handshake
 from realmap.wire.client.requester import Requester
@@ -57,8 +57,10 @@ class Client(Requester):
         """Why the connection is of no use any more."""
         end = self.endpoint.end
         if end == SAID_BYE:
-            with contextlib.suppress(*UNREADABLE):
+            try:
                 return self.farewell()
+            except UNREADABLE as error:
+                pass_on(error)
             end = NONSENSE
         if end == CLOSED:
             return ProcessKilled(self.pid, why="this Process was closed")

@@ -11,6 +11,7 @@ import msgspec
 from realmap._core import ANSWERED, NONSENSE, TIMED_OUT, Endpoint
 from realmap.errors import AccessDenied, InvalidHandle, KernelDied, KernelError, VersionMismatch
 from realmap.host import procfs
+from realmap.host.signals import pass_on
 from realmap.host.translate import SHORT_OF_MEMORY, frames_error, shortage
 from realmap.wire import messages, status
 from realmap.wire.messages import PROTOCOL, VERSION
@@ -92,7 +93,8 @@ def introduce(
         raise KernelDied(path, why=f"the kernel at {path!r} ended while this process connected")
     try:
         found = msgspec.msgpack.decode(answer.data or b"", type=messages.Welcome | messages.Refused)
-    except messages.UNREADABLE:
+    except messages.UNREADABLE as error:
+        pass_on(error)
         raise VersionMismatch(VERSION, "unknown", why=f"what answers at {path!r} does not speak as we do") from None
     if isinstance(found, messages.Refused):
         raise messages.exception_of(found.error)

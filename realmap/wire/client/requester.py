@@ -32,6 +32,7 @@ from realmap._core import (
 )
 from realmap.errors import InvalidSize, KernelError, SyscallTimeout
 from realmap.host import forks
+from realmap.host.signals import pass_on
 from realmap.host.translate import shortage
 from realmap.wire import messages
 from realmap.wire.messages import FLAWS, Done
@@ -119,7 +120,8 @@ class Requester(ABC):
                 return reply.value
             assert isinstance(reply, messages.Failed)
             error = messages.exception_of(reply.error)
-        except messages.UNREADABLE:
+        except messages.UNREADABLE as failure:
+            pass_on(failure)
             self.endpoint.reject()
             raise self.ended() from None
         raise error
