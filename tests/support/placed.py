@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import realmap
-from realmap import Call, KernelDied, Process, ProcessKilled, UserBuffer
+from realmap import Call, KernelDied, Process, ProcessKilled, SpawnedProcess, UserBuffer
 
 gates: defaultdict[str, SimpleQueue[None]] = defaultdict(SimpleQueue)
 kept: list[UserBuffer] = []
@@ -248,3 +248,13 @@ def servers_of(me: Process, name: str, count: int) -> set[int]:
         for session in sessions:
             session.close()
     return {session.pid for session in sessions}
+
+
+def kill_all(spawned: list[SpawnedProcess]) -> None:
+    """Those that are stopped, too; the list is empty then."""
+    for each in spawned:
+        with suppress(ProcessLookupError):
+            os.kill(each.pid, signal.SIGCONT)
+        each.kill()
+        each.join()
+    spawned.clear()

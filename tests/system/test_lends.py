@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import BOUND, PAGE, wait_until
+from placed import kill_all
 
 import realmap
 from realmap import Buffer, Call, KernelHandle, LimitReached, Process, UserBuffer
@@ -73,12 +74,7 @@ def server(kernel: KernelHandle, me: Process) -> Iterator[Callable[..., SpawnedP
         return made[-1]
 
     yield start
-    for each in made:
-        with suppress(ProcessLookupError):
-            os.kill(each.pid, signal.SIGCONT)
-        each.kill()
-        each.join()
-    made.clear()
+    kill_all(made)
 
 
 def test_a_server_that_is_stopped_and_takes_no_more_that_it_is_lent(me: Process, server: Any) -> None:

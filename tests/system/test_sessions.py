@@ -53,12 +53,7 @@ def spawn(kernel: KernelHandle, me: Process) -> Iterator[Callable[..., list[Spaw
         return new
 
     yield start
-    for each in made:
-        with suppress(ProcessLookupError):
-            os.kill(each.pid, signal.SIGCONT)
-        each.kill()
-        each.join()
-    made.clear()
+    placed.kill_all(made)
 
 
 def in_thread(act: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
