@@ -201,7 +201,7 @@ class Stranger:
             self._by_name,
             self._by_getfd,
         ]
-        refused = ""
+        refused, gone = "", False
         with self._asked("open what is mapped by"):
             for way in ways:
                 try:
@@ -220,7 +220,8 @@ class Stranger:
                     if isinstance(error, KernelError):
                         raise
                     pass_on(error)
-        if not self.still_has([entry]):
+                    gone |= isinstance(error, FileNotFoundError)  # as an exec begins: `still_has` may see the old maps
+        if gone or not self.still_has([entry]):
             raise LookupError(entry)
         takes = " and ".join(["CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (for /proc/PID/map_files)", *obstacles()])
         why = (

@@ -269,6 +269,26 @@ def test_a_map_that_linux_leaves_out_of_its_list(folder: Path, monkeypatch: pyte
         assert len(asked) == 2
 
 
+def test_a_way_in_that_is_gone_for_a_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a process runs another program: its maps that are open still show what its folder has no more."""
+    if not ways.may_open_map_files():
+        pytest.skip("it takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE")
+    way, tried = ways.Stranger._by_map_files, []
+
+    def once_gone(self: ways.Stranger, entry: procfs.Map) -> Any:
+        tried.append(entry)
+        if len(tried) == 1:
+            raise FileNotFoundError
+        return way(self, entry)
+
+    with stranger(folder) as other, ForeignProcess(other.pid) as process:
+        other.map("memfd", 1, FREE, "", seed=1)
+        monkeypatch.setattr(ways.Stranger, "_by_map_files", once_gone)
+        with process.mirror(FREE, PAGE) as mirror:
+            assert bytes(mirror) == pattern(PAGE, 1)
+        assert len(tried) == 2
+
+
 def test_doctor_says_which_ways_there_are() -> None:
     found = {check.name: check for check in doctor.examine()}
     mirrors, copies = found["mirrors of any process"], found["copies of its private memory"]
