@@ -187,8 +187,9 @@ def inner_pids() -> set[int]:
     return found
 
 
-#: include/linux/sched.h: it is on its way through exit; it is a thread of Linux itself.
-PF_EXITING, PF_KTHREAD = 4, 0x20_0000
+#: include/linux/sched.h: it is on its way through exit; it was forked, and runs no program of its own yet; it is a
+#: thread of Linux itself.
+PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 4, 0x40, 0x20_0000
 
 
 def is_exiting(pid: int | str) -> bool:
@@ -202,6 +203,15 @@ def is_exiting(pid: int | str) -> bool:
 def is_kernel_thread(pid: int | str) -> bool:
     """Whether it is a thread of Linux itself, without memory of its own. ProcessLookupError: as `start_time`."""
     return bool(int(_stat(pid)[6]) & PF_KTHREAD)
+
+
+def forked_by(pid: int | str) -> int:
+    """Its parent, of which it may have all of its memory (vfork(2)); 0: it runs a program of its own.
+
+    ProcessLookupError: as `start_time`.
+    """
+    found = _stat(pid)
+    return int(found[1]) if int(found[6]) & PF_FORKNOEXEC else 0
 
 
 def is_stopped(pid: int) -> bool:

@@ -4,7 +4,7 @@
  *                                descriptor, u unlinks the name, r maps it read-only, l leaves a page of the file before it
  *                                → address, descriptor (-1), name
  * fill ADDRESS LENGTH SEED · get ADDRESS · put ADDRESS BYTE · unmap ADDRESS LENGTH · protect ADDRESS LENGTH PROT
- * truncate DESCRIPTOR LENGTH · exec · race SEED (maps, unmaps, truncates, execs without end; started by `race SEED` as well) */
+ * truncate DESCRIPTOR LENGTH · exec · vfork · race SEED (maps, unmaps, truncates, execs without end; started by `race SEED` as well) */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -167,7 +167,16 @@ int main(int argc, char **argv)
             failed = ftruncate((int)a, (off_t)b);
         else if (!strcmp(verb, "exec"))
             execl("/proc/self/exe", "stranger", NULL);
-        else if (!strcmp(verb, "race"))
+        else if (!strcmp(verb, "vfork")) { /* a child with its memory, until a line comes; this one does nothing more */
+            if (!vfork()) {
+                dprintf(1, "%d\n", getpid());
+                if (read(0, line, sizeof line) > 0)
+                    execl("/proc/self/exe", "stranger", NULL);
+                _exit(3);
+            }
+            for (;;)
+                pause();
+        } else if (!strcmp(verb, "race"))
             race((unsigned)a);
         printf("%d\n", failed);
     }
