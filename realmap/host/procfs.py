@@ -214,6 +214,16 @@ def forked_by(pid: int | str) -> int:
     return int(found[1]) if int(found[6]) & PF_FORKNOEXEC else 0
 
 
+def shown_by(pid: int) -> int:
+    """The thread by which /proc shows what a process has: its first, or, where that has ended, another one.
+
+    FileNotFoundError: there is no such process.
+    """
+    if not is_exiting(pid):
+        return pid
+    return next((thread for thread in map(int, os.listdir(f"/proc/{pid}/task")) if thread != pid), pid)
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped it. ProcessLookupError: as `start_time`."""
     return _stat(pid)[0] == b"T"
@@ -264,7 +274,10 @@ def _stat_line(pid: int | str) -> bytes:
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
     # The name in parentheses may hold spaces and parentheses of its own: count from the last one.
-    if text[text.rindex(b")") + 2 :][:1] in (b"Z", b"X"):
+    state, *fields = text[text.rindex(b")") + 2 :].split(None, 18)
+    if (
+        state in (b"Z", b"X") and int(fields[16]) < 2
+    ):  # threads: it is only the first one that has ended where there are
         raise ProcessLookupError(f"process {pid} has ended")
     return text
 

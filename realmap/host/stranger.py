@@ -82,6 +82,8 @@ class Stranger:
             self._held.append(Descriptor(partial(os.open, f"/proc/{pid}", flags)))
             if liveness.is_dead(self._pidfd):  # asked now: while it lives, the folder of its pid is its own
                 raise InvalidHandle(pid, why=f"process {pid} has ended, and waits to be reaped")
+            if procfs.is_exiting(self._proc):
+                raise ProcessLookupError(f"the first thread of process {pid} has ended")
             if procfs.is_kernel_thread(self._proc):
                 raise InvalidHandle(pid, why=f"{pid} is a thread of Linux itself, which has no memory of its own")
         except OSError as error:
