@@ -213,7 +213,7 @@ def test_three_hosts_of_which_one_is_cut_off_and_one_is_killed(fleet: Fleet, tmp
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_three_hosts_take_as_long_as_the_slowest_alone(fleet: Fleet, tmp_path: Path) -> None:
+def test_three_hosts_are_at_work_at_the_same_time(fleet: Fleet, tmp_path: Path) -> None:
     out, given = tmp_path / "out.json", ["--seconds", str(max(20, scaled(40))), "--users", "1"]
     alone: dict[int, float] = {}
 
@@ -230,6 +230,6 @@ def test_three_hosts_take_as_long_as_the_slowest_alone(fleet: Fleet, tmp_path: P
     began = time.monotonic()
     subprocess.run(fleet.campaign(*given, "--json", out), timeout=BOUND, check=True)
     took = time.monotonic() - began
-    print(f"alone {sorted(alone.values())}, the campaign {took} s")
-    assert took < 1.1 * max(alone.values())
+    print(f"alone {sorted(alone.values())}, the campaign {took} s: {took / max(alone.values()):.2f} of the slowest one")
+    assert took < 2 * max(alone.values())  # one after the other they would take three times as long
     assert all(host["state"] == "ok" for host in json.loads(out.read_text())["hosts"])
