@@ -153,16 +153,18 @@ def test_a_circle_is_sure_once_all_have_told_of_it_again() -> None:
     for seed in range(100):
         world = World(seed)
         world.settle()
-        for seat in world.seats:
-            before = circles.find(seat)
-            for each in world.seats if before is not None else ():
+        for seat in filter(circles.find, world.seats):
+            looks, before = circles.Looks(), circles.find(seat)
+            for each in world.seats:
                 now = circles.find(seat)
-                assert now is not None and now.waits == before.waits
+                assert now is not None and before is not None and now.waits == before.waits
                 assert now.is_sure(before) == all(
                     other.number not in before.told or other.told > before.told[other.number] for other in world.seats
                 )
+                assert now.is_sure(before) or looks.again(seat) is None
                 each.told += 1
-            assert before is None or circles.find(seat).is_sure(before)
+            assert looks.again(seat) == circles.find(seat)
+            assert looks.again(seat) is None, "it is looked for anew"
 
 
 def test_of_so_many_calls_no_circle_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
