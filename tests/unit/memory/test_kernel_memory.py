@@ -249,7 +249,7 @@ def test_an_anchor_is_never_in_the_way(make_mapping: Callable[..., Mapping]) -> 
     kernel = KernelMemory(KERNEL_LAND.start, 2 * SLOT)
     anchor = KERNEL_LAND.start + SLOT - PAGE
     CrossProcessMapping.mirror_mapping(mapping, 0, 1, kernel=kernel).drop()
-    assert kernel._move(kernel._cursor, anchor - 39 * PAGE, kernel._hole_end)
+    assert kernel._move(kernel._cursor, anchor - 39 * PAGE, anchor)
     made = [CrossProcessMapping.mirror_mapping(mapping, 0, 5 * PAGE, kernel=kernel) for _ in range(12)]
     assert kernel.anchors == [anchor, anchor + SLOT]
     for mirror in made:
