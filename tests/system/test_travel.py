@@ -28,8 +28,7 @@ from conftest import BOUND, PAGE, SUPPORT, wait_until
 import realmap
 from realmap import InvalidAddress, InvalidHandle, KernelHandle, Process
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
-from realmap.user import process as user_process
-from realmap.user import travel
+from realmap.user import inheritance, travel
 
 METHODS = ("fork", "spawn", "forkserver")
 ENDINGS = ("receiver first", "sender first", "both killed")
@@ -441,7 +440,7 @@ def test_a_forked_child_never_gets_what_came_to_lie_there_since(kernel: KernelHa
 def test_a_forked_child_adopts_in_several_messages(
     kernel: KernelHandle, me: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(user_process, "AT_ONCE", 3)
+    monkeypatch.setattr(inheritance, "AT_ONCE", 3)
     buffers = [me.map(PAGE) for _ in range(7)]
     said, saying = os.pipe()
     pid = os.fork()
