@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import BOUND, PAGE
-from strangers import pattern, stranger
+from strangers import FREE, pattern, stranger
 
 from realmap import AccessDenied, ForeignProcess, InvalidMemState, k_rw
 from realmap.host import files, forks, procfs
@@ -23,7 +23,6 @@ from realmap.observe import doctor
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x1000_0000
 PR_SET_DUMPABLE = 4
-FREE = 0x5000_0000_0000
 CAP_SYS_ADMIN = 21
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 mounts = pytest.mark.skipif(not ways.has_capability(CAP_SYS_ADMIN), reason="to mount takes CAP_SYS_ADMIN")
