@@ -21,6 +21,8 @@ SYS_PIDFD_GETFD, SYS_PROCESS_MADVISE = 438, 440
 #: move_pages is a library's (libnuma) that need not be there.
 SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
 MPOL_MF_MOVE_ALL = 4
+SYS_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "ppc64le": 354, "s390x": 343}
+KCMP_VM = 1  # include/uapi/linux/kcmp.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _Word = ctypes.c_size_t
@@ -74,6 +76,11 @@ def advise_process(pidfd: int, address: int, length: int, advice: int) -> int:
 def pidfd_getfd(pidfd: int, number: int) -> int:
     """As pidfd_getfd(2): a descriptor of our own for what is `number` in that process."""
     return _ask("syscall", SYS_PIDFD_GETFD, pidfd, number, 0)
+
+
+def share_memory(pid: int, other: int) -> bool:
+    """Whether two processes have one and the same memory (kcmp(2)), as after vfork(2)."""
+    return _ask("syscall", SYS_KCMP.get(platform.machine(), -1), pid, other, KCMP_VM, 0, 0) == 0
 
 
 def move_pages(pid: int, addresses: Sequence[int], node: int) -> list[int]:

@@ -187,8 +187,9 @@ def inner_pids() -> set[int]:
     return found
 
 
-#: include/linux/sched.h: it is on its way through exit; it is a thread of Linux itself.
-PF_EXITING, PF_KTHREAD = 4, 0x20_0000
+#: include/linux/sched.h: it is on its way through exit; it was forked, and runs no program of its own yet; it is a
+#: thread of Linux itself.
+PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 4, 0x40, 0x20_0000
 
 
 def is_exiting(pid: int | str) -> bool:
@@ -202,6 +203,25 @@ def is_exiting(pid: int | str) -> bool:
 def is_kernel_thread(pid: int | str) -> bool:
     """Whether it is a thread of Linux itself, without memory of its own. ProcessLookupError: as `start_time`."""
     return bool(int(_stat(pid)[6]) & PF_KTHREAD)
+
+
+def forked_by(pid: int | str) -> int:
+    """Its parent, of which it may have all of its memory (vfork(2)); 0: it runs a program of its own.
+
+    ProcessLookupError: as `start_time`.
+    """
+    found = _stat(pid)
+    return int(found[1]) if int(found[6]) & PF_FORKNOEXEC else 0
+
+
+def shown_by(pid: int) -> int:
+    """The thread by which /proc shows what a process has: its first, or, where that has ended, another one.
+
+    FileNotFoundError: there is no such process.
+    """
+    if not is_exiting(pid):
+        return pid
+    return next((thread for thread in map(int, os.listdir(f"/proc/{pid}/task")) if thread != pid), pid)
 
 
 def is_stopped(pid: int) -> bool:
@@ -254,7 +274,10 @@ def _stat_line(pid: int | str) -> bytes:
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
     # The name in parentheses may hold spaces and parentheses of its own: count from the last one.
-    if text[text.rindex(b")") + 2 :][:1] in (b"Z", b"X"):
+    state, *fields = text[text.rindex(b")") + 2 :].split(None, 18)
+    if (
+        state in (b"Z", b"X") and int(fields[16]) < 2
+    ):  # threads: it is only the first one that has ended where there are
         raise ProcessLookupError(f"process {pid} has ended")
     return text
 

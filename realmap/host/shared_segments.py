@@ -128,6 +128,8 @@ class _Pass:
         #: Of the /dev/shm, of what has no file system to be seen, of its huge pages.
         self.devices = b""
         self.prefixes: dict[str, int] = {}
+        #: What descriptors of shared memory link to begins so.
+        self.starts = b""
         self.ipc = _link("/proc/self/ns/ipc")
 
     def machine(self) -> Machine:
@@ -138,13 +140,10 @@ class _Pass:
         devices = [*self.mounts, *_hidden_devices()]
         self.devices = struct.pack(f"={len(devices)}Q", *devices)
         self._read_sysv()
-        starts = b"".join(os.fsencode(start) + b"\0" for start in (*self.prefixes, *NAMELESS))
+        self.starts = b"".join(os.fsencode(start) + b"\0" for start in (*self.prefixes, *NAMELESS))
         for pid in pids:
             try:
-                mapped = _maps(b"/proc/%d/maps" % pid, self.devices)
-                opened = open_files(b"/proc/%d/fd" % pid, starts)
-                self._open(pid, opened)  # before its maps: what it has open is measured
-                self._map(pid, mapped)
+                self._look_into(pid)
                 self.seen += 1
             except GONE:
                 continue
@@ -227,6 +226,14 @@ class _Pass:
 
     # ---- processes ----------------------------------------------------------------------------
 
+    def _look_into(self, pid: int) -> None:
+        """PermissionError: it is not ours to see. GONE: it has ended."""
+        thread = procfs.shown_by(pid)
+        mapped = _maps(b"/proc/%d/maps" % thread, self.devices)
+        opened = open_files(b"/proc/%d/fd" % thread, self.starts)
+        self._open(pid, opened)  # before its maps: what it has open is measured
+        self._map(pid, thread, mapped)
+
     def _open(self, pid: int, found: list[tuple[int, int, bytes, int, int, int, float]]) -> None:
         for device, inode, link, size, resident, uid, touched in found:
             segment = self._segment(pid, device, inode, link)
@@ -235,7 +242,7 @@ class _Pass:
                 if not segment.exact:
                     segment.measured(size, resident, uid, touched)
 
-    def _map(self, pid: int, found: list[tuple[int, int, int, int, int, int, bytes]]) -> None:
+    def _map(self, pid: int, thread: int, found: list[tuple[int, int, int, int, int, int, bytes]]) -> None:
         for start, end, flags, offset, device, inode, path in found:
             segment = self._segment(pid, device, inode, path)
             if segment is None:
@@ -244,7 +251,7 @@ class _Pass:
             if not segment.exact:
                 segment.size = max(segment.size, offset + end - start)
                 try:
-                    segment.measure(os.stat(f"/proc/{pid}/map_files/{start:x}-{end:x}"))
+                    segment.measure(os.stat(f"/proc/{thread}/map_files/{start:x}-{end:x}"))
                 except OSError:  # not ours to follow, or unmapped meanwhile
                     pass
 

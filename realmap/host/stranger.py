@@ -71,7 +71,7 @@ class Stranger:
         AccessDenied: /proc is not there, or hides it. PhysicalMemoryExhaustion: no descriptors.
         """
         self.pid = pid
-        #: Its maps, open: those of the program that it ran when that was last looked at.
+        #: Its maps, open: those of the program that it ran when that was last looked at. -1: they may be another's.
         self.maps_fd = -1
         self._maps: Descriptor | None = None
         self._file_systems: dict[str, str] = {}
@@ -82,6 +82,8 @@ class Stranger:
             self._held.append(Descriptor(partial(os.open, f"/proc/{pid}", flags)))
             if liveness.is_dead(self._pidfd):  # asked now: while it lives, the folder of its pid is its own
                 raise InvalidHandle(pid, why=f"process {pid} has ended, and waits to be reaped")
+            if procfs.is_exiting(self._proc):
+                raise ProcessLookupError(f"the first thread of process {pid} has ended")
             if procfs.is_kernel_thread(self._proc):
                 raise InvalidHandle(pid, why=f"{pid} is a thread of Linux itself, which has no memory of its own")
         except OSError as error:
@@ -159,10 +161,23 @@ class Stranger:
         if found is None:
             with self._asked("read the maps of"):  # the first look; or it runs another program by now
                 self.maps_fd = -1  # before the old one is closed
+                borrows = self._borrows_memory()
                 self._maps = self._open("maps", os.O_RDONLY)
-            self.maps_fd = self._maps.fd
-            found = map_at(self.maps_fd, address)
+            found = map_at(self._maps.fd, address)
+            if not borrows:  # else they stay there when it runs a program of its own, and are its parent's alone
+                self.maps_fd = self._maps.fd
         return found
+
+    def _borrows_memory(self) -> bool:
+        """Whether it has its parent's memory for now, as after vfork(2)."""
+        parent = procfs.forked_by(self._proc)
+        if not parent:
+            return False
+        from realmap.host.paging import share_memory  # here, as in `_by_getfd`
+
+        with suppress(OSError):  # the parent is gone, not ours to look at, or this Linux has no kcmp(2)
+            return share_memory(self.pid, parent)
+        return False
 
     def _open(self, name: str, flags: int = os.O_PATH) -> Descriptor:
         """What is so called in its folder."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,8 +72,10 @@ class HolderRow(NamedTuple):
 
 def holders_of(segment: Segment, program: Callable[[int], str]) -> list[HolderRow]:
     """Who holds a segment, by pid. `program`: the name of what runs as a pid."""
-    maps = Counter(each.pid for each in segment.maps)
-    return [HolderRow(pid, program(pid), maps[pid], segment.opened.get(pid, 0)) for pid in sorted(segment.holders)]
+    maps = dict.fromkeys(segment.opened, 0)
+    for each in segment.maps:
+        maps[each.pid] = maps.get(each.pid, 0) + 1
+    return [HolderRow(pid, program(pid), count, segment.opened.get(pid, 0)) for pid, count in sorted(maps.items())]
 
 
 class SegmentRow(NamedTuple):

@@ -4,10 +4,11 @@
  *                                descriptor, u unlinks the name, r maps it read-only, l leaves a page of the file before it
  *                                → address, descriptor (-1), name
  * fill ADDRESS LENGTH SEED · get ADDRESS · put ADDRESS BYTE · unmap ADDRESS LENGTH · protect ADDRESS LENGTH PROT
- * truncate DESCRIPTOR LENGTH · exec · race SEED (maps, unmaps, truncates, execs without end; started by `race SEED` as well) */
+ * truncate DESCRIPTOR LENGTH · exec · vfork · leave · race SEED (maps, unmaps, truncates, execs without end; started by `race SEED` as well) */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -132,15 +133,19 @@ static void race(unsigned seed)
     }
 }
 
-int main(int argc, char **argv)
+static void *serve(void *);
+
+static void *go_on(void *first)
+{
+    pthread_join((pthread_t)first, NULL);
+    puts("0");
+    return serve(NULL);
+}
+
+static void *serve(void *unused)
 {
     char line[512], verb[32], kind[32], flags[32];
     unsigned long a, b, c;
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    if (argc == 3)
-        race((unsigned)strtoul(argv[2], NULL, 10));
-    puts("ready");
     while (fgets(line, sizeof line, stdin)) {
         a = b = c = 0;
         strcpy(flags, "");
@@ -167,9 +172,34 @@ int main(int argc, char **argv)
             failed = ftruncate((int)a, (off_t)b);
         else if (!strcmp(verb, "exec"))
             execl("/proc/self/exe", "stranger", NULL);
-        else if (!strcmp(verb, "race"))
+        else if (!strcmp(verb, "vfork")) { /* a child with its memory, until a line comes; this one does nothing more */
+            if (!vfork()) {
+                dprintf(1, "%d\n", getpid());
+                if (read(0, line, sizeof line) > 0)
+                    execl("/proc/self/exe", "stranger", NULL);
+                _exit(3);
+            }
+            for (;;)
+                pause();
+        } else if (!strcmp(verb, "leave")) { /* its first thread ends, another one goes on */
+            pthread_t other;
+            if (pthread_create(&other, NULL, go_on, (void *)pthread_self()))
+                die("pthread_create");
+            pthread_exit(NULL);
+        } else if (!strcmp(verb, "race"))
             race((unsigned)a);
         printf("%d\n", failed);
     }
+    return unused;
+}
+
+int main(int argc, char **argv)
+{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc == 3)
+        race((unsigned)strtoul(argv[2], NULL, 10));
+    puts("ready");
+    serve(NULL);
     return 0;
 }

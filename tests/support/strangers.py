@@ -35,7 +35,7 @@ def program() -> str:
     os.chmod(_folder().name, 0o755)
     built = Path(_folder().name) / "stranger"
     source = Path(__file__).with_name("stranger.c")
-    command = [os.environ.get("CC", "cc"), "-O1", "-Wall", "-Wextra", "-Werror"]
+    command = [os.environ.get("CC", "cc"), "-O1", "-pthread", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([*command, str(source), "-o", str(built)], check=True)
     return str(built)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import tempfile
 import traceback
@@ -15,7 +16,7 @@ import pytest
 from conftest import BOUND, PAGE
 from strangers import FREE, pattern, stranger
 
-from realmap import AccessDenied, ForeignProcess, InvalidMemState, k_rw
+from realmap import AccessDenied, ForeignProcess, InvalidAddress, InvalidMemState, k_rw
 from realmap.host import files, forks, procfs
 from realmap.host import stranger as ways
 from realmap.observe import doctor
@@ -286,6 +287,25 @@ def test_a_way_in_that_is_gone_for_a_moment(folder: Path, monkeypatch: pytest.Mo
         with process.mirror(FREE, PAGE) as mirror:
             assert bytes(mirror) == pattern(PAGE, 1)
         assert len(tried) == 2
+
+
+def test_a_child_that_has_its_parents_memory_until_it_runs_a_program(folder: Path) -> None:
+    with stranger(folder) as other:
+        other.map("memfd", 1, FREE, seed=1)
+        child = int(other.tell("vfork"))
+        try:
+            with ForeignProcess(child) as process:
+                for _ in range(2):
+                    with process.mirror(FREE, PAGE) as mirror:
+                        assert bytes(mirror) == pattern(PAGE, 1)
+                assert other.tell("go") == "ready"  # the child says so: it is a program of its own now
+                with pytest.raises(InvalidAddress):
+                    process.mirror(FREE, PAGE)
+                other.map("memfd", 1, FREE, seed=2)
+                with process.mirror(FREE, PAGE) as mirror:
+                    assert bytes(mirror) == pattern(PAGE, 2)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_doctor_says_which_ways_there_are() -> None:

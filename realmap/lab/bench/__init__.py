@@ -5,7 +5,7 @@ measure    rounds of many contenders, interleaved; medians, spreads, ratios
 machine    what the figures depend on
 handlers   what runs in the kernel process
 crowd      many processes that call one server: a program of its own
-access call many make attach touch handover scale    what is measured
+access call many make attach touch handover scale serve sync    what is measured
 report     what comes out
 """
 

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PAGE, scaled
+from conftest import BOUND, PAGE, scaled
+from strangers import stranger
 
 from realmap._core import device_maps
-from realmap.host import shared_segments
+from realmap.host import procfs, shared_segments
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED, Segment, look
+from realmap.host.stranger import may_open_map_files
 
 IPC_PRIVATE, IPC_CREAT, IPC_RMID = 0, 0o1000, 0
 MAP_FIXED = 0x10
@@ -154,6 +156,24 @@ def test_of_what_is_not_ours_to_follow_what_was_touched_is_told(name: str, monke
     with holder(hold) as pid:
         (found,) = held(pid)
     assert (found.size, found.resident, found.exact) == (5 * PAGE, 2 * PAGE, False)
+
+
+@pytest.mark.process
+def test_who_has_it_where_the_first_thread_has_ended(tmp_path: Path) -> None:
+    with stranger(tmp_path) as other:
+        kept, mapped = other.map("posix", 1, flags="k", seed=1), other.map("memfd", 2, flags="", seed=1)
+        other.tell("leave")
+        (named,) = [segment for segment in held(other.pid) if segment.kind == POSIX]
+        (memfd,) = [segment for segment in held(other.pid) if segment.kind == MEMFD]
+        assert (named.names, named.opened) == ([kept.name.removeprefix("/")], {other.pid: 1})
+        assert [(each.pid, each.start) for each in memfd.maps] == [(other.pid, mapped.address)]
+        assert (memfd.size, memfd.exact) == (2 * PAGE, may_open_map_files())
+        assert procfs.start_time(other.pid) and procfs.comm(other.pid) == "stranger"
+        other.process.kill()
+        other.process.wait(BOUND)
+        assert not held(other.pid)
+        with pytest.raises(ProcessLookupError):
+            procfs.start_time(other.pid)
 
 
 def test_memfds_and_shared_anonymous_memory() -> None:
