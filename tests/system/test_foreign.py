@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BOUND, PAGE, in_threads, long, scaled, wait_until
+from forked import in_a_child
 from strangers import FREE, Stranger, at, other, pattern, process, require_map_files, stranger
 
 from realmap import (
@@ -28,7 +29,6 @@ from realmap import (
     k_r,
     k_rw,
 )
-from realmap.host import forks
 from realmap.memory import foreign
 from realmap.pages import HUGE_SIZE
 
@@ -270,17 +270,14 @@ def test_what_is_no_memory_of_files(other: Stranger, process: ForeignProcess) ->
 def test_in_a_forked_child(other: Stranger, process: ForeignProcess) -> None:
     place = other.map("memfd", 2, seed=9)
     mirror = process.mirror(place.address, PAGE)
-    child = forks.fork()
-    if not child:
-        good = False
-        try:
-            with pytest.raises(BufferError):  # the parent's
-                mirror[0]
-            with process.mirror(place.address + 5, 7) as own:
-                good = bytes(own) == pattern(12, 9)[5:]
-        finally:
-            os._exit(0 if good else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def work() -> None:
+        with pytest.raises(BufferError):  # the parent's
+            mirror[0]
+        with process.mirror(place.address + 5, 7) as own:
+            assert bytes(own) == pattern(12, 9)[5:]
+
+    in_a_child(work)
     assert bytes(mirror) == pattern(PAGE, 9)
     mirror.drop()
 

@@ -9,24 +9,12 @@ from contextlib import suppress
 
 import pytest
 from conftest import PAGE, wait_until
+from forked import in_a_child
 
 import realmap
 from realmap import KernelHandle, Process
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
 from realmap.user import inheritance
-
-
-def _child(work: object) -> int:
-    """Runs in a forked child; its exit status, 0 where all held."""
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            work()  # type: ignore[operator]
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_child_that_touches_nothing_costs_nothing(kernel: KernelHandle, me: Process) -> None:
@@ -37,7 +25,7 @@ def test_a_child_that_touches_nothing_costs_nothing(kernel: KernelHandle, me: Pr
         assert kernel.path
         buffer[0] = 7
 
-    assert _child(work) == 0
+    in_a_child(work)
     assert (kernel.stats()["processes"], kernel.stats()["calls"]) == (1, calls)
     assert buffer[0] == 7
 
@@ -61,7 +49,7 @@ def test_a_child_has_what_its_parent_had(kernel: KernelHandle, me: Process) -> N
         buffers[0].unmap()
         report.close()
 
-    assert _child(work) == 0
+    in_a_child(work)
     wait_until(lambda: kernel.stats()["processes"] == 1)
     assert me.call("peek", buffers[0], 5, 0) == b"hello"
     assert gone[0] == 0
@@ -166,16 +154,10 @@ def test_a_forked_child_adopts_in_several_messages(
 ) -> None:
     monkeypatch.setattr(inheritance, "AT_ONCE", 3)
     buffers = [me.map(PAGE) for _ in range(7)]
-    said, saying = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            for number, buffer in enumerate(buffers):
-                buffer[0] = number
-            os.write(saying, b"".join(me.call("peek", buffer, 1, 0) for buffer in buffers))
-        finally:
-            os._exit(0)
-    assert os.read(said, 100) == bytes(range(7))
-    os.waitpid(pid, 0)
-    os.close(said)
-    os.close(saying)
+
+    def work() -> None:
+        for number, buffer in enumerate(buffers):
+            buffer[0] = number
+        assert b"".join(me.call("peek", buffer, 1, 0) for buffer in buffers) == bytes(range(7))
+
+    in_a_child(work)

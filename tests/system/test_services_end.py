@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import BOUND, PAGE, wait_until
+from forked import in_a_child
 from small_services import Gate, gate, gated, named, passing, pool, square
 
 import realmap
 from realmap import Call, KernelDied, KernelError, KernelHandle, Process, ServerDied, UserBuffer
-from realmap.host import forks, procfs
+from realmap.host import procfs
 from realmap.memory import LENT_LAND
 
 __all__ = ["gate", "pool"]
@@ -135,16 +136,12 @@ def test_ctrl_c_ends_the_wait_alone(me: Process) -> None:
 def test_a_forked_child_serves_nobody(me: Process) -> None:
     with me.serve(square, lazy_unmap=1 << 20) as service:
         assert me.call("square", 2) == [4, os.getpid()]
-        child = forks.fork()
-        if not child:
-            status = 1
-            try:
-                service.close()
-                held = procfs.maps("self", LENT_LAND.start, LENT_LAND.end)
-                status = 0 if service.has_ended and not held else 2
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def work() -> None:
+            service.close()
+            assert service.has_ended and not procfs.maps("self", LENT_LAND.start, LENT_LAND.end)
+
+        in_a_child(work)
         assert me.call("square", 3) == [9, os.getpid()]
 
 

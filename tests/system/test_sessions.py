@@ -13,11 +13,11 @@ from typing import Any
 import placed
 import pytest
 from conftest import BOUND, PAGE, in_threads, wait_until
+from forked import in_a_child
 from serving import in_thread, kernel, spawn
 
 import realmap
 from realmap import KernelHandle, Process, ProcessKilled, ServerDied, UnknownSyscall
-from realmap.host import forks
 
 __all__ = ["kernel", "spawn"]
 CARRIERS = ("ring", "socket")
@@ -214,19 +214,16 @@ def test_a_forked_child_has_no_session(me: Process, spawn: Any) -> None:
     (only,) = spawn(1)
     session = me.session("peek")
     assert me.call("pid_here") == only.pid
-    child = forks.fork()
-    if not child:
-        status = 1
-        try:
-            with suppress(realmap.InvalidHandle):
-                session.call("pid_here")
-                os._exit(2)
-            session.close()
-            del session
-            status = 0 if me.call("pid_here", timeout=BOUND) == only.pid else 3
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def work() -> None:
+        nonlocal session
+        with pytest.raises(realmap.InvalidHandle):
+            session.call("pid_here")
+        session.close()
+        del session
+        assert me.call("pid_here", timeout=BOUND) == only.pid
+
+    in_a_child(work)
     assert session.call("pid_here", timeout=BOUND) == only.pid  # the child has closed nothing of ours
     assert me.call("pid_here", timeout=BOUND) == only.pid
 

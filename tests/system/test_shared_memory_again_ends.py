@@ -9,6 +9,7 @@ import signal
 import pytest
 from blocks import end, exists, start
 from conftest import BOUND, wait_until
+from forked import in_a_child
 from outside import LOOP, address_of, gone, limits, made, outside, say, sums
 from parked import inode, parked
 
@@ -22,17 +23,14 @@ def test_a_fork_takes_its_name_along_and_no_window(outside: KernelHandle) -> Non
     address = gone(made())
     block = made(b"abcd")
     block.close()
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            found = SharedMemory(block.name)
-            code = 0 if parked() == [] and bytes(found.buf[:4]) == b"abcd" else 2
-            found.close()
-        finally:
-            os._exit(code)
+
+    def work() -> None:
+        found = SharedMemory(block.name)
+        assert parked() == [] and bytes(found.buf[:4]) == b"abcd"
+        found.close()
+
+    in_a_child(work)
     assert parked() == []
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     block.unlink()
     assert not exists(block.name)
     later = made()
