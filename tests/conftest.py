@@ -257,7 +257,7 @@ def tree(monkeypatch: pytest.MonkeyPatch) -> object:
     ambient.plant()
     yield
     gc.collect()
-    for process in [each for each in realmap.user.process.living() if each.path == os.environ[ambient.TREE]]:
+    for process in [each for each in realmap.user.inheritance.living() if each.path == os.environ[ambient.TREE]]:
         process.close()
     if ambient._booted is not None:
         ambient._booted.shutdown()

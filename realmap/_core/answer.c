@@ -1,7 +1,7 @@
 /* Answer: a request on its way, and then what came of it. It owns the descriptors that the answer brought from the
  * moment that Linux gave them, and closes them when it goes. Where it brought something that has to be given back (a
  * mapping, a handle) and nobody took it, the kernel is told so. */
-#include "core.h"
+#include "connection.h"
 
 static void close_all(int *fds, int count)
 {

@@ -3,7 +3,7 @@
  *
  * The loop calls it, and it calls `look`. Where a signal handler raises in there the loop only notes that, and goes on;
  * so the bell has itself called once more, and nobody is forgotten. */
-#include "core.h"
+#include "connection.h"
 
 /* After so many nanoseconds a loop is told again. */
 #define LOST 5000000

@@ -6,7 +6,7 @@
  * There is no thread of its own. A thread waits without the GIL, against a deadline that signals do not extend; a loop
  * watches the socket, and reads by itself. Errors are values (Answer.outcome): an exception is a signal handler's own.
  * Whatever an answer has brought is that Answer's, until somebody takes it. */
-#include "core.h"
+#include "connection.h"
 
 /* ---- the beginning and the end ---------------------------------------------------------------- */
 

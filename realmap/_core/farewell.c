@@ -1,6 +1,6 @@
 /* Farewell: what a window says, and to whom, when it is unmapped. In the same call of C, whoever unmaps it: `unmap`, the
  * end of its process, the collector. */
-#include "core.h"
+#include "connection.h"
 
 /* Nobody has to be told of its end: somebody was, or is about to be. */
 static void window_forget(Window *self)

@@ -6,7 +6,6 @@ static uint64_t exact_key(uint64_t serial, uint64_t start, size_t span, int prot
     return serial * 0x9e3779b97f4a7c15u + (start / page_size) * 0xc2b2ae3d27d4eb4fu + span + (uint64_t)prot;
 }
 
-
 static void forget_kept(Land *land, Kept *kept)
 {
     table_remove(&land->exact, &kept->exact);
@@ -29,6 +28,48 @@ static void evict(Land *land, Kept *kept)
         unmap_range(kept->base, kept->span);
     give_place_back(land, kept->base, kept->in_tree);
     PyMem_Free(kept);
+}
+
+/* Leaves the window of a mirror that is being dropped to its land. 0: it must be unmapped. */
+static int keep(Mirror *self)
+{
+    Land *land = self->land;
+    Window *window = &self->window;
+    if (!land || !self->serial || window->span > land->budget || zeros_of(window))
+        return 0;
+    if (!as_mapping(self->mapping)->held)
+        return 0; /* nothing survives the unmapping by its process */
+    uint64_t key = exact_key(self->serial, self->start, window->span, window->prot);
+    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
+        Kept *other = OWNER(Kept, exact, at);
+        if (other->serial == self->serial && other->start == self->start && other->span == window->span)
+            return 0; /* two mirrors of one range: one window is enough */
+    }
+    Kept *kept = PyMem_Calloc(1, sizeof *kept);
+    if (!kept)
+        return 0;
+    kept->exact.key = key;
+    kept->of.key = kept->serial = self->serial;
+    kept->base = window->base;
+    kept->span = window->span;
+    kept->start = self->start;
+    kept->prot = window->prot;
+    kept->in_tree = self->in_tree;
+    kept->maps = self->maps;
+    kept->older = land->newest;
+    *(land->newest ? &land->newest->newer : &land->oldest) = kept;
+    land->newest = kept;
+    table_add(&land->exact, &kept->exact);
+    table_add(&land->of, &kept->of);
+    land->kept_bytes += kept->span;
+    land->maps += kept->maps;
+    unguard(window); /* nobody touches it before it is a mirror's again */
+    Py_INCREF((PyObject *)land); /* the GIL may go away in between */
+    leave(self, 0);
+    while (land->kept_bytes > land->budget && land->oldest)
+        evict(land, land->oldest);
+    Py_DECREF((PyObject *)land);
+    return 1;
 }
 
 /* Whether so many maps more may be taken, now that windows kept for longest have gone where they had to. */
@@ -67,7 +108,6 @@ static int clear_kept(Land *land)
         evict(land, land->oldest);
     return had;
 }
-
 
 /* The first land from `at` on that is not being collected, held: the GIL may go away while it is at work. */
 static Land *living(Land *at)

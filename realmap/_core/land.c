@@ -306,7 +306,6 @@ static PyMethodDef land_methods[] = {
 static PyMemberDef land_members[] = {
     {"live", T_ULONGLONG, offsetof(Land, live.count), READONLY, "How many mirrors live."},
     {"_cursor", T_ULONGLONG, offsetof(Land, cursor), READONLY, NULL},
-    {"_hole_end", T_ULONGLONG, offsetof(Land, hole_end), READONLY, NULL},
     {"_edition", T_ULONGLONG, offsetof(Land, edition), READONLY, NULL},
     {"_budget", T_ULONGLONG, offsetof(Land, budget), READONLY, NULL},
     {"_kept_bytes", T_ULONGLONG, offsetof(Land, kept_bytes), READONLY, NULL},

@@ -7,7 +7,7 @@
  * Letters are sent in order, and a long one as a whole before the next: the parts of two never mix, whoever comes in
  * between. Nothing here runs Python code: what would (an object that goes, a loop that is woken) is left in `over` and
  * `bell`, for `settle` (turn.c), when the turn has been given back. */
-#include "core.h"
+#include "connection.h"
 
 #define CHUNK_BYTES 65536 /* that one datagram carries: wire/channel.py */
 

@@ -11,37 +11,10 @@ static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, in
     return self;
 }
 
-static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree, uint64_t maps)
-{
-    self->window.base = base;
-    self->window.span = span;
-    self->node.key = base;
-    self->in_tree = (char)in_tree;
-    self->maps = maps;
-    Py_INCREF((PyObject *)land);
-    self->land = land;
-    land->maps += maps;
-    table_add(&land->live, &self->node);
-}
-
 static void count_made(Land *land, uint64_t length)
 {
     land->made++;
     land->made_bytes += length;
-}
-
-/* Takes it out of its land; its place is given back, or somebody else's from now on. */
-static void leave(Mirror *self, int give_back)
-{
-    Land *land = self->land;
-    if (!land)
-        return;
-    self->land = NULL;
-    land->maps -= self->maps;
-    table_remove(&land->live, &self->node);
-    if (give_back)
-        give_place_back(land, self->window.base, self->in_tree);
-    Py_DECREF((PyObject *)land);
 }
 
 static PyObject *frames_of(const Mirror *self, Py_ssize_t i)
@@ -79,48 +52,6 @@ static int let_go(Mirror *self)
             put_aside(first);
     }
     return raise_first(first);
-}
-
-/* Leaves the window of a mirror that is being dropped to its land. 0: it must be unmapped. */
-static int keep(Mirror *self)
-{
-    Land *land = self->land;
-    Window *window = &self->window;
-    if (!land || !self->serial || window->span > land->budget || zeros_of(window))
-        return 0;
-    if (!as_mapping(self->mapping)->held)
-        return 0; /* nothing survives the unmapping by its process */
-    uint64_t key = exact_key(self->serial, self->start, window->span, window->prot);
-    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
-        Kept *other = OWNER(Kept, exact, at);
-        if (other->serial == self->serial && other->start == self->start && other->span == window->span)
-            return 0; /* two mirrors of one range: one window is enough */
-    }
-    Kept *kept = PyMem_Calloc(1, sizeof *kept);
-    if (!kept)
-        return 0;
-    kept->exact.key = key;
-    kept->of.key = kept->serial = self->serial;
-    kept->base = window->base;
-    kept->span = window->span;
-    kept->start = self->start;
-    kept->prot = window->prot;
-    kept->in_tree = self->in_tree;
-    kept->maps = self->maps;
-    kept->older = land->newest;
-    *(land->newest ? &land->newest->newer : &land->oldest) = kept;
-    land->newest = kept;
-    table_add(&land->exact, &kept->exact);
-    table_add(&land->of, &kept->of);
-    land->kept_bytes += kept->span;
-    land->maps += kept->maps;
-    unguard(window); /* nobody touches it before it is a mirror's again */
-    Py_INCREF((PyObject *)land); /* the GIL may go away in between */
-    leave(self, 0);
-    while (land->kept_bytes > land->budget && land->oldest)
-        evict(land, land->oldest);
-    Py_DECREF((PyObject *)land);
-    return 1;
 }
 
 /* Where bytes from `at` on were gone, the call that it was made in has to end in that; it may be the only one to know. */
@@ -200,7 +131,10 @@ static int end_mirror(Mirror *self)
     return let_go(self);
 }
 
-
+/* Mirror._open(land, mapping, offset, length, rights, caller): a mirror of [offset, offset + length) of a mapping,
+ * by a window that was kept, or in the current hole of the land; for a `caller` (else None) only where the mapping's
+ * own rights allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
+ * the others. `exact`, here and below: nothing beside the range is mapped (lent.c). */
 static PyObject *open_mirror(PyObject *cls, PyObject *const *args, Py_ssize_t nargs, int exact)
 {
     if (wants(nargs, 6, "Mirror._open"))
@@ -290,19 +224,9 @@ static PyObject *open_mirror(PyObject *cls, PyObject *const *args, Py_ssize_t na
     return (PyObject *)self;
 }
 
-/* Mirror._open(land, mapping, offset, length, rights, caller): a mirror of [offset, offset + length) of a mapping,
- * by a window that was kept, or in the current hole of the land; for a `caller` (else None) only where the mapping's
- * own rights allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
- * the others. */
 static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     return open_mirror(cls, args, nargs, 0);
-}
-
-/* As that; nothing beside the range is mapped. */
-static PyObject *lent_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    return open_mirror(cls, args, nargs, 1);
 }
 
 /* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces at a place that
@@ -351,26 +275,6 @@ static PyObject *open_mirror_at(PyObject *cls, PyObject *const *args, Py_ssize_t
 static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     return open_mirror_at(cls, args, nargs, 0);
-}
-
-static PyObject *lent_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    return open_mirror_at(cls, args, nargs, 1);
-}
-
-/* _copy_back() -> None, or (errno, address): copies back what was changed at its edges, where it lives; of what cannot be, or
- * could not when it was dropped, the first byte. ENODATA: the segment ends before it. */
-static PyObject *lent_copy_back(PyObject *op, PyObject *Py_UNUSED(ignored))
-{
-    Mirror *self = as_mirror(op);
-    Edges *edges = self->edges;
-    if (edges && is_alive(&self->window))
-        copy_edges_back(edges, zeros_of(&self->window));
-    if (!edges || !edges->error)
-        Py_RETURN_NONE;
-    int error = edges->error;
-    edges->error = 0;
-    return Py_BuildValue("(iK)", error, (unsigned long long)edges->lost);
 }
 
 /* _populate(): faults in every page. OSError: one cannot be had. */
@@ -480,20 +384,4 @@ static PyType_Spec mirror_spec = {
     .basicsize = sizeof(Mirror),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = mirror_slots,
-};
-
-static PyMethodDef lent_methods[] = {
-    {"_open", FASTCALL(lent_open), METH_FASTCALL | METH_CLASS, NULL},
-    {"_open_at", FASTCALL(lent_open_at), METH_FASTCALL | METH_CLASS, NULL},
-    {"_copy_back", lent_copy_back, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot lent_slots[] = {{Py_tp_methods, lent_methods}, {0, NULL}};
-
-static PyType_Spec lent_spec = {
-    .name = "realmap._core.Lent",
-    .basicsize = sizeof(Mirror),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = lent_slots,
 };

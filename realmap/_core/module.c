@@ -56,6 +56,7 @@
 #include "frames.c"
 #include "mapping.c"
 #include "mirror.c"
+#include "lent.c"
 #include "places.c"
 #include "ring.c"
 #include "mail.c"

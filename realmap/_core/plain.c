@@ -1,7 +1,7 @@
 /* Plain: a call of a few plain values as a message, and the value that is its answer, where that is one: what most calls
  * are. Written and read here, for of many processes each wakes with cold caches: every object and every function that a
  * call takes is fetched anew. Whatever is less plain is the encoder's and the decoder's (wire/client/requester.py). */
-#include "core.h"
+#include "connection.h"
 
 /* A message that the ring takes, as far as it is written. */
 typedef struct {

@@ -1,5 +1,5 @@
 /* What a thread, or a loop, has done by an endpoint: requests, plain calls and unmappings, their answers; and notices. */
-#include "core.h"
+#include "connection.h"
 
 /* A request that is sent, or about to be. `ordered`: nothing that is said later is heard before it, and nothing later that
  * was said before. NULL with an exception set: no memory, or a buffer that is unmapped. */

@@ -3,7 +3,6 @@
 
 static Land *all_lands;
 
-
 /* An anchor is a page without rights at the top of the 512 GiB that one entry of the top page table covers. With a
  * mapping above it, Linux gives up no page tables when a mirror goes, and does not flush the TLB for it: measured,
  * that is half the cost of mapping and unmapping an untouched page. Where it cannot be had, it is only slower. */
@@ -53,4 +52,32 @@ static void give_place_back(Land *land, uintptr_t base, int in_tree)
     if (!address || PyList_Append(land->gone, address))
         PyErr_Clear();
     Py_XDECREF(address);
+}
+
+/* A mirror is in a land from now on, at a place that was taken for it. */
+static void enter(Land *land, Mirror *self, uintptr_t base, size_t span, int in_tree, uint64_t maps)
+{
+    self->window.base = base;
+    self->window.span = span;
+    self->node.key = base;
+    self->in_tree = (char)in_tree;
+    self->maps = maps;
+    Py_INCREF((PyObject *)land);
+    self->land = land;
+    land->maps += maps;
+    table_add(&land->live, &self->node);
+}
+
+/* Takes a mirror out of its land; its place is given back, or somebody else's from now on. */
+static void leave(Mirror *self, int give_back)
+{
+    Land *land = self->land;
+    if (!land)
+        return;
+    self->land = NULL;
+    land->maps -= self->maps;
+    table_remove(&land->live, &self->node);
+    if (give_back)
+        give_place_back(land, self->window.base, self->in_tree);
+    Py_DECREF((PyObject *)land);
 }

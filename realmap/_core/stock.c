@@ -2,7 +2,7 @@
  *
  * What is in a place is mapped without rights, and is nobody's but the endpoint's. Whoever takes it out unmaps it, or makes
  * a window of it, in the same call. All of it goes with the connection, and before a fork. */
-#include "core.h"
+#include "connection.h"
 
 #define NOWHERE 1 /* a base: there is no window, nor can there be one */
 

@@ -3,7 +3,7 @@
  * What holds: a signal handler, a destructor, the waking of a loop, that is: Python code, runs in `settle` and at
  * `PyErr_CheckSignals` alone. The turn has been given back then, the next one been woken (in one step, on every way out),
  * and the state is whole. So it may call, raise, fork or never come back; who waits looks for its answer afterwards. */
-#include "core.h"
+#include "connection.h"
 
 /* Where nobody reads, the next one does: a thread that waits, or else a loop. `own`: the bell of a loop that looks by
  * itself. */

@@ -113,6 +113,23 @@ def find(first: Seat) -> Circle | None:
     return Circle(sorted(waits), {seat.number: seat.told for seat in known})
 
 
+class Looks:
+    """For the circle that a seat is in, each time that it has told of itself."""
+
+    def __init__(self) -> None:
+        self._found: Circle | None = None
+
+    def again(self, seat: Seat) -> Circle | None:
+        """The circle, once it is sure; it is looked for anew then."""
+        found, before = find(seat), self._found
+        if found is None or before is None or found.waits != before.waits:
+            self._found = found
+        elif found.is_sure(before):
+            self._found = None
+            return found
+        return None
+
+
 def _waits_of(seat: Seat, known: _Known) -> Iterator[Wait]:
     """What the threads of a seat wait for, through calls at work elsewhere. _May: one of them may go on."""
     threads = known[seat].threads

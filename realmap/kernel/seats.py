@@ -25,9 +25,8 @@ from realmap._core import Durations, look_over
 from realmap.errors import InvalidAddress, KernelError, LimitReached, ServerDied
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY, shortage
-from realmap.kernel import circles
 from realmap.kernel.books import Books
-from realmap.kernel.circles import Circle
+from realmap.kernel.circles import Looks
 from realmap.kernel.limits import require_unreserved
 from realmap.kernel.ports import Grant, Seat, Session
 from realmap.kernel.processes import UserProcess
@@ -61,8 +60,8 @@ class _Desk:
     events: int = select.EPOLLIN
     #: In the order in which it is told.
     news: dict[Matter, None] = field(default_factory=dict)
-    #: Which circle of services it seems to be in.
-    circle: Circle | None = None
+    #: For a circle of services that it may be in.
+    looks: Looks = field(default_factory=Looks)
 
     def close(self) -> None:
         files.shut(self.sock)
@@ -355,23 +354,14 @@ class Seats:
         if isinstance(told, Served):
             desk.seat.served = told
             desk.seat.told += 1
-            if told.waits:
-                self._look_for_circle(desk)
+            if told.waits and (circle := desk.looks.again(desk.seat)) is not None:
+                last = circle.waits[-1]  # it is refused, so that the others go on
+                self._send(self._desks[last.seat], Refused(*last.call, circle.why), [])  # else it is found again
         elif isinstance(told, Gone) and (session := desk.seat.sessions.get(told.session)) is not None:
             self._end_session(session)
         elif isinstance(told, Worked) and (observer := self._books.observer) is not None:
             for caller, id, name, came, began, ended, code in told.calls:
                 observer.served(desk.seat.process, caller, id, name, (came, began, ended), code)
-
-    def _look_for_circle(self, desk: _Desk) -> None:
-        """Of services that wait for each other: the last call of it is refused, so that the others go on."""
-        found, before = circles.find(desk.seat), desk.circle
-        if found is None or before is None or found.waits != before.waits:
-            desk.circle = found
-        elif found.is_sure(before):
-            desk.circle = None
-            last = found.waits[-1]
-            self._send(self._desks[last.seat], Refused(*last.call, found.why), [])  # else it is found again
 
     def _trace(self, on: bool) -> None:
         for desk in self._desks.values():

@@ -102,7 +102,7 @@ def attach(
     process: Process, name: str, rights: MappingAccessRights | None = None, *, timeout: float | None = None
 ) -> Buffer:
     """The memory of that name, mapped here. InvalidHandle: there is none. SyscallTimeout. Else as `Process.attach`."""
-    return process._attach(NAMED + name, rights=rights, timeout=timeout)
+    return process._attached.attach(process, NAMED + name, rights=rights, timeout=timeout)
 
 
 def unlink(process: Process, name: str, *, timeout: float | None = None) -> None:

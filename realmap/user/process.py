@@ -15,13 +15,13 @@ import msgspec
 from realmap._core import BARE, Answer, Lock
 from realmap.errors import InvalidAddress, InvalidHandle, InvalidSize, UnknownSyscall, VirtualMemoryExhaustion
 from realmap.host.segment import checked_name
-from realmap.host.signals import Living, pass_on
+from realmap.host.signals import pass_on
 from realmap.memory.frames import whole_pages
 from realmap.memory.lands import USER_LAND, require_address_space
 from realmap.memory.userspace_ptr import user_windows
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, address_of, align_up, usize
 from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_of, type_of, u_rw
-from realmap.user import shown
+from realmap.user import inheritance, shown
 from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
@@ -38,32 +38,6 @@ if TYPE_CHECKING:
 
 #: How often it is asked again whether somebody serves by now, in seconds.
 SOON = 0.01
-#: How much of what it inherited a forked child tells in one message.
-AT_ONCE = 1000
-
-_living: Living[Process] = Living()
-
-
-def living() -> list[Process]:
-    """The connections that this process has made, or inherited, and that have not ended."""
-    return [process for process in _living.all() if not process._client.has_ended]
-
-
-def _tell_of_fork() -> None:
-    """In the parent, before it forks: what it has may be somebody else's, too, from then on. Not after: it may die."""
-    for process in living():
-        client = process._client
-        inherits = not client.lost_in_child and bool(process._windows())
-        if inherits or client.endpoint.has_stock:
-            client.endpoint.empty_stock(client.encode(messages.Forked(0, inherits)))
-
-
-def _after_fork() -> None:
-    for process in _living.all():
-        process._after_fork_in_child()
-
-
-os.register_at_fork(before=_tell_of_fork, after_in_child=_after_fork)
 
 
 class Process:
@@ -93,7 +67,7 @@ class Process:
         self._lock = Lock()
         self._routes = Routes(self)
         self._known = self._routes.known  # looked into at every call
-        _living.add(self)
+        inheritance.add(self)
 
     def _connect(self, path: str, timeout: float | None = None) -> Client:
         return Client(path, timeout=timeout, encoder=msgspec.msgpack.Encoder(enc_hook=partial(encode_buffer, self)))
@@ -136,18 +110,7 @@ class Process:
             if before.has_ended:  # closed before the fork
                 before.check()
             client = self._connect(before.path)
-            windows = self._windows()
-            adopted: list[bool] = []
-            for start in range(0, max(1, len(windows)), AT_ONCE):  # once at least: it wants no more
-                places = [(each._base, each._span, each._serial) for each in windows[start : start + AT_ONCE]]
-                more = start + AT_ONCE < len(windows)
-                adopted += client.request(messages.Adopt(client.next_id(), before.secret, places, more))[0]
-            for window, known in zip(windows, adopted, strict=True):
-                # What the parent had unmapped by now is memory still, but none that the kernel knows.
-                if known:
-                    window._farewell(client.endpoint, self._farewell(window._base, window._span), None)
-                else:
-                    window._farewell(None, None, None)
+            inheritance.adopt(self, before, client)
             self._client = client
 
     def _after_fork_in_child(self) -> None:
@@ -315,27 +278,7 @@ class Process:
             why = f"the handle is of the kernel at {handle.path!r}, this process is connected to {self.path!r}"
             raise InvalidHandle(handle.token[:8] + "…", why=why)
         first, size = usize(offset, "offset"), None if length is None else usize(length, "length")
-        return self._attach(handle.token, first, size, rights)
-
-    def _attach(
-        self,
-        token: str,
-        offset: int = 0,
-        length: int | None = None,
-        rights: MappingAccessRights | None = None,
-        timeout: float | None = None,
-    ) -> Buffer:
-        allowed = None if rights is None else int(rights_of(rights))
-        key = token, offset, length, allowed
-        if (found := self._attached.again(self, key)) is not None:
-            return found
-        request = messages.Attach(self._own_client.next_id(), token, offset, length, allowed)
-        value, answer = self._own_client.request(request, timeout=timeout, name="attach", late=self._unmap_late)
-        *_, lead, size, given, pieces, again = value
-        window = map_window(self, value[:5], lambda index: tuple(pieces[index]), answer, rights_of(given))
-        if again:
-            window.recycles = self._attached.note(key, window, lead, size)
-        return part_of(window, window._base + lead, size)
+        return self._attached.attach(self, handle.token, first, size, rights)
 
     def revoke(self, handle: Handle | str) -> None:
         """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from realmap._core import Lock
+from realmap.user import inheritance
 from realmap.user.handle import Handle
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def process_of(path: str) -> Process:
     """This process as a user of the kernel at `path`: a connection that it has, or else a new one. As `connect`."""
-    from realmap.user.process import living
-
     with _lock:
-        for process in living():
+        for process in inheritance.living():
             if process.path == path:
                 return process
         return own_process_of(path)

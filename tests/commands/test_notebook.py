@@ -8,14 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import msgspec
 import pytest
 from conftest import BOUND, PAGE, ROOT, wait_until
+from forked import said_in_a_child
 
 import realmap
 from realmap import KernelHandle, Process
@@ -50,19 +49,6 @@ def test_the_example_notebook(tmp_path: Path) -> None:
     assert not any(cell.get("outputs") for cell in json.loads(NOTEBOOK.read_text())["cells"])  # it is kept without
 
 
-def in_a_fork(work: Callable[[], object]) -> None:
-    """`work` is true there."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            status = 0 if work() else 2
-        except BaseException:
-            traceback.print_exc()
-        os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 def test_a_snapshot_shows_itself(kernel: KernelHandle, me: Process) -> None:
     with me.map(3 * PAGE) as buffer:
         me.call("keep", "shown", buffer)
@@ -84,7 +70,7 @@ def test_a_kernel_shows_itself_while_it_can() -> None:
     with realmap.boot() as kernel:
         with kernel.connect() as me, me.map(PAGE):
             assert f"kernel {kernel.pid}" in str(kernel._repr_svg_())
-            in_a_fork(lambda: kernel._repr_svg_() is None)
+            assert said_in_a_child(lambda: str(kernel._repr_svg_())) == "None"
         os.kill(kernel.pid, signal.SIGSTOP)
         wait_until(lambda: (at := look(kernel.path)) is not None and at.is_stuck, "that it is stopped")
         assert kernel._repr_svg_() is None
@@ -106,7 +92,8 @@ def test_a_process_shows_its_mappings() -> None:
         assert f"<td>{buffers[0].address:#x}</td><td>{PAGE:,}</td><td>u_rw</td>" in text
         assert text.count("<tr>") == 22
         assert "and 6 more" in text
-        in_a_fork(lambda: "inherited by a fork" in me._repr_html_() and me._is_lost)
+        said = said_in_a_child(lambda: f"{me._repr_html_()} {me._is_lost}")
+        assert "inherited by a fork" in said and said.endswith("True")
         assert kernel.stats()["processes"] == 1  # nobody connects to be shown
         os.kill(kernel.pid, signal.SIGKILL)
         assert "<table>" in me._repr_html_()  # it has them still
@@ -125,7 +112,7 @@ def test_a_buffer_shows_its_first_bytes() -> None:
         assert ".&lt;b&gt;&amp;...&#x27;." in text
         assert "… and 3,205 bytes more" in text
         assert "more" not in buffer.slice(5, 8)._repr_html_()
-        in_a_fork(lambda: buffer._repr_html_() == text and me._is_lost)
+        assert said_in_a_child(lambda: f"{buffer._repr_html_()} {me._is_lost}") == f"{text} True"
         os.kill(kernel.pid, signal.SIGKILL)
         assert buffer._repr_html_() == text
         buffer.unmap()

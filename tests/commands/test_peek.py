@@ -8,25 +8,20 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 from command_line import command_line
 from conftest import BOUND, PAGE, wait_until
-from strangers import Stranger, pattern, stranger
+from strangers import FREE, Stranger, other, pattern
 from terminal import on_a_terminal
 
 import realmap
 from realmap.cli.peek import CHANGED, lines
 from realmap.cli.values import form_of, values, written
 
-
-@pytest.fixture
-def other(tmp_path: Path) -> Iterator[Stranger]:
-    with stranger(tmp_path) as made:
-        yield made
+__all__ = ["other"]
 
 
 def good(*arguments: object, says: str = "") -> str:
@@ -37,7 +32,7 @@ def good(*arguments: object, says: str = "") -> str:
 
 @pytest.mark.parametrize("kind", ["memfd", "private"])
 def test_peek_shows_hex_and_text(other: Stranger, kind: str) -> None:
-    place = other.map(kind, 2, 0x5000_0000_0000, seed=65)
+    place = other.map(kind, 2, FREE, seed=65)
     shown = good("peek", other.pid, hex(place.address + 3), 21).splitlines()
     data = pattern(24, 65)[3:]
     letters = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data)

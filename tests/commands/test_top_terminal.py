@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BOUND, PAGE, ROOT, wait_until
-from test_top import loaded
+from pilot import loaded
 
 import realmap
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PAGE, long, scaled
-from strangers import KINDS, pattern, stranger
+from strangers import FREE, KINDS, pattern, stranger
 
 from realmap import (
     AccessDenied,
@@ -24,7 +24,6 @@ from realmap import (
 )
 from realmap.host import stranger as host
 
-FREE = 0x5000_0000_0000
 #: As `race` of stranger.c has it.
 SLOTS, SLOT_PAGES = 8, 4
 #: Pages of the model.

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from books_model import Frames, Model, Part, Person, Place, Wrong, recycles
+from books_model import Model, Wrong
+from books_nouns import Frames, Part, Person, Place, recycles
 from conftest import PAGE, land_maps
 
 from realmap.errors import KernelError, PhysicalMemoryExhaustion

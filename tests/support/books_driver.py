@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from books_beside import NAMES, Beside, Coming, Failed
-from books_model import Handle, Mirror, Person, Place, Wrong
+from books_model import Wrong
+from books_nouns import Handle, Mirror, Person, Place
 from conftest import PAGE, land_maps
 
 from realmap.errors import (

@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from forked import said_in_a_child
+
 from realmap import (
     PAGE_SIZE,
     Buffer,
@@ -29,7 +31,6 @@ from realmap import (
     syscall,
     u_rw,
 )
-from realmap.host import forks
 from realmap.kernel import Kernel
 
 #: No act needs so many.
@@ -136,25 +137,18 @@ def outcome(act: Callable[[], object]) -> str:
 
 def attempt(prepare: Callable[[str], Callable[[], object]], path: str, free: int) -> str:
     """In a process of its own."""
-    reading, writing = os.pipe()
-    child = forks.fork()
-    if not child:
+
+    def say() -> str:
         signal.alarm(30)
-        try:
-            before = resource.getrlimit(resource.RLIMIT_NOFILE)
-            act = prepare(path)
-            leave(free)
-            first = outcome(act)
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-            then = outcome(act)
-            os.write(writing, (first if then == "ok" else f"{first}, then {then}").encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading) as said:
-        text = said.read()
-    os.waitpid(child, 0)
-    return text or "it died, or hung"
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        act = prepare(path)
+        leave(free)
+        first = outcome(act)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        then = outcome(act)
+        return first if then == "ok" else f"{first}, then {then}"
+
+    return said_in_a_child(say) or "it died, or hung"
 
 
 def until_well(prepare: Callable[[str], Callable[[], object]], path: str) -> list[str]:

@@ -11,8 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from conftest import BOUND, PAGE
 
+from realmap import ForeignProcess
+from realmap.host.stranger import may_open_map_files
+from realmap.memory import ForeignMapping
+
+#: Where nothing is by itself: mappings beside one another, and holes.
+FREE = 0x5000_0000_0000
 KINDS = ("posix", "memfd", "sysv", "anonymous", "file")
 
 
@@ -103,3 +110,25 @@ def stranger(folder: Path, *arguments: str, user: int | None = None) -> Iterator
         yield made
     finally:
         made.end()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Stranger]:
+    with stranger(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def process(other: Stranger) -> Iterator[ForeignProcess]:
+    with ForeignProcess(other.pid) as found:
+        yield found
+
+
+def at(process: ForeignProcess, address: int) -> ForeignMapping:
+    (found,) = [each for each in process.mappings() if each.address == address]
+    return found
+
+
+def require_map_files() -> None:
+    if not may_open_map_files():
+        pytest.skip("it takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from blocks import clean, program
 from conftest import BOUND, wait_until
+from forked import in_a_child
 
 import realmap
 from realmap import KernelDied, ambient
@@ -61,17 +62,12 @@ def test_the_next_use_after_its_death_boots_another(tree: None) -> None:
 def test_a_forked_childs_next_use_as_well(tree: None) -> None:
     block = SharedMemory(create=True, size=10)
     kill_kernel()
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            block.close()
-            again = SharedMemory(create=True, size=7)
-            again.unlink()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
+
+    def work() -> None:
+        block.close()
+        SharedMemory(create=True, size=7).unlink()
+
+    in_a_child(work)
     SharedMemory(create=True, size=7).unlink()
     block.close()
 

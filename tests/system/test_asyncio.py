@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, wait_until
+from forked import in_a_child
 
 import realmap
 from realmap import KernelHandle, Process, SyscallFailed, SyscallTimeout, UnknownSyscall
@@ -330,15 +331,11 @@ def test_a_forked_child(kernel: KernelHandle, me: Process) -> None:
         await me.acall("nop")
 
     run(work())
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            assert run(me.acall("sha256", buffer.slice(0, 2))) == hashlib.sha256(b"ab").hexdigest()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
+
+    def in_the_child() -> None:
+        assert run(me.acall("sha256", buffer.slice(0, 2))) == hashlib.sha256(b"ab").hexdigest()
+
+    in_a_child(in_the_child)
     run(work())
 
 

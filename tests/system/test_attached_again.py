@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from blocks import run
 from conftest import in_threads
+from forked import in_a_child
 from parked import parked
 
 import realmap
@@ -240,14 +241,11 @@ def test_no_more_than_so_many(tree: None) -> None:
 
 def test_none_is_kept_over_a_fork(block: SharedMemory) -> None:
     attach(block.name)
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            code = 0 if not parked() and attach(block.name) and attach(block.name) else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    def work() -> None:
+        assert not parked() and attach(block.name) and attach(block.name)
+
+    in_a_child(work)
     assert (parked(), kept()) == ([], 0)
     attach(block.name)
 

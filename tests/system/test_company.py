@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, land_maps, wait_until
+from forked import in_a_child
 
 import realmap
 from realmap import AccessDenied, InvalidHandle, KernelDied, KernelHandle, Process, VersionMismatch
@@ -129,18 +130,14 @@ def test_a_peer_of_another_uid_is_refused(tmp_path: Path) -> None:
     with realmap.boot(path=path) as kernel:
         for mode, why in ((0o666, "uid 65534"), (0o600, "")):  # the kernel refuses it; Linux does
             os.chmod(path, mode)
-            child = os.fork()
-            if not child:
-                code = 1
-                try:
-                    os.setgid(65534)
-                    os.setuid(65534)
+
+            def work(why: str = why) -> None:
+                os.setgid(65534)
+                os.setuid(65534)
+                with pytest.raises(AccessDenied, match=why or None):
                     realmap.connect(kernel.path)
-                except AccessDenied as error:
-                    code = 0 if why in str(error) else 2
-                finally:
-                    os._exit(code)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+            in_a_child(work)
 
 
 def test_a_peer_of_another_pid_namespace_is_refused(kernel: KernelHandle) -> None:
@@ -156,41 +153,21 @@ def test_a_peer_of_another_pid_namespace_is_refused(kernel: KernelHandle) -> Non
 # ---- forks --------------------------------------------------------------------------------
 
 
-def in_child(check: Any) -> int:
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = check() or 0
-        except BaseException as error:
-            print("in the child:", repr(error), flush=True)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_a_forked_child_is_a_process_of_its_own(me: Process, kernel: KernelHandle) -> None:
     buffer = me.map(100)
     buffer[0:6] = b"parent"
 
-    def check() -> int:
-        try:
+    def work() -> None:
+        with pytest.raises(InvalidHandle, match="connect"):
             kernel.stats()
-            return 2
-        except InvalidHandle as error:
-            if "connect" not in str(error):
-                return 3
-        if buffer[0:6] != b"parent":
-            return 4
-        if me.call("who")[0] != os.getpid() or me.pid != os.getpid():
-            return 5
-        if me.call("peek", buffer, 6, 0) != b"parent" or buffer.refcount != 2:
-            return 6
+        assert buffer[0:6] == b"parent"
+        assert me.call("who")[0] == me.pid == os.getpid()
+        assert me.call("peek", buffer, 6, 0) == b"parent" and buffer.refcount == 2
         with realmap.connect(kernel.path) as mine:
             own = mine.map(100)
-            return 0 if own.address != buffer.address and mine.call("sha256", own) else 7
+            assert own.address != buffer.address and mine.call("sha256", own)
 
-    assert in_child(check) == 0
+    in_a_child(work)
     assert me.call("echo", 5) == [5]
     assert buffer[0:6] == b"parent"
 
@@ -198,12 +175,12 @@ def test_a_forked_child_is_a_process_of_its_own(me: Process, kernel: KernelHandl
 def test_a_child_that_collects_does_not_unmap_for_its_parent(me: Process, kernel: KernelHandle) -> None:
     buffer = me.map(100)
 
-    def check() -> int:
+    def work() -> None:
         nonlocal buffer
         buffer = None  # type: ignore[assignment]
-        return len(land_maps())
+        assert land_maps() == []
 
-    assert in_child(check) == 0
+    in_a_child(work)
     assert kernel.stats()["mappings"] == 1
     assert buffer.alive
 

@@ -7,24 +7,23 @@ import os
 import signal
 import subprocess
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import BOUND, PAGE
-from strangers import pattern, stranger
+from forked import in_a_child
+from strangers import FREE, pattern, stranger
 
 from realmap import AccessDenied, ForeignProcess, InvalidAddress, InvalidMemState, k_rw
-from realmap.host import files, forks, procfs
+from realmap.host import procfs
 from realmap.host import stranger as ways
 from realmap.observe import doctor
 
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x1000_0000
 PR_SET_DUMPABLE = 4
-FREE = 0x5000_0000_0000
 CAP_SYS_ADMIN = 21
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 mounts = pytest.mark.skipif(not ways.has_capability(CAP_SYS_ADMIN), reason="to mount takes CAP_SYS_ADMIN")
@@ -36,24 +35,6 @@ def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         os.chmod(name, 0o777)
         yield Path(name)
-
-
-def in_a_child(work: Callable[[], None]) -> None:
-    """Raises what went wrong there."""
-    reader, writer = os.pipe()
-    child = forks.fork()
-    if not child:
-        try:
-            work()
-        except BaseException:
-            os.write(writer, traceback.format_exc().encode()[-4000:])
-        finally:
-            os._exit(0)
-    files.close(writer)
-    with open(reader) as told:
-        said = told.read()
-    os.waitpid(child, 0)
-    assert not said, said
 
 
 def as_nobody(work: Callable[[], None], before: Callable[[], None] = lambda: None) -> None:

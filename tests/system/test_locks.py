@@ -1,6 +1,6 @@
 """Every public operation from a signal handler in the middle of every other one, and handlers that raise there.
 
-The rule that this holds realmap to is in realmap/host/signals.py; the operations are in interrupted.py.
+The rule that this holds realmap to is in realmap/host/signals.py; the operations are in public_operations.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Callable
 
 import pytest
 from conftest import BOUND, SUPPORT, scaled
-from interrupted import HANGS, OPERATIONS, RAISED
+from interrupted import RAISED
+from public_operations import HANGS, OPERATIONS
 
 from realmap.host.interpreter import Child
 from realmap.host.signals import Flag, Living, pass_on

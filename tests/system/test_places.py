@@ -19,6 +19,7 @@ import numpy as np
 import placed
 import pytest
 from conftest import BOUND, PAGE, in_threads, wait_until
+from forked import in_a_child
 
 import realmap
 from realmap import AccessDenied, Buffer, InvalidAddress, InvalidSize, KernelHandle, Process, SyscallFailed
@@ -423,14 +424,10 @@ def test_a_forked_child_calls_for_itself(me: Process, kernel: KernelHandle) -> N
         pytest.skip("the child serves nothing")
     buffer = filled(me, 20_000)
     assert me.call("digest", buffer) == sha(buffer)
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            pid = me.call("who", timeout=BOUND)[0]
-            right = me.call("digest", buffer.slice(1, 10_000), timeout=BOUND) == sha(buffer[1:10_001])
-            status = 0 if right and pid == os.getpid() else 2
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def work() -> None:
+        assert me.call("who", timeout=BOUND)[0] == os.getpid()
+        assert me.call("digest", buffer.slice(1, 10_000), timeout=BOUND) == sha(buffer[1:10_001])
+
+    in_a_child(work)
     assert me.call("digest", buffer) == sha(buffer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import syscalls
 from conftest import BOUND, PAGE
+from forked import in_a_child
 
 import realmap
 from realmap import Call, Kernel, UserBuffer, ambient, memory, system
@@ -113,17 +113,12 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
     booted = ambient._booted
     with kernels_that_do_not_answer(monkeypatch, *pids):
         alive = told(things)
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                assert set(told(things)) == set(alive)
-                status = int(not things["Process"]._is_lost)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def work() -> None:
+            assert set(told(things)) == set(alive)
+            assert things["Process"]._is_lost
+
+        in_a_child(work)
     assert alive["Buffer"] != alive["a slice"]
 
     things["SpawnedProcess"].join(BOUND)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import BOUND, PAGE, in_threads, land_maps, wait_until
+from forked import in_a_child, said_in_a_child
 from parked import inode, park, parked, segment_of, stock
 
 import realmap
@@ -209,14 +209,7 @@ def test_all_of_it_goes_with_its_process(kernel: KernelHandle) -> None:
 
 def test_a_forked_child_has_none_of_it(me: Process, kernel: KernelHandle) -> None:
     (address,) = park(me, PAGE)
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.write(write, bytes([len(land_maps(parked=True))]))
-        os._exit(0)
-    assert (os.read(read, 1), os.waitpid(pid, 0)[1]) == (b"\0", 0)
-    os.close(read)
-    os.close(write)
+    assert said_in_a_child(lambda: str(land_maps(parked=True))) == "[]"
     assert parked() == []
     assert me.query(address).type == MemoryType.UNMAPPED  # behind what was said of the fork
     assert stock(kernel) == (0, 0)
@@ -226,20 +219,14 @@ def test_a_forked_child_has_none_of_it(me: Process, kernel: KernelHandle) -> Non
 def test_a_child_recycles_what_it_maps_itself(me: Process, kernel: KernelHandle) -> None:
     before = me.map(PAGE)
     before[0] = 1
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
+
+    def work() -> None:
         park(me, PAGE)
         ours = me.map(PAGE)
         before.unmap()  # inherited, so its parent's as well
-        os.write(write, bytes([ours[0], len(parked())]))
-        os._exit(0)
-    ready, _, _ = select.select([read], [], [], BOUND)
-    assert ready
-    assert os.read(read, 2) == b"\0\0"
-    os.waitpid(pid, 0)
-    os.close(read)
-    os.close(write)
+        assert (ours[0], parked()) == (0, [])
+
+    in_a_child(work)
     assert before[0] == 1
     wait_until(lambda: kernel.stats()["processes"] == 1)
 
@@ -248,16 +235,7 @@ def test_what_is_used_again_is_inherited(me: Process) -> None:
     park(me, PAGE)
     buffer = me.map(PAGE)
     buffer[:3] = b"abc"
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.write(write, me.call("peek", buffer, 3, 0))
-        os._exit(0)
-    assert select.select([read], [], [], BOUND)[0]
-    assert os.read(read, 3) == b"abc"
-    os.waitpid(pid, 0)
-    os.close(read)
-    os.close(write)
+    assert said_in_a_child(lambda: me.call("peek", buffer, 3, 0).decode()) == "abc"
     assert me.call("peek", buffer, 3, 0) == b"abc"
     buffer.unmap()
     assert parked() == []

@@ -2,133 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
 
 import pytest
-from blocks import end, exists, hear, start
+from blocks import exists
 from conftest import BOUND, wait_until
-from parked import inode, parked, stock
+from outside import SIZE, Other, address_of, gone, limits, made, messages, other, outside, sums
+from parked import inode, parked
 
 import realmap
 from realmap import KernelHandle, LimitReached, Limits, ambient
 from realmap.host import procfs
 from realmap.memory.stock import PLACES
 from realmap.shared_memory import SharedMemory
-from realmap.user import travel
 
-SIZE = 3333
-#: Has another process do something with the block of a name; what that says.
-Other: TypeAlias = Callable[[str, str], str]
-
-LOOP = """
-held = []
-def attach(name):
-    block = SharedMemory(name)
-    said = bytes(block.buf[:4]).decode()
-    block.close()
-    return said
-def hold(name):
-    held.append(SharedMemory(name))
-    return bytes(held[-1].buf[:4]).decode()
-def drop(name):
-    block = held.pop()
-    said = bytes(block.buf[:4]).decode()
-    block.close()
-    return said
-def unlink(name):
-    block = SharedMemory(name)
-    block.close()
-    block.unlink()
-    return "unlinked"
-def make(name):
-    SharedMemory(name, create=True, size=10).unlink()
-    return "made"
-def again(name):
-    for _ in range(2):  # the second one as all later ones
-        block = SharedMemory(create=True, size=10)
-        if _:
-            block.buf[:4] = b"here"
-            return block.name
-        block.close()
-        block.unlink()
-    return block.name
-for line in sys.stdin:
-    what, name = line.split()
-    try:
-        print(globals()[what](name), flush=True)
-    except OSError as error:
-        print(type(error).__name__, flush=True)
-"""
-
-
-@pytest.fixture
-def limits() -> Limits:
-    return Limits()
-
-
-@pytest.fixture
-def outside(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> Iterator[KernelHandle]:
-    """A kernel that is not the tree's; a window is parked for the next block."""
-    with realmap.boot(limits=limits) as kernel:
-        monkeypatch.setenv(ambient.VARIABLE, kernel.path)
-        made().unlink()
-        assert stock(kernel) == (0, 0)  # it is mapped yet
-        yield kernel
-        travel.own_process_of(kernel.path).close()
-
-
-@pytest.fixture
-def other(outside: KernelHandle) -> Iterator[Other]:
-    process = start(LOOP, "realmap", env=dict(os.environ))
-    yield lambda what, name: say(process, what, name)
-    assert end(process, "") == ("", "")
-
-
-def say(process: subprocess.Popen[str], what: str, name: str) -> str:
-    assert process.stdin is not None
-    process.stdin.write(f"{what} {name}\n")
-    process.stdin.flush()
-    return hear(process)
-
-
-def made(text: bytes = b"here") -> SharedMemory:
-    block = SharedMemory(create=True, size=SIZE)
-    assert bytes(block.buf) == bytes(SIZE)
-    block.buf[: len(text)] = text
-    return block
-
-
-def address_of(block: SharedMemory) -> int:
-    assert block._buffer is not None
-    return block._buffer.address
-
-
-def messages() -> int:
-    """How many numbers the connection has given to messages, this question's own included."""
-    return ambient.process()._own_client.next_id()
-
-
-def gone(block: SharedMemory) -> int:
-    """Where it was."""
-    address = address_of(block)
-    block.close()
-    block.unlink()
-    return address
-
-
-def sums(kernel: KernelHandle) -> tuple[int, int, int]:
-    """Handles, mappings, and what is kept; the books agree with Linux."""
-    ambient.process().query(realmap.memory.USER_LAND.start)  # what was only told before has been heard
-    stats = kernel.stats()
-    assert kernel.audit()
-    return stats["handles"], stats["mappings"], stats["stock"]
+__all__ = ["limits", "other", "outside"]
 
 
 def test_nobody_is_asked_or_told(outside: KernelHandle) -> None:
@@ -372,97 +263,6 @@ def test_what_cannot_have_a_name_has_none(outside: KernelHandle) -> None:
         endpoint.name(buffer, b"a", SIZE, False)  # type: ignore[arg-type]
     SharedMemory(long[:47].decode()).unlink()
     fresh.unmap(), buffer.unmap()
-
-
-# ---- forks, and ends --------------------------------------------------------------------------
-
-
-def test_a_fork_takes_its_name_along_and_no_window(outside: KernelHandle) -> None:
-    address = gone(made())
-    block = made(b"abcd")
-    block.close()
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            found = SharedMemory(block.name)
-            code = 0 if parked() == [] and bytes(found.buf[:4]) == b"abcd" else 2
-            found.close()
-        finally:
-            os._exit(code)
-    assert parked() == []
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    block.unlink()
-    assert not exists(block.name)
-    later = made()
-    assert address_of(later) != address
-    gone(later)
-
-
-@pytest.mark.parametrize("closed", [False, True])
-def test_after_a_fork_in_c_it_is_not_used_again(outside: KernelHandle, closed: bool) -> None:
-    address = gone(made())
-    block = made(b"abcd")
-    segment = inode(address)
-    if closed:
-        block.close()
-    pid = ctypes.CDLL(None).fork()
-    if not pid:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    gone(block) if not closed else block.unlink()
-    later = made()
-    assert inode(address_of(later)) != segment
-    gone(later)
-
-
-@pytest.mark.parametrize("held", [False, True])
-def test_a_killed_maker_takes_it_along_unless_somebody_has_it(outside: KernelHandle, held: bool) -> None:
-    maker = start(LOOP, "realmap", env=dict(os.environ))
-    name = say(maker, "again", "it")
-    block = SharedMemory(name) if held else None
-    maker.kill()
-    maker.communicate(timeout=BOUND)
-    wait_until(lambda: outside.stats()["processes"] == 1)
-    assert exists(name) is held
-    if block is not None:
-        assert bytes(block.buf[:4]) == b"here"
-        gone(block)
-    assert sums(outside)[0] == 0
-
-
-def test_a_maker_that_ends_in_good_order_leaves_it(outside: KernelHandle) -> None:
-    maker = start(LOOP, "realmap", env=dict(os.environ))
-    name = say(maker, "again", "it")
-    assert end(maker, "") == ("", "")
-    wait_until(lambda: outside.stats()["processes"] == 1)
-    block = SharedMemory(name)
-    assert bytes(block.buf[:4]) == b"here"
-    gone(block)
-
-
-def test_in_its_tree_it_outlives_a_killed_maker(tree: None) -> None:
-    ambient.process()
-    maker = start(LOOP, "realmap", env=dict(os.environ))
-    name = say(maker, "again", "it")
-    maker.kill()
-    maker.communicate(timeout=BOUND)
-    block = SharedMemory(name)
-    assert bytes(block.buf[:4]) == b"here"
-    gone(block)
-
-
-def test_where_the_kernel_has_been_killed_the_next_one_is_asked(tree: None) -> None:
-    gone(made()), gone(made())
-    kernel = ambient.process()._own_client.kernel_pid
-    death = os.pidfd_open(kernel)
-    signal.pidfd_send_signal(death, signal.SIGKILL)
-    os.waitid(os.P_PIDFD, death, os.WEXITED | os.WNOWAIT)
-    os.close(death)
-    block = made(b"abcd")
-    assert exists(block.name)
-    assert ambient.process()._own_client.kernel_pid != kernel
-    gone(block)
 
 
 # ---- anything, in any order -------------------------------------------------------------------

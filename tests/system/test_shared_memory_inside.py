@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from blocks import clean, exists, run
 from conftest import BOUND, PAGE
+from forked import in_a_child
 
 from realmap.shared_memory import ShareableList, SharedMemory, SharedMemoryManager
 
@@ -101,15 +102,7 @@ def test_of_a_reader_it_cannot_be_written(block: Any) -> None:
 
 
 def test_a_forked_child_has_it_as_well(block: Any) -> None:
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            os.pwrite(block._fd, b"child", 0)
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
+    in_a_child(lambda: os.pwrite(block._fd, b"child", 0))
     assert bytes(block.buf[:5]) == b"child"
 
 

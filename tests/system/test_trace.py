@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import syscalls
 from conftest import PAGE, in_threads, wait_until
+from forked import in_a_child
 from trace_format import TraceFile
 
 import realmap
@@ -344,14 +345,12 @@ def test_one_trace_at_a_time_and_only_by_a_control_connection(kernel: KernelHand
 def test_a_forked_child_leaves_it_alone(kernel: KernelHandle, file: Path) -> None:
     with kernel.trace(file) as trace, kernel.connect() as me:
         me.call("nop")
-        child = os.fork()
-        if not child:
-            try:
-                trace.close()
-                os._exit(0 if trace.is_over else 2)
-            finally:
-                os._exit(1)
-        assert os.waitpid(child, 0)[1] == 0
+
+        def work() -> None:
+            trace.close()
+            assert trace.is_over
+
+        in_a_child(work)
         me.call("nop")
     assert len(TraceFile(file).named("nop", "X")) == 4
 

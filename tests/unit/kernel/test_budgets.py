@@ -9,27 +9,23 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from queue import Empty
 from typing import Any
 
 import msgspec
 import pytest
 import syscalls
 from conftest import BOUND, PAGE, wait_until
-from raw_client import RawClient
 
 import realmap
 from realmap import Kernel, LimitReached, Limits, PhysicalMemoryExhaustion
 from realmap.host import procfs
 from realmap.kernel.books import Books
-from realmap.kernel.heirs import Heirs
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
 from realmap.memory import USER_LAND, KernelMemory
 from realmap.observe.control import Control
 from realmap.rights import MemoryType, u_rw
 from realmap.serving.line import BACKLOG
-from realmap.serving.workers import IDLE, Share, Workers
 from realmap.wire import channel, messages
 from realmap.wire.messages import MAX_MESSAGE
 
@@ -364,123 +360,3 @@ def test_a_handle_that_nobody_could_count_is_not_made() -> None:
     assert books.peers.user(7).used["orphans"] == 1
     books.handles.clear()
     assert (books.frames.segments, books.peers.user(7).used["orphans"]) == (0, 0)
-
-
-def test_one_message_a_turn_and_what_came_by_the_socket_first() -> None:
-    """Of a client that keeps its socket and its ring full: others have their turn after each of its messages."""
-    noted: list[str] = []
-
-    @realmap.syscall
-    def note(call: realmap.Call, what: str) -> None:
-        noted.append(what)
-
-    kernel = Kernel(syscalls=[note])
-    kernel._open()
-    try:
-        clients: list[RawClient] = []
-        connecting = threading.Thread(target=lambda: clients.append(RawClient(kernel.path)))
-        connecting.start()
-        while not clients:
-            kernel.loop.attend(0.05)
-        connecting.join(BOUND)
-
-        def packed(what: str) -> bytes:
-            return msgspec.msgpack.encode(messages.Call(0, "note", [what]))  # type: ignore[arg-type]
-
-        with clients[0] as client:
-            for number in range(4):
-                client.sock.send(bytes([channel.WHOLE]) + packed(f"socket {number}"))
-            kernel.clients.rings[0].owner.behind = True  # as its ring says
-            assert client.ring._send(packed("ring"), -1) >= 0
-            for turn in range(1, 6):
-                kernel.clients.take_from_ring(kernel.clients.rings[0])
-                assert len(noted) == turn
-            client.sock.send(bytes([channel.WHOLE]) + packed("socket 4"))
-            assert client.ring._send(packed("ring"), -1) >= 0
-            kernel.clients.take_from_ring(kernel.clients.rings[0])
-            kernel.loop.attend(0)  # it has had its turn
-            assert noted[5:] == ["ring"]
-            kernel.loop.attend(0)
-        assert noted == [*(f"socket {number}" for number in range(4)), "ring", "ring", "socket 4"]
-    finally:
-        kernel._close()
-
-
-class Elsewhere:
-    """In place of a loop and its workers: jobs are run when the test says so."""
-
-    def __init__(self) -> None:
-        self.jobs: list[Callable[[], None]] = []
-
-    def submit(self, job: Callable[[], None]) -> None:
-        self.jobs.append(job)
-
-    def post(self, job: Callable[[], None]) -> None:
-        job()
-
-
-def test_jobs_wait_for_those_of_their_own_process_alone() -> None:
-    elsewhere, beside, failed = Elsewhere(), [], []  # type: ignore[var-annotated]
-    one, two, other = (Share(elsewhere, 1, each) for each in (beside, beside, []))  # type: ignore[arg-type]
-    for share in (one, two, two, other):
-        share.submit(lambda: None, failed.append)
-    assert (len(elsewhere.jobs), one.running, two.running, other.running) == (2, 1, 0, 1)
-    one.ended()
-    assert (len(elsewhere.jobs), one.running, two.running) == (3, 0, 1)
-    for share in (one, two):
-        share.cancel()
-    assert (len(failed), beside) == (1, [two])
-    two.ended()
-    assert (len(elsewhere.jobs), beside) == (3, [])
-
-
-def test_an_idle_thread_whose_job_another_one_took_ends_all_the_same() -> None:
-    workers, waits = Workers(), []
-
-    class Taken:
-        def get(self, timeout: float | None = None) -> None:
-            waits.append(timeout)
-            workers._idle = len(waits) - 1  # at first the job is promised, then the other one has it
-            raise Empty
-
-    workers._queue = Taken()  # type: ignore[assignment]
-    assert workers._next() is None
-    assert waits == [IDLE] * 2
-
-
-def test_any_number_of_jobs_fail_one_after_the_other_and_not_within_one_another() -> None:
-    class NoThread(Workers):
-        def submit(self, job: Callable[[], None]) -> None:
-            raise RuntimeError("can't start new thread")
-
-    told: list[BaseException] = []
-
-    def failed(error: BaseException) -> None:
-        told.append(error)
-        share.hold(False)  # as who sends the error does, while its client has some to read
-
-    share = Share(NoThread(), 4, [])
-    share.hold(True)
-    for _ in range(2000):
-        share.submit(lambda: None, failed)
-    share.hold(False)
-    assert (len(told), share.running) == (2000, 0)
-
-
-def test_one_search_for_all_that_have_ended_by_then() -> None:
-    books, elsewhere = Books({}, Limits(), KernelMemory(length=16 * PAGE)), Elsewhere()
-    heirs = Heirs(books, elsewhere, elsewhere)  # type: ignore[arg-type]
-    for pid in range(1, 21):
-        process = books.admit(pid, 7)
-        answer: Any = SERVICES[messages.Map](
-            books, process, messages.Map(1, PAGE, int(MemoryType.HEAP), int(u_rw), None, None, True)
-        )
-        channel.close_all(answer[1])
-        process.forked = True
-        assert books.reap(process, 0.0)
-        heirs.search(process)
-    assert (len(elsewhere.jobs), len(books.inheritance)) == (1, 20)
-    elsewhere.jobs.pop()()
-    assert (len(elsewhere.jobs), len(books.inheritance)) == (1, 19)
-    elsewhere.jobs.pop()()
-    assert (len(elsewhere.jobs), len(books.inheritance), books.frames.segments) == (0, 0, 0)

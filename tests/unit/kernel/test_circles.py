@@ -1,17 +1,25 @@
-"""Circles of services, as found in what servers tell: random graphs of calls, against a model that runs them."""
+"""Circles of services: found in what servers tell of random graphs of calls, beside a model that runs them; broken."""
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from raw_client import RawServer, RawSession
+from stage import Stage, run
 
+from realmap import Kernel
 from realmap.kernel import circles
 from realmap.kernel.ports import Seat, Session
-from realmap.wire.news import Served
+from realmap.wire import channel
+from realmap.wire.news import Granted, Refused, Served
+
+__all__ = ["run"]
 
 
 @dataclass(eq=False)
@@ -153,16 +161,18 @@ def test_a_circle_is_sure_once_all_have_told_of_it_again() -> None:
     for seed in range(100):
         world = World(seed)
         world.settle()
-        for seat in world.seats:
-            before = circles.find(seat)
-            for each in world.seats if before is not None else ():
+        for seat in filter(circles.find, world.seats):
+            looks, before = circles.Looks(), circles.find(seat)
+            for each in world.seats:
                 now = circles.find(seat)
-                assert now is not None and now.waits == before.waits
+                assert now is not None and before is not None and now.waits == before.waits
                 assert now.is_sure(before) == all(
                     other.number not in before.told or other.told > before.told[other.number] for other in world.seats
                 )
+                assert now.is_sure(before) or looks.again(seat) is None
                 each.told += 1
-            assert before is None or circles.find(seat).is_sure(before)
+            assert looks.again(seat) == circles.find(seat)
+            assert looks.again(seat) is None, "it is looked for anew"
 
 
 def test_of_so_many_calls_no_circle_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +181,64 @@ def test_of_so_many_calls_no_circle_is_looked_for(monkeypatch: pytest.MonkeyPatc
     seat = next(filter(circles.find, world.seats))
     monkeypatch.setattr(circles, "CALLS", 2)
     assert circles.find(seat) is None
+
+
+class Knot(contextlib.ExitStack):
+    """Two servers with a thread each: a call of "name" waits for one of "other", where it is the same."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.stage = self.enter_context(Stage(kernel, threads=1))
+        self.other = self.enter_context(RawServer(self.stage.caller, "other"))
+        self.back = self.enter_context(RawSession(self.stage.host, "other"))
+        _, fds = self.other.hear()
+        channel.close_all(fds)
+
+    def tell(self, *, first: int = 1, second: int = 2, waits: list[Any] | None = None) -> None:
+        """Each server tells once: 5 is at work, 6 waits there. `first`, `second`: since when those two wait; `waits`:
+        what the first one tells of that instead.
+        """
+        to, back = self.stage.session.number, self.back.number
+        waits = [(to, 5, True, back, 6, first)] if waits is None else waits
+        self.stage.server.tell(Served({}, [(to, 5, "name", 1.0), (to, 6, "name", None)], [], [], waits))
+        self.other.tell(
+            Served({}, [(back, 5, "other", 1.0), (back, 6, "other", None)], [], [], [(back, 5, True, to, 6, second)])
+        )
+
+
+def test_the_last_call_of_a_circle_is_refused_once_all_have_told_of_it_twice(run: Callable[..., Kernel]) -> None:
+    with Knot(run()) as knot:
+        knot.tell()
+        knot.tell(second=3)  # another call than before
+        knot.tell(second=3, waits=[])
+        knot.tell()
+        knot.stage.session.lend(knot.stage.address)
+        assert isinstance(knot.stage.hear(), Granted)  # and nothing before it
+        knot.tell()
+        refused = knot.stage.hear()
+        assert isinstance(refused, Refused) and (refused.session, refused.id) == (knot.stage.session.number, 6)
+        for words in ("'name' would wait for itself", "'other' of process", "'name' of process", "more threads"):
+            assert words in refused.why
+        for _ in range(2):
+            knot.tell(first=9)
+        (refused, _) = knot.other.hear()
+        assert isinstance(refused, Refused) and (refused.session, refused.id) == (knot.back.number, 6)
+
+
+def test_a_server_that_lies_about_what_it_waits_for(run: Callable[..., Kernel]) -> None:
+    """Of sessions that there are not, of itself, of somebody else's, of more than anybody has."""
+    with Knot(run()) as knot:
+        to, back = knot.stage.session.number, knot.back.number
+        for waits in (
+            [(to, 5, True, 99, 6, 1)],
+            [(to, 5, True, -1, 2**63, 2**62 - 1)],
+            [(to, 5, True, to, 5, 1)],
+            [(to, 5, True, to, 6, 1)],
+            [(to, 5, False, back, 6, 1)],
+            [(to, 5, True, back, 6, 1), (to, 5, True, back, 5, 1), (to, 5, True, back, 7, 1)],
+            [(to, id, True, back, id, 1) for id in range(500)],
+        ):
+            for _ in range(3):
+                knot.tell(waits=waits)
+        knot.stage.session.lend(knot.stage.address)
+        assert isinstance(knot.stage.hear(), Granted)

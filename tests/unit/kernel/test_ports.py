@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
-import select
 import socket
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 import pytest
-import syscalls
 from conftest import BOUND, PAGE, wait_until
 from raw_client import RawClient, RawServer, RawSession
+from stage import TOTALS, Stage, run, stage, word
 
 import realmap
 from realmap import (
@@ -27,7 +24,6 @@ from realmap import (
     Kernel,
     KernelError,
     LimitReached,
-    Limits,
     ServerDied,
     UnknownSyscall,
 )
@@ -36,70 +32,12 @@ from realmap.kernel.ports import MOST, NAMES, REMEMBERED
 from realmap.observe.control import Control
 from realmap.rights import MemoryType
 from realmap.wire import channel, messages
-from realmap.wire.news import Gone, Granted, News, Opened, Refused, Revoked, Served
+from realmap.wire.news import Granted, Opened, Served
 from realmap.wire.records import GrantInfo, SessionInfo
 from realmap.wire.ring import RingEnd
 from realmap.wire.seat import BUSY, CHANGES, GRANTS, THREADS, WAITING, WORDS, SeatPage
 
-TOTALS = ("seats", "sessions", "grants")
-
-
-@pytest.fixture
-def run() -> Iterator[Callable[..., Kernel]]:
-    """Kernels in this process, without rings unless asked for; at the end nothing is left in their books."""
-    made: list[Kernel] = []
-
-    def make(spin: float = 0, **limits: Any) -> Kernel:
-        made.append(Kernel(syscalls=syscalls.ALL, spin=spin, limits=Limits(**limits)).start())
-        return made[-1]
-
-    yield make
-    for kernel in made:
-        try:
-            wait_until(lambda kernel=kernel: not len(kernel.books.processes), "everybody's end")
-            assert kernel.books.peers.totals() | dict.fromkeys(TOTALS, 0) == kernel.books.peers.totals()
-            assert not list(kernel.books.ports)
-        finally:
-            kernel.stop()
-
-
-class Stage(contextlib.ExitStack):
-    """A kernel, a server of "name", and a caller with a session and a mapping of three pages in pieces of one."""
-
-    def __init__(self, kernel: Kernel, threads: int = 2) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.host = self.enter_context(RawClient(kernel.path))
-        self.server = self.enter_context(RawServer(self.host, "name", threads=threads))
-        self.caller = self.enter_context(RawClient(kernel.path))
-        self.session = self.enter_context(RawSession(self.caller, "name"))
-        opened, fds = self.server.hear()
-        assert isinstance(opened, Opened)
-        self.opened = opened
-        self.line = self.enter_context(socket.socket(fileno=fds[0]))
-        self.callback(channel.close_all, fds[1:])
-        self.address = self.caller.map(3 * PAGE, fragment=PAGE)
-
-    def hear(self) -> News:
-        """What the server is told next, without descriptors."""
-        news, fds = self.server.hear()
-        channel.close_all(fds)
-        return news
-
-
-@pytest.fixture
-def stage(run: Callable[..., Kernel]) -> Iterator[Stage]:
-    """One, without rings."""
-    with Stage(run()) as made:
-        yield made
-
-
-def word(fd: int, which: int) -> int:
-    """A word of a seat's page."""
-    page = SeatPage(fd, writable=False)
-    value = page.words[which]
-    page.close()
-    return value
+__all__ = ["run", "stage"]
 
 
 # ---- what is made ----------------------------------------------------------------------------------
@@ -333,67 +271,6 @@ def test_what_a_server_tells_is_in_the_books(stage: Stage) -> None:
     wait_until(lambda: seat.served == told)
 
 
-class Knot(contextlib.ExitStack):
-    """Two servers with a thread each: a call of "name" waits for one of "other", where it is the same."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        super().__init__()
-        self.stage = self.enter_context(Stage(kernel, threads=1))
-        self.other = self.enter_context(RawServer(self.stage.caller, "other"))
-        self.back = self.enter_context(RawSession(self.stage.host, "other"))
-        _, fds = self.other.hear()
-        channel.close_all(fds)
-
-    def tell(self, *, first: int = 1, second: int = 2, waits: list[Any] | None = None) -> None:
-        """Each server tells once: 5 is at work, 6 waits there. `first`, `second`: since when those two wait; `waits`:
-        what the first one tells of that instead.
-        """
-        to, back = self.stage.session.number, self.back.number
-        waits = [(to, 5, True, back, 6, first)] if waits is None else waits
-        self.stage.server.tell(Served({}, [(to, 5, "name", 1.0), (to, 6, "name", None)], [], [], waits))
-        self.other.tell(
-            Served({}, [(back, 5, "other", 1.0), (back, 6, "other", None)], [], [], [(back, 5, True, to, 6, second)])
-        )
-
-
-def test_the_last_call_of_a_circle_is_refused_once_all_have_told_of_it_twice(run: Callable[..., Kernel]) -> None:
-    with Knot(run()) as knot:
-        knot.tell()
-        knot.tell(second=3)  # another call than before
-        knot.tell(second=3, waits=[])
-        knot.tell()
-        knot.stage.session.lend(knot.stage.address)
-        assert isinstance(knot.stage.hear(), Granted)  # and nothing before it
-        knot.tell()
-        refused = knot.stage.hear()
-        assert isinstance(refused, Refused) and (refused.session, refused.id) == (knot.stage.session.number, 6)
-        for words in ("'name' would wait for itself", "'other' of process", "'name' of process", "more threads"):
-            assert words in refused.why
-        for _ in range(2):
-            knot.tell(first=9)
-        (refused, _) = knot.other.hear()
-        assert isinstance(refused, Refused) and (refused.session, refused.id) == (knot.back.number, 6)
-
-
-def test_a_server_that_lies_about_what_it_waits_for(run: Callable[..., Kernel]) -> None:
-    """Of sessions that there are not, of itself, of somebody else's, of more than anybody has."""
-    with Knot(run()) as knot:
-        to, back = knot.stage.session.number, knot.back.number
-        for waits in (
-            [(to, 5, True, 99, 6, 1)],
-            [(to, 5, True, -1, 2**63, 2**62 - 1)],
-            [(to, 5, True, to, 5, 1)],
-            [(to, 5, True, to, 6, 1)],
-            [(to, 5, False, back, 6, 1)],
-            [(to, 5, True, back, 6, 1), (to, 5, True, back, 5, 1), (to, 5, True, back, 7, 1)],
-            [(to, id, True, back, id, 1) for id in range(500)],
-        ):
-            for _ in range(3):
-                knot.tell(waits=waits)
-        knot.stage.session.lend(knot.stage.address)
-        assert isinstance(knot.stage.hear(), Granted)
-
-
 def test_servers_that_count_too_high_leave_the_snapshot_as_it_is(stage: Stage) -> None:
     with RawServer(stage.host, "name") as second, RawServer(stage.host, "name") as third:
         for each in (stage.server, second, third):
@@ -465,205 +342,6 @@ def test_a_caller_has_so_many_descriptors_of_its_server_and_no_more(run: Callabl
         peer = stage.kernel.books.peers.process(os.getpid())
         assert peer.lent == {os.getpid(): 4}
     wait_until(lambda: not peer.lent)
-
-
-# ---- ends ------------------------------------------------------------------------------------------
-
-
-def test_unmapped_and_moved_are_revoked(stage: Stage) -> None:
-    other = stage.caller.map(PAGE)
-    granted = []
-    for address in (stage.address, other):
-        stage.session.lend(address)
-        news = stage.hear()
-        assert isinstance(news, Granted)
-        granted.append(news.serial)
-    before = word(stage.session.fds[-1], GRANTS)
-    stage.caller.ask(messages.Unmap, stage.address, 3 * PAGE)
-    assert stage.hear() == Revoked(stage.session.number, granted[0])
-    moved, _ = stage.caller.ask(messages.Move, other, other, other + PAGE)
-    assert stage.hear() == Revoked(stage.session.number, granted[1])
-    assert word(stage.session.fds[-1], GRANTS) == before + 2
-    assert stage.kernel.books.peers.totals()["grants"] == 0
-    stage.session.lend(moved)  # the same mapping, elsewhere
-    again = stage.hear()
-    assert isinstance(again, Granted) and (again.serial, again.address) == (granted[1], moved)
-
-
-def end_of_server(stage: Stage) -> None:
-    stage.host.sock.close()
-
-
-def end_of_seat(stage: Stage) -> None:
-    stage.server.sock.close()
-
-
-def end_of_line(stage: Stage) -> None:
-    stage.line.shutdown(socket.SHUT_RDWR)
-
-
-def end_by_a_word(stage: Stage) -> None:
-    stage.server.tell(Gone(stage.session.number))
-
-
-def end_of_caller(stage: Stage) -> None:
-    stage.caller.sock.close()
-
-
-def end_of_session(stage: Stage) -> None:
-    stage.caller.say(messages.Close(0, stage.session.number))
-
-
-def end_of_callers_line(stage: Stage) -> None:
-    stage.session.sock.close()
-
-
-def end_of_kernel(stage: Stage) -> None:
-    stage.kernel.stop()
-
-
-@pytest.mark.parametrize("end", [end_of_server, end_of_seat, end_of_line, end_by_a_word])
-def test_whatever_ends_a_server_ends_its_callers_sessions(stage: Stage, end: Callable[[Stage], None]) -> None:
-    """Also while a forked child has the sockets."""
-    stage.session.lend(stage.address)
-    inherited = [os.dup(stage.line.fileno()), os.dup(stage.server.sock.fileno())] if end is end_of_server else []
-    end(stage)
-    wait_until(lambda: stage.session.has_ended and not stage.kernel.books.peers.totals()["grants"])
-    with pytest.raises(ServerDied):
-        stage.session.lend(stage.address)
-    assert stage.caller.ask(messages.Unmap, stage.address, 3 * PAGE) == (None, [])
-    channel.close_all(inherited)
-
-
-@pytest.mark.parametrize("end", [end_of_caller, end_of_session, end_of_callers_line, end_of_line])
-def test_whatever_ends_a_caller_is_told_to_its_server(stage: Stage, end: Callable[[Stage], None]) -> None:
-    stage.session.lend(stage.address)
-    stage.hear()
-    inherited = [] if end is end_of_callers_line else [os.dup(stage.session.sock.fileno())]
-    end(stage)
-    assert stage.hear() == Gone(stage.session.number)
-    poll = select.poll()
-    poll.register(stage.line, 0)
-    assert poll.poll(0), "the line is shut"
-    wait_until(lambda: not stage.kernel.books.peers.totals()["grants"])
-    with RawClient(stage.kernel.path) as other, RawSession(other, "name"):  # it serves on
-        assert isinstance(stage.hear(), Opened)
-    channel.close_all(inherited)
-
-
-def test_the_end_of_the_kernel_ends_everything(stage: Stage) -> None:
-    stage.session.lend(stage.address)
-    stage.hear()
-    end_of_kernel(stage)
-    assert stage.session.has_ended
-    with pytest.raises(EOFError):
-        stage.hear()
-
-
-def test_a_server_that_closes_in_good_order_gets_no_new_sessions_and_keeps_those_it_has(stage: Stage) -> None:
-    stage.server.sock.shutdown(socket.SHUT_WR)
-    wait_until(lambda: not stage.kernel.books.ports.is_served("name"))
-    with pytest.raises(UnknownSyscall):
-        stage.caller.ask(messages.Open, "name", [])
-    stage.session.lend(stage.address)
-    assert isinstance(stage.hear(), Granted)
-    stage.session.sock.send(b"still")
-    assert stage.line.recv(10) == b"still"
-    stage.server.sock.close()
-    wait_until(lambda: stage.session.has_ended)
-
-
-# ---- servers that do not listen ----------------------------------------------------------------------
-
-
-def fill(stage: Stage) -> list[RawSession]:
-    """Sessions until the seat's socket takes no more."""
-    made = []
-    (desk,) = stage.kernel._seats._desks.values()
-    while not desk.news:
-        made.append(stage.enter_context(RawSession(stage.caller, "name")))
-    return made
-
-
-def test_a_server_that_does_not_read_keeps_nobody_waiting_but_who_lends_to_it(run: Callable[..., Kernel]) -> None:
-    with Stage(run(sessions=4096, grants=100_000)) as stage:
-        sessions = fill(stage)
-        last = sessions[-1]
-        assert stage.caller.ask(messages.Query, stage.address)[0]
-        # What comes and goes before it can be told of is not told.
-        for _ in range(100):
-            stage.enter_context(RawSession(stage.caller, "name")).sock.close()
-        (desk,) = stage.kernel._seats._desks.values()
-        wait_until(lambda: len(desk.news) == 1)
-        stage.caller.say(messages.Lend(1, last.number, stage.address))
-        stage.caller.say(messages.Unmap(0, stage.address, 3 * PAGE))
-        with pytest.raises(InvalidAddress, match="before its server was told"):
-            stage.caller.hear()
-        again = stage.caller.map(PAGE)
-        stage.caller.say(messages.Lend(2, last.number, again))
-        told: list[News] = []
-        while not told or not isinstance(told[-1], Granted):
-            told.append(stage.hear())
-        assert [news.session for news in told[:-1]] == [session.number for session in sessions]
-        assert told[-1].session == last.number and told[-1].address == again
-        assert stage.caller.hear() == (None, [])
-
-
-def test_who_lends_before_it_can_be_told_is_told_how_that_ended(run: Callable[..., Kernel]) -> None:
-    with Stage(run(sessions=4096)) as stage:
-        last = fill(stage)[-1]
-
-        def lend() -> None:
-            stage.caller.say(messages.Lend(1, last.number, stage.address))
-
-        for _ in range(64):
-            lend()
-        with pytest.raises(LimitReached, match="64 requests wait already"):
-            stage.caller.ask(messages.Lend, last.number, stage.address)
-        stage.server.sock.close()
-        for _ in range(64):
-            with pytest.raises(ServerDied) as caught:
-                stage.caller.hear()
-            assert caught.value.pid == os.getpid() and not caught.value.began
-
-
-def test_no_descriptors_for_a_grant(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    from realmap.host import segment
-
-    (mapping,) = [each for process in stage.kernel.books.processes for each in process.memory]
-    opened, real = [], os.open
-
-    def short(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-        if str(path).startswith("/proc/self/fd/"):
-            opened.append(path)
-            if len(opened) > 1:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return real(path, flags, *rest, **named)
-
-    monkeypatch.setattr(segment.os, "open", short)
-    with pytest.raises(realmap.PhysicalMemoryExhaustion):
-        stage.session.lend(stage.address)
-    monkeypatch.undo()
-    assert stage.kernel.books.peers.totals()["grants"] == 0 and mapping.frames.refcount == 1
-    stage.session.lend(stage.address)
-
-
-def test_what_was_lent_is_not_used_again(run: Callable[..., Kernel]) -> None:
-    """Its server may keep the frames: the process's next small mapping has others."""
-    kernel = run(spin=50)
-    with RawClient(kernel.path) as host, RawServer(host, "name"), realmap.connect(kernel.path) as me:
-        buffer = me.map(100)
-        buffer[:] = b"x" * 100
-        (process,) = [each for each in kernel.books.processes if len(each.memory)]
-        (mapping,) = process.memory
-        client = me._own_client
-        open_ = messages.Open(client.next_id(), "name")
-        (number, *_), answer = client.request(open_)
-        client.request(messages.Lend(client.next_id(), number, buffer.address))
-        buffer.unmap()
-        wait_until(lambda: mapping.frames.freed, "the end of its frames")
-        assert not process.memory.stock.count
-        del answer
 
 
 def test_the_books_tell_who_serves_whom_and_what_is_lent(run: Callable[..., Kernel]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import PAGE, in_threads, land_maps
+from forked import in_a_child
 
 from realmap import _core
 from realmap._core import Window
@@ -199,19 +200,17 @@ def test_many_threads(make_mapping: Make) -> None:
 def test_a_forked_child_has_no_kernelland(make_mapping: Make, kernel_memory: KernelMemory) -> None:
     mapping = make_mapping(PAGE)
     mirror = mirror_mapping(mapping, 0, PAGE, kernel=kernel_memory)
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            empty = land_maps() == []
-            mirror.drop()  # dead in the child: nothing to unmap
-            with mirror_mapping(mapping, 0, 1, kernel=kernel_memory) as own:
-                del mirror
-                gc.collect()
-                code = 0 if empty and own.alive and len(land_maps()) == 1 else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def work() -> None:
+        nonlocal mirror
+        assert land_maps() == []
+        mirror.drop()  # dead in the child: nothing to unmap
+        with mirror_mapping(mapping, 0, 1, kernel=kernel_memory) as own:
+            del mirror
+            gc.collect()
+            assert own.alive and len(land_maps()) == 1
+
+    in_a_child(work)
     assert bytes(mirror) == bytes(PAGE)
     mirror.drop()
 
@@ -249,7 +248,7 @@ def test_an_anchor_is_never_in_the_way(make_mapping: Callable[..., Mapping]) -> 
     kernel = KernelMemory(KERNEL_LAND.start, 2 * SLOT)
     anchor = KERNEL_LAND.start + SLOT - PAGE
     CrossProcessMapping.mirror_mapping(mapping, 0, 1, kernel=kernel).drop()
-    assert kernel._move(kernel._cursor, anchor - 39 * PAGE, kernel._hole_end)
+    assert kernel._move(kernel._cursor, anchor - 39 * PAGE, anchor)
     made = [CrossProcessMapping.mirror_mapping(mapping, 0, 5 * PAGE, kernel=kernel) for _ in range(12)]
     assert kernel.anchors == [anchor, anchor + SLOT]
     for mirror in made:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from canaries import AT, between_canaries
 from conftest import PAGE, in_threads, land_maps, scaled
+from forked import in_a_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -359,14 +360,14 @@ def test_a_forked_child_has_nothing_of_it_and_copies_nothing_back(make_mapping: 
     mapping = make_mapping(2 * PAGE)
     window = lend(mapping, 100, PAGE, land)
     window[0:2] = b"hi"
-    child = os.fork()
-    if not child:
-        held = land_maps()
-        again = lend(mapping, 0, PAGE, land)  # the same land, empty, is of use to the child
-        again.drop()
+
+    def work() -> None:
+        assert land_maps() == []
+        lend(mapping, 0, PAGE, land).drop()  # the same land, empty, is of use to the child
         window.drop()
-        os._exit(0 if not held and not window.alive else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        assert not window.alive
+
+    in_a_child(work)
     assert bytes_of(mapping)[100:102] == bytes(2)
     window.drop()
     assert bytes_of(mapping)[100:102] == b"hi"

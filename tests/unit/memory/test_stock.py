@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from books_model import Words
+from books_nouns import Words
 from conftest import PAGE
 
 from realmap.errors import InvalidAddress, InvalidSize

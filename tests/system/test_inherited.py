@@ -1,0 +1,163 @@
+"""What a forked child has of its parent's memory, once it uses it; whoever ends first."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+from conftest import PAGE, wait_until
+from forked import in_a_child
+
+import realmap
+from realmap import KernelHandle, Process
+from realmap.memory.lands import HEAP_SHARE, USER_LAND
+from realmap.user import inheritance
+
+
+def test_a_child_that_touches_nothing_costs_nothing(kernel: KernelHandle, me: Process) -> None:
+    buffer = me.map(PAGE)
+    calls = kernel.stats()["calls"]
+
+    def work() -> None:
+        assert kernel.path
+        buffer[0] = 7
+
+    in_a_child(work)
+    assert (kernel.stats()["processes"], kernel.stats()["calls"]) == (1, calls)
+    assert buffer[0] == 7
+
+
+def test_a_child_has_what_its_parent_had(kernel: KernelHandle, me: Process) -> None:
+    buffers = [me.map(2 * PAGE, fragment=PAGE), me.map(PAGE, rights=realmap.u_r), me.map(PAGE)]
+    buffers[0][:5] = b"hello"
+    gone = buffers.pop()
+
+    def work() -> None:
+        gone.unmap()  # before a word was said: its own copy, and nobody else's business
+        assert me.call("peek", buffers[0], 5, 0) == b"hello"
+        report = realmap.connect(kernel.path)
+        assert me.call("who")[0] == os.getpid()
+        found = me.query(buffers[0].address)
+        assert (found.length, found.refcount) == (2 * PAGE, 2)
+        with pytest.raises(realmap.AccessDenied):
+            me.call("poke", buffers[1], b"x", 0)
+        own = me.map(PAGE)
+        assert own.address not in [buffer.address for buffer in buffers]
+        buffers[0].unmap()
+        report.close()
+
+    in_a_child(work)
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+    assert me.call("peek", buffers[0], 5, 0) == b"hello"
+    assert gone[0] == 0
+    assert kernel.audit()
+
+
+def test_an_orphan_still_has_it(kernel: KernelHandle, me: Process) -> None:
+    """The parent is killed before its child says a word; the books keep what it had for the child, and then no more."""
+    reader, writer = os.pipe()
+    go, gone = os.pipe()
+    parent = os.fork()
+    if not parent:
+        with suppress(BaseException):
+            mine = kernel_connect(kernel.path)
+            buffer = mine.map(3 * PAGE, fragment=PAGE)
+            buffer[:] = b"heirloom" * (3 * PAGE // 8)
+            if not os.fork():
+                os.write(writer, b"child")
+                os.read(go, 1)
+                found = mine.call("sha256", buffer) == hashlib.sha256(buffer).hexdigest()
+                os.write(writer, b"right" if found else b"wrong")
+                os._exit(0)
+            os.read(go, 1)
+        os._exit(1)
+    assert os.read(reader, 5) == b"child"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+    assert kernel.stats()["segments"] == 3
+    assert kernel.audit()
+    os.write(gone, b"!")
+    assert os.read(reader, 5) == b"right"
+    wait_until(lambda: kernel.stats()["segments"] == 0, "the end of the child, and of what it had")
+    for fd in (reader, writer, go, gone):
+        os.close(fd)
+
+
+def kernel_connect(path: str) -> Process:
+    """By name, for a child that must not inherit `me`."""
+    return realmap.connect(path)
+
+
+def test_nobody_adopts_without_the_secret(kernel: KernelHandle, me: Process) -> None:
+    from realmap.wire.messages import Adopt
+
+    buffer = me.map(PAGE)
+    with kernel.connect() as other:
+        for secret in ("", "0" * 32, other._own_client.secret):
+            places = [(buffer._window._base, PAGE, buffer._window._serial)]
+            answer, _ = other._own_client.request(Adopt(other._own_client.next_id(), secret, places))
+            assert answer == [False]
+        base, serial = buffer._window._base, buffer._window._serial
+        places = [
+            (base, PAGE, serial + 1),
+            (base, PAGE, serial),
+            (base, PAGE, serial),
+            (base, 2 * PAGE, serial),
+            (5, 7, 1),
+        ]
+        answer, _ = other._own_client.request(Adopt(other._own_client.next_id(), me._own_client.secret, places))
+        assert answer == [False, True, False, False, False]
+
+
+def test_a_forked_child_never_gets_what_came_to_lie_there_since(kernel: KernelHandle) -> None:
+    with kernel.connect() as me:
+        old = me.map(3 * PAGE)
+        kept = me.map(PAGE)
+        old[:5], kept[:4] = b"child", b"kept"
+        (go_on, gone), (said, saying) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                os.read(go_on, 1)
+                found = me.call("peek", kept, 4, 0)
+                try:
+                    found += me.call("peek", old, 5, 0)
+                except realmap.InvalidAddress as error:
+                    found += b", " + type(error).__name__.encode()
+                os.write(saying, found + b", " + old[:5])
+            finally:
+                os._exit(0)
+        address = old.address
+        old.unmap()
+        # Where it was is what the search for space comes to next, when all behind it is taken.
+        behind = me.map(realmap.PAGE_SIZE)
+        rest = USER_LAND.end - USER_LAND.length // HEAP_SHARE - behind.address - PAGE
+        far = [me.map(rest // 2 // PAGE * PAGE, commit=False), me.map(rest - rest // 2 // PAGE * PAGE, commit=False)]
+        new = me.map(3 * PAGE)
+        assert new.address == address
+        new[:13] = b"parent secret"
+        os.write(gone, b"!")
+        assert os.read(said, 100) == b"kept, InvalidAddress, child"
+        os.waitpid(pid, 0)
+        for fd in (go_on, gone, said, saying):
+            os.close(fd)
+        assert kernel.audit()
+        assert len(far) == 2
+
+
+def test_a_forked_child_adopts_in_several_messages(
+    kernel: KernelHandle, me: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inheritance, "AT_ONCE", 3)
+    buffers = [me.map(PAGE) for _ in range(7)]
+
+    def work() -> None:
+        for number, buffer in enumerate(buffers):
+            buffer[0] = number
+        assert b"".join(me.call("peek", buffer, 1, 0) for buffer in buffers) == bytes(range(7))
+
+    in_a_child(work)
