@@ -313,25 +313,28 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *holders; /* {id: who}: one entry for each reference, */
-    PyObject *mirrors; /* but those of mirrors are here: they come and go, and there may be many of the others */
+    struct Mapping *mappings; /* those that hold them, in a chain */
+    Py_ssize_t mapped;        /* how many these are */
+    PyObject *others; /* {id: who}: one entry for each other reference; NULL: there never was one */
     unsigned long long serial; /* 0: not set yet */
     unsigned long long huge; /* bytes that huge pages back */
     int fd;                  /* of the one segment; -1 where there are several, or none any more */
     char freed;              /* nobody may hold them: their last reference went, or they are not set yet */
 } Frames;
 
-typedef struct {
+typedef struct Mapping {
     PyObject_HEAD
-    PyObject *frames; /* Frames, or something that a mirror knows nothing of */
+    struct Mapping *next, **at; /* among those of its frames, while it has a reference to them */
+    PyObject *frames; /* Frames, or something that a mirror knows nothing of; NULL: it is not set yet */
+    PyObject *who;    /* it, as a holder of frames */
     PyObject *rights; /* as they were given; and as a number: */
     int allowed;
+    char held; /* from when it is set until it is released */
+    Py_ssize_t pins;
     unsigned long long address;
     unsigned long long phys_offset;
     unsigned long long length;
-    Py_ssize_t pins;
-    char is_set;
-    char held; /* from when it is set until it is released */
+    unsigned long long serial;
 } Mapping;
 
 typedef struct Ring {
@@ -380,7 +383,7 @@ static PyTypeObject *account_type, *charge_type, *ring_type, *budget_type, *bell
 static PyTypeObject *durations_type;
 static PyTypeObject *shared_type, *shared_lock_type, *shared_condition_type, *shared_event_type;
 static PyTypeObject *shared_semaphore_type, *shared_barrier_type, *shared_counter_type, *shared_queue_type;
-static PyObject *word_mirror, *word_mapping; /* "mirror", "mapping" */
+static PyObject *word_mirror; /* "mirror" */
 
 #endif /* REALMAP_NO_PYTHON */
 #endif

@@ -1,9 +1,10 @@
 /* Frames: who refers to a list of segments, and what a mirror has to know of them. */
 #include "core.h"
 
-/* The refcount of frames is the number of entries of two dicts, which only this file changes, each time as a whole
- * under the GIL: so a reference can be given up from a destructor, at any moment. memory/frames.py has the segments;
- * its `_free` is called when the last reference has gone, once. */
+/* The refcount of frames is the number of mappings in a chain, and of entries of a dict for all others, of which very
+ * many frames have none. Only this file changes them, each time as a whole under the GIL: so a reference can be given up
+ * from a destructor, at any moment. memory/frames.py has the segments; its `_free` is called when the last reference has
+ * gone, once. */
 
 static uint64_t last_serial;
 
@@ -14,19 +15,12 @@ static PyObject *frames_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObj
         return NULL;
     self->fd = -1;
     self->freed = 1;
-    self->holders = PyDict_New();
-    self->mirrors = PyDict_New();
-    if (!self->holders || !self->mirrors) {
-        Py_DECREF((PyObject *)self);
-        return NULL;
-    }
     return (PyObject *)self;
 }
 
 static void frames_dealloc(PyObject *op)
 {
-    Py_XDECREF(as_frames(op)->holders);
-    Py_XDECREF(as_frames(op)->mirrors);
+    Py_XDECREF(as_frames(op)->others);
     free_object(op);
 }
 
@@ -54,20 +48,44 @@ static PyObject *frames_grew(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
-/* Notes a reference of `owner` in `among`, one of the two dicts. `who` is taken over; NULL: an exception is set. */
-static int frames_hold(Frames *self, PyObject *among, const void *owner, PyObject *who)
+/* InvalidHandle where they are gone. To be asked last: whatever makes an object may collect garbage, and their last
+ * holder in it. */
+static int require_frames(const Frames *self)
 {
-    PyObject *key = who ? PyLong_FromVoidPtr((void *)owner) : NULL;
-    int failed = !key;
-    if (key && self->freed) { /* asked now: to make those two may have collected garbage, and their last holder in it */
+    if (self->freed)
         raise_made(made_error("frames_gone", PyTuple_New(0)));
-        failed = 1;
-    } else if (key) {
-        failed = PyDict_SetItem(among, key, who) != 0;
-    }
+    return self->freed ? -1 : 0;
+}
+
+/* Notes a reference of `owner`. `who` is taken over; NULL: an exception is set. */
+static int frames_hold(Frames *self, const void *owner, PyObject *who)
+{
+    if (who && !self->others)
+        self->others = PyDict_New();
+    PyObject *key = who && self->others ? PyLong_FromVoidPtr((void *)owner) : NULL;
+    int failed = !key || require_frames(self) || PyDict_SetItem(self->others, key, who);
     Py_XDECREF(key);
     Py_XDECREF(who);
     return failed ? -1 : 0;
+}
+
+/* The same of a mapping, which holds them once at most. */
+static int frames_hold_mapping(Frames *self, Mapping *mapping)
+{
+    if (require_frames(self))
+        return -1;
+    mapping->next = self->mappings;
+    mapping->at = &self->mappings;
+    if (mapping->next)
+        mapping->next->at = &mapping->next;
+    self->mappings = mapping;
+    self->mapped++;
+    return 0;
+}
+
+static Py_ssize_t count_references(const Frames *self)
+{
+    return self->mapped + (self->others ? PyDict_Size(self->others) : 0);
 }
 
 /* Their end: nobody may hold them any more. Again: nothing. */
@@ -83,18 +101,30 @@ static int frames_end(Frames *self)
     return done ? 0 : -1;
 }
 
-/* Gives up the reference of `owner` in `among`; with the last one they end. Where it has none: nothing. */
-static int frames_let_go(Frames *self, PyObject *among, const void *owner)
+/* Gives up the reference of `owner`; with the last one they end. Where it has none: nothing. */
+static int frames_let_go(Frames *self, const void *owner)
 {
+    if (!self->others)
+        return 0;
     PyObject *key = PyLong_FromVoidPtr((void *)owner);
-    int failed = !key || PyDict_DelItem(among, key);
+    int failed = !key || PyDict_DelItem(self->others, key);
     Py_XDECREF(key);
     if (!failed)
-        return !PyDict_Size(self->holders) && !PyDict_Size(self->mirrors) ? frames_end(self) : 0;
+        return count_references(self) ? 0 : frames_end(self);
     if (!PyErr_ExceptionMatches(PyExc_KeyError))
         return -1;
     PyErr_Clear();
     return 0;
+}
+
+/* The same of a mapping that has one. */
+static int frames_let_go_mapping(Frames *self, Mapping *mapping)
+{
+    *mapping->at = mapping->next;
+    if (mapping->next)
+        mapping->next->at = mapping->at;
+    self->mapped--;
+    return count_references(self) ? 0 : frames_end(self);
 }
 
 /* hold(holder, *who) */
@@ -106,21 +136,31 @@ static PyObject *frames_hold_for(PyObject *op, PyObject *const *args, Py_ssize_t
     for (Py_ssize_t i = 1; who && i < nargs; i++)
         if (PyTuple_SetItem(who, i - 1, Py_NewRef(args[i])))
             Py_CLEAR(who);
-    return none_unless(frames_hold(as_frames(op), as_frames(op)->holders, args[0], who));
+    return none_unless(frames_hold(as_frames(op), args[0], who));
 }
 
 static PyObject *frames_let_go_of(PyObject *op, PyObject *holder)
 {
-    return none_unless(frames_let_go(as_frames(op), as_frames(op)->holders, holder));
+    return none_unless(frames_let_go(as_frames(op), holder));
+}
+
+/* Appends every holder, as it was noted. Nothing is made on the way, so none comes or goes. */
+static int append_holders(const Frames *self, PyObject *list)
+{
+    PyObject *key, *who;
+    int failed = 0;
+    for (const Mapping *each = self->mappings; each && !failed; each = each->next)
+        failed = PyList_Append(list, each->who);
+    for (Py_ssize_t at = 0; self->others && !failed && PyDict_Next(self->others, &at, &key, &who);)
+        failed = PyList_Append(list, who);
+    return failed;
 }
 
 static PyObject *frames_who_holds(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
-    PyObject *found = PyDict_Values(as_frames(op)->holders);
-    PyObject *mirrors = found ? PyDict_Values(as_frames(op)->mirrors) : NULL;
-    if (!mirrors || PyList_SetSlice(found, PyList_Size(found), PyList_Size(found), mirrors))
+    PyObject *found = PyList_New(0);
+    if (found && append_holders(as_frames(op), found))
         Py_CLEAR(found);
-    Py_XDECREF(mirrors);
     return found;
 }
 
@@ -142,18 +182,14 @@ static PyObject *core_holders_of(PyObject *Py_UNUSED(module), PyObject *frames)
     Py_ssize_t count = PyList_Size(frames);
     PyObject *found = PyList_New(0);
     for (Py_ssize_t i = 0; found && i < count; i++) {
-        PyObject *each = PyList_GetItem(frames, i), *key, *who;
+        PyObject *each = PyList_GetItem(frames, i);
         if (!each || !PyObject_TypeCheck(each, frames_type)) {
             PyErr_SetString(PyExc_TypeError, "holders are those of frames");
             Py_CLEAR(found);
             break;
         }
-        PyObject *among[] = {as_frames(each)->holders, as_frames(each)->mirrors};
-        int failed = append_taken(found, PyLong_FromSsize_t(PyDict_Size(among[0]) + PyDict_Size(among[1])));
-        for (int j = 0; j < 2; j++)
-            for (Py_ssize_t at = 0; !failed && PyDict_Next(among[j], &at, &key, &who);)
-                failed = PyList_Append(found, who);
-        if (failed)
+        if (append_taken(found, PyLong_FromSsize_t(count_references(as_frames(each)))) ||
+            append_holders(as_frames(each), found))
             Py_CLEAR(found);
     }
     return found;
@@ -166,7 +202,7 @@ static PyObject *frames_end_them(PyObject *op, PyObject *Py_UNUSED(ignored))
 
 static PyObject *frames_refcount(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyLong_FromSsize_t(PyDict_Size(as_frames(op)->holders) + PyDict_Size(as_frames(op)->mirrors));
+    return PyLong_FromSsize_t(count_references(as_frames(op)));
 }
 
 static PyMethodDef frames_methods[] = {

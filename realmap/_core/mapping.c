@@ -7,7 +7,7 @@
 /* Nothing of it survives the unmapping by its process, pinned or not. */
 static void mapping_unkeep(const Mapping *self)
 {
-    if (self->is_set && PyObject_TypeCheck(self->frames, frames_type))
+    if (self->frames && PyObject_TypeCheck(self->frames, frames_type))
         unkeep(as_frames(self->frames)->serial);
 }
 
@@ -15,8 +15,7 @@ static int mapping_let_go(Mapping *self)
 {
     if (!PyObject_TypeCheck(self->frames, frames_type))
         return 0;
-    Frames *frames = as_frames(self->frames);
-    int failed = frames_let_go(frames, frames->holders, self);
+    int failed = frames_let_go_mapping(as_frames(self->frames), self);
     mapping_unkeep(self);
     return failed;
 }
@@ -42,12 +41,13 @@ static void mapping_dealloc(PyObject *op)
         PyErr_Restore(kind, value, traceback);
     }
     Py_XDECREF(frames);
+    Py_XDECREF(self->who);
     Py_XDECREF(self->rights);
     free_object(op);
 }
 
-/* _set(address, frames, phys_offset, length, rights, owner): what it is, once; it holds its frames from now on.
- * `owner`: whose it is, in words. InvalidHandle: the frames are gone. */
+/* _set(address, frames, phys_offset, length, rights, who): what it is, once; it holds its frames from now on, as `who`.
+ * InvalidHandle: the frames are gone. */
 static PyObject *mapping_set(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Mapping *self = as_mapping(op);
@@ -58,21 +58,21 @@ static PyObject *mapping_set(PyObject *op, PyObject *const *args, Py_ssize_t nar
         return NULL;
     if (!PyLong_Check(args[4]) || as_int(args[4], &allowed))
         return PyErr_Format(PyExc_TypeError, "rights are an int");
-    if (self->is_set || address % page_size || phys_offset % page_size || length % page_size || !length ||
+    if (!PyTuple_Check(args[5]))
+        return PyErr_Format(PyExc_TypeError, "a holder is described by a tuple");
+    if (self->frames || address % page_size || phys_offset % page_size || length % page_size || !length ||
         length - 1 > UINT64_MAX - address || length > UINT64_MAX - phys_offset)
         return PyErr_Format(PyExc_ValueError, "a mapping is set once, and to whole pages");
-    if (PyObject_TypeCheck(args[1], frames_type)) {
-        Frames *frames = as_frames(args[1]);
-        if (frames_hold(frames, frames->holders, self, PyTuple_Pack(3, word_mapping, args[0], args[5])))
-            return NULL;
-    }
+    if (PyObject_TypeCheck(args[1], frames_type) && frames_hold_mapping(as_frames(args[1]), self))
+        return NULL;
     self->frames = Py_NewRef(args[1]);
+    self->who = Py_NewRef(args[5]);
     self->rights = Py_NewRef(args[4]);
     self->allowed = allowed;
     self->address = address;
     self->phys_offset = phys_offset;
     self->length = length;
-    self->is_set = self->held = 1;
+    self->held = 1;
     Py_RETURN_NONE;
 }
 
@@ -129,6 +129,9 @@ static PyMemberDef mapping_members[] = {
     {"rights", T_OBJECT_EX, offsetof(Mapping, rights), READONLY, "What its process may do there."},
     {"phys_offset", T_ULONGLONG, offsetof(Mapping, phys_offset), READONLY, "Where in its frames it starts, in bytes."},
     {"length", T_ULONGLONG, offsetof(Mapping, length), READONLY, "Its bytes."},
+    {"serial", T_ULONGLONG, offsetof(Mapping, serial), 0,
+     "Which one it is: its range may be another's later. The same where it is moved, or a forked child adopts it."},
+    {"_who", T_OBJECT_EX, offsetof(Mapping, who), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -34,7 +34,7 @@ static int hold(Mirror *self)
         PyObject *address = PyLong_FromUnsignedLongLong(self->window.base + self->window.lead);
         PyObject *who = address ? PyTuple_Pack(2, word_mirror, address) : NULL;
         Py_XDECREF(address);
-        if (frames_hold(frames, frames->mirrors, self, who))
+        if (frames_hold(frames, self, who))
             return -1;
     }
     return 0;
@@ -48,7 +48,7 @@ static int let_go(Mirror *self)
     self->holds = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         Frames *frames = as_frames(frames_of(self, i));
-        if (frames_let_go(frames, frames->mirrors, self))
+        if (frames_let_go(frames, self))
             put_aside(first);
     }
     return raise_first(first);

@@ -149,8 +149,6 @@ static int set_up(void)
     huge_size = page_size * (page_size / sizeof(uint64_t));
     if (!word_mirror && !(word_mirror = PyUnicode_InternFromString("mirror")))
         return -1;
-    if (!word_mapping && !(word_mapping = PyUnicode_InternFromString("mapping")))
-        return -1;
     PyObject *threads = PyImport_ImportModule("_thread");
     if (threads && !rlock_type)
         rlock_type = as_type(PyObject_GetAttrString(threads, "RLock"));

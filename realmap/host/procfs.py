@@ -229,6 +229,16 @@ def is_stopped(pid: int) -> bool:
     return _stat(pid)[0] == b"T"
 
 
+def cpu_time(pid: int) -> float:
+    """Seconds of CPU that its threads have had so far. OSError: there is no such process."""
+    return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3)
+
+
+def would_run(pid: int) -> bool:
+    """Whether a thread of it has a CPU, or waits for one. OSError: it has ended, or a thread of it, meanwhile."""
+    return any(_stat(f"{pid}/task/{thread}")[0] == b"R" for thread in os.listdir(f"/proc/{pid}/task"))
+
+
 def program(pid: int) -> str:
     """The name of what runs as `pid`, bytes that are no text as escapes. ProcessLookupError: it has ended.
 

@@ -71,7 +71,7 @@ class Segment:
     `device` and `inode` what /proc/PID/maps shows, `name` what others can open it by, or None.
     """
 
-    __slots__ = ("__weakref__", "_maker", "_own", "device", "facts", "fd", "huge", "inode", "length", "name")
+    __slots__ = ("__weakref__", "_made", "device", "fd", "huge", "inode", "length", "name")
 
     def __init__(
         self,
@@ -95,14 +95,13 @@ class Segment:
             demand(False, f"a segment is whole pages, not {length} bytes")
         self.length = length
         self.name: str | None = None
-        self._maker = os.getpid()
         self.fd = -1
         self.huge = 0
         made: list[posix_ipc.SharedMemory] = []
         try:
             own = runtime.own_name(name)
-            #: The name that it is made under, and keeps where it has another.
-            self._own = own if name is not None else ""
+            #: Of one with a name: the one that it is made under and keeps beside it, and whose both are to take away.
+            self._made = None if name is None else (own, os.getpid())
             try:
                 _make(own, made)
                 self.fd = made[0].fd
@@ -113,7 +112,7 @@ class Segment:
                 if status.st_mode & 0o600 != 0o600:  # by the umask: nobody could open it anew
                     os.fchmod(self.fd, 0o600)
                 if name is not None:
-                    self._take_name(name)
+                    self._take_name(own, name)
             finally:
                 if made and self.name is None:  # in no function, at whose beginning an exception could come
                     try:
@@ -126,9 +125,6 @@ class Segment:
             self._take_space(commit or huge, cancelled)
             if huge:
                 self.huge = collapse(self.fd, self.length)
-            #: What a snapshot tells of it. Made once, as there may be very many.
-            self.facts: tuple[int, int, int, int, str | None]
-            self.facts = (self.inode, self.device, self.length, self.huge, self.name)
         except BaseException as error:
             if made:
                 self.fd = made[0].fd
@@ -147,14 +143,13 @@ class Segment:
         status = os.fstat(fd)
         self.device, self.inode = status.st_dev, status.st_ino
         self.length, self.huge, self.name = length, 0, None
-        self.facts = (self.inode, self.device, length, 0, None)
         self.fd = fd
         return self
 
-    def _take_name(self, name: str) -> None:
+    def _take_name(self, own: str, name: str) -> None:
         self.name = name  # from here on `close` takes it away, if it is there
         try:
-            os.link(f"{SHM}/{self._own}", f"{SHM}/{name}")
+            os.link(f"{SHM}/{own}", f"{SHM}/{name}")
         except FileExistsError:
             self.name = None
             raise InvalidHandle(name, why=f"a segment named {name!r} exists already") from None
@@ -190,16 +185,18 @@ class Segment:
 
     def unlink(self) -> None:
         """Gives up the name, if it has one. Mappings and descriptors live on. Again: nothing."""
-        if self.name is None or self._maker != os.getpid():  # a forked child has descriptors, but not the name
+        if self.name is None or self._made is None:
+            return
+        own, maker = self._made
+        if maker != os.getpid():  # a forked child has descriptors, but not the name
             return
         name, self.name = self.name, None
-        self.facts = (self.inode, self.device, self.length, self.huge, None)
         with contextlib.suppress(OSError):
             with contextlib.suppress(FileNotFoundError):
                 # Not a later one of the same name: while we have ours open, its inode is no other's.
                 if os.path.samestat(os.stat(f"{SHM}/{name}"), os.fstat(self.fd)):
                     os.unlink(f"{SHM}/{name}")
-            os.unlink(f"{SHM}/{self._own}")  # last, and only then: by this a sweep finds the other
+            os.unlink(f"{SHM}/{own}")  # last, and only then: by this a sweep finds the other
 
     def after_fork_in_child(self) -> None:
         fd, self.fd = self.fd, -1

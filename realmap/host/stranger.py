@@ -49,11 +49,10 @@ class Borrowed(Segment):
 
     def __init__(self, file: Descriptor, entry: Map) -> None:
         status = os.fstat(file.fd)
-        self.name, self._own, self._maker = None, "", os.getpid()
+        self.name = None
         self.device, self.inode = status.st_dev, status.st_ino
         self.length = entry.offset + entry.length
         self.huge = self.length if status.st_blksize == HUGE_SIZE else 0  # it is mapped by whole huge pages
-        self.facts = (self.inode, self.device, self.length, self.huge, None)
         self._file, self.fd = file, file.fd
 
     def close(self) -> None:

@@ -74,9 +74,7 @@ class Clients(Lines[Connection]):
         try:
             connection = Connection(sock, self._books.peers.process(pid))
         except LimitReached as error:
-            with contextlib.suppress(OSError):
-                channel.send_one(sock, b"\0" + _refusal(error))
-            files.shut(sock)
+            self.turn_away(sock, error)
             return
         try:
             self._add(connection)
@@ -86,6 +84,12 @@ class Clients(Lines[Connection]):
             return
         self._strangers.add(connection)
         self._keep_room_for_commands()
+
+    def turn_away(self, sock: socket.socket, error: KernelError) -> None:
+        """Tells somebody who has connected why it cannot come in."""
+        with contextlib.suppress(OSError):
+            channel.send_one(sock, bytes([channel.WHOLE]) + _refusal(error))
+        files.shut(sock)
 
     def _keep_room_for_commands(self) -> None:
         """Of the descriptors in reserve, half are the most that those have who have not said that they are commands."""

@@ -133,6 +133,7 @@ def _descriptors() -> int:
 #: What changes of a handle; and of a mirror, or a parked window, all that is told: they may be gone by then.
 _OF_HANDLE = attrgetter("maker", "keep", "uses", "until")
 _OF_PARKED = attrgetter("address", "end", "inode", "offset", "frames")
+_OF_SEGMENT = attrgetter("inode", "device", "length", "huge", "name")
 _OF_MIRROR = attrgetter("address", "_base", "_span", "_zeros", "_prot", "_start", "mappings")
 _FRAMES = attrgetter("frames")
 
@@ -230,7 +231,7 @@ class Picture:
             count = next(holders)
             who = islice(holders, count)
             segments = frames.segments
-            facts = (segment.facts for segment in segments)
+            facts = map(_OF_SEGMENT, segments)
             if count + len(segments) <= BATCH:
                 rows.append((frames.serial, frames.length, count, list(who), list(facts)))
             else:  # long by itself

@@ -141,7 +141,7 @@ class Kernel:
         try:
             self.loop.open()
             try:
-                self._listener = Listener(self.path, self.loop, self._enter)
+                self._listener = Listener(self.path, self.loop, self._enter, self.clients.turn_away)
             except BaseException:
                 self.loop.close()
                 raise

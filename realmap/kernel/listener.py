@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from realmap._core import watch_directory
 from realmap.errors import KernelError
 from realmap.host import files, runtime
+from realmap.host.translate import shortage
 from realmap.serving.logs import log, urgent
 from realmap.serving.loop import Loop
 
@@ -26,8 +27,14 @@ class Listener:
     come later.
     """
 
-    def __init__(self, path: str, loop: Loop, enter: Callable[[socket.socket], None]) -> None:
-        """`enter` is called with each, on the loop.
+    def __init__(
+        self,
+        path: str,
+        loop: Loop,
+        enter: Callable[[socket.socket], None],
+        turn_away: Callable[[socket.socket, KernelError], None],
+    ) -> None:
+        """`enter` is called with each, on the loop; `turn_away` with one for which there is no descriptor, and why.
 
         InvalidHandle: the path is taken, its name too long, not UTF-8, or no socket. AccessDenied: it is not ours.
         OSError: Linux has no descriptors or no memory for it, or does not allow it. Nothing is left then.
@@ -35,6 +42,7 @@ class Listener:
         self._path = path
         self._loop = loop
         self._enter = enter
+        self._turn_away = turn_away
         #: Readable when a name has gone from the directory; -1: Linux has no more of these for this user.
         self._watching = -1
         #: What `note` was told.
@@ -42,7 +50,7 @@ class Listener:
         self._listen()
         try:
             runtime.sweep()
-            # Given up for a moment where no descriptor is left, to turn a client away.
+            # Given up for a moment where no descriptor is left, to tell a client so.
             self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
             self.close()
@@ -78,7 +86,7 @@ class Listener:
                 if self._spare >= 0:
                     files.close(self._spare)
                 with contextlib.suppress(OSError):
-                    self._socket.accept()[0].close()
+                    self._turn_away(self._socket.accept()[0], shortage(error, "the kernel cannot take this process in"))
                 self._spare = -1
                 with contextlib.suppress(OSError):  # a worker was quicker: then without one
                     self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

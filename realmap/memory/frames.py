@@ -71,7 +71,7 @@ class SharedFrames(FramesCore):
     __slots__ = ("__weakref__", "_charges", "_starts", "length", "recycles", "segments")
 
     def __init__(self, segments: Sequence[Segment], charge: Charge | None = None) -> None:
-        self.segments = list(segments)
+        self.segments = tuple(segments)
         #: Whether they are of a kind for a stock, and only the process that they were made for has ever had them.
         self.recycles = False
         self._starts: tuple[int, ...]
@@ -83,7 +83,8 @@ class SharedFrames(FramesCore):
             self.length = sum(segment.length for segment in segments)
             self._starts = tuple(itertools.accumulate((segment.length for segment in segments[:-1]), initial=0))
             self._set(-1, sum(segment.huge for segment in segments))
-        self._charges = [] if charge is None else [charge]
+        #: What they are charged, as long as they are there.
+        self._charges: object = charge
 
     def holders(self) -> list[str]:
         """Everyone who holds a reference, in words; `who_holds` is what was noted."""
@@ -98,7 +99,7 @@ class SharedFrames(FramesCore):
         """Called by the core when the last reference has gone, once."""
         for segment in self.segments:
             segment.close()
-        self._charges.clear()
+        self._charges = None
 
     def __del__(self) -> None:
         self._end()  # of those that nobody ever held
@@ -111,10 +112,10 @@ class SharedFrames(FramesCore):
 
     def append(self, more: list[Segment], charge: Charge) -> None:
         """Grows by `more` segments (a heap's brk). What is mapped or mirrored of it stays as it is."""
-        self._charges.append(charge)
+        self._charges = self._charges, charge
+        self.segments = (*self.segments, *more)
         for segment in more:
             self._starts = (*self._starts, self.length)
-            self.segments.append(segment)
             self.length += segment.length
         self._grew()
 

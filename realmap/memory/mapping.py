@@ -38,7 +38,7 @@ class Mapping(MappingCore):
     A syscall that works on it pins it: a release meanwhile takes effect when the last pin goes.
     """
 
-    __slots__ = ("__weakref__", "handle", "owner", "serial", "type")
+    __slots__ = ("__weakref__", "handle", "type")
 
     if TYPE_CHECKING:  # the core knows neither
 
@@ -71,8 +71,6 @@ class Mapping(MappingCore):
             raise InvalidAddress(phys_offset, why=f"offset is no multiple of the page size ({PAGE_SIZE})")
         self.type = type_of(type)
         rights = rights_of(rights)
-        self.owner = owner
-        #: Which one it is: its range may be another's later. The same where it is moved, or a forked child adopts it.
         self.serial = next(_serials)
         #: By which it was attached, and may be attached again.
         self.handle: Lasting | None = None
@@ -90,7 +88,12 @@ class Mapping(MappingCore):
                 raise InvalidSize(
                     size, why=f"the frames have only {frames.length - phys_offset} bytes from the offset on"
                 )
-        self._set(start, frames, phys_offset, size, rights, owner)
+        self._set(start, frames, phys_offset, size, rights, ("mapping", start, owner))
+
+    @property
+    def owner(self) -> str:
+        """Whose it is, in words."""
+        return self._who[2]
 
     @property
     def offset(self) -> int:

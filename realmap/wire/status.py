@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 import struct
@@ -236,11 +237,13 @@ def unanswered(path: str, what: str, seconds: float | None) -> SyscallTimeout:
     return _unanswered(status, what, seconds, status is not None and status.is_stuck)
 
 
-def _unanswered(status: Status | None, what: str, seconds: float | None, stuck: bool) -> SyscallTimeout:
-    if stuck:
+def _unanswered(
+    status: Status | None, what: str, seconds: float | None, stuck: bool, starves: bool = False
+) -> SyscallTimeout:
+    if stuck and not starves:
         return SyscallTimeout(what, seconds, why=str(status))
     busy = status is not None and not status.asleep and (status.work or (status.seconds or 0) >= LATE)
-    said = f": {status}" if busy else ""
+    said = ": its kernel gets no CPU" if starves else f": {status}" if busy else ""
     return SyscallTimeout(what, seconds, why=f"no answer to {what!r} within {seconds} s{said}")
 
 
@@ -249,7 +252,8 @@ class Patience:
     seconds (more).
 
     After `LATE` seconds a kernel that cannot answer ends it, after twice that one of which another thread seems to keep
-    the GIL, else `BOUND` seconds do: SyscallTimeout, whose text says what the kernel is at.
+    the GIL, else `BOUND` seconds do: SyscallTimeout, whose text says what the kernel is at. One that has had no CPU
+    since then may still answer.
     """
 
     def __init__(self, path: str, what: str) -> None:
@@ -259,14 +263,32 @@ class Patience:
     def __call__(self) -> float:
         """Seconds (more). SyscallTimeout: it has been long enough."""
         if self._began is None:
-            self._began = time.monotonic()
+            self._began, self._had = time.monotonic(), _cpu_time(self._path)
             return LATE
         status = look(self._path)
         waited = time.monotonic() - self._began
         stuck = status is not None and (status.is_stuck or (waited >= 2 * LATE and _is_kept(status, waited)))
-        if waited >= BOUND or stuck:
-            raise _unanswered(status, self._what, round(waited, 1), stuck)
+        starves = status is not None and stuck and not status.stopped and self._starves(status.pid)
+        if waited >= BOUND or (stuck and not starves):
+            raise _unanswered(status, self._what, round(waited, 1), stuck, starves)
         return min(LATE, BOUND - waited)
+
+    def _starves(self, pid: int) -> bool:
+        """Whether it would run, and has not had a CPU for half of `LATE` seconds since it was asked."""
+        try:
+            return procfs.cpu_time(pid) - self._had < LATE / 2 and procfs.would_run(pid)
+        except OSError as error:
+            pass_on(error)
+            return False
+
+
+def _cpu_time(path: str) -> float:
+    """Seconds of CPU that the kernel at `path` has had; -inf: nobody can say."""
+    try:
+        return procfs.cpu_time(runtime.kernel_at(path)[0])
+    except (OSError, ValueError) as error:
+        pass_on(error)
+        return -math.inf
 
 
 def _is_kept(status: Status, seconds: float) -> bool:

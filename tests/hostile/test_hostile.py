@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import array
 import datetime
+import itertools
 import os
 import random
+import resource
 import signal
 import socket
 import threading
@@ -18,10 +20,19 @@ import pytest
 from conftest import BOUND, PAGE, wait_until
 
 import realmap
-from realmap import InvalidAddress, InvalidSize, KernelError, KernelHandle, Process, ProcessKilled
+from realmap import (
+    InvalidAddress,
+    InvalidSize,
+    KernelError,
+    KernelHandle,
+    PhysicalMemoryExhaustion,
+    Process,
+    ProcessKilled,
+)
 from realmap.host import procfs
 from realmap.kernel import snapshots
 from realmap.memory import KERNEL_LAND, USER_LAND
+from realmap.observe.control import Control
 from realmap.wire import channel, messages
 from realmap.wire.messages import Call, Map, Move, Query, Unmap, buffer_ext
 
@@ -282,29 +293,21 @@ def test_a_control_connection_is_no_process(kernel: KernelHandle, me: Process) -
     control.sock.close()
 
 
-def test_more_clients_than_descriptors() -> None:
-    """Where no descriptor is left a client is turned away; the others go on."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with realmap.Kernel() as kernel, realmap.connect(kernel.path) as me:
-        first = os.open("/dev/null", os.O_RDONLY)
-        os.close(first)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (first + 3, hard))
-        socks = []
-        try:
-            for _ in range(2):
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                sock.connect(kernel.path)
-                socks.append(sock)
-            assert me.query(USER_LAND.start)
-        except OSError:
-            pass
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            for sock in socks:
-                sock.close()
-        assert me.map(5)[:] == bytes(5)
+def test_more_clients_than_descriptors(kernel: KernelHandle, me: Process) -> None:
+    """Where no descriptor is left a client is told so, commands too; the others go on."""
+    soft, hard = resource.prlimit(kernel.pid, resource.RLIMIT_NOFILE)
+    taken = {int(fd) for fd in os.listdir(f"/proc/{kernel.pid}/fd")}
+    first = next(fd for fd in itertools.count() if fd not in taken)
+    resource.prlimit(kernel.pid, resource.RLIMIT_NOFILE, (first, hard))
+    try:
+        for connect in (realmap.connect, Control, realmap.connect):
+            with pytest.raises(PhysicalMemoryExhaustion, match=f"no descriptors left .limit {first}"):
+                connect(kernel.path)
+        assert me.query(USER_LAND.start)
+    finally:
+        resource.prlimit(kernel.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    realmap.connect(kernel.path).close()
+    assert me.map(5)[:] == bytes(5)
 
 
 # ---- clients that stop, leave, or lie about what they are ----------------------------------

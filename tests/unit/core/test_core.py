@@ -123,15 +123,18 @@ def test_what_the_core_relies_on_cannot_be_set(frames: FrameAllocator, land: Ker
 def test_what_is_set_once_is_checked(frames: FrameAllocator, land: KernelMemory) -> None:
     shared = frames.allocate(2 * PAGE)
     mapping = Mapping(USER_LAND.start, shared, 0, PAGE, MemoryType.HEAP, u_rw)
-    for again in (lambda: mapping._set(0, None, 0, PAGE, 3, ""), lambda: shared._set(0, 0)):
+    who = ("mapping", 0, "")
+    for again in (lambda: mapping._set(0, None, 0, PAGE, 3, who), lambda: shared._set(0, 0)):
         with pytest.raises(ValueError, match="once"):
             again()
     for address, offset, length in [(1, 0, PAGE), (0, 1, PAGE), (0, 0, 1), (0, 0, 0), ((1 << 64) - PAGE, 0, 2 * PAGE)]:
         with pytest.raises(ValueError):
-            _core.Mapping()._set(address, None, offset, length, 3, "")
+            _core.Mapping()._set(address, None, offset, length, 3, who)
     for rights in (None, 1.0, 1 << 40, _Number(3)):
         with pytest.raises(TypeError):
-            _core.Mapping()._set(0, None, 0, PAGE, rights, "")  # type: ignore[arg-type]
+            _core.Mapping()._set(0, None, 0, PAGE, rights, who)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        _core.Mapping()._set(0, None, 0, PAGE, 3, "")  # type: ignore[arg-type]
     end = land.land.end
     for cursor in (0, land.start + 1, end + 2 * PAGE):
         with pytest.raises(ValueError):

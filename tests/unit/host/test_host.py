@@ -10,13 +10,14 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import posix_ipc
 import pytest
-from conftest import PAGE, left_names, own_names
+from conftest import PAGE, left_names, own_names, wait_until
 
 from realmap._core import map_at
 from realmap.errors import AccessDenied, InvalidHandle, PhysicalMemoryExhaustion, ProcessKilled
@@ -63,7 +64,7 @@ def test_a_name_is_given_up_before_the_memory() -> None:
     os.pwrite(made.fd, b"abc", 0)
     made.unlink()
     made.unlink()
-    assert made.name is None and made.facts[-1] is None and not os.path.exists(f"/dev/shm/{name}")
+    assert made.name is None and not os.path.exists(f"/dev/shm/{name}")
     assert os.pread(made.fd, 3, 0) == b"abc"
     later = Segment(PAGE, name=name)
     made.close()  # which leaves the later one's name alone
@@ -448,3 +449,15 @@ def test_the_mount_of_shm_is_found() -> None:
     mount, options = translate.shm_mount()
     assert mount in ("/dev/shm", "/dev", "/")
     assert options
+
+
+def test_what_runs_and_what_waits() -> None:
+    assert procfs.would_run(os.getpid())
+    before = time.process_time()
+    assert before <= procfs.cpu_time(os.getpid()) <= time.process_time()
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as child:
+        wait_until(lambda: not procfs.would_run(child.pid), "that it waits")
+        child.communicate()
+    for ask in (procfs.would_run, procfs.cpu_time):
+        with pytest.raises(OSError):
+            ask(child.pid)

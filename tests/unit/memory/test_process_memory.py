@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -282,6 +283,20 @@ def test_moving_away_from_an_obstacle(memory: ProcessMemory) -> None:
     with pytest.raises(VirtualMemoryExhaustion):
         memory.move(last, (0, 0))
     assert (last.released, len(memory)) == (True, 2)
+
+
+def test_a_mapping_takes_no_more_than_a_kib_of_its_kernel(frames: FrameAllocator) -> None:
+    memory, count = ProcessMemory(allocator=frames), 400
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for page in range(count):
+            memory.create_regular_mapping(AT + page * PAGE, PAGE, HEAP, u_rw)
+        took = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    memory.release_all()
+    assert took <= count * 1024
 
 
 def test_a_land_outside_of_userland() -> None:

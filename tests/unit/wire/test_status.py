@@ -292,6 +292,33 @@ def test_a_kernel_that_is_not_stuck_is_waited_for_longer(monkeypatch: pytest.Mon
     assert patience() > 0  # nothing is known of it: it may answer yet
 
 
+def test_one_that_gets_no_cpu_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, had, would_run = [100.0], [7.0], [True]
+    monkeypatch.setattr(status.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(status, "look", lambda _: Status(5, work=Work("x", 6, 9.0), seconds=9.0))
+    monkeypatch.setattr(status.runtime, "kernel_at", lambda _: (5, 0))
+    monkeypatch.setattr(status.procfs, "cpu_time", lambda _: had[0])
+    monkeypatch.setattr(status.procfs, "would_run", lambda _: would_run[0])
+
+    def asked(seconds: float) -> Patience:
+        patience = Patience("path", "books")
+        patience()
+        now[0] += seconds
+        return patience
+
+    assert asked(1)() == status.LATE
+    with pytest.raises(SyscallTimeout, match=r"no answer to 'books' within 30.0 s: its kernel gets no CPU$"):
+        asked(30)()
+    would_run[0] = False  # a handler waits for something, and keeps the GIL
+    with pytest.raises(SyscallTimeout, match=r"^kernel 5 is in handler"):
+        asked(1)()
+    would_run[0] = True
+    patience = asked(1)
+    had[0] += 0.6
+    with pytest.raises(SyscallTimeout, match=r"^kernel 5 is in handler"):
+        patience()
+
+
 def test_one_that_has_not_woken_since_it_was_asked_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     asleep = Status(5, beside=(Work("x", 6, 12.0),), seconds=12.0, asleep=True)
