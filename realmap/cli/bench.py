@@ -31,8 +31,9 @@ PICTURES = (".png", ".svg")
 def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path: str | None) -> None:
     """Measure what reaching memory, calling and making cost on this machine.
 
-    NAME is access, call, many, make, attach, touch, handover or scale; all of them by default. Times are medians of
-    interleaved rounds with the 10th and 90th percentile; "x floor" compares with the named floor in the same rounds.
+    NAME is access, call, many, make, attach, touch, handover, scale, serve or sync; all of them by default. Times are
+    medians of interleaved rounds with the 10th and 90th percentile; "x floor" compares with the named floor in the same
+    rounds.
 
     Example: realmap bench --quick access --plot access.svg
     """
