@@ -16,6 +16,7 @@ from realmap.cli.output import Column, Seconds, print_table, progress, require_w
 from realmap.lab import stress as lab
 from realmap.lab.stress.antagonists import ALL as ANTAGONISTS
 from realmap.lab.stress.report import DEFAULTS, Kind
+from realmap.observe import words
 
 #: Set in the run whose /dev/shm is a small one of its own.
 INSIDE = "REALMAP_STRESS_FULL"
@@ -119,7 +120,8 @@ def _in_small_shm() -> None:
 def print_kinds(console: Console, kinds: dict[str, Kind]) -> None:
     """How often each kind of step was done, and how long it took."""
     rows = [
-        [name, kind.count, f"{kind.per_second:.0f}", kind.p50, kind.p99, kind.longest] for name, kind in kinds.items()
+        [name, kind.count, words.count(kind.per_second), kind.p50, kind.p99, kind.longest]
+        for name, kind in kinds.items()
     ]
     print_table(console, KINDS, rows)
 

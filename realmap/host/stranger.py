@@ -215,7 +215,7 @@ class Stranger:
             self._by_name,
             self._by_getfd,
         ]
-        refused, gone = "", False
+        denied, refused, gone = False, "", False
         with self._asked("open what is mapped by"):
             for way in ways:
                 try:
@@ -235,7 +235,9 @@ class Stranger:
                         raise
                     pass_on(error)
                     gone |= isinstance(error, FileNotFoundError)  # as an exec begins: `still_has` may see the old maps
-        if gone or not self.still_has([entry]):
+                    denied |= isinstance(error, PermissionError)
+        # Where nothing was denied, something else was there: a file that it has mapped since may have the old number.
+        if gone or not (denied or refused) or not self.still_has([entry]):
             raise LookupError(entry)
         takes = " and ".join(["CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (for /proc/PID/map_files)", *obstacles()])
         why = (

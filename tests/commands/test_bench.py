@@ -192,6 +192,7 @@ def test_without_a_checkout_nothing_is_said_of_what_is_not_there(
             assert word not in said, word
         for word in ("peer", "checkout"):
             assert word not in said + str(command.help), word
+    assert all(re.search(rf"\b{group}\b", str(command.help)) for group in bench.GROUPS)
 
 
 @pytest.mark.usefixtures("short")

@@ -27,8 +27,9 @@ from terminal import on_a_terminal
 from realmap.cli.campaign import render
 from realmap.lab.bench import machine
 from realmap.lab.campaign.compare import PACE, Unlike, compare, load
+from realmap.lab.campaign.page import page
 from realmap.lab.campaign.plan import Plan
-from realmap.lab.campaign.report import FORM, Host, Report, junit
+from realmap.lab.campaign.report import FORM, LOST, Host, Report, junit
 from realmap.lab.campaign.run import Campaign
 from realmap.lab.campaign.work import Lost, Outcome
 from realmap.lab.stress.report import bucket, kind_of
@@ -59,6 +60,20 @@ def test_a_campaign_here(tmp_path: Path) -> None:
     assert (ElementTree.parse(xml).getroot().get("failures"), len(ElementTree.parse(xml).getroot())) == ("0", 2)
     text = html.read_text()
     assert text.count("data:image/svg+xml;base64,") == 2
+    for host in found["hosts"]:
+        assert f"<td>{sum(run['bytes_verified'] for run in (*host['earlier'], host['report'])):,}</td>" in text
+    whole = msgspec.convert(found, Report, strict=False)
+    whole.hosts.append(Host("elsewhere", LOST))
+    whole.hosts[0].report |= {
+        "antagonists": {"ksm": {"count": 2000, "why": None}, "numa": {"count": 0, "why": "one node"}},
+        "slopes": {"rss": {"per_second": 0.0, "error": 0.1, "first": 2048, "last": 1024}},
+    }
+    for host in whole.hosts[:2]:
+        host.report["kinds"] = {}  # and no pictures: matplotlib would keep its fonts open in this process
+    drawn = page(whole).decode()
+    assert "<td>antagonist ksm</td><td>2,000</td><td></td><td></td>" in drawn
+    assert "<td>0 (one node)</td>" in drawn
+    assert "the kernel's memory does not grow: 2 → 1 KiB" in drawn
     assert not re.search(r"(src|href)=.(?!data:)", text)
     assert "2 of 2 hosts are ok" in done.stdout
     for report in reports:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,17 +252,22 @@ def test_a_map_that_linux_leaves_out_of_its_list(folder: Path, monkeypatch: pyte
         assert len(asked) == 2
 
 
-def test_a_way_in_that_is_gone_for_a_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a process runs another program: its maps that are open still show what its folder has no more."""
+@pytest.mark.parametrize("another", [False, True])
+def test_a_way_in_that_is_gone_for_a_moment(folder: Path, monkeypatch: pytest.MonkeyPatch, another: bool) -> None:
+    """As where a process runs another program: its maps that are open still show what its folder has no more. Or where
+    it has mapped another file for a moment, and then one that has got the first one's number."""
     if not ways.may_open_map_files():
         pytest.skip("it takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE")
     way, tried = ways.Stranger._by_map_files, []
 
     def once_gone(self: ways.Stranger, entry: procfs.Map) -> Any:
         tried.append(entry)
-        if len(tried) == 1:
+        if len(tried) > 1:
+            yield from way(self, entry)
+        elif another:
+            yield ways.Descriptor(partial(os.open, __file__, os.O_PATH))
+        else:
             raise FileNotFoundError
-        return way(self, entry)
 
     with stranger(folder) as other, ForeignProcess(other.pid) as process:
         other.map("memfd", 1, FREE, "", seed=1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
+import msgspec
+
 from realmap.lab.campaign.report import Host, Report
+from realmap.lab.stress.report import Slope
 from realmap.observe import words
 
 STYLE = """
@@ -47,7 +51,7 @@ def page(report: Report) -> bytes:
             body,
             head_of,
             [
-                (name, kind.count, f"{kind.per_second:.0f}", *(words.duration(took * 1e9) for took in times[name]))
+                (name, kind.count, words.count(kind.per_second), *(words.duration(took * 1e9) for took in times[name]))
                 for name, kind in report.kinds.items()
             ],
         )
@@ -55,13 +59,9 @@ def page(report: Report) -> bytes:
         SubElement(body, "h2").text = name
         data = base64.b64encode(_dots(rows, [host.name for host in report.hosts])).decode()
         SubElement(body, "img", src=f"data:image/svg+xml;base64,{data}", alt=name)
-    SubElement(body, "h2").text = "The machines"
-    facts = sorted({fact for host in report.hosts for fact in host.machine})
-    _table(
-        body,
-        ("", *(host.name for host in report.hosts)),
-        [(fact, *(host.machine.get(fact, "") for host in report.hosts)) for fact in facts],
-    )
+    if report.kinds:
+        _by_host(body, "What was done there", {host.name: _done(host) for host in report.hosts})
+    _by_host(body, "The machines", {host.name: dict(sorted(host.machine.items())) for host in report.hosts})
     return b"<!DOCTYPE html>\n" + bytes(ElementTree.tostring(root, encoding="utf-8", method="html"))
 
 
@@ -74,6 +74,28 @@ def _table(body: Element, names: Sequence[str], rows: Sequence[Sequence[Any]], c
         line = SubElement(table, "tr", {"class": classes[at]} if classes else {})
         for cell in row:
             SubElement(line, "td").text = str(cell)
+
+
+def _by_host(body: Element, title: str, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    SubElement(body, "h2").text = title
+    names = list(dict.fromkeys(name for found in facts.values() for name in found))
+    _table(body, ("", *facts), [(name, *(found.get(name, "") for found in facts.values())) for name in names])
+
+
+def _done(host: Host) -> dict[str, str]:
+    """In all runs of a stress there: by the users, to them, and by each antagonist; how the last left the kernel."""
+    counts: Counter[str] = Counter()
+    why: dict[str, str] = {}
+    for run in host.reports:
+        counts.update({"steps": run["steps"], "bytes verified": run["bytes_verified"], "audits": run["audits"]})
+        counts.update(run["injected"])
+        for name, found in run["antagonists"].items():
+            counts[f"antagonist {name}"] += found["count"]
+            if found["why"]:
+                why[f"antagonist {name}"] = f" ({found['why']})"
+    done = {name: f"{count:,}{why.get(name, '')}" for name, count in counts.items()}
+    slopes = msgspec.convert(run["slopes"], dict[str, Slope]) if host.reports else {}
+    return done | {f"kernel: {name}": slope.in_words(name) for name, slope in slopes.items()}
 
 
 def _pictures(report: Report) -> dict[str, Rows]:
@@ -112,7 +134,7 @@ def _dots(rows: Mapping[str, Mapping[str, float]], hosts: Sequence[str]) -> byte
 
     matplotlib.use("agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 
     names = list(rows)
     figure, panel = pyplot.subplots(figsize=(10, 1.2 + 0.22 * len(names)), layout="constrained")
@@ -124,9 +146,9 @@ def _dots(rows: Mapping[str, Mapping[str, float]], hosts: Sequence[str]) -> byte
     panel.invert_yaxis()
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.minorticks_off()
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.duration(value)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: EngFormatter("s")(value / 1e9)))
     panel.grid(alpha=0.3)
-    if len(hosts) <= 10:
+    if 1 < len(hosts) <= 10:
         figure.legend(loc="outside upper center", ncols=min(4, len(hosts)), fontsize="small")
     file = io.BytesIO()
     figure.savefig(file, format="svg")
