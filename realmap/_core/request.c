@@ -109,37 +109,45 @@ static PyObject *endpoint_request(PyObject *op, PyObject *const *args, Py_ssize_
     return leave_with(self, answer, failed);
 }
 
-/* A call, numbered, as a message. NULL where its arguments are not so plain, its name is one of the dict `others`, or this
- * connection has ended, without an exception; or with one. */
-static PyObject *write_plain(Endpoint *self, PyObject *const *args, Py_ssize_t nargs)
+/* A call as a message, and its number. NULL where its arguments are not so plain, or this connection has ended, without an
+ * exception; or with one. `by`, the third one: a dict of names that are not for this connection, and then NULL, and what is
+ * `found` there; or whose numbers its requests have. */
+static PyObject *write_plain(Endpoint *self, PyObject *const *args, Py_ssize_t nargs, uint64_t *number, PyObject **found)
 {
+    *found = NULL;
+    *number = 0;
     if (wants(nargs, 3, "a call") || self->end || self->epoch != fork_epoch || !PyUnicode_CheckExact(args[0]))
         return NULL;
-    if (!PyTuple_Check(args[1]) || !PyDict_Check(args[2])) /* PyDict_Contains does not look */
+    Endpoint *counter = PyObject_TypeCheck(args[2], endpoint_type) ? as_endpoint(args[2]) : NULL;
+    if (!PyTuple_Check(args[1]) || (!counter && !PyDict_Check(args[2])))
         return PyErr_Format(PyExc_TypeError, "arguments are a tuple, names a dict");
-    if (PyDict_Contains(args[2], args[0]))
+    if (!counter && ((*found = PyDict_GetItemWithError(args[2], args[0])) || PyErr_Occurred()))
         return NULL;
-    return plain_call(++self->number, args[0], args[1]);
+    *number = ++(counter ? counter : self)->number;
+    return plain_call(*number, args[0], args[1]);
 }
 
-/* plain(name, args, others) -> (number, message) of a call; None: as write_plain. */
+/* plain(name, args, by) -> (number, message) of a call; None: as write_plain. */
 static PyObject *endpoint_plain(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
-    PyObject *message = write_plain(as_endpoint(op), args, nargs);
+    uint64_t number;
+    PyObject *found, *message = write_plain(as_endpoint(op), args, nargs, &number, &found);
     if (message)
-        return Py_BuildValue("KN", (unsigned long long)as_endpoint(op)->number, message);
+        return Py_BuildValue("KN", (unsigned long long)number, message);
     return none_unless(PyErr_Occurred() != NULL);
 }
 
-/* call(name, args, others) -> the value of the answer to a call, for which it waits without a bound; the Answer where that
- * is no plain value; NotImplemented, and nothing was done: as write_plain. An exception is a signal handler's own. */
+/* call(name, args, by) -> the value of the answer to a call, for which it waits without a bound; the Answer where that is no
+ * plain value; what is found in `by`, or NotImplemented, and nothing was done: as write_plain. An exception is a signal
+ * handler's own. */
 static PyObject *endpoint_call(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     Endpoint *self = as_endpoint(op);
-    PyObject *message = write_plain(self, args, nargs);
+    uint64_t number;
+    PyObject *found, *message = write_plain(self, args, nargs, &number, &found);
     if (!message)
-        return PyErr_Occurred() ? NULL : Py_NewRef(Py_NotImplemented);
-    Answer *answer = start(self, self->number, message, Py_None, Py_None, NULL, 0);
+        return PyErr_Occurred() ? NULL : Py_NewRef(found ? found : Py_NotImplemented);
+    Answer *answer = start(self, number, message, Py_None, Py_None, NULL, 0);
     Py_DECREF(message);
     PyObject *got = answer ? leave_with(self, answer, wait_for(self, answer, INT64_MAX)) : NULL;
     PyObject *value = got ? plain_value(answer) : NULL;

@@ -26,7 +26,7 @@ from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
 from realmap.user.handle import Handle
-from realmap.user.sessions import Routes, Session, arun, run, waiters
+from realmap.user.sessions import Route, Routes, Session, arun, run, waiters
 from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.client import Client
@@ -330,12 +330,16 @@ class Process:
         wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process or
         its server may have. KernelDied, ProcessKilled: no kernel.
         """
-        refusal = None
+        refusal, got = None, NotImplemented
+        if timeout is None and not kwargs:  # most calls are of a few plain values, and made in one go
+            got = self._client.endpoint.call(name, args, self._known)
+            if type(got) is Route:
+                got = self._routes.plain(got, name, args)
+            if got is not NotImplemented and type(got) is not Answer:
+                return got
         try:
-            if timeout is None and not kwargs:  # most calls are of a few plain values, and made in one go
-                got = self._client.endpoint.call(name, args, self._known)
-                if got is not NotImplemented:
-                    return self._client.value(got) if type(got) is Answer else got
+            if got is not NotImplemented:
+                return self._client.value(got)
             client = self._own_client
             request = call_of(client, name, args, timeout, kwargs)
             if name not in self._known:

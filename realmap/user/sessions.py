@@ -111,6 +111,8 @@ class Server(Requester):
         self.name = name
         self.process = process
         client = self._kernel = process._own_client
+        #: Whose numbers its requests have.
+        self.counter = client.endpoint
         try:
             if len(descriptors) < (3 if spin else 2):  # Linux delivers what it has room for, and cuts off the rest
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -227,10 +229,27 @@ class Routes:
             for server in self.known.pop(name, NOBODY).servers:
                 server.close()
 
+    def plain(self, route: Route, name: str, args: tuple[Any, ...]) -> Any:
+        """A call of a few plain values, by a server that is free: what it comes to. NotImplemented, and nothing was
+        done: none is free, or as `Endpoint.call`.
+        """
+        server = self._free(route)
+        if server is None:
+            return NotImplemented
+        got = server.endpoint.call(name, args, server.counter)
+        if type(got) is not Answer:
+            return got
+        try:
+            return server.value(got)
+        except ServerDied as error:
+            refusal = self._lost(server, name, error)
+        request = call_of(self._process._own_client, name, args, None, {})
+        return run(self.steps(request, refusal, server), name, None)
+
     def call(self, request: messages.Call, timeout: float | None) -> Any:
         """Makes a call; as `steps` has it, but in one go where a server is free, and has what it needs."""
-        server = self._free(request)
-        if server is None:
+        server = self._free(self.known.get(request.name, NOBODY))
+        if server is None or not server.has(request.args):
             return run(self.steps(request), request.name, timeout)
         try:
             return server.request(request, timeout=timeout, name=request.name, holds=request.args)[0]
@@ -238,13 +257,15 @@ class Routes:
             refusal = self._lost(server, request.name, error)
         return run(self.steps(request, refusal, server), request.name, timeout)
 
-    def _free(self, request: messages.Call) -> Server | None:
-        route = self.known.get(request.name)
-        if route is None or nesting.here.get() is not None:
-            return None
-        for server in route.servers:
-            if server.load < 0 and not server.endpoint.end:
-                return server if server.has(request.args) else None
+    @staticmethod
+    def _free(route: Route) -> Server | None:
+        """One that has a thread free. None: none, or a handler of a service asks, which must not wait for itself."""
+        if nesting.here.get() is None:
+            for server in route.servers:
+                words, endpoint = server.words, server.endpoint
+                # `load`, without a call: this is asked at every one.
+                if words[BUSY] + words[WAITING] < words[THREADS] > endpoint.pending and not endpoint.end:
+                    return server
         return None
 
     def _lost(self, server: Server, name: str, error: ServerDied) -> ServerDied:
@@ -393,6 +414,10 @@ class Session:
         UnknownSyscall: it does not serve this. ServerDied: it has ended, or serves no more. ProcessKilled: the session
         was closed. InvalidHandle: this is a forked child. Else as there.
         """
+        if timeout is None and not kwargs and nesting.here.get() is None:
+            got = self._server.endpoint.call(name, args, self._server.counter)
+            if got is not NotImplemented:
+                return self._server.value(got) if type(got) is Answer else got
         return run(self._steps(name, args, timeout, kwargs), name, timeout)
 
     async def acall(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:

@@ -334,8 +334,21 @@ def test_a_plain_call_that_is_awaited(pair: Pair) -> None:
 
 def test_a_call_of_another_name_is_not_made(pair: Pair) -> None:
     for name in ["other", 7, Name("name")]:
-        assert pair.endpoint.call(name, (), {"other": None}) is NotImplemented  # type: ignore[arg-type]
+        assert pair.endpoint.call(name, (), {"other": NotImplemented}) is NotImplemented  # type: ignore[arg-type]
+    route = object()
+    assert pair.endpoint.call("other", ([],), {"other": route}) is route
+    assert pair.endpoint.plain("other", (), {"other": route}) is None
     assert (pair.endpoint.pending, pair.ring._pop()) == (0, None)
+
+
+def test_a_call_has_the_number_of_who_counts(pair: Pair) -> None:
+    with connected() as other:
+        for _ in range(5):
+            other.endpoint.next_id()
+        assert pair.ring._send(msgspec.msgpack.encode(messages.Done(6, "got")), pair.sock.fileno()) >= 0
+        assert pair.endpoint.call("name", (), other.endpoint) == "got"
+        assert call_of(pair.ring._pop() or b"").id == 6
+        assert (other.endpoint.next_id(), pair.endpoint.next_id()) == (7, 1)
 
 
 def test_a_call_by_an_endpoint_that_has_ended_is_not_made(pair: Pair) -> None:
