@@ -169,7 +169,7 @@ def test_it_ends_with_a_whole_file_on_a_signal(
 @pytest.mark.slow
 def test_a_command_that_ignores_sigterm_is_killed(running: KernelHandle, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
-    done = realmap("trace", str(file), "--seconds", "0.2", "--", "sh", "-c", "trap '' TERM; exec sleep 1000")
+    done = realmap("trace", str(file), "--seconds", "3", "--", "sh", "-c", "trap '' TERM; exec sleep 1000")
     assert done.returncode == 128 + signal.SIGKILL
     TraceFile(file)
 
