@@ -12,12 +12,15 @@ typedef struct {
 
 static PyTypeObject *rlock_type, *lock_type, *turn_type;
 
-static PyObject *lock_enter(PyObject *op, PyObject *Py_UNUSED(ignored))
+typedef PyObject *(*Acquire)(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+
+/* `acquire`: of the core, whatever a class of somebody else's calls so; NULL: of the interpreter. */
+static PyObject *turn_taken(PyObject *op, Acquire acquire)
 {
     Turn *turn = (Turn *)(void *)((allocfunc)PyType_GetSlot(turn_type, Py_tp_alloc))(turn_type, 0);
     if (!turn)
         return NULL;
-    PyObject *taken = PyObject_CallMethod(op, "acquire", NULL);
+    PyObject *taken = acquire ? acquire(op, NULL, 0, NULL) : PyObject_CallMethod(op, "acquire", NULL);
     if (taken)
         turn->lock = Py_NewRef(op);
     else
@@ -25,6 +28,8 @@ static PyObject *lock_enter(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_XDECREF(taken);
     return (PyObject *)turn;
 }
+
+static PyObject *lock_enter(PyObject *op, PyObject *Py_UNUSED(ignored)) { return turn_taken(op, NULL); }
 
 static PyObject *lock_exit(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs))
 {
@@ -38,7 +43,7 @@ static void turn_dealloc(PyObject *op)
     if (lock && PyErr_Occurred()) {
         PyObject *kind, *value, *traceback;
         PyErr_Fetch(&kind, &value, &traceback);
-        PyObject *done = PyObject_CallMethod(lock, "release", NULL);
+        PyObject *done = PyObject_CallMethod(lock, "__exit__", "OOO", Py_None, Py_None, Py_None);
         if (!done)
             PyErr_WriteUnraisable(lock);
         Py_XDECREF(done);

@@ -166,9 +166,9 @@ static PyObject *lock_recovered(PyObject *op, PyObject *Py_UNUSED(ignored))
 }
 
 /* As lock.c says: before 3.14 no handler comes in between. */
-static inline PyObject *enter_by(PyObject *op, PyObject *(*acquire)(PyObject *, PyObject *const *, Py_ssize_t, PyObject *))
+static inline PyObject *enter_by(PyObject *op, Acquire acquire)
 {
-    return Py_Version < 0x030E0000 ? acquire(op, NULL, 0, NULL) : lock_enter(op, NULL);
+    return Py_Version < 0x030E0000 ? acquire(op, NULL, 0, NULL) : turn_taken(op, acquire);
 }
 
 static PyObject *shared_lock_enter(PyObject *op, PyObject *Py_UNUSED(ignored)) { return enter_by(op, lock_acquire); }

@@ -18,7 +18,7 @@ def plot(report: Report, path: str) -> None:
     works = [work for work in WORKS if work != "none"]
     figure, panels = pyplot.subplots(1, len(works), figsize=(5 * len(works), 5), sharey=True, layout="constrained")
     for panel, work in zip(panels, works, strict=True):
-        for way in WAYS:
+        for at, way in enumerate(WAYS):  # one is in the first panel only: each has the same colour in all
             points = [
                 found
                 for found in report.figures
@@ -26,9 +26,10 @@ def plot(report: Report, path: str) -> None:
             ]
             if points:
                 sizes = [found.size for found in points]
-                line = panel.plot(sizes, [found.time.median / 1e3 for found in points], marker=".", label=way.name)
+                medians, color = [found.time.median / 1e3 for found in points], f"C{at}"
+                panel.plot(sizes, medians, marker=".", label=way.name, color=color)
                 low, high = ([getattr(found.time, edge) / 1e3 for found in points] for edge in ("p10", "p90"))
-                panel.fill_between(sizes, low, high, alpha=0.15, color=line[0].get_color(), linewidth=0)
+                panel.fill_between(sizes, low, high, alpha=0.15, color=color, linewidth=0)
         panel.set(xscale="log", yscale="log", title=WORKS[work], xlabel="bytes")
         panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: words.size(round(size))))
         panel.set_xticks([64 << shift for shift in range(0, 23, 4)])
