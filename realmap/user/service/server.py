@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
+from msgspec.structs import replace
 
 from realmap.errors import (
     KernelError,
@@ -80,9 +81,9 @@ class Server:
         self.relay: Relay[Work] = Relay(self._run, "service", LOOK if threads == 1 else LOOK / 10)
         self._workers = Workers()
         self._tasks: Tasks | None = None
-        #: Calls at work beside the loop; how many of them are tasks, which take no thread.
+        #: Calls at work beside the loop; how many of them are tasks, which take no thread, and how many take one.
         self._beside: dict[Call, Beside] = {}
-        self._awaiting = 0
+        self._awaiting = self._busy = 0
         #: Those that wait.
         self._turns = Turns(queue)
         self._is_told = True
@@ -204,11 +205,6 @@ class Server:
         most = BUFFERS // len(places)
         return [UserBuffer(session.caller, self._land, None, *place, most) for place in places]
 
-    @property
-    def _busy(self) -> int:
-        """How many threads are taken, but for the loop's own."""
-        return len(self._beside) - self._awaiting
-
     def _require_few_tasks(self, name: str) -> None:
         """LimitReached: as many calls of `async` handlers are at work as may wait, where they were not `async`."""
         if self._awaiting >= self._threads + self._queue:
@@ -250,10 +246,11 @@ class Server:
         return ServerDied(name, os.getpid(), False, why=f"the process that served {name!r} serves no more")
 
     def _begin(self, work: Work) -> None:
-        session, call, syscall, request, buffers, pinned, _ = work
+        syscall = work.syscall
         if syscall.blocking or syscall.is_async:
             self._begin_beside(work)
             return
+        session, call, request, buffers = work.session, work.call, work.request, work.buffers
         words, relay = self._seat.words, self.relay
         words[BUSY] = self._busy + 1
         nested = type(request) is messages.NestedCall
@@ -279,7 +276,7 @@ class Server:
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
-            user_buffer.end(buffer, pinned=pinned)
+            user_buffer.end(buffer, pinned=work.pinned)
         if session.closed or not session.send_short(answer):
             self._send(session, answer)
 
@@ -302,9 +299,10 @@ class Server:
             ]
             for buffer in buffers:
                 user_buffer.pin(buffer)
-            work = work._replace(buffers=buffers, pinned=True)
+            work = replace(work, buffers=buffers, pinned=True)
         self._beside[work.call] = Beside(work, since, place)
         self._awaiting += work.syscall.is_async
+        self._busy += not work.syscall.is_async
         self._say()
         return work
 
@@ -312,7 +310,7 @@ class Server:
         """Runs a handler on a worker thread, or as a task."""
         place = nesting.Place(self._seat.kernel, (*getattr(work.request, "seats", ()), *self._mine))
         work = self._put_beside(work, time.monotonic(), place)
-        _, call, syscall, request, buffers, _, _ = work
+        call, syscall, request, buffers = work.call, work.syscall, work.request, work.buffers
         began = time.monotonic_ns()
 
         def end(answer: bytes) -> None:
@@ -341,6 +339,7 @@ class Server:
         """A handler beside the loop has returned."""
         work, since, _ = self._beside.pop(call)
         self._awaiting -= work.syscall.is_async
+        self._busy -= not work.syscall.is_async
         answer = self._settled(work.request.id, answer, work.buffers)
         if self._seat.words[TRACED]:
             self._trace.note(work, int(since * 1e9), answer)
