@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from realmap._core import look_over
+from realmap._core import look_over, read_call
 from realmap.errors import KernelError, LimitReached, ProcessKilled
 from realmap.memory.frames import FrameAllocator
 from realmap.serving.lines import Lines
@@ -117,6 +117,9 @@ class Callers(Lines[Session]):
         return line.caller.facts
 
     def _take(self, line: Session, data: bytes) -> None:
+        if (plain := read_call(data)) is not None:
+            self.handle(line, messages.Call(*plain), ())
+            return
         try:
             places = look_over(data)
             if isinstance(places, int):
