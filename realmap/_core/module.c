@@ -89,6 +89,8 @@ static PyMethodDef host_methods[] = {
     {"wake_up", core_wake_up, METH_O, NULL},
     {"flaw_of", core_flaw_of, METH_O, NULL},
     {"look_over", core_look_over, METH_O, NULL},
+    {"read_call", core_read_call, METH_O, NULL},
+    {"write_done", FASTCALL(core_write_done), METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,5 +1,5 @@
-/* Plain: a call of a few plain values as a message, and the value that is its answer, where that is one: what most calls
- * are. Written and read here, for of many processes each wakes with cold caches: every object and every function that a
+/* Plain: a call of a few plain values, and an answer that is one, as messages: what most of them are. Written and read
+ * here, on both sides, for of many processes each wakes with cold caches: every object and every function that a
  * call takes is fetched anew. Whatever is less plain is the encoder's and the decoder's (wire/client/requester.py). */
 #include "connection.h"
 
@@ -146,4 +146,83 @@ static PyObject *plain_value(const Answer *answer)
     if (!value)
         PyErr_Clear();
     return value;
+}
+
+/* ---- who answers ------------------------------------------------------------------------------ */
+
+enum { CALL = 1 }; /* its tag: wire/messages.py */
+
+/* So many of these bytes are a plain value, if the first one begins one; 0: more than there are. */
+static size_t plain_size(const unsigned char *at, size_t left)
+{
+    if (!left)
+        return 0;
+    unsigned char head = *at;
+    size_t size = 1, prefix = head == 0xc4 || head == 0xd9 ? 1 : head == 0xc5 || head == 0xda ? 2 : 0;
+    if (head >= 0xcc && head <= 0xd3)
+        size += (size_t)1 << (head & 3);
+    else if (head == 0xcb)
+        size += sizeof(double);
+    else if ((head & 0xe0) == 0xa0)
+        size += head & 0x1f;
+    else if (prefix)
+        size += left > prefix ? prefix + big_endian(at + 1, prefix) : left;
+    return size <= left ? size : 0;
+}
+
+/* The plain value that the next bytes are: they are taken. NULL: they are none; whatever exception is set then is the
+ * caller's. */
+static PyObject *take_value(const unsigned char **at, size_t *left)
+{
+    size_t size = plain_size(*at, *left);
+    PyObject *value = size ? read_value(*at, size) : NULL;
+    *at += size;
+    *left -= size;
+    return value;
+}
+
+/* read_call(message) -> (number, name, arguments) of a Call of a few plain values; None: it is anything else. */
+static PyObject *core_read_call(PyObject *Py_UNUSED(module), PyObject *message)
+{
+    char *data;
+    Py_ssize_t length, count;
+    if (PyBytes_AsStringAndSize(message, &data, &length))
+        return NULL;
+    const unsigned char *at = (const unsigned char *)data + 2;
+    size_t left = (size_t)length - 2;
+    if (length < 5 || length > RING_MESSAGE || at[-2] != 0x94 || at[-1] != CALL || (*at >= 0x80 && *at < 0xcc) || *at > 0xcf)
+        Py_RETURN_NONE;
+    PyObject *number = take_value(&at, &left), *name = take_value(&at, &left), *args = NULL, *found = NULL;
+    if (number && name && PyUnicode_Check(name) && left && (*at & 0xf0) == 0x90) {
+        count = *at++ & 0x0f;
+        left--;
+        args = PyList_New(count);
+        for (Py_ssize_t i = 0; args && i < count; i++) {
+            PyObject *value = take_value(&at, &left);
+            if (!value || PyList_SetItem(args, i, value))
+                Py_CLEAR(args);
+        }
+        found = args && !left ? PyTuple_Pack(3, number, name, args) : NULL;
+    }
+    Py_XDECREF(number);
+    Py_XDECREF(name);
+    Py_XDECREF(args);
+    if (found)
+        return found;
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
+/* write_done(number, value) -> a Done without descriptors, or None: the value is not so plain. */
+static PyObject *core_write_done(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t number;
+    Written to;
+    if (wants(nargs, 2, "write_done") || as_u64(args[0], &number))
+        return NULL;
+    to.size = 0;
+    if (write_head(&to, 0x94, 0, 0) || write_unsigned(&to, DONE) || write_unsigned(&to, number) ||
+        write_value(&to, args[1]) || write_unsigned(&to, 0))
+        Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize(to.bytes, (Py_ssize_t)to.size);
 }

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from realmap._core import look_over
+from realmap._core import look_over, read_call
 from realmap.errors import KernelError, LimitReached, ProcessKilled
 from realmap.host import files, liveness
 from realmap.host.translate import shortage
@@ -108,6 +108,9 @@ class Clients(Lines[Connection]):
 
     def _take(self, line: Connection, data: bytes) -> None:
         """Does what a message asks for."""
+        if line.process is not None and (plain := read_call(data)) is not None:
+            self.handle(line, messages.Call(*plain), ())
+            return
         try:
             places = look_over(data)
             if places is not None and isinstance(places, int):

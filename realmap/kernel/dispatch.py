@@ -319,7 +319,8 @@ class Dispatch:
         request: messages.Call,
         buffers: Sequence[UserBuffer],
     ) -> None:
-        size = len(memoryview(request.args))
+        packed: Any = request.args
+        size = len(syscalls.encode(packed) if type(packed) is list else memoryview(packed))
         process.begin_call(size)
         running = self._run_beside(connection, process, call, syscall, request, buffers)
         running.size = size

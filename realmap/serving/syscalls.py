@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from realmap._core import faults as host_faults
+from realmap._core import write_done
 from realmap.errors import KernelError, MemoryFault, WrongArguments
 from realmap.serving import faults
 from realmap.serving.caller import Caller, RunningKernel
@@ -53,9 +54,13 @@ def run(syscall: Syscall, call: Call, request: Request, buffers: Sequence[UserBu
 
     MemoryFault where bytes of `buffers` were gone when it touched them, whatever it made of them.
     """
-    id, packed, names = request.id, request.args, request.names
+    id, names = request.id, request.names
+    packed: Any = request.args
     try:
-        args = arguments_of(packed, buffers) if buffers else arguments(packed)
+        if type(packed) is list:  # plain ones, which have been read with their call
+            args = packed
+        else:
+            args = arguments_of(packed, buffers) if buffers else arguments(packed)
         # By hand for up to two, which most have: a map costs twice as much.
         count = len(args)
         if count == 1:
@@ -75,11 +80,13 @@ def run(syscall: Syscall, call: Call, request: Request, buffers: Sequence[UserBu
     before = host_faults()
     try:
         value = syscall.function(call, *args) if names is None else syscall.function(call, *args, **kwargs)
-        if type(value) not in PLAIN:
-            plain.check((value,), None, f"the answer of {syscall.name!r}")
+        answer = write_done(id, value)
+        if answer is None:  # it is less plain, or long
+            if type(value) not in PLAIN:
+                plain.check((value,), None, f"the answer of {syscall.name!r}")
+            answer = _encoder.encode((DONE, id, value, 0))  # a Done: a tuple costs less than a Struct
         if shown:
             require_gone(buffers, syscall.function)
-        answer = _encoder.encode((DONE, id, value, 0))  # a Done: a tuple costs less than a Struct
         if host_faults() != before:
             fault = _fault(call, buffers, None, before)
             if fault is not None:

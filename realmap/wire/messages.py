@@ -94,7 +94,8 @@ class _Request(msgspec.Struct, array_like=True, frozen=True, gc=False):  # none 
 class Call(_Request, tag=1, frozen=True):
     """A syscall by name. `timeout`: how many seconds its caller waits; None: for ever.
 
-    `args`: a list, packed. `names`: of the last ones, where some are by keyword.
+    `args`: a list, packed; of a call that was read by `read_call`, the list itself. `names`: of the last ones, where
+    some are by keyword.
     """
 
     name: str

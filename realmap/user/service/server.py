@@ -14,41 +14,38 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
-from weakref import WeakValueDictionary
 
 import msgspec
+from msgspec.structs import replace
 
-from realmap._core import look_over
 from realmap.errors import (
     KernelError,
     LimitReached,
     PhysicalMemoryExhaustion,
-    ProcessKilled,
     ServerDied,
     SyscallTimeout,
     UnknownSyscall,
 )
 from realmap.host import forks
 from realmap.host.translate import shortage
-from realmap.memory.frames import FrameAllocator
 from realmap.memory.lending import LentLand
 from realmap.serving import nesting, user_buffer
-from realmap.serving.lines import Lines
 from realmap.serving.logs import log
 from realmap.serving.loop import Loop, Lost
 from realmap.serving.registry import Syscall
 from realmap.serving.standby import LOOK, Relay, Taken
-from realmap.serving.syscalls import Call, encode, failed, has_failed, run
+from realmap.serving.syscalls import Call, failed, has_failed, run
 from realmap.serving.user_buffer import UserBuffer
 from realmap.serving.workers import Workers
+from realmap.user.service.callers import Callers
 from realmap.user.service.elsewhere import Elsewhere
 from realmap.user.service.reports import MOST, Beside, Trace, served
 from realmap.user.service.seat import Seat
 from realmap.user.service.session import Session, Work
 from realmap.user.service.turns import Turns
-from realmap.wire import channel, messages
-from realmap.wire.messages import DONE, FLAWS
-from realmap.wire.news import Gone, Granted, Opened, Refused, Revoked
+from realmap.wire import messages
+from realmap.wire.messages import DONE
+from realmap.wire.news import Refused
 from realmap.wire.ring import SPIN
 from realmap.wire.seat import BUSY, TRACED, WAITING
 from realmap.wire.status import Page
@@ -60,10 +57,9 @@ if TYPE_CHECKING:
 TELL = 0.2
 #: Buffers of a call, and mappings that they lie in, at most.
 BUFFERS = 1024
-_decode = msgspec.msgpack.Decoder(messages.Call | messages.NestedCall).decode
 
 
-class Server(Lines[Session]):
+class Server:
     """Only on the thread that has its loop, but for `start`, `end_soon` and what the loop is for."""
 
     def __init__(
@@ -71,17 +67,13 @@ class Server(Lines[Session]):
     ) -> None:
         """`share`: so many descriptors are of what one caller lends, at most."""
         self._page = Page()  # a loop writes there; nobody looks
-        super().__init__(Loop(self._page))
-        self.loop = self._loop
+        self.loop = Loop(self._page)
         self._seat = seat
         self._handlers = handlers
         self._land = land
         self._threads, self._queue = threads, queue
         self._elsewhere = Elsewhere(land)
-        self._sessions: dict[int, Session] = {}
-        self._share = share
-        #: What each caller has lent, by its pid: in all its sessions, and what calls hold after their end.
-        self._lent: WeakValueDictionary[int, FrameAllocator] = WeakValueDictionary()
+        self._callers = Callers(seat, self.loop, share, self._handle, self._break_circle, self._lose)
         self._mine = (seat.number,)
         #: Of the thread that has the loop.
         self._place = nesting.Place(seat.kernel, self._mine)
@@ -89,9 +81,9 @@ class Server(Lines[Session]):
         self.relay: Relay[Work] = Relay(self._run, "service", LOOK if threads == 1 else LOOK / 10)
         self._workers = Workers()
         self._tasks: Tasks | None = None
-        #: Calls at work beside the loop; how many of them are tasks, which take no thread.
+        #: Calls at work beside the loop; how many of them are tasks, which take no thread, and how many take one.
         self._beside: dict[Call, Beside] = {}
-        self._awaiting = 0
+        self._awaiting = self._busy = 0
         #: Those that wait.
         self._turns = Turns(queue)
         self._is_told = True
@@ -109,7 +101,7 @@ class Server(Lines[Session]):
         """OSError: no descriptors, or no memory. RuntimeError: no thread."""
         self.loop.open()
         try:
-            self.loop.watch(self._seat.sock.fileno(), lambda _: self._hear())
+            self.loop.watch(self._seat.sock.fileno(), lambda _: self._callers.hear())
             self.relay.start()
         except BaseException:
             self.loop.close()
@@ -125,7 +117,7 @@ class Server(Lines[Session]):
                 del taken.work
             if not self.relay.stand_by():
                 log.warning("no thread stands by for a service: a slow handler keeps it")
-            self.loop.run(self.rings, self.take_from_ring, SPIN)
+            self.loop.run(self._callers.rings, self._callers.take_from_ring, SPIN)
         except Exception as error:
             self.error = error
             log.exception("a service ends")
@@ -149,13 +141,7 @@ class Server(Lines[Session]):
     def _close(self) -> None:
         self.closing = self._elsewhere.ending = True
         self.relay.end()
-        for session in self.all():
-            for _ in range(session.ring is not None and 64):  # what has come meanwhile was not begun
-                if (data := session.ring and session.ring._pop()) is None:
-                    break
-                if data:
-                    self._take(session, data)
-            self.drop(session)
+        self._callers.close()
         self._trace.tell()
         self._seat.close()
         self._workers.close()
@@ -167,102 +153,22 @@ class Server(Lines[Session]):
     def _after_fork_in_child(self) -> None:
         """It is the parent's alone."""
         self.ended()
-        for session in self.all():
+        for session in self._callers.all():
             session.after_fork_in_child()
         self.loop.after_fork_in_child()
         self.relay.after_fork_in_child()
         self._seat.close()
 
-    # ---- what the kernel says ----------------------------------------------------------------
-
-    def _hear(self) -> None:
-        try:
-            for news, descriptors in self._seat.hear():
-                if isinstance(news, Opened):
-                    self._enter(news, descriptors)
-                elif isinstance(news, Refused):
-                    self._break_circle(news)
-                elif (session := self._sessions.get(news.session)) is None:
-                    continue
-                elif isinstance(news, Granted):
-                    try:
-                        session.enter(news, descriptors)
-                    except LimitReached as error:  # beyond what the kernel counts: calls hold what was unmapped
-                        self._send_away(session, error)
-                    except KernelError as error:  # its caller lends anew, by another session
-                        log.warning("what a caller lends cannot be taken: %s", error, extra=session.caller.facts)
-                        self.drop(session)
-                elif isinstance(news, Revoked):
-                    session.leave(news.serial)
-                else:
-                    self.drop(session)
-        except EOFError:
-            self.loop.unwatch(self._seat.sock.fileno())
-            self.loop.end()
-
-    def _enter(self, opened: Opened, descriptors: list[int]) -> None:
-        held = self._lent.setdefault(opened.pid, FrameAllocator(segments=self._share))
-        try:
-            session = Session(opened, descriptors, held)
-        except OSError as error:
-            log.warning("a caller is turned away: %s", error)
-            self._seat.tell(Gone(opened.session))
-            return
-        try:
-            self._add(session)
-        except OSError as error:
-            log.warning("a caller is turned away: %s", error)
-            session.shut()
-            self._seat.tell(Gone(opened.session))
-            return
-        self._sessions[session.number] = session
-        self.listen_to_ring(session, True)
-
-    def expel(self, line: Session, why: str) -> None:
-        """Ends the session of a caller that does not speak as it should."""
-        self._send_away(line, ProcessKilled(line.caller.pid, why=f"the server ended this session: {why}"))
-
-    def _send_away(self, line: Session, error: KernelError) -> None:
-        log.warning("a caller is sent away: %s", error.why, extra=line.caller.facts)
-        try:
-            line.send(encode(messages.Bye(messages.error_of(error))))
-        except (OSError, KernelError):
-            pass
-        self.drop(line)
-
-    def drop(self, line: Session) -> None:
-        """A session is over. Again: nothing."""
-        if line.closed:
-            return
-        self._remove(line)
-        del self._sessions[line.number]
-        line.shut()
-        self._turns.drop(line)
-        for work, _, _ in self._beside.values():
-            if work.session is line and self._tasks is not None:
-                self._tasks.cancel(work.call)
-
-    def _facts(self, line: Session) -> dict[str, int]:
-        return line.caller.facts
-
     # ---- calls -------------------------------------------------------------------------------
 
-    def _take(self, line: Session, data: bytes) -> None:
-        try:
-            places = look_over(data)
-            if isinstance(places, int):
-                raise channel.NotAMessage(FLAWS[places])
-            request = _decode(data)
-        except (channel.NotAMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
-            self.expel(line, f"it sent what is no message: {error}")
-            return
+    def _handle(self, session: Session, request: messages.Call, places: Sequence[messages.Place]) -> None:
         syscall = self._handlers.get(request.name)
         try:
-            self._call(line, request, syscall, places or ())
+            self._call(session, request, syscall, places)
         except KernelError as error:  # before its handler began
             if syscall is not None:
                 syscall.failed += 1
-            self._send(line, failed(request.id, error))
+            self._send(session, failed(request.id, error))
 
     def _call(
         self, session: Session, request: messages.Call, syscall: Syscall | None, places: Sequence[messages.Place]
@@ -278,7 +184,7 @@ class Server(Lines[Session]):
         if type(request) is messages.NestedCall:
             self._require_no_circle(request, syscall.is_async)
         if places and self._seat.has_news:
-            self._hear()
+            self._callers.hear()
         buffers = self._buffers(session, places) if places else ()
         call = Call(session.caller, syscall.name, self._elsewhere)  # type: ignore[arg-type]
         if request.timeout is not None:
@@ -298,11 +204,6 @@ class Server(Lines[Session]):
             raise LimitReached("buffers", BUFFERS, why=why)
         most = BUFFERS // len(places)
         return [UserBuffer(session.caller, self._land, None, *place, most) for place in places]
-
-    @property
-    def _busy(self) -> int:
-        """How many threads are taken, but for the loop's own."""
-        return len(self._beside) - self._awaiting
 
     def _require_few_tasks(self, name: str) -> None:
         """LimitReached: as many calls of `async` handlers are at work as may wait, where they were not `async`."""
@@ -345,10 +246,11 @@ class Server(Lines[Session]):
         return ServerDied(name, os.getpid(), False, why=f"the process that served {name!r} serves no more")
 
     def _begin(self, work: Work) -> None:
-        session, call, syscall, request, buffers, pinned, _ = work
+        syscall = work.syscall
         if syscall.blocking or syscall.is_async:
             self._begin_beside(work)
             return
+        session, call, request, buffers = work.session, work.call, work.request, work.buffers
         words, relay = self._seat.words, self.relay
         words[BUSY] = self._busy + 1
         nested = type(request) is messages.NestedCall
@@ -374,7 +276,7 @@ class Server(Lines[Session]):
         if answer[1] != DONE:
             syscall.failed += 1
         for buffer in buffers:
-            user_buffer.end(buffer, pinned=pinned)
+            user_buffer.end(buffer, pinned=work.pinned)
         if session.closed or not session.send_short(answer):
             self._send(session, answer)
 
@@ -397,9 +299,10 @@ class Server(Lines[Session]):
             ]
             for buffer in buffers:
                 user_buffer.pin(buffer)
-            work = work._replace(buffers=buffers, pinned=True)
+            work = replace(work, buffers=buffers, pinned=True)
         self._beside[work.call] = Beside(work, since, place)
         self._awaiting += work.syscall.is_async
+        self._busy += not work.syscall.is_async
         self._say()
         return work
 
@@ -407,7 +310,7 @@ class Server(Lines[Session]):
         """Runs a handler on a worker thread, or as a task."""
         place = nesting.Place(self._seat.kernel, (*getattr(work.request, "seats", ()), *self._mine))
         work = self._put_beside(work, time.monotonic(), place)
-        _, call, syscall, request, buffers, _, _ = work
+        call, syscall, request, buffers = work.call, work.syscall, work.request, work.buffers
         began = time.monotonic_ns()
 
         def end(answer: bytes) -> None:
@@ -436,6 +339,7 @@ class Server(Lines[Session]):
         """A handler beside the loop has returned."""
         work, since, _ = self._beside.pop(call)
         self._awaiting -= work.syscall.is_async
+        self._busy -= not work.syscall.is_async
         answer = self._settled(work.request.id, answer, work.buffers)
         if self._seat.words[TRACED]:
             self._trace.note(work, int(since * 1e9), answer)
@@ -468,9 +372,16 @@ class Server(Lines[Session]):
                 session.send(failed(msgspec.msgpack.decode(answer)[1], error))
         except OSError as error:  # it is gone, or reads nothing
             log.info("a session ends: %s", error, extra=session.caller.facts)
-            self.drop(session)
+            self._callers.drop(session)
             return
-        self.rearm(session)
+        self._callers.rearm(session)
+
+    def _lose(self, session: Session) -> None:
+        """Nobody waits for its calls any more."""
+        self._turns.drop(session)
+        for work, _, _ in self._beside.values():
+            if work.session is session and self._tasks is not None:
+                self._tasks.cancel(work.call)
 
     # ---- what the kernel is told -------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from realmap.errors import LimitReached
 from realmap.memory.frames import FrameAllocator
@@ -24,7 +25,7 @@ from realmap.wire.ring import RingEnd
 LIMITS = {"unread": 32 << 20, "half_sent": 8 << 20}
 
 
-class Work(NamedTuple):
+class Work(msgspec.Struct, frozen=True, eq=False):  # a Struct because it is made in C: one for every call
     """A call that has arrived, and when (monotonic, ns). `pinned`: whether its buffers are."""
 
     session: Session

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from realmap.errors import LimitReached
 from realmap.serving import user_buffer
 from realmap.user.service.session import Session, Work
@@ -36,7 +38,7 @@ class Turns:
         session = work.session
         if not session.waiting:
             self._sessions.append(session)
-        session.waiting.append(work._replace(pinned=True))
+        session.waiting.append(replace(work, pinned=True))
         self._count += 1
 
     def next(self) -> Work:

@@ -35,7 +35,7 @@ from realmap.memory import LentMapping
 from realmap.memory.lands import LENT_LAND
 from realmap.serving.line import Line
 from realmap.user import sessions
-from realmap.user.service import server
+from realmap.user.service import callers, server
 from realmap.user.service.session import Session
 from realmap.wire import messages
 from realmap.wire.client.requester import Requester
@@ -129,8 +129,8 @@ class Point(NamedTuple):
 
 
 POINTS = [
-    Point("server before it hears of a session", "server", lambda: dies(server.Server, "_enter")),
-    Point("server after it heard of a session", "server", lambda: dies(server.Server, "_enter", after=True)),
+    Point("server before it hears of a session", "server", lambda: dies(callers.Callers, "_enter")),
+    Point("server after it heard of a session", "server", lambda: dies(callers.Callers, "_enter", after=True)),
     Point("server before it takes a grant", "server", lambda: dies(Session, "enter")),
     Point("server between the parts of a grant", "server", lambda: dies(Session, "enter", nth=2)),
     Point("server after it took a grant", "server", lambda: dies(Session, "enter", nth=2, after=True)),
