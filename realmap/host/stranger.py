@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from realmap.host.procfs import Map
 from realmap.host.segment import Segment
 from realmap.host.signals import pass_on
 from realmap.host.translate import shortage
-from realmap.pages import HUGE_SIZE
+from realmap.pages import HUGE_SIZE, PAGE_SIZE
 from realmap.rights import MemoryType
 
 T = TypeVar("T")
@@ -311,13 +310,14 @@ def _is_file_of(fd: int, entry: Map) -> bool:
 
 def _is_mapped_as(fd: int, entry: Map) -> bool:
     """The same, where what is mapped has other numbers than the file itself (btrfs, overlays): it is mapped to see."""
-    import ctypes  # here, as in `_by_getfd`
+    from realmap.host import paging  # here, as in `_by_getfd`; and it maps a file that was truncated to nothing, too
 
-    opens = partial(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    # ValueError: it is empty.
-    with suppress(OSError, ValueError), Descriptor(opens) as own, mmap.mmap(own, 1, access=mmap.ACCESS_COPY) as shown:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(shown))
-        (seen,) = procfs.maps("self", address, address + 1)
+    with suppress(OSError), Descriptor(partial(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)) as own:
+        address = paging.map_file(own, PAGE_SIZE)
+        try:
+            (seen,) = procfs.maps("self", address, address + 1)
+        finally:
+            paging.unmap(address, PAGE_SIZE)
         return (seen.device, seen.inode) == (entry.device, entry.inode)
     return False
 

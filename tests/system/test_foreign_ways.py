@@ -17,7 +17,7 @@ from conftest import BOUND, PAGE
 from forked import in_a_child
 from strangers import FREE, pattern, stranger
 
-from realmap import AccessDenied, ForeignProcess, InvalidAddress, InvalidMemState, k_rw
+from realmap import AccessDenied, ForeignProcess, InvalidAddress, InvalidMemState, MemoryFault, k_rw
 from realmap.host import procfs
 from realmap.host import stranger as ways
 from realmap.observe import doctor
@@ -191,6 +191,10 @@ def test_a_file_that_has_other_numbers_where_it_is_mapped(folder: Path) -> None:
             assert os.stat(place.name).st_dev != procfs.device_number(entry.device)
             with process.mirror(place.address + 5, PAGE, k_rw) as mirror:
                 assert bytes(mirror) == pattern(2 * PAGE, 6)[5 : PAGE + 5]
+            empty = other.map("file", 1, flags="", seed=7)
+            os.truncate(empty.name, 0)
+            with pytest.raises(MemoryFault), process.mirror(empty.address, PAGE) as mirror:
+                assert bytes(mirror) == bytes(PAGE)
             another = Path(place.name).with_name("another")
             another.write_bytes(bytes(PAGE))
             os.replace(another, place.name)
