@@ -330,16 +330,16 @@ class Process:
         wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process or
         its server may have. KernelDied, ProcessKilled: no kernel.
         """
-        refusal, got = None, NotImplemented
+        refusal, got, client = None, NotImplemented, self._client
         if timeout is None and not kwargs:  # most calls are of a few plain values, and made in one go
-            got = self._client.endpoint.call(name, args, self._known)
+            got = client.endpoint.call(name, args, self._known)
             if type(got) is Route:
                 got = self._routes.plain(got, name, args)
             if got is not NotImplemented and type(got) is not Answer:
                 return got
         try:
             if got is not NotImplemented:
-                return self._client.value(got)
+                return client.value(got)
             client = self._own_client
             request = call_of(client, name, args, timeout, kwargs)
             if name not in self._known:

@@ -8,11 +8,12 @@ import signal
 from contextlib import suppress
 
 import pytest
-from conftest import PAGE, wait_until
+from conftest import BOUND, PAGE, wait_until
 from forked import in_a_child
 
 import realmap
-from realmap import KernelHandle, Process
+from realmap import InvalidHandle, KernelHandle, Process
+from realmap.host import forks
 from realmap.memory.lands import HEAP_SHARE, USER_LAND
 from realmap.user import inheritance
 
@@ -161,3 +162,37 @@ def test_a_forked_child_adopts_in_several_messages(
         assert b"".join(me.call("peek", buffer, 1, 0) for buffer in buffers) == bytes(range(7))
 
     in_a_child(work)
+
+
+def test_a_handler_that_forks_in_a_call(me: Process) -> None:
+    """The child has called by then: what it was in the middle of is its parent's, and its own connection goes on."""
+    pid, said = os.getpid(), os.pipe()
+    children: list[int] = []
+
+    def fork(*_: object) -> None:
+        children.append(forks.fork())
+        if children[-1]:
+            me.call("go_by_name", "the fork")
+        else:
+            signal.alarm(int(BOUND))
+            me.call("who")
+
+    before = signal.signal(signal.SIGALRM, fork)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            came = me.call("wait_for", "the fork")
+        except BaseException as error:
+            came = type(error).__name__
+        if os.getpid() != pid:
+            try:
+                os.write(said[1], f"{came}, {me.call('who')[0] == os.getpid()}".encode())
+            finally:
+                os._exit(0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    os.close(said[1])
+    with open(said[0]) as words:
+        assert words.read() == f"{InvalidHandle.__name__}, True"
+    os.waitpid(children[0], 0)
+    assert came == "the fork"
