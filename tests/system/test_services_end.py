@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import os
 import signal
 import threading
@@ -12,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import BOUND, PAGE, wait_until
 from forked import in_a_child
+from raw_client import RawClient, RawSession
 from small_services import Gate, gate, gated, named, passing, pool, square
 
 import realmap
 from realmap import Call, KernelDied, KernelError, KernelHandle, Process, ServerDied, UserBuffer
+from realmap._core import RING_BYTES
 from realmap.host import procfs
 from realmap.memory import LENT_LAND
 
@@ -64,6 +67,21 @@ def test_a_handler_that_closes_its_own_service(me: Process, blocking: bool) -> N
     service = me.serve(realmap.syscall(name="end", blocking=blocking)(lambda call: end(call)))
     assert me.call("end", timeout=BOUND) == "said"
     wait_until(lambda: service.has_ended)
+
+
+def test_it_ends_whatever_a_caller_has_scribbled_into_its_ring(kernel: KernelHandle, me: Process) -> None:
+    @realmap.syscall
+    def end(call: Call) -> None:  # by the thread that would look into the ring next
+        if session.spin:
+            with mmap.mmap(session.fds[0], RING_BYTES) as ring:
+                ring[:] = b"\xff" * RING_BYTES
+        service.close()
+
+    service = me.serve(end)
+    with RawClient(kernel.path) as client, RawSession(client, "end") as session:
+        me.call("end", timeout=BOUND)
+        assert service.wait(BOUND)
+        wait_until(lambda: session.has_ended)
 
 
 def serve_square(me: Process) -> None:

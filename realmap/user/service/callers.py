@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 from weakref import WeakValueDictionary
@@ -133,9 +134,10 @@ class Callers(Lines[Session]):
     def close(self) -> None:
         """All sessions end. What has come meanwhile was not begun: it is answered so."""
         for session in self.all():
-            for _ in range(session.ring is not None and 64):
-                if (data := session.ring and session.ring._pop()) is None:
-                    break
-                if data:
-                    self._take(session, data)
+            with contextlib.suppress(ValueError):  # a ring whose indices lie: nothing has come
+                for _ in range(session.ring is not None and 64):
+                    if (data := session.ring and session.ring._pop()) is None:
+                        break
+                    if data:
+                        self._take(session, data)
             self.drop(session)
