@@ -283,7 +283,8 @@ class Stranger:
                     before, _, after = line.partition(" - ")
                     major, _, minor = before.split()[2].partition(":")
                     self._file_systems[f"{int(major):02x}:{int(minor):02x}"] = after.split()[0]
-        return self._file_systems.setdefault(device, "")
+                self._file_systems.setdefault(device, "")  # not where they could not be read: it is asked again
+        return self._file_systems.get(device, "")
 
     def _missing(self) -> str:
         """What it takes to look into it that this process has not, by name."""
@@ -312,14 +313,19 @@ def _is_mapped_as(fd: int, entry: Map) -> bool:
     """The same, where what is mapped has other numbers than the file itself (btrfs, overlays): it is mapped to see."""
     from realmap.host import paging  # here, as in `_by_getfd`; and it maps a file that was truncated to nothing, too
 
-    with suppress(OSError), Descriptor(partial(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)) as own:
-        address = paging.map_file(own, PAGE_SIZE)
-        try:
-            (seen,) = procfs.maps("self", address, address + 1)
-        finally:
-            paging.unmap(address, PAGE_SIZE)
-        return (seen.device, seen.inode) == (entry.device, entry.inode)
-    return False
+    try:
+        with Descriptor(partial(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)) as own:
+            address = paging.map_file(own, PAGE_SIZE)
+            try:
+                (seen,) = procfs.maps("self", address, address + 1)
+            finally:
+                paging.unmap(address, PAGE_SIZE)
+    except OSError as error:
+        pass_on(error)
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # that says nothing of the file
+            raise
+        return False
+    return (seen.device, seen.inode) == (entry.device, entry.inode)
 
 
 def _reopened(file: Descriptor, flags: int) -> Descriptor:

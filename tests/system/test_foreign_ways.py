@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -17,7 +18,16 @@ from conftest import BOUND, PAGE
 from forked import in_a_child
 from strangers import FREE, pattern, stranger
 
-from realmap import AccessDenied, ForeignProcess, InvalidAddress, InvalidMemState, MemoryFault, k_rw
+from realmap import (
+    AccessDenied,
+    ForeignProcess,
+    InvalidAddress,
+    InvalidMemState,
+    KernelError,
+    MemoryFault,
+    PhysicalMemoryExhaustion,
+    k_rw,
+)
 from realmap.host import procfs
 from realmap.host import stranger as ways
 from realmap.observe import doctor
@@ -191,6 +201,20 @@ def test_a_file_that_has_other_numbers_where_it_is_mapped(folder: Path) -> None:
             assert os.stat(place.name).st_dev != procfs.device_number(entry.device)
             with process.mirror(place.address + 5, PAGE, k_rw) as mirror:
                 assert bytes(mirror) == pattern(2 * PAGE, 6)[5 : PAGE + 5]
+            came, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+            while came[-1:] != [None]:  # with 0, 1, 2, … descriptors
+                with ForeignProcess(other.pid) as anew:
+                    probe = os.open("/dev/null", os.O_RDONLY)
+                    os.close(probe)
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (probe + len(came), limits[1]))
+                    try:
+                        came.append(anew.mirror(place.address, 1).drop())
+                    except KernelError as error:
+                        came.append(type(error))
+                    finally:
+                        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                    assert anew._stranger.file_system(entry.device) == "overlay"  # and none on FUSE
+            assert len(came) > 3 and set(came[:-1]) == {PhysicalMemoryExhaustion}
             empty = other.map("file", 1, flags="", seed=7)
             os.truncate(empty.name, 0)
             with pytest.raises(MemoryFault), process.mirror(empty.address, PAGE) as mirror:
