@@ -193,7 +193,7 @@ PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD = 4, 0x40, 0x20_0000
 
 
 def is_exiting(pid: int | str) -> bool:
-    """Whether it has ended, or is about to: nothing of its program runs any more."""
+    """Whether it, or its first thread, has ended, or is about to: /proc shows nothing more of what it has."""
     try:
         return bool(int(_stat(pid)[6]) & PF_EXITING)
     except ProcessLookupError:

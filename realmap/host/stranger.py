@@ -127,7 +127,10 @@ class Stranger:
             raise shortage(error, f"cannot {doing} process {self.pid}") from None
 
     def _ended(self) -> ProcessKilled:
-        reused = "; its pid is another process's now" if os.path.exists(f"/proc/{self.pid}") else ""
+        if not liveness.is_dead(self._pidfd):
+            return ProcessKilled(self.pid, why=_shown_no_more(self.pid))
+        is_another = os.path.exists(f"/proc/{self.pid}") and not os.path.exists(f"/proc/{self._proc}/stat")
+        reused = "; its pid is another process's now" if is_another else ""
         return ProcessKilled(self.pid, why=f"process {self.pid} has ended{reused}")
 
     def read(self, name: str) -> bytes:
@@ -138,7 +141,8 @@ class Stranger:
     def maps(self, low: int = 0, high: int = 1 << 64) -> list[Map]:
         """What it has mapped of [low, high), in order of address.
 
-        ProcessKilled: it has ended. AccessDenied: it is not ours to look at; what that takes is named.
+        ProcessKilled: it, or its first thread, has ended. AccessDenied: it is not ours to look at; what that takes is
+        named.
         """
         with self._asked("read the maps of"):
             return self._alive(procfs.maps(self._proc, low, high))
@@ -338,6 +342,10 @@ def _reopened(file: Descriptor, flags: int) -> Descriptor:
         return Descriptor(partial(fcntl.fcntl, file.fd, fcntl.F_DUPFD_CLOEXEC, 0))  # its own: it can be mapped
 
 
+def _shown_no_more(pid: int) -> str:
+    return f"the first thread of process {pid} has ended, or all of it has: Linux shows its memory no more"
+
+
 def _no_process(pid: int, error: OSError, opened: bool) -> KernelError:
     """Why it could not be pinned; `opened`: there is a process of that pid."""
     if not os.path.exists("/proc/self"):
@@ -349,8 +357,7 @@ def _no_process(pid: int, error: OSError, opened: bool) -> KernelError:
         if hidden:
             return AccessDenied(why=f"process {pid} is hidden from uid {os.geteuid()}: /proc is mounted with hidepid")
     if opened and isinstance(error, ProcessLookupError):  # while it can be pinned
-        why = f"the first thread of process {pid} has ended, or all of it has: Linux shows its memory no more"
-        return InvalidHandle(pid, why=why)
+        return InvalidHandle(pid, why=_shown_no_more(pid))
     if error.errno in (errno.ENOENT, errno.ESRCH, errno.EINVAL):
         thread = " of its own: it is a thread of one" if os.path.exists(f"/proc/{pid}/status") else ""
         return InvalidHandle(pid, why=f"there is no process {pid}{thread}")

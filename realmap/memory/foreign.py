@@ -169,7 +169,8 @@ class ForeignProcess:
     def mappings(self) -> list[ForeignMapping]:
         """What it has mapped, in order of address; each that is shared is tried, whether it can be opened.
 
-        ProcessKilled: it has ended. AccessDenied: it is not ours to look at; which right or setting is missing is said.
+        ProcessKilled: it, or its first thread, has ended. AccessDenied: it is not ours to look at; which right or
+        setting is missing is said.
         InvalidHandle: this was closed. PhysicalMemoryExhaustion: no descriptors.
         """
         with self._lock:

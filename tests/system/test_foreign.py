@@ -209,6 +209,19 @@ def test_a_pid_that_is_reused_is_another_process(other: Stranger, tmp_path: Path
         pytest.skip("others take every pid")
 
 
+@pytest.mark.parametrize(("how", "said"), [("leave", "^the first thread of process"), ("kill", "has ended$")])
+def test_its_pid_is_no_other_processs_before_it_is_reaped(other: Stranger, how: str, said: str) -> None:
+    with ForeignProcess(other.pid) as process:
+        if how == "kill":
+            other.process.kill()
+            os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        else:
+            other.tell(how)
+        for ask in (lambda: process.mirror(FREE, 1), process.mappings):
+            with pytest.raises(ProcessKilled, match=said):
+                ask()
+
+
 def test_closed_it_says_so(other: Stranger) -> None:
     place = other.map("memfd", 1)
     process = ForeignProcess(other.pid)
