@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -180,3 +181,26 @@ def test_an_async_handler_that_forks_leaves_no_child(me: Process) -> None:
     with me.serve(split):
         child = me.call("split")
         wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] == child, "the child's end")
+
+
+@pytest.mark.parametrize("how", ["stop", "exit"])
+def test_a_handler_that_ends_its_event_loop_ends_nobody_else(me: Process, pool: ThreadPoolExecutor, how: str) -> None:
+    go: list[asyncio.Event] = []
+
+    async def linger(call: Call) -> str:
+        go.append(asyncio.Event())
+        await go[0].wait()
+        return "through"
+
+    async def end(call: Call) -> str:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.stop if how == "stop" else sys.exit)
+        loop.call_soon(go[0].set)
+        return "said"
+
+    service = me.serve(linger, end)
+    waits = pool.submit(me.call, "linger", timeout=BOUND)
+    wait_until(lambda: bool(go))
+    assert me.call("end", timeout=BOUND) == "said"
+    assert waits.result(BOUND) == "through"
+    service.close(BOUND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ class Tasks:
         """RuntimeError: no thread could be started."""
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[Call, asyncio.Task[bytes]] = {}
+        self._ending = False
         self._thread = threading.Thread(target=self._work, name="realmap-tasks", daemon=True)
         try:
             self._thread.start()
@@ -40,7 +42,9 @@ class Tasks:
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
+            while not self._ending:  # a handler, or a task that it has started, stops its own loop: the others go on
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    self._loop.run_forever()
             for task in self._tasks.values():
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*self._tasks.values(), return_exceptions=True))
@@ -88,6 +92,7 @@ class Tasks:
 
     def close(self) -> None:
         """Cancels what still runs, and ends the loop."""
+        self._ending = True
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
