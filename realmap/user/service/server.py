@@ -1,8 +1,8 @@
 """`Server`: takes the calls of a service's sessions, and runs their handlers. As the kernel does, without its books.
 
-a session's ring or socket ──▶ _take ──▶ fewer than `threads` at work: run it
-                                  └────▶ else it waits, in its session's own line; who waits longest is next, and
-                                         of each session one after the other's
+a session's ring or socket ──▶ callers ──▶ fewer than `threads` at work: run it
+                                    └────▶ else it waits, in its session's own line; who waits longest is next, and
+                                           of each session one after the other's
 run     a short handler on the thread that has the loop; one that does not come back loses the loop to the standby
         blocking ones on a worker thread, `async` ones as tasks of an event loop
 """
@@ -60,7 +60,7 @@ BUFFERS = 1024
 
 
 class Server:
-    """Only on the thread that has its loop, but for `start`, `end_soon` and what the loop is for."""
+    """Only on the thread that has its loop, but for `open`, `end_soon` and what the loop is for."""
 
     def __init__(
         self, seat: Seat, handlers: dict[str, Syscall], land: LentLand, threads: int, queue: int, share: int
