@@ -15,7 +15,7 @@ from conftest import BOUND, PAGE, wait_until
 from small_services import Gate, gate, gated, named, passing, pool, square
 
 import realmap
-from realmap import Call, KernelError, KernelHandle, LimitReached, Process, UserBuffer
+from realmap import Call, KernelError, KernelHandle, LimitReached, PhysicalMemoryExhaustion, Process, UserBuffer
 from realmap.memory import LENT_LAND, CrossProcessMapping
 from realmap.observe.control import Control
 
@@ -159,6 +159,28 @@ def test_a_queue_of_none(me: Process, pool: ThreadPoolExecutor, gate: Gate) -> N
             me.call("gate")
         gate.open()
         assert calls[0].result(BOUND) == "through"
+
+
+def test_every_call_that_waits_is_told_that_there_is_no_thread(
+    me: Process, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(job: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def program() -> None:
+        first = asyncio.create_task(me.acall("gate"))
+        await asyncio.to_thread(wait_until, lambda: service.calls == 1)
+        calls = [asyncio.create_task(me.acall("gate", timeout=BOUND)) for _ in range(600)]
+        await asyncio.to_thread(wait_until, lambda: service.calls == 601)
+        monkeypatch.setattr(service._server._workers, "submit", submit)
+        gate.open()
+        came = await asyncio.gather(first, *calls, return_exceptions=True)
+        assert came[0] == "through"
+        assert {type(each) for each in came[1:]} == {PhysicalMemoryExhaustion}
+
+    service = me.serve(gated(gate, True), queue=600)
+    asyncio.run(program())
+    service.close(BOUND)
 
 
 def test_a_service_has_more_to_tell_than_a_message_holds(kernel: KernelHandle, me: Process, gate: Gate) -> None:

@@ -330,10 +330,11 @@ class Server:
                 self._tasks.submit(syscall, call, request, buffers, place, end)
             else:
                 self._workers.submit(on_thread)
-        except OSError as error:
-            self._end(call, failed(request.id, shortage(error, "no event loop for it")))
+        except OSError as error:  # here and below posted, for `_end` begins the next one, which may fail as well
+            self.loop.post(partial(self._end, call, failed(request.id, shortage(error, "no event loop for it"))))
         except RuntimeError as error:
-            self._end(call, failed(request.id, PhysicalMemoryExhaustion(why=f"no thread for it: {error}")))
+            why = PhysicalMemoryExhaustion(why=f"no thread for it: {error}")
+            self.loop.post(partial(self._end, call, failed(request.id, why)))
 
     def _end(self, call: Call, answer: bytes) -> None:
         """A handler beside the loop has returned."""
