@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 
@@ -26,6 +26,7 @@ from realmap.cli.output import (
     require_writable,
     show,
     show_json,
+    write_files,
 )
 from realmap.cli.stress import print_kinds, stress
 from realmap.lab.campaign import compare as lab
@@ -229,23 +230,12 @@ def _write(report: Report, paths: dict[str, str | None]) -> bool:
     """Every file that can be written; where there is no room for the JSON, it is printed: hours of work are in it."""
     from realmap.lab.campaign.page import page
 
-    makers: dict[str, Callable[[], bytes]] = {
-        "json_path": lambda: bytes(msgspec.json.format(msgspec.json.encode(report))),
-        "junit_path": lambda: junit(report),
-        "html_path": lambda: page(report),
-    }
-    failed = []
-    for name, make in makers.items():
-        path = paths[name]
-        if path is None:
-            continue
-        try:
-            with open(path, "wb") as file:
-                file.write(make())
-        except OSError as error:
-            click.echo(f"Error: cannot write {path}: {error.strerror}", err=True)
-            failed.append(name)
-    if "json_path" in failed:
+    failed = write_files(
+        (paths["json_path"], lambda: bytes(msgspec.json.format(msgspec.json.encode(report)))),
+        (paths["junit_path"], lambda: junit(report)),
+        (paths["html_path"], lambda: page(report)),
+    )
+    if paths["json_path"] in failed:
         show_json(report)
     return not failed
 

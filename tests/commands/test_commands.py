@@ -134,6 +134,12 @@ def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_a_trace_of_the_demo_that_cannot_be_written_is_named(files: list[str]) -> None:
+    done = realmap("demo", "--trace", "/dev/full", files[0])
+    assert done.returncode == 1
+    assert done.stderr == "Error: [Errno 28] No space left on device: '/dev/full'\n"
+
+
 def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
     """Each verdict on a range can fail."""
     planned = demo.plan(files[:2])

@@ -275,6 +275,13 @@ def test_bad_options(arguments: list[str], words: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_full_disk_takes_no_results_away() -> None:
+    done = command("--ops", 20, "--users", 1, "--json", "/dev/full", "--junit", "/dev/full")
+    assert done.returncode == 1
+    assert "ok: every byte right" in done.stdout
+    assert done.stderr == "Error: cannot write /dev/full: No space left on device\n" * 2
+
+
 def test_a_kernel_without_the_handlers() -> None:
     with realmap.boot() as kernel:
         done = command_line("stress", "--kernel", kernel.path)
