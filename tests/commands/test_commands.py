@@ -400,7 +400,8 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
             assert not os.path.exists(path + ".lock")
             done = realmap("gc", running.path)
             assert done.returncode == 1
-            assert "serves" in done.stderr
+            assert done.stderr == f"Error: a kernel serves {running.path!r} already\n"
+            assert command_line("gc", __file__).stderr == f"Error: {__file__!r} is no socket\n"
             assert os.path.exists(f"/dev/shm/{name}-living")
             assert other.call("nop") is None
     killed.shutdown()

@@ -354,6 +354,10 @@ def test_calls_that_cannot_be(busy: tuple[KernelHandle, int], tmp_path: Path) ->
     assert "no syscall 'nope'" in said
     assert harmless(EVIL) in said
     assert "ValueError: \\x1b[1m" in refused(kernel, "call", "explode", "ValueError", "\x1b[1m")
+    hint = "; a buffer is passed as @FILE"
+    assert refused(kernel, "call", "explode", "ValueError", "no").endswith("ValueError: no")
+    for unfit in (["count", "text"], ["count"]):  # no such method; not so many arguments
+        assert refused(kernel, "call", *unfit).endswith(hint)
     assert "is empty" in last_line(kernel, "call", "count", f"@{empty}")
     assert "No such file" in last_line(kernel, "call", "count", f"@{tmp_path}/none")
     assert "directory" in last_line(kernel, "call", "count", f"@{tmp_path}")
