@@ -165,8 +165,9 @@ def compare(a: str, b: str, threshold: float, as_json: bool) -> None:
     """Say what became slower or faster from campaign A to B, and how sure that is.
 
     Both need 5 runs at least (--repeat), better 10. Each kind is held against the machine's own pace in the same run,
-    and the intervals of all kinds hold at once, with 99.9 %. Exit status 1 where something became slower by the
-    threshold or more, beyond noise; 2 where the two cannot be compared.
+    and the intervals of all kinds hold at once, with 99.9 %. One that goes beyond the threshold to both sides tells
+    nothing: "unknown". Exit status 1 where something became slower by the threshold or more, beyond noise; 2 where the
+    two cannot be compared.
 
     Example: realmap campaign compare before.json after.json
     """
@@ -187,6 +188,7 @@ class _Unlike(click.ClickException):
 
 def _show(found: lab.Comparison) -> None:
     verdicts = dict.fromkeys(found.slower, "slower") | dict.fromkeys(found.faster, "faster")
+    verdicts |= dict.fromkeys(found.unknown, "unknown")
     rows = [
         [
             verdicts.get(each.name, "same"),
