@@ -98,6 +98,12 @@ def shm(
 
     from fnmatch import fnmatchcase
 
+    if pid is not None:
+        from realmap.memory import ForeignProcess
+
+        with ForeignProcess(pid) as process:
+            process.mappings()  # KernelError: there is none, or it may not be looked into
+
     def chosen(row: SegmentRow) -> bool:
         return (
             (not orphans or row.state == ORPHAN)
