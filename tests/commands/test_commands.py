@@ -362,7 +362,7 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
     running.shutdown()
     done = command_line(*command)
     assert done.returncode == 1
-    assert "start one: realmap kernel" in done.stderr
+    assert "start one: realmap kernel (or, if one has a --path PATH, name it: --kernel PATH)" in done.stderr
     file, dead = tmp_path / "file", tmp_path / "dead"
     file.touch()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
