@@ -190,7 +190,7 @@ def _cells(rows: list[SegmentRow], orphans: bool, in_words: bool = False) -> tup
             row.resident,
             "" if row.age is None else words.lapse(row.age) if in_words else f"{row.age:.0f}",
             row.family,
-            f"{row.maker} {row.maker_program}" if row.maker else "",
+            f"{row.maker}{' ' if in_words else ':'}{row.maker_program}" if row.maker else "",
             row.name,
             [str(holder) for holder in row.holders],
         ]

@@ -120,6 +120,7 @@ def test_poke_asks_first(other: Stranger) -> None:
     assert other.tell("get", place.address) == "1"
     assert "2 bytes written" in good("poke", other.pid, place.address, "68 69", says="y\n")
     assert other.tell("get", place.address + 1) == str(0x69)
+    assert "Write 1 byte into" in good("poke", other.pid, place.address, "68", says="y\n")
     good("poke", "--yes", "--as", "i2", other.pid, place.address, "--", "-2,3")
     assert json.loads(good("peek", other.pid, place.address, 4, "--as", "i2", "--json"))["values"] == [-2, 3]
 

@@ -149,6 +149,7 @@ def test_orphans_are_listed_with_the_reason(orphan: str) -> None:
         (row,) = done.stdout.split("\n\n")[1].splitlines()[1:]
         pid = orphan.split("_")[1]
         assert row.split(maxsplit=3) == ["posix", str(2 * PAGE), orphan, f"its maker, {pid}, has ended"]
+        assert f" {pid}:gone " in command_line("shm", "--name", orphan).stdout
     finally:
         os.unlink(f"/dev/shm/{orphan}")
 
