@@ -69,7 +69,12 @@ def _options(command: str) -> list[click.Parameter]:
         click.Option(
             ["--scheduler"], metavar="ADDRESS", help="A Dask cluster's scheduler: a run on each of its hosts."
         ),
-        click.Option(["--patience"], type=Seconds(1), default=30.0, help="A host that is silent for so long is lost."),
+        click.Option(
+            ["--patience"],
+            type=Seconds(1),
+            default=30.0,
+            help="A host that is silent for so many seconds is lost; by default 30.",
+        ),
         click.Option(
             ["--repeat"], type=click.IntRange(1), help="Runs on each host, one after the other; 1 by default."
         ),

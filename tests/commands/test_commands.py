@@ -134,6 +134,12 @@ def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_a_pace_without_the_live_view_is_refused(files: list[str]) -> None:
+    done = command_line("demo", "--pace", 2, files[0])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("Error: --pace goes with --top\n")
+
+
 def test_a_trace_of_the_demo_that_cannot_be_written_is_named(files: list[str]) -> None:
     done = realmap("demo", "--trace", "/dev/full", files[0])
     assert done.returncode == 1
