@@ -228,6 +228,25 @@ def test_default_files_are_real() -> None:
         demo.plan([os.devnull])
 
 
+def test_default_files_that_this_user_may_not_read_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = demo.default_files()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != files[1])
+    assert files[1] not in demo.default_files()
+
+
+def test_a_python_that_will_not_do_is_said_with_the_reason(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\necho it is Python 3.9.1 >&2\nexit 1\n")
+    old.chmod(0o755)
+    for python, why in (("/cannot/run", "No such file or directory"), (str(old), "it is Python 3.9.1")):
+        done = subprocess.run(
+            [ROOT / "tools" / "setup", "demo"], env=os.environ | {"PYTHON": python}, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"tools/setup: PYTHON is {python}, which cannot be taken: ")
+        assert done.stderr.endswith(why + "\n")
+
+
 @pytest.mark.parametrize("example", sorted((ROOT / "tools" / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_run(example: Path) -> None:
     command = [sys.executable, "-W", "error", str(example), *SMALLER.get(example.stem, [])]
