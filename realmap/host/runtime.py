@@ -172,9 +172,7 @@ class SocketLock:
         try:
             self._fd = self._take()
         except BlockingIOError:
-            raise InvalidHandle(
-                path, why=f"a kernel serves {path!r} already; connect to it, or use another path"
-            ) from None
+            raise InvalidHandle(path, why=f"a kernel serves {path!r} already") from None
         except (FileNotFoundError, NotADirectoryError):
             raise InvalidHandle(path, why=f"no directory to put the socket {path!r} in; make it first") from None
         except PermissionError as error:
@@ -239,9 +237,7 @@ class SocketLock:
                 return
             except OSError:  # of another type, or too busy: alive
                 pass
-        raise InvalidHandle(
-            self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}; use another path"
-        )
+        raise InvalidHandle(self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}")
 
     def note(self, descriptor: int) -> None:
         """Writes down who holds it, and by which of its descriptors it says what it is at. OSError: it cannot."""
@@ -321,6 +317,8 @@ def sweep_socket(path: str) -> list[str]:
     InvalidHandle: a living kernel holds it, or it is no socket. AccessDenied: it is not ours.
     """
     there = os.path.lexists(path)
+    if there and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise InvalidHandle(path, why=f"{path!r} is no socket")
     if there or os.path.lexists(path + ".lock"):
         SocketLock(path).release()  # nobody else holds it: its kernel is dead
     return [path] if there else []
