@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from realmap.wire.records import CAPACITY
 NICE = 10
 #: How often it is looked whether the end has come, in seconds.
 LOOK = 0.05
-#: How long a command may take to end by itself after a Ctrl-C, and then on SIGTERM, in seconds; then it is killed.
+#: How long a command may take to end on SIGTERM, in seconds; then it is killed.
 GRACE = 5.0
 
 
@@ -145,24 +144,21 @@ def _wait(
     caught: list[int],
 ) -> int:
     """Until the end, whatever it is; the exit status that comes of it."""
-    end = math.inf if seconds is None else time.monotonic() + seconds
+    end = None if seconds is None else time.monotonic() + seconds
     with ExitStack() as stack:
         announced = stack.enter_context(closing(Announced())) if command and any_kernel else None
         child = _start(command, kernel, announced.environment if announced else {}) if command else None
         if child is not None:
             stack.callback(_end, child)
-        while not recorder.is_over and time.monotonic() < end:
+        while not recorder.is_over and (end is None or time.monotonic() < end):
             if child is None:
                 if caught:
                     return 0
             elif child.poll() is not None:
                 break
-            elif signal.SIGTERM in caught:  # is passed on
+            elif signal.SIGTERM in caught:  # is passed on; Ctrl-C on a terminal the command gets by itself
                 caught.clear()
                 child.terminate()
-            elif caught:  # a Ctrl-C on a terminal the command has had, too, and time to end by itself
-                caught.clear()
-                end = min(end, time.monotonic() + GRACE)
             if announced is None:
                 time.sleep(LOOK)
             elif (word := announced.next(LOOK)) is not None:

@@ -19,7 +19,6 @@ from test_commands import realmap
 from trace_format import TraceFile
 
 from realmap import KernelHandle, boot
-from realmap.cli import trace
 
 Start = Callable[..., subprocess.Popen[str]]
 PROGRAM = """
@@ -200,18 +199,6 @@ def test_sigterm_reaches_the_command(running: KernelHandle, start: Start, tmp_pa
     assert child.returncode == 128 + signal.SIGTERM
     assert "events, 0 lost" in err
     TraceFile(file)
-
-
-def test_a_command_that_got_no_ctrl_c_of_ours_has_its_time_and_then_sigterm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wait(command: str, grace: float) -> int:
-        monkeypatch.setattr(trace, "GRACE", grace)
-        recorder = trace.Recorder(str(tmp_path / "trace.json"), 100)
-        return trace._wait(recorder, ["sh", "-c", command], None, False, None, [signal.SIGINT])
-
-    assert wait("exec sleep 1000", 1.0) == 128 + signal.SIGTERM
-    assert wait("exit 3", BOUND) == 3
 
 
 def test_it_ends_after_its_seconds(running: KernelHandle, tmp_path: Path) -> None:
