@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Tasks:
         """RuntimeError: no thread could be started."""
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[Call, asyncio.Task[bytes]] = {}
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="realmap-tasks", daemon=True)
         try:
             self._thread.start()
@@ -40,7 +42,9 @@ class Tasks:
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
+            while not self._closed:
+                with suppress(SystemExit, KeyboardInterrupt):  # of a task that a handler has started
+                    self._loop.run_forever()
             for task in self._tasks.values():
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*self._tasks.values(), return_exceptions=True))
@@ -88,6 +92,7 @@ class Tasks:
 
     def close(self) -> None:
         """Cancels what still runs, and ends the loop."""
+        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
