@@ -78,7 +78,12 @@ class Buffer(View, ByteAccess):
     BufferError: it is unmapped: its bytes are no longer there
     """
 
-    __slots__ = ("__weakref__", "process", "rights")
+    __slots__ = {
+        "__weakref__": None,
+        "process": "The `Process` that has it mapped, and may share it. Where it came by a pickle, that may be another "
+        "one than this program has made itself.",
+        "rights": "What this process may do with it.",
+    }
 
     process: Process
     rights: MappingAccessRights
@@ -189,7 +194,8 @@ def require_own(process: Process, buffer: Buffer) -> None:
     """InvalidAddress: it is unmapped, or of another `Process`. MemoryFault: bytes of it are gone."""
     buffer.check()
     if buffer.process is not process:
-        raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, not to the one that calls")
+        why = "the buffer belongs to another Process: buffer.process.call(…), or attach it: "
+        raise InvalidAddress(buffer.address, why=f"{why}me.attach(buffer.process.share(buffer))")
 
 
 def buffers_in(values: Iterable[Any]) -> Iterator[Buffer]:
