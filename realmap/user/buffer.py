@@ -133,7 +133,8 @@ class Buffer(View, ByteAccess):
 
         Small ones that nobody else ever had may be kept for the next `map` of their kind (`Limits.stock`).
 
-        BufferError: a memoryview, a numpy array or the like of it still lives (nothing is unmapped).
+        BufferError: a memoryview, a numpy array or the like of it still lives, or a lock in it is held or waited for
+        (nothing is unmapped).
         VirtualMemoryExhaustion: at Linux's limit of mappings (nothing is unmapped).
         A syscall that is at work on it keeps the frames until its handler ends.
         """

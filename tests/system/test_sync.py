@@ -209,7 +209,7 @@ def test_who_does_not_hold_a_lock_does_not_release_it(page: Buffer) -> None:
 
 def test_a_buffer_is_not_unmapped_under_a_lock_that_is_held(page: Buffer) -> None:
     lock = Lock(page)
-    with lock, pytest.raises(BufferError):
+    with lock, pytest.raises(BufferError, match="held lock"):
         page.unmap()
     page.unmap()
 
