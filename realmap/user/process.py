@@ -467,7 +467,8 @@ class Process:
         self.close()
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Process is this process's own connection and cannot be pickled; connect anew there")
+        why = f"a spawned function has its own, me; others connect: realmap.connect({self.path!r})"
+        raise TypeError(f"a Process is this process's own connection and cannot be pickled; {why}")
 
     def _repr_html_(self) -> str:
         return shown.of_process(self, [] if self.has_ended else self._windows())

@@ -178,6 +178,18 @@ def test_what_cannot_be_spawned(kernel: KernelHandle, args: Any, kwargs: Any, sa
         kernel.spawn(*args, **kwargs)
 
 
+def test_a_kernel_and_a_process_stay_here_and_say_what_is_there_instead(kernel: KernelHandle, me: Process) -> None:
+    for function, name in ((lambda _: kernel.stats(), "kernel"), (lambda _: me.call("nop"), "me")):
+        with pytest.raises(
+            TypeError, match=rf"realmap\.connect\('{kernel.path}'\) \(its variable '{name}' holds"
+        ) as told:
+            kernel.spawn(function)
+        assert "has its" in str(told.value) and "inside the function" not in str(told.value)
+    thing = threading.Lock()
+    with pytest.raises(TypeError, match="variable 'thing' holds a lock; make that inside the function"):
+        kernel.spawn(lambda _: thing.acquire())
+
+
 @pytest.mark.parametrize("make", ["Lock", "RLock", "Semaphore", "Condition", "Event", "Queue", "SimpleQueue", "Pipe"])
 def test_locks_and_queues_of_multiprocessing(kernel: KernelHandle, make: str) -> None:
     thing, *others = made if isinstance(made := getattr(multiprocessing, make)(), tuple) else (made,)
