@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, TypeVar
 from realmap._core import Lock
 from realmap.errors import InvalidHandle, KernelDied, KernelError
 from realmap.host import runtime
-from realmap.serving.blocks import async_block
 from realmap.serving.logs import log
 from realmap.system import KernelHandle, boot, boot_for
 from realmap.user import travel
@@ -68,7 +67,7 @@ def connect(path: str | os.PathLike[str] | None = None) -> Process:
     return Process(os.fspath(path)) if path is not None else _with_ambient(Process)
 
 
-@async_block
+@contextlib.asynccontextmanager
 async def aconnect(path: str | os.PathLike[str] | None = None) -> AsyncIterator[Process]:
     """`connect`, for asyncio: `async with realmap.aconnect() as me: await me.acall(…)`. Closed at the end.
 

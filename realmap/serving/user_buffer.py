@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, SupportsIndex
 from weakref import ref
 
@@ -17,7 +18,6 @@ from realmap.memory.mapping import Mapping
 from realmap.memory.userspace_ptr import UserspacePtr, point_at
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_r, k_rw, k_w, prot_of, rights_of
-from realmap.serving.blocks import block
 from realmap.serving.caller import Caller, Copies
 
 #: Faults of mirrors that were kept beyond their call: by thread, with the count of faults when it was noted.
@@ -163,7 +163,7 @@ class UserBuffer:
         made._tell(self)
         return made
 
-    @block
+    @contextmanager
     def array(
         self,
         dtype: Any = "uint8",

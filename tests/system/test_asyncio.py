@@ -322,12 +322,6 @@ def test_connecting(kernel: KernelHandle) -> None:
     wait_until(lambda: kernel.stats()["processes"] == 0, "the end of a connection that nobody waited for")
 
 
-def test_connecting_without_a_block_is_told_of(kernel: KernelHandle) -> None:
-    forgotten = realmap.aconnect(kernel.path)
-    with pytest.raises(AttributeError, match="no 'acall': use this by `async with"):
-        forgotten.acall("nop")  # type: ignore[attr-defined]
-
-
 def test_a_forked_child(kernel: KernelHandle, me: Process) -> None:
     """It has a connection, and a flow, of its own."""
     buffer = me.map(PAGE)

@@ -238,20 +238,10 @@ def keep_views(call: Call, data: UserBuffer) -> list[Any]:
     return [*said, call.kernel.memory.live]
 
 
-@realmap.syscall
-def forget_the_block(call: Call, data: UserBuffer, how: str) -> Any:
-    """Takes what the block begins with for an array."""
-    values: Any = data.array()
-    return values.sum() if how == "sum" else values[0]
-
-
 @pytest.fixture
 def handlers() -> Iterator[Process]:
     """A user of a kernel in this process."""
-    with (
-        Kernel(syscalls=[add_one, let_go, keep, keep_views, forget_the_block]) as kernel,
-        realmap.connect(kernel.path) as me,
-    ):
+    with Kernel(syscalls=[add_one, let_go, keep, keep_views]) as kernel, realmap.connect(kernel.path) as me:
         yield me
 
 
@@ -264,13 +254,6 @@ def test_an_array_in_a_handler_is_unmapped_with_the_last_that_shows_it(handlers:
             handlers.call("add_one", buffer.slice(0, 100))
     with handlers.map(160, rights=realmap.u_r) as buffer, pytest.raises(realmap.AccessDenied):
         handlers.call("add_one", buffer)
-
-
-def test_an_array_without_its_block_is_told_of(handlers: Process) -> None:
-    with handlers.map(80) as buffer:
-        for how, says in ("sum", "AttributeError: no 'sum'"), ("item", "TypeError: no items"):
-            with pytest.raises(realmap.SyscallFailed, match=f"{says}: use this by `with … as x`"):
-                handlers.call("forget_the_block", buffer, how)
 
 
 def test_an_array_that_outlives_its_handler_is_told(handlers: Process) -> None:
