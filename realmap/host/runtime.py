@@ -172,7 +172,9 @@ class SocketLock:
         try:
             self._fd = self._take()
         except BlockingIOError:
-            raise InvalidHandle(path, why=f"a kernel serves {path!r} already") from None
+            raise InvalidHandle(
+                path, why=f"a kernel serves {path!r} already; connect to it, or use another path"
+            ) from None
         except (FileNotFoundError, NotADirectoryError):
             raise InvalidHandle(path, why=f"no directory to put the socket {path!r} in; make it first") from None
         except PermissionError as error:
@@ -237,7 +239,9 @@ class SocketLock:
                 return
             except OSError:  # of another type, or too busy: alive
                 pass
-        raise InvalidHandle(self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}")
+        raise InvalidHandle(
+            self.path, why=f"somebody who is no kernel of ours listens at {self.path!r}; use another path"
+        )
 
     def note(self, descriptor: int) -> None:
         """Writes down who holds it, and by which of its descriptors it says what it is at. OSError: it cannot."""
@@ -320,7 +324,10 @@ def sweep_socket(path: str) -> list[str]:
     if there and not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise InvalidHandle(path, why=f"{path!r} is no socket")
     if there or os.path.lexists(path + ".lock"):
-        SocketLock(path).release()  # nobody else holds it: its kernel is dead
+        try:
+            SocketLock(path).release()  # nobody else holds it: its kernel is dead
+        except InvalidHandle:
+            raise InvalidHandle(path, why=f"{path!r} is in use: a kernel, or another program, serves it") from None
     return [path] if there else []
 
 

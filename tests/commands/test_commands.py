@@ -293,10 +293,10 @@ def test_help_and_errors_are_short() -> None:
     assert "demo" in done.stdout
     assert "kernel" in done.stdout
     assert command_line("--version").stdout.strip().endswith("0.1.0")
-    done = command_line("kernel", "--path", "/nowhere/at/all.sock")
+    done = realmap("kernel", "--path", "/nowhere/at/all.sock")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "directory" in done.stderr
-    assert command_line("kernel", "--memory-limit", "-1").returncode == 1
+    assert realmap("kernel", "--memory-limit", "-1").returncode == 1
 
 
 def test_no_letter_for_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +425,7 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
             assert not os.path.exists(path + ".lock")
             done = realmap("gc", running.path)
             assert done.returncode == 1
-            assert done.stderr == f"Error: a kernel serves {running.path!r} already\n"
+            assert done.stderr == f"Error: {running.path!r} is in use: a kernel, or another program, serves it\n"
             assert command_line("gc", __file__).stderr == f"Error: {__file__!r} is no socket\n"
             assert os.path.exists(f"/dev/shm/{name}-living")
             assert other.call("nop") is None
