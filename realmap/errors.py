@@ -279,6 +279,9 @@ class ServerDied(KernelError, ConnectionError):
     #: Whether this process itself has seen that end; else it was told of one further on.
     _here = False
 
+    def _said(self, name: str) -> bool:
+        return name == "name" if self.why else super()._said(name)
+
 
 def owner_died(address: int) -> OwnerDied:
     """For who takes a lock after its holder's death."""

@@ -32,7 +32,7 @@ there already. MemoryFault: bytes of the buffer are gone. TypeError: no buffer, 
 
 Every method raises BufferError where its buffer is unmapped, and MemoryFault where somebody has truncated its segment.
 Waits look for a moment, then sleep without the GIL; signal handlers run meanwhile, and end a wait by raising. A timeout
-is in seconds, or None: no end. ValueError, TypeError: it is negative, or no number.
+is in seconds, or None: no end. ValueError, TypeError: it is negative, or no number; but to acquire, -1 is as None.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ import queue
 import struct
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self, SupportsIndex, TypeVar
 
 from realmap import _core
@@ -66,9 +65,6 @@ class _InBuffer(_core.Shared):
     """What is opened in 64 bytes of a buffer, and pickles as these."""
 
     __slots__ = ()
-
-    def __new__(cls, buffer: Buffer, offset: SupportsIndex = 0) -> Self:
-        return cls._at(buffer, offset)
 
     @classmethod
     def _at(cls, buffer: Buffer, offset: SupportsIndex, number: int = 0) -> Self:
@@ -118,6 +114,9 @@ class Lock(_InBuffer, _core.SharedLock):
 
     __slots__ = ()
 
+    def __new__(cls, buffer: Buffer, offset: SupportsIndex = 0) -> Self:
+        return cls._at(buffer, offset)
+
 
 class Condition(_InBuffer, _core.SharedCondition):
     """As `threading.Condition`: who has the lock waits until somebody else, who has it then, notifies.
@@ -156,6 +155,9 @@ class Event(_InBuffer, _core.SharedEvent):
 
     __slots__ = ()
 
+    def __new__(cls, buffer: Buffer, offset: SupportsIndex = 0) -> Self:
+        return cls._at(buffer, offset)
+
 
 class Semaphore(_InBuffer, _core.SharedSemaphore):
     """As `threading.Semaphore`: `acquire(blocking=True, timeout=None)`, `release(n=1)`, `with semaphore:`.
@@ -182,14 +184,14 @@ class Barrier(_InBuffer, _core.SharedBarrier):
 
     __slots__ = ()
 
-    def __new__(cls, buffer: Buffer, offset: SupportsIndex = 0, *, parties: SupportsIndex) -> Self:
+    def __new__(cls, buffer: Buffer, offset: SupportsIndex = 0, parties: SupportsIndex = 0) -> Self:
         number = usize(parties, "parties")
         if not 0 < number < 2**15:
             raise ValueError(f"1 to 32767 come to a barrier, not {number}")
         return cls._at(buffer, offset, number)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), parties=self.parties), (self.buffer, self.offset)
+        return type(self), (self.buffer, self.offset, self.parties)
 
 
 class Counter(_InBuffer, _core.SharedCounter):
@@ -200,6 +202,9 @@ class Counter(_InBuffer, _core.SharedCounter):
     """
 
     __slots__ = ()
+
+    def __new__(cls, buffer: Buffer, offset: SupportsIndex = 0) -> Self:
+        return cls._at(buffer, offset)
 
 
 class Queue(_core.SharedQueue):

@@ -269,6 +269,10 @@ class KernelHandle:
         with contextlib.suppress(Exception):
             self.shutdown(1.0)
 
+    def __reduce__(self) -> Any:
+        why = f"a spawned function has its Process, me; others connect: realmap.connect({self.path!r})"
+        raise TypeError(f"a KernelHandle is its booter's own and cannot be pickled; {why}")
+
     def _repr_svg_(self) -> str | None:
         """In a notebook, its address space as it is now; None where it cannot answer at once: then the text stands."""
         if self._owner != os.getpid() or self.has_ended:

@@ -105,6 +105,8 @@ def remains() -> dict[str, Any]:
         "descriptors": len(os.listdir("/proc/self/fd")),
         "maps": land_maps(parked=True),
         "children": children(),
+        "handlers": {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)},
+        "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
     }
 
 

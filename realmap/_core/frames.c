@@ -60,8 +60,10 @@ static int require_frames(const Frames *self)
 /* Notes a reference of `owner`. `who` is taken over; NULL: an exception is set. */
 static int frames_hold(Frames *self, const void *owner, PyObject *who)
 {
-    if (who && !self->others)
-        self->others = PyDict_New();
+    PyObject *made = who && !self->others ? PyDict_New() : NULL;
+    if (made && !self->others) /* asked again: to make it may have collected garbage, and somebody held them in that */
+        self->others = Py_NewRef(made);
+    Py_XDECREF(made);
     PyObject *key = who && self->others ? PyLong_FromVoidPtr((void *)owner) : NULL;
     int failed = !key || require_frames(self) || PyDict_SetItem(self->others, key, who);
     Py_XDECREF(key);

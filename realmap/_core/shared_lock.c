@@ -89,9 +89,12 @@ COLD static int64_t acquire_until_given(PyObject *const *args, Py_ssize_t nargs,
     if (arguments_of(args, nargs, names, (const char *[]){"blocking", "timeout"}, given, 2))
         return -1;
     int blocking = given[0] ? PyObject_IsTrue(given[0]) : 1;
+    double seconds = given[1] && !Py_IsNone(given[1]) ? PyFloat_AsDouble(given[1]) : -1.0;
+    if (blocking < 0 || (seconds == -1.0 && PyErr_Occurred()))
+        return -1;
     if (blocking)
-        return blocking < 0 ? -1 : deadline_given(given[1]);
-    if (!given[1] || Py_IsNone(given[1]))
+        return deadline_given(seconds == -1.0 ? NULL : given[1]); /* -1 is none, as of threading */
+    if (seconds == -1.0)
         return 0;
     PyErr_SetString(PyExc_ValueError, "a timeout is for who waits");
     return -1;
@@ -183,7 +186,7 @@ static PyObject *shared_lock_exit(PyObject *op, PyObject *const *Py_UNUSED(args)
 
 #define ACQUIRE_DOC \
     "acquire(blocking=True, timeout=None)\n\nTakes it; False where it is another's, at once (not blocking) or after " \
-    "`timeout` seconds.\nOwnerDied: who held it has died, and this thread holds it now. InvalidMemState: it was " \
+    "`timeout` seconds\n(None or -1: no end).\nOwnerDied: who held it has died, and this thread holds it now. InvalidMemState: it was " \
     "released after that\nwithout `recovered()`. KernelPanic: this thread holds it already."
 #define RELEASE_DOC "Gives it back. KernelPanic: this thread does not hold it, by this object."
 #define RECOVERED_DOC \

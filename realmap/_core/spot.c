@@ -142,6 +142,10 @@ static int64_t deadline_given(PyObject *timeout)
 {
     if (!timeout || Py_IsNone(timeout))
         return INT64_MAX;
+    if (PyBool_Check(timeout)) { /* meant as `block`, of queue.Queue */
+        PyErr_Format(PyExc_TypeError, "a timeout is in seconds, not %R; to wait without a bound give none", timeout);
+        return -1;
+    }
     double seconds = PyFloat_AsDouble(timeout);
     if (seconds == -1.0 && PyErr_Occurred())
         return -1;

@@ -246,7 +246,7 @@ static PyObject *window_extend(PyObject *op, PyObject *pieces)
 static PyObject *still_viewed(const char *what, Py_ssize_t exports)
 {
     return PyErr_Format(PyExc_BufferError,
-                        "cannot %s: %zd view%s of it (memoryview, numpy array, ...) still live%s; "
+                        "cannot %s: %zd view%s of it (memoryview, numpy array, held lock, ...) still live%s; "
                         "release them first",
                         what, exports, exports == 1 ? "" : "s", exports == 1 ? "s" : "");
 }

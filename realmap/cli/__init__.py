@@ -30,8 +30,8 @@ GROUPS = {
     },
     "To look at this machine": {
         "shm": "Every shared-memory segment, who holds it; reclaim what nobody needs.",
-        "peek": "Its memory, as hex, numbers or text.",
-        "poke": "Write into its memory.",
+        "peek": "The memory of any process, as hex, numbers or text.",
+        "poke": "Write into the memory of any process.",
     },
     "To see that it holds": {
         "audit": "Hold a kernel's books against /proc.",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from realmap.cli.output import progress, require_matplotlib, require_writable
+from realmap.cli.output import progress, require_matplotlib, require_writable, write_files
 from realmap.lab import bench as lab
 from realmap.lab.bench.access import PAGES, WORKS
 from realmap.lab.bench.measure import Absent
@@ -46,14 +46,20 @@ def bench(names: tuple[str, ...], quick: bool, json_path: str | None, plot_path:
             report = lab.run(names, quick=quick, say=say)
         except Absent as error:
             raise click.ClickException(str(error)) from None
-    if json_path is not None:
-        with open(json_path, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-    if plot_path is not None:
-        from realmap.cli.plot import plot
+    try:
+        render(console, report)
+    finally:  # also where nobody reads it to its end
+        failed = write_files(
+            (json_path, lambda: msgspec.json.format(msgspec.json.encode(report)) + b"\n"),
+            (plot_path, lambda: _plot(report, str(plot_path))),
+        )
+    sys.exit(bool(failed))
 
-        plot(report, plot_path)
-    render(console, report)
+
+def _plot(report: Report, path: str) -> bytes:
+    from realmap.cli.plot import plot
+
+    return plot(report, path.rpartition(".")[2])
 
 
 def _require_plot(path: str, names: tuple[str, ...]) -> None:

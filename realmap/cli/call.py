@@ -14,7 +14,7 @@ import msgspec
 from realmap.ambient import connect
 from realmap.cli.output import Seconds, harmless, show_json
 from realmap.cli.target import BOUND, find, kernel_option
-from realmap.errors import KernelError, SyscallFailed
+from realmap.errors import KernelError, SyscallFailed, WrongArguments
 from realmap.user import Buffer, Process
 
 #: So much is read at most from what does not say beforehand how long it is, in bytes.
@@ -54,8 +54,11 @@ def call(path: str | None, timeout: float | None, out: int | None, name: str, ar
         values = [_value(me, text, buffers) for text in args]
         try:
             answer = me.call(name, *values, timeout=timeout)
-        except SyscallFailed as error:  # with its handler's traceback, which is for whoever wrote it
-            hint = "" if buffers else "; a buffer is passed as @FILE"
+        except (SyscallFailed, WrongArguments) as error:
+            # A handler that was given text in place of a buffer finds no such method, or no such type.
+            unfit = isinstance(error, WrongArguments) or error.type in ("TypeError", "AttributeError")
+            hint = "; a buffer is passed as @FILE" if unfit and not buffers else ""
+            # The rest is its handler's traceback, for whoever wrote it.
             raise click.ClickException(harmless(str(error).splitlines()[0]) + hint) from None
         except KernelError:  # some are a ValueError, too
             raise

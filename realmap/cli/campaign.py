@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 
@@ -26,6 +26,7 @@ from realmap.cli.output import (
     require_writable,
     show,
     show_json,
+    write_files,
 )
 from realmap.cli.stress import print_kinds, stress
 from realmap.lab.campaign import compare as lab
@@ -68,7 +69,12 @@ def _options(command: str) -> list[click.Parameter]:
         click.Option(
             ["--scheduler"], metavar="ADDRESS", help="A Dask cluster's scheduler: a run on each of its hosts."
         ),
-        click.Option(["--patience"], type=Seconds(1), default=30.0, help="A host that is silent for so long is lost."),
+        click.Option(
+            ["--patience"],
+            type=Seconds(1),
+            default=30.0,
+            help="A host that is silent for so many seconds is lost; by default 30.",
+        ),
         click.Option(
             ["--repeat"], type=click.IntRange(1), help="Runs on each host, one after the other; 1 by default."
         ),
@@ -164,8 +170,9 @@ def compare(a: str, b: str, threshold: float, as_json: bool) -> None:
     """Say what became slower or faster from campaign A to B, and how sure that is.
 
     Both need 5 runs at least (--repeat), better 10. Each kind is held against the machine's own pace in the same run,
-    and the intervals of all kinds hold at once, with 99.9 %. Exit status 1 where something became slower by the
-    threshold or more, beyond noise; 2 where the two cannot be compared.
+    and the intervals of all kinds hold at once, with 99.9 %. One that goes beyond the threshold to both sides tells
+    nothing: "unknown". Exit status 1 where something became slower by the threshold or more, beyond noise; 2 where the
+    two cannot be compared.
 
     Example: realmap campaign compare before.json after.json
     """
@@ -186,6 +193,7 @@ class _Unlike(click.ClickException):
 
 def _show(found: lab.Comparison) -> None:
     verdicts = dict.fromkeys(found.slower, "slower") | dict.fromkeys(found.faster, "faster")
+    verdicts |= dict.fromkeys(found.unknown, "unknown")
     rows = [
         [
             verdicts.get(each.name, "same"),
@@ -229,23 +237,12 @@ def _write(report: Report, paths: dict[str, str | None]) -> bool:
     """Every file that can be written; where there is no room for the JSON, it is printed: hours of work are in it."""
     from realmap.lab.campaign.page import page
 
-    makers: dict[str, Callable[[], bytes]] = {
-        "json_path": lambda: bytes(msgspec.json.format(msgspec.json.encode(report))),
-        "junit_path": lambda: junit(report),
-        "html_path": lambda: page(report),
-    }
-    failed = []
-    for name, make in makers.items():
-        path = paths[name]
-        if path is None:
-            continue
-        try:
-            with open(path, "wb") as file:
-                file.write(make())
-        except OSError as error:
-            click.echo(f"Error: cannot write {path}: {error.strerror}", err=True)
-            failed.append(name)
-    if "json_path" in failed:
+    failed = write_files(
+        (paths["json_path"], lambda: bytes(msgspec.json.format(msgspec.json.encode(report)))),
+        (paths["junit_path"], lambda: junit(report)),
+        (paths["html_path"], lambda: page(report)),
+    )
+    if paths["json_path"] in failed:
         show_json(report)
     return not failed
 

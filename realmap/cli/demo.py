@@ -36,8 +36,8 @@ EVEN = 1.15
 @click.option("--ranges", is_flag=True, help="Also each range that was checked.")
 @click.option("--trace", metavar="FILE", help="Trace it: a file for ui.perfetto.dev or chrome://tracing.")
 @click.option("--top", is_flag=True, help="Under `realmap top`, each mirror kept for a while, to be seen.")
-@click.option("--pace", type=Seconds(0, 3600), default=1.0, help="With --top: for so many seconds; by default 1.")
-def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None, top: bool, pace: float) -> None:
+@click.option("--pace", type=Seconds(0, 3600), help="With --top: for so many seconds; by default 1.")
+def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None, top: bool, pace: float | None) -> None:
     """Watch a kernel process mirror-map the memory of user processes, and check every byte.
 
     Each FILE is loaded by a user process of its own; the kernel digests it, and odd ranges of it, in
@@ -45,6 +45,8 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None,
 
     Example: realmap demo /etc/services
     """
+    if pace is not None and not top:
+        raise click.UsageError("--pace goes with --top")
     console = Console(highlight=False)
     console.width = min(console.width, WIDEST)
     try:
@@ -57,7 +59,7 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None,
         require_textual()
     if not as_json:
         console.print(OPENING)
-    story = _watched(planned, trace, pace) if top else _run(console, planned, trace, as_json)
+    story = _watched(planned, trace, 1.0 if pace is None else pace) if top else _run(console, planned, trace, as_json)
     if as_json:
         show_json(msgspec.convert(story, lab.Report, from_attributes=True))
     else:

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from realmap.ambient import VARIABLE
 from realmap.cli.output import harmless, json_option, show_json
+from realmap.cli.target import named
 from realmap.observe.doctor import BAD, OK, WARN, Check, examine
 
 COLOURS = {OK: "green", WARN: "yellow", BAD: "bold red"}
@@ -17,7 +19,10 @@ COLOURS = {OK: "green", WARN: "yellow", BAD: "bold red"}
 
 @click.command()
 @click.option(
-    "--kernel", "path", metavar="PATH", help="Look at this kernel, in place of those in the private directory."
+    "--kernel",
+    "path",
+    metavar="PATH",
+    help=f"Look at this one. By default ${VARIABLE}, or all in the private directory.",
 )
 @json_option
 def doctor(path: str | None, as_json: bool) -> None:
@@ -29,7 +34,7 @@ def doctor(path: str | None, as_json: bool) -> None:
 
     Example: realmap doctor | grep -v ^ok
     """
-    found = examine(path)
+    found = examine(named(path))
     if as_json:
         show_json(found)
     elif sys.stdout.isatty():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +19,8 @@ from realmap.system import LINGER
 
 def handlers_of(name: str) -> list[Any]:
     """The syscalls that a module has. ClickException: it cannot be imported, or has none."""
+    if name.endswith(".py"):
+        raise click.ClickException(f"a module is named as `import` names it: {Path(name).stem!r}, not {name!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:

@@ -15,7 +15,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import compress, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -219,6 +219,27 @@ def _require_writable(path: str) -> None:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
     if not there:
         os.unlink(path)
+
+
+def write_files(*files: tuple[str | None, Callable[[], bytes]]) -> list[str]:
+    """Each that has a path. Those that cannot be written are returned, and named on stderr; one that was not there
+    before is not left behind.
+    """
+    failed = []
+    for path, make in files:
+        if path is None:
+            continue
+        there, data = os.path.lexists(path), make()
+        try:
+            with open(path, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            click.echo(f"Error: cannot write {path}: {error.strerror}", err=True)
+            failed.append(path)
+            if not there:
+                with suppress(OSError):
+                    os.unlink(path)
+    return failed
 
 
 def require_matplotlib(option: str) -> None:

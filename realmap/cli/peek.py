@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def peek(pid: int, place: str, length: int | None, form: Form, watch: float | No
     with ForeignProcess(pid) as process:
         address = place_of(process, place)
         data = _read(process, address, length)
+        if isinstance(form, struct.Struct) and len(data) < form.size:
+            raise click.ClickException(f"a value of that form has {form.size} bytes, and here are {len(data)}")
         if watch is None:
             _show(process, address, data, form, as_json)
             return

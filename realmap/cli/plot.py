@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 from realmap.lab.bench.access import WAYS, WORKS
 from realmap.lab.bench.report import Report
 from realmap.observe import words
 
 
-def plot(report: Report, path: str) -> None:
-    """Draws time over size, a panel for each work, into `path` (.png or .svg)."""
+def plot(report: Report, kind: str) -> bytes:
+    """Draws time over size, a panel for each work, as "png" or "svg"."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -39,5 +41,7 @@ def plot(report: Report, path: str) -> None:
     panels[0].legend(fontsize="small")
     machine = report.machine
     figure.suptitle(f"reaching the bytes of another process: {machine['cpu']}, Linux {machine['linux']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=150)
     pyplot.close(figure)
+    return drawn.getvalue()

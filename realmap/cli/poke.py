@@ -9,6 +9,7 @@ from realmap.cli.peek import lines
 from realmap.cli.place import place_of
 from realmap.cli.values import Form, form_option, written
 from realmap.memory import ForeignProcess
+from realmap.observe import words
 
 
 @click.command()
@@ -30,11 +31,11 @@ def poke(pid: int, place: str, data: str, form: Form, yes: bool) -> None:
     content = written(form, data)
     with ForeignProcess(pid) as process:
         address = place_of(process, place)
+        told = words.counted(len(content), "byte")
         before = process.copy_in(address, len(content))
         if not yes:
             for title, shown in (("there is", before), ("there will be", content)):
                 click.echo("\n".join([title, *(line.plain for line in lines(address, shown))]))
-            what = f"Write {len(content)} bytes into process {pid}, {harmless(process.name)}?"
-            click.confirm(what, abort=True)
+            click.confirm(f"Write {told} into process {pid}, {harmless(process.name)}?", abort=True)
         process.copy_out(address, content)
-    click.echo(f"{len(content)} bytes written")
+    click.echo(f"{told} written")

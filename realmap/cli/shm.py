@@ -98,6 +98,12 @@ def shm(
 
     from fnmatch import fnmatchcase
 
+    if pid is not None:
+        from realmap.memory import ForeignProcess
+
+        with ForeignProcess(pid) as process:
+            process.mappings()  # KernelError: there is none, or it may not be looked into
+
     def chosen(row: SegmentRow) -> bool:
         return (
             (not orphans or row.state == ORPHAN)
@@ -184,7 +190,7 @@ def _cells(rows: list[SegmentRow], orphans: bool, in_words: bool = False) -> tup
             row.resident,
             "" if row.age is None else words.lapse(row.age) if in_words else f"{row.age:.0f}",
             row.family,
-            f"{row.maker} {row.maker_program}" if row.maker else "",
+            f"{row.maker}{' ' if in_words else ':'}{row.maker_program}" if row.maker else "",
             row.name,
             [str(holder) for holder in row.holders],
         ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import click
 
-from realmap.cli.output import require_writable, show_json
+from realmap.cli.output import require_writable, show_json, write_files
 from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe import machine, shm, words
 from realmap.observe.snapshot import Snapshot
@@ -43,13 +44,14 @@ def snapshot(path: str | None, whole: bool, as_json: bool, svg_path: str | None)
     else:
         with control(path) as kernel:
             taken = kernel.snapshot()
-    if svg_path is not None:
-        with click.open_file(svg_path, "w", encoding="utf-8") as file:
-            file.write(svg(taken, programs=programs(taken)))
     if as_json:
         show_json(taken)
     elif svg_path is None:
         render(taken)
+    if svg_path == "-":
+        click.echo(svg(taken, programs=programs(taken)).encode(), nl=False)
+    elif write_files((svg_path, lambda: svg(taken, programs=programs(taken)).encode())):
+        sys.exit(1)
 
 
 def render(taken: Snapshot) -> None:

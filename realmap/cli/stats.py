@@ -60,6 +60,10 @@ CALLS = [
 LINE = ("processes", "mappings", "mirrors", "bytes", "running", *DONE[:8])
 
 
+#: Lines of the screen beside the rows: head, headings, what there is no room for.
+AROUND = 9
+
+
 class Rates(msgspec.Struct, frozen=True):
     """Two moments of a kernel: the totals of the later one, and what was done in between, per second.
 
@@ -133,11 +137,12 @@ def _watch(kernel: Control, interval: float, as_json: bool, is_over: Callable[[f
     before = kernel.snapshot()
     if sys.stdout.isatty() and not as_json:
         console = Console(highlight=False)
-        with Live(_screen(before, None, console.width), console=console, auto_refresh=False, screen=True) as live:
+        first = _screen(before, None, console.width, console.height)
+        with Live(first, console=console, auto_refresh=False, screen=True) as live:
             while not is_over(interval):
                 now = kernel.snapshot()
                 found = rates_between(before, now, _apart(before, now))
-                live.update(_screen(now, found, console.width), refresh=True)
+                live.update(_screen(now, found, console.width, console.height), refresh=True)
                 before = now
         return
     if not as_json:
@@ -197,10 +202,19 @@ def _calls(now: Snapshot, found: Rates | None) -> list[list[Any]]:
     ]
 
 
-def _screen(now: Snapshot, found: Rates | None, width: int) -> Group:
-    head = Text(f"kernel {now.pid} at {now.path}")
-    totals, calls = table(TOTALS, _totals(now, found, True), width), _calls(now, found)
+def _screen(now: Snapshot, found: Rates | None, width: int, height: int | None = None) -> Group:
+    """All of it; where so many lines are too few: the totals that are not zero, and the syscalls called most."""
+    totals, calls = _totals(now, found, True), _calls(now, found)
     called = [row for row in calls if row[0]]
     rest = len(calls) - len(called)
-    never = [Text(f"{words.counted(rest, 'syscall')} without a call")] if rest else []
-    return Group(head, Text(), totals, Text(), *([table(CALLS, called, width)] if called else []), *never)
+    notes = [f"{words.counted(rest, 'syscall')} without a call"] if rest else []
+    if height is not None and len(totals) + len(called) > height - AROUND:
+        some = [row for row in totals if now.stats[row[0]]]
+        most = max(1, height - AROUND - min(len(some), (height - AROUND) // 2))
+        left = len(called[most:])
+        called = called[:most]
+        some = some[: max(1, height - AROUND - len(called))]
+        notes.append(f"no room for {len(totals) - len(some)} totals and {words.counted(left, 'syscall')} more")
+        totals = some
+    tables: list[Any] = [table(TOTALS, totals, width), Text(), *([table(CALLS, called, width)] if called else [])]
+    return Group(Text(f"kernel {now.pid} at {now.path}"), Text(), *tables, *map(Text, notes))

@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from realmap.cli.output import Column, Seconds, print_table, progress, require_writable
+from realmap.cli.output import Column, Seconds, print_table, progress, require_writable, write_files
 from realmap.lab import stress as lab
 from realmap.lab.stress.antagonists import ALL as ANTAGONISTS
 from realmap.lab.stress.report import DEFAULTS, Kind
@@ -86,12 +86,14 @@ def stress(mix: str, ops: tuple[str, ...], json_path: str | None, junit_path: st
     console.print(escape(options.command()))
     with progress() as say:
         report = lab.run(options, say)
-    for path, data in ((json_path, msgspec.json.format(msgspec.json.encode(report))), (junit_path, lab.junit(report))):
-        if path is not None:
-            with open(path, "wb") as file:
-                file.write(data)
-    render(console, report)
-    sys.exit(0 if report.ok else 1)
+    try:
+        render(console, report)
+    finally:  # also where nobody reads it to its end
+        failed = write_files(
+            (json_path, lambda: msgspec.json.format(msgspec.json.encode(report))),
+            (junit_path, lambda: lab.junit(report)),
+        )
+    sys.exit(0 if report.ok and not failed else 1)
 
 
 def _counts_and_modules(ops: tuple[str, ...]) -> dict[str, object]:

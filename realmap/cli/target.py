@@ -38,7 +38,7 @@ def find(path: str | None) -> str:
     running = runtime.sockets()
     if not running:
         raise click.ClickException(
-            "no kernel of yours runs; start one: realmap kernel (one at a path of its own is named: --kernel PATH)"
+            "no kernel of yours runs; start one: realmap kernel (or, if one has a --path PATH, name it: --kernel PATH)"
         )
     if len(running) > 1:
         listed = "".join(f"\n  {path}{_whose(path)}" for path in running)

@@ -103,7 +103,10 @@ def _culprit(value: Any) -> str:
         try:
             source.dumps(found)
         except Exception:
-            return f" (its variable {name!r} holds a {type(found).__name__}; make that inside the function)"
+            kind = type(found)
+            # What has a `__reduce__` has said by itself why it stays here.
+            hint = "" if "__reduce__" in vars(kind) else "; make that inside the function"
+            return f" (its variable {name!r} holds a {kind.__name__}{hint})"
     return ""
 
 

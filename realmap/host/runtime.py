@@ -321,8 +321,13 @@ def sweep_socket(path: str) -> list[str]:
     InvalidHandle: a living kernel holds it, or it is no socket. AccessDenied: it is not ours.
     """
     there = os.path.lexists(path)
+    if there and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise InvalidHandle(path, why=f"{path!r} is no socket")
     if there or os.path.lexists(path + ".lock"):
-        SocketLock(path).release()  # nobody else holds it: its kernel is dead
+        try:
+            SocketLock(path).release()  # nobody else holds it: its kernel is dead
+        except InvalidHandle:
+            raise InvalidHandle(path, why=f"{path!r} is in use: a kernel, or another program, serves it") from None
     return [path] if there else []
 
 

@@ -130,6 +130,7 @@ class ForeignProcess:
         self._stranger = Stranger(number)
         self._land = _kernel()
         self._name = ""
+        self._name = self.name  # seen last, where nobody asks before its end
 
     @property
     def pid(self) -> int:
@@ -162,7 +163,7 @@ class ForeignProcess:
             self._stranger.close()
 
     def __repr__(self) -> str:
-        return f"<ForeignProcess {self.pid}, {self._name or 'not looked at yet'}>"
+        return f"<ForeignProcess {self.pid}, {self._name!r}>"
 
     # ---- asking -----------------------------------------------------------------------------
 

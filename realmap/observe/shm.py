@@ -206,7 +206,8 @@ def blind_spots(machine: Machine) -> list[str]:
     if procfs.pids() and procfs.pid_namespace() != FIRST_PID_NAMESPACE:
         found.append("this is a pid namespace of its own: processes outside of it are not seen")
     if machine.unseen:
-        found.append(f"{words.counted(machine.unseen, 'process')} may not be looked into: what they hold is not told")
+        held = "it holds" if machine.unseen == 1 else "they hold"
+        found.append(f"{words.counted(machine.unseen, 'process')} may not be looked into: what {held} is not told")
     return found
 
 

@@ -152,8 +152,12 @@ class Trace:
 
     def _write(self, text: bytes) -> None:
         left = memoryview(text)
-        while left:
-            left = left[self._file.write(left) :]
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            error.filename = self.path
+            raise
 
     def _read(self) -> bool:
         """Takes what waits; whether there may be more at once. An answer that does not come yet comes late."""

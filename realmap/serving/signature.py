@@ -48,7 +48,8 @@ class Signature:
             self._signature = inspect.signature(lambda *args, **kwargs: None)
         parameters = list(self._signature.parameters.values())
         if not parameters or parameters[0].kind in (parameters[0].KEYWORD_ONLY, parameters[0].VAR_KEYWORD):
-            raise TypeError(f"the first argument of a handler is its Call: def {name}(call, …), not {self}")
+            what = f"{name}{self._signature}"
+            raise TypeError(f"the first argument of a handler is its Call: def {name}(call, …), not {what}")
         for parameter in parameters:
             if parameter.name == "timeout" and parameter.kind is not parameter.POSITIONAL_ONLY:
                 raise TypeError(
@@ -88,8 +89,10 @@ class Signature:
                 raise WrongArguments(self._name, why=why)
 
     def __str__(self) -> str:
-        """As its author wrote it, without what it returns."""
-        return f"{self._name}{self._signature.replace(return_annotation=inspect.Signature.empty)}"
+        """What its callers pass: as its author wrote it, without its Call and what it returns."""
+        first, *others = self._signature.parameters.values()
+        passed = [first, *others] if first.kind is first.VAR_POSITIONAL else others
+        return f"{self._name}{inspect.Signature(passed)}"
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:

@@ -78,7 +78,12 @@ class Buffer(View, ByteAccess):
     BufferError: it is unmapped: its bytes are no longer there
     """
 
-    __slots__ = ("__weakref__", "process", "rights")
+    __slots__ = {
+        "__weakref__": None,
+        "process": "The `Process` that has it mapped, and may share it. Where it came by a pickle, that may be another "
+        "one than this program has made itself.",
+        "rights": "What this process may do with it.",
+    }
 
     process: Process
     rights: MappingAccessRights
@@ -128,7 +133,8 @@ class Buffer(View, ByteAccess):
 
         Small ones that nobody else ever had may be kept for the next `map` of their kind (`Limits.stock`).
 
-        BufferError: a memoryview, a numpy array or the like of it still lives (nothing is unmapped).
+        BufferError: a memoryview, a numpy array or the like of it still lives, or a lock in it is held or waited for
+        (nothing is unmapped).
         VirtualMemoryExhaustion: at Linux's limit of mappings (nothing is unmapped).
         A syscall that is at work on it keeps the frames until its handler ends.
         """
@@ -189,7 +195,8 @@ def require_own(process: Process, buffer: Buffer) -> None:
     """InvalidAddress: it is unmapped, or of another `Process`. MemoryFault: bytes of it are gone."""
     buffer.check()
     if buffer.process is not process:
-        raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, not to the one that calls")
+        why = "the buffer belongs to another Process: buffer.process.call(…), or attach it: "
+        raise InvalidAddress(buffer.address, why=f"{why}me.attach(buffer.process.share(buffer))")
 
 
 def buffers_in(values: Iterable[Any]) -> Iterator[Buffer]:

@@ -24,7 +24,7 @@ from realmap.rights import MappingAccessRights, MemoryType, allows, k_w, rights_
 from realmap.user import inheritance, shown
 from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
-from realmap.user.buffer import Buffer, UserWindow, encode_buffer, part_of
+from realmap.user.buffer import Buffer, UserWindow, buffers_in, encode_buffer, part_of
 from realmap.user.handle import Handle
 from realmap.user.sessions import Route, Routes, Session, arun, run, waiters
 from realmap.user.windows import describe, fault_in, map_window
@@ -214,7 +214,7 @@ class Process:
             raise TypeError(f"what is shared is a Buffer, not {buffer!r}")
         buffer.check()
         if buffer.process is not self:
-            raise InvalidAddress(buffer.address, why="the buffer belongs to another Process, which is who may share it")
+            raise InvalidAddress(buffer.address, why="the buffer belongs to another Process: buffer.process.share(…)")
         allowed = buffer.rights if rights is None else rights_of(rights)
         return self._share(buffer, allowed, uses, seconds, keep)
 
@@ -317,6 +317,8 @@ class Process:
 
         Arguments are plain values (numbers, text, bytes, lists, dicts, None; numpy's numbers arrive as plain ones,
         tuples as lists) and buffers of this process, which travel as address and length; those by keyword arrive so.
+        Where they are all of another `Process` that this process has of the kernel, as one that came by a pickle may
+        be, that one calls.
         `timeout` in seconds: a call given up, by a timeout or Ctrl-C, goes on where it is, and its buffers are held
         until its handler ends. Of several processes that serve the name, one that is free takes it.
 
@@ -324,11 +326,11 @@ class Process:
         it has ended; where nothing was done (`began` is False), there is no other one. WrongArguments (a TypeError): it
         does not take these. SyscallFailed: the handler raised (its type, text and traceback are in the error); a
         KernelError it raised comes as itself. SyscallTimeout: no answer in time. InvalidAddress: a buffer that is
-        unmapped, or of another Process. MemoryFault: bytes of a buffer were gone when the handler, or this process,
-        touched them. InvalidSize: arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument that
-        cannot travel, a dict whose keys are no text, or lists and dicts more than 60 deep. LimitReached: as many calls
-        wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process or
-        its server may have. KernelDied, ProcessKilled: no kernel.
+        unmapped, or those of several Processes. MemoryFault: bytes of a buffer were gone when the handler, or this
+        process, touched them. InvalidSize: arguments beyond 1 MiB in all, or 4 MiB as objects. TypeError: an argument
+        that cannot travel, a dict whose keys are no text, or lists and dicts more than 60 deep. LimitReached: as many
+        calls wait as its server lets, or it would wait for itself; or more sessions, or buffers lent, than a process
+        or its server may have. KernelDied, ProcessKilled: no kernel.
         """
         refusal, got, client = None, NotImplemented, self._client
         if timeout is None and not kwargs:  # most calls are of a few plain values, and made in one go
@@ -338,17 +340,22 @@ class Process:
             if got is not NotImplemented and type(got) is not Answer:
                 return got
         try:
-            if got is not NotImplemented:
-                return client.value(got)
-            client = self._own_client
-            request = call_of(client, name, args, timeout, kwargs)
-            if name not in self._known:
-                return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
-        except UnknownSyscall as error:
-            request, refusal = call_of(self._client, name, args, timeout, kwargs), error.with_traceback(None)
-        if refusal is None:
-            return self._routes.call(request, timeout)
-        return run(self._routes.steps(request, refusal), name, timeout)
+            try:
+                if got is not NotImplemented:
+                    return client.value(got)
+                client = self._own_client
+                request = call_of(client, name, args, timeout, kwargs)
+                if name not in self._known:
+                    return client.request(request, timeout=timeout, name=name, holds=request.args)[0]
+            except UnknownSyscall as error:
+                request, refusal = call_of(self._client, name, args, timeout, kwargs), error.with_traceback(None)
+            if refusal is None:
+                return self._routes.call(request, timeout)
+            return run(self._routes.steps(request, refusal), name, timeout)
+        except InvalidAddress:
+            if (owner := self._owner_of(args, kwargs)) is None:
+                raise
+        return owner.call(name, *args, timeout=timeout, **kwargs)
 
     async def acall(self, name: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """`call`, for asyncio: `await me.acall("sha256", buffer)`. Other tasks go on meanwhile, and may call as well.
@@ -359,18 +366,29 @@ class Process:
         client = self._own_client
         holds: Any = args
         sent = client.endpoint.plain(name, args, self._known) if timeout is None and not kwargs else None
-        if sent is None:
-            request = call_of(client, name, args, timeout, kwargs)
-            if name in self._known:
-                return await arun(self._routes.steps(request), name, timeout)
-            sent, holds = (request.id, client.encode(request)), request.args
-        number, data = sent  # not `*sent`: before 3.12 a handler could come between that call and its await
         try:
-            return (await waiters()(client).request(number, data, timeout=timeout, name=name, holds=holds))[0]
-        except UnknownSyscall as error:
-            refusal = error.with_traceback(None)
-        request = call_of(client, name, args, timeout, kwargs)
-        return await arun(self._routes.steps(request, refusal), name, timeout)
+            if sent is None:
+                request = call_of(client, name, args, timeout, kwargs)
+                if name in self._known:
+                    return await arun(self._routes.steps(request), name, timeout)
+                sent, holds = (request.id, client.encode(request)), request.args
+            number, data = sent  # not `*sent`: before 3.12 a handler could come between that call and its await
+            try:
+                return (await waiters()(client).request(number, data, timeout=timeout, name=name, holds=holds))[0]
+            except UnknownSyscall as error:
+                refusal = error.with_traceback(None)
+            request = call_of(client, name, args, timeout, kwargs)
+            return await arun(self._routes.steps(request, refusal), name, timeout)
+        except InvalidAddress:
+            if (owner := self._owner_of(args, kwargs)) is None:
+                raise
+        return await owner.acall(name, *args, timeout=timeout, **kwargs)
+
+    def _owner_of(self, *values: Any) -> Process | None:
+        """Whose call this is by its buffers: another `Process` that this process has of the same kernel. Else None."""
+        owners = {buffer.process for buffer in buffers_in(values)}
+        owner = owners.pop() if len(owners) == 1 else self
+        return None if owner is self or owner.path != self.path or self.has_ended else owner
 
     def session(self, name: str, *, timeout: float | None = None) -> Session:
         """One server of `name`, the least busy one, for all calls that are made by the `Session`.
@@ -449,7 +467,8 @@ class Process:
         self.close()
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Process is this process's own connection and cannot be pickled; connect anew there")
+        why = f"a spawned function has its own, me; others connect: realmap.connect({self.path!r})"
+        raise TypeError(f"a Process is this process's own connection and cannot be pickled; {why}")
 
     def _repr_html_(self) -> str:
         return shown.of_process(self, [] if self.has_ended else self._windows())

@@ -15,7 +15,7 @@ from realmap.errors import ProcessKilled
 from realmap.host import files, interpreter, outcome
 from realmap.host.interpreter import Child, Unsendable
 from realmap.host.translate import shortage
-from realmap.user.process import Process
+from realmap.user import travel
 
 
 def spawn(
@@ -66,7 +66,7 @@ def _main(
     interpreter.call_itself(name)
     pid, status = os.getpid(), 1
     try:
-        with Process(path) as me:
+        with travel.first_of(path) as me:
             value = function(me, *args, **kwargs)
             if os.getpid() == pid:  # a fork that comes back here has nothing to say
                 _tell(report, value, name)

@@ -51,6 +51,14 @@ def own_process_of(path: str) -> Process:
         return process
 
 
+def first_of(path: str) -> Process:
+    """The connection that the arguments of this process came by, or else a new one: from now on somebody's own."""
+    from realmap.user.process import Process
+
+    with _lock:
+        return _made.pop(path, None) or Process(path)
+
+
 def made(path: str) -> Process | None:
     process = _made.get(path)
     if process is not None and process.has_ended:

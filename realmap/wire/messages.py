@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -88,7 +88,7 @@ class Refused(msgspec.Struct, tag="refused"):
 
 
 class _Request(msgspec.Struct, array_like=True, frozen=True, gc=False):  # none refers to anything that refers to it
-    id: int
+    id: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Call(_Request, tag=1, frozen=True):

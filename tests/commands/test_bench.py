@@ -341,6 +341,15 @@ def test_an_output_file_that_is_there_is_left_as_it_is_until_the_end(tmp_path: P
     assert target.read_text() == "before"
 
 
+def test_a_full_disk_takes_no_results_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Report(FORM, "0", ["make"], True, machine.facts(), sentences=["what was found"])
+    monkeypatch.setattr(bench, "run", lambda *_, **__: found)
+    done = command_line("bench", "--json", "/dev/full")
+    assert done.returncode == 1
+    assert "what was found" in done.stdout
+    assert done.stderr == "Error: cannot write /dev/full: No space left on device\n"
+
+
 def test_a_bench_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "realmap", "bench", "call", "scale"], stdout=subprocess.PIPE, stderr=subprocess.PIPE

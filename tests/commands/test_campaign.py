@@ -330,6 +330,23 @@ def test_the_command_compares(tmp_path: Path) -> None:
     assert found["faster"] == ["access 4 KiB: mirror"]
 
 
+def test_what_may_have_become_either_is_unknown_and_not_the_same(tmp_path: Path) -> None:
+    report = bench_campaign(1)
+    for number, run in enumerate(report.hosts[0].reports):
+        run["figures"][NAMES.index("copy")]["time"]["p10"] *= 1 + 9 * (number % 2)
+    path = tmp_path / "x.json"
+    path.write_bytes(msgspec.json.encode(report))
+    words = ["campaign", "compare", path, path, "--threshold"]
+    done = command_line(*words, 20)
+    assert done.returncode == 0, done.stderr
+    verdicts = {line.split()[-1]: line.split()[0] for line in done.stdout.splitlines()[1:8]}
+    assert verdicts["copy"] == "unknown"
+    assert verdicts["mirror"] == "same"
+    assert "note: of 1 kind it is not known" in done.stdout
+    assert json.loads(command_line(*words, 20, "--json").stdout)["unknown"] == ["access 4 KiB: copy"]
+    assert "unknown" not in command_line(*words, 10_000).stdout
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     path = tmp_path / "x"
     for text, words in (

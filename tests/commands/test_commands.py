@@ -134,6 +134,18 @@ def test_the_demo_refuses_what_it_cannot_load(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_a_pace_without_the_live_view_is_refused(files: list[str]) -> None:
+    done = command_line("demo", "--pace", 2, files[0])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("Error: --pace goes with --top\n")
+
+
+def test_a_trace_of_the_demo_that_cannot_be_written_is_named(files: list[str]) -> None:
+    done = realmap("demo", "--trace", "/dev/full", files[0])
+    assert done.returncode == 1
+    assert done.stderr == "Error: [Errno 28] No space left on device: '/dev/full'\n"
+
+
 def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
     """Each verdict on a range can fail."""
     planned = demo.plan(files[:2])
@@ -216,6 +228,25 @@ def test_default_files_are_real() -> None:
         demo.plan([os.devnull])
 
 
+def test_default_files_that_this_user_may_not_read_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = demo.default_files()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != files[1])
+    assert files[1] not in demo.default_files()
+
+
+def test_a_python_that_will_not_do_is_said_with_the_reason(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\necho it is Python 3.9.1 >&2\nexit 1\n")
+    old.chmod(0o755)
+    for python, why in (("/cannot/run", "No such file or directory"), (str(old), "it is Python 3.9.1")):
+        done = subprocess.run(
+            [ROOT / "tools" / "setup", "demo"], env=os.environ | {"PYTHON": python}, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"tools/setup: PYTHON is {python}, which cannot be taken: ")
+        assert done.stderr.endswith(why + "\n")
+
+
 @pytest.mark.parametrize("example", sorted((ROOT / "tools" / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_run(example: Path) -> None:
     command = [sys.executable, "-W", "error", str(example), *SMALLER.get(example.stem, [])]
@@ -262,10 +293,10 @@ def test_help_and_errors_are_short() -> None:
     assert "demo" in done.stdout
     assert "kernel" in done.stdout
     assert command_line("--version").stdout.strip().endswith("0.1.0")
-    done = command_line("kernel", "--path", "/nowhere/at/all.sock")
+    done = realmap("kernel", "--path", "/nowhere/at/all.sock")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "directory" in done.stderr
-    assert command_line("kernel", "--memory-limit", "-1").returncode == 1
+    assert realmap("kernel", "--memory-limit", "-1").returncode == 1
 
 
 def test_no_letter_for_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +387,7 @@ def test_no_kernel_and_several(running: KernelHandle, command: list[str], tmp_pa
     running.shutdown()
     done = command_line(*command)
     assert done.returncode == 1
-    assert "start one: realmap kernel" in done.stderr
+    assert "start one: realmap kernel (or, if one has a --path PATH, name it: --kernel PATH)" in done.stderr
     file, dead = tmp_path / "file", tmp_path / "dead"
     file.touch()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
@@ -394,7 +425,8 @@ def test_gc_takes_what_a_killed_kernel_left_and_nothing_else(running: KernelHand
             assert not os.path.exists(path + ".lock")
             done = realmap("gc", running.path)
             assert done.returncode == 1
-            assert "serves" in done.stderr
+            assert done.stderr == f"Error: {running.path!r} is in use: a kernel, or another program, serves it\n"
+            assert command_line("gc", __file__).stderr == f"Error: {__file__!r} is no socket\n"
             assert os.path.exists(f"/dev/shm/{name}-living")
             assert other.call("nop") is None
     killed.shutdown()

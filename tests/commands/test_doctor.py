@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import command_line
 from conftest import BOUND, long
 
+from realmap import KernelHandle
 from realmap.observe import doctor
 
 
@@ -91,6 +93,14 @@ def test_what_cannot_be_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     check, *_ = doctor.examine()
     assert (check.name, check.status) == ("some thing", "warn")
     assert "not for you" in check.found
+
+
+def test_the_kernel_of_the_environment_is_counted(kernel: KernelHandle, tmp_path: Path) -> None:
+    def counted(path: object) -> str:
+        return by_name(command_line("doctor", "--json", REALMAP_KERNEL=str(path)).stdout)["kernels"]["found"]
+
+    assert counted(kernel.path) == "1 at work, 0 of them stuck"
+    assert counted(tmp_path / "none") == "0 at work, 0 of them stuck"
 
 
 def test_limits_that_are_low(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import syscalls
 from command_line import command_line
 from conftest import BOUND, PAGE, long, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 from terminal import on_a_terminal
 
 import realmap
@@ -28,8 +30,9 @@ from realmap import KernelHandle, Process
 from realmap.cli import command
 from realmap.cli.output import harmless
 from realmap.cli.prometheus import COUNTERS, GAUGES
-from realmap.cli.stats import DONE
+from realmap.cli.stats import DONE, _screen, rates_between
 from realmap.observe import maps, tables
+from realmap.observe.control import Control
 
 #: A syscall and a segment that are named by somebody who means no good.
 EVIL = 'ev\x1b[31mil\n"quo\\te'
@@ -354,6 +357,10 @@ def test_calls_that_cannot_be(busy: tuple[KernelHandle, int], tmp_path: Path) ->
     assert "no syscall 'nope'" in said
     assert harmless(EVIL) in said
     assert "ValueError: \\x1b[1m" in refused(kernel, "call", "explode", "ValueError", "\x1b[1m")
+    hint = "; a buffer is passed as @FILE"
+    assert refused(kernel, "call", "explode", "ValueError", "no").endswith("ValueError: no")
+    for unfit in (["count", "text"], ["count"]):  # no such method; not so many arguments
+        assert refused(kernel, "call", *unfit).endswith(hint)
     assert "is empty" in last_line(kernel, "call", "count", f"@{empty}")
     assert "No such file" in last_line(kernel, "call", "count", f"@{tmp_path}/none")
     assert "directory" in last_line(kernel, "call", "count", f"@{tmp_path}")
@@ -398,6 +405,24 @@ def test_a_narrow_terminal_and_no_colour(busy: tuple[KernelHandle, int], words: 
     assert "Traceback" not in shown
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= int(variables["COLUMNS"])
     assert "NO_COLOR" not in variables or not re.search(r"\x1b\[[0-9;]*3[0-7]", out)
+
+
+@pytest.mark.parametrize("height", [14, 24, 40])
+def test_a_watch_on_a_low_terminal_shows_the_syscalls_and_what_is_not_zero(
+    busy: tuple[KernelHandle, int], height: int
+) -> None:
+    kernel, _ = busy
+    console = Console(file=io.StringIO(), width=100, height=height)
+    with Control(kernel.path) as control:
+        before, now = control.snapshot(), control.snapshot()
+    found = rates_between(before, now, 1.0)
+    console.print(_screen(now, found, console.width, height))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("\n") <= height
+    assert re.search(r"  copy *$", shown, re.M), shown
+    rows = [line.split()[0] for line in shown.split("\n\n")[1].splitlines()[1:]]
+    assert rows and all(now.stats[name] for name in rows)
+    assert f"no room for {len(now.stats) - len(rows)} totals and " in shown
 
 
 def test_a_watch_on_a_terminal(busy: tuple[KernelHandle, int]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import wait_until
 from rich.console import Console
 
-from realmap.cli.output import Column, harmless, plain, show_json, table, until_interrupted
+from realmap.cli.output import Column, harmless, plain, show_json, table, until_interrupted, write_files
 from realmap.host import procfs
 
 
@@ -91,6 +93,23 @@ def test_signals_end_a_watch_at_any_moment() -> None:
                 sender.start()
                 wait_until(lambda: is_over(0.0001), "the signal")
                 sender.join()
+
+
+def test_a_file_that_cannot_be_written_is_named_and_not_left_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / name) for name in ("there", "new")]
+    Path(paths[0]).touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert write_files((None, bytes), *((path, lambda: b"found") for path in paths)) == paths
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == "".join(f"Error: cannot write {path}: File too large\n" for path in paths)
+    assert os.listdir(tmp_path) == ["there"]
+    assert write_files((paths[1], lambda: b"found")) == []
+    assert Path(paths[1]).read_bytes() == b"found"
 
 
 def test_json_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,12 +92,14 @@ def test_a_segment_in_pieces_begins_with_its_first(end: str) -> None:
 
 
 def test_what_cannot_be_looked_at_is_said_in_a_line(other: Stranger) -> None:
+    place = other.map("memfd", 1)
     for words, why in [
         (("peek", other.pid, 4096), "nothing is mapped there"),
         (("peek", other.pid, "zz"), "no address"),
         (("peek", other.pid, 0, 0), "not in the range"),
         (("peek", other.pid, 0, "--as", "f3"), "none of i1"),
         (("peek", other.pid, 0, "--as", "struct !?*"), "no format"),
+        (("peek", other.pid, place.address, 3, "--as", "f8"), "has 8 bytes, and here are 3"),
         (("peek", 1 << 30, 0), "there is no process"),
         (("poke", other.pid, 4096, "00", "--yes"), "nothing is mapped there"),
         (("poke", other.pid, 4096, "hello"), "not hex digits"),
@@ -118,6 +120,7 @@ def test_poke_asks_first(other: Stranger) -> None:
     assert other.tell("get", place.address) == "1"
     assert "2 bytes written" in good("poke", other.pid, place.address, "68 69", says="y\n")
     assert other.tell("get", place.address + 1) == str(0x69)
+    assert "Write 1 byte into" in good("poke", other.pid, place.address, "68", says="y\n")
     good("poke", "--yes", "--as", "i2", other.pid, place.address, "--", "-2,3")
     assert json.loads(good("peek", other.pid, place.address, 4, "--as", "i2", "--json"))["values"] == [-2, 3]
 

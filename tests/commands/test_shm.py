@@ -149,6 +149,7 @@ def test_orphans_are_listed_with_the_reason(orphan: str) -> None:
         (row,) = done.stdout.split("\n\n")[1].splitlines()[1:]
         pid = orphan.split("_")[1]
         assert row.split(maxsplit=3) == ["posix", str(2 * PAGE), orphan, f"its maker, {pid}, has ended"]
+        assert f" {pid}:gone " in command_line("shm", "--name", orphan).stdout
     finally:
         os.unlink(f"/dev/shm/{orphan}")
 
@@ -238,7 +239,7 @@ def test_without_proc_the_names_are_shown_and_nothing_goes() -> None:
 
 AS_ANOTHER = """
 import bisect, os, sys
-import realmap.cli.shm, realmap.host.reclaim, realmap.host.runtime  # which that user may not be allowed to read
+import realmap.memory, realmap.cli.shm, realmap.host.reclaim, realmap.host.runtime  # which that user may not read
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -247,10 +248,20 @@ realmap.cli.main()
 """
 
 
+USER = f"shift 4; set -- {shlex.quote(sys.executable)} -c '{AS_ANOTHER}' \"$@\""
+
+
+def test_what_a_process_has_that_is_not_there_or_may_not_be_looked_into() -> None:
+    none = command_line("shm", "--pid", 99999999)
+    assert (none.returncode, none.stdout, none.stderr) == (1, "", "Error: there is no process 99999999\n")
+    done = inside(f"-m: {USER}", "--pid", str(os.getpid()))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"Error: cannot read the maps of process {os.getpid()}: it takes ")
+
+
 def test_hidepid() -> None:
     """As another user, who sees nobody else's processes."""
-    user = f"shift 4; set -- {shlex.quote(sys.executable)} -c '{AS_ANOTHER}' \"$@\""
-    done = inside(f"-m: mount -t proc -o hidepid=2 proc /proc; {MAKE}; {user}", "reclaim", "--yes")
+    done = inside(f"-m: mount -t proc -o hidepid=2 proc /proc; {MAKE}; {USER}", "reclaim", "--yes")
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("Error: /proc hides processes of others (hidepid)")
 

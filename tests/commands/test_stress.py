@@ -275,6 +275,13 @@ def test_bad_options(arguments: list[str], words: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_full_disk_takes_no_results_away() -> None:
+    done = command("--ops", 20, "--users", 1, "--json", "/dev/full", "--junit", "/dev/full")
+    assert done.returncode == 1
+    assert "ok: every byte right" in done.stdout
+    assert done.stderr == "Error: cannot write /dev/full: No space left on device\n" * 2
+
+
 def test_a_kernel_without_the_handlers() -> None:
     with realmap.boot() as kernel:
         done = command_line("stress", "--kernel", kernel.path)
@@ -292,7 +299,11 @@ def test_a_kernel_of_the_command_line_with_the_handlers(tmp_path: Path) -> None:
         assert command("--kernel", path, "--ops", 100, "--users", 2).returncode == 0
         kernel.terminate()
         assert kernel.wait(BOUND) == 0
-    for wrong, words in (("nothing_of_the_kind", "cannot import"), ("json", "no function")):
+    for wrong, words in (
+        ("nothing_of_the_kind", "cannot import"),
+        ("json", "no function"),
+        ("a/kern.py", "'kern', not"),
+    ):
         done = subprocess.run([*arguments[:-1], wrong], capture_output=True, text=True, timeout=BOUND)
         assert done.returncode == 1
         assert words in done.stderr
@@ -383,6 +394,8 @@ def test_each_slope_ends_in_a_verdict() -> None:
         "the kernel's number of threads grows: 10 → 510 over the second half of the run, "
         "+50 a second (± 1); growth is more than 102"
     )
+    noisy = report.Slope(1234.0, 99.96, 10.0, 20.0)
+    assert "+1230 a second (± 100); growth" in noisy.in_words("maps")
     console = Console(file=io.StringIO(), width=200)
     found = report.Report(
         report.FORM, "0", report.Options(), "replay", 1.0, {}, 1, 1, {}, 0, {"rss": steady, "threads": many}, 0, [], []

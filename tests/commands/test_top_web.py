@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -21,12 +22,13 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import click
 import psutil
 import pytest
 from conftest import BOUND, PAGE, wait_until
 
 import realmap
-from realmap.cli.top.web import PAGES, command, may_ask
+from realmap.cli.top.web import PAGES, _listen, command, may_ask
 from realmap.observe.picture import lit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -210,6 +212,14 @@ def test_the_command_is_quoted() -> None:
     )
     assert echoed.stdout.splitlines()[5] == odd
     assert echoed.stdout.startswith("-P\n")  # what lies in the directory it is started in is not run
+
+
+def test_another_port_is_advised_where_that_helps() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(click.ClickException, match=r"Address already in use; try --port 0$"):
+            _listen(*taken.getsockname())
+    with pytest.raises(click.ClickException, match=r"Cannot assign requested address$"):
+        _listen("192.0.2.1", 0)  # no machine's own
 
 
 @pytest.mark.slow

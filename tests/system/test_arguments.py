@@ -173,7 +173,7 @@ def test_arguments_by_keyword_in_asyncio(me: Process) -> None:
     ],
 )
 def test_arguments_that_a_handler_does_not_have(me: Process, args: Any, kwargs: Any, says: str) -> None:
-    with pytest.raises(WrongArguments, match=rf"'untyped': .*{says}.*untyped\(call, a, b=2\)") as caught:
+    with pytest.raises(WrongArguments, match=rf"'untyped': .*{says}.*untyped\(a, b=2\)") as caught:
         me.call("untyped", *args, **kwargs)
     assert isinstance(caught.value, TypeError)
     assert caught.value.name == "untyped"

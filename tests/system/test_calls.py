@@ -278,10 +278,23 @@ def test_unmapped_and_foreign_buffers(me: Process, kernel: KernelHandle) -> None
     for gone in (buffer, part):
         with pytest.raises(InvalidAddress, match="unmapped"):
             me.call("sha256", gone)
-    with kernel.connect() as other:
+
+
+def test_buffers_of_another_process_are_called_with_by_that(me: Process, kernel: KernelHandle) -> None:
+    mine = me.map(100)
+    with kernel.connect() as other, realmap.boot() as elsewhere, elsewhere.connect() as stranger:
         theirs = other.map(100)
-        with pytest.raises(InvalidAddress, match="another Process"):
-            me.call("sha256", theirs)
+        assert me.call("sha256", theirs) == me.call("sha256", data=theirs) == sha(bytes(100))
+        assert asyncio.run(me.acall("echo", theirs)) == [[theirs.address, 100]]
+        for several in ([mine, theirs], [theirs, mine], [stranger.map(100)]):
+            with pytest.raises(InvalidAddress, match=r"buffer\.process\.call"):
+                me.call("echo", *several)
+        with pytest.raises(realmap.WrongArguments) as wrong:
+            me.call("sha256", theirs, 1, 2)
+        assert wrong.value.__context__ is None  # that it was another one's is not told
+        other.close()
+        with pytest.raises(InvalidAddress, match="unmapped"):
+            me.call("echo", theirs)
 
 
 def test_dropping_under_a_view_in_a_handler(me: Process) -> None:

@@ -317,8 +317,11 @@ def test_private_unmapped_foreign_and_kept_buffers(me: Process, kernel: KernelHa
     for gone in (buffer, part):
         with pytest.raises(InvalidAddress, match="unmapped"):
             me.call("digest", [gone])
-    with kernel.connect() as other, pytest.raises(InvalidAddress, match="another Process"):
-        me.call("digest", other.map(100))
+    with kernel.connect() as other:
+        theirs = other.map(100)
+        assert me.call("digest", theirs) == sha(theirs[:])  # by that one
+        with pytest.raises(InvalidAddress, match="another Process"):
+            me.call("digest", [theirs, me.map(100)])
     kept = me.map(100)
     with OneServer(me) as same:
         same.call("keep", kept)

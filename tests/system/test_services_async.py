@@ -72,6 +72,23 @@ def test_an_async_handler_that_raises(me: Process) -> None:
             me.call("fail", "five")
 
 
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
+def test_a_task_of_an_async_handler_ends_nobody_else(me: Process, end: type[BaseException]) -> None:
+    async def leave(call: Call) -> str:
+        async def begun() -> None:
+            raise end
+
+        try:
+            await asyncio.create_task(begun())
+        except end:
+            return "left"
+        return "stayed"
+
+    with me.serve(leave) as service:
+        assert [me.call("leave", timeout=BOUND) for _ in range(2)] == ["left"] * 2
+        assert service.calls == 2
+
+
 def test_async_handlers_are_not_the_kernels(me: Process) -> None:
     @realmap.syscall
     async def later(call: Call) -> None: ...

@@ -99,6 +99,7 @@ def test_a_server_that_died_at_work(me: Process, spawn: Any) -> None:
     with pytest.raises(ServerDied, match="serve") as caught:
         me.call("die", buffer.slice(1, 2 * PAGE), timeout=BOUND)
     assert (caught.value.name, caught.value.began) == ("die", True)
+    assert str(caught.value).endswith("whether its handler had begun is not known (name die)")
     assert isinstance(caught.value, ConnectionError)
     assert me.call("pid_here", timeout=BOUND) != caught.value.pid
     assert pickle.loads(pickle.dumps(caught.value)).pid == caught.value.pid

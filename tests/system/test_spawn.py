@@ -60,6 +60,15 @@ def test_arguments_name_and_result(kernel: KernelHandle) -> None:
     assert kernel.spawn(told).result(BOUND)[3] == "told"
 
 
+def test_a_buffer_is_of_the_process_that_is_handed_over(kernel: KernelHandle, me: Process) -> None:
+    def use(other: Process, buffer: realmap.Buffer, *, key: realmap.Buffer) -> list[Any]:
+        both = other.call("sha256", buffer), other.call("sha256", key)
+        return [buffer.process is other, key.process is other, len(other._windows()), both[0] == both[1]]
+
+    spawned = kernel.spawn(use, me.map(PAGE), key=me.map(PAGE))
+    assert spawned.result(BOUND) == [True, True, 2, True]
+
+
 def test_a_long_result_waits_for_nobody(kernel: KernelHandle) -> None:
     spawned = kernel.spawn(lambda me: bytes(5_000_000))
     assert spawned.join(BOUND) == 0
@@ -167,6 +176,18 @@ def test_a_result_that_cannot_be_sent_or_is_not_there_yet(kernel: KernelHandle) 
 def test_what_cannot_be_spawned(kernel: KernelHandle, args: Any, kwargs: Any, says: str) -> None:
     with pytest.raises(TypeError, match=says):
         kernel.spawn(*args, **kwargs)
+
+
+def test_a_kernel_and_a_process_stay_here_and_say_what_is_there_instead(kernel: KernelHandle, me: Process) -> None:
+    for function, name in ((lambda _: kernel.stats(), "kernel"), (lambda _: me.call("nop"), "me")):
+        with pytest.raises(
+            TypeError, match=rf"realmap\.connect\('{kernel.path}'\) \(its variable '{name}' holds"
+        ) as told:
+            kernel.spawn(function)
+        assert "has its" in str(told.value) and "inside the function" not in str(told.value)
+    thing = threading.Lock()
+    with pytest.raises(TypeError, match="variable 'thing' holds a lock; make that inside the function"):
+        kernel.spawn(lambda _: thing.acquire())
 
 
 @pytest.mark.parametrize("make", ["Lock", "RLock", "Semaphore", "Condition", "Event", "Queue", "SimpleQueue", "Pipe"])

@@ -70,6 +70,9 @@ def test_a_buffer_that_will_not_do_is_told_of(me: Process) -> None:
         Lock(bytearray(64))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         Lock(page, 0.0)  # type: ignore[arg-type]
+    for kind in (Lock, Counter, Event, Condition, Semaphore, Barrier):
+        with pytest.raises(TypeError, match=rf"^{kind.__name__}\b.*'buffer'"):
+            kind()  # type: ignore[operator]
     lock, counter, event = Lock(page), Counter(page, 64), Event(page, 128)
     page.unmap()
     with pytest.raises(InvalidAddress):
@@ -172,13 +175,25 @@ def test_a_lock_says_whether_it_was_taken(page: Buffer) -> None:
     lock.release()
 
 
-@pytest.mark.parametrize("arguments", [{"timeout": -1}, {"timeout": float("nan")}, {"blocking": False, "timeout": 1}])
+def test_a_timeout_of_minus_one_is_none_as_of_threading(page: Buffer) -> None:
+    lock, tokens = Lock(page), Semaphore(page, 64)
+    for each in (lock, tokens):
+        assert each.acquire(True, -1) is True
+        assert each.acquire(False, -1) is False
+        each.release()
+        assert each.acquire(timeout=-1.0) is True
+    lock.release()
+
+
+@pytest.mark.parametrize("arguments", [{"timeout": -2}, {"timeout": float("nan")}, {"blocking": False, "timeout": 1}])
 def test_a_timeout_that_is_none_is_told_of(page: Buffer, arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="timeout"):
         Lock(page).acquire(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="timeout"):
+        Event(page, 64).wait(-1)
 
 
-@pytest.mark.parametrize("arguments", [{"timeout": "1"}, {"wait": 1}])
+@pytest.mark.parametrize("arguments", [{"timeout": "1"}, {"blocking": False, "timeout": "1"}, {"wait": 1}])
 def test_arguments_that_are_none_are_told_of(page: Buffer, arguments: dict[str, object]) -> None:
     with pytest.raises(TypeError):
         Lock(page).acquire(**arguments)  # type: ignore[arg-type]
@@ -209,7 +224,7 @@ def test_who_does_not_hold_a_lock_does_not_release_it(page: Buffer) -> None:
 
 def test_a_buffer_is_not_unmapped_under_a_lock_that_is_held(page: Buffer) -> None:
     lock = Lock(page)
-    with lock, pytest.raises(BufferError):
+    with lock, pytest.raises(BufferError, match="held lock"):
         page.unmap()
     page.unmap()
 
@@ -333,7 +348,7 @@ def test_a_barrier_lets_all_through_when_all_have_come(page: Buffer) -> None:
     in_threads(3, work)
     assert sorted(numbers) == sorted([0, 1, 2] * 50)
     assert (barrier.parties, barrier.n_waiting, barrier.broken) == (3, 0, False)
-    assert Barrier(page, 128, parties=1).wait() == 0
+    assert Barrier(page, 128, 1).wait() == 0
     with pytest.raises(InvalidMemState):
         Barrier(page, parties=2)
     for wrong in (0, -1, 2**15):

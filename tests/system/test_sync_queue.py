@@ -52,6 +52,9 @@ def test_only_bytes_and_buffers_are_put(me: Process) -> None:
             box.put(wrong)
     with pytest.raises(ValueError):
         box.put(b"", -1)
+    for use in (lambda: box.get(True), lambda: box.put(b"", True), lambda: box.put(me.map(1), timeout=False)):
+        with pytest.raises(TypeError, match="to wait without a bound give none"):
+            use()
     with pytest.raises(TypeError):
         box.put()  # type: ignore[call-arg]
     assert box.qsize() == 0

@@ -274,6 +274,25 @@ def _double(buffer: realmap.Buffer) -> int:
     return os.getpid()
 
 
+def _digest(path: str, buffer: realmap.Buffer, own: int) -> str:
+    with realmap.connect(path) as me, me.map(own):
+        assert buffer.process is not me
+        return str(me.call("sha256", buffer))
+
+
+def test_a_worker_connects_and_calls_with_what_came_before(kernel: KernelHandle, me: Process) -> None:
+    with me.map(3333) as buffer, multiprocessing.get_context("spawn").Pool(1) as pool:
+        buffer[:] = b"\3" * 3333
+        expected = hashlib.sha256(buffer).hexdigest()
+        assert [pool.apply(_digest, (kernel.path, buffer, 100)) for _ in range(2)] == [expected] * 2
+        pool.close()
+        pool.join()
+    del pool
+    gc.collect()
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # the standard library's own helper process
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+
+
 def test_a_pool_works_in_place(kernel: KernelHandle, me: Process) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool, me.map(8 * PAGE) as buffer:
         buffer[:] = b"\3" * len(buffer)

@@ -9,6 +9,7 @@ has the address with its key, which is printed for the one who started this. The
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import secrets
 import shlex
@@ -150,5 +151,7 @@ def _listen(host: str, port: int) -> socket.socket:
             raise
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "no name of a host"
-        raise click.ClickException(f"cannot listen at {host} port {port}: {why}; try --port 0") from None
+        # In use, or one of the low ones, which are root's.
+        hint = "; try --port 0" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else ""
+        raise click.ClickException(f"cannot listen at {host} port {port}: {why}{hint}") from None
     return listening

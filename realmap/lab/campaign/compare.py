@@ -56,11 +56,14 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """`slower`, `faster`: the kinds whose change is more than noise, and the threshold at least."""
+    """`slower`, `faster`: the kinds whose change is more than noise, and the threshold at least. `unknown`: those of
+    which it may be either, for their interval goes beyond the threshold to both sides.
+    """
 
     changes: list[Change]
     slower: list[str]
     faster: list[str]
+    unknown: list[str]
     #: What the machines are, where they differ: {fact: (values in A, values in B)}.
     differs: dict[str, tuple[list[str], list[str]]]
     notes: list[str]
@@ -204,7 +207,12 @@ def compare(a: Report, b: Report, threshold: float) -> Comparison:
     changes = [_change(name, hosts, width) for name, hosts in kinds.items()]
     differs = differences(a.hosts, b.hosts)
     claimed = [each for each in changes if each.certain and abs(each.change) >= threshold]
+    unknown = [each.name for each in changes if each.low <= -threshold and each.high >= threshold]
     notes = []
+    if unknown:
+        notes.append(
+            f"of {words.counted(len(unknown), 'kind')} it is not known: the runs differ too much among themselves"
+        )
     if others := sorted(set().union(*(run.took for run in runs)) - set(kinds)):
         notes.append(f"left out, for not every run has them: {', '.join(others)}")
     if a.plan.arguments != b.plan.arguments:
@@ -219,6 +227,7 @@ def compare(a: Report, b: Report, threshold: float) -> Comparison:
         changes,
         [each.name for each in claimed if each.change > 0],
         [each.name for each in claimed if each.change < 0],
+        unknown,
         differs,
         notes,
     )

@@ -146,16 +146,20 @@ class Story(Report):
 
 
 def default_files() -> list[str]:
-    """A handful of real files that every Python installation has, some MB in all.
+    """A handful of real files that every Python installation has, some MB in all, and that this user may read.
 
     Of its library, and the interpreter.
     """
+
+    def is_readable(path: Path) -> bool:
+        return path.is_file() and os.access(path, os.R_OK)
+
     library = Path(sysconfig.get_path("stdlib"))
     candidates = [path for folder in (".", "pydoc_data", "lib-dynload") for path in (library / folder).glob("*.*")]
-    largest = sorted((path for path in candidates if path.is_file()), key=lambda path: path.stat().st_size)[-6:]
+    largest = sorted(filter(is_readable, candidates), key=lambda path: path.stat().st_size)[-6:]
     shared = Path(str(sysconfig.get_config_var("LIBDIR")), str(sysconfig.get_config_var("INSTSONAME")))
     interpreter = shared if shared.is_file() else Path(sys.executable).resolve()
-    return [str(path) for path in dict.fromkeys([library / "this.py", *largest, interpreter]) if path.is_file()]
+    return [str(path) for path in dict.fromkeys([library / "this.py", *largest, interpreter]) if is_readable(path)]
 
 
 def ranges_of(size: int) -> list[tuple[int, int]]:

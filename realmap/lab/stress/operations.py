@@ -158,9 +158,9 @@ def _left(user: Process, before: dict[str, set[Any]]) -> str | None:
 def in_words(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
-    return (
-        f"{text} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})" if frames else text
-    )
+    if not frames or not frames[-1].line:  # of the import itself there are no lines to show
+        return text
+    return f"{text} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})"
 
 
 def shortened(value: object) -> str:

@@ -165,10 +165,11 @@ class Slope(msgspec.Struct, frozen=True):
     def in_words(self, name: str) -> str:
         """For people: the kernel's memory in KiB, the others as they are."""
         what, unit, size = ("memory", " KiB", 1024) if name == "rss" else (f"number of {name}", "", 1)
+        rate, error = (float(f"{each / size:.3g}") for each in (self.per_second, self.error))
         return (
             f"the kernel's {what} {'grows' if self.grows(name) else 'does not grow'}: "
             f"{self.first / size:.0f} → {self.last / size:.0f}{unit} over the second half of the run, "
-            f"{self.per_second / size:+.3g}{unit} a second (± {self.error / size:.2g}); "
+            f"{rate:+g}{unit} a second (± {error:g}); "
             f"growth is more than {self.allowed(name) / size:.0f}{unit}"
         )
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ class Tasks:
         """RuntimeError: no thread could be started."""
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[Call, asyncio.Task[bytes]] = {}
-        self._ending = False
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="realmap-tasks", daemon=True)
         try:
             self._thread.start()
@@ -42,8 +42,8 @@ class Tasks:
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            while not self._ending:  # a handler, or a task that it has started, stops its own loop: the others go on
-                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            while not self._closed:
+                with suppress(SystemExit, KeyboardInterrupt):  # of a task that a handler has started
                     self._loop.run_forever()
             for task in self._tasks.values():
                 task.cancel()
@@ -92,7 +92,7 @@ class Tasks:
 
     def close(self) -> None:
         """Cancels what still runs, and ends the loop."""
-        self._ending = True
+        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 

@@ -43,6 +43,34 @@ def test_the_last_reference_closes_the_segments(frames: FrameAllocator) -> None:
         shared.hold(one)
 
 
+def test_who_holds_them_while_the_first_reference_is_noted_is_not_lost(frames: FrameAllocator) -> None:
+    shared, first, late = frames.allocate(PAGE), object(), object()
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            shared.hold(late, "late")
+
+    thresholds = gc.get_threshold()
+    gc.collect()  # and no dict is in stock any more: before 3.12 garbage is collected where one is made
+    gc.disable()
+    gc.set_threshold(1)
+    try:
+        Garbage()
+        gc.enable()
+        shared.hold(first)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    gc.collect()
+    shared.let_go(first)
+    assert (shared.refcount, shared.freed, shared.holders()) == (1, False, ["late"])
+    shared.let_go(late)
+    assert shared.freed
+
+
 @settings(deadline=None, max_examples=40)
 @given(pages=st.integers(1, 20), step=st.integers(1, 25), data=st.data())
 def test_pieces_cover_the_range_in_order(pages: int, step: int, data: st.DataObject) -> None:

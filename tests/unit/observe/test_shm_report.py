@@ -219,6 +219,7 @@ def test_what_cannot_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(procfs, "pid_namespace", lambda: shm.FIRST_PID_NAMESPACE)
     assert blind().blind == []
+    assert blind(1).blind == ["1 process may not be looked into: what it holds is not told"]
     assert blind(3).blind == ["3 processes may not be looked into: what they hold is not told"]
     assert shm.cannot_tell_makers(blind(3)) == ""  # that they are there is seen; who holds what, Linux is asked
     monkeypatch.setattr(procfs, "pid_namespace", lambda: 5)

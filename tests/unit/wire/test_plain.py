@@ -86,6 +86,18 @@ def test_what_is_no_plain_call_is_left_to_the_decoder(data: bytes) -> None:
     assert read_call(data) is None
 
 
+@pytest.mark.parametrize("number", [-1, -(1 << 63), 1 << 63, (1 << 64) - 1])
+def test_a_request_is_read_just_where_an_answer_can_have_its_number(number: int) -> None:
+    data = msgspec.msgpack.encode([1, number, "a name", [], None])
+    if number < 0:
+        with pytest.raises(msgspec.ValidationError):
+            call_of(data)
+        with pytest.raises(OverflowError):
+            write_done(number, None)
+    else:
+        assert done_of(write_done(call_of(data).id, None) or b"").id == number
+
+
 @settings(max_examples=scaled(400), deadline=None)
 @given(numbers, values)
 def test_an_answer_is_written_as_by_the_encoder(number: int, value: Any) -> None:
