@@ -80,10 +80,13 @@ def run(folder: Path, count: int, say: Callable[[str], None]) -> Result:
 
 
 def _look(kernel: Served, before: tuple[dict[str, int], list[str]], when: str) -> list[str]:
-    served.wait_until(lambda: (kernel.books(), served.descriptors(kernel.pid)) == before)
+    books, opened = before
+    served.wait_until(lambda: kernel.books() == books and not served.opened_since(opened, kernel.pid))
     wrong = []
-    if (now := (kernel.books(), served.descriptors(kernel.pid))) != before:
-        wrong.append(f"{when}: {before} became {now}")
+    if (now := kernel.books()) != books:
+        wrong.append(f"{when}: {books} became {now}")
+    if more := served.opened_since(opened, kernel.pid):
+        wrong.append(f"{when}: {more} beside {opened}")
     if not (report := kernel.audit()):
         wrong.append(f"{when}: audit: {report}")
     return wrong + [f"{when}: a name is left: {name}" for name in served.names(kernel.pid)]

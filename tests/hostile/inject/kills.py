@@ -195,11 +195,11 @@ class Killer(Rounds[Point]):
         if kernel.ended is not None:
             return [f"the kernel died too (exit status {kernel.ended})"]
         wrong = []
-        served.wait_until(lambda: kernel.books() == books and served.descriptors(kernel.pid) == opened)
+        served.wait_until(lambda: kernel.books() == books and not served.opened_since(opened, kernel.pid))
         if (now := kernel.books()) != books:
             wrong.append(f"books: {books} became {now}")
-        if (there := served.descriptors(kernel.pid)) != opened:
-            wrong.append(f"kernel's descriptors: {opened} became {there}")
+        if more := served.opened_since(opened, kernel.pid):
+            wrong.append(f"kernel's descriptors: {more} beside {opened}")
         if not (report := kernel.audit()):
             wrong.append(f"audit: {report}")
         wrong += [f"a name is left: {name}" for name in served.names(kernel.pid)]

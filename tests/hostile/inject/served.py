@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ def descriptors(pid: int) -> list[str]:
             continue
         found.append(name.partition(":[")[0] if name.startswith(("socket:", "pipe:")) else name)
     return sorted(name for name in found if not name.startswith(f"/proc/{pid}/fd"))
+
+
+def opened_since(opened: list[str], pid: int) -> list[str]:
+    """What a process has open beyond these: when they were looked at, a connection may have been about to close."""
+    return list((Counter(descriptors(pid)) - Counter(opened)).elements())
 
 
 def names(*pids: int) -> list[str]:

@@ -418,11 +418,11 @@ class Services(Rounds[Point]):
             return wrong
         if kernel.ended is not None:
             return [f"the kernel died too (exit status {kernel.ended})"]
-        served.wait_until(lambda: kernel.books() == books and served.descriptors(kernel.pid) == opened)
+        served.wait_until(lambda: kernel.books() == books and not served.opened_since(opened, kernel.pid))
         if (now := kernel.books()) != books:
             wrong.append(f"books: {books} became {now}")
-        if (there := served.descriptors(kernel.pid)) != opened:
-            wrong.append(f"kernel's descriptors: {opened} became {there}")
+        if more := served.opened_since(opened, kernel.pid):
+            wrong.append(f"kernel's descriptors: {more} beside {opened}")
         if not (report := kernel.audit()):
             wrong.append(f"audit: {report}")
         assert self._others is not None
