@@ -296,12 +296,11 @@ def _kernel_is_as_before(kernel: Served, open_before: list[str], books_before: d
         served.wait_until(lambda: kernel.books() == books_before)
     except KernelError as error:
         return [f"the kernel died: {error}"]
-    served.wait_until(lambda: served.descriptors(kernel.pid) == open_before)
+    served.wait_until(lambda: not served.opened_since(open_before, kernel.pid))
     if (books := kernel.books()) != books_before:
         wrong.append(f"kernel's books: {books_before} became {books}")
-    if (now := served.descriptors(kernel.pid)) != open_before:
-        more, fewer = Counter(now) - Counter(open_before), Counter(open_before) - Counter(now)
-        wrong.append(f"kernel's descriptors: more {dict(more)}, fewer {dict(fewer)}")
+    if more := served.opened_since(open_before, kernel.pid):
+        wrong.append(f"kernel's descriptors: {more} beside {open_before}")
     if not (report := kernel.audit()):
         wrong.append(f"audit: {report}")
     return wrong
