@@ -35,6 +35,13 @@ class Line:
         except realmap.OwnerDied:
             self.changed.recovered()
 
+    def wait(self) -> None:
+        """Until somebody tells of a change, or for a moment; has the lock again then, whoever died with it."""
+        try:
+            self.changed.wait(0.1)
+        except realmap.OwnerDied:
+            self.changed.recovered()
+
     def state(self) -> tuple[int, ...]:
         """made, taken, sum."""
         return struct.unpack_from(STATE, self.page, 128 + 64 * (self.holds.value % 2))
@@ -56,7 +63,7 @@ def produce(me: realmap.Process, handle: realmap.Handle, numbers: int) -> None:
             struct.pack_into("q", line.page, 256 + 8 * (made % PLACES), made)
             line.change(made + 1, taken, total)
         elif made < numbers:
-            line.changed.wait(0.1)
+            line.wait()
         line.changed.release()
 
 
@@ -70,7 +77,7 @@ def consume(me: realmap.Process, handle: realmap.Handle, numbers: int) -> None:
             (number,) = struct.unpack_from("q", line.page, 256 + 8 * (taken % PLACES))
             line.change(made, taken + 1, total + number)
         elif taken < numbers:
-            line.changed.wait(0.1)
+            line.wait()
         line.changed.release()
 
 
