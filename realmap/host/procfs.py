@@ -285,9 +285,8 @@ def _stat_line(pid: int | str) -> bytes:
         raise ProcessLookupError(f"no process {pid}") from None
     # The name in parentheses may hold spaces and parentheses of its own: count from the last one.
     state, *fields = text[text.rindex(b")") + 2 :].split(None, 18)
-    if (
-        state in (b"Z", b"X") and int(fields[16]) < 2
-    ):  # threads: it is only the first one that has ended where there are
+    threads = fields[16]  # where there are others, only the first one has ended
+    if state in (b"Z", b"X") and int(threads) < 2:
         raise ProcessLookupError(f"process {pid} has ended")
     return text
 

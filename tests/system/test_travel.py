@@ -280,6 +280,12 @@ def _digest(path: str, buffer: realmap.Buffer, own: int) -> str:
         return str(me.call("sha256", buffer))
 
 
+def nothing_of_a_pool_is_left(kernel: KernelHandle) -> None:
+    gc.collect()
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # the standard library's own helper process
+    wait_until(lambda: kernel.stats()["processes"] == 1)
+
+
 def test_a_worker_connects_and_calls_with_what_came_before(kernel: KernelHandle, me: Process) -> None:
     with me.map(3333) as buffer, multiprocessing.get_context("spawn").Pool(1) as pool:
         buffer[:] = b"\3" * 3333
@@ -288,9 +294,7 @@ def test_a_worker_connects_and_calls_with_what_came_before(kernel: KernelHandle,
         pool.close()
         pool.join()
     del pool
-    gc.collect()
-    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # the standard library's own helper process
-    wait_until(lambda: kernel.stats()["processes"] == 1)
+    nothing_of_a_pool_is_left(kernel)
 
 
 def test_a_pool_works_in_place(kernel: KernelHandle, me: Process) -> None:
@@ -302,6 +306,4 @@ def test_a_pool_works_in_place(kernel: KernelHandle, me: Process) -> None:
         pool.close()
         pool.join()
     del pool
-    gc.collect()
-    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # the standard library's own helper process
-    wait_until(lambda: kernel.stats()["processes"] == 1)
+    nothing_of_a_pool_is_left(kernel)

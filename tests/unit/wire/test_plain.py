@@ -9,6 +9,7 @@ import pytest
 from conftest import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mangled import mangle
 
 from realmap._core import look_over, read_call, write_done
 from realmap.wire import messages
@@ -52,15 +53,7 @@ def test_plain_calls_are_read(number: int, name: str, args: list[Any]) -> None:
 @given(st.lists(values, max_size=17), st.data())
 def test_whatever_is_read_the_decoder_reads_alike(args: list[Any], more: st.DataObject) -> None:
     data = bytearray(msgspec.msgpack.encode([1, more.draw(numbers), "a name", args]))
-    for _ in range(more.draw(st.integers(0, 3))):
-        at = more.draw(st.integers(0, min(len(data), 20)))
-        how = more.draw(st.integers(0, 2))
-        if how == 0:
-            del data[at : at + more.draw(st.integers(1, 9))]
-        elif how == 1:
-            data[at : at + 1] = more.draw(st.binary(max_size=1))
-        else:
-            data[at:at] = more.draw(st.binary(max_size=4))
+    mangle(data, more, 3, 20)
     read = read_call(bytes(data))
     if read is not None:
         assert look_over(bytes(data)) is None

@@ -14,6 +14,7 @@ import pytest
 from conftest import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mangled import mangle
 
 from realmap._core import ANSWERED, DIED, ENDED, NONSENSE, Answer, Bell, Endpoint, Window, fall_asleep, wake_up
 from realmap.errors import InvalidMemState, KernelDied, KernelError, SyscallTimeout
@@ -277,14 +278,7 @@ def test_a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_sam
     head: bytes, value: Any, descriptors: int, more: st.DataObject
 ) -> None:
     data = bytearray(msgspec.msgpack.encode(value) + bytes([descriptors]))
-    for _ in range(more.draw(st.integers(0, 2))):
-        how, at = more.draw(st.integers(0, 2)), more.draw(st.integers(0, min(len(data), 12)))
-        if how == 0:
-            del data[at : at + more.draw(st.integers(1, 9))]
-        elif how == 1:
-            data[at : at + 1] = more.draw(st.binary(max_size=1))
-        else:
-            data[at:at] = more.draw(st.binary(max_size=4))
+    mangle(data, more, 2, 12)
     bell = Bell(lambda: None, lambda _: None, lambda: False)
     with connected() as pair:
         answer = ask(pair, 1)
