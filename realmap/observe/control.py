@@ -25,7 +25,7 @@ class Control:
         KernelDied: no kernel listens there. AccessDenied, InvalidHandle, VersionMismatch: as `connect`.
         SyscallTimeout: no answer in that time; its text says what the kernel is at. So for each question.
         """
-        self._timeout = timeout
+        self.timeout = timeout
         self._client = Client(os.fspath(path), control=True, timeout=timeout)
 
     @property
@@ -38,7 +38,7 @@ class Control:
 
     def _ask(self, what: str, about: int | bytes = 0, *, late: Callable[[Any], object] | None = None) -> Any:
         ask = messages.Ask(self._client.next_id(), what, about)
-        bound = Patience(self.path, what) if self._timeout is None else self._timeout
+        bound = Patience(self.path, what) if self.timeout is None else self.timeout
         value, answer = self._client.request(ask, timeout=bound, name=what, late=late)
         answer.take()
         return value
@@ -51,7 +51,7 @@ class Control:
 
     def snapshot(self) -> Snapshot:
         """The kernel's books at one moment. KernelDied: it has ended."""
-        return Snapshot.ask(self._client, self._timeout)
+        return Snapshot.ask(self._client, self.timeout)
 
     def revoke_orphans(self) -> list[str]:
         """Ends the handles without a name whose makers have ended; what was attached by them stays. Their labels.

@@ -59,9 +59,9 @@ class Trace:
         much more modest its thread is than this process; for one that does nothing else (here, the thread may have
         what others wait for).
 
-        KernelDied, AccessDenied, VersionMismatch: as `Control`. LimitReached: the kernel is being traced already.
-        InvalidSize: so many events cannot wait, or too few. OSError: the file cannot be written, or is a pipe that
-        nobody reads (ENXIO).
+        KernelDied, AccessDenied, VersionMismatch, SyscallTimeout: as `Control`. LimitReached: the kernel is being
+        traced already. InvalidSize: so many events cannot wait, or too few. OSError: the file cannot be written, or is
+        a pipe that nobody reads (ENXIO).
         """
         self.path = os.fspath(path)
         self.events = 0
@@ -71,13 +71,14 @@ class Trace:
         self._failed: OSError | None = None
         self._seconds: float | None = None
         self._stop, self._over = Flag(), Flag()
-        self._control = Control(kernel, timeout=PATIENCE)
+        self._control = Control(kernel)
         with contextlib.ExitStack() as undo:
             undo.callback(self._control.close)  # with it goes whatever was begun
             began = self._control._ask("trace-start", events)
             # Without a buffer: a forked child would write what is in it once more.
             self._file = open(self.path, "wb", buffering=0, opener=_open)
             undo.callback(self._file.close)
+            self._control.timeout = PATIENCE
             self._timeline = Timeline(self._write, began)
             self._began = time.monotonic()
             self._thread = threading.Thread(target=self._run, name="realmap-trace", daemon=True)

@@ -17,13 +17,10 @@ from realmap.user.buffer import Buffer, part_of
 from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.messages import NAMED, RECYCLED
+from realmap.wire.status import Patience
 
 if TYPE_CHECKING:
     from realmap.user.process import Process
-
-#: How long the kernel may take to hear that this process ends, in seconds.
-PATIENCE = 2.0
-
 
 #: Of a block, for which windows are parked.
 KIND = MemoryType.HEAP << 8 | int(u_rw)
@@ -118,7 +115,8 @@ def leave(process: Process) -> None:
     """This process is about to end in good order. A kernel that does not hear of it takes it for killed."""
     if process._is_lost:  # a forked child that has not used it
         return
+    client = process._own_client
     try:
-        process._own_client.request(messages.Leave(process._own_client.next_id()), timeout=PATIENCE, name="leave")
+        client.request(messages.Leave(client.next_id()), timeout=Patience(client.path, "leave"), name="leave")
     except KernelError:
         pass  # with the kernel, its names have ended

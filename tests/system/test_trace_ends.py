@@ -86,7 +86,7 @@ def test_a_kernel_that_is_busy_is_waited_for(file: Path) -> None:
     """Answers that come after the tracer has given them up bring their events all the same."""
     with Kernel(syscalls=[syscalls.nop]) as here, Process(here.path) as me:
         with Trace(here.path, file) as trace:
-            trace._control._timeout = 0.1  # less patient, once it has begun
+            trace._control.timeout = 0.1  # less patient, once it has begun
             here.loop.post(lambda: time.sleep(0.7))  # no handler: its loop itself
             me.call("nop")
     assert len(TraceFile(file).named("nop", "X")) == 2
@@ -94,12 +94,21 @@ def test_a_kernel_that_is_busy_is_waited_for(file: Path) -> None:
     assert trace.lost == 0
 
 
+def test_a_kernel_that_is_busy_is_waited_for_at_the_beginning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("realmap.observe.trace.PATIENCE", 0.05)
+    with Kernel() as here:
+        here.loop.post(lambda: time.sleep(0.5))
+        with Trace(here.path, file):
+            pass
+    assert TraceFile(file).totals["lost"] == 0
+
+
 def test_a_kernel_that_does_not_answer_is_given_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_work, end = threading.Event(), threading.Event()
     monkeypatch.setattr("realmap.observe.trace.GRACE", 0.2)
     with Kernel(syscalls=[syscalls.nop]) as here, Process(here.path) as me:
         with Trace(here.path, file) as trace:
-            trace._control._timeout = 0.05
+            trace._control.timeout = 0.05
             me.call("nop")
             wait_until(lambda: trace.events >= 3)
             here.loop.post(lambda: at_work.set() or end.wait(BOUND))  # type: ignore[func-returns-value]
