@@ -25,7 +25,7 @@ from realmap.kernel.processes import UserProcess
 from realmap.kernel.running import Running
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
-from realmap.memory.kept import KeptWindow
+from realmap.memory.kernel_memory import KeptWindow
 from realmap.memory.mapping import Mapping
 from realmap.serving.syscalls import encode
 from realmap.serving.user_buffer import parts_of
@@ -68,7 +68,7 @@ def stats(books: Books, around: Around) -> dict[str, int]:
     """
     memory, syscalls = books.memory, books.syscalls.values()
     peers, lent = books.peers.totals(), [window for seat in books.ports for window in seat.served.lent]
-    kept = memory.kept.counts()
+    kept = memory.kept_counts()
     mappings = sum(len(process.memory) for process in books.processes)  # first: it finds what of a stock is used again
     stocks = [process.memory.stock for process in books.processes]
     stock, stock_bytes = sum(each.segments for each in stocks), sum(each.bytes for each in stocks)
@@ -170,7 +170,7 @@ class Picture:
         found.update(dict.fromkeys(frames for *_, parked in self._processes for *_, frames in parked))
         self._frames = [frames for frames in found if type(frames) is SharedFrames]
         self._holders = holders_of(self._frames)
-        self._kept = books.memory.kept.windows()
+        self._kept = books.memory.kept_windows()
         self._rows = {"running": [self._running_row(each) for each in around.running]} | _rows_of_seats(books.ports)
         self._rows["running"] += self._served_rows(books.ports)
         sessions = [session for seat in books.ports for session in seat.sessions.values()]

@@ -10,6 +10,16 @@ a cursor, and the ordered tree here learns of it when that hole is used up, whic
                       ├─ nothing fits: kept windows go, obstacles are forgotten and tried once more,
                       │  then VirtualMemoryExhaustion
                       └─ too many maps: kept windows go, then VirtualMemoryExhaustion
+
+Kept windows (`lazy_unmap`): a dropped mirror stays mapped for its next use, within a budget of bytes.
+
+    mirror dropped ──▶ kept ──▶ the same range wanted again: the mirror's, without a system call
+                        ├─ the budget is exceeded: the one that was kept longest goes
+                        ├─ its mapping is released, or its frames go: it goes with them
+                        └─ no space: all of them go; too many maps: the ones kept longest
+
+A kept window is no reference: it never keeps frames alive. It serves one mirror at a time (it is taken out while one
+uses it), and is found by frames, range and rights; a larger one serves a smaller range inside it.
 """
 
 from __future__ import annotations
@@ -22,7 +32,6 @@ from realmap._core import Land, Lock, Mirror
 from realmap.errors import InvalidAddress, InvalidSize, KernelError, VirtualMemoryExhaustion
 from realmap.host import forks, procfs, translate
 from realmap.memory.bookkeeping import Space
-from realmap.memory.kept import KeptWindows
 from realmap.memory.lands import GUARD, KERNEL_LAND, require_address_space
 from realmap.pages import HUGE_SIZE, PAGE_MASK, PAGE_SIZE, demand, usize
 
@@ -36,6 +45,26 @@ class AddressState(NamedTuple):
     start: int
     end: int
     mirror: Mirror | None
+
+
+class KeptWindow(NamedTuple):
+    """A mapping that no mirror uses: `span` bytes at `base` that show the frames `serial` from byte `start` on."""
+
+    base: int
+    span: int
+    serial: int
+    start: int
+    prot: int
+
+
+class KeptCounts(NamedTuple):
+    """How often a mirror was served by a kept window (`hits`) or not, how many went, and what is kept now."""
+
+    hits: int
+    misses: int
+    evictions: int
+    windows: int
+    bytes: int
 
 
 class KernelMemory(Land):
@@ -72,11 +101,6 @@ class KernelMemory(Land):
         limit = procfs.map_limit()
         self._prepare(self.start, self.land.end, usize(lazy_unmap, "lazy_unmap"), limit - limit // 16)
         forks.lose_in_child(self)
-
-    @property
-    def kept(self) -> KeptWindows:
-        """The kept windows: none, where `lazy_unmap` is 0."""
-        return KeptWindows(self)
 
     @property
     def anchors(self) -> list[int]:
@@ -242,6 +266,13 @@ class KernelMemory(Land):
     def mirrors(self) -> list[Mirror]:
         """Every live mirror, in order of address."""
         return sorted(self._mirrors(), key=lambda mirror: mirror._base)
+
+    def kept_windows(self) -> list[KeptWindow]:
+        """Every kept window, the one kept longest first: none, where `lazy_unmap` is 0."""
+        return [KeptWindow(*window) for window in self._kept()]
+
+    def kept_counts(self) -> KeptCounts:
+        return KeptCounts(self._hits, self._misses, self._evictions, len(self._kept()), self._kept_bytes)
 
     def dump_kernelland_state(self) -> str:
         """KernelLand as text, a line for each range: holes and mirrors, addresses and bytes."""

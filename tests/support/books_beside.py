@@ -281,7 +281,7 @@ class Beside:
         assert land.mirrors() == sorted((each.real for each in model.mirrors), key=lambda each: each._base)
         assert land._kept_bytes <= land._budget
         alive = {frames.serial for frames in model.frames}
-        assert {window.serial for window in (land.kept.windows() if land.kept else ())} <= alive
+        assert {window.serial for window in land.kept_windows()} <= alive
 
     def look(self) -> None:
         """What Linux says of it."""
@@ -289,8 +289,7 @@ class Beside:
         assert open_segments() == self.before + self.model.used()[1], self.what
         named = {name for name in NAMES if os.path.exists(f"/dev/shm/{name}")}
         assert named == {frames.name for frames in self.model.frames if frames.name}
-        kept = self.books.memory.kept
-        windows = [(each.base, each.span) for each in (kept.windows() if kept else ())]
+        windows = [(each.base, each.span) for each in self.books.memory.kept_windows()]
         windows += [(each.real._base, each.real._span) for each in self.model.mirrors]
         assert sum(entry.length for entry in land_maps()) == sum(span for _, span in windows)
 

@@ -207,9 +207,9 @@ def unmap_no_dealloc(world: Any) -> None:
 
 @operation()
 def kept_windows(world: Any) -> None:
-    world.lazy.kept.counts()
-    world.lazy.kept.windows()
-    world.lazy.kept.clear()
+    world.lazy.kept_counts()
+    world.lazy.kept_windows()
+    world.lazy._clear_kept()
 
 
 @operation()

@@ -55,7 +55,7 @@ def served(
     for name in list(names)[most:]:
         names[name] = (*names[name][:2], [0])
     lent = [_window(mirror) for mirror in land.mirrors() if isinstance(mirror, CrossProcessMapping)]
-    kept = [(window.base, window.span) for window in land.kept.windows()]
+    kept = [(window.base, window.span) for window in land.kept_windows()]
     return Served(names, running[:most], lent[:most], kept[:most], waits[:most])
 
 

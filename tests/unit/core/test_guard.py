@@ -164,7 +164,7 @@ def test_a_window_that_faulted_is_not_kept(make_mapping: Make) -> None:
         again[PAGE]
     with pytest.raises(MemoryFault):
         again.drop()
-    assert memory.kept.counts().windows == 0
+    assert memory.kept_counts().windows == 0
     resize(mapping, 4 * PAGE)
     with CrossProcessMapping.mirror_mapping(mapping, 0, 4 * PAGE, kernel=memory) as mirror:
         mirror[:] = b"k" * len(mirror)

@@ -128,17 +128,17 @@ def test_kept_windows_go_first_and_the_ones_kept_longest(few: None, make_mapping
     land, mapping = KernelMemory(lazy_unmap=1 << 30), make_mapping(100 * PAGE)
     for page in range(100):
         mirror_mapping(mapping, page * PAGE, 1, kernel=land).drop()
-    assert [window.start // PAGE for window in land.kept.windows()] == list(range(100 - MOST, 100))
-    assert (land.kept.counts().evictions, len(land_maps())) == (100 - MOST, MOST)
+    assert [window.start // PAGE for window in land.kept_windows()] == list(range(100 - MOST, 100))
+    assert (land.kept_counts().evictions, len(land_maps())) == (100 - MOST, MOST)
     live = [mirror_mapping(mapping, page * PAGE, 1, kernel=land) for page in range(20)]
-    assert [window.start // PAGE for window in land.kept.windows()] == list(range(100 - MOST + 20, 100))
+    assert [window.start // PAGE for window in land.kept_windows()] == list(range(100 - MOST + 20, 100))
     live += [mirror_mapping(mapping, page * PAGE, 1, kernel=land) for page in range(90, 100)]  # by what is kept
-    assert (land.live, land._maps, land.kept.windows(), land.kept.counts().hits) == (MOST, MOST, [], 10)
+    assert (land.live, land._maps, land.kept_windows(), land.kept_counts().hits) == (MOST, MOST, [], 10)
     with pytest.raises(VirtualMemoryExhaustion):
         mirror_mapping(mapping, 0, 1, kernel=land)
     for mirror in live:
         mirror.drop()
-    land.kept.clear()
+    land._clear_kept()
     assert (land._maps, land_maps()) == (0, [])
 
 
@@ -152,7 +152,7 @@ def test_each_segment_takes_one(few: None, make_mapping: Make) -> None:
     for mirror in live:
         mirror.drop()
     assert land._maps == len(land_maps()) == 14  # of one range one window is kept
-    land.kept.clear()
+    land._clear_kept()
     assert (land._maps, land_maps()) == (0, [])
 
 

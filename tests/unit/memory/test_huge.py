@@ -227,8 +227,8 @@ def test_populating_a_kept_window(make_mapping: Make) -> None:
             view[at] = 1
         assert faults() - before < 8
         view.release()
-    assert kernel.kept.counts().hits == 1
-    kernel.kept.clear()
+    assert kernel.kept_counts().hits == 1
+    kernel._clear_kept()
 
 
 @pytest.mark.parametrize("fragment", [None, 4 * PAGE])

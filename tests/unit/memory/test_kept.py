@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import realmap
 from realmap import InvalidSize
 from realmap.memory import CrossProcessMapping, FrameAllocator, KernelMemory, Mapping, MemoryType
-from realmap.memory.kept import KeptCounts
+from realmap.memory.kernel_memory import KeptCounts
 from realmap.rights import k_r, u_rw
 
 Make = Callable[..., Mapping]
@@ -27,12 +27,8 @@ mirror_mapping = CrossProcessMapping.mirror_mapping
 def lazy() -> Iterator[KernelMemory]:
     kernel = KernelMemory(lazy_unmap=8 * PAGE)
     yield kernel
-    kernel.kept.clear()
+    kernel._clear_kept()
     assert kernel.live == 0
-
-
-def counts(kernel: KernelMemory) -> KeptCounts:
-    return kernel.kept.counts()
 
 
 def test_a_dropped_mirror_is_kept_and_used_again(make_mapping: Make, lazy: KernelMemory) -> None:
@@ -46,8 +42,8 @@ def test_a_dropped_mirror_is_kept_and_used_again(make_mapping: Make, lazy: Kerne
     with mirror_mapping(mapping, 4, 9, kernel=lazy) as again:
         assert (again.address, bytes(again)) == (address - 1, b"\0content\0")
         assert mapping.frames.refcount == 2  # type: ignore[union-attr]
-        assert counts(lazy) == KeptCounts(1, 1, 0, 0, 0), "one mirror at a time: it is taken out"
-    assert counts(lazy) == KeptCounts(1, 1, 0, 1, PAGE)
+        assert lazy.kept_counts() == KeptCounts(1, 1, 0, 0, 0), "one mirror at a time: it is taken out"
+    assert lazy.kept_counts() == KeptCounts(1, 1, 0, 1, PAGE)
 
 
 def test_a_kept_window_serves_one_mirror_at_a_time(make_mapping: Make, lazy: KernelMemory) -> None:
@@ -56,7 +52,7 @@ def test_a_kept_window_serves_one_mirror_at_a_time(make_mapping: Make, lazy: Ker
     assert first.address != second.address
     first.drop()
     second.drop()
-    assert counts(lazy).windows == 1, "of one range, one window is enough"
+    assert lazy.kept_counts().windows == 1, "of one range, one window is enough"
     assert len(land_maps()) == 1
 
 
@@ -66,7 +62,7 @@ def test_rights_range_and_frames_must_be_the_same(make_mapping: Make, lazy: Kern
     for mapping, offset, rights in [(one, 0, 3), (one, PAGE, k_r), (two, PAGE, 3), (one, 2 * PAGE, 3)]:
         with mirror_mapping(mapping, offset, 1, kernel=lazy, rights=rights) as mirror:
             assert mirror.rights == rights
-    assert counts(lazy).hits == 0
+    assert lazy.kept_counts().hits == 0
 
 
 def test_a_larger_window_serves_a_smaller_range_inside(make_mapping: Make, lazy: KernelMemory) -> None:
@@ -78,22 +74,22 @@ def test_a_larger_window_serves_a_smaller_range_inside(make_mapping: Make, lazy:
         assert bytes(mirror) == content[3 * PAGE + 9 : 3 * PAGE + 109]
         assert (len(mirror), mirror.address % PAGE) == (100, 9)
         assert len(land_maps()) == 1
-    assert counts(lazy) == KeptCounts(1, 1, 0, 1, 4 * PAGE), "and goes back whole"
+    assert lazy.kept_counts() == KeptCounts(1, 1, 0, 1, 4 * PAGE), "and goes back whole"
     with mirror_mapping(mapping, 4 * PAGE, 2 * PAGE, kernel=lazy):
-        assert counts(lazy).hits == 1, "a range that only overlaps is none inside"
+        assert lazy.kept_counts().hits == 1, "a range that only overlaps is none inside"
 
 
 def test_the_budget_and_its_order(make_mapping: Make, lazy: KernelMemory) -> None:
     mapping = make_mapping(32 * PAGE)
     for page in range(0, 16, 2):
         mirror_mapping(mapping, page * PAGE, 1, kernel=lazy).drop()
-    assert counts(lazy) == KeptCounts(0, 8, 0, 8, 8 * PAGE)
+    assert lazy.kept_counts() == KeptCounts(0, 8, 0, 8, 8 * PAGE)
     mirror_mapping(mapping, 0, 1, kernel=lazy).drop()  # used: now the youngest
     mirror_mapping(mapping, 20 * PAGE, 2 * PAGE, kernel=lazy).drop()
-    assert counts(lazy) == KeptCounts(1, 9, 2, 7, 8 * PAGE)
-    assert [window.start // PAGE for window in lazy.kept.windows()] == [6, 8, 10, 12, 14, 0, 20]
+    assert lazy.kept_counts() == KeptCounts(1, 9, 2, 7, 8 * PAGE)
+    assert [window.start // PAGE for window in lazy.kept_windows()] == [6, 8, 10, 12, 14, 0, 20]
     mirror_mapping(mapping, 0, 9 * PAGE, kernel=lazy).drop()
-    assert counts(lazy).bytes == 8 * PAGE, "larger than the budget: not kept, and nothing goes for it"
+    assert lazy.kept_counts().bytes == 8 * PAGE, "larger than the budget: not kept, and nothing goes for it"
     assert sum(entry.length for entry in land_maps()) == 8 * PAGE
 
 
@@ -108,7 +104,7 @@ def test_nothing_survives_the_unmapping(lazy: KernelMemory, frames: FrameAllocat
     assert land_maps() == [], "a mirror of a mapping that is gone is not kept"
     mirror_mapping(two, 0, 1, kernel=lazy).drop()
     two.release()
-    assert (shared.freed, land_maps(), counts(lazy).windows) == (True, [], 0)
+    assert (shared.freed, land_maps(), lazy.kept_counts().windows) == (True, [], 0)
 
 
 def test_no_drop_while_a_view_lives(make_mapping: Make, lazy: KernelMemory) -> None:
@@ -117,10 +113,10 @@ def test_no_drop_while_a_view_lives(make_mapping: Make, lazy: KernelMemory) -> N
     with pytest.raises(BufferError, match="still live"):
         mirror.drop()
     view[0] = 1
-    assert (mirror.alive, counts(lazy).windows) == (True, 0)
+    assert (mirror.alive, lazy.kept_counts().windows) == (True, 0)
     view.release()
     mirror.drop()
-    assert counts(lazy).windows == 1
+    assert lazy.kept_counts().windows == 1
     with pytest.raises(BufferError):
         memoryview(mirror)
 
@@ -128,7 +124,7 @@ def test_no_drop_while_a_view_lives(make_mapping: Make, lazy: KernelMemory) -> N
 def test_collected_mirrors_are_kept_too(make_mapping: Make, lazy: KernelMemory) -> None:
     mirror_mapping(make_mapping(PAGE), 0, 5, kernel=lazy)
     gc.collect()
-    assert counts(lazy).windows == 1
+    assert lazy.kept_counts().windows == 1
 
 
 def test_kept_windows_go_before_space_is_called_exhausted(make_mapping: Make) -> None:
@@ -136,7 +132,7 @@ def test_kept_windows_go_before_space_is_called_exhausted(make_mapping: Make) ->
     mapping = make_mapping(4 * PAGE)
     for page in (0, 2):
         mirror_mapping(mapping, page * PAGE, 1, kernel=small).drop()
-    assert counts(small).windows == 2
+    assert small.kept_counts().windows == 2
     with mirror_mapping(mapping, 0, 4 * PAGE, kernel=small) as mirror:
         assert len(mirror) == 4 * PAGE
     mapping.release()
@@ -149,7 +145,7 @@ def test_fragmented_frames_are_kept_as_one_window(make_mapping: Make, lazy: Kern
         mirror[:] = bytes(range(256)) * (4 * PAGE // 256)
     with mirror_mapping(mapping, PAGE, 10, kernel=lazy) as mirror:
         assert bytes(mirror) == (bytes(range(256)) * 99)[PAGE - 10 : PAGE]
-    assert counts(lazy).hits == 1
+    assert lazy.kept_counts().hits == 1
 
 
 @settings(max_examples=30, deadline=None)
@@ -176,8 +172,8 @@ def test_bytes_are_those_of_a_bytearray_whatever_is_kept(seed: int, budget: int)
         live.append(mirror)
         while len(live) > rng.randrange(4):
             live.pop(rng.randrange(len(live))).drop()
-        assert kernel.kept.counts().bytes <= budget * PAGE
-        assert sum(window.span for window in kernel.kept.windows()) == kernel.kept.counts().bytes
+        assert kernel.kept_counts().bytes <= budget * PAGE
+        assert sum(window.span for window in kernel.kept_windows()) == kernel.kept_counts().bytes
     for mapping in mappings:
         mapping.release()
     for mirror in live:
@@ -194,7 +190,7 @@ def test_many_threads_share_what_is_kept(make_mapping: Make, lazy: KernelMemory)
                 mirror[0]
 
     in_threads(4, work)
-    assert counts(lazy).windows <= 4
+    assert lazy.kept_counts().windows <= 4
 
 
 @pytest.mark.process

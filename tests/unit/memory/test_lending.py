@@ -220,13 +220,13 @@ def test_a_range_over_several_mappings_is_one_window(land: LentLand) -> None:
 def test_whole_pages_are_kept_under_lazy_unmap_and_edges_never(make_mapping: Make) -> None:
     land, mapping = LentLand(lazy_unmap=1 << 20), make_mapping(4 * PAGE)
     lend(mapping, PAGE, 2 * PAGE, land).drop()
-    assert land.kept.counts().bytes == 2 * PAGE
+    assert land.kept_counts().bytes == 2 * PAGE
     with lend(mapping, PAGE, 2 * PAGE, land) as window:
         assert type(window) is LentMapping
-    assert land.kept.counts().hits == 1
+    assert land.kept_counts().hits == 1
     lend(mapping, PAGE + 1, 2 * PAGE, land).drop()
     lend(mapping, PAGE, 2 * PAGE - 1, land).drop()
-    assert land.kept.counts().bytes == 2 * PAGE
+    assert land.kept_counts().bytes == 2 * PAGE
 
 
 def test_of_huge_frames_no_page_beside_the_range_is_mapped(frames: FrameAllocator, land: LentLand) -> None:

@@ -48,7 +48,7 @@ def lender(make_mapping: Callable[..., Mapping]) -> Iterator[Lender]:
     made = Lender(make_mapping(PAGES * PAGE, 2 * PAGE))
     yield made
     made.granted.clear()
-    made.land.kept.clear()
+    made.land._clear_kept()
 
 
 def test_all_ways_to_reach_it_are_those_of_any_buffer(lender: Lender) -> None:
