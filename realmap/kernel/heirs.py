@@ -7,7 +7,7 @@ import os
 import time
 from functools import partial
 
-from realmap.host import files, liveness, procfs
+from realmap.host import files, procfs
 from realmap.kernel.books import Books
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
@@ -16,7 +16,7 @@ from realmap.serving.loop import Loop
 from realmap.serving.workers import Workers
 
 #: After a search nobody searches for so many times as long as it took, and for so many seconds at most: it takes the
-#: interpreter from whoever has the loop.
+#: interpreter from whoever has the loop. After one that Linux had no descriptor or thread for, for as many.
 REST, LONGEST_REST = 10, 1.0
 #: Segments by device and inode.
 Files = set[tuple[int, int]]
@@ -53,52 +53,56 @@ class Heirs:
         known = {process.pid for process in self._books.processes} | {os.getpid()}
 
         def look() -> None:
-            found: dict[int, tuple[int, Files]] = {}
+            pidfds: dict[int, int] = {}
+            maps: dict[int, Files] = {}
+            rest, is_whole = LONGEST_REST, False
             try:
                 for pid in procfs.who_maps(every, OWN_LAND.start, OWN_LAND.end, known):
-                    with contextlib.suppress(OSError):
-                        pidfd = os.pidfd_open(pid)
-                        # Asked again, now that it cannot be another one: its pid may have been used anew.
-                        maps = procfs.which_it_maps(pid, every, OWN_LAND.start, OWN_LAND.end)
-                        if not maps or liveness.is_dead(pidfd):
-                            files.close(pidfd)
-                        else:
-                            found[pid] = pidfd, maps
-            finally:
-                self._loop.post(lambda: self._end_search(has, found))
-            time.sleep(min(LONGEST_REST, REST * (time.monotonic() - began)))
+                    with contextlib.suppress(ProcessLookupError):
+                        pidfds[pid] = os.pidfd_open(pid)
+                        # Asked again: the pid may have been used anew. From now on it is this one, or its end is seen.
+                        maps[pid] = procfs.which_it_maps(pid, every, OWN_LAND.start, OWN_LAND.end)
+                rest, is_whole = min(rest, REST * (time.monotonic() - began)), True
+            except (OSError, MemoryError):  # no descriptor is left to look with, say
+                pass
+            self._loop.post(lambda: self._end_search(has, pidfds, maps, is_whole))
+            time.sleep(rest)
             self._loop.post(self._go_on)
 
         self._searching, began = True, time.monotonic()
         try:
             self._workers.submit(look)
-        except RuntimeError:  # no thread: nobody is looked for
-            self._end_search(has, {})
-            self._searching = False
+        except RuntimeError:  # no thread to look on
+            self._wanted |= wanted
+            self._loop.after(LONGEST_REST, self._go_on)
 
     def _go_on(self) -> None:
         self._searching = False
         self._start()
 
-    def _end_search(self, has: dict[UserProcess, Files], found: dict[int, tuple[int, Files]]) -> None:
+    def _end_search(
+        self, has: dict[UserProcess, Files], pidfds: dict[int, int], maps: dict[int, Files], is_whole: bool
+    ) -> None:
+        """`is_whole`: whether nobody can have been missed."""
         for dead, its_files in has.items():
-            if dead in self._of:  # else the kernel has ended meanwhile
-                self._enter(dead, {pid: pidfd for pid, (pidfd, maps) in found.items() if maps & its_files})
-        for pidfd, _ in found.values():
+            heirs = self._of.get(dead)
+            if heirs is None:  # the kernel has ended meanwhile
+                continue
+            found = [pid for pid, mapped in maps.items() if mapped & its_files]
+            for pid in found:
+                with contextlib.suppress(OSError):  # no descriptor is left
+                    own = os.dup(pidfds[pid])
+                    try:
+                        self._loop.watch(own, partial(self._on_death, dead, pid))
+                        heirs[pid] = own
+                    except OSError:
+                        files.close(own)
+            if not heirs and (found or not is_whole):
+                self._wanted.add(dead)
+            elif not heirs:
+                self._end(dead)
+        for pidfd in pidfds.values():
             files.close(pidfd)
-
-    def _enter(self, dead: UserProcess, found: dict[int, int]) -> None:
-        heirs = self._of[dead]
-        for pid, pidfd in found.items():
-            with contextlib.suppress(OSError):  # no descriptor is left
-                own = os.dup(pidfd)
-                try:
-                    self._loop.watch(own, partial(self._on_death, dead, pid))
-                    heirs[pid] = own
-                except OSError:
-                    files.close(own)
-        if not heirs:
-            self._end(dead)
 
     def _on_death(self, dead: UserProcess, pid: int, _: int) -> None:
         self._leave(dead, pid)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
 import msgspec
+import pytest
 from conftest import BOUND, PAGE
 from raw_client import RawClient
 
@@ -15,6 +17,7 @@ import realmap
 from realmap import Kernel, Limits
 from realmap.kernel.books import Books
 from realmap.kernel.heirs import Heirs
+from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import SERVICES
 from realmap.memory import KernelMemory
 from realmap.rights import MemoryType, u_rw
@@ -74,6 +77,9 @@ class Elsewhere:
     def post(self, job: Callable[[], None]) -> None:
         job()
 
+    def after(self, seconds: float, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+
 
 def test_jobs_wait_for_those_of_their_own_process_alone() -> None:
     elsewhere, beside, failed = Elsewhere(), [], []  # type: ignore[var-annotated]
@@ -123,20 +129,48 @@ def test_any_number_of_jobs_fail_one_after_the_other_and_not_within_one_another(
     assert (len(told), share.running) == (2000, 0)
 
 
+def ended(books: Books, pid: int) -> UserProcess:
+    """A process that had forked, and has a page."""
+    process = books.admit(pid, 7)
+    answer: Any = SERVICES[messages.Map](
+        books, process, messages.Map(1, PAGE, int(MemoryType.HEAP), int(u_rw), None, None, True)
+    )
+    channel.close_all(answer[1])
+    process.forked = True
+    assert books.reap(process, 0.0)
+    return process
+
+
 def test_one_search_for_all_that_have_ended_by_then() -> None:
     books, elsewhere = Books({}, Limits(), KernelMemory(length=16 * PAGE)), Elsewhere()
     heirs = Heirs(books, elsewhere, elsewhere)  # type: ignore[arg-type]
     for pid in range(1, 21):
-        process = books.admit(pid, 7)
-        answer: Any = SERVICES[messages.Map](
-            books, process, messages.Map(1, PAGE, int(MemoryType.HEAP), int(u_rw), None, None, True)
-        )
-        channel.close_all(answer[1])
-        process.forked = True
-        assert books.reap(process, 0.0)
-        heirs.search(process)
+        heirs.search(ended(books, pid))
     assert (len(elsewhere.jobs), len(books.inheritance)) == (1, 20)
     elsewhere.jobs.pop()()
     assert (len(elsewhere.jobs), len(books.inheritance)) == (1, 19)
     elsewhere.jobs.pop()()
     assert (len(elsewhere.jobs), len(books.inheritance), books.frames.segments) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("short_of", ["threads", "descriptors"])
+def test_who_could_not_be_looked_for_is_looked_for_again(short_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    books, elsewhere = Books({}, Limits(), KernelMemory(length=16 * PAGE)), Elsewhere()
+    heirs = Heirs(books, elsewhere, elsewhere)  # type: ignore[arg-type]
+    monkeypatch.setattr("realmap.kernel.heirs.LONGEST_REST", 0.0)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError if short_of == "threads" else OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as short:
+        if short_of == "threads":
+            short.setattr(elsewhere, "submit", fail)
+        else:
+            short.setattr("realmap.kernel.heirs.procfs.who_maps", fail)
+        heirs.search(ended(books, 1))
+        if short_of == "descriptors":
+            elsewhere.jobs.pop()()
+        assert (len(books.inheritance), heirs.searches) == (1, 1)
+    while elsewhere.jobs:
+        elsewhere.jobs.pop()()
+    assert (len(books.inheritance), heirs.searches, books.frames.segments) == (0, 0, 0)
