@@ -84,14 +84,9 @@ def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Ans
         if request.fragment is not None or request.name is not None or request.huge:
             raise InvalidMemState(0, kind, why=f"{kind.name} memory is private: no fragments, no name, no huge frames")
         return _enter(process, OwnedFrames(size), size, kind, rights)
-    allocator = process.memory.allocator
-    if size <= RECYCLED and request.fragment is None and request.name is None and not request.huge:
-        frames = allocator.take(size, size, commit=request.commit)
-        frames.recycles = True
-        return _enter(process, frames, size, kind, rights)
 
     def allocate() -> SharedFrames:
-        return allocator.allocate(
+        return process.memory.allocator.allocate(
             size,
             request.fragment,
             name=request.name,
@@ -103,6 +98,7 @@ def map_memory(books: Books, process: UserProcess, request: messages.Map) -> Ans
     def enter(frames: SharedFrames) -> Answer:
         if not process.alive:  # nobody reads it; the frames go
             raise ProcessKilled(process.pid, why="the process has ended")
+        frames.recycles = size <= RECYCLED and request.fragment is None and request.name is None and not request.huge
         return _enter(process, frames, size, kind, rights)
 
     if size <= LONG_BYTES and not request.huge and size // (request.fragment or size) <= LONG_COUNT:
@@ -200,9 +196,7 @@ def _require_room(books: Books, process: UserProcess, length: int) -> None:
 
 def more(books: Books, process: UserProcess, request: messages.More) -> Answer:
     """The next descriptors of a mapping in many segments."""
-    mapping = process.memory.mapping_at(request.address)
-    if mapping is None or mapping.address != request.address:
-        raise InvalidAddress(request.address, why="no mapping starts there")
+    mapping = process.memory.starting_at(request.address)
     if not 0 <= request.first <= USIZE_MAX:
         raise InvalidSize(request.first, why="no such segment")
     if isinstance(mapping.frames, SharedFrames):
@@ -212,9 +206,7 @@ def more(books: Books, process: UserProcess, request: messages.More) -> Answer:
 
 def move(books: Books, process: UserProcess, request: messages.Move) -> Answer:
     """Gives a mapping another address: its own process has something else there."""
-    mapping = process.memory.mapping_at(request.address)
-    if mapping is None or mapping.address != request.address:
-        raise InvalidAddress(request.address, why="no mapping starts there")
+    mapping = process.memory.starting_at(request.address)
     start, end = request.start, request.end
     if not 0 <= start <= end <= USIZE_MAX or start % PAGE_SIZE or end % PAGE_SIZE:
         raise InvalidAddress(

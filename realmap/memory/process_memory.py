@@ -239,9 +239,7 @@ class ProcessMemory:
         InvalidAddress: no mapping starts there. InvalidSize: it has another length; mappings are never split.
         """
         start, size = address_of(address), usize(length, "length")
-        mapping = self._tree().at(start)
-        if mapping is None or mapping.address != start:
-            raise InvalidAddress(start, why="no mapping starts there")
+        mapping = self.starting_at(start)
         if mapping.length != size:
             raise InvalidSize(size, why=f"the mapping there has {mapping.length} bytes, and is never split")
         self._remove(mapping)
@@ -326,6 +324,13 @@ class ProcessMemory:
 
     def mapping_at(self, address: int) -> Mapping | None:
         return (self._tree() if self.stock.count else self._space.tree).at(address)
+
+    def starting_at(self, address: int) -> Mapping:
+        """The mapping that starts there. InvalidAddress: none does."""
+        mapping = self._tree().at(address)
+        if mapping is None or mapping.address != address:
+            raise InvalidAddress(address, why="no mapping starts there")
+        return mapping
 
     def query_memory(self, address: SupportsIndex) -> Mapping:
         """The mapping that `address` falls in; in a hole, the whole hole as a mapping of type UNMAPPED.
