@@ -152,17 +152,6 @@ class SharedFrames(FramesCore):
 
         MemoryFault: a segment was truncated (`address` names the byte), or Linux cannot read it.
         """
-        fd = self._fd
-        if fd >= 0:
-            try:
-                data = os.pread(fd, length, offset)
-                if len(data) == length:
-                    return data
-            except OSError as error:  # tried once more, and told, below
-                pass_on(error)
-        return self._read_pieces(offset, length, address)
-
-    def _read_pieces(self, offset: int, length: int, address: int) -> bytes:
         parts: list[bytes] = []
         for fd, at, size in self.pieces(offset, length):
             while size:
@@ -296,18 +285,6 @@ class FrameAllocator(Account):
             name = checked_name(name)
             if step < size:
                 raise InvalidSize(step, why="a named mapping is one segment: leave out fragment, or name")
-        return self.take(size, step, name, commit, huge, cancelled)
-
-    def take(
-        self,
-        size: int,
-        step: int,
-        name: str | None = None,
-        commit: bool = True,
-        huge: bool = False,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> SharedFrames:
-        """As `allocate`, for who has checked already: `step` bytes a segment."""
         frames = SharedFrames(*self.make_segments(size, step, name, commit, huge, cancelled))
         self._opened[frames.segments[0].fd] = weakref.ref(frames)
         return frames
