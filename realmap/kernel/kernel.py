@@ -104,7 +104,7 @@ class Kernel:
         self.page = Page()
         self.loop = Loop(self.page)
         self.workers = Workers()
-        self.registration = Registration(self.books, self.loop, self.workers)
+        self.registration = Registration(self.books, self._ask_books, self.loop, self.workers)
         self.tracer = Tracer(self.books)
         self._heirs = Heirs(self.books, self.loop, self.workers)
         admission = Admission(self.books, self.workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from realmap.host import liveness
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
 from realmap.kernel.services import Begun, Reply
+from realmap.kernel.view import AskBooks
 from realmap.serving.loop import Loop
 from realmap.serving.registry import Syscall, registry
 from realmap.serving.user_buffer import UserBuffer
@@ -21,8 +21,9 @@ from realmap.serving.workers import Workers
 class Registration:
     """Changes which handlers there are. From any thread: the change itself is made where the books are."""
 
-    def __init__(self, books: Books, loop: Loop, workers: Workers) -> None:
+    def __init__(self, books: Books, ask: AskBooks, loop: Loop, workers: Workers) -> None:
         self._books = books
+        self._ask = ask
         self._loop = loop
         self._workers = workers
         #: The pid of who may register handlers from elsewhere: the kernel's booter. 0: nobody.
@@ -31,11 +32,11 @@ class Registration:
     def add(self, handlers: Iterable[Callable[..., Any]], replace: bool) -> None:
         """As `Kernel.register`."""
         found = registry(handlers, UserBuffer)
-        self._on_loop(lambda: self._add(found, replace))
+        self._ask(lambda: self._add(found, replace))
 
     def remove(self, name: str) -> None:
         """As `Kernel.unregister`."""
-        self._on_loop(lambda: self._remove(name))
+        self._ask(lambda: self._remove(name))
 
     def _add(self, found: dict[str, Syscall], replace: bool) -> None:
         known = self._books.syscalls
@@ -53,13 +54,6 @@ class Registration:
         if name not in self._books.syscalls:
             raise UnknownSyscall(name, why=f"the kernel has no syscall {name!r}")
         self._books.syscalls = {key: value for key, value in self._books.syscalls.items() if key != name}
-
-    def _on_loop(self, job: Callable[[], None]) -> None:
-        """Runs it where the books are, and waits for that; what it raises is raised here."""
-        if self._loop.thread == threading.get_ident() or not self._loop.is_open:
-            job()
-            return
-        self._loop.ask(job)
 
     # ---- for the booter ---------------------------------------------------------------------
 

@@ -247,6 +247,28 @@ def test_no_thread_for_a_standby_is_no_error(monkeypatch: pytest.MonkeyPatch) ->
     relay.join(BOUND)
 
 
+def test_nobody_takes_the_loop_from_a_handler_while_it_changes_which_handlers_there_are() -> None:
+    @syscall
+    def more(call: Call) -> None:
+        call.kernel.register(another)  # type: ignore[attr-defined]
+
+    @syscall
+    def another(call: Call) -> int:
+        return 1
+
+    to_be_taken: list[int] = []
+    with Kernel(syscalls=[more]) as kernel, realmap.connect(kernel.path) as me:
+        add = kernel.registration._add
+
+        def noted(*found: Any) -> None:
+            to_be_taken.append(len(kernel.relay.away))
+            add(*found)
+
+        kernel.registration._add = noted  # type: ignore[method-assign]
+        me.call("more")
+        assert (to_be_taken, me.call("another")) == ([0], 1)
+
+
 def test_an_idle_kernel_sleeps() -> None:
     """Nothing has a time at which it would wake, and nobody looks."""
     with Kernel(syscalls=[nop], limits=Limits(seconds=0.1)) as kernel:
