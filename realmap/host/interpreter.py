@@ -29,8 +29,6 @@ from collections.abc import Callable
 from multiprocessing import spawn
 from typing import Any
 
-import psutil
-
 from realmap.errors import KernelError
 from realmap.host import files, liveness, source
 from realmap.host.signals import pass_on
@@ -315,7 +313,9 @@ def end_within(seconds: float) -> None:
 
     def end() -> None:
         time.sleep(seconds)
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(Exception):  # it ends, whatever becomes of them
+            import psutil  # here: it takes a while to import
+
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     child.kill()
