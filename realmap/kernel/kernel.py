@@ -134,7 +134,7 @@ class Kernel:
         KernelError: as `serve`.
         """
         if self._listener is not None or self.loop.ending:
-            state = "was stopped" if self.loop.ending else "runs already"
+            state = "runs already" if self.loop.is_open and not self.loop.ending else "was stopped"
             raise KernelError(why=f"the kernel at {self.path!r} {state}")
         if self._initializer is not None:
             self._initializer()

@@ -162,6 +162,8 @@ def test_a_kernel_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPat
         kernel.start()
     assert not os.path.exists(kernel.path)
     monkeypatch.undo()
+    with pytest.raises(realmap.KernelError, match="was stopped"):
+        kernel.start()
     other = realmap.Kernel()
 
     def refuse() -> None:
