@@ -13,7 +13,7 @@ that was killed it outlives for as long as a process lives that has attached it 
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from weakref import WeakSet
@@ -75,10 +75,6 @@ class Shared:
     @property
     def is_named(self) -> bool:
         return self.name.startswith(NAMED)
-
-    @property
-    def is_orphan(self) -> bool:
-        return self.maker is None
 
     @property
     def label(self) -> str:
@@ -148,7 +144,7 @@ class Handles:
             stock.give_up()
         process.peer.take("handles")
         until = None if request.seconds is None else now + request.seconds
-        name = secrets.token_hex(TOKEN) if request.name is None else NAMED + request.name
+        name = os.urandom(TOKEN).hex() if request.name is None else NAMED + request.name
         shared = Shared(
             name,
             mapping.frames,
@@ -285,7 +281,7 @@ class Handles:
 
     def revoke_orphans(self, start: str) -> int:
         """Ends those whose makers have ended, have no name, and whose token begins so; how many there were."""
-        found = [each for each in self._by_name.values() if each.is_orphan and each.name.startswith(start)]
+        found = [each for each in self._by_name.values() if each.maker is None and each.name.startswith(start)]
         for shared in found:
             self._end(shared, "it was revoked")
         return len(found)

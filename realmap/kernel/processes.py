@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +31,7 @@ class UserProcess:
         self.memory = ProcessMemory(allocator=frames, owner=f"of process {number} (pid {pid})", stock=stock)
         self.alive = True
         #: What its forked children show; and whether it has any.
-        self.secret = secrets.token_hex(16)
+        self.secret = os.urandom(16).hex()
         self.forked = False
         #: Calls whose handlers have not ended yet.
         self.calls = 0
