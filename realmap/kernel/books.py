@@ -19,7 +19,6 @@ from realmap.memory.frames import FrameAllocator, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.pages import usize
 from realmap.serving.registry import Syscall
-from realmap.wire import messages
 
 T = TypeVar("T")
 
@@ -80,10 +79,6 @@ class Books:
             except PhysicalMemoryExhaustion:
                 if not self.give_way(process):
                     raise
-
-    def adopt(self, process: UserProcess, request: messages.Adopt) -> list[bool]:
-        """Enters what a forked child inherited; which of that there is still."""
-        return self.inheritance.adopt(process, request, self.processes, self.limits.mappings)
 
     def reap(self, process: UserProcess, now: float) -> bool:
         """Gives back what the process held. Mirrors in use, and pinned buffers, stay valid.

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from realmap.kernel.processes import UserProcess
+from realmap.serving.caller import Copies
 from realmap.wire.messages import Place, Request
 
 
-class Observer(Protocol):
+class Observer(Copies, Protocol):
     """One method for each event. `client`: whose request it is, a process or not, to tell one from another."""
 
     def connected(self, process: UserProcess) -> None:
@@ -42,6 +43,3 @@ class Observer(Protocol):
         """`server` says that it has answered a call of process number `caller`, which came, began and ended then
         (monotonic, ns); `code`: the error's, or 0.
         """
-
-    def copied(self, process: UserProcess, address: int, length: int, began: int, out: bool, failed: bool) -> None:
-        """A handler's copy of so many bytes has ended, which `began` then (monotonic, ns). On the handler's thread."""

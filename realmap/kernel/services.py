@@ -264,7 +264,7 @@ def leave(books: Books, process: UserProcess, request: messages.Leave) -> Answer
 
 def adopt(books: Books, process: UserProcess, request: messages.Adopt) -> Answer:
     """The process is a forked child, and enters what it inherited."""
-    return books.adopt(process, request), []
+    return books.inheritance.adopt(process, request, books.processes, books.limits.mappings), []
 
 
 def forked(books: Books, process: UserProcess, request: messages.Forked) -> None:

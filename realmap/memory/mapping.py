@@ -9,7 +9,7 @@ from realmap._core import Mapping as MappingCore
 from realmap.errors import InvalidAddress, InvalidSize, MemoryFault, WrongMappingFramesForType
 from realmap.host.signals import pass_on
 from realmap.memory.frames import OwnedFrames, SharedFrames
-from realmap.pages import PAGE_MASK, PAGE_SIZE, USIZE_MAX, address_of, page_range
+from realmap.pages import PAGE_MASK, PAGE_SIZE, address_of, page_range
 from realmap.rights import MappingAccessRights, MemoryState, MemoryType, rights_of, type_of
 
 Frames = SharedFrames | OwnedFrames | None
@@ -104,10 +104,6 @@ class Mapping(MappingCore):
     def end(self) -> int:
         """The first address behind it; 2**64 where it ends at the last byte of the address space."""
         return self.address + self.length
-
-    @property
-    def last(self) -> int:
-        return min(self.end - 1, USIZE_MAX)
 
     @property
     def state(self) -> MemoryState:

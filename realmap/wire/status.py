@@ -217,18 +217,13 @@ def _read(pid: int, number: int) -> bytes:
 
     ValueError, OSError: there is no such page.
     """
-    place = _place(pid, number)
-    data = read_file(place, _SIZE)
-    if len(data) < _SIZE or not data.startswith(MAGIC):
-        raise ValueError(f"{place!r} is no status page that this version reads")
-    return data
-
-
-def _place(pid: int, number: int) -> bytes:
     place = f"/proc/{pid}/fd/{number}"
     if not os.readlink(place).startswith(f"/memfd:{_MEMFD}"):  # before it is opened: it may be anything
         raise ValueError(f"{place} is no status page")
-    return place.encode()
+    data = read_file(place.encode(), _SIZE)
+    if len(data) < _SIZE or not data.startswith(MAGIC):
+        raise ValueError(f"{place} is no status page that this version reads")
+    return data
 
 
 def unanswered(path: str, what: str, seconds: float | None) -> SyscallTimeout:
