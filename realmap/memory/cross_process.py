@@ -147,12 +147,9 @@ class CrossProcessMapping(Mirror, ByteAccess):
     def _mirror(cls, parts: list[tuple[Mapping, Any, Any]], kernel: KernelMemory, rights: MappingAccessRights) -> Self:
         """The long way: of several mappings, in several segments, not in the current hole, or not at all."""
         ranges = [(mapping, *cls._checked(mapping, offset, length)) for mapping, offset, length in parts]
-        prot = mirror_prot(rights)
         pieces: list[Piece] = []
-        frames: dict[int, SharedFrames] = {}
         for mapping, offset, length in ranges:
             assert isinstance(mapping.frames, SharedFrames)
-            frames[id(mapping.frames)] = mapping.frames
             at = mapping.phys_offset + offset
             low, high = align_down(at), align_up(at + length)
             if mapping.frames.huge and len(parts) == 1:  # whole huge pages, as far as the mapping goes
@@ -163,25 +160,26 @@ class CrossProcessMapping(Mirror, ByteAccess):
             demand(not pieces or low == at, "only the first part may start within a page")
             pieces += mapping.frames.pieces(low, high - low)
         span = sum(piece[2] for piece in pieces)
-        return cls._placed(ranges, kernel, tuple(frames.values()), pieces, start, lead, pieces[0][1], prot, span)
+        return cls._placed(ranges, kernel, pieces, start, lead, pieces[0][1], rights, span)
 
     @classmethod
     def _placed(
         cls,
         ranges: list[Part],
         kernel: KernelMemory,
-        frames: tuple[SharedFrames, ...],
         pieces: list[Piece],
         start: int,
         lead: int,
         residue: int,
-        prot: int,
+        rights: MappingAccessRights,
         span: int,
     ) -> Self:
         """Maps `pieces` side by side where there is space: from `start` of the frames on, `lead` bytes of which are not
         shown. `residue`: what a large one's address is congruent to. `span`: bytes of its whole pages.
         """
+        prot = mirror_prot(rights)
         mappings = tuple(mapping for mapping, _, _ in ranges)
+        frames = tuple(dict.fromkeys(mapping.frames for mapping in mappings))
         total = sum(length for _, _, length in ranges)
 
         def make(base: int) -> Any:

@@ -77,19 +77,20 @@ class KernelMemory(Land):
 
     def __init__(
         self,
-        start: SupportsIndex = KERNEL_LAND.start,
-        length: SupportsIndex = KERNEL_LAND.length,
+        start: SupportsIndex | None = None,
+        length: SupportsIndex | None = None,
         *,
         lazy_unmap: SupportsIndex = 0,
     ) -> None:
-        """`start` and `length` in bytes, whole pages inside of KernelLand; `lazy_unmap`: bytes of dropped
-        mirrors that are kept mapped for their next use.
+        """`start` and `length` in bytes, whole pages inside of KernelLand; by default those of all of it. `lazy_unmap`:
+        bytes of dropped mirrors that are kept mapped for their next use.
 
         InvalidAddress, InvalidSize: they are not, or lazy_unmap is negative. VirtualMemoryExhaustion: the
         machine's address space is too small for the lands.
         """
         require_address_space()
-        self.land = self.whole.part(start, length)
+        whole = self.whole
+        self.land = whole.part(whole.start if start is None else start, whole.length if length is None else length)
         self.start, self.length = self.land.start, self.land.length
         #: What was copied to and from users without mapping: times, bytes.
         self.copies_in = self.bytes_in = self.copies_out = self.bytes_out = 0

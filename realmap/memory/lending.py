@@ -23,12 +23,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self
 
 from realmap._core import Lent
 from realmap.errors import KernelError, MemoryFault
 from realmap.host.translate import frames_error
-from realmap.memory.cross_process import CrossProcessMapping, mirror_prot
+from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import Piece, SharedFrames
 from realmap.memory.kernel_memory import KernelMemory
 from realmap.memory.lands import LENT_LAND
@@ -46,23 +46,18 @@ class LentMapping(CrossProcessMapping, Lent):
     def _mirror(cls, parts: list[tuple[Mapping, Any, Any]], kernel: KernelMemory, rights: MappingAccessRights) -> Self:
         """The long way. MemoryFault also: a segment was truncated, so that an edge cannot be copied."""
         ranges = [(mapping, *cls._checked(mapping, offset, length)) for mapping, offset, length in parts]
-        prot = mirror_prot(rights)
-        frames: dict[int, SharedFrames] = {}
         pieces: list[Piece] = []
         start = ranges[0][0].phys_offset + ranges[0][1]
         lead = covered = start & PAGE_MASK
         for mapping, offset, length in ranges:
             assert isinstance(mapping.frames, SharedFrames)
-            frames[id(mapping.frames)] = mapping.frames
             at = mapping.phys_offset + offset
             demand(not pieces or not (at | covered) & PAGE_MASK, "parts that follow each other do so between pages")
             covered += length
             pieces += mapping.frames.pieces(at, length)
         start -= lead
         try:
-            return cls._placed(
-                ranges, kernel, tuple(frames.values()), pieces, start, lead, start, prot, align_up(covered)
-            )
+            return cls._placed(ranges, kernel, pieces, start, lead, start, rights, align_up(covered))
         except KernelError:
             for mapping, offset, length in ranges:
                 if short := mapping.truncated_at(offset, length):
@@ -100,16 +95,6 @@ class LentLand(KernelMemory):
 
     whole = LENT_LAND
     mirror_type = LentMapping
-
-    def __init__(
-        self,
-        start: SupportsIndex = LENT_LAND.start,
-        length: SupportsIndex = LENT_LAND.length,
-        *,
-        lazy_unmap: SupportsIndex = 0,
-    ) -> None:
-        """As `KernelMemory`, inside of LentLand."""
-        super().__init__(start, length, lazy_unmap=lazy_unmap)
 
     def settle(self, buffers: Sequence[Any]) -> None:
         """The call of these `UserBuffer`s is about to be answered: copies back what was changed at the edges of windows
