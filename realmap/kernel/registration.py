@@ -10,7 +10,7 @@ from realmap.errors import AccessDenied, KernelError, PhysicalMemoryExhaustion, 
 from realmap.host import liveness
 from realmap.kernel.books import Books
 from realmap.kernel.connection import Connection
-from realmap.kernel.services import Begun, Reply
+from realmap.kernel.services import Answer, Begun, Reply
 from realmap.kernel.view import AskBooks
 from realmap.serving.loop import Loop
 from realmap.serving.registry import Syscall, registry
@@ -63,17 +63,15 @@ class Registration:
 
         def begin(reply: Reply) -> None:
             def work() -> None:
+                got: Answer | KernelError = (None, [])
                 try:
                     handlers, replace = pickle.loads(data)
                     self.add(handlers, replace)
                 except KernelError as error:
-                    failed: Exception = error
-                except Exception as error:
-                    failed = KernelError(why=f"what was sent cannot be read there: {type(error).__name__}: {error}")
-                else:
-                    self._loop.post(lambda: reply((None, [])))
-                    return
-                self._loop.post(lambda: reply(failed))
+                    got = error
+                except BaseException as error:  # SystemExit of an import, too: it would be the worker's end
+                    got = KernelError(why=f"what was sent cannot be read there: {type(error).__name__}: {error}")
+                self._loop.post(lambda: reply(got))
 
             try:
                 self._workers.submit(work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -360,6 +361,13 @@ def test_what_cannot_be_registered(kernel: KernelHandle) -> None:
             kernel.register(bad)
     with pytest.raises(ValueError, match="two syscalls"):
         kernel.register(handler("x", 1), handler("x", 2))
+
+    class Exits:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return sys.exit, (3,)
+
+    with Control(kernel.path) as control, pytest.raises(realmap.KernelError, match="cannot be read there: SystemExit"):
+        control.register(pickle.dumps(Exits()))
 
 
 # ---- state, prints, logs, tracebacks ------------------------------------------------------
