@@ -43,7 +43,12 @@ def in_a_fork(data: Any = None) -> tuple[Descriptors, int, str]:
     pid = os.fork()
     if not pid:
         try:
-            found = {number: name for number, name in open_now().items() if int(number) not in (reader, writer)}
+            # The maps of others are what the search for heirs may have been reading at that moment.
+            found = {
+                number: name
+                for number, name in open_now().items()
+                if int(number) not in (reader, writer) and not name.endswith("/maps")
+            }
             land = list(procfs.maps("self", KERNEL_LAND.start, KERNEL_LAND.end))
             try:
                 read = "" if data is None else repr(data.copy_in())
