@@ -180,7 +180,7 @@ class Picture:
             "alone": around.alone,
             "time": time.time(),
             "kernel_land": [books.memory.start, books.memory.length],
-            "anchors": books.memory.anchors,
+            "anchors": books.memory._anchors(),
             "limits": limits(books),
             "stats": stats(books, around),
             "calls": [

@@ -103,11 +103,6 @@ class KernelMemory(Land):
         self._prepare(self.start, self.land.end, usize(lazy_unmap, "lazy_unmap"), limit - limit // 16)
         forks.lose_in_child(self)
 
-    @property
-    def anchors(self) -> list[int]:
-        """Single pages without rights that keep Linux from giving up page tables above them (_core/space.c)."""
-        return self._anchors()
-
     # ---- space ------------------------------------------------------------------------------
 
     def find_virtual_space(self, length: SupportsIndex) -> int:
@@ -170,7 +165,7 @@ class KernelMemory(Land):
                     space.tree.remove(start)
                 for start, end in sorted(taken):
                     space.tree.add(start, end, start)
-                for anchor in self._anchors():
+                for anchor in self._anchors():  # pages that keep page tables in place (_core/space.c)
                     space.note_obstacle(anchor, anchor + PAGE_SIZE)
                 answer = question(space)
                 if self._edition == edition:

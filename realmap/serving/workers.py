@@ -30,13 +30,9 @@ class Workers:
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._lock = Lock()
         self._idle = 0
-        self._threads = 0
+        #: How many threads there are, idle ones included.
+        self.threads = 0
         self._closed = False
-
-    @property
-    def threads(self) -> int:
-        """How many threads there are, idle ones included."""
-        return self._threads
 
     def submit(self, job: Job) -> None:
         """Has `job` run soon. RuntimeError: no thread could be started; the job will not run."""
@@ -45,7 +41,7 @@ class Workers:
             if promised:
                 self._idle -= 1
             else:
-                self._threads += 1
+                self.threads += 1
         if promised:
             self._queue.put(job)
             return
@@ -53,7 +49,7 @@ class Workers:
             Thread(target=self._work, args=(job,), name="realmap-worker", daemon=True).start()
         except BaseException:
             with self._lock:
-                self._threads -= 1
+                self.threads -= 1
             raise
 
     def _work(self, job: Job | None) -> None:
@@ -74,7 +70,7 @@ class Workers:
                 self._idle += 1
             job = self._next()
         with self._lock:
-            self._threads -= 1
+            self.threads -= 1
 
     def _next(self) -> Job | None:
         """The next job of an idle thread; None: it is to end."""

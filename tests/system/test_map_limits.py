@@ -203,7 +203,7 @@ def test_the_limit_of_mappings_of_the_machine() -> None:
             mirror.drop()
         from realmap.host import procfs
         left = procfs.maps("self", KERNEL_LAND.start, KERNEL_LAND.end)
-        print(kernel.live, frames.refcount, [entry for entry in left if entry.start not in kernel.anchors])
+        print(kernel.live, frames.refcount, [entry for entry in left if entry.start not in kernel._anchors()])
         """
     )
     assert out.splitlines() == ["True True True", "0 1 []"]
