@@ -76,7 +76,7 @@ class _Snapshot(Collector):
         for name, total, what in COUNTERS:
             yield CounterMetricFamily(f"realmap_{name}", what, now.stats[total])
         for name, limit, what in LIMITS:
-            value = now.limits[limit]
+            value = getattr(now.limits, limit)
             if value is not None:
                 yield GaugeMetricFamily(f"realmap_{name}", what, value)
         yield from self._copies()

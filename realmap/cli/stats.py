@@ -167,7 +167,7 @@ def _line(found: Rates) -> str:
 
 
 def _limit(now: Snapshot, name: str) -> Any:
-    return now.limits[LIMITED[name]] if name in LIMITED else None
+    return getattr(now.limits, LIMITED[name]) if name in LIMITED else None
 
 
 def _totals(now: Snapshot, found: Rates | None, in_words: bool) -> list[list[Any]]:

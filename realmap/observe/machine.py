@@ -17,6 +17,7 @@ from realmap.rights import user_rights
 from realmap.wire.records import (
     FORM,
     FramesInfo,
+    LimitsInfo,
     MappingInfo,
     MirrorInfo,
     PartInfo,
@@ -62,7 +63,7 @@ def snapshot(machine: Machine) -> Snapshot:
     }
     return Snapshot(
         form=FORM, pid=0, path="this machine", alone=False, time=machine.time, kernel_land=(0, 0), anchors=[],
-        limits={}, stats=stats, calls=[], running=[],
+        limits=LimitsInfo(0, 0, 0, 0, 0, 0, None, None, None, 0, 0), stats=stats, calls=[], running=[],
         processes=processes, pinned=[], outbox=[], handles=[], seats=[], sessions=[], grants=[], lent=[],
         mirrors=sorted(mirrors, key=lambda mirror: mirror.base), kept=[],
         frames=[_frames(each, serials[id(each)], programs) for each in seen],

@@ -28,6 +28,7 @@ from realmap.wire.records import (
     HandleInfo,
     KeptInfo,
     LentInfo,
+    LimitsInfo,
     MappingInfo,
     MirrorInfo,
     ParkedInfo,
@@ -42,7 +43,7 @@ from realmap.wire.status import Patience
 
 T = TypeVar("T")
 #: What comes from the kernel as it is in the snapshot.
-_PLAIN = ("form", "pid", "path", "alone", "time", "anchors", "limits", "stats", "pinned")
+_PLAIN = ("form", "pid", "path", "alone", "time", "anchors", "stats", "pinned")
 _TYPES = {int(kind): kind.name for kind in MemoryType}
 
 
@@ -58,8 +59,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     kernel_land: tuple[int, int]
     #: Pages of KernelLand without rights, which keep page tables in place.
     anchors: list[int]
-    #: What the kernel allows, as `Limits` and `boot` name it: numbers, seconds and bytes; None is no limit.
-    limits: dict[str, float | None]
+    limits: LimitsInfo
     #: Totals by name: what there is, and what was done so far.
     stats: dict[str, int]
     calls: list[CallInfo]
@@ -105,6 +105,7 @@ class Snapshot(msgspec.Struct, frozen=True):
         return cls(
             **plain,
             kernel_land=(start, length),
+            limits=msgspec.convert(books["limits"], LimitsInfo),
             calls=[CallInfo(*row) for row in books["calls"]],
             running=[RunningInfo(*row) for row in books["running"]],
             processes=[

@@ -232,6 +232,34 @@ class HandleInfo(msgspec.Struct, frozen=True):
         return self.name.startswith(NAMED)
 
 
+class LimitsInfo(msgspec.Struct, frozen=True):
+    """What the kernel allows, as `Limits` and `boot` name it: numbers, seconds and bytes; None is no limit."""
+
+    processes: int
+    mappings: int
+    segments: int
+    calls: int
+    handles: int
+    running: int
+    seconds: float | None
+    memory_limit: int | None
+    process_limit: int | None
+    kernel_land: int
+    lazy_unmap: int
+    connections: int = 0
+    half_sent: int = 0
+    unread: int = 0
+    undecoded: int = 0
+    buffers: int = 0
+    orphans: int = 0
+    inheritances: int = 0
+    reserve: int = 0
+    stock: int = 0
+    seats: int = 0
+    sessions: int = 0
+    grants: int = 0
+
+
 class CallInfo(msgspec.Struct, frozen=True):
     """A syscall: how often it was called so far, and how many of these calls ended in an error.
 

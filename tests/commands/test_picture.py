@@ -29,6 +29,7 @@ from realmap.observe.svg import svg
 from realmap.wire.records import (
     KeptInfo,
     LentInfo,
+    LimitsInfo,
     MappingInfo,
     MirrorInfo,
     PartInfo,
@@ -45,8 +46,9 @@ def books(
     """A snapshot with these mappings and mirrors."""
     found = [ProcessInfo(at + 1, 1000 + at, 0, 0, 0, None, mappings, []) for at, mappings in enumerate(processes)]
     land = (KERNEL_LAND.start, KERNEL_LAND.length)
+    limits = LimitsInfo(1, 1, 1, 1, 1, 1, None, None, None, KERNEL_LAND.length, 0)
     return Snapshot(
-        FORM, 1, "/k.sock", True, 0.0, land, [], {}, dict(STATS), [], [],
+        FORM, 1, "/k.sock", True, 0.0, land, [], limits, dict(STATS), [], [],
         found, [], [], [], list(mirrors), list(kept), [],
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def test_its_limit_in_bytes() -> None:
         assert kernel.audit()
         snapshot = kernel.snapshot()
         assert [each.address for each in snapshot.processes[0].stock] == parked()
-        assert snapshot.limits["stock"] == 5 * PAGE
+        assert snapshot.limits.stock == 5 * PAGE
 
 
 def test_none_at_all() -> None:
@@ -145,7 +145,7 @@ def test_a_truncated_one_that_was_not_committed_says_so_when_it_is_touched(me: P
 
 def test_large_ones_take_their_part(me: Process, kernel: KernelHandle) -> None:
     large = messages.RECYCLED
-    most = kernel.snapshot().limits["stock"]
+    most = kernel.snapshot().limits.stock
     assert most is not None and most == 2 * large
     _, second = park(me, large, large)
     assert stock(kernel) == (2, most)
