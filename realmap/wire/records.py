@@ -251,6 +251,7 @@ class LimitsInfo(msgspec.Struct, frozen=True):
     unread: int = 0
     undecoded: int = 0
     buffers: int = 0
+    given_up: int = 0
     orphans: int = 0
     inheritances: int = 0
     reserve: int = 0

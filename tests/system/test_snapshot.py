@@ -59,6 +59,7 @@ def test_limits_are_told_as_they_are_in_force(limited: KernelHandle) -> None:
         "unread": 32 << 20,
         "undecoded": 16 << 20,
         "buffers": 1024,
+        "given_up": 64,
         "orphans": 4096,
         "inheritances": 256,
         "reserve": 32,
