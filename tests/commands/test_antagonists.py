@@ -226,7 +226,7 @@ def test_they_follow_the_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     for seed in (5, 5, 6):
         while not (tmp_path / "drawn").exists() or (tmp_path / "drawn").read_text().count("\n") < 3:
             (tmp_path / "drawn").unlink(missing_ok=True)
-            assert run("signals", seed=seed, seconds=0.5).ok
+            assert run("signals", seed=seed).ok
         drawn.append((tmp_path / "drawn").read_text().splitlines()[:3])
         (tmp_path / "drawn").unlink()
     assert len(drawn[0]) == 3
