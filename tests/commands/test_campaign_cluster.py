@@ -61,6 +61,7 @@ def run(*given: object, inside: Sequence[str] = ()) -> subprocess.CompletedProce
 
 
 def test_one_run_on_a_host_however_many_workers_it_has(cluster: Cluster, tmp_path: Path) -> None:
+    refused(cluster, "the scheduler has no workers; start one on each host: dask worker")
     cluster.joined(cluster.worker(first=CLOCK_OFF), cluster.worker(first=CLOCK_OFF))
     out = tmp_path / "out.json"
     done = run("--scheduler", cluster.address, "--ops", 100, "--repeat", 2, "--seed", 3, "--json", out)
@@ -76,6 +77,13 @@ def test_one_run_on_a_host_however_many_workers_it_has(cluster: Cluster, tmp_pat
     assert host["note"] in done.stderr
 
 
+def refused(cluster: Cluster, words: str) -> None:
+    done = run("--scheduler", cluster.address, "--ops", 20)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_scheduler_that_is_not_there() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))  # and does not listen
@@ -87,7 +95,7 @@ def test_a_scheduler_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "worker", "words"),
     [
-        (OTHER.format("distributed"), "", "the scheduler has distributed 0.0.1, and this process"),
+        (OTHER.format("distributed"), None, "the scheduler has distributed 0.0.1, and this process"),
         long("", OTHER.format("distributed"), "has distributed 0.0.1, and this process"),
         long("", OTHER.format("realmap"), "has realmap 0.0.1, and this process"),
         (
@@ -95,7 +103,6 @@ def test_a_scheduler_that_is_not_there() -> None:
             WITHOUT,
             f"has no realmap, and this process {__version__}; on that host: pip install realmap=={__version__}",
         ),
-        ("", None, "the scheduler has no workers; start one on each host: dask worker"),
     ],
 )
 def test_a_cluster_that_does_not_fit(scheduler: str, worker: str | None, words: str, tmp_path: Path) -> None:
@@ -103,43 +110,35 @@ def test_a_cluster_that_does_not_fit(scheduler: str, worker: str | None, words: 
     try:
         if worker is not None:
             found.joined(found.worker(first=worker))
-        done = run("--scheduler", found.address, "--ops", 20)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert words in done.stderr
-        assert done.stderr.count("\n") == 1
+        refused(found, words)
     finally:
         found.close()
 
 
-def test_a_scheduler_that_dies(cluster: Cluster, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_runs_and_so_does_the_schedulers_death(cluster: Cluster, tmp_path: Path) -> None:
     worker = cluster.worker()
     cluster.joined(worker)
     out = tmp_path / "out.json"
-    given = ("--scheduler", cluster.address, "--seconds", 30, "--patience", 2, "--json", out)
-    with subprocess.Popen(arguments(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        started = beginning_of_a_run(worker)
-        cluster.scheduler.kill()
-        stdout, stderr = running.communicate(timeout=BOUND)
-    assert running.returncode == 1
-    assert "Traceback" not in stderr
+    for patience, end, words in (
+        (BOUND, lambda running: running.send_signal(signal.SIGINT), "the campaign was interrupted"),
+        (
+            2,
+            lambda _: cluster.scheduler.kill(),
+            f"replay on {socket.gethostname()}: realmap stress --seconds 120 --seed",
+        ),
+    ):
+        given = ("--scheduler", cluster.address, "--seconds", 120, "--patience", patience, "--json", out)
+        with subprocess.Popen(arguments(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+            started = beginning_of_a_run(worker)
+            end(running)
+            stdout, stderr = running.communicate(timeout=BOUND)
+        assert running.returncode == 1
+        assert "Traceback" not in stderr
+        assert words in stdout
+        if cluster.scheduler.poll() is not None:
+            worker.kill()
+        wait_until(lambda started=started: not any(process.is_running() for process in started), "the end of the run")  # type: ignore[misc]
     assert json.loads(out.read_text())["hosts"][0]["state"] == "lost"
-    assert f"replay on {socket.gethostname()}: realmap stress --seconds 30 --seed" in stdout
-    worker.kill()
-    wait_until(lambda: not any(process.is_running() for process in started), "the end of the run that nobody reads")
-
-
-def test_ctrl_c_ends_the_runs(cluster: Cluster, tmp_path: Path) -> None:
-    worker = cluster.worker()
-    cluster.joined(worker)
-    given = ("--scheduler", cluster.address, "--seconds", 30)
-    with subprocess.Popen(arguments(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        started = beginning_of_a_run(worker)
-        running.send_signal(signal.SIGINT)
-        stdout, stderr = running.communicate(timeout=BOUND)
-    assert running.returncode == 1
-    assert "Traceback" not in stderr
-    assert "the campaign was interrupted" in stdout
-    wait_until(lambda: not any(process.is_running() for process in started), "the end of the run")
 
 
 def beginning_of_a_run(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:

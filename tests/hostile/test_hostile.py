@@ -238,7 +238,7 @@ def test_descriptors_that_nobody_asked_for_are_dropped(kernel: KernelHandle, raw
         data = b"\0" + msgspec.msgpack.encode(Call(number, "nop", []))
         raw.sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         assert isinstance(raw.answer(), messages.Done)
-    assert kernel.stats()["descriptors"] == before
+    assert kernel.stats()["descriptors"] <= before  # a connection of the last test may have been about to close
 
 
 def test_one_that_never_reads_is_not_waited_for(kernel: KernelHandle, me: Process) -> None:
@@ -269,7 +269,7 @@ def test_one_that_asks_for_snapshots_and_reads_none(kernel: KernelHandle, me: Pr
         assert kernel.stats()["descriptors"] < before + 4 * snapshots.MOST
         assert buffer.refcount == 1
         client.sock.close()
-    wait_until(lambda: kernel.stats()["descriptors"] == before, "all of its copies to be closed")
+    wait_until(lambda: kernel.stats()["descriptors"] <= before, "all of its copies to be closed")
 
 
 def test_one_that_says_nothing_and_one_that_leaves_at_once(kernel: KernelHandle, me: Process) -> None:

@@ -139,7 +139,7 @@ def attempt(prepare: Callable[[str], Callable[[], object]], path: str, free: int
     """In a process of its own."""
 
     def say() -> str:
-        signal.alarm(30)
+        signal.alarm(60)
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
         act = prepare(path)
         leave(free)

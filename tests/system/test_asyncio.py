@@ -70,9 +70,13 @@ def test_the_loop_goes_on_meanwhile(me: Process) -> None:
                 await asyncio.sleep(0.001)
 
         ticking = asyncio.create_task(tick())
-        await asyncio.gather(*(me.acall("sleep", 0.1) for _ in range(3)))
+        call = asyncio.create_task(me.acall("wait_for", "the loop", timeout=BOUND))
+        while ticks < 10:
+            await asyncio.sleep(0.001)
+        assert not call.done()
+        await me.acall("go_by_name", "the loop")
+        await call
         ticking.cancel()
-        assert ticks > 10
 
     run(work())
 

@@ -317,8 +317,8 @@ def test_access_from_another_process_is_a_mirror(me: Process) -> None:
 
 def test_blocking_handlers_let_others_go_on(me: Process) -> None:
     slow = threading.Thread(target=me.call, args=("sleep", 0.3))
-    slow.start()
     start = time.monotonic()
+    slow.start()
     for _ in range(20):
         me.call("nop")
     assert slow.is_alive() or time.monotonic() - start > 0.3

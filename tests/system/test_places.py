@@ -369,7 +369,7 @@ def test_a_timeout_gives_the_call_up(me: Process) -> None:
         assert 0.09 < time.monotonic() - began < BOUND / 2
         same.call("go", "given up")
         with suppress(realmap.SyscallTimeout):  # the handler may notice first
-            same.call("until_cancelled", "cancelled", timeout=0.1)
+            same.call("until_cancelled", "cancelled", timeout=0.5)
         assert same.call("wait", "cancelled", timeout=BOUND) == "cancelled"
     for odd in (-1, float("nan")):
         with pytest.raises(ValueError, match="seconds"):
@@ -379,8 +379,8 @@ def test_a_timeout_gives_the_call_up(me: Process) -> None:
 def test_ctrl_c_ends_the_wait(me: Process) -> None:
     with OneServer(me) as same:
         timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             same.call("wait", "interrupted", timeout=BOUND)
         timer.join()
         same.call("go", "interrupted")

@@ -145,8 +145,8 @@ def test_a_handler_may_outlive_its_kernel(kind: str, caplog: pytest.LogCaptureFi
 
 def test_ctrl_c_ends_the_wait_alone(me: Process) -> None:
     with me.serve(square) as service:
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
             service.wait(BOUND)
         assert me.call("square", 4)[0] == 16
 

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -157,16 +158,18 @@ def test_every_question_ends_while_a_handler_keeps_the_interpreter(handlers: Ker
 
 def test_a_handler_on_another_thread_that_keeps_the_interpreter_is_named(handlers: KernelHandle) -> None:
     handlers.stats()
-    with handlers.connect() as me:
-        with suppress(SyscallTimeout):
-            me.call("hold_beside", 4 * BOUND, timeout=0.01)
-        wait_until(lambda: not answers(handlers), "that it keeps the interpreter")
+    with handlers.connect() as me, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(me.call, "hold_beside", 4 * BOUND)
+        wait_until(
+            lambda: "hold_beside" in named(handlers.path) and not answers(handlers), "that it keeps the interpreter"
+        )
         part = f"; on another thread it is in handler 'hold_beside' of process {os.getpid()} since "
         for ask in (handlers.stats, functools.partial(realmap.connect, handlers.path)):
             said = refused(ask)
             assert part in said
             assert said.startswith((f"kernel {handlers.pid} does not wake up;", f"kernel {handlers.pid} has not come"))
         os.kill(handlers.pid, signal.SIGKILL)
+        assert isinstance(asked.exception(BOUND), realmap.KernelDied)
 
 
 def test_it_answers_again_when_the_handler_ends(handlers: KernelHandle, tmp_path: Path) -> None:
@@ -189,27 +192,37 @@ def test_it_answers_again_when_the_handler_ends(handlers: KernelHandle, tmp_path
 
 
 def test_an_answer_that_takes_longer_than_a_second_is_waited_for(
-    handlers: KernelHandle, monkeypatch: pytest.MonkeyPatch
+    handlers: KernelHandle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where nothing says that the kernel cannot answer; here, nobody can see that it is in a handler."""
-    looks: list[str] = []
-    monkeypatch.setattr(status, "LATE", 0.05)
-    monkeypatch.setattr(status, "look", looks.append)
+    fifo, looks = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+
+    def note(path: str) -> None:
+        looks.append(path)
+        if len(looks) == 4:
+            os.close(os.open(fifo, os.O_WRONLY))
+
     with handlers.connect() as me, Control(handlers.path) as control:
         with suppress(SyscallTimeout):
-            me.call("hold", 0.5, timeout=0.01)
-        looks.clear()
+            me.call("hold_until", str(fifo), timeout=0.01)
+        wait_until(lambda: named(handlers.path), "word of the handler")
+        monkeypatch.setattr(status, "LATE", 0.05)
+        monkeypatch.setattr(status, "look", note)
         assert control.stats()["calls"] == 1
-        assert set(looks) == {handlers.path}
-        assert len(looks) > 3
+    assert set(looks) == {handlers.path}
+    assert len(looks) >= 4
 
 
-def test_a_request_waits_as_long_as_it_is_told(handlers: KernelHandle) -> None:
+def test_a_request_waits_as_long_as_it_is_told(handlers: KernelHandle, tmp_path: Path) -> None:
     """The core's half: asked for more whenever the time is over, and the answer is the same one."""
-    slices: list[float] = []
+    fifo, slices = tmp_path / "fifo", []
+    os.mkfifo(fifo)
 
     def more() -> float:
         slices.append(0.02)
+        if len(slices) == 4:
+            os.close(os.open(fifo, os.O_WRONLY))
         return slices[-1]
 
     class Enough(Exception):
@@ -222,9 +235,10 @@ def test_a_request_waits_as_long_as_it_is_told(handlers: KernelHandle) -> None:
 
     with handlers.connect() as me:
         client = me._own_client
-        value, _ = client.request(messages.Call(client.next_id(), "wait", [0.5]), timeout=more)  # type: ignore[arg-type]
-        assert value == 0.5
-        assert 3 < len(slices) < 40
+        began = time.monotonic()
+        value, _ = client.request(messages.Call(client.next_id(), "hold_until", [str(fifo)]), timeout=more)  # type: ignore[arg-type]
+        assert value is None
+        assert 4 <= len(slices) <= (time.monotonic() - began) / 0.02 + 2
         slices.clear()
         with pytest.raises(Enough):
             client.request(messages.Call(client.next_id(), "wait", [0.5]), timeout=enough)  # type: ignore[arg-type]
@@ -286,7 +300,7 @@ def test_nobody_takes_the_page_away_under_load(handlers: KernelHandle) -> None:
         thread.join(BOUND)
         assert not wrong
         with suppress(SyscallTimeout):
-            me.call("wait", 0.5, timeout=0.01)
+            me.call("wait", 4 * BOUND, timeout=0.01)
         wait_until(lambda: "wait" in named(handlers.path), "word of the handler")
         assert me.call("nop") == 5
 

@@ -67,8 +67,8 @@ def test_a_signal_handler_that_raises_ends_a_wait(page: Buffer, way: str) -> Non
     before = signal.signal(signal.SIGALRM, stop)
     try:
         with held_elsewhere(Lock(page, 192)):
-            signal.setitimer(signal.ITIMER_REAL, 0.02)
             with pytest.raises(Stop):
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
                 WAITS[way](page, BOUND)
     finally:
         signal.signal(signal.SIGALRM, before)

@@ -13,7 +13,7 @@ from typing import Any
 
 import posix_ipc
 import pytest
-from conftest import PAGE, own_names
+from conftest import BOUND, PAGE, own_names
 
 import realmap
 from realmap.host import files, liveness, procfs, runtime
@@ -118,7 +118,7 @@ def test_an_answer_that_cannot_be_sent_for_want_of_memory_is_sent_later(
     send_one = channel.send_one
     with realmap.Kernel(syscalls=[echo], spin=0) as kernel, realmap.connect(kernel.path) as me:
         monkeypatch.setattr(channel, "send_one", failing(send_one, number))
-        assert me.call("echo", 1, timeout=10) == 1
+        assert me.call("echo", 1, timeout=BOUND) == 1
         monkeypatch.setattr(channel, "send_one", failing(send_one, number))
         with me.map(PAGE) as buffer:
             assert bytes(buffer) == bytes(PAGE)
@@ -129,7 +129,7 @@ def test_an_answer_that_cannot_be_sent_at_all_ends_the_connection(monkeypatch: p
         with realmap.connect(kernel.path) as me:
             monkeypatch.setattr(channel, "send_one", failing(channel.send_one, errno.EIO))
             with pytest.raises((realmap.ProcessKilled, realmap.KernelDied)):
-                me.call("echo", 1, timeout=10)
+                me.call("echo", 1, timeout=BOUND)
         with realmap.connect(kernel.path) as me:
             assert me.call("echo", 1) == 1
             assert len(kernel.books.processes) == 1
@@ -241,7 +241,7 @@ def test_a_bell_that_is_interrupted_rings_all_the_same(monkeypatch: pytest.Monke
         monkeypatch.setattr(os, "eventfd_write", failing(os.eventfd_write, errno.EINTR))
         done = threading.Event()
         kernel.loop.post(done.set)
-        assert done.wait(10)
+        assert done.wait(BOUND)
         me.map(PAGE).unmap()
 
 

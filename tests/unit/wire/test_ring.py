@@ -376,9 +376,9 @@ def test_nobody_spins_on_the_cpu_of_who_is_waited_for(pair: tuple[RingEnd, RingE
         os.sched_setaffinity(0, {min(allowed)})
         kernel._send(b"heard here", -1)
         assert user._pop() == b"heard here"
-        before = time.monotonic_ns()
-        assert gather([user], None, 10**9) == SAME_CPU
-        assert time.monotonic_ns() - before < 10**9
+        before = time.monotonic()
+        assert gather([user], None, int(BOUND * 1e9)) == SAME_CPU
+        assert time.monotonic() - before < BOUND
         if len(allowed) > 1:
             os.sched_setaffinity(0, {max(allowed)})
             assert gather([user], None, 1000) in (-1, OVERLOADED)
@@ -392,11 +392,14 @@ def test_an_idle_kernel_sleeps(kernel: KernelHandle) -> None:
         user.call("nop")
     process = psutil.Process(kernel.pid)
     wait_until(lambda: process.status() == psutil.STATUS_SLEEPING)
-    switches = process.num_ctx_switches().voluntary
-    busy = sum(process.cpu_times()[:2])
-    threading.Event().wait(1.0)
-    assert process.num_ctx_switches().voluntary - switches < 20, "it is not woken"
-    assert sum(process.cpu_times()[:2]) - busy <= 0.02
+
+    def sleeps() -> bool:
+        switches = process.num_ctx_switches().voluntary
+        busy = sum(process.cpu_times()[:2])
+        threading.Event().wait(1.0)
+        return process.num_ctx_switches().voluntary - switches < 20 and sum(process.cpu_times()[:2]) - busy <= 0.02
+
+    wait_until(sleeps, "a second in which it is not woken")
     for user in users:
         user.close()
     wait_until(lambda: kernel.stats()["processes"] == 0)

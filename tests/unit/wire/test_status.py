@@ -45,12 +45,14 @@ def begin(page: Page, name: str, caller: int, ago: float) -> None:
     page.words[CALLER] = caller
 
 
-def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
+def test_what_it_says_is_read(page: tuple[Page, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     made, _, path = page
+    now = time.monotonic_ns()
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)  # it stands still
     me = os.getpid()
     assert look(path) == Status(me)  # it has not said anything yet
     made.turn()
-    assert str(look(path)).startswith(f"kernel {me} has not come round for 0.")
+    assert str(look(path)).startswith(f"kernel {me} has not come round for 0.0 s")
     begin(made, "x", 456, ago=12)
     found = look(path)
     assert str(found) == f"kernel {me} is in handler 'x' of process 456 since 12 s"
@@ -66,7 +68,7 @@ def test_what_it_says_is_read(page: tuple[Page, int, str]) -> None:
     found = look(path)
     assert found is not None
     assert not found.is_stuck
-    assert str(found).startswith(f"kernel {me} is in handler 'y' of process 7 since 0.")
+    assert str(found).startswith(f"kernel {me} is in handler 'y' of process 7 since 0.5 s")
     made.words[CALLER] = 0
     made.rest()
     assert str(look(path)) == f"kernel {me} does not wake up"  # for who has asked it
