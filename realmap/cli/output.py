@@ -34,6 +34,8 @@ WIDEST = 48
 NARROWEST, MANY = 16, 3
 #: Kinds of columns that begin at the left.
 LEFT = ("text", "lines")
+#: How a pipe has what a terminal shows with units.
+PLAIN: dict[str, Callable[[Any], str]] = {"hex": "{:#x}".format, "seconds": "{:.9f}".format}
 json_option = click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 
 
@@ -74,36 +76,47 @@ class Column(NamedTuple):
     spare: int = 0
 
 
-def _cell(value: Any, kind: str, in_words: bool) -> str:
+def _cell(value: Any, kind: str) -> str:
+    """As a terminal shows it."""
     if value is None or value == "" or value == []:
         return "-"
     if isinstance(value, list):
-        return _listed([harmless(each) for each in value], kind, in_words)
+        return _listed([harmless(each) for each in value], kind)
     if kind == "hex":
         return f"{value:#x}"
-    if kind == "bytes" and in_words:
+    if kind == "bytes":
         return words.size(value)
     if kind == "seconds":
-        return words.duration(1e9 * value) if in_words else f"{value:.9f}"
+        return words.duration(1e9 * value)
     return harmless(value)
 
 
-def _listed(each: list[str], kind: str, in_words: bool) -> str:
-    """All of it; on a terminal the first of many."""
-    if not in_words:
-        return ("; " if kind == "lines" else ",").join(each)
+def _listed(each: list[str], kind: str) -> str:
+    """The first of many."""
     if kind != "lines":
         return ",".join(each) if len(each) <= MANY else f"{each[0]},… ({len(each)})"
     more = [f"and {len(each) - MANY} more"] if len(each) > MANY + 1 else each[MANY:]
     return "\n".join([*each[:MANY], *more])
 
 
+def _plain_cells(values: Sequence[Any], kind: str) -> list[str]:
+    """Those of a column, for a pipe. There may be thousands: what can be done, or asked, of all at once is."""
+    joint, said = "; " if kind == "lines" else ",", PLAIN.get(kind, str)
+    types = set(map(type, values))
+    if list in types:
+        values = [joint.join(map(str, value)) if isinstance(value, list) else value for value in values]
+    if said is not str or type(None) in types:
+        values = ["" if value is None or value == "" else said(value) for value in values]
+    cells = [cell or "-" for cell in map(str, values)]
+    return cells if "".join(cells).isprintable() else [*map(harmless, cells)]
+
+
 def plain(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
     """The lines for a pipe."""
     rows, shown = list(rows), []
     for at, column in enumerate(columns):
-        cells = [_cell(row[at], column.kind, False) for row in rows]
-        if at < len(columns) - 1:
+        cells = _plain_cells([row[at] for row in rows], column.kind)
+        if at < len(columns) - 1 and " " in "".join(cells):
             cells = [cell.replace(" ", "\\x20") for cell in cells]
         cells.insert(0, column.name)
         width = min(WIDEST, max(map(len, cells)))
@@ -133,8 +146,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], width: int =
     told = [not column.optional or any(row[at] for row in rows) for at, column in enumerate(columns)]
     columns = list(compress(columns, told))
     cells = [
-        [_cell(value, column.kind, True) for value, column in zip(compress(row, told), columns, strict=True)]
-        for row in rows
+        [_cell(value, column.kind) for value, column in zip(compress(row, told), columns, strict=True)] for row in rows
     ]
     needs = _fitting(columns, cells, width)
     missing = [column.name for at, column in enumerate(columns) if at not in needs]

@@ -26,7 +26,10 @@ GONE = (FileNotFoundError, ProcessLookupError)
 DELETED = " (deleted)"
 #: What a descriptor of shared memory without a file system to be seen links to.
 NAMELESS = ("/memfd:", "/SYSV", "/dev/zero (deleted)", "[anon_shmem:")
-SYSVIPC = "/proc/sysvipc/shm"
+SYSVIPC, SYSV_PATH = "/proc/sysvipc/shm", b"/SYSV"
+#: What `device_maps` and `open_files` tell of a process, in order.
+_Mapped = tuple[int, int, int, int, int, int, bytes]
+_Opened = tuple[int, int, bytes, int, int, int, float]
 #: The rights of a map as /proc/PID/maps has them, by the four lowest bits of its flags.
 PERMS = [
     "".join(letter if flags & bit else "-" for letter, bit in (("r", 1), ("w", 2), ("x", 4))) + "ps"[flags >> 3]
@@ -60,8 +63,8 @@ class Segment:
     ) -> None:  # fmt: skip
         self.kind, self.name, self.device, self.inode = kind, name, device, inode
         self.size, self.resident, self.exact, self.uid, self.touched = size, resident, exact, uid, touched
-        self.names, self.makers, self.attached = list(names), list(makers), attached
-        self.maps, self.opened = list(maps), dict(opened or {})
+        self.names, self.makers, self.attached = [*names], makers, attached
+        self.maps, self.opened = [*maps], {**opened} if opened else {}
 
     def measure(self, status: os.stat_result) -> None:
         """Notes what Linux says of it."""
@@ -228,24 +231,38 @@ class _Pass:
 
     def _look_into(self, pid: int) -> None:
         """PermissionError: it is not ours to see. GONE: it has ended."""
-        thread = procfs.shown_by(pid)
-        mapped = _maps(b"/proc/%d/maps" % thread, self.devices)
-        opened = open_files(b"/proc/%d/fd" % thread, self.starts)
+        thread = pid
+        try:
+            mapped, opened = self._has(pid)
+        except GONE:
+            if (thread := procfs.shown_by(pid)) == pid:
+                raise
+        else:
+            if not mapped:  # only then is it asked, which takes as long as to look: has its first thread ended?
+                thread = procfs.shown_by(pid)
+        if thread != pid:
+            mapped, opened = self._has(thread)
         self._open(pid, opened)  # before its maps: what it has open is measured
         self._map(pid, thread, mapped)
 
-    def _open(self, pid: int, found: list[tuple[int, int, bytes, int, int, int, float]]) -> None:
+    def _has(self, thread: int) -> tuple[list[_Mapped], list[_Opened]]:
+        """What of it is mapped, and open."""
+        return _maps(b"/proc/%d/maps" % thread, self.devices), open_files(b"/proc/%d/fd" % thread, self.starts)
+
+    def _open(self, pid: int, found: list[_Opened]) -> None:
+        known = self.segments.get
         for device, inode, link, size, resident, uid, touched in found:
-            segment = self._segment(pid, device, inode, link)
-            if segment is not None:
+            segment = known((device, inode)) if link[:5] != SYSV_PATH else None
+            if segment is not None or (segment := self._segment(pid, device, inode, link)) is not None:
                 segment.opened[pid] = segment.opened.get(pid, 0) + 1
                 if not segment.exact:
                     segment.measured(size, resident, uid, touched)
 
-    def _map(self, pid: int, thread: int, found: list[tuple[int, int, int, int, int, int, bytes]]) -> None:
+    def _map(self, pid: int, thread: int, found: list[_Mapped]) -> None:
+        known = self.segments.get
         for start, end, flags, offset, device, inode, path in found:
-            segment = self._segment(pid, device, inode, path)
-            if segment is None:
+            segment = known((device, inode)) if path[:5] != SYSV_PATH else None
+            if segment is None and (segment := self._segment(pid, device, inode, path)) is None:
                 continue
             segment.maps.append(Shown(pid, start, end, offset, PERMS[flags & 15]))
             if not segment.exact:
@@ -258,7 +275,7 @@ class _Pass:
     def _segment(self, pid: int, device: int, inode: int, path: bytes) -> Segment | None:
         """The one that a path of a process leads to. None: it is no shared memory."""
         space: int | str = device
-        if path.startswith(b"/SYSV") and device not in self.mounts:
+        if path.startswith(SYSV_PATH) and device not in self.mounts:
             space = _link(f"/proc/{pid}/ns/ipc") or self.ipc  # its inode is its id, which each namespace has for itself
         found = self.segments.get((space, inode))
         if found is None:
@@ -343,13 +360,13 @@ def _tmpfs(pid: int | str) -> list[tuple[str, int]]:
     return [(os.fsdecode(line[4]), os.makedev(*map(int, line[2].split(b":")))) for line in lines]
 
 
-def _maps(path: bytes, devices: bytes) -> list[tuple[int, int, int, int, int, int, bytes]]:
+def _maps(path: bytes, devices: bytes) -> list[_Mapped]:
     """As `device_maps`, also where Linux shows them as text alone."""
     found = device_maps(path, devices)
     return _parsed(_read(path), devices) if found is None else found
 
 
-def _parsed(text: bytes, devices: bytes) -> list[tuple[int, int, int, int, int, int, bytes]]:
+def _parsed(text: bytes, devices: bytes) -> list[_Mapped]:
     found = []
     for (number,) in struct.iter_unpack("=Q", devices):
         wanted = b" %02x:%02x " % (os.major(number), os.minor(number))

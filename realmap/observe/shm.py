@@ -44,8 +44,8 @@ FAMILIES = [
     Family("loky", r"sem\.loky-(\d+)-\w+"),  # loky/backend/synchronize.py, SemLock._make_name
     Family("torch", r"torch_(\d+)_\d+_\d+"),  # pytorch, aten/src/ATen/MapAllocator.cpp, NewProcessWideShmHandle
     Family("PostgreSQL", r"PostgreSQL\.\d+", r"postgres|postmaster"),  # src/backend/storage/ipc/dsm_impl.c
-    Family("Open MPI", r"(?:sm|vader)_segment\..+\.\d+\.[0-9a-f]+\.\d+"),  # opal/mca/btl/sm/btl_sm_component.c
-    Family("Open MPI", r"vader_segment\..+\.[0-9a-f]+\.\d+"),  # before 4.0.2: open-mpi/ompi, issue 7220
+    Family("Open MPI", r"sm_segment\..+\.\d+\.[0-9a-f]+\.\d+"),  # opal/mca/btl/sm/btl_sm_component.c
+    Family("Open MPI", r"vader_segment\..+\.[0-9a-f]+\.\d+"),  # the same; and before 4.0.2: issue 7220 there
     Family("Open MPI", r"open_mpi\.\d{4}"),  # opal/mca/shmem/posix; open-mpi/ompi, issue 7394
     Family("SGLang", r"sgl_shm_\w+_(\d+)_[0-9a-f]{8}"),  # python/sglang/srt/utils/stale_shm_cleanup.py, make_shm_name
     Family("SGLang", r"multi_tokenizer_args_(\d+)"),  # python/sglang/srt/managers/multi_tokenizer_mixin.py
@@ -54,7 +54,8 @@ FAMILIES = [
     Family("NCCL", r"nccl-\w{6}"),  # nccl, src/misc/shmutils.cc, ncclShmOpen
     Family("semaphore", r"sem\..+"),  # glibc, SEM_SHM_PREFIX: any program's sem_open
 ]
-_ANY = re.compile("|".join(family.pattern for family in FAMILIES), re.DOTALL)
+#: What the names of each begin with: a pattern that is not needed is not compiled, which takes longer than a look.
+_STARTS = tuple(re.split(r"\W", family.pattern, maxsplit=1)[0] for family in FAMILIES)
 
 
 class HolderRow(NamedTuple):
@@ -66,16 +67,19 @@ class HolderRow(NamedTuple):
     descriptors: int
 
     def __str__(self) -> str:
-        how = [f"{self.maps}x mapped"] * bool(self.maps) + [f"{self.descriptors}x open"] * bool(self.descriptors)
-        return f"{self.pid} {self.program} ({', '.join(how)})"
+        if not self.descriptors:
+            return f"{self.pid} {self.program} ({self.maps}x mapped)"
+        mapped = f"{self.maps}x mapped, " if self.maps else ""
+        return f"{self.pid} {self.program} ({mapped}{self.descriptors}x open)"
 
 
 def holders_of(segment: Segment, program: Callable[[int], str]) -> list[HolderRow]:
     """Who holds a segment, by pid. `program`: the name of what runs as a pid."""
-    maps = dict.fromkeys(segment.opened, 0)
+    opened = segment.opened
+    maps = dict.fromkeys(opened, 0)
     for each in segment.maps:
         maps[each.pid] = maps.get(each.pid, 0) + 1
-    return [HolderRow(pid, program(pid), count, segment.opened.get(pid, 0)) for pid, count in sorted(maps.items())]
+    return [HolderRow(pid, program(pid), count, opened.get(pid, 0)) for pid, count in sorted(maps.items())]
 
 
 class SegmentRow(NamedTuple):
@@ -168,10 +172,13 @@ def report(machine: Machine, older: float = OLDER) -> Report:
     rows.sort(key=lambda row: (-row.resident, -row.size, row.kind, row.name))
     mounts = [_shm(mount, machine) for mount in machine.mounts]
     ours = mounts[0] if mounts and mounts[0].through == 0 else None
-    totals = {}
-    for kind in sorted({row.kind for row in rows}):
-        these = [row for row in rows if row.kind == kind]
-        totals[kind] = Total(len(these), sum(row.size for row in these), sum(row.resident for row in these))
+    kinds: dict[str, list[SegmentRow]] = {}
+    for row in rows:
+        kinds.setdefault(row.kind, []).append(row)
+    totals = {
+        kind: Total(len(these), sum(row.size for row in these), sum(row.resident for row in these))
+        for kind, these in sorted(kinds.items())
+    }
     return Report(
         machine.time, ours, [each for each in mounts if each is not ours], totals, machine.processes, machine.unseen,
         blind_spots(machine), rows,
@@ -258,26 +265,21 @@ class _Judge:
 
     def __init__(self, machine: Machine, older: float) -> None:
         self._now, self._older = machine.time, older
-        self._programs: dict[int, str] = {}
+        self._programs = _Programs()
         self._inner: set[int] | None = None
         self._running: set[tuple[str, int]] | None = None
 
     def row(self, segment: Segment) -> SegmentRow:
         family, stamped = family_of(segment)
-        maker = stamped or next(iter(segment.makers), None)
-        used = segment.holders or segment.attached
+        maker = stamped or (segment.makers[0] if segment.makers else None)
+        used = segment.maps or segment.opened or segment.attached
         state, why = (USED, "") if used else self._verdict(segment, family, stamped)
         return SegmentRow(
             segment.kind, shown(segment.name), segment.device, segment.inode, segment.size, segment.resident,
             segment.exact, segment.uid, None if segment.touched is None else max(0.0, self._now - segment.touched),
-            len(segment.names), family.label if family else "", maker, self._program(maker) if maker else "",
-            holders_of(segment, self._program), state, why,
+            len(segment.names), family.label if family else "", maker, self._programs[maker] if maker else "",
+            holders_of(segment, self._programs.__getitem__), state, why,
         )  # fmt: skip
-
-    def _program(self, pid: int) -> str:
-        if pid not in self._programs:
-            self._programs[pid] = words.program(pid)
-        return self._programs[pid]
 
     def _verdict(self, segment: Segment, family: Family | None, stamped: int | None) -> tuple[str, str]:
         """Of one that nobody holds: its state, and how that is known."""
@@ -321,6 +323,14 @@ class _Judge:
         return any(re.fullmatch(program, name) and owner == uid for name, owner in self._running)
 
 
+class _Programs(dict[int, str]):
+    """The program of each pid, asked once."""
+
+    def __missing__(self, pid: int) -> str:
+        found = self[pid] = words.program(pid)
+        return found
+
+
 def _who(pid: int) -> tuple[str, int] | None:
     """Its program, as Linux has it, and its user; None: it has ended."""
     try:
@@ -331,8 +341,9 @@ def _who(pid: int) -> tuple[str, int] | None:
 
 def family_of(segment: Segment) -> tuple[Family | None, int | None]:
     """Whose names look like this one's, and the maker's pid in it."""
-    if segment.kind in (POSIX, UNLINKED) and _ANY.fullmatch(segment.name):
-        for family in FAMILIES:
-            if found := re.fullmatch(family.pattern, segment.name, re.DOTALL):
+    if segment.kind in (POSIX, UNLINKED) and segment.name.startswith(_STARTS):
+        for start, family in zip(_STARTS, FAMILIES, strict=True):
+            mine = segment.name.startswith(start)
+            if mine and (found := re.fullmatch(family.pattern, segment.name, re.DOTALL)):
                 return family, int(found[1]) if found.groups() else None
     return None, None
