@@ -257,7 +257,6 @@ def test_stats(busy: tuple[KernelHandle, int]) -> None:
     assert heads == "calls failed per second p50 p99 longest blocking servers syscall".split()
     (copy,) = (row for row in rows if row[-1] == "copy")
     assert 0 < float(copy[3]) <= float(copy[4]) <= float(copy[5]) < BOUND
-    assert re.search(r"^copy: [0-9]+ calls, p50 \S+ .s, p99 \S+ .s, longest \S+ .s$", good(kernel, "snapshot"), re.M)
     assert sum(call["count"] for call in found["calls"]) == found["stats"]["calls"]
     assert found["limits"]["lazy_unmap"] == 1 << 20
 
