@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Protocol
 
 import msgspec
 
+from realmap.lab.campaign.cluster import Cluster
+from realmap.lab.campaign.here import Here
 from realmap.lab.campaign.plan import Plan, replay
 from realmap.lab.campaign.report import FAILED, FORM, LOST, OK, Host, Report, merged
 from realmap.lab.campaign.work import Lost, Outcome
@@ -20,27 +21,12 @@ from realmap.wire.messages import VERSION
 SOON = 0.5
 
 
-class Hosts(Protocol):
-    """Where runs are possible."""
-
-    hosts: list[str]
-    notes: list[str]
-
-    def run(self, host: int, arguments: list[str], tell: Callable[[str], None], /) -> Outcome:
-        """One run on that host. Lost: its end will not be heard of."""
-        ...
-
-    def stop(self) -> None:
-        """Ends every run."""
-        ...
-
-
 #: Called with a host's name, a line about it, and whether that is news or only how it goes.
 Say = Callable[[str, str, bool], None]
 
 
 class Campaign:
-    def __init__(self, plan: Plan, where: Hosts, say: Say) -> None:
+    def __init__(self, plan: Plan, where: Here | Cluster, say: Say) -> None:
         self._plan = plan
         self._where = where
         self._say = say
