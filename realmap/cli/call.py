@@ -12,9 +12,10 @@ import click
 import msgspec
 
 from realmap.ambient import connect
-from realmap.cli.output import Seconds, harmless, show_json
+from realmap.cli.output import Seconds, show_json
 from realmap.cli.target import BOUND, find, kernel_option
 from realmap.errors import KernelError, SyscallFailed, WrongArguments
+from realmap.observe.words import harmless
 from realmap.user import Buffer, Process
 
 #: So much is read at most from what does not say beforehand how long it is, in bytes.

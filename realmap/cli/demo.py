@@ -12,11 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from realmap.cli.output import Column, Seconds, harmless, show, show_json
+from realmap.cli.output import Column, Seconds, show, show_json
 from realmap.cli.top import require_terminal, require_textual
 from realmap.errors import KernelError
 from realmap.lab import demo as lab
 from realmap.observe import words
+from realmap.observe.words import harmless
 
 OPENING = """\
 [bold]realmap: one process works on the memory of others, without copying it.[/]

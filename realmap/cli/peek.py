@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import harmless, json_option, show_json, until_interrupted, watch_option
+from realmap.cli.output import json_option, show_json, until_interrupted, watch_option
 from realmap.cli.place import place_of
 from realmap.cli.values import Form, form_option, values
 from realmap.errors import InvalidAddress
 from realmap.memory import ForeignProcess
+from realmap.observe.words import harmless
 
 #: So much is shown unless a length is given, in bytes; and so much in a line.
 LENGTH, ROW = 256, 16

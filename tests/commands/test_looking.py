@@ -28,11 +28,11 @@ from terminal import on_a_terminal
 import realmap
 from realmap import KernelHandle, Process
 from realmap.cli import command
-from realmap.cli.output import harmless
 from realmap.cli.prometheus import COUNTERS, GAUGES
 from realmap.cli.stats import DONE, _screen, rates_between
 from realmap.observe import maps, tables
 from realmap.observe.control import Control
+from realmap.observe.words import harmless
 
 #: A syscall and a segment that are named by somebody who means no good.
 EVIL = 'ev\x1b[31mil\n"quo\\te'
