@@ -52,11 +52,7 @@ def peek(pid: int, place: str, length: int | None, form: Form, watch: float | No
             _show(process, address, data, form, as_json)
             return
         with until_interrupted() as is_over:
-
-            def looks() -> bytes | None:
-                return None if is_over(watch) else process.copy_in(address, len(data))
-
-            _watch(process, address, data, form, as_json, looks)
+            _watch(process, address, data, form, as_json, lambda: not is_over(watch))
 
 
 def _read(process: ForeignProcess, address: int, length: int | None) -> bytes:
@@ -117,20 +113,21 @@ def _watch(
     data: bytes,
     form: Form,
     as_json: bool,
-    looks: Callable[[], bytes | None],
+    goes_on: Callable[[], bool],
 ) -> None:
+    before = data
     if sys.stdout.isatty() and not as_json:
         head = Text(harmless(f"{len(data)} bytes at {address:#x} of process {process.pid}, {process.name}"))
         console = Console(highlight=False)
         with Live(head, console=console, auto_refresh=False, screen=True) as live:
-            before: bytes | None = data
-            while before is not None and (now := looks()) is not None:
+            while goes_on():
+                now = process.copy_in(address, len(data))
                 live.update(Text("\n").join([head, Text(), *lines(address, now, form, before)]), refresh=True)
                 before = now
         return
     _show(process, address, data, form, as_json)
-    before = data
-    while (now := looks()) is not None:
+    while goes_on():
+        now = process.copy_in(address, len(data))
         if now != before:
             if as_json:
                 show_json(_record(process, address, now, form), line=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from realmap.host import SHM, procfs, shared_segments
@@ -258,7 +259,7 @@ class _Judge:
 
     def __init__(self, machine: Machine, older: float) -> None:
         self._now, self._older = machine.time, older
-        self._programs: dict[int, str] = {}
+        self._program = cache(words.program)
         self._inner: set[int] | None = None
         self._running: set[tuple[str, int]] | None = None
 
@@ -273,11 +274,6 @@ class _Judge:
             len(segment.names), family.label if family else "", maker, self._program(maker) if maker else "",
             holders_of(segment, self._program), state, why,
         )  # fmt: skip
-
-    def _program(self, pid: int) -> str:
-        if pid not in self._programs:
-            self._programs[pid] = words.program(pid)
-        return self._programs[pid]
 
     def _verdict(self, segment: Segment, family: Family | None, stamped: int | None) -> tuple[str, str]:
         """Of one that nobody holds: its state, and how that is known."""

@@ -122,7 +122,7 @@ class Race:
             del self._samples[contender.name]
             self.missing.append(Missing(contender.name, str(error)))
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: str | None) -> bool:
         return name in self._samples
 
     def time(self, name: str) -> Spread:
@@ -146,19 +146,8 @@ class Race:
     def figures(self, group: str, size: int | None = None, work: str | None = None) -> list[Figure]:
         found = []
         for name, _, floor, _ in self.contenders:
-            took = self.time(name)
-            found.append(
-                Figure(
-                    group,
-                    name,
-                    size,
-                    work,
-                    floor if floor is not None and floor in self else None,
-                    took,
-                    self.ratio(name, floor) if floor is not None and floor in self else None,
-                    len(self._samples[name]),
-                    self._counts[name],
-                    unsteady(took),
-                )
-            )
+            took, floor = self.time(name), floor if floor in self else None
+            ratio = self.ratio(name, floor) if floor is not None else None
+            rounds, count = len(self._samples[name]), self._counts[name]
+            found.append(Figure(group, name, size, work, floor, took, ratio, rounds, count, unsteady(took)))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import msgspec
 
 from realmap.lab.campaign.cluster import Cluster
 from realmap.lab.campaign.here import Here
-from realmap.lab.campaign.plan import Plan, replay
+from realmap.lab.campaign.plan import Plan
 from realmap.lab.campaign.report import FAILED, FORM, LOST, OK, Host, Report, merged
 from realmap.lab.campaign.work import Lost, Outcome
 from realmap.wire.messages import VERSION
@@ -58,7 +59,7 @@ class Campaign:
         while not self._stopped and host.state == OK and self._plan.goes_on(turn, time.monotonic() - self._began):
             arguments = self._plan.arguments_of(at, turn)
             host.earlier, host.report = host.reports, None
-            host.replay = replay(arguments)
+            host.replay = shlex.join(["realmap", *arguments])
             self._say(host.name, host.replay, True)
             try:
                 outcome = self._where.run(at, arguments, lambda line: self._say(host.name, line, False))
