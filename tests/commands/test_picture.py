@@ -17,7 +17,7 @@ import pytest
 import syscalls
 from command_line import command_line
 from conftest import BOUND, PAGE, ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import realmap
@@ -171,6 +171,7 @@ def test_lights_are_bounded() -> None:
     assert len(picture.kernel.lights) == 100
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 1 << 20)), max_size=60),
     st.integers(1, 90),
