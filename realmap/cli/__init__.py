@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from realmap.cli.output import harmless
 from realmap.errors import KernelError
+from realmap.observe.words import harmless
 
 #: Each is `NAME` in `realmap.cli.NAME`, and what `realmap --help` says of it: to list them, none is imported.
 GROUPS = {

@@ -6,9 +6,10 @@ import sys
 
 import click
 
-from realmap.cli.output import harmless, show_json
+from realmap.cli.output import show_json
 from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe.audit import AuditReport
+from realmap.observe.words import harmless
 
 
 @click.command(epilog=BOUND)

@@ -6,15 +6,16 @@ import io
 import os
 import stat
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 import msgspec
 
 from realmap.ambient import connect
-from realmap.cli.output import Seconds, harmless, show_json
+from realmap.cli.output import Seconds, show_json
 from realmap.cli.target import BOUND, find, kernel_option
 from realmap.errors import KernelError, SyscallFailed, WrongArguments
+from realmap.observe.words import harmless
 from realmap.user import Buffer, Process
 
 #: So much is read at most from what does not say beforehand how long it is, in bytes.
@@ -106,15 +107,11 @@ def _loaded(me: Process, name: str) -> Buffer:
     return _filled(me, name, io.BytesIO(data), len(data))
 
 
-def _filled(me: Process, name: str, file: BinaryIO, size: int) -> Buffer:
+def _filled(me: Process, name: str, file: io.BufferedIOBase, size: int) -> Buffer:
     buffer = me.map(size)
     with memoryview(buffer) as view:
-        done = 0
-        while done < size:
-            got = file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not got:
-                raise click.ClickException(f"{name} was cut short while it was read")
-            done += got
+        if file.readinto(view) < size:
+            raise click.ClickException(f"{name} was cut short while it was read")
     return buffer
 
 

@@ -7,17 +7,17 @@ import textwrap
 from pathlib import Path
 
 import click
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from realmap.cli.output import Column, Seconds, harmless, require_writable, show, show_json
+from realmap.cli.output import Column, Seconds, show, show_json
 from realmap.cli.top import require_terminal, require_textual
 from realmap.errors import KernelError
 from realmap.lab import demo as lab
 from realmap.observe import words
+from realmap.observe.words import harmless
 
 OPENING = """\
 [bold]realmap: one process works on the memory of others, without copying it.[/]
@@ -34,10 +34,9 @@ EVEN = 1.15
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, readable=True))
 @click.option("--json", "as_json", is_flag=True, help="What was checked and found, as JSON.")
 @click.option("--ranges", is_flag=True, help="Also each range that was checked.")
-@click.option("--trace", metavar="FILE", help="Trace it: a file for ui.perfetto.dev or chrome://tracing.")
 @click.option("--top", is_flag=True, help="Under `realmap top`, each mirror kept for a while, to be seen.")
 @click.option("--pace", type=Seconds(0, 3600), help="With --top: for so many seconds; by default 1.")
-def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None, top: bool, pace: float | None) -> None:
+def demo(files: tuple[str, ...], as_json: bool, ranges: bool, top: bool, pace: float | None) -> None:
     """Watch a kernel process mirror-map the memory of user processes, and check every byte.
 
     Each FILE is loaded by a user process of its own; the kernel digests it, and odd ranges of it, in
@@ -53,15 +52,14 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None,
         planned = lab.plan(files or lab.default_files())
     except (OSError, KernelError) as error:
         raise click.ClickException(str(error)) from None
-    require_writable(trace)
     if top:
         require_terminal()
         require_textual()
     if not as_json:
         console.print(OPENING)
-    story = _watched(planned, trace, 1.0 if pace is None else pace) if top else _run(console, planned, trace, as_json)
+    story = _watched(planned, 1.0 if pace is None else pace) if top else _run(console, planned, as_json)
     if as_json:
-        show_json(msgspec.convert(story, lab.Report, from_attributes=True))
+        show_json(story)
     else:
         if ranges:
             show_ranges(story)
@@ -69,23 +67,24 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None,
     sys.exit(0 if story.ok else 1)
 
 
-def _watched(planned: list[lab.FileReport], trace: str | None, pace: float) -> lab.Story:
+def _watched(planned: list[lab.FileReport], pace: float) -> lab.Report:
     """Under the live view. ClickException: it was left before the end."""
     from realmap.cli.top.demo import watch
 
-    report = watch(planned, trace, pace)
+    report = watch(planned, pace)
     if report is None:
         raise click.ClickException("the demo was left before its end, so there is no report")
     return report
 
 
-def _run(console: Console, planned: list[lab.FileReport], trace: str | None, quiet: bool) -> lab.Story:
+def _run(console: Console, planned: list[lab.FileReport], quiet: bool) -> lab.Report:
     """With a bar for how far it is."""
     total = sum(len(file.checks) for file in planned)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("mirroring", total=total)
-        return lab.run(planned, lambda check: progress.advance(task), trace)
+        with lab.boot() as kernel:
+            return lab.run(kernel, planned, lambda check: progress.advance(task))
 
 
 def _say(console: Console, text: str, ok: bool) -> None:
@@ -96,17 +95,16 @@ def _say(console: Console, text: str, ok: bool) -> None:
     console.print(told)
 
 
-def render(console: Console, story: lab.Story) -> None:
+def render(console: Console, story: lab.Report) -> None:
     """The story for people. Whatever it states was looked at in this run, and has its verdict."""
     _render_mirrors(console, story)
     _render_races(console, story)
-    if story.killed is not None:
-        _render_kill(console, story, story.killed)
+    _render_kill(console, story, story.killed)
     console.print("\n[bold green]All of it held.[/]" if story.ok else "\n[bold red]Not all of it held: see WRONG.[/]")
     console.print("Add --top to watch it happen, --ranges to see each range, FILE ... to take your own files.")
 
 
-def _render_mirrors(console: Console, story: lab.Story) -> None:
+def _render_mirrors(console: Console, story: lab.Report) -> None:
     checks = [check for file in story.files for check in file.checks]
     console.print("\n[bold]Two addresses, one memory[/]")
     console.print("An address counts inside its process only; the page of RAM behind it has a number of its own.")
@@ -129,7 +127,7 @@ def _render_mirrors(console: Console, story: lab.Story) -> None:
     _say(console, "what the kernel wrote into a mirror, the user found in its own memory", story.written)
 
 
-def _picture(story: lab.Story, width: int) -> Table:
+def _picture(story: lab.Report, width: int) -> Table:
     """Who maps what, at which of its addresses, and where the kernel had all of it mirrored."""
     wide = width >= WIDE
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
@@ -149,7 +147,7 @@ def _picture(story: lab.Story, width: int) -> Table:
     return table
 
 
-def _render_races(console: Console, story: lab.Story) -> None:
+def _render_races(console: Console, story: lab.Report) -> None:
     console.print("\n[bold]A mirror beside a copy of the same bytes[/]")
     last = story.races[-1]
     rows = [(words.size(race.length), race.mirror, race.copy) for race in story.races]
@@ -165,7 +163,7 @@ def _render_races(console: Console, story: lab.Story) -> None:
     _say(console, "medians of this run, in turns; both ways gave the same bytes", all(race.ok for race in story.races))
 
 
-def _render_kill(console: Console, story: lab.Story, killed: lab.KillReport) -> None:
+def _render_kill(console: Console, story: lab.Report, killed: lab.KillReport) -> None:
     console.print("\n[bold red]kill -9[/] [bold]of an owner, while the kernel has its memory mirrored[/]")
     owner = f"user {killed.pid} ──▶"
     gone = "✗".rjust(len(owner)) if killed.died else owner
@@ -183,7 +181,7 @@ def _render_kill(console: Console, story: lab.Story, killed: lab.KillReport) -> 
     _say(console, f"that mirror dropped, left in the end: {left} in /dev/shm", not any(story.balance.values()))
 
 
-def show_ranges(story: lab.Story) -> None:
+def show_ranges(story: lab.Report) -> None:
     """Each range that was checked, in a line."""
     kinds = {"offset": "number", "bytes": "number", "UserLand": "hex", "KernelLand": "hex"}
     heads = ("user", *kinds, "refs", "frame", "")

@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from realmap.ambient import VARIABLE
-from realmap.cli.output import harmless, json_option, show_json
+from realmap.cli.output import json_option, show_json
 from realmap.cli.target import named
 from realmap.observe.doctor import BAD, OK, WARN, Check, examine
+from realmap.observe.words import harmless
 
 COLOURS = {OK: "green", WARN: "yellow", BAD: "bold red"}
 

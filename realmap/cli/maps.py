@@ -14,6 +14,7 @@ from realmap.host import runtime
 from realmap.memory import ForeignMapping, ForeignProcess
 from realmap.observe.control import Control
 from realmap.observe.maps import MapView, view
+from realmap.observe.shm import shown
 
 COLUMNS = [
     Column("address", "hex"),
@@ -94,8 +95,8 @@ def _foreign(pid: int, shared: bool, as_json: bool) -> None:
     with ForeignProcess(pid) as process:
         found = [each for each in process.mappings() if not shared or each.kind not in UNSHARED]
     if as_json:
-        rows = [msgspec.structs.asdict(each) | {"rights": str(each.rights), "name": _text(each.name)} for each in found]
-        show_json([row | {"why_not": _text(str(row["why_not"]))} for row in rows])
+        rows = [msgspec.structs.asdict(each) | {"rights": str(each.rights), "name": shown(each.name)} for each in found]
+        show_json([row | {"why_not": shown(str(row["why_not"]))} for row in rows])
         return
     show(FOREIGN, [_row(each) for each in found], "it has mapped nothing that is shared")
 
@@ -104,8 +105,3 @@ def _row(each: ForeignMapping) -> list[Any]:
     mirror = "" if each.kind in UNSHARED else each.why_not or "yes"
     place = (each.address, each.length, each.kind, str(each.rights)[2:])
     return [*place, each.offset, each.resident, each.inode, each.name, mirror]
-
-
-def _text(name: str) -> str:
-    """As JSON can have it: of a name that is no UTF-8, the odd bytes as \\x escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -23,6 +23,7 @@ import click
 
 from realmap.lab import PROGRESS
 from realmap.observe import words
+from realmap.observe.words import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,11 +56,6 @@ class Seconds(click.FloatRange):
         if math.isnan(found):
             self.fail(f"{value!r} is not a time in seconds.", param, ctx)
         return found
-
-
-def harmless(text: object) -> str:
-    """`text` as it may be shown: what is not printable (control characters, as in a name) is escaped."""
-    return words.harmless(str(text))
 
 
 class Column(NamedTuple):

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from realmap.cli.output import harmless, json_option, show_json, until_interrupted, watch_option
+from realmap.cli.output import json_option, show_json, until_interrupted, watch_option
 from realmap.cli.place import place_of
 from realmap.cli.values import Form, form_option, values
 from realmap.errors import InvalidAddress
 from realmap.memory import ForeignProcess
+from realmap.observe.words import harmless
 
 #: So much is shown unless a length is given, in bytes; and so much in a line.
 LENGTH, ROW = 256, 16
@@ -51,11 +52,7 @@ def peek(pid: int, place: str, length: int | None, form: Form, watch: float | No
             _show(process, address, data, form, as_json)
             return
         with until_interrupted() as is_over:
-
-            def looks() -> bytes | None:
-                return None if is_over(watch) else process.copy_in(address, len(data))
-
-            _watch(process, address, data, form, as_json, looks)
+            _watch(process, address, data, form, as_json, lambda: not is_over(watch))
 
 
 def _read(process: ForeignProcess, address: int, length: int | None) -> bytes:
@@ -116,20 +113,21 @@ def _watch(
     data: bytes,
     form: Form,
     as_json: bool,
-    looks: Callable[[], bytes | None],
+    goes_on: Callable[[], bool],
 ) -> None:
+    before = data
     if sys.stdout.isatty() and not as_json:
         head = Text(harmless(f"{len(data)} bytes at {address:#x} of process {process.pid}, {process.name}"))
         console = Console(highlight=False)
         with Live(head, console=console, auto_refresh=False, screen=True) as live:
-            before: bytes | None = data
-            while before is not None and (now := looks()) is not None:
+            while goes_on():
+                now = process.copy_in(address, len(data))
                 live.update(Text("\n").join([head, Text(), *lines(address, now, form, before)]), refresh=True)
                 before = now
         return
     _show(process, address, data, form, as_json)
-    before = data
-    while (now := looks()) is not None:
+    while goes_on():
+        now = process.copy_in(address, len(data))
         if now != before:
             if as_json:
                 show_json(_record(process, address, now, form), line=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from realmap.cli.output import harmless
 from realmap.host import SHM
 from realmap.memory import ForeignMapping, ForeignProcess
 from realmap.observe.shm import shown
+from realmap.observe.words import harmless
 
 #: What /proc/PID/maps has before the name of a segment.
 BEFORE = {"posix": f"{SHM}/", "memfd": "/memfd:"}

@@ -11,14 +11,12 @@ from realmap.observe import words
 
 def plot(report: Report, kind: str) -> bytes:
     """Draws time over size, a panel for each work, as "png" or "svg"."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     works = [work for work in WORKS if work != "none"]
-    figure, panels = pyplot.subplots(1, len(works), figsize=(5 * len(works), 5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(5 * len(works), 5), layout="constrained")
+    panels = figure.subplots(1, len(works), sharey=True)
     for panel, work in zip(panels, works, strict=True):
         for at, way in enumerate(WAYS):  # one is in the first panel only: each has the same colour in all
             points = [
@@ -43,5 +41,4 @@ def plot(report: Report, kind: str) -> bytes:
     figure.suptitle(f"reaching the bytes of another process: {machine['cpu']}, Linux {machine['linux']}", fontsize=10)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=150)
-    pyplot.close(figure)
     return drawn.getvalue()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from realmap.cli.output import harmless
 from realmap.cli.peek import lines
 from realmap.cli.place import place_of
 from realmap.cli.values import Form, form_option, written
 from realmap.memory import ForeignProcess
 from realmap.observe import words
+from realmap.observe.words import harmless
 
 
 @click.command()

@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from realmap import __version__
-from realmap.cli.output import harmless
 from realmap.observe.snapshot import Snapshot
+from realmap.observe.words import harmless
 
 #: (metric without its prefix, total of the snapshot, what it is)
 GAUGES = [

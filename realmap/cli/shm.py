@@ -11,7 +11,6 @@ import click
 from realmap.cli.output import (
     Column,
     Seconds,
-    harmless,
     json_option,
     plain,
     show_json,
@@ -24,6 +23,7 @@ from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED
 from realmap.observe import shm as observe
 from realmap.observe import words
 from realmap.observe.shm import ORPHAN, Report, SegmentRow
+from realmap.observe.words import harmless
 
 if TYPE_CHECKING:
     from rich.console import Group

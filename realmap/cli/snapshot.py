@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 
 import click
 
-from realmap.cli.output import require_writable, show_json, write_files
+from realmap.cli.output import require_writable, show_json, show_records, write_files
+from realmap.cli.ps import COLUMNS
+from realmap.cli.stats import tell
 from realmap.cli.target import BOUND, control, kernel_option
 from realmap.observe import machine, shm, words
 from realmap.observe.snapshot import Snapshot
 from realmap.observe.svg import svg
-from realmap.observe.tables import programs
-from realmap.wire.records import CallInfo, LentInfo, ProcessInfo, SeatInfo
-
-#: How many syscalls it tells of.
-MOST = 10
+from realmap.observe.tables import processes, programs
+from realmap.wire.records import LentInfo, SeatInfo
 
 
 @click.command(epilog=BOUND)
@@ -55,28 +53,10 @@ def snapshot(path: str | None, whole: bool, as_json: bool, svg_path: str | None)
 
 
 def render(taken: Snapshot) -> None:
-    """Totals, and a line for each process."""
-    stats = taken.stats
-    click.echo(f"kernel {taken.pid} at {words.harmless(taken.path)}")
-    click.echo(
-        f"{words.counted(len(taken.processes), 'process')}, {words.counted(stats['mappings'], 'mapping')}, "
-        f"{words.counted(stats['segments'], 'segment')} of {stats['bytes']} bytes, "
-        f"{words.counted(len(taken.handles), 'handle')}, {stats['stock']} parked"
-    )
-    shown = sum(mirror.length for mirror in taken.mirrors)
-    click.echo(
-        f"KernelLand: {words.counted(len(taken.mirrors), 'live mirror')} of {shown} bytes, "
-        f"{words.counted(len(taken.kept), 'kept window')}"
-    )
-    click.echo(f"{words.counted(stats['calls'], 'call')} so far, {stats['running']} running")
-    called = sorted((call for call in taken.calls if call.count), key=lambda call: -call.count)
-    for call in called[:MOST]:
-        by = f" of {words.counted(call.servers, 'server')}" if call.servers else ""
-        click.echo(words.harmless(call.name) + f": {words.counted(call.count, 'call')}{by}" + _took(call))
-    if len(called) > MOST:
-        click.echo(f"and {len(called) - MOST} other syscalls: realmap stats")
-    for process in taken.processes:
-        click.echo(_line(process))
+    """As `realmap stats` and `ps` show it, and a line for each service."""
+    tell(taken)
+    click.echo()
+    show_records(COLUMNS, processes(taken), "no process is connected to it", False)
     pids = {process.number: process.pid for process in taken.processes}
     for seat in taken.seats:
         callers = sorted({pids[each.process] for each in taken.sessions if each.seat == seat.number})
@@ -85,25 +65,9 @@ def render(taken: Snapshot) -> None:
         )
 
 
-def _took(call: CallInfo) -> str:
-    if call.p50 is None or call.p99 is None or call.longest is None:
-        return ""
-    took = [words.duration(1e9 * each) for each in (call.p50, call.p99, call.longest)]
-    return f", p50 {took[0]}, p99 {took[1]}, longest {took[2]}"
-
-
 def _service(seat: SeatInfo, pid: int, callers: list[int], lent: list[LentInfo]) -> str:
     names = ", ".join(map(words.harmless, seat.names))
     state = f"{seat.busy} of {words.counted(seat.threads, 'thread')} at work, {seat.waiting} waiting"
     shown = f"{words.counted(len(lent), 'window')} of {sum(each.length for each in lent)} bytes lent to it"
     who = f"called by pid {', '.join(map(str, callers))}" if callers else "called by nobody"
     return f"pid {pid} serves {names}: {state}, {shown}, {who}{', closing' * seat.closing}"
-
-
-def _line(process: ProcessInfo) -> str:
-    types = Counter(mapping.type for mapping in process.mappings)
-    total = sum(mapping.length for mapping in process.mappings)
-    kinds = ", ".join(f"{number} {name}" for name, number in sorted(types.items()))
-    return f"pid {process.pid}: {words.counted(len(process.mappings), 'mapping')} of {total} bytes" + (
-        f" ({kinds})" if kinds else ""
-    )

@@ -117,7 +117,13 @@ def stats(watch: float | None, prometheus: bool, path: str | None, as_json: bool
         click.echo(_exposition(now), nl=False)
     elif as_json:
         show_json({"time": now.time, "stats": now.stats, "limits": now.limits, "calls": now.calls})
-    elif sys.stdout.isatty():
+    else:
+        tell(now)
+
+
+def tell(now: Snapshot) -> None:
+    """The totals, and each syscall."""
+    if sys.stdout.isatty():
         console = Console(highlight=False)
         console.print(_screen(now, None, console.width))
     else:

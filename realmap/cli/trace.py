@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 
 import click
 
@@ -58,7 +57,8 @@ def trace(file: str, command: tuple[str, ...], path: str | None, seconds: float 
     require_writable(file)
     status = 0
     recorder = Recorder(file, events)
-    with _signals() as caught:
+    caught: list[int] = []
+    with signals.handled(lambda number, _: caught.append(number), signal.SIGINT, signal.SIGTERM):
         try:
             with closing(recorder):
                 if kernel is not None:
@@ -125,14 +125,6 @@ class Recorder:
         if found.died is not None and not self.booted:
             why = f"the trace ended before its time: {found.died}; {self._file} is whole up to there"
             raise click.ClickException(why)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list instead of ending this process."""
-    caught: list[int] = []
-    with signals.handled(lambda number, _: caught.append(number), signal.SIGINT, signal.SIGTERM):
-        yield caught
 
 
 def _wait(

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import click
 
-from realmap.cli.output import harmless
+from realmap.observe.words import harmless
 
 #: The names that numpy has for numbers, as the struct module calls them.
 NUMBERS = {

@@ -182,11 +182,13 @@ def kernel_ranges(snapshot: Snapshot) -> list[Range]:
     return merged(ranges)
 
 
-def _compare(where: str, books: list[Range], linux: list[Range]) -> list[Difference]:
-    def say(entry: Range) -> str:
-        start, end, perms, inode, offset = entry
-        return f"[{start:#x}, {end:#x}) {perms} of inode {inode} from {offset:#x}"
+def say(entry: Range) -> str:
+    start, end, perms, inode, offset = entry
+    what = f"inode {inode} from {offset:#x}" if inode else "private pages"
+    return f"[{start:#x}, {end:#x}) {perms} of {what}"
 
+
+def _compare(where: str, books: list[Range], linux: list[Range]) -> list[Difference]:
     in_books, in_linux = set(books), set(linux)
     only_books = [Difference(where, entry[0], say(entry), "otherwise") for entry in books if entry not in in_linux]
     only_linux = [Difference(where, entry[0], "otherwise", say(entry)) for entry in linux if entry not in in_books]

@@ -9,6 +9,8 @@ A segment is lit where it is above, and in every process that maps it.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from realmap.host.shared_segments import ANONYMOUS, MEMFD, POSIX, SYSV, UNLINKED, Machine, Segment
 from realmap.observe.shm import holders_of, shown
 from realmap.observe.snapshot import Snapshot
@@ -54,7 +56,10 @@ def snapshot(machine: Machine) -> Snapshot:
         serial = serials[id(each)]
         mirrors.append(MirrorInfo(serial * ROOM, length, serial * ROOM, length, 0, 0, [PartInfo(serial, 0, length)]))
     programs = {pid: program(pid) for each in seen for pid in each.holders}
-    processes = [ProcessInfo(pid, pid, 0, 0, 0, None, sorted(mappings[pid], key=_address), []) for pid in sorted(pids)]
+    processes = [
+        ProcessInfo(pid, pid, 0, 0, 0, None, sorted(mappings[pid], key=attrgetter("address")), [])
+        for pid in sorted(pids)
+    ]
     stats = NOTHING | {
         "mappings": sum(map(len, mappings.values())),
         "segments": len(seen),
@@ -68,10 +73,6 @@ def snapshot(machine: Machine) -> Snapshot:
         mirrors=sorted(mirrors, key=lambda mirror: mirror.base), kept=[],
         frames=[_frames(each, serials[id(each)], programs) for each in seen],
     )  # fmt: skip
-
-
-def _address(mapping: MappingInfo) -> int:
-    return mapping.address
 
 
 def _serials(machine: Machine) -> dict[int, int]:

@@ -11,7 +11,7 @@ from realmap.errors import InvalidHandle
 from realmap.host import procfs
 from realmap.host.procfs import Resident
 from realmap.memory.lands import KERNEL_LAND, USER_LAND
-from realmap.observe.audit import Range, clipped, lent_parts, lent_to, mapping_ranges, merged, window_ranges
+from realmap.observe.audit import Range, clipped, lent_parts, lent_to, mapping_ranges, merged, say, window_ranges
 from realmap.observe.snapshot import Snapshot
 from realmap.pages import PAGE_SIZE
 from realmap.rights import MappingAccessRights
@@ -188,10 +188,4 @@ class _Places:
         linux = self.ranges(start, end)
         if linux == merged(books):
             return AGREES
-        return "; ".join(_say(each) for each in linux) or "nothing is mapped there"
-
-
-def _say(entry: Range) -> str:
-    start, end, perms, inode, offset = entry
-    what = f"inode {inode} from {offset:#x}" if inode else "zero pages"
-    return f"[{start:#x}, {end:#x}) {perms} of {what}"
+        return "; ".join(say(each) for each in linux) or "nothing is mapped there"

@@ -198,13 +198,7 @@ def _arrange(ranges: Sequence[_Range], cells: int, unit: float) -> list[Block]:
 
 
 def _block(run: list[_Range]) -> Block:
-    first = run[0]
-    if len(run) == 1:
-        return Block(
-            first.left, first.right - first.left, first.address, first.address + first.length,
-            first.length, 1, first.kind, first.rights,
-        )  # fmt: skip
-    largest = max(run, key=lambda each: each.length)
+    first, largest = run[0], max(run, key=lambda each: each.length)
     end = run[-1].address + run[-1].length
     total = sum(each.length for each in run)
     return Block(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from realmap.host import SHM, procfs, shared_segments
@@ -265,7 +266,7 @@ class _Judge:
 
     def __init__(self, machine: Machine, older: float) -> None:
         self._now, self._older = machine.time, older
-        self._programs = _Programs()
+        self._program = cache(words.program)
         self._inner: set[int] | None = None
         self._running: set[tuple[str, int]] | None = None
 
@@ -277,8 +278,8 @@ class _Judge:
         return SegmentRow(
             segment.kind, shown(segment.name), segment.device, segment.inode, segment.size, segment.resident,
             segment.exact, segment.uid, None if segment.touched is None else max(0.0, self._now - segment.touched),
-            len(segment.names), family.label if family else "", maker, self._programs[maker] if maker else "",
-            holders_of(segment, self._programs.__getitem__), state, why,
+            len(segment.names), family.label if family else "", maker, self._program(maker) if maker else "",
+            holders_of(segment, self._program), state, why,
         )  # fmt: skip
 
     def _verdict(self, segment: Segment, family: Family | None, stamped: int | None) -> tuple[str, str]:
@@ -321,14 +322,6 @@ class _Judge:
         if self._running is None:
             self._running = {found for pid in procfs.pids() if (found := _who(pid))}
         return any(re.fullmatch(program, name) and owner == uid for name, owner in self._running)
-
-
-class _Programs(dict[int, str]):
-    """The program of each pid, asked once."""
-
-    def __missing__(self, pid: int) -> str:
-        found = self[pid] = words.program(pid)
-        return found
 
 
 def _who(pid: int) -> tuple[str, int] | None:

@@ -63,8 +63,9 @@ def cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: max(0, longest - 1)] + "…"[:longest]
 
 
-def harmless(text: str) -> str:
-    """`text` with whatever a terminal might act upon (control characters, broken bytes) as \\x escapes."""
+def harmless(value: object) -> str:
+    """It as text, with whatever a terminal might act upon (control characters, broken bytes) as \\x escapes."""
+    text = str(value)
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

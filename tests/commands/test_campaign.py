@@ -212,7 +212,7 @@ def stress_report(times: list[int], failures: tuple[str, ...] = ()) -> bytes:
 
 def test_percentiles_are_of_all_hosts_together_and_no_means() -> None:
     few, many = [10_000_000] * 10, [1_000] * 990
-    hosts = Fake(*(Outcome(0, stress_report(times), "", 2.0, {}) for times in (few, many)))
+    hosts = Fake(*(Outcome(0, stress_report(times), "", {}) for times in (few, many)))
     done = Campaign(Plan("stress", []), hosts, print).run()
     assert done.ok
     kind = done.kinds["map"]
@@ -224,8 +224,8 @@ def test_percentiles_are_of_all_hosts_together_and_no_means() -> None:
 
 
 def test_who_failed_and_who_is_lost() -> None:
-    failed = Outcome(1, stress_report([1000], ("wrong bytes: 1",)), "", 1.0, {})
-    hosts = Fake(failed, Lost("gone"), Outcome(0, stress_report([1000]), "", 1.0, {"linux": "6.1"}))
+    failed = Outcome(1, stress_report([1000], ("wrong bytes: 1",)), "", {})
+    hosts = Fake(failed, Lost("gone"), Outcome(0, stress_report([1000]), "", {"linux": "6.1"}))
     done = Campaign(Plan("stress", ["soak"], seed=5, repeat=3), hosts, lambda *said: None).run()
     assert not done.ok
     assert [(host.state, host.why, len(host.reports)) for host in done.hosts] == [

@@ -56,7 +56,7 @@ def test_the_demo_on_given_files_as_json(files: list[str]) -> None:
     done = realmap("demo", "--json", *files)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
-    assert set(report) == {"files", "killed", "balance", "ok"}
+    assert set(report) == {"kernel", "files", "races", "written", "killed", "balance", "ok"}
     assert report["ok"] is True
     assert [file["path"] for file in report["files"]] == files
     assert set(report["balance"]) == {
@@ -101,10 +101,8 @@ def test_the_demo_in_a_pipe_is_plain(files: list[str], width: int) -> None:
 
 
 def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
-    paths: list[str] = []
-    with ExitStack() as stack:
-        look = lambda check: stack.enter_context(Control(paths[0]))  # noqa: E731
-        report = demo.run(demo.plan(files[:1]), look, on_boot=paths.append)
+    with demo.boot() as kernel, ExitStack() as stack:
+        report = demo.run(kernel, demo.plan(files[:1]), lambda check: stack.enter_context(Control(kernel.path)))
     assert report.ok
     assert report.balance["descriptors"] == 0
 
@@ -133,17 +131,12 @@ def test_a_pace_without_the_live_view_is_refused(files: list[str]) -> None:
     assert done.stderr.endswith("Error: --pace goes with --top\n")
 
 
-def test_a_trace_of_the_demo_that_cannot_be_written_is_named(files: list[str]) -> None:
-    done = realmap("demo", "--trace", "/dev/full", files[0])
-    assert done.returncode == 1
-    assert done.stderr == "Error: [Errno 28] No space left on device: '/dev/full'\n"
-
-
 def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
     """Each verdict on a range can fail."""
     planned = demo.plan(files[:2])
     planned[0].checks[0].expected = "0" * 64
-    report = demo.run(planned)
+    with demo.boot() as kernel:
+        report = demo.run(kernel, planned)
     assert not report.ok
     assert [check.ok for file in report.files for check in file.checks].count(False) == 1
     good = planned[1].checks[0]
@@ -157,7 +150,8 @@ def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
 
 def test_each_statement_of_the_demo_can_fail(files: list[str]) -> None:
     """What did not hold is said to be wrong, by one statement each, and is never shown beside an ok."""
-    good = demo.run(demo.plan(files[:2]))
+    with demo.boot() as kernel:
+        good = demo.run(kernel, demo.plan(files[:2]))
     assert told(good).count("WRONG") == 0
     assert len(good.races) == 2
     for change, word in [
@@ -171,7 +165,7 @@ def test_each_statement_of_the_demo_can_fail(files: list[str]) -> None:
         (lambda story: setattr(story.killed, "refcounts", (2, 2)), "refcount 2→2"),
         (lambda story: story.balance.update(names=3), "3 names"),
     ]:
-        story = msgspec.json.decode(msgspec.json.encode(good), type=demo.Story)
+        story = msgspec.json.decode(msgspec.json.encode(good), type=demo.Report)
         change(story)
         assert story.holds() is False
         story.ok = False
@@ -182,7 +176,8 @@ def test_each_statement_of_the_demo_can_fail(files: list[str]) -> None:
 
 
 def test_the_demo_claims_no_more_than_it_saw(files: list[str]) -> None:
-    story = demo.run(demo.plan(files[1:2]))
+    with demo.boot() as kernel:
+        story = demo.run(kernel, demo.plan(files[1:2]))
     first, second = story.races
     first.mirror, first.copy = 3000, 1000
     second.mirror, second.copy = 1000, 12_500
@@ -193,15 +188,23 @@ def test_the_demo_claims_no_more_than_it_saw(files: list[str]) -> None:
         check.frames = [(None, None)]  # as Linux answers whoever is not root
     assert "same frame" not in told(story)
     assert "WRONG" not in told(story)
-    assert story.killed is not None
     story.killed.exitcode = 0
     assert "✗" not in told(story)
 
 
-def told(story: demo.Story) -> str:
+def told(story: demo.Report) -> str:
     console = Console(file=io.StringIO(), width=100)
     render(console, story)
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_a_user_of_the_demo_fails_of_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(PAGE))
+    planned = demo.plan([str(file)])
+    planned[0].size += 1  # as if it had been cut short meanwhile
+    with demo.boot() as kernel, pytest.raises(OSError, match="changed its size while it was read"):
+        demo.run(kernel, planned)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, PAGE - 1, PAGE, PAGE + 1, 33 * PAGE, 1_000_003])

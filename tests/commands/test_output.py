@@ -14,8 +14,9 @@ import pytest
 from conftest import wait_until
 from rich.console import Console
 
-from realmap.cli.output import Column, harmless, plain, show_json, table, until_interrupted, write_files
+from realmap.cli.output import Column, plain, show_json, table, until_interrupted, write_files
 from realmap.host import procfs
+from realmap.observe.words import harmless
 
 
 def test_names_are_shown_harmless() -> None:

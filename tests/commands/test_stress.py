@@ -26,7 +26,7 @@ import realmap
 from realmap.cli.stress import render
 from realmap.host.stranger import may_open_map_files
 from realmap.lab import stress, workload
-from realmap.lab.stress import handlers, neighbours, report, worker
+from realmap.lab.stress import handlers, neighbours, report, runner, worker
 from realmap.lab.stress.board import Board
 
 
@@ -115,6 +115,21 @@ def test_what_is_wrong_is_noticed(kind: str, words: str, tmp_path: Path) -> None
         assert words.lower() in done.stdout.lower()
         assert f"replay: realmap stress quick --users 4 --seed 3 --seconds 20 --kernel {kernel.path}" in done.stdout
         assert ElementTree.parse(tmp_path / "x").getroot().get("failures") != "0"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(realmap.SyscallTimeout("stats", 1.0), "cannot be asked: "), (realmap.KernelDied("/x"), "died: ")],
+)
+def test_a_kernel_that_does_not_answer_is_not_called_dead(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runner.Runner, "_sample", sample)
+    found = stress.run(stress.Options("quick", users=1, seconds=30.0, seed=1))
+    assert found.failures == [f"the kernel {words}{error}"]
 
 
 @pytest.mark.parametrize("mix", ["quick", *(long(mix) for mix in sorted({*workload.MIXES} - {"quick"}))])

@@ -48,7 +48,8 @@ SIZES = [
 
 def demo() -> None:
     """The whole story, in colours."""
-    story = lab.run(lab.plan(lab.default_files()))
+    with lab.boot() as kernel:
+        story = lab.run(kernel, lab.plan(lab.default_files()))
     console = Console(
         record=True, width=92, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False
     )

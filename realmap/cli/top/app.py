@@ -14,7 +14,7 @@ from textual.message import Message
 
 from realmap.cli.top.feed import NONE, Feed, MachineFeed, Seen
 from realmap.cli.top.screens import Head, Help, Live, Main
-from realmap.cli.top.view import Programs, View
+from realmap.cli.top.view import View
 from realmap.observe import words
 from realmap.observe.picture import Numbers
 
@@ -64,7 +64,7 @@ class Top(App[None]):
         super().__init__()
         self.view: View | None = None
         self.note = note
-        self._numbers, self._programs = Numbers(), Programs()
+        self._numbers = Numbers()
         self._cells = 40
         self._why = ""
         #: How many views have been shown.
@@ -111,7 +111,7 @@ class Top(App[None]):
         self.post_message(Fresh(found if isinstance(found, str) else self._view(found)))
 
     def _view(self, seen: Seen) -> View:
-        return View(seen, self._cells, self._numbers, self._programs)
+        return View(seen, self._cells, self._numbers)
 
     def on_fresh(self, event: Fresh) -> None:
         if not self.screen_stack:  # it ends

@@ -50,34 +50,19 @@ class MappingRow:
         return str(MappingAccessRights(self.mapping.rights))
 
 
-class Programs:
-    """Names of programs; each is asked for once, and stays when its process has ended."""
-
-    def __init__(self) -> None:
-        self._kernel = 0
-        self._known: dict[int, str] = {}
-
-    def of(self, snapshot: Snapshot) -> dict[int, str]:
-        """Those of the processes of a snapshot, by their numbers."""
-        known = self._known if self._kernel == snapshot.pid else {}
-        self._kernel = snapshot.pid
-        self._known = {each.number: known.get(each.number) or program(each.pid) for each in snapshot.processes}
-        return self._known
-
-
 class View:
     """A snapshot as the screens show it. `cells`: of the lanes."""
 
-    def __init__(self, seen: Seen, cells: int, numbers: Numbers, programs: Programs) -> None:
+    def __init__(self, seen: Seen, cells: int, numbers: Numbers) -> None:
         self.seen = seen
         self.snapshot: Snapshot = seen.snapshot
         self._numbers = numbers
         # In half steps: a mapping more or less does not change all of it.
         unit = max(1.0, math.floor(2 * fitting_unit(self.snapshot, cells, WIDEST)) / 2)
         self.picture: Picture = draw(seen.snapshot, cells, unit=unit, numbers=numbers)
-        names, running = programs.of(self.snapshot), self.snapshot.running_by_process()
+        running = self.snapshot.running_by_process()
         self.processes = [
-            ProcessRow(each, lane, names[each.number], tuple(running.get(each.number, ())))
+            ProcessRow(each, lane, program(each.pid), tuple(running.get(each.number, ())))
             for lane in self.picture.users
             if (each := lane.process) is not None
         ]

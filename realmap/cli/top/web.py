@@ -138,20 +138,10 @@ def serve(options: Sequence[str], host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = socket.socket(family, kind, proto)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(address)
-            listening.listen()
-        except OSError:
-            listening.close()
-            raise
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "no name of a host"
         # In use, or one of the low ones, which are root's.
         hint = "; try --port 0" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else ""
-        raise click.ClickException(f"cannot listen at {host} port {port}: {why}{hint}") from None
-    return listening
+        raise click.ClickException(f"cannot listen at {host} port {port}: {why.partition(' (')[0]}{hint}") from None

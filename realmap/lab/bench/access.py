@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import NamedTuple
 
 from realmap.errors import PhysicalMemoryExhaustion
-from realmap.lab.bench.measure import Contender
+from realmap.lab.bench.measure import Batch, Contender
 from realmap.lab.bench.run import KEPT, Bench
 from realmap.observe import words
 from realmap.pages import HUGE_SIZE, PAGE_SIZE, align_up
@@ -25,110 +27,89 @@ class Way(NamedTuple):
 
     name: str
     words: str
-    floor: tuple[object, ...]
+    floor: str
 
 
 #: In this order in every table.
 WAYS = [
-    Way("mirror", "mirror()", ("map", "plain")),
-    Way("mirror populated", "mirror(populate=True)", ("map", "populate")),
-    Way("mirror kept", "a kept mirror", ("own",)),
-    Way("mirror huge", "a mirror of huge frames", ("map", "huge")),
-    Way("copy", "copy_in/copy_out", ("pread",)),
-    Way("copy of the words", "copy_in of just the words", ("pread",)),
-    Way("process_vm_readv", "process_vm_readv", ("readv",)),
-    Way("pipe", "a pipe", ("pipe",)),
+    Way("mirror", "mirror()", "map plain"),
+    Way("mirror populated", "mirror(populate=True)", "map populate"),
+    Way("mirror kept", "a kept mirror", "own"),
+    Way("mirror huge", "a mirror of huge frames", "map huge"),
+    Way("copy", "copy_in/copy_out", "pread"),
+    Way("copy of the words", "copy_in of just the words", "pread"),
+    Way("process_vm_readv", "process_vm_readv", "readv"),
+    Way("pipe", "a pipe", "pipe"),
 ]
-
-
-class Memory(NamedTuple):
-    """The buffers of one size: of a kernel that unmaps, of one that keeps, and in huge pages, where there are any."""
-
-    plain: tuple[Process, Buffer]
-    kept: tuple[Process, Buffer]
-    huge: tuple[Process, Buffer] | None
+#: Users and their buffers: of a kernel that unmaps ("plain"), of one that keeps ("kept"), in huge pages ("huge").
+Memory = dict[str, tuple[Process, Buffer]]
 
 
 def measure(bench: Bench) -> None:
     winners: dict[str, list[tuple[int, str]]] = {}
     for size in QUICK_SIZES if bench.quick else SIZES:
         try:
-            memory = _memory(bench, size)
+            with _memory(bench, size) as memory:
+                _race(bench, memory, size, winners)
         except PhysicalMemoryExhaustion as error:
             bench.missing(f"access to {size} bytes", str(error))
-            continue
-        for work in (*WORKS, PAGES):
-            if (work == "none" and size not in (4 << 10, 1 << 20)) or (work == PAGES and size != PAGES_SIZE):
-                continue
-            bench.say(f"access: {WORKS.get(work, 'a byte in every page')}, {size} bytes")
-            race = bench.race("access", _contenders(bench, memory, size, work), size, work)
-            ours = [way for way in WAYS if way.name in race and way.name != "copy of the words"]
-            if work not in ("none", PAGES) and ours:
-                winners.setdefault(work, []).append((size, min(ours, key=lambda way: race.time(way.name).median).words))
-        for _, buffer in (memory.plain, memory.kept, *([memory.huge] if memory.huge else [])):
-            buffer.unmap()
     if winners:
         bench.report.sentences.append(sentence(winners))
 
 
-def _memory(bench: Bench, size: int) -> Memory:
+@contextmanager
+def _memory(bench: Bench, size: int) -> Iterator[Memory]:
     _, plain = bench.kernel()
-    _, kept = bench.kernel(lazy_unmap=KEPT)
-    buffers: list[Buffer] = []
-    try:
-        buffers += [plain.map(size), kept.map(size)]
-        huge = plain.map(size, huge=True)
-        buffers.append(huge)
+    _, keeping = bench.kernel(lazy_unmap=KEPT)
+    with plain.map(size) as unmapped, keeping.map(size) as kept, plain.map(size, huge=True) as huge:
+        memory = {"plain": (plain, unmapped), "kept": (keeping, kept)}
         if huge.huge < align_up(size, HUGE_SIZE):
             bench.missing("mirror huge", f"of {words.size(size)} Linux gave {words.size(huge.huge)} in huge pages")
-            buffers.pop().unmap()
-    except BaseException:
-        for buffer in buffers:
-            buffer.unmap()
-        raise
-    for buffer in buffers:
-        with memoryview(buffer) as view:
-            view[:] = bytes(len(view))
-    return Memory((plain, buffers[0]), (kept, buffers[1]), (plain, buffers[2]) if len(buffers) > 2 else None)
+        else:
+            memory["huge"] = (plain, huge)
+        for _, buffer in memory.values():
+            with memoryview(buffer) as view:
+                view[:] = bytes(len(view))
+        yield memory
+
+
+def _race(bench: Bench, memory: Memory, size: int, winners: dict[str, list[tuple[int, str]]]) -> None:
+    for work in (*WORKS, PAGES):
+        if (work == "none" and size not in (4 << 10, 1 << 20)) or (work == PAGES and size != PAGES_SIZE):
+            continue
+        bench.say(f"access: {WORKS.get(work, 'a byte in every page')}, {size} bytes")
+        race = bench.race("access", _contenders(bench, memory, size, work), size, work)
+        ours = [way for way in WAYS if way.name in race and way.name != "copy of the words"]
+        if work not in ("none", PAGES) and ours:
+            winners.setdefault(work, []).append((size, min(ours, key=lambda way: race.time(way.name).median).words))
 
 
 def _contenders(bench: Bench, memory: Memory, size: int, work: str) -> list[Contender]:
     """Each with its floor right before it."""
-    found: list[Contender] = []
 
-    def add(way: Way, contender: Contender) -> None:
-        twin = f"C {' '.join(map(str, way.floor))}"
-        if not any(known.name == twin for known in found):
-            operation, *how = way.floor
-            found.append(Contender(twin, bench.floor.batch(str(operation), size, after=(work, *how))))
-        found.append(contender)
+    def reach(where: str, how: str) -> Batch:
+        me, buffer = memory[where]
+        return lambda count: int(me.call("bench_reach", buffer, how, work, count))
 
-    def ours(way: Way, where: tuple[Process, Buffer], how: str) -> None:
-        me, buffer = where
-        add(
-            way,
-            Contender(
-                way.name,
-                lambda count: int(me.call("bench_reach", buffer, how, work, count)),
-                f"C {' '.join(map(str, way.floor))}",
-            ),
-        )
-
-    mirror, populated, kept, huge, copy, words, readv, pipe = WAYS
-    ours(mirror, memory.plain, "mirror")
+    batches = {"mirror": reach("plain", "mirror"), "mirror kept": reach("kept", "mirror")}
     if work != "none":
-        ours(populated, memory.plain, "populate")
-    ours(kept, memory.kept, "mirror")
-    if memory.huge is not None:
-        ours(huge, memory.huge, "mirror")
-    if work == PAGES:
-        return found
-    ours(copy, memory.plain, "copy")
+        batches["mirror populated"] = reach("plain", "populate")
+    if "huge" in memory:
+        batches["mirror huge"] = reach("huge", "mirror")
+    if work != PAGES:
+        batches["copy"] = reach("plain", "copy")
+        batches["process_vm_readv"] = bench.peer("vm_readv").batch("access", size, after=(work,))
+        batches["pipe"] = bench.peer("pipe").batch("access", size, after=(work,))
     if work == "touch" and size > PAGE_SIZE:
-        ours(words, memory.plain, "words")
-    add(readv, Contender(readv.name, bench.peer("vm_readv").batch("access", size, after=(work,)), "C readv"))
-    add(pipe, Contender(pipe.name, bench.peer("pipe").batch("access", size, after=(work,)), "C pipe"))
-    return found
+        batches["copy of the words"] = reach("plain", "words")
+    found: dict[str, Contender] = {}
+    for name, _, floor in WAYS:
+        if name in batches:
+            operation, *how = floor.split()
+            twin = Contender(f"C {floor}", bench.floor.batch(operation, size, after=(work, *how)))
+            found.setdefault(twin.name, twin)
+            found[name] = Contender(name, batches[name], twin.name)
+    return list(found.values())
 
 
 def sentence(winners: dict[str, list[tuple[int, str]]]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from realmap.lab.bench.call import timed
 from realmap.lab.bench.make import DROP_IN
-from realmap.lab.bench.measure import Contender
+from realmap.lab.bench.measure import Contender, timed
 from realmap.lab.bench.run import Bench
 from realmap.observe import words
 from realmap.rights import u_rw

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psutil
 
-from realmap.lab.bench.measure import Batch, Contender
+from realmap.lab.bench.measure import Contender, timed
 from realmap.lab.bench.run import Bench
 from realmap.system import KernelHandle
 
@@ -35,18 +34,6 @@ def pinned(kernels: list[KernelHandle], pin: bool) -> Iterator[None]:
         os.sched_setaffinity(0, cpus)
         for process in others:
             process.cpu_affinity(cpus)
-
-
-def timed(call: Callable[[], object]) -> Batch:
-    """A batch that makes `count` calls."""
-
-    def batch(count: int) -> int:
-        start = time.perf_counter_ns()
-        for _ in range(count):
-            call()
-        return time.perf_counter_ns() - start
-
-    return batch
 
 
 def measure(bench: Bench) -> None:

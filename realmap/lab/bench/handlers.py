@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 
 from realmap.kernel import Call, UserBuffer, syscall
+from realmap.lab.bench.measure import timed
 from realmap.pages import PAGE_SIZE
 from realmap.rights import k_r
 
@@ -87,10 +88,7 @@ def bench_reach(call: Call, data: UserBuffer, way: str, work: str, count: int) -
         once = _by_copy(data, work)
     else:
         once = _by_mirror(data, work, way == "populate")
-    start = time.perf_counter_ns()
-    for _ in range(count):
-        once()
-    return time.perf_counter_ns() - start
+    return timed(once)(count)
 
 
 @syscall

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from realmap.lab.bench import handlers
-from realmap.lab.bench.call import timed
-from realmap.lab.bench.measure import Contender
+from realmap.lab.bench.measure import Contender, timed
 from realmap.lab.bench.run import KEPT, Bench
 
 LENGTH = 64 << 20

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from realmap.lab.bench.access import PAGES
-from realmap.lab.bench.call import timed
-from realmap.lab.bench.measure import Contender
+from realmap.lab.bench.measure import Contender, timed
 from realmap.lab.bench.run import Bench
 from realmap.observe import words
 from realmap.pages import PAGE_SIZE

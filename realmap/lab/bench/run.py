@@ -36,7 +36,7 @@ class Bench(contextlib.ExitStack):
         self.report = Report(FORM, VERSION, list(groups), quick, machine.facts())
         self._peers: dict[str, Program] = {}
         self._limits = programs.limits()
-        self._kernels: dict[tuple[int, float | None], tuple[KernelHandle, Process]] = {}
+        self._kernels: dict[tuple[Any, ...], tuple[KernelHandle, Process]] = {}
 
     @functools.cached_property
     def floor(self) -> Program:
@@ -49,14 +49,13 @@ class Bench(contextlib.ExitStack):
             self._peers[name] = self.enter_context(contextlib.closing(programs.peer(name)))
         return self._peers[name]
 
-    def kernel(self, *, lazy_unmap: int = 0, spin: float | None = None) -> tuple[KernelHandle, Process]:
-        """A kernel with the bench's handlers, and this process as its user; the same one each time."""
-        key = (lazy_unmap, spin)
+    def kernel(self, **options: Any) -> tuple[KernelHandle, Process]:
+        """A kernel with the bench's handlers and these options of `boot`, and this process as its user; each once."""
+        key = tuple(options.items())
         if key not in self._kernels:
             from realmap.lab.bench.handlers import HANDLERS  # needs numpy
 
-            options: dict[str, Any] = {} if spin is None else {"spin": spin}
-            kernel = self.enter_context(boot(syscalls=HANDLERS, lazy_unmap=lazy_unmap, **options))
+            kernel = self.enter_context(boot(syscalls=HANDLERS, **options))
             self._kernels[key] = kernel, self.enter_context(kernel.connect())
         return self._kernels[key]
 

@@ -7,8 +7,7 @@ import time
 
 import psutil
 
-from realmap.lab.bench.call import timed
-from realmap.lab.bench.measure import Batch, Contender
+from realmap.lab.bench.measure import Batch, Contender, timed
 from realmap.lab.bench.run import Bench
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import FrameAllocator

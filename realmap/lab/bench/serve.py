@@ -5,9 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 
 from realmap.lab.bench import handlers, programs
-from realmap.lab.bench.call import timed
 from realmap.lab.bench.many import FULL, QUICK, QUICK_WINDOW, WINDOW
-from realmap.lab.bench.measure import Contender
+from realmap.lab.bench.measure import Contender, timed
 from realmap.lab.bench.run import KEPT, Bench
 from realmap.system import KernelHandle, boot
 from realmap.user.process import Process

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from realmap.lab.bench.measure import Batch, Contender
+from realmap.lab.bench.measure import Batch, Contender, timed
 from realmap.lab.bench.run import Bench
 from realmap.sync import Lock, Queue
 from realmap.user.process import Process
@@ -21,28 +21,6 @@ def drain(me: Process, queue: Queue, answers: Queue) -> None:
         for _ in range(count):
             queue.get()
         answers.put(b"")
-
-
-def _pair(lock: Any) -> Batch:
-    def batch(count: int) -> int:
-        start = time.perf_counter_ns()
-        for _ in range(count):
-            lock.acquire()
-            lock.release()
-        return time.perf_counter_ns() - start
-
-    return batch
-
-
-def _block(lock: Any) -> Batch:
-    def batch(count: int) -> int:
-        start = time.perf_counter_ns()
-        for _ in range(count):
-            with lock:
-                pass
-        return time.perf_counter_ns() - start
-
-    return batch
 
 
 def _to(queue: Queue, answers: Queue, message: Any) -> Batch:
@@ -61,12 +39,12 @@ def measure(bench: Bench) -> None:
     bench.say("sync")
     kernel, me = bench.kernel()
     with me.map(4096) as page:
-        for work, timed in (("acquire + release", _pair), ("with", _block)):
+        for work, once in (("acquire + release", "lock.acquire(); lock.release()"), ("with", "with lock: pass")):
             contenders = [
-                Contender("multiprocessing.Lock", timed(multiprocessing.Lock())),
-                Contender("threading.Lock", timed(threading.Lock()), "multiprocessing.Lock"),
-                Contender("Lock", timed(Lock(page)), "multiprocessing.Lock"),
-                Contender("Lock, to threading's", timed(Lock(page, 64)), "threading.Lock"),
+                Contender("multiprocessing.Lock", timed(once, lock=multiprocessing.Lock())),
+                Contender("threading.Lock", timed(once, lock=threading.Lock()), "multiprocessing.Lock"),
+                Contender("Lock", timed(once, lock=Lock(page)), "multiprocessing.Lock"),
+                Contender("Lock, to threading's", timed(once, lock=Lock(page, 64)), "threading.Lock"),
             ]
             bench.race("sync", contenders, work=work)
     for size, slots in ((SMALL, 1024), (LARGE, 8)):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from timeit import Timer
-
-from realmap.lab.bench.measure import Batch, Contender
+from realmap.lab.bench.measure import Contender, timed
 from realmap.lab.bench.run import Bench
 from realmap.pages import PAGE_SIZE
 
@@ -15,14 +13,9 @@ def measure(bench: Bench) -> None:
     bench.say("touch")
     _, me = bench.kernel()
     with me.map(PAGE_SIZE) as buffer:
-        memories = {"bytearray": bytearray(PAGE_SIZE), "Buffer": buffer}
-
-        def batch(statement: str) -> Batch:
-            timer = Timer(statement, globals=memories)
-            return lambda count: int(timer.timeit(count) * 1e9)
-
         contenders = []
         for way in WAYS:
             theirs, ours = way.format("bytearray"), way.format("Buffer")
-            contenders += [Contender(theirs, batch(theirs)), Contender(ours, batch(ours), theirs)]
+            contenders.append(Contender(theirs, timed(theirs, bytearray=bytearray(PAGE_SIZE))))
+            contenders.append(Contender(ours, timed(ours, Buffer=buffer), theirs))
         bench.race("touch", contenders)

@@ -50,10 +50,6 @@ class Change(msgspec.Struct, frozen=True):
     high: float
     effect: float
 
-    @property
-    def certain(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 class Comparison(msgspec.Struct, frozen=True):
     """`slower`, `faster`: the kinds whose change is more than noise, and the threshold at least. `unknown`: those of
@@ -206,7 +202,7 @@ def compare(a: Report, b: Report, threshold: float) -> Comparison:
     width = _width(list(kinds.values()))
     changes = [_change(name, hosts, width) for name, hosts in kinds.items()]
     differs = differences(a.hosts, b.hosts)
-    claimed = [each for each in changes if each.certain and abs(each.change) >= threshold]
+    claimed = [each for each in changes if abs(each.change) >= threshold and (each.low > 0 or each.high < 0)]
     unknown = [each.name for each in changes if each.low <= -threshold and each.high >= threshold]
     notes = []
     if unknown:

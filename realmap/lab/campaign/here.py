@@ -10,7 +10,7 @@ from realmap.lab.campaign import work
 
 
 class Here:
-    """So many runs at a time, on this machine. It keeps nothing that `close` would end."""
+    """So many runs at a time, on this machine. `hosts`, `notes`: as of `Cluster`."""
 
     def __init__(self, count: int) -> None:
         name = socket.gethostname()
@@ -19,9 +19,11 @@ class Here:
         self._campaign = str(uuid.uuid4())
 
     def run(self, host: int, arguments: list[str], tell: Callable[[str], None]) -> work.Outcome:
+        """One run. Errors as `work.run`."""
         return work.run(self._campaign, arguments, tell)
 
     def stop(self) -> None:
+        """Ends every run."""
         work.stop(self._campaign)
 
     def close(self) -> None:

@@ -130,14 +130,12 @@ def _points(command: str, host: Host) -> list[tuple[str, str, float]]:
 
 def _dots(rows: Mapping[str, Mapping[str, float]], hosts: Sequence[str]) -> bytes:
     """As SVG: a line for each row, a dot for each host."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 
     names = list(rows)
-    figure, panel = pyplot.subplots(figsize=(10, 1.2 + 0.22 * len(names)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.22 * len(names)), layout="constrained")
+    panel = figure.subplots()
     for host in hosts:
         points = [(rows[name][host], at) for at, name in enumerate(names) if host in rows[name]]
         if points:
@@ -152,5 +150,4 @@ def _dots(rows: Mapping[str, Mapping[str, float]], hosts: Sequence[str]) -> byte
         figure.legend(loc="outside upper center", ncols=min(4, len(hosts)), fontsize="small")
     file = io.BytesIO()
     figure.savefig(file, format="svg")
-    pyplot.close(figure)
     return bytes(file.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shlex
 
 import msgspec
 
@@ -28,8 +27,3 @@ class Plan(msgspec.Struct, frozen=True):
         """Of `realmap`, for one run: no two have the same seed, and the plan's decides all of them."""
         seed = random.Random(f"{self.seed}/{host}/{turn}").getrandbits(32)
         return [self.command, *self.arguments, *(["--seed", str(seed)] if self.command == "stress" else [])]
-
-
-def replay(arguments: list[str]) -> str:
-    """The command to type on that host."""
-    return shlex.join(["realmap", *arguments])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Protocol
 
 import msgspec
 
-from realmap.lab.campaign.plan import Plan, replay
+from realmap.lab.campaign.cluster import Cluster
+from realmap.lab.campaign.here import Here
+from realmap.lab.campaign.plan import Plan
 from realmap.lab.campaign.report import FAILED, FORM, LOST, OK, Host, Report, merged
 from realmap.lab.campaign.work import Lost, Outcome
 from realmap.wire.messages import VERSION
@@ -20,27 +22,12 @@ from realmap.wire.messages import VERSION
 SOON = 0.5
 
 
-class Hosts(Protocol):
-    """Where runs are possible."""
-
-    hosts: list[str]
-    notes: list[str]
-
-    def run(self, host: int, arguments: list[str], tell: Callable[[str], None], /) -> Outcome:
-        """One run on that host. Lost: its end will not be heard of."""
-        ...
-
-    def stop(self) -> None:
-        """Ends every run."""
-        ...
-
-
 #: Called with a host's name, a line about it, and whether that is news or only how it goes.
 Say = Callable[[str, str, bool], None]
 
 
 class Campaign:
-    def __init__(self, plan: Plan, where: Hosts, say: Say) -> None:
+    def __init__(self, plan: Plan, where: Here | Cluster, say: Say) -> None:
         self._plan = plan
         self._where = where
         self._say = say
@@ -72,7 +59,7 @@ class Campaign:
         while not self._stopped and host.state == OK and self._plan.goes_on(turn, time.monotonic() - self._began):
             arguments = self._plan.arguments_of(at, turn)
             host.earlier, host.report = host.reports, None
-            host.replay = replay(arguments)
+            host.replay = shlex.join(["realmap", *arguments])
             self._say(host.name, host.replay, True)
             try:
                 outcome = self._where.run(at, arguments, lambda line: self._say(host.name, line, False))

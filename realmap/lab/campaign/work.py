@@ -38,7 +38,6 @@ class Outcome(msgspec.Struct, frozen=True):
     status: int
     report: bytes
     said: str
-    seconds: float
     machine: dict[str, str | int | float | bool]
 
 
@@ -58,7 +57,6 @@ def identity() -> Identity:
 
 def run(campaign: str, arguments: list[str], tell: Callable[[str], None]) -> Outcome:
     """Runs `realmap` with these arguments. Whatever `tell` raises ends it."""
-    began = time.monotonic()
     report = os.memfd_create("realmap-report")
     try:
         with subprocess.Popen(
@@ -81,7 +79,7 @@ def run(campaign: str, arguments: list[str], tell: Callable[[str], None]) -> Out
         found = os.pread(report, size, 0)
     finally:
         os.close(report)
-    return Outcome(process.returncode, found, said, time.monotonic() - began, machine.facts())
+    return Outcome(process.returncode, found, said, machine.facts())
 
 
 def _listen(process: subprocess.Popen[bytes], tell: Callable[[str], None]) -> str:

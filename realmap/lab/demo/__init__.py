@@ -3,16 +3,16 @@
     driver                     user process, one a file          kernel
       spawn ──────────────────▶ reads its file into its mapping
                                 call("demo_digest", slice) ────▶ mirrors just that range, digests it in place
-      collect ◀──────────────────────────────────────────────── what it saw: addresses, refcounts, frames
+      result ◀───────────────── ◀─────────────────────────────── what it saw: addresses, refcounts, frames
       holds each digest against one made from the file on disk
       call("demo_race", buffer) ───────────────────────────────▶ times a mirror beside a copy, writes into it
-      kill -9 of the last one, while the kernel holds its mirror; the mirror is read afterwards
+      kill -9 of one more, while the kernel holds its mirror; the mirror is read afterwards
       and in the end everything must be gone
 
 What runs in the kernel is here too: the handlers are ordinary syscalls.
 """
 
-from realmap.lab.demo.report import Check, FileReport, KillReport, Report, Story, default_files, plan, ranges_of
-from realmap.lab.demo.run import run
+from realmap.lab.demo.report import Check, FileReport, KillReport, Report, default_files, plan, ranges_of
+from realmap.lab.demo.run import boot, run
 
-__all__ = ["Check", "FileReport", "KillReport", "Report", "Story", "default_files", "plan", "ranges_of", "run"]
+__all__ = ["Check", "FileReport", "KillReport", "Report", "boot", "default_files", "plan", "ranges_of", "run"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
-from queue import Empty, SimpleQueue
 from statistics import median
 from typing import Any
 
@@ -14,45 +12,52 @@ from realmap.kernel import Call, UserBuffer, syscall
 from realmap.lab.demo.report import digest
 from realmap.memory.cross_process import CrossProcessMapping
 from realmap.memory.frames import SharedFrames
+from realmap.memory.mapping import Mapping
 from realmap.rights import k_r
 
 #: How often whoever waits looks up, in seconds.
 LOOK = 0.1
 #: How often a way is timed; the median counts.
 ROUNDS = 9
+LOOKS = 5
 
-_events: SimpleQueue[dict[str, Any]] = SimpleQueue()
 _held: list[CrossProcessMapping] = []
 
 
-def _frames_of(data: UserBuffer) -> SharedFrames:
-    frames = data.mappings[0].frames
-    assert isinstance(frames, SharedFrames)
-    return frames
+def _frames_of(mapping: Mapping) -> SharedFrames:
+    assert isinstance(mapping.frames, SharedFrames)
+    return mapping.frames
+
+
+def _frame_numbers(pid: int, address: int, here: int) -> tuple[int | None, int | None]:
+    """The numbers of the pages of RAM behind the two; Linux may move one between two looks, now and then."""
+    for _ in range(LOOKS):
+        found = procfs.frame_number(pid, address), procfs.frame_number(os.getpid(), here)
+        if found[0] == found[1]:
+            break
+    return found
 
 
 @syscall(blocking=True)
-def demo_digest(call: Call, number: int, data: UserBuffer, pace: float) -> None:
-    """Digests a range in place, and reports what it saw. The mirror is kept `pace` seconds, to be seen."""
-    frames = _frames_of(data)
+def demo_digest(call: Call, data: UserBuffer, pace: float) -> dict[str, Any]:
+    """Digests a range in place; what it saw. The mirror is kept `pace` seconds, to be seen."""
+    frames = _frames_of(data.mappings[0])
     before = frames.refcount
     with data.mirror(k_r) as mirror:
         seen = {
-            "check": number,
             "user_address": data.address,
             "kernel_address": mirror.address,
             "segments": len(frames.pieces(mirror.mapping.phys_offset + mirror.offset, len(mirror))),
             "digest": digest(mirror),
             "frames": [
-                (procfs.frame_number(call.process.pid, data.address + at), procfs.frame_number(os.getpid(), address))
-                for at, address in ((0, mirror.address), (len(data) - 1, mirror.address + len(data) - 1))
+                _frame_numbers(call.process.pid, data.address + at, mirror.address + at) for at in (0, len(data) - 1)
             ],
         }
         during = frames.refcount
         end = time.monotonic() + pace
         while call.process.alive and (left := end - time.monotonic()) > 0:  # nobody is kept who is to end
             time.sleep(min(left, LOOK))
-    _events.put(seen | {"refcounts": (before, during, frames.refcount)})
+    return seen | {"refcounts": (before, during, frames.refcount)}
 
 
 @syscall(blocking=True)
@@ -86,24 +91,19 @@ def demo_write(call: Call, data: UserBuffer, text: bytes) -> None:
 def demo_hold(call: Call, data: UserBuffer) -> None:
     """Mirrors a buffer and keeps the mirror in use, over the end of this call and of its owner."""
     _held.append(data.mirror(k_r))
-    _events.put({"held": call.process.pid, "refcount": _frames_of(data).refcount})
+
+
+@syscall
+def demo_held(call: Call) -> int | None:
+    """The refcount of what is mirrored so; None: nothing yet."""
+    return _frames_of(_held[0].mapping).refcount if _held else None
 
 
 @syscall
 def demo_read(call: Call) -> dict[str, Any]:
     """Digests the mirror that is kept, whose owner is dead by now, and drops it."""
     with _held.pop() as mirror:
-        frames = mirror.mapping.frames
-        assert isinstance(frames, SharedFrames)
-        return {"digest": digest(mirror), "refcount": frames.refcount}
+        return {"digest": digest(mirror), "refcount": _frames_of(mirror.mapping).refcount}
 
 
-@syscall(blocking=True)
-def demo_collect(call: Call, patience: float) -> dict[str, Any] | None:
-    """The next report of a handler; None where nothing came within `patience` seconds."""
-    with suppress(Empty):
-        return _events.get(timeout=patience)
-    return None
-
-
-SYSCALLS = (demo_digest, demo_race, demo_write, demo_hold, demo_read, demo_collect)
+SYSCALLS = (demo_digest, demo_race, demo_write, demo_hold, demo_held, demo_read)

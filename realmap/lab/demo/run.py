@@ -4,91 +4,79 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
-from realmap.errors import KernelError
+from realmap import system
 from realmap.host import runtime
 from realmap.lab.demo.handlers import LOOK, SYSCALLS
-from realmap.lab.demo.report import Check, FileReport, KillReport, Race, Story, digest
-from realmap.system import KernelHandle, SpawnedProcess, boot
-from realmap.user import Process
+from realmap.lab.demo.report import Check, FileReport, KillReport, Race, Report, digest
+from realmap.system import KernelHandle
+from realmap.user import Buffer, Process
 
-#: How long the driver waits for the next thing to happen, in seconds: a large file on a slow disk.
+#: How long the end of a process may take, in seconds.
 PATIENCE = 120.0
 #: How many bytes are timed, mirrored and copied: few, and many (of a larger file, its first ones).
 FEW, MANY = 333, 16 << 20
 
 
-def owner(me: Process, file: FileReport, numbers: list[int], hold: bool, pace: float) -> None:
-    """Loads a file into a mapping of its own, and has the kernel digest ranges of it."""
+def _loaded(me: Process, file: FileReport) -> Buffer:
     buffer = me.map(file.size, fragment=file.fragment)
     with open(file.path, "rb") as source, memoryview(buffer) as view:
         if source.readinto(view) != file.size:
             raise OSError(f"{file.path} changed its size while it was read")
-    for number, check in zip(numbers, file.checks, strict=True):
-        me.call("demo_digest", number, buffer.slice(check.offset, check.length), pace)
-    if hold:
-        me.call("demo_hold", buffer)
-        signal.pause()  # until it is killed
+    return buffer
+
+
+def owner(me: Process, file: FileReport, pace: float) -> list[dict[str, Any]]:
+    """Loads a file into a mapping of its own, and has the kernel digest ranges of it; what that saw."""
+    buffer = _loaded(me, file)
+    return [me.call("demo_digest", buffer.slice(check.offset, check.length), pace) for check in file.checks]
+
+
+def victim(me: Process, file: FileReport) -> None:
+    """Loads a file, has the kernel keep a mirror of it, and waits until it is killed."""
+    buffer = _loaded(me, file)
+    me.call("demo_hold", buffer)
+    signal.pause()
+
+
+def boot() -> KernelHandle:
+    """The demo's kernel. Errors as `realmap.boot`."""
+    return system.boot(syscalls=SYSCALLS)
 
 
 def run(
+    kernel: KernelHandle,
     files: list[FileReport],
     on_check: Callable[[Check], None] = lambda check: None,
-    trace: str | None = None,
     *,
-    on_boot: Callable[[str], None] = lambda path: None,
     on_wait: Callable[[], None] = lambda: None,
     pace: float = 0.0,
-) -> Story:
-    """Runs the demo on planned files; `on_check` is called after each check. `trace`: a file for a trace of it.
+) -> Report:
+    """Runs the demo on planned files, with a kernel from `boot`; `on_check` is called after each check.
 
-    `on_boot` is called with the kernel's path before anything else happens. `on_wait` is called again and again while
-    the demo waits: what it raises ends the demo, with all that it started. `pace`: seconds that each mirror is kept,
-    for somebody to see it.
+    `on_wait` is called again and again while the demo waits: what it raises ends the demo. `pace`: seconds that each
+    mirror is kept, for somebody to see it.
 
-    KernelError: the kernel died, or was silent. OSError: the trace cannot be written.
+    KernelError: the kernel died. What a user process failed of is raised here.
     """
-    with boot(syscalls=SYSCALLS) as kernel, kernel.trace(trace) if trace else nullcontext():
-        on_boot(kernel.path)
-        baseline = _descriptors(kernel.stats())
-        with kernel.connect() as me:
-            children = _start(kernel, files, pace)
-            held: list[dict[str, Any]] = []
-            for check in _collect(me, files, held, on_wait):
+    baseline = _descriptors(kernel)
+    with kernel.connect() as me:
+        owners = [kernel.spawn(owner, file, pace) for file in files]
+        for child, file in zip(owners, files, strict=True):
+            file.pid = child.pid
+            while child.join(LOOK) is None:
+                on_wait()
+            for check, seen in zip(file.checks, child.result(), strict=True):
+                for name, value in seen.items():
+                    setattr(check, name, value)
                 on_check(check)
-            races, written = _race(me, files[-1])
-            word = held.pop() if held else _next(me, on_wait)
-            killed = _kill(kernel, me, files[-1], children[-1], word, lambda: _pause(pace, on_wait))
-            for child in children:
-                child.join(PATIENCE)
-        balance = _balance(kernel, baseline)
-    story = Story(files, killed, balance, kernel=kernel.pid, races=races, written=written)
-    story.ok = story.holds()
-    return story
-
-
-def _start(kernel: KernelHandle, files: list[FileReport], pace: float) -> list[SpawnedProcess]:
-    children: list[SpawnedProcess] = []
-    number = 0
-    for file in files:
-        numbers = list(range(number, number + len(file.checks)))
-        number += len(numbers)
-        children.append(kernel.spawn(owner, file, numbers, file is files[-1], pace))
-        file.pid = children[-1].pid
-    return children
-
-
-def _next(me: Process, on_wait: Callable[[], None]) -> dict[str, Any]:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        on_wait()
-        event = me.call("demo_collect", LOOK)
-        if event is not None:
-            return dict(event)
-    raise KernelError(why=f"nothing happened for {PATIENCE:.0f} s: did a user process fail? See its output above")
+        races, written = _race(me, files[-1])
+        killed = _kill(kernel, me, files[-1], pace, on_wait)
+    report = Report(kernel.pid, files, races, written, killed, _balance(kernel, baseline))
+    report.ok = report.holds()
+    return report
 
 
 def _pause(seconds: float, on_wait: Callable[[], None]) -> None:
@@ -96,24 +84,6 @@ def _pause(seconds: float, on_wait: Callable[[], None]) -> None:
     while (left := end - time.monotonic()) > 0:
         on_wait()
         time.sleep(min(left, LOOK))
-
-
-def _collect(
-    me: Process, files: list[FileReport], held: list[dict[str, Any]], on_wait: Callable[[], None]
-) -> Iterator[Check]:
-    """Each check as it comes in; the report of the held mirror, which may come in between, is put aside in `held`."""
-    checks = [check for file in files for check in file.checks]
-    left = len(checks)
-    while left:
-        event = _next(me, on_wait)
-        if "held" in event:
-            held.append(event)
-            continue
-        check = checks[event.pop("check")]
-        for name, value in event.items():
-            setattr(check, name, value)
-        left -= 1
-        yield check
 
 
 def _race(me: Process, file: FileReport) -> tuple[list[Race], bool]:
@@ -132,49 +102,35 @@ def _race(me: Process, file: FileReport) -> tuple[list[Race], bool]:
         return races, buffer[:] == content[: -len(text)] + text
 
 
-def _until(holds: Callable[[], bool]) -> None:
-    """Asks until it holds, or until patience ends."""
-    end = time.monotonic() + PATIENCE
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.001)
-
-
-def _kill(
-    kernel: KernelHandle,
-    me: Process,
-    file: FileReport,
-    child: SpawnedProcess,
-    held: dict[str, Any],
-    pause: Callable[[], None],
-) -> KillReport:
-    """Kills the owner of the last file while the kernel holds a mirror of it, and has the mirror read afterwards."""
-    pause()
+def _kill(kernel: KernelHandle, me: Process, file: FileReport, pace: float, on_wait: Callable[[], None]) -> KillReport:
+    """Kills an owner of the file while the kernel holds a mirror of it, and has the mirror read afterwards."""
+    child = kernel.spawn(victim, file)
+    while (before := me.call("demo_held")) is None:
+        on_wait()
+        if child.join(LOOK) is not None:
+            child.result()  # raises what it failed of
+    _pause(pace, on_wait)
     child.kill()
     child.join(PATIENCE)
-    # Its death reaches the kernel by its pidfd: only then are its references gone.
-    _until(lambda: held["held"] not in [process.pid for process in kernel.snapshot().processes])
-    pause()  # the mirror lives on
+    kernel.settle(PATIENCE)  # its death reaches the kernel by its pidfd: only then are its references gone
+    _pause(pace, on_wait)  # the mirror lives on
     read = me.call("demo_read")
     return KillReport(
-        held["held"],
-        child.exitcode,
-        file.size,
-        read["digest"],
-        file.checks[0].expected,
-        (held["refcount"], read["refcount"]),
+        child.pid, child.exitcode, file.size, read["digest"], file.checks[0].expected, (before, read["refcount"])
     )
 
 
-def _descriptors(stats: dict[str, int]) -> int:
+def _descriptors(kernel: KernelHandle) -> int:
     """Those of the kernel, but for who looks on: `realmap top` may come and go meanwhile."""
+    stats = kernel.stats()
     return stats["descriptors"] - stats["controls"]
 
 
 def _balance(kernel: KernelHandle, baseline: int) -> dict[str, int]:
     """What is left when every user has gone: all of it must be 0."""
-    _until(lambda: not kernel.stats()["processes"])
+    kernel.settle(PATIENCE)
     stats = kernel.stats()
     left = {name: stats[name] for name in ("processes", "segments", "mappings", "mirrors", "bytes")}
-    left["descriptors"] = _descriptors(stats) - baseline
+    left["descriptors"] = _descriptors(kernel) - baseline
     left["names"] = len(runtime.own_names(kernel.pid))
     return left

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import msgspec
 import psutil
 
-from realmap.errors import KernelError, UnknownSyscall
+from realmap.errors import KernelDied, KernelError, UnknownSyscall
 from realmap.host import forks, procfs, runtime, signals
 from realmap.lab.stress import handlers
 from realmap.lab.stress.actor import PATIENCE, join
@@ -158,7 +158,7 @@ class Runner:
                     audited = now
                     self._audit()
             except (psutil.Error, KernelError, OSError) as error:
-                self._failures.append(f"the kernel died: {error}")
+                self._failures.append(_lost(error))
             if self._deadline is not None and now > self._deadline + PATIENCE:
                 self._failures.append(f"users are left: {PATIENCE} s after the end some are still at work")
 
@@ -266,7 +266,7 @@ class Runner:
                     self._failures.append(f"left over in the end: {name} {value}, {before[name]} before")
             self._audit()
         except KernelError as error:
-            self._failures.append(f"the kernel died: {error}")
+            self._failures.append(_lost(error))
         self._failures += [found.in_words(name) for name, found in self._slopes().items() if found.grows(name)]
 
     def _slopes(self) -> dict[str, Slope]:
@@ -330,6 +330,12 @@ class Runner:
             operations=operations,
             skipped={kind: why for tally in tallies for kind, why in tally.skipped.items()},
         )
+
+
+def _lost(error: Exception) -> str:
+    """What came of asking the kernel, in words."""
+    died = isinstance(error, KernelDied | psutil.NoSuchProcess | ProcessLookupError)
+    return f"the kernel {'died' if died else 'cannot be asked'}: {error}"
 
 
 def check(options: Options) -> None:
