@@ -98,40 +98,6 @@ static int set_exported(Window *self, uint64_t lead, uint64_t length)
     return 0;
 }
 
-/* Window._map(address, span, prot, fd, offset, lead, length, inherited): the common case, one
- * piece of one file, in one call. */
-static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    uint64_t address, span, offset, lead, length;
-    int prot, fd, inherited;
-    if (!is_no_mirror(cls) || wants(nargs, 8, "Window.map") || as_u64(args[0], &address) || as_u64(args[1], &span) ||
-        as_int(args[2], &prot) || as_int(args[3], &fd) || as_u64(args[4], &offset) ||
-        as_u64(args[5], &lead) || as_u64(args[6], &length) || as_int(args[7], &inherited) ||
-        check_range(address, span))
-        return NULL;
-    if (offset > INT64_MAX)
-        return PyErr_Format(PyExc_ValueError, "no file is that long");
-    Window *self = new_window(as_type(cls), address, prot, inherited);
-    if (!self)
-        return NULL;
-    self->span = span;
-    if (set_exported(self, lead, length)) {
-        Py_DECREF(self);
-        return NULL;
-    }
-    stand_guard();
-    self->guarded = guard_take(address, prot, inherited);
-    int error = self->guarded ? map_piece(address, span, prot, fd, (off_t)offset) : ENOMEM;
-    if (error) {
-        Py_DECREF(self);
-        return os_error(error);
-    }
-    self->state = ALIVE;
-    arm(self);
-    return (PyObject *)self;
-}
-
-
 /* Maps every (fd, offset, length) of `pieces` from `start` on, or nothing; -1 with an exception set. Where they end is
  * in `end`. Whole pages; or, with `edges`, to the byte. */
 static int map_pieces(Window *self, uintptr_t start, PyObject *pieces, uintptr_t *end, Edges *edges)
@@ -198,13 +164,13 @@ static int map_window(Window *self, PyObject *pieces, size_t lead, Edges *edges)
     return self->span ? guard_window(self) : 0;
 }
 
-/* Window._map_pieces(address, prot, pieces, lead, length, inherited): any number of pieces, of
- * any files, side by side; all of them or none. */
-static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+/* Window._map(address, prot, pieces, lead, length, inherited): any number of pieces, of any files, side by side; all of
+ * them or none. fd -1: private memory. */
+static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t address, lead, length;
     int prot, inherited;
-    if (!is_no_mirror(cls) || wants(nargs, 6, "Window.map_pieces") || as_u64(args[0], &address) ||
+    if (!is_no_mirror(cls) || wants(nargs, 6, "Window._map") || as_u64(args[0], &address) ||
         as_int(args[1], &prot) || as_u64(args[3], &lead) || as_u64(args[4], &length) ||
         as_int(args[5], &inherited))
         return NULL;
@@ -374,7 +340,6 @@ static PyObject *window_alive(PyObject *op, void *Py_UNUSED(closure))
 
 static PyMethodDef window_methods[] = {
     {"_map", FASTCALL(window_map), METH_FASTCALL | METH_CLASS, NULL},
-    {"_map_pieces", FASTCALL(window_map_pieces), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
     {"_farewell", FASTCALL(window_set_farewell), METH_FASTCALL, NULL},
