@@ -151,9 +151,6 @@ static PyType_Slot answer_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec answer_spec = {
-    .name = "realmap._core.Answer",
-    .basicsize = sizeof(Answer),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = answer_slots,
-};
+static PyType_Spec answer_spec = {"realmap._core.Answer", sizeof(Answer), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                  answer_slots};

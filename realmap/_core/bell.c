@@ -197,9 +197,5 @@ static PyType_Slot bell_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec bell_spec = {
-    .name = "realmap._core.Bell",
-    .basicsize = sizeof(Bell),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
-    .slots = bell_slots,
-};
+static PyType_Spec bell_spec = {"realmap._core.Bell", sizeof(Bell), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, bell_slots};

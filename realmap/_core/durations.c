@@ -121,9 +121,5 @@ static PyType_Slot durations_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec durations_spec = {
-    .name = "realmap._core.Durations",
-    .basicsize = sizeof(Durations),
-    .flags = Py_TPFLAGS_DEFAULT,
-    .slots = durations_slots,
-};
+static PyType_Spec durations_spec = {"realmap._core.Durations", sizeof(Durations), 0,
+                                     Py_TPFLAGS_DEFAULT, durations_slots};

@@ -250,9 +250,6 @@ static PyType_Slot endpoint_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec endpoint_spec = {
-    .name = "realmap._core.Endpoint",
-    .basicsize = sizeof(Endpoint),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = endpoint_slots,
-};
+static PyType_Spec endpoint_spec = {"realmap._core.Endpoint", sizeof(Endpoint), 0,
+                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                    endpoint_slots};

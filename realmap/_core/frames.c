@@ -242,9 +242,5 @@ static PyType_Slot frames_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec frames_spec = {
-    .name = "realmap._core.Frames",
-    .basicsize = sizeof(Frames),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = frames_slots,
-};
+static PyType_Spec frames_spec = {"realmap._core.Frames", sizeof(Frames), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, frames_slots};

@@ -17,7 +17,6 @@
  * is Python's (memory/bookkeeping.py): it learns of what came and went (_news) when the hole is used
  * up, which is when it is needed. It may be thrown away at any moment: all that is in it is here, too. */
 
-
 /* Land._prepare(start, end, budget, most): nothing is there, and nothing kept; at most so many maps will be. Also in a
  * forked child, which has lost whatever was there. */
 static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
@@ -328,9 +327,5 @@ static PyType_Slot land_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec land_spec = {
-    .name = "realmap._core.Land",
-    .basicsize = sizeof(Land),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = land_slots,
-};
+static PyType_Spec land_spec = {"realmap._core.Land", sizeof(Land), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, land_slots};

@@ -36,9 +36,6 @@ static PyMethodDef lent_methods[] = {
 
 static PyType_Slot lent_slots[] = {{Py_tp_methods, lent_methods}, {0, NULL}};
 
-static PyType_Spec lent_spec = {
-    .name = "realmap._core.Lent",
-    .basicsize = sizeof(Mirror),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = lent_slots,
-};
+static PyType_Spec lent_spec = {"realmap._core.Lent", sizeof(Mirror), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                lent_slots};

@@ -150,13 +150,8 @@ static PyType_Slot mapping_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec mapping_spec = {
-    .name = "realmap._core.Mapping",
-    .basicsize = sizeof(Mapping),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = mapping_slots,
-};
-
+static PyType_Spec mapping_spec = {"realmap._core.Mapping", sizeof(Mapping), 0,
+                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, mapping_slots};
 
 /* A plain int from 0 on; -1 where it is another object, or does not fit. Nothing is raised. */
 static int64_t plain(PyObject *number)

@@ -379,9 +379,6 @@ static PyType_Slot mirror_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec mirror_spec = {
-    .name = "realmap._core.Mirror",
-    .basicsize = sizeof(Mirror),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = mirror_slots,
-};
+static PyType_Spec mirror_spec = {"realmap._core.Mirror", sizeof(Mirror), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                  mirror_slots};

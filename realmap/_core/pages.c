@@ -73,7 +73,6 @@ static PyObject *os_error(int error)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-
 /* Checks that [address, address + length) is whole pages and does not wrap. */
 static int check_range(uint64_t address, uint64_t length)
 {
@@ -85,7 +84,6 @@ static int check_range(uint64_t address, uint64_t length)
     }
     return 0;
 }
-
 
 /* collapse(fd, length) -> bytes: backs a file whose space is taken with huge pages, as far as Linux has any; how
  * many bytes it did. MADV_COLLAPSE (Linux 6.1) does not ask for shmem_enabled, but it leaves holes alone. */

@@ -76,7 +76,6 @@ static Window *new_window(PyTypeObject *type, uintptr_t base, int prot, int inhe
     return self;
 }
 
-
 /* A mirror is a window, too, but it is opened in a land. */
 static int is_no_mirror(PyObject *cls)
 {
@@ -208,7 +207,6 @@ static PyObject *window_extend(PyObject *op, PyObject *pieces)
     Py_RETURN_NONE;
 }
 
-
 static PyObject *still_viewed(const char *what, Py_ssize_t exports)
 {
     return PyErr_Format(PyExc_BufferError,
@@ -337,7 +335,6 @@ static PyObject *window_alive(PyObject *op, void *Py_UNUSED(closure))
     return PyBool_FromLong(is_alive(as_window(op)));
 }
 
-
 static PyMethodDef window_methods[] = {
     {"_map", FASTCALL(window_map), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
@@ -381,9 +378,6 @@ static PyType_Slot window_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec window_spec = {
-    .name = "realmap._core.Window",
-    .basicsize = sizeof(Window),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = window_slots,
-};
+static PyType_Spec window_spec = {"realmap._core.Window", sizeof(Window), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                  window_slots};
