@@ -60,13 +60,12 @@ static PyObject *durations_counts(PyObject *op, PyObject *Py_UNUSED(none))
 {
     Durations *self = as_durations(op);
     PyObject *found = PyList_New(0);
-    int failed = !found || append_taken(found, PyLong_FromUnsignedLongLong(self->longest));
-    for (size_t bucket = 0; bucket < BUCKETS && !failed; bucket++)
-        if (self->buckets[bucket])
-            failed = append_taken(found, PyLong_FromSize_t(bucket)) ||
-                     append_taken(found, PyLong_FromUnsignedLongLong(self->buckets[bucket]));
-    if (failed)
-        Py_CLEAR(found);
+    append_new(&found, PyLong_FromUnsignedLongLong(self->longest));
+    for (size_t bucket = 0; found && bucket < BUCKETS; bucket++)
+        if (self->buckets[bucket]) {
+            append_new(&found, PyLong_FromSize_t(bucket));
+            append_new(&found, PyLong_FromUnsignedLongLong(self->buckets[bucket]));
+        }
     return found;
 }
 
