@@ -71,13 +71,8 @@ static int lend(PyObject *op, Lent *lent, const Lender *lender)
 /* What is long is moved without the GIL: the bytes stay where they are, since they are lent. */
 static void move(void *to, const void *from, Py_ssize_t count)
 {
-    if ((size_t)count >= LONG_RANGE) {
-        Py_BEGIN_ALLOW_THREADS
-        memmove(to, from, (size_t)count);
-        Py_END_ALLOW_THREADS
-    } else if (count) {
-        memmove(to, from, (size_t)count);
-    }
+    if (count) /* else either may be nowhere */
+        WITHOUT_GIL_IF_LONG((size_t)count, memmove(to, from, (size_t)count));
 }
 
 COLD static void raise_no_index(PyObject *key)
