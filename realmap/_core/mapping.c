@@ -34,11 +34,11 @@ static void mapping_dealloc(PyObject *op)
     Mapping *self = as_mapping(op);
     PyObject *frames = self->frames;
     if (self->held || self->pins) { /* collection is a release; what fails here has nobody to be told to */
-        PyObject *kind, *value, *traceback;
-        PyErr_Fetch(&kind, &value, &traceback);
+        PyObject *first[3] = {NULL};
+        put_aside(first);
         if (mapping_let_go(self))
             PyErr_WriteUnraisable(frames);
-        PyErr_Restore(kind, value, traceback);
+        raise_first(first);
     }
     Py_XDECREF(frames);
     Py_XDECREF(self->who);

@@ -298,13 +298,13 @@ static PyObject *mirror_end(PyObject *op, PyObject *Py_UNUSED(ignored))
 /* Collection is a drop; no view can live then. What fails here has nobody to be told to. */
 static void mirror_finalize(PyObject *op)
 {
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *first[3] = {NULL};
+    put_aside(first);
     if (end_mirror(as_mirror(op)))
         PyErr_Clear();
     if (as_mirror(op)->edges && as_mirror(op)->edges->error)
         tell_caller(as_mirror(op), as_mirror(op)->edges->lost);
-    PyErr_Restore(type, value, traceback);
+    raise_first(first);
 }
 
 static void mirror_dealloc(PyObject *op)

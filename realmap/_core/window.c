@@ -284,20 +284,7 @@ static uintptr_t window_fault_of(PyObject *op) { return window_fault_at(as_windo
 
 static const Lender window_lender = {window_lend, window_give_back, window_is_alive, window_fault_of};
 
-static PyObject *window_item(PyObject *op, Py_ssize_t at) { return get_item(op, at, &window_lender); }
-static PyObject *window_get(PyObject *op, PyObject *key) { return get_bytes(op, key, &window_lender); }
-
-static int window_set(PyObject *op, PyObject *key, PyObject *value)
-{
-    return set_bytes(op, key, value, &window_lender);
-}
-
-static int window_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
-{
-    return export_bytes(op, buffer, flags, &window_lender);
-}
-
-static void window_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer)) { window_give_back(op); }
+LENDS_BYTES(window)
 
 static Py_ssize_t window_length(PyObject *op) { return as_window(op)->length; }
 
@@ -370,11 +357,7 @@ static PyType_Slot window_slots[] = {
     {Py_tp_members, window_members},
     {Py_tp_getset, window_getset},
     {Py_sq_length, window_length},
-    {Py_sq_item, window_item},
-    {Py_mp_subscript, window_get},
-    {Py_mp_ass_subscript, window_set},
-    {Py_bf_getbuffer, window_getbuffer},
-    {Py_bf_releasebuffer, window_releasebuffer},
+    LENDING_SLOTS(window),
     {0, NULL},
 };
 
