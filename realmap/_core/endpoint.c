@@ -90,8 +90,8 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
     }
     int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
     self->ring = ring;
-    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus);
-    budget_set(&self->moment, most < MOMENT ? (int64_t)most : MOMENT, cpus);
+    budget_set(&self->budget, most, cpus);
+    budget_set(&self->moment, most < MOMENT ? most : MOMENT, cpus);
     return PyLong_FromLong(0);
 }
 

@@ -304,7 +304,7 @@ static PyObject *spin_budget_new(PyTypeObject *type, PyObject *args, PyObject *P
         return NULL;
     PyObject *self = new_object(type);
     if (self)
-        budget_set(budget_of(self), (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus);
+        budget_set(budget_of(self), most, cpus);
     return self;
 }
 

@@ -139,19 +139,6 @@ undo:
     return -1;
 }
 
-/* Has a window guarded that is mapped already. -1 with an exception set: no memory for it. */
-static int guard_window(Window *self)
-{
-    stand_guard();
-    self->guarded = guard_take(self->base, self->prot, self->inherited);
-    if (!self->guarded) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    arm(self);
-    return 0;
-}
-
 /* Maps a new window, as it is to be from `lead` bytes behind its base on, and has it guarded; -1 with an exception set. */
 static int map_window(Window *self, PyObject *pieces, size_t lead, Edges *edges)
 {
@@ -160,7 +147,16 @@ static int map_window(Window *self, PyObject *pieces, size_t lead, Edges *edges)
         return -1;
     self->span = page_of(end + page_size - 1) - self->base;
     self->state = self->span ? ALIVE : DEAD;
-    return self->span ? guard_window(self) : 0;
+    if (!self->span)
+        return 0;
+    stand_guard();
+    self->guarded = guard_take(self->base, self->prot, self->inherited);
+    if (!self->guarded) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    arm(self);
+    return 0;
 }
 
 /* Window._map(address, prot, pieces, lead, length, inherited): any number of pieces, of any files, side by side; all of
