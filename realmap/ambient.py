@@ -163,7 +163,7 @@ def _connected() -> str | None:
     """The path of the ambient kernel, where this process has a connection to it: nothing else has to be asked then."""
     path = os.environ.get(VARIABLE) or os.environ.get(TREE)
     known = travel.made(path) if path else None
-    return path if known is not None and not known._is_lost else None
+    return path if known is not None and not known._client.lost_in_child else None
 
 
 def running() -> str | None:

@@ -108,12 +108,8 @@ static PyType_Slot account_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec account_spec = {
-    .name = "realmap._core.Account",
-    .basicsize = sizeof(Account),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = account_slots,
-};
+static PyType_Spec account_spec = {"realmap._core.Account", sizeof(Account), 0,
+                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, account_slots};
 
 static PyType_Slot charge_slots[] = {
     {Py_tp_doc, "What is in use of an account for as long as this lives."},
@@ -121,9 +117,5 @@ static PyType_Slot charge_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec charge_spec = {
-    .name = "realmap._core.Charge",
-    .basicsize = sizeof(Charge),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = charge_slots,
-};
+static PyType_Spec charge_spec = {"realmap._core.Charge", sizeof(Charge), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, charge_slots};

@@ -96,12 +96,9 @@ static PyObject *answer_take(PyObject *op, PyObject *Py_UNUSED(ignored))
 static PyObject *answer_descriptors(PyObject *op, void *Py_UNUSED(closure))
 {
     Answer *self = as_answer(op);
-    PyObject *found = PyList_New(self->count);
-    for (int i = 0; found && i < self->count; i++) {
-        PyObject *fd = PyLong_FromLong(self->fds[i]);
-        if (!fd || PyList_SetItem(found, i, fd))
-            Py_CLEAR(found);
-    }
+    PyObject *found = PyList_New(0);
+    for (int i = 0; found && i < self->count; i++)
+        append_new(&found, PyLong_FromLong(self->fds[i]));
     return found;
 }
 
@@ -151,9 +148,6 @@ static PyType_Slot answer_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec answer_spec = {
-    .name = "realmap._core.Answer",
-    .basicsize = sizeof(Answer),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = answer_slots,
-};
+static PyType_Spec answer_spec = {"realmap._core.Answer", sizeof(Answer), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                  answer_slots};

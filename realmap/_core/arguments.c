@@ -74,6 +74,14 @@ static int wants(Py_ssize_t got, Py_ssize_t wanted, const char *what)
     return -1;
 }
 
+/* Appends what was just made; *list is NULL, with an error, where that or its making failed. Of no list: nothing. */
+static void append_new(PyObject **list, PyObject *item)
+{
+    if (*list && (!item || PyList_Append(*list, item)))
+        Py_CLEAR(*list);
+    Py_XDECREF(item);
+}
+
 /* Whether `items` is a tuple of objects of that type, at least one. */
 static int is_tuple_of(PyObject *items, PyTypeObject *type)
 {

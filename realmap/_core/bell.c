@@ -24,41 +24,31 @@ ACCESSOR(Bell, as_bell)
  * signal handler raised meanwhile is left in place, for whoever asks PyErr_Occurred(). */
 static int ring_the_loop(PyObject *op)
 {
-    PyObject *type = NULL, *value = NULL, *traceback = NULL, *done = NULL;
+    Bell *self = as_bell(op);
+    PyObject *first[3] = {NULL}, *done = NULL;
     int closed = 0;
     /* It will call, unless it has been closed since; or a signal handler that raised in the loop has lost it. */
-    if (as_bell(op)->rung && nanoseconds() - as_bell(op)->rung < LOST) {
-        PyErr_Fetch(&type, &value, &traceback);
-        done = PyObject_CallNoArgs(as_bell(op)->closed);
+    if (self->rung && nanoseconds() - self->rung < LOST) {
+        done = PyObject_CallNoArgs(self->closed);
         closed = done && PyObject_IsTrue(done) == 1;
         Py_XDECREF(done);
-        if (type)
-            PyErr_Restore(type, value, traceback);
         return !closed;
     }
-    as_bell(op)->rung = nanoseconds(); /* before: the loop may call it before this returns */
+    self->rung = nanoseconds(); /* before: the loop may call it before this returns */
     for (int tries = 0; tries < 100 && !done && closed < 2; tries++) {
-        done = PyObject_CallFunctionObjArgs(as_bell(op)->soon, op, NULL);
-        if (done)
-            break;
-        closed = PyErr_ExceptionMatches(PyExc_RuntimeError) ? closed + 1 : 0; /* twice: it is the loop that says so */
-        if (type)
-            PyErr_Clear();
-        else
-            PyErr_Fetch(&type, &value, &traceback);
+        done = PyObject_CallFunctionObjArgs(self->soon, op, NULL);
+        if (!done) /* twice: it is the loop that says so */
+            closed = PyErr_ExceptionMatches(PyExc_RuntimeError) ? closed + 1 : 0;
+        put_aside(first);
     }
     Py_XDECREF(done);
     if (!done)
-        as_bell(op)->rung = 0;
-    if (!done && closed) {
-        Py_XDECREF(type);
-        Py_XDECREF(value);
-        Py_XDECREF(traceback);
-        return 0;
-    }
-    if (type)
-        PyErr_Restore(type, value, traceback);
-    return 1;
+        self->rung = 0;
+    raise_first(first);
+    if (done || !closed)
+        return 1;
+    PyErr_Clear();
+    return 0;
 }
 
 /* Bell(look, soon, closed): `look()` is what the loop does then; `soon(bell)` has it call the bell, from any thread;
@@ -81,13 +71,13 @@ static PyObject *bell_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSE
 static PyObject *bell_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
 {
     as_bell(op)->rung = 0;
-    PyObject *type, *value, *traceback, *done = PyObject_CallNoArgs(as_bell(op)->look);
+    PyObject *first[3] = {NULL}, *done = PyObject_CallNoArgs(as_bell(op)->look);
     if (done)
         return done;
-    PyErr_Fetch(&type, &value, &traceback);
+    put_aside(first);
     ring_the_loop(op);
     PyErr_Clear();
-    PyErr_Restore(type, value, traceback);
+    raise_first(first);
     return NULL;
 }
 
@@ -197,9 +187,5 @@ static PyType_Slot bell_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec bell_spec = {
-    .name = "realmap._core.Bell",
-    .basicsize = sizeof(Bell),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
-    .slots = bell_slots,
-};
+static PyType_Spec bell_spec = {"realmap._core.Bell", sizeof(Bell), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, bell_slots};

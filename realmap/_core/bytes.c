@@ -71,13 +71,8 @@ static int lend(PyObject *op, Lent *lent, const Lender *lender)
 /* What is long is moved without the GIL: the bytes stay where they are, since they are lent. */
 static void move(void *to, const void *from, Py_ssize_t count)
 {
-    if ((size_t)count >= LONG_RANGE) {
-        Py_BEGIN_ALLOW_THREADS
-        memmove(to, from, (size_t)count);
-        Py_END_ALLOW_THREADS
-    } else if (count) {
-        memmove(to, from, (size_t)count);
-    }
+    if (count) /* else either may be nowhere */
+        WITHOUT_GIL_IF_LONG((size_t)count, memmove(to, from, (size_t)count));
 }
 
 COLD static void raise_no_index(PyObject *key)
@@ -279,3 +274,15 @@ static int export_bytes(PyObject *op, Py_buffer *buffer, int flags, const Lender
     lender->give_back(op);
     return -1;
 }
+
+/* What a type is asked for its bytes by, which lends them as KIND_lender says. */
+#define LENDS_BYTES(kind) \
+    static PyObject *kind##_item(PyObject *op, Py_ssize_t at) { return get_item(op, at, &kind##_lender); } \
+    static PyObject *kind##_get(PyObject *op, PyObject *key) { return get_bytes(op, key, &kind##_lender); } \
+    static int kind##_set(PyObject *op, PyObject *key, PyObject *to) { return set_bytes(op, key, to, &kind##_lender); } \
+    static int kind##_export(PyObject *op, Py_buffer *to, int flags) { return export_bytes(op, to, flags, &kind##_lender); } \
+    static void kind##_end_export(PyObject *op, Py_buffer *Py_UNUSED(buffer)) { kind##_give_back(op); }
+
+#define LENDING_SLOTS(kind) \
+    {Py_sq_item, kind##_item}, {Py_mp_subscript, kind##_get}, {Py_mp_ass_subscript, kind##_set}, \
+    {Py_bf_getbuffer, kind##_export}, {Py_bf_releasebuffer, kind##_end_export}

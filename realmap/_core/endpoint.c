@@ -90,8 +90,8 @@ static PyObject *endpoint_join(PyObject *op, PyObject *const *args, Py_ssize_t n
     }
     int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
     self->ring = ring;
-    budget_set(&self->budget, (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus);
-    budget_set(&self->moment, most < MOMENT ? (int64_t)most : MOMENT, cpus);
+    budget_set(&self->budget, most, cpus);
+    budget_set(&self->moment, most < MOMENT ? most : MOMENT, cpus);
     return PyLong_FromLong(0);
 }
 
@@ -250,9 +250,6 @@ static PyType_Slot endpoint_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec endpoint_spec = {
-    .name = "realmap._core.Endpoint",
-    .basicsize = sizeof(Endpoint),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = endpoint_slots,
-};
+static PyType_Spec endpoint_spec = {"realmap._core.Endpoint", sizeof(Endpoint), 0,
+                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                    endpoint_slots};

@@ -5,7 +5,6 @@
  * a destructor could collect garbage, and run anything. What does not fit is counted as lost, and the first record
  * that fits again says so before itself (GAP). wire/records.py names the kinds, and what the facts of each are. */
 
-
 static void put_event(Events *self, Event event)
 {
     /* A GAP takes a place of its own. */
@@ -113,9 +112,4 @@ static PyType_Slot events_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec events_spec = {
-    .name = "realmap._core.Events",
-    .basicsize = sizeof(Events),
-    .flags = Py_TPFLAGS_DEFAULT,
-    .slots = events_slots,
-};
+static PyType_Spec events_spec = {"realmap._core.Events", sizeof(Events), 0, Py_TPFLAGS_DEFAULT, events_slots};

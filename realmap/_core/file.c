@@ -75,14 +75,6 @@ static int next_map(int fd, struct map_query *query, const char *devices, size_t
     return 0;
 }
 
-/* Appends what was just made; *list is NULL, with an error, where that or its making failed. */
-static void append_new(PyObject **list, PyObject *item)
-{
-    if (!item || PyList_Append(*list, item))
-        Py_CLEAR(*list);
-    Py_XDECREF(item);
-}
-
 /* device_maps(path, devices) -> [(start, end, flags, offset, device, inode, name)] of a /proc/PID/maps: its maps of files
  * on one of the devices, of 8 bytes each. None: Linux cannot be asked about single maps (before 6.11). */
 static PyObject *host_device_maps(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)

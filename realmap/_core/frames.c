@@ -166,13 +166,6 @@ static PyObject *frames_who_holds(PyObject *op, PyObject *Py_UNUSED(ignored))
     return found;
 }
 
-static int append_taken(PyObject *list, PyObject *item)
-{
-    int failed = !item || PyList_Append(list, item);
-    Py_XDECREF(item);
-    return failed;
-}
-
 /* holders_of(frames) -> [how many hold the first ones, each of them as it was noted, how many hold the next ones, …]:
  * for a snapshot, which asks of very many at one moment; so it is one list, and one pass. */
 static PyObject *core_holders_of(PyObject *Py_UNUSED(module), PyObject *frames)
@@ -190,8 +183,8 @@ static PyObject *core_holders_of(PyObject *Py_UNUSED(module), PyObject *frames)
             Py_CLEAR(found);
             break;
         }
-        if (append_taken(found, PyLong_FromSsize_t(count_references(as_frames(each)))) ||
-            append_holders(as_frames(each), found))
+        append_new(&found, PyLong_FromSsize_t(count_references(as_frames(each))));
+        if (found && append_holders(as_frames(each), found))
             Py_CLEAR(found);
     }
     return found;
@@ -242,9 +235,5 @@ static PyType_Slot frames_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec frames_spec = {
-    .name = "realmap._core.Frames",
-    .basicsize = sizeof(Frames),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = frames_slots,
-};
+static PyType_Spec frames_spec = {"realmap._core.Frames", sizeof(Frames), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, frames_slots};

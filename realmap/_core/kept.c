@@ -6,6 +6,17 @@ static uint64_t exact_key(uint64_t serial, uint64_t start, size_t span, int prot
     return serial * 0x9e3779b97f4a7c15u + (start / page_size) * 0xc2b2ae3d27d4eb4fu + span + (uint64_t)prot;
 }
 
+static Kept *find_exact(Land *land, uint64_t serial, uint64_t start, size_t span, int prot)
+{
+    uint64_t key = exact_key(serial, start, span, prot);
+    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
+        Kept *kept = OWNER(Kept, exact, at);
+        if (kept->serial == serial && kept->start == start && kept->span == span && kept->prot == prot)
+            return kept;
+    }
+    return NULL;
+}
+
 static void forget_kept(Land *land, Kept *kept)
 {
     table_remove(&land->exact, &kept->exact);
@@ -39,16 +50,12 @@ static int keep(Mirror *self)
         return 0;
     if (!as_mapping(self->mapping)->held)
         return 0; /* nothing survives the unmapping by its process */
-    uint64_t key = exact_key(self->serial, self->start, window->span, window->prot);
-    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
-        Kept *other = OWNER(Kept, exact, at);
-        if (other->serial == self->serial && other->start == self->start && other->span == window->span)
-            return 0; /* two mirrors of one range: one window is enough */
-    }
+    if (find_exact(land, self->serial, self->start, window->span, window->prot))
+        return 0; /* two mirrors of one range: one window is enough */
     Kept *kept = PyMem_Calloc(1, sizeof *kept);
     if (!kept)
         return 0;
-    kept->exact.key = key;
+    kept->exact.key = exact_key(self->serial, self->start, window->span, window->prot);
     kept->of.key = kept->serial = self->serial;
     kept->base = window->base;
     kept->span = window->span;
@@ -86,12 +93,9 @@ static int make_room(Land *land, uint64_t maps)
 /* A kept window that shows [start, start + span) of these frames with these rights: that one, or a larger one. */
 static Kept *find_kept(Land *land, uint64_t serial, uint64_t start, size_t span, int prot)
 {
-    uint64_t key = exact_key(serial, start, span, prot);
-    for (Node *at = table_find(&land->exact, key); at; at = same_key(at->next, key)) {
-        Kept *kept = OWNER(Kept, exact, at);
-        if (kept->serial == serial && kept->start == start && kept->span == span && kept->prot == prot)
-            return kept;
-    }
+    Kept *found = find_exact(land, serial, start, span, prot);
+    if (found)
+        return found;
     int steps = STEPS;
     for (Node *at = table_find(&land->of, serial); at && steps--; at = same_key(at->next, serial)) {
         Kept *kept = OWNER(Kept, of, at);

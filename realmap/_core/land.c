@@ -17,7 +17,6 @@
  * is Python's (memory/bookkeeping.py): it learns of what came and went (_news) when the hole is used
  * up, which is when it is needed. It may be thrown away at any moment: all that is in it is here, too. */
 
-
 /* Land._prepare(start, end, budget, most): nothing is there, and nothing kept; at most so many maps will be. Also in a
  * forked child, which has lost whatever was there. */
 static PyObject *land_prepare(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
@@ -108,20 +107,13 @@ typedef struct {
     uint64_t fields[5];
 } Row;
 
-/* Rows as a list of tuples of `width` numbers; frees the rows. */
-static PyObject *listed(Row *rows, size_t count, int width)
+/* Rows as a list of tuples, as `format` says of the first of their numbers; frees the rows. */
+static PyObject *listed(Row *rows, size_t count, const char *format)
 {
     PyObject *found = PyList_New(0);
     for (size_t i = 0; found && i < count; i++) {
-        PyObject *row = PyTuple_New(width);
-        for (int j = 0; row && j < width; j++) {
-            PyObject *number = PyLong_FromUnsignedLongLong(rows[i].fields[j]);
-            if (!number || PyTuple_SetItem(row, j, number))
-                Py_CLEAR(row);
-        }
-        if (!row || PyList_Append(found, row))
-            Py_CLEAR(found);
-        Py_XDECREF(row);
+        const uint64_t *row = rows[i].fields;
+        append_new(&found, Py_BuildValue(format, row[0], row[1], row[2], row[3], row[4]));
     }
     PyMem_Free(rows);
     return found;
@@ -164,7 +156,7 @@ static PyObject *land_news(PyObject *op, PyObject *number)
         Py_XDECREF(gone);
         gone = Py_NewRef(Py_None);
     }
-    PyObject *taken = listed(rows, count, 2), *last = PyLong_FromUnsignedLongLong(edition);
+    PyObject *taken = listed(rows, count, "(KK)"), *last = PyLong_FromUnsignedLongLong(edition);
     PyObject *news = taken && last ? PyTuple_Pack(3, last, gone, taken) : NULL;
     Py_XDECREF(taken);
     Py_XDECREF(last);
@@ -224,12 +216,9 @@ static PyObject *land_mirrors(PyObject *op, PyObject *Py_UNUSED(ignored))
 static PyObject *land_anchors(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     Land *land = as_land(op);
-    PyObject *found = PyList_New((Py_ssize_t)land->anchor_count);
-    for (size_t i = 0; found && i < land->anchor_count; i++) {
-        PyObject *address = PyLong_FromUnsignedLongLong(land->anchors[i]);
-        if (!address || PyList_SetItem(found, (Py_ssize_t)i, address))
-            Py_CLEAR(found);
-    }
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i < land->anchor_count; i++)
+        append_new(&found, PyLong_FromUnsignedLongLong(land->anchors[i]));
     return found;
 }
 
@@ -256,7 +245,7 @@ static PyObject *land_kept(PyObject *op, PyObject *Py_UNUSED(ignored))
         return PyErr_NoMemory();
     for (Kept *kept = land->oldest; kept; kept = kept->newer)
         rows[count++] = (Row){{kept->base, kept->span, kept->serial, kept->start, (uint64_t)kept->prot}};
-    return listed(rows, count, 5);
+    return listed(rows, count, "(KKKKK)");
 }
 
 /* _make_room(maps) -> bool: whether so many maps more may be taken; kept windows go for them, as far as need be. */
@@ -328,9 +317,5 @@ static PyType_Slot land_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec land_spec = {
-    .name = "realmap._core.Land",
-    .basicsize = sizeof(Land),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = land_slots,
-};
+static PyType_Spec land_spec = {"realmap._core.Land", sizeof(Land), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, land_slots};

@@ -1,17 +1,6 @@
 /* Lent: a mirror that shows no byte beside its range; edges.c has the bytes of pages that are not lent as a whole. */
 #include "core.h"
 
-/* Lent._open and _open_at: as a Mirror's. */
-static PyObject *lent_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    return open_mirror(cls, args, nargs, 1);
-}
-
-static PyObject *lent_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    return open_mirror_at(cls, args, nargs, 1);
-}
-
 /* _copy_back() -> None, or (errno, address): copies back what was changed at its edges, where it lives; of what cannot be, or
  * could not when it was dropped, the first byte. ENODATA: the segment ends before it. */
 static PyObject *lent_copy_back(PyObject *op, PyObject *Py_UNUSED(ignored))
@@ -28,17 +17,12 @@ static PyObject *lent_copy_back(PyObject *op, PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef lent_methods[] = {
-    {"_open", FASTCALL(lent_open), METH_FASTCALL | METH_CLASS, NULL},
-    {"_open_at", FASTCALL(lent_open_at), METH_FASTCALL | METH_CLASS, NULL},
     {"_copy_back", lent_copy_back, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot lent_slots[] = {{Py_tp_methods, lent_methods}, {0, NULL}};
 
-static PyType_Spec lent_spec = {
-    .name = "realmap._core.Lent",
-    .basicsize = sizeof(Mirror),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = lent_slots,
-};
+static PyType_Spec lent_spec = {"realmap._core.Lent", sizeof(Mirror), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                lent_slots};

@@ -17,7 +17,7 @@ typedef PyObject *(*Acquire)(PyObject *, PyObject *const *, Py_ssize_t, PyObject
 /* `acquire`: of the core, whatever a class of somebody else's calls so; NULL: of the interpreter. */
 static PyObject *turn_taken(PyObject *op, Acquire acquire)
 {
-    Turn *turn = (Turn *)(void *)((allocfunc)PyType_GetSlot(turn_type, Py_tp_alloc))(turn_type, 0);
+    Turn *turn = (Turn *)(void *)new_object(turn_type);
     if (!turn)
         return NULL;
     PyObject *taken = acquire ? acquire(op, NULL, 0, NULL) : PyObject_CallMethod(op, "acquire", NULL);
@@ -39,19 +39,17 @@ static PyObject *lock_exit(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ss
 static void turn_dealloc(PyObject *op)
 {
     PyObject *lock = ((Turn *)(void *)op)->lock;
-    PyTypeObject *type = Py_TYPE(op);
     if (lock && PyErr_Occurred()) {
-        PyObject *kind, *value, *traceback;
-        PyErr_Fetch(&kind, &value, &traceback);
+        PyObject *first[3] = {NULL};
+        put_aside(first);
         PyObject *done = PyObject_CallMethod(lock, "__exit__", "OOO", Py_None, Py_None, Py_None);
         if (!done)
             PyErr_WriteUnraisable(lock);
         Py_XDECREF(done);
-        PyErr_Restore(kind, value, traceback);
+        raise_first(first);
     }
     Py_XDECREF(lock);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 static PyMethodDef lock_methods[] = {

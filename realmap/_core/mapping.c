@@ -34,11 +34,11 @@ static void mapping_dealloc(PyObject *op)
     Mapping *self = as_mapping(op);
     PyObject *frames = self->frames;
     if (self->held || self->pins) { /* collection is a release; what fails here has nobody to be told to */
-        PyObject *kind, *value, *traceback;
-        PyErr_Fetch(&kind, &value, &traceback);
+        PyObject *first[3] = {NULL};
+        put_aside(first);
         if (mapping_let_go(self))
             PyErr_WriteUnraisable(frames);
-        PyErr_Restore(kind, value, traceback);
+        raise_first(first);
     }
     Py_XDECREF(frames);
     Py_XDECREF(self->who);
@@ -150,13 +150,8 @@ static PyType_Slot mapping_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec mapping_spec = {
-    .name = "realmap._core.Mapping",
-    .basicsize = sizeof(Mapping),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = mapping_slots,
-};
-
+static PyType_Spec mapping_spec = {"realmap._core.Mapping", sizeof(Mapping), 0,
+                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, mapping_slots};
 
 /* A plain int from 0 on; -1 where it is another object, or does not fit. Nothing is raised. */
 static int64_t plain(PyObject *number)

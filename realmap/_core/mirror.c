@@ -11,6 +11,9 @@ static Mirror *new_mirror(PyObject *cls, PyObject *mapping, PyObject *frames, in
     return self;
 }
 
+/* Whether nothing beside its range is mapped (lent.c). */
+static int is_lent(PyObject *cls) { return PyType_IsSubtype(as_type(cls), lent_type); }
+
 static void count_made(Land *land, uint64_t length)
 {
     land->made++;
@@ -134,11 +137,12 @@ static int end_mirror(Mirror *self)
 /* Mirror._open(land, mapping, offset, length, rights, caller): a mirror of [offset, offset + length) of a mapping,
  * by a window that was kept, or in the current hole of the land; for a `caller` (else None) only where the mapping's
  * own rights allow `rights`. None: not this way, and nothing has changed; memory/cross_process.py finds out why not, and knows
- * the others. `exact`, here and below: nothing beside the range is mapped (lent.c). */
-static PyObject *open_mirror(PyObject *cls, PyObject *const *args, Py_ssize_t nargs, int exact)
+ * the others. */
+static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     if (wants(nargs, 6, "Mirror._open"))
         return NULL;
+    int exact = is_lent(cls);
     PyObject *caller = Py_IsNone(args[5]) ? NULL : args[5];
     int64_t asked = PyLong_Check(args[4]) ? PyLong_AsLongLong(args[4]) : 0;
     if (asked == -1 && PyErr_Occurred())
@@ -224,17 +228,12 @@ static PyObject *open_mirror(PyObject *cls, PyObject *const *args, Py_ssize_t na
     return (PyObject *)self;
 }
 
-static PyObject *mirror_open(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    return open_mirror(cls, args, nargs, 0);
-}
-
 /* Mirror._open_at(land, base, mappings, frames, pieces, start, lead, length, prot): any number of pieces at a place that
  * was reserved, with a reference to each of `frames`, a tuple. OSError: nothing stays. */
-static PyObject *open_mirror_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs, int exact)
+static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t base, start, lead, length;
-    int prot;
+    int prot, exact = is_lent(cls);
     if (wants(nargs, 9, "Mirror._open_at") || as_u64(args[1], &base) || as_u64(args[5], &start) ||
         as_u64(args[6], &lead) || as_u64(args[7], &length) || as_int(args[8], &prot))
         return NULL;
@@ -272,11 +271,6 @@ static PyObject *open_mirror_at(PyObject *cls, PyObject *const *args, Py_ssize_t
     return (PyObject *)self;
 }
 
-static PyObject *mirror_open_at(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    return open_mirror_at(cls, args, nargs, 0);
-}
-
 /* _populate(): faults in every page. OSError: one cannot be had. */
 static PyObject *mirror_populate(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
@@ -304,13 +298,13 @@ static PyObject *mirror_end(PyObject *op, PyObject *Py_UNUSED(ignored))
 /* Collection is a drop; no view can live then. What fails here has nobody to be told to. */
 static void mirror_finalize(PyObject *op)
 {
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *first[3] = {NULL};
+    put_aside(first);
     if (end_mirror(as_mirror(op)))
         PyErr_Clear();
     if (as_mirror(op)->edges && as_mirror(op)->edges->error)
         tell_caller(as_mirror(op), as_mirror(op)->edges->lost);
-    PyErr_Restore(type, value, traceback);
+    raise_first(first);
 }
 
 static void mirror_dealloc(PyObject *op)
@@ -379,9 +373,6 @@ static PyType_Slot mirror_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec mirror_spec = {
-    .name = "realmap._core.Mirror",
-    .basicsize = sizeof(Mirror),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = mirror_slots,
-};
+static PyType_Spec mirror_spec = {"realmap._core.Mirror", sizeof(Mirror), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                  mirror_slots};

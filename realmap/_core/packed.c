@@ -173,16 +173,9 @@ static int note_buffer(void *to, const unsigned char *place)
     uint64_t address, length;
     memcpy(&address, place, sizeof address);
     memcpy(&length, place + sizeof address, sizeof length);
-    PyObject *pair = *list || (*list = PyList_New(0)) ? PyTuple_New(2) : NULL;
-    PyObject *first = pair ? PyLong_FromUnsignedLongLong(address) : NULL;
-    PyObject *second = first ? PyLong_FromUnsignedLongLong(length) : NULL;
-    if (pair) {
-        PyTuple_SetItem(pair, 0, first);
-        PyTuple_SetItem(pair, 1, second);
-    }
-    int failed = !second || PyList_Append(*list, pair);
-    Py_XDECREF(pair);
-    return failed;
+    if (*list || (*list = PyList_New(0)))
+        append_new(list, Py_BuildValue("(KK)", (unsigned long long)address, (unsigned long long)length));
+    return !*list;
 }
 
 /* look_over(message) -> [(address, length), …] of the buffers in it, None where there are none; or what is wrong. */

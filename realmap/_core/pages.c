@@ -15,6 +15,15 @@
 /* From a huge page's size on, an address is congruent to the offset behind it, so that huge pages can serve it. */
 static size_t huge_size;
 
+/* What takes long (LONG_RANGE) is done without the GIL. errno stays as it is. */
+#define WITHOUT_GIL_IF_LONG(length, what) \
+    do { \
+        PyThreadState *state = (length) >= LONG_RANGE ? PyEval_SaveThread() : NULL; \
+        what; \
+        if (state) \
+            PyEval_RestoreThread(state); \
+    } while (0)
+
 static uintptr_t page_of(uintptr_t address) { return address - address % page_size; }
 
 /* Maps one piece; fd -1 means private anonymous memory. 0, or an errno with nothing mapped. */
@@ -22,13 +31,7 @@ static int map_piece(uintptr_t address, size_t length, int prot, int fd, off_t o
 {
     int flags = MAP_FIXED_NOREPLACE | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
     void *got;
-    if (length >= LONG_RANGE) {
-        Py_BEGIN_ALLOW_THREADS
-        got = mmap((void *)address, length, prot, flags, fd, offset);
-        Py_END_ALLOW_THREADS
-    } else {
-        got = mmap((void *)address, length, prot, flags, fd, offset);
-    }
+    WITHOUT_GIL_IF_LONG(length, got = mmap((void *)address, length, prot, flags, fd, offset));
     if (got == MAP_FAILED)
         return errno;
     if ((uintptr_t)got != address) { /* a kernel that does not know the flag took it for a hint */
@@ -41,13 +44,7 @@ static int map_piece(uintptr_t address, size_t length, int prot, int fd, off_t o
 static int unmap_range(uintptr_t address, size_t length)
 {
     int failed;
-    if (length >= LONG_RANGE) {
-        Py_BEGIN_ALLOW_THREADS
-        failed = munmap((void *)address, length);
-        Py_END_ALLOW_THREADS
-    } else {
-        failed = munmap((void *)address, length);
-    }
+    WITHOUT_GIL_IF_LONG(length, failed = munmap((void *)address, length));
     return failed ? errno : 0;
 }
 
@@ -57,13 +54,7 @@ static int populate_range(uintptr_t address, size_t length, int prot)
 {
     int how = prot & PROT_READ ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
     int failed;
-    if (length >= LONG_RANGE) {
-        Py_BEGIN_ALLOW_THREADS
-        failed = madvise((void *)address, length, how);
-        Py_END_ALLOW_THREADS
-    } else {
-        failed = madvise((void *)address, length, how);
-    }
+    WITHOUT_GIL_IF_LONG(length, failed = madvise((void *)address, length, how));
     return failed ? errno : 0;
 }
 
@@ -72,7 +63,6 @@ static PyObject *os_error(int error)
     errno = error;
     return PyErr_SetFromErrno(PyExc_OSError);
 }
-
 
 /* Checks that [address, address + length) is whole pages and does not wrap. */
 static int check_range(uint64_t address, uint64_t length)
@@ -85,7 +75,6 @@ static int check_range(uint64_t address, uint64_t length)
     }
     return 0;
 }
-
 
 /* collapse(fd, length) -> bytes: backs a file whose space is taken with huge pages, as far as Linux has any; how
  * many bytes it did. MADV_COLLAPSE (Linux 6.1) does not ask for shmem_enabled, but it leaves holes alone. */

@@ -45,7 +45,6 @@ static int ring_is_here(Ring *self)
     return 0;
 }
 
-
 static Duplex *duplex_of(PyObject *op) { return &as_ring(op)->duplex; }
 
 /* Those who sleep on a word and have been answered since. They are woken some at a time: who is woken at once takes the
@@ -186,12 +185,9 @@ static PyType_Slot ring_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec ring_spec = {
-    .name = "realmap._core.Ring",
-    .basicsize = sizeof(Ring),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = ring_slots,
-};
+static PyType_Spec ring_spec = {"realmap._core.Ring", sizeof(Ring), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                ring_slots};
 
 /* ---- several rings at once, and how long to look -------------------------------------------- */
 
@@ -308,7 +304,7 @@ static PyObject *spin_budget_new(PyTypeObject *type, PyObject *args, PyObject *P
         return NULL;
     PyObject *self = new_object(type);
     if (self)
-        budget_set(budget_of(self), (int64_t)(most < INT64_MAX / 8 ? most : INT64_MAX / 8), cpus);
+        budget_set(budget_of(self), most, cpus);
     return self;
 }
 
@@ -352,9 +348,5 @@ static PyType_Slot spin_budget_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec spin_budget_spec = {
-    .name = "realmap._core.SpinBudget",
-    .basicsize = sizeof(SpinBudget),
-    .flags = Py_TPFLAGS_DEFAULT,
-    .slots = spin_budget_slots,
-};
+static PyType_Spec spin_budget_spec = {"realmap._core.SpinBudget", sizeof(SpinBudget), 0,
+                                       Py_TPFLAGS_DEFAULT, spin_budget_slots};

@@ -2,15 +2,6 @@
  * tests/hostile/drivers/sleep_threads.c runs it by itself. */
 #include "core.h"
 
-/* From glibc 2.30 on; without it a step of the system's clock may lengthen a slice. TSan does not know it. */
-#if defined(__GLIBC__) && !defined(__SANITIZE_THREAD__)
-extern int pthread_mutex_clocklock(pthread_mutex_t *, clockid_t, const struct timespec *) __attribute__((weak));
-#define HAS_CLOCKLOCK (&pthread_mutex_clocklock != NULL)
-#else
-#define HAS_CLOCKLOCK 0
-#define pthread_mutex_clocklock(mutex, clock, until) EINVAL
-#endif
-
 /* ---- waiting ----------------------------------------------------------------------------------- */
 
 /* What is waited for: until `ready`, which is asked without the GIL. */
@@ -85,20 +76,16 @@ static void sleep_on_mutex(Wait *self, const struct timespec *until)
         syscall(SYS_futex, word, FUTEX_WAIT_BITSET, seen | FUTEX_WAITERS, until, NULL, FUTEX_BITSET_MATCH_ANY);
     if (mutex_tried(self) && (self->outcome == 0 || self->outcome == EOWNERDEAD))
         atomic_fetch_or(word, FUTEX_WAITERS); /* others may sleep as well */
-    return;
-#endif
-    if (HAS_CLOCKLOCK) {
-        self->outcome = pthread_mutex_clocklock(self->mutex, CLOCK_MONOTONIC, until);
-    } else {
-        struct timespec now;
-        clock_gettime(CLOCK_REALTIME, &now);
-        int64_t then = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec - nanoseconds() +
-                       (int64_t)until->tv_sec * 1000000000 + until->tv_nsec;
-        now = (struct timespec){.tv_sec = then / 1000000000, .tv_nsec = then % 1000000000};
-        self->outcome = pthread_mutex_timedlock(self->mutex, &now);
-    }
+#else /* a step of the system's clock may lengthen a slice */
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    int64_t then = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec - nanoseconds() +
+                   (int64_t)until->tv_sec * 1000000000 + until->tv_nsec;
+    now = (struct timespec){.tv_sec = then / 1000000000, .tv_nsec = then % 1000000000};
+    self->outcome = pthread_mutex_timedlock(self->mutex, &now);
     if (self->outcome == ETIMEDOUT)
         self->outcome = EBUSY;
+#endif
 }
 
 /* ---- mutexes ----------------------------------------------------------------------------------- */

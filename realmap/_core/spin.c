@@ -109,8 +109,9 @@ static void count_into_crowd(Duplex *self)
 #define PAUSE 10000000
 #define LONGEST_PAUSE 1280000000
 
-static void budget_set(Budget *self, int64_t most, int cpus)
+static void budget_set(Budget *self, uint64_t asked, int cpus)
 {
+    int64_t most = asked < INT64_MAX / 8 ? (int64_t)asked : INT64_MAX / 8;
     *self = (Budget){.most = most, .now = cpus > 1 ? most : 0, .cpus = (uint32_t)cpus, .pause = PAUSE};
 }
 

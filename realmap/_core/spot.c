@@ -16,14 +16,6 @@ enum shared_kind { /* with a mark above it that nothing else has there by chance
 
 #define SHARED_SPIN 100000 /* nanoseconds: as wire/ring.py has it */
 
-static int is_zero(const unsigned char *bytes, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        if (bytes[i])
-            return 0;
-    return 1;
-}
-
 COLD static PyObject *raise_of(const char *module, const char *name, const char *why)
 {
     PyObject *found = PyImport_ImportModule(module), *kind = found ? PyObject_GetAttrString(found, name) : NULL;
@@ -196,7 +188,7 @@ static int claim(const Shared *self, Spot *spot, uint32_t kind, uint32_t argumen
 {
     _Atomic uint64_t *head = (_Atomic uint64_t *)(void *)spot;
     uint64_t mine = kind | (uint64_t)argument << 32, found = atomic_load(head);
-    if (!found && !is_zero((unsigned char *)spot + sizeof mine, SPOT - sizeof mine)) {
+    if (!found && memcmp((const char *)spot + sizeof mine, (const char[SPOT]){0}, SPOT - sizeof mine)) {
         atomic_thread_fence(memory_order_seq_cst);
         found = atomic_load(head); /* somebody else has made it just now, and uses it */
         if (!found && !shared_leave(self))

@@ -128,17 +128,7 @@ static void view_give_back(PyObject *op) { count_exports(as_view(op), -1); }
 
 static const Lender view_lender = {view_lend, view_give_back, view_is_alive, view_fault_at};
 
-static PyObject *view_item(PyObject *op, Py_ssize_t at) { return get_item(op, at, &view_lender); }
-static PyObject *view_get(PyObject *op, PyObject *key) { return get_bytes(op, key, &view_lender); }
-
-static int view_set(PyObject *op, PyObject *key, PyObject *value) { return set_bytes(op, key, value, &view_lender); }
-
-static int view_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
-{
-    return export_bytes(op, buffer, flags, &view_lender);
-}
-
-static void view_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer)) { view_give_back(op); }
+LENDS_BYTES(view)
 
 /* _drop() -> bool: False if it was dropped already; BufferError while exports live. */
 static PyObject *view_drop(PyObject *op, PyObject *Py_UNUSED(ignored))
@@ -211,17 +201,10 @@ static PyType_Slot view_slots[] = {
     {Py_tp_members, view_members},
     {Py_tp_getset, view_getset},
     {Py_sq_length, view_length},
-    {Py_sq_item, view_item},
-    {Py_mp_subscript, view_get},
-    {Py_mp_ass_subscript, view_set},
-    {Py_bf_getbuffer, view_getbuffer},
-    {Py_bf_releasebuffer, view_releasebuffer},
+    LENDING_SLOTS(view),
     {0, NULL},
 };
 
-static PyType_Spec view_spec = {
-    .name = "realmap._core.View",
-    .basicsize = sizeof(View),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = view_slots,
-};
+static PyType_Spec view_spec = {"realmap._core.View", sizeof(View), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                view_slots};

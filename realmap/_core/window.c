@@ -76,7 +76,6 @@ static Window *new_window(PyTypeObject *type, uintptr_t base, int prot, int inhe
     return self;
 }
 
-
 /* A mirror is a window, too, but it is opened in a land. */
 static int is_no_mirror(PyObject *cls)
 {
@@ -97,40 +96,6 @@ static int set_exported(Window *self, uint64_t lead, uint64_t length)
     self->length = (Py_ssize_t)length;
     return 0;
 }
-
-/* Window._map(address, span, prot, fd, offset, lead, length, inherited): the common case, one
- * piece of one file, in one call. */
-static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
-{
-    uint64_t address, span, offset, lead, length;
-    int prot, fd, inherited;
-    if (!is_no_mirror(cls) || wants(nargs, 8, "Window.map") || as_u64(args[0], &address) || as_u64(args[1], &span) ||
-        as_int(args[2], &prot) || as_int(args[3], &fd) || as_u64(args[4], &offset) ||
-        as_u64(args[5], &lead) || as_u64(args[6], &length) || as_int(args[7], &inherited) ||
-        check_range(address, span))
-        return NULL;
-    if (offset > INT64_MAX)
-        return PyErr_Format(PyExc_ValueError, "no file is that long");
-    Window *self = new_window(as_type(cls), address, prot, inherited);
-    if (!self)
-        return NULL;
-    self->span = span;
-    if (set_exported(self, lead, length)) {
-        Py_DECREF(self);
-        return NULL;
-    }
-    stand_guard();
-    self->guarded = guard_take(address, prot, inherited);
-    int error = self->guarded ? map_piece(address, span, prot, fd, (off_t)offset) : ENOMEM;
-    if (error) {
-        Py_DECREF(self);
-        return os_error(error);
-    }
-    self->state = ALIVE;
-    arm(self);
-    return (PyObject *)self;
-}
-
 
 /* Maps every (fd, offset, length) of `pieces` from `start` on, or nothing; -1 with an exception set. Where they end is
  * in `end`. Whole pages; or, with `edges`, to the byte. */
@@ -174,9 +139,16 @@ undo:
     return -1;
 }
 
-/* Has a window guarded that is mapped already. -1 with an exception set: no memory for it. */
-static int guard_window(Window *self)
+/* Maps a new window, as it is to be from `lead` bytes behind its base on, and has it guarded; -1 with an exception set. */
+static int map_window(Window *self, PyObject *pieces, size_t lead, Edges *edges)
 {
+    uintptr_t end;
+    if (map_pieces(self, self->base + lead, pieces, &end, edges))
+        return -1;
+    self->span = page_of(end + page_size - 1) - self->base;
+    self->state = self->span ? ALIVE : DEAD;
+    if (!self->span)
+        return 0;
     stand_guard();
     self->guarded = guard_take(self->base, self->prot, self->inherited);
     if (!self->guarded) {
@@ -187,24 +159,13 @@ static int guard_window(Window *self)
     return 0;
 }
 
-/* Maps a new window, as it is to be from `lead` bytes behind its base on, and has it guarded; -1 with an exception set. */
-static int map_window(Window *self, PyObject *pieces, size_t lead, Edges *edges)
-{
-    uintptr_t end;
-    if (map_pieces(self, self->base + lead, pieces, &end, edges))
-        return -1;
-    self->span = page_of(end + page_size - 1) - self->base;
-    self->state = self->span ? ALIVE : DEAD;
-    return self->span ? guard_window(self) : 0;
-}
-
-/* Window._map_pieces(address, prot, pieces, lead, length, inherited): any number of pieces, of
- * any files, side by side; all of them or none. */
-static PyObject *window_map_pieces(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
+/* Window._map(address, prot, pieces, lead, length, inherited): any number of pieces, of any files, side by side; all of
+ * them or none. fd -1: private memory. */
+static PyObject *window_map(PyObject *cls, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t address, lead, length;
     int prot, inherited;
-    if (!is_no_mirror(cls) || wants(nargs, 6, "Window.map_pieces") || as_u64(args[0], &address) ||
+    if (!is_no_mirror(cls) || wants(nargs, 6, "Window._map") || as_u64(args[0], &address) ||
         as_int(args[1], &prot) || as_u64(args[3], &lead) || as_u64(args[4], &length) ||
         as_int(args[5], &inherited))
         return NULL;
@@ -241,7 +202,6 @@ static PyObject *window_extend(PyObject *op, PyObject *pieces)
     arm(self);
     Py_RETURN_NONE;
 }
-
 
 static PyObject *still_viewed(const char *what, Py_ssize_t exports)
 {
@@ -320,20 +280,7 @@ static uintptr_t window_fault_of(PyObject *op) { return window_fault_at(as_windo
 
 static const Lender window_lender = {window_lend, window_give_back, window_is_alive, window_fault_of};
 
-static PyObject *window_item(PyObject *op, Py_ssize_t at) { return get_item(op, at, &window_lender); }
-static PyObject *window_get(PyObject *op, PyObject *key) { return get_bytes(op, key, &window_lender); }
-
-static int window_set(PyObject *op, PyObject *key, PyObject *value)
-{
-    return set_bytes(op, key, value, &window_lender);
-}
-
-static int window_getbuffer(PyObject *op, Py_buffer *buffer, int flags)
-{
-    return export_bytes(op, buffer, flags, &window_lender);
-}
-
-static void window_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(buffer)) { window_give_back(op); }
+LENDS_BYTES(window)
 
 static Py_ssize_t window_length(PyObject *op) { return as_window(op)->length; }
 
@@ -371,10 +318,8 @@ static PyObject *window_alive(PyObject *op, void *Py_UNUSED(closure))
     return PyBool_FromLong(is_alive(as_window(op)));
 }
 
-
 static PyMethodDef window_methods[] = {
     {"_map", FASTCALL(window_map), METH_FASTCALL | METH_CLASS, NULL},
-    {"_map_pieces", FASTCALL(window_map_pieces), METH_FASTCALL | METH_CLASS, NULL},
     {"_extend", window_extend, METH_O, NULL},
     {"_unmap", window_unmap, METH_NOARGS, NULL},
     {"_farewell", FASTCALL(window_set_farewell), METH_FASTCALL, NULL},
@@ -408,17 +353,10 @@ static PyType_Slot window_slots[] = {
     {Py_tp_members, window_members},
     {Py_tp_getset, window_getset},
     {Py_sq_length, window_length},
-    {Py_sq_item, window_item},
-    {Py_mp_subscript, window_get},
-    {Py_mp_ass_subscript, window_set},
-    {Py_bf_getbuffer, window_getbuffer},
-    {Py_bf_releasebuffer, window_releasebuffer},
+    LENDING_SLOTS(window),
     {0, NULL},
 };
 
-static PyType_Spec window_spec = {
-    .name = "realmap._core.Window",
-    .basicsize = sizeof(Window),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = window_slots,
-};
+static PyType_Spec window_spec = {"realmap._core.Window", sizeof(Window), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                  window_slots};

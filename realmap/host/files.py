@@ -1,4 +1,4 @@
-"""Descriptors: closed whatever close(2) says, for Linux has closed one also where it reports EINTR or EIO."""
+"""Descriptors: received; closed whatever close(2) says, for Linux has closed one also where it reports EINTR or EIO."""
 
 from __future__ import annotations
 
@@ -28,6 +28,26 @@ def shut(thing: socket.socket | select.epoll) -> None:
     """Closes it. Again: nothing."""
     with contextlib.suppress(OSError):
         thing.close()
+
+
+def receive(sock: socket.socket, room: int, most: int) -> tuple[bytes, list[int]]:
+    """What is there now: so many bytes of it, and so many descriptors, at most; where more came, none of these.
+
+    OSError as recvmsg(2): BlockingIOError: nothing is there. (`socket.recv_fds` takes flags, and leaves them out.)
+    """
+    import array
+    import socket  # here: `realmap shm` does without
+
+    fds = array.array("i")
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    data, ancillary, cut, _ = sock.recvmsg(room, socket.CMSG_SPACE(most * fds.itemsize), flags)
+    for level, kind, rights in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])
+    if cut & socket.MSG_CTRUNC:
+        while fds:
+            close(fds.pop())
+    return data, fds.tolist()
 
 
 def sealed(name: str, length: int) -> int:

@@ -68,7 +68,7 @@ def send(sock: socket.socket, data: bytes) -> None:
 def receive(sock: socket.socket) -> bytes | None:
     """What was sent. None: nothing was, so far."""
     with contextlib.suppress(BlockingIOError, ConnectionResetError):
-        data, descriptors, *_ = socket.recv_fds(sock, 1 << 16, 1, socket.MSG_DONTWAIT)
+        data, descriptors = files.receive(sock, 1 << 16, 1)
         for fd in descriptors:
             with open(fd, "rb") as file:
                 return os.pread(file.fileno(), os.fstat(fd).st_size, 0)

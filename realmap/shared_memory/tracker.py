@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from multiprocessing import resource_tracker
-from typing import Any, Protocol
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
 
 from realmap.host.signals import Living
 
-
-class Named(Protocol):
-    """What has a name, as a block of shared memory has."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
+_blocks: Living[SharedMemory] = Living()
 
 
-_blocks: Living[Named] = Living()
-
-
-def conceal(block: Named) -> None:
+def conceal(block: SharedMemory) -> None:
     """The tracker never hears of this one's name, for as long as it lives."""
     _blocks.add(block)
 

@@ -15,6 +15,7 @@ from realmap.memory.byte_access import ByteAccess
 from realmap.pages import usize
 from realmap.rights import MappingAccessRights, allows, k_w
 from realmap.user import shown, travel
+from realmap.user.handle import new_handle
 from realmap.wire import messages
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class Buffer(View, ByteAccess):
         as `Process.share`.
         """
         self.check()
-        return travel.load, (self.process._share(self, self.rights, 1, None, travel.TRANSIT, more=True),)
+        return travel.load, (new_handle(self.process, self, self.rights, 1, None, travel.TRANSIT, more=True),)
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a Buffer is memory, not a value: bytes(buffer) is a copy, buffer.slice(…) the same memory")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import msgspec
 
 from realmap.errors import InvalidHandle
 from realmap.rights import MappingAccessRights, rights_of
+from realmap.wire import messages
 
-_FORM = re.compile(r"realmap:([0-9a-f]{32}):(\d+):(\d+)@(.+)", re.DOTALL)
+if TYPE_CHECKING:
+    from realmap.user.buffer import Buffer
+    from realmap.user.process import Process
+
+_FORM = re.compile(r"realmap:([0-9a-f]{32}):(\d{1,20}):(\d|1[0-5])@(.+)", re.DOTALL)
 
 
 class Handle(msgspec.Struct, frozen=True):
@@ -48,3 +56,51 @@ class Handle(msgspec.Struct, frozen=True):
             raise InvalidHandle(text[:80], why="this is no handle: they read realmap:TOKEN:LENGTH:RIGHTS@PATH")
         token, length, rights, path = found.groups()
         return cls(path, token, int(length), rights_of(int(rights)))
+
+
+def as_handle(value: Handle | str) -> Handle:
+    """A handle, or the one that a text is of. InvalidHandle: a text of none. TypeError: neither."""
+    if isinstance(value, str):
+        return Handle.parse(value)
+    if not isinstance(value, Handle):
+        raise TypeError(f"a Handle, or its text, is wanted, not {value!r}")
+    return value
+
+
+def new_handle(
+    process: Process,
+    buffer: Buffer,
+    allowed: MappingAccessRights,
+    uses: SupportsIndex | None,
+    seconds: float | None,
+    keep: bool | float,
+    *,
+    more: bool = False,
+) -> Handle:
+    """As `Process.share`. `more`: where one was made alike before, that one, with a use more."""
+    client = process._own_client
+    request = messages.Share(
+        client.next_id(),
+        buffer.address,
+        len(buffer),
+        int(allowed),
+        None if uses is None else index(uses),
+        None if seconds is None else float(seconds),
+        (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
+        None,
+        more,
+    )
+
+    def revoke_late(token: Any) -> bytes:
+        return client.encode(messages.Revoke(0, token))
+
+    late = None if more else revoke_late  # of one that others have as well, a use is lost
+    token, answer = client.request(request, name="share", late=late)
+    try:
+        handle = Handle(process.path, token, len(buffer), allowed)
+        answer.take()
+    except BaseException:  # a signal handler's: nobody will ever have it
+        if not more:
+            process._own_client.notice(messages.Revoke(0, token))
+        raise
+    return handle

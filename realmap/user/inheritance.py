@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from realmap.host import forks
 from realmap.host.signals import Living
 from realmap.wire import messages
 
@@ -25,6 +26,7 @@ _living: Living[Process] = Living()
 def add(process: Process) -> None:
     """This process has that connection, and so have children that it forks."""
     _living.add(process)
+    forks.lose_in_child(process)
 
 
 def living() -> list[Process]:
@@ -57,9 +59,4 @@ def _tell_of_fork() -> None:
             client.endpoint.empty_stock(client.encode(messages.Forked(0, inherits)))
 
 
-def _after_fork() -> None:
-    for process in _living.all():
-        process._after_fork_in_child()
-
-
-os.register_at_fork(before=_tell_of_fork, after_in_child=_after_fork)
+os.register_at_fork(before=_tell_of_fork)

@@ -113,7 +113,7 @@ def unlink(process: Process, name: str, *, timeout: float | None = None) -> None
 
 def leave(process: Process) -> None:
     """This process is about to end in good order. A kernel that does not hear of it takes it for killed."""
-    if process._is_lost:  # a forked child that has not used it
+    if process._client.lost_in_child:  # a forked child that has not used it
         return
     client = process._own_client
     try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
 from functools import partial
-from operator import index
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import msgspec
@@ -25,7 +23,7 @@ from realmap.user import inheritance, shown
 from realmap.user.arguments import call_of
 from realmap.user.attached import Attached
 from realmap.user.buffer import Buffer, UserWindow, buffers_in, encode_buffer, part_of
-from realmap.user.handle import Handle
+from realmap.user.handle import Handle, as_handle, new_handle
 from realmap.user.sessions import Route, Routes, Session, arun, run, waiters
 from realmap.user.windows import describe, fault_in, map_window
 from realmap.wire import messages
@@ -80,11 +78,6 @@ class Process:
             self._become_another()
             return self._client
         return client
-
-    @property
-    def _is_lost(self) -> bool:
-        """Whether this is a forked child that has not used it yet."""
-        return self._client.lost_in_child
 
     @property
     def has_ended(self) -> bool:
@@ -216,43 +209,7 @@ class Process:
         if buffer.process is not self:
             raise InvalidAddress(buffer.address, why="the buffer belongs to another Process: buffer.process.share(…)")
         allowed = buffer.rights if rights is None else rights_of(rights)
-        return self._share(buffer, allowed, uses, seconds, keep)
-
-    def _share(
-        self,
-        buffer: Buffer,
-        allowed: MappingAccessRights,
-        uses: SupportsIndex | None,
-        seconds: float | None,
-        keep: bool | float,
-        *,
-        more: bool = False,
-    ) -> Handle:
-        request = messages.Share(
-            self._own_client.next_id(),
-            buffer.address,
-            len(buffer),
-            int(allowed),
-            None if uses is None else index(uses),
-            None if seconds is None else float(seconds),
-            (math.inf if keep else 0.0) if isinstance(keep, bool) else float(keep),
-            None,
-            more,
-        )
-        late = None if more else self._revoke_late  # of one that others have as well, a use is lost
-        token, answer = self._own_client.request(request, name="share", late=late)
-        try:
-            handle = Handle(self.path, token, len(buffer), allowed)
-            answer.take()
-        except BaseException:  # a signal handler's: nobody will ever have it
-            if not more:
-                self._own_client.notice(messages.Revoke(0, token))
-            raise
-        return handle
-
-    def _revoke_late(self, token: Any) -> bytes:
-        """Of a handle that nobody waited for."""
-        return self._client.encode(messages.Revoke(0, token))
+        return new_handle(self, buffer, allowed, uses, seconds, keep)
 
     def attach(
         self,
@@ -270,10 +227,7 @@ class Process:
         bytes, or beyond what was shared. AccessDenied: more rights than the handle gives. VirtualMemoryExhaustion,
         PhysicalMemoryExhaustion: no space, or no descriptors. TypeError: no handle. KernelDied, ProcessKilled.
         """
-        if isinstance(handle, str):
-            handle = Handle.parse(handle)
-        if not isinstance(handle, Handle):
-            raise TypeError(f"what is attached is a Handle, or its text, not {handle!r}")
+        handle = as_handle(handle)
         if handle.path != self.path:
             why = f"the handle is of the kernel at {handle.path!r}, this process is connected to {self.path!r}"
             raise InvalidHandle(handle.token[:8] + "…", why=why)
@@ -283,10 +237,11 @@ class Process:
     def revoke(self, handle: Handle | str) -> None:
         """Ends a handle that this process made (or one that was made to outlive its maker). What is attached stays.
 
-        InvalidHandle: it has ended. AccessDenied: it is another process's. KernelDied, ProcessKilled: no kernel.
+        InvalidHandle: it has ended. AccessDenied: it is another process's. TypeError: no handle. KernelDied,
+        ProcessKilled: no kernel.
         """
-        token = (Handle.parse(handle) if isinstance(handle, str) else handle).token
-        self._own_client.request(messages.Revoke(self._own_client.next_id(), token))
+        request = messages.Revoke(self._own_client.next_id(), as_handle(handle).token)
+        self._own_client.request(request)
 
     def _unmap_late(self, place: Any) -> bytes:
         """Of a mapping that nobody waited for."""
@@ -474,6 +429,8 @@ class Process:
         return shown.of_process(self, [] if self.has_ended else self._windows())
 
     def __repr__(self) -> str:
-        which = "inherited by a fork" if self._is_lost else str(self._client.number)  # nothing connects to be printed
+        which = (
+            "inherited by a fork" if self._client.lost_in_child else str(self._client.number)
+        )  # nothing connects to be printed
         ended = ", ended" if self.has_ended else ""
         return f"<Process {which} (pid {self.pid}) of the kernel at {self.path!r}{ended}>"

@@ -89,7 +89,7 @@ def _map_segments(
 ) -> UserWindow:
     """OSError: as mmap(2)."""
     if not count:  # private memory: no frames to share
-        return UserWindow._map(address, span, prot, -1, 0, 0, span, 1)
+        return UserWindow._map(address, prot, ((-1, 0, span),), 0, span, 1)
 
     def pieces(first: int, fds: list[int]) -> Iterator[Piece]:
         for number, fd in enumerate(fds, first):
@@ -98,9 +98,9 @@ def _map_segments(
     expected = min(count, messages.MAX_DESCRIPTORS)
     _require_all(descriptors, expected, span)
     if count == 1:
-        return UserWindow._map(address, span, prot, descriptors[0], piece_at(0)[0], 0, span, 1)
+        return UserWindow._map(address, prot, ((descriptors[0], piece_at(0)[0], span),), 0, span, 1)
     first = sum(piece_at(number)[1] for number in range(expected))
-    window = UserWindow._map_pieces(address, prot, pieces(0, descriptors), 0, first, 1)
+    window = UserWindow._map(address, prot, pieces(0, descriptors), 0, first, 1)
     mapped = len(descriptors)
     client = process._own_client
     while mapped < count:

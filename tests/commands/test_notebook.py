@@ -92,7 +92,7 @@ def test_a_process_shows_its_mappings() -> None:
         assert f"<td>{buffers[0].address:#x}</td><td>{PAGE:,}</td><td>u_rw</td>" in text
         assert text.count("<tr>") == 22
         assert "and 6 more" in text
-        said = said_in_a_child(lambda: f"{me._repr_html_()} {me._is_lost}")
+        said = said_in_a_child(lambda: f"{me._repr_html_()} {me._client.lost_in_child}")
         assert "inherited by a fork" in said and said.endswith("True")
         assert kernel.stats()["processes"] == 1  # nobody connects to be shown
         os.kill(kernel.pid, signal.SIGKILL)
@@ -112,7 +112,7 @@ def test_a_buffer_shows_its_first_bytes() -> None:
         assert ".&lt;b&gt;&amp;...&#x27;." in text
         assert "… and 3,205 bytes more" in text
         assert "more" not in buffer.slice(5, 8)._repr_html_()
-        assert said_in_a_child(lambda: f"{buffer._repr_html_()} {me._is_lost}") == f"{text} True"
+        assert said_in_a_child(lambda: f"{buffer._repr_html_()} {me._client.lost_in_child}") == f"{text} True"
         os.kill(kernel.pid, signal.SIGKILL)
         assert buffer._repr_html_() == text
         buffer.unmap()

@@ -120,7 +120,7 @@ class Fuzz:
             start = self.random.choice([0, span - PAGE_SIZE])
             return Mapping(at, frames, start, span - start, MemoryType.HEAP, u_rw, owner="odd")
         if kind == 2 or not windows:
-            window = Window._map(at, span, self.random.choice([1, 2, 3]), self.fd, 0, 5, span - 5, 1)
+            window = Window._map(at, self.random.choice([1, 2, 3]), [(self.fd, 0, span)], 5, span - 5, 1)
             register_window(window)
             return window
         if kind == 3:

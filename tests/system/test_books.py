@@ -203,7 +203,7 @@ def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle)
     class Foreign(realmap._core.Window):  # type: ignore[name-defined]
         __slots__ = ()
 
-    other = Foreign._map(USER_LAND.start + (1 << 40), PAGE, 3, -1, 0, 0, PAGE, 1)
+    other = Foreign._map(USER_LAND.start + (1 << 40), 3, [(-1, 0, PAGE)], 0, PAGE, 1)
     assert len(kernel.audit().differences) == 2
     other._unmap()
     me._own_client.request(realmap.wire.messages.Unmap(me._own_client.next_id(), buffer.address, 3 * PAGE))  # type: ignore[attr-defined]

@@ -218,7 +218,7 @@ def test_something_else_is_mapped_there(me: Process, kernel: KernelHandle) -> No
     """The kernel's books move a mapping whose place is taken in the user's process."""
     first = me.map(PAGE)
     at = first.address + PAGE
-    other = Foreign._map(at, 3 * PAGE, 3, -1, 0, 0, PAGE, 1)
+    other = Foreign._map(at, 3, [(-1, 0, 3 * PAGE)], 0, PAGE, 1)
     buffer = me.map(5 * PAGE, fragment=PAGE)
     assert buffer.address >= at + 3 * PAGE
     buffer[:] = bytes(range(256)) * (5 * PAGE // 256)

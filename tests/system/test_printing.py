@@ -116,7 +116,7 @@ def test_every_public_type(tree: object, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
         def work() -> None:
             assert set(told(things)) == set(alive)
-            assert things["Process"]._is_lost
+            assert things["Process"]._client.lost_in_child
 
         in_a_child(work)
     assert alive["Buffer"] != alive["a slice"]

@@ -217,6 +217,8 @@ def forged(handle: Handle) -> list[Handle | str]:
         Handle(handle.path, "", handle.length, handle.rights),
         Handle(handle.path + ".other", handle.token, handle.length, handle.rights),
         "realmap:zz:1:1@/x",
+        f"realmap:{handle.token}:1:16@{handle.path}",
+        f"realmap:{handle.token}:{'9' * 5000}:1@{handle.path}",
         "",
         str(handle)[:-5].replace("realmap:", "realmap"),
     ]
@@ -230,6 +232,8 @@ def test_what_is_no_handle(me: Process, other: Process, buffer: realmap.Buffer) 
     for odd in (None, 3, b"realmap:"):
         with pytest.raises(TypeError):
             other.attach(odd)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            me.revoke(odd)  # type: ignore[arg-type]
     # Length and rights of a handle are only told; the kernel knows them.
     stretched = Handle(handle.path, handle.token, 1 << 40, handle.rights)
     assert len(other.attach(stretched)) == len(buffer)

@@ -43,6 +43,13 @@ def fail(me: Process, kind: str) -> None:
     raise {"ValueError": ValueError, "KernelError": realmap.InvalidSize, "exit": SystemExit}[kind](3)
 
 
+def leave_a_child(me: Process) -> None:
+    """Ends without a result; a child has all that it had, and goes on."""
+    if os.fork():
+        os._exit(3)
+    time.sleep(BOUND)
+
+
 def buffer_of(me: Process) -> realmap.Buffer:
     """Memory of its own."""
     buffer = me.map(3333)
@@ -157,6 +164,10 @@ def test_a_result_that_cannot_be_sent_or_is_not_there_yet(kernel: KernelHandle) 
     with pytest.raises(TypeError, match="returned cannot be sent"):
         spawned.result(BOUND)
     assert spawned.exitcode == 0
+    left = kernel.spawn(leave_a_child)
+    with pytest.raises(ProcessKilled, match="exit status 3"):
+        left.result(BOUND)
+    os.killpg(left.pid, signal.SIGKILL)  # who is there still: it was not waited for
     late = kernel.spawn(lambda me: time.sleep(1000))
     with pytest.raises(TimeoutError, match="still runs"):
         late.result(0.01)

@@ -68,10 +68,10 @@ class Service:
             if len(answer.descriptors) < 2:  # Linux delivers what it has room for, and cuts off the rest
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             seat = Seat(number, process.path, *answer.descriptors)
-            self._server = Server(seat, self._handlers, land, count, waiting, share)
-            self._server.ended = self._ended.set
             self._seat = seat.number
             try:
+                self._server = Server(seat, self._handlers, land, count, waiting, share)
+                self._server.ended = self._ended.set
                 self._server.open()
             except BaseException:
                 seat.close()

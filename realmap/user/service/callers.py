@@ -79,15 +79,13 @@ class Callers(Lines[Session]):
         held = self._lent.setdefault(opened.pid, FrameAllocator(segments=self._share))
         try:
             session = Session(opened, descriptors, held)
+            try:
+                self._add(session)
+            except OSError:
+                session.shut()
+                raise
         except OSError as error:
             log.warning("a caller is turned away: %s", error)
-            self._seat.tell(Gone(opened.session))
-            return
-        try:
-            self._add(session)
-        except OSError as error:
-            log.warning("a caller is turned away: %s", error)
-            session.shut()
             self._seat.tell(Gone(opened.session))
             return
         self._sessions[session.number] = session

@@ -6,7 +6,6 @@ server   ◀── Served, Gone                     lost where the kernel does n
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import socket
@@ -19,7 +18,6 @@ from realmap.wire import channel, messages
 from realmap.wire.news import News, Told
 from realmap.wire.seat import GRANTS, WORDS, SeatPage
 
-_DESCRIPTORS = messages.MAX_DESCRIPTORS
 _decode = msgspec.msgpack.Decoder(News).decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -50,33 +48,18 @@ class Seat:
         """
         self._heard = self.words[GRANTS]
         while True:
-            descriptors: list[int] = []
             try:
-                data = self._receive(descriptors)
-                if data is None:
-                    return
+                data, descriptors = files.receive(self.sock, channel.DATAGRAM, messages.MAX_DESCRIPTORS)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                raise EOFError(str(error)) from None
+            try:
                 if not data:
                     raise EOFError("the kernel has ended")
                 yield _decode(data), descriptors
             finally:
                 channel.close_all(descriptors)
-
-    def _receive(self, descriptors: list[int]) -> bytes | None:
-        room = socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
-        try:
-            data, ancillary, flags, _ = self.sock.recvmsg(channel.DATAGRAM, room, socket.MSG_CMSG_CLOEXEC)
-        except (BlockingIOError, InterruptedError):
-            return None
-        except OSError as error:
-            raise EOFError(str(error)) from None
-        for level, kind, rights in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                found = array.array("i")
-                found.frombytes(rights[: len(rights) - len(rights) % found.itemsize])
-                descriptors.extend(found)
-        if flags & socket.MSG_CTRUNC:  # some had no room here: then none is of use
-            channel.close_all(descriptors)
-        return data
 
     def tell(self, message: Told) -> bool:
         """Says it, where the kernel has room for it now. False: it is longer than the kernel takes."""

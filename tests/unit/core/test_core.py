@@ -179,7 +179,7 @@ def test_what_was_never_begun_says_so() -> None:
         with pytest.raises(TypeError):
             object.__new__(kind)
     with pytest.raises(TypeError, match="land"):
-        CrossProcessMapping._map(USER_LAND.start, PAGE, 3, -1, 0, 0, PAGE, 0)
+        CrossProcessMapping._map(USER_LAND.start, 3, [(-1, 0, PAGE)], 0, PAGE, 0)
 
 
 def test_frames_that_go_while_they_are_mirrored(frames: FrameAllocator, land: KernelMemory) -> None:

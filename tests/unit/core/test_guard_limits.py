@@ -73,7 +73,7 @@ def test_where_no_map_is_left_the_whole_window_gives_way(fewer: int, first: int)
         address = 0x210000000000
         try:
             while True:
-                others.append(Window._map(address + len(others) * 2 * P, P, 1, -1, 0, 0, P, 0))
+                others.append(Window._map(address + len(others) * 2 * P, 1, [(-1, 0, P)], 0, P, 0))
         except OSError:
             pass
         for _ in range({fewer}):

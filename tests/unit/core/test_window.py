@@ -35,7 +35,7 @@ def fd() -> Iterator[int]:
 
 def make(fd: int, at: int = BASE, pages: int = 1, first: int = 0, lead: int = 0, length: int | None = None) -> Window:
     span = pages * PAGE_SIZE
-    return Window._map(at, span, RW, fd, first * PAGE_SIZE, lead, span - lead if length is None else length, 1)
+    return Window._map(at, RW, [(fd, first * PAGE_SIZE, span)], lead, span - lead if length is None else length, 1)
 
 
 def mapped() -> list[tuple[int, int, int]]:
@@ -80,19 +80,19 @@ def test_nothing_is_ever_replaced(fd: int) -> None:
 
 def test_pieces_are_side_by_side_or_not_at_all(fd: int) -> None:
     size = PAGE_SIZE
-    window = Window._map_pieces(BASE, RW, [(fd, 5 * size, size), (fd, 0, 2 * size), (-1, 0, size)], 7, 4 * size - 7, 1)
+    window = Window._map(BASE, RW, [(fd, 5 * size, size), (fd, 0, 2 * size), (-1, 0, size)], 7, 4 * size - 7, 1)
     assert bytes(window) == b"\x05" * (size - 7) + b"\x00" * size + b"\x01" * size + bytes(size)
     window._unmap()
     for bad in [(fd, 1, size), (9999, 0, size), (fd, 0, size + 1), (fd, 0, 0), (fd, 0)]:
         with pytest.raises((OSError, ValueError, TypeError)):
-            Window._map_pieces(BASE, RW, [(fd, 0, size), bad], 0, size, 1)
+            Window._map(BASE, RW, [(fd, 0, size), bad], 0, size, 1)
         assert mapped() == []
 
 
 def test_a_hole_that_is_too_small_rolls_back(fd: int) -> None:
     other = make(fd, at=BASE + 2 * PAGE_SIZE)
     with pytest.raises(FileExistsError):
-        Window._map_pieces(BASE, RW, [(fd, 0, PAGE_SIZE)] * 3, 0, PAGE_SIZE, 1)
+        Window._map(BASE, RW, [(fd, 0, PAGE_SIZE)] * 3, 0, PAGE_SIZE, 1)
     assert mapped() == [(other.address, PAGE_SIZE, 0)]
 
 
@@ -135,7 +135,7 @@ def test_a_dead_window_says_so(fd: int) -> None:
 
 
 def test_read_only_exports_are_read_only(fd: int) -> None:
-    window = Window._map(BASE, PAGE_SIZE, 1, fd, 0, 0, PAGE_SIZE, 1)
+    window = Window._map(BASE, 1, [(fd, 0, PAGE_SIZE)], 0, PAGE_SIZE, 1)
     assert memoryview(window).readonly
     assert not np.asarray(window).flags.writeable
 
@@ -155,7 +155,7 @@ def test_read_only_exports_are_read_only(fd: int) -> None:
 def test_nonsense_is_refused(fd: int, numbers: tuple[int, int, int, int, int]) -> None:
     at, span, offset, lead, length = numbers
     with pytest.raises((ValueError, OSError)):
-        Window._map(at, span, RW, fd, offset, lead, length, 1)
+        Window._map(at, RW, [(fd, offset, span)], lead, length, 1)
     for values in ((-1,) * 8, (1 << 65,) * 8, (0.5,) * 8, ("",) * 8, ()):
         with pytest.raises((OverflowError, TypeError, ValueError)):
             Window._map(*values)  # type: ignore[arg-type]
@@ -204,7 +204,7 @@ def test_a_view_lies_inside_its_windows(fd: int) -> None:
 
 def test_a_forked_child_has_lost_a_window_it_does_not_inherit(fd: int) -> None:
     kept = make(fd)
-    lost = Window._map(BASE + 4 * PAGE_SIZE, PAGE_SIZE, RW, fd, 0, 0, PAGE_SIZE, 0)
+    lost = Window._map(BASE + 4 * PAGE_SIZE, RW, [(fd, 0, PAGE_SIZE)], 0, PAGE_SIZE, 0)
 
     def work() -> None:
         assert kept.alive

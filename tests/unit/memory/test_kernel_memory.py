@@ -29,7 +29,7 @@ class Foreign(_core.Window):
 
 
 def foreign(page: int, pages: int = 1) -> Foreign:
-    return Foreign._map(START + page * PAGE, pages * PAGE, mmap.PROT_READ, -1, 0, 0, PAGE, 1)
+    return Foreign._map(START + page * PAGE, mmap.PROT_READ, [(-1, 0, pages * PAGE)], 0, PAGE, 1)
 
 
 def test_the_search_goes_on_from_where_it_ended(make_mapping: Make, kernel_memory: KernelMemory) -> None:
@@ -268,7 +268,7 @@ def test_a_small_land_has_no_anchor(make_mapping: Callable[..., Mapping]) -> Non
 
 
 def test_what_stands_where_an_anchor_would_is_left_alone(make_mapping: Callable[..., Mapping]) -> None:
-    there = Window._map(KERNEL_LAND.start + SLOT - PAGE, PAGE, 3, -1, 0, 0, PAGE, 0)
+    there = Window._map(KERNEL_LAND.start + SLOT - PAGE, 3, [(-1, 0, PAGE)], 0, PAGE, 0)
     memoryview(there)[0] = 7
     kernel = KernelMemory()
     CrossProcessMapping.mirror_mapping(make_mapping(PAGE), 0, 1, kernel=kernel).drop()

@@ -347,7 +347,7 @@ def test_where_one_of_its_pages_is_somebody_elses_it_goes_to_another_place(
     mapping = make_mapping(3 * PAGE, fragment)
     model = filled(mapping)
     place = LENT_LAND.start + taken * PAGE
-    other = Window._map_pieces(place, 0, [(-1, 0, PAGE)], 0, PAGE, 0)
+    other = Window._map(place, 0, [(-1, 0, PAGE)], 0, PAGE, 0)
     with lend(mapping, 10, 3 * PAGE - 20, land) as window:
         assert window._base > place
         assert pages_of(window)[10:-10] == model[10:-10]

@@ -140,7 +140,7 @@ def test_an_unmapping_is_not_heard_before_a_call_that_lies_in_the_socket(pair: P
     wake_up([pair.ring])
     fd = os.memfd_create("test")
     os.truncate(fd, PAGE_SIZE)
-    window = Window._map(KERNEL_LAND.start, PAGE_SIZE, 3, fd, 0, 0, PAGE_SIZE, 1)
+    window = Window._map(KERNEL_LAND.start, 3, [(fd, 0, PAGE_SIZE)], 0, PAGE_SIZE, 1)
     os.close(fd)
     said = msgspec.msgpack.encode(messages.Unmap(2, window.address, PAGE_SIZE))
     window._farewell(pair.endpoint, said, None)

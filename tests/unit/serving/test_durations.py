@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from realmap._core import Durations
+from realmap.serving.durations import Durations
 
 
 def of(*took: int) -> Durations:
@@ -69,12 +69,9 @@ def test_counts_of_several_are_those_of_all() -> None:
     assert Durations().counts() == [0]
 
 
-@pytest.mark.parametrize(
-    "nonsense", [None, (1, 2, 3), [-1], [0, 496, 1], [0, 3], [0, 3, -1], [0, 3, 1.0], [0, 3, 2**63, 3, 2**63], [2**64]]
-)
+@pytest.mark.parametrize("nonsense", [[], [-1], [0, 496, 1], [0, -1, 1], [0, 3], [0, 3, -1]])
 def test_counts_that_are_none(nonsense: list[int]) -> None:
     found = Durations()
-    with pytest.raises((ValueError, TypeError, OverflowError, IndexError)):
+    with pytest.raises(ValueError, match="no Durations"):
         found.add(nonsense)
-    found.summary()
-    found.add([])
+    assert found.counts() == [0]
