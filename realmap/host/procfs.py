@@ -120,10 +120,16 @@ def smaps(pid: int | str, low: int = 0, high: int = 1 << 64) -> list[Resident]:
     return found
 
 
+def process_maps(pid: int, low: int, high: int) -> list[Map]:
+    """As `maps`, also of a process whose first thread has ended."""
+    found = maps(pid, low, high)
+    return maps(thread, low, high) if not found and (thread := shown_by(pid)) != pid else found
+
+
 def which_it_maps(pid: int, files: Container[tuple[int, int]], low: int, high: int) -> set[tuple[int, int]]:
     """Those of `files` (device, inode) that `pid` maps within [low, high). None where it is gone, or not ours."""
     try:
-        mapped = {(device_number(entry.device), entry.inode) for entry in maps(pid, low, high) if entry.inode}
+        mapped = {(device_number(entry.device), entry.inode) for entry in process_maps(pid, low, high) if entry.inode}
     except (ProcessLookupError, PermissionError):
         return set()
     return {each for each in mapped if each in files}
@@ -200,6 +206,14 @@ def is_exiting(pid: int | str) -> bool:
         return True
 
 
+def is_dying(pid: int) -> bool:
+    """Whether it is on its way through exit: its memory is gone, its files may not be; nobody can wait for it yet."""
+    try:
+        return bool(int(_stat(pid)[6]) & PF_EXITING)
+    except ProcessLookupError:
+        return False
+
+
 def is_kernel_thread(pid: int | str) -> bool:
     """Whether it is a thread of Linux itself, without memory of its own. ProcessLookupError: as `start_time`."""
     return bool(int(_stat(pid)[6]) & PF_KTHREAD)
@@ -217,11 +231,14 @@ def forked_by(pid: int | str) -> int:
 def shown_by(pid: int) -> int:
     """The thread by which /proc shows what a process has: its first, or, where that has ended, another one.
 
-    FileNotFoundError: there is no such process.
+    ProcessLookupError: there is no such process.
     """
     if not is_exiting(pid):
         return pid
-    return next((thread for thread in map(int, os.listdir(f"/proc/{pid}/task")) if thread != pid), pid)
+    try:
+        return next((thread for thread in map(int, os.listdir(f"/proc/{pid}/task")) if thread != pid), pid)
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
 
 
 def is_stopped(pid: int) -> bool:

@@ -104,7 +104,7 @@ def linux_ranges(pid: int, land: Land, kernel: int) -> list[Range]:
     """
     return merged(
         (entry.start, entry.end, entry.perms[:3], entry.inode, entry.offset if entry.inode else 0)
-        for entry in procfs.maps(pid, land.start, land.end)
+        for entry in procfs.process_maps(pid, land.start, land.end)
         if runtime.maker_of(entry.path.removeprefix(f"{SHM}/")) in (0, kernel)
     )
 
@@ -204,7 +204,8 @@ def compare(snapshot: Snapshot) -> AuditReport:
             linux[process.pid] = linux_ranges(process.pid, OWN_LAND, snapshot.pid)
     books, faulted = user_ranges(snapshot, linux)
     for pid, ranges in books.items():
-        differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))
+        if linux.get(pid) or not procfs.is_dying(pid):
+            differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))
     faulted += [
         Faulted("KernelLand", mirror.zeros, mirror.base + mirror.span - mirror.zeros)
         for mirror in snapshot.mirrors
@@ -267,6 +268,8 @@ def _lent(snapshot: Snapshot) -> list[Difference]:
         try:
             linux = linux_ranges(pid, LENT_LAND, snapshot.pid)
         except ProcessLookupError:
+            continue
+        if not linux and procfs.is_dying(pid):
             continue
         where, told = f"{LENT_LAND.name} of pid {pid}", lent_to(snapshot, pid)
         for each in told:

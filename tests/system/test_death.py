@@ -66,6 +66,36 @@ def test_an_owner_killed_while_its_handler_runs(me: Process, kernel: KernelHandl
     wait_until(lambda: kernel.stats()["segments"] == 0)
 
 
+@pytest.mark.parametrize("inherited", [False, True])
+def test_one_whose_first_thread_has_ended(kernel: KernelHandle, inherited: bool) -> None:
+    """It lives, and has its memory, mapped by itself or inherited, until its end; /proc/PID shows nothing of it."""
+    lives = f"""
+    import ctypes, os, threading, time, realmap
+    me = realmap.connect({kernel.path!r})
+    buffer = me.map({PAGE})
+    if {inherited} and os.fork():
+        os._exit(0)
+    threading.Thread(target=time.sleep, args=({BOUND},)).start()
+    print(os.getpid(), flush=True)
+    ctypes.PyDLL(None).pthread_exit(None)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(lives)], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        pid = int(running.stdout.readline())
+        try:
+            wait_until(
+                lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z", "its first thread's end"
+            )
+            wait_until(lambda: kernel.stats()["inheritances"] == inherited)
+            audit = kernel.audit()
+            assert audit
+            assert audit.unregistered == [pid] * inherited
+            assert kernel.stats()["segments"] == 1
+        finally:
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: kernel.stats()["segments"] == 0)
+
+
 def test_a_reader_killed_does_not_touch_others(me: Process, kernel: KernelHandle) -> None:
     mine = me.map(100_000)
     mine[:] = content = os.urandom(100_000)
