@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from realmap.cli.output import Column, Seconds, show, show_json
+from realmap.cli.output import Column, Seconds, require_writable, show, show_json
 from realmap.cli.top import require_terminal, require_textual
 from realmap.errors import KernelError
 from realmap.lab import demo as lab
@@ -34,9 +34,10 @@ EVEN = 1.15
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, readable=True))
 @click.option("--json", "as_json", is_flag=True, help="What was checked and found, as JSON.")
 @click.option("--ranges", is_flag=True, help="Also each range that was checked.")
+@click.option("--trace", metavar="FILE", help="Trace it: a file for ui.perfetto.dev or chrome://tracing.")
 @click.option("--top", is_flag=True, help="Under `realmap top`, each mirror kept for a while, to be seen.")
 @click.option("--pace", type=Seconds(0, 3600), help="With --top: for so many seconds; by default 1.")
-def demo(files: tuple[str, ...], as_json: bool, ranges: bool, top: bool, pace: float | None) -> None:
+def demo(files: tuple[str, ...], as_json: bool, ranges: bool, trace: str | None, top: bool, pace: float | None) -> None:
     """Watch a kernel process mirror-map the memory of user processes, and check every byte.
 
     Each FILE is loaded by a user process of its own; the kernel digests it, and odd ranges of it, in
@@ -52,12 +53,13 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, top: bool, pace: f
         planned = lab.plan(files or lab.default_files())
     except (OSError, KernelError) as error:
         raise click.ClickException(str(error)) from None
+    require_writable(trace)
     if top:
         require_terminal()
         require_textual()
     if not as_json:
         console.print(OPENING)
-    story = _watched(planned, 1.0 if pace is None else pace) if top else _run(console, planned, as_json)
+    story = _watched(planned, trace, 1.0 if pace is None else pace) if top else _run(console, planned, trace, as_json)
     if as_json:
         show_json(story)
     else:
@@ -67,23 +69,23 @@ def demo(files: tuple[str, ...], as_json: bool, ranges: bool, top: bool, pace: f
     sys.exit(0 if story.ok else 1)
 
 
-def _watched(planned: list[lab.FileReport], pace: float) -> lab.Report:
+def _watched(planned: list[lab.FileReport], trace: str | None, pace: float) -> lab.Report:
     """Under the live view. ClickException: it was left before the end."""
     from realmap.cli.top.demo import watch
 
-    report = watch(planned, pace)
+    report = watch(planned, trace, pace)
     if report is None:
         raise click.ClickException("the demo was left before its end, so there is no report")
     return report
 
 
-def _run(console: Console, planned: list[lab.FileReport], quiet: bool) -> lab.Report:
+def _run(console: Console, planned: list[lab.FileReport], trace: str | None, quiet: bool) -> lab.Report:
     """With a bar for how far it is."""
     total = sum(len(file.checks) for file in planned)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("mirroring", total=total)
-        with lab.boot() as kernel:
+        with lab.boot(trace) as kernel:
             return lab.run(kernel, planned, lambda check: progress.advance(task))
 
 

@@ -131,6 +131,12 @@ def test_a_pace_without_the_live_view_is_refused(files: list[str]) -> None:
     assert done.stderr.endswith("Error: --pace goes with --top\n")
 
 
+def test_a_trace_of_the_demo_that_cannot_be_written_is_named(files: list[str]) -> None:
+    done = realmap("demo", "--trace", "/dev/full", files[0])
+    assert done.returncode == 1
+    assert done.stderr == "Error: [Errno 28] No space left on device: '/dev/full'\n"
+
+
 def test_the_demo_says_what_is_wrong(files: list[str]) -> None:
     """Each verdict on a range can fail."""
     planned = demo.plan(files[:2])

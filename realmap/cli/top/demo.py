@@ -60,9 +60,9 @@ class DemoTop(Top):
             self._thread.join()
 
 
-def watch(planned: list[lab.FileReport], pace: float) -> lab.Report | None:
+def watch(planned: list[lab.FileReport], trace: str | None, pace: float) -> lab.Report | None:
     """Runs the demo under the live view; None where that was left before the end. Errors as `lab.run`."""
-    with lab.boot() as kernel:
+    with lab.boot(trace) as kernel:
         app = DemoTop(kernel, planned, pace)
         try:
             app.run()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from realmap import system
@@ -41,9 +42,11 @@ def victim(me: Process, file: FileReport) -> None:
     signal.pause()
 
 
-def boot() -> KernelHandle:
-    """The demo's kernel. Errors as `realmap.boot`."""
-    return system.boot(syscalls=SYSCALLS)
+@contextmanager
+def boot(trace: str | None = None) -> Iterator[KernelHandle]:
+    """The demo's kernel; `trace`: a file for a trace of it. Errors as `realmap.boot`, and OSError of that file."""
+    with system.boot(syscalls=SYSCALLS) as kernel, kernel.trace(trace) if trace else nullcontext():
+        yield kernel
 
 
 def run(
