@@ -17,9 +17,10 @@ from typing import NamedTuple
 from realmap.host import files
 
 #: Of each user: its pid, the pid that an antagonist has doomed, the operation it is in (from 1) and since when (ns);
-#: the buffer that it shows (0: none), its length in bytes, and the seed of its pattern.
-PID, DOOMED, OPERATION, SINCE, ADDRESS, LENGTH, SEED = range(7)
-WORDS = 7
+#: the buffer that it shows (0: none), its length in bytes, the seed of its pattern, and a sum of these: another CPU may
+#: see them in any order.
+PID, DOOMED, OPERATION, SINCE, ADDRESS, LENGTH, SEED, SUM = range(8)
+WORDS = 8
 
 
 class Held(NamedTuple):
@@ -78,14 +79,15 @@ class Board:
 
     def show(self, index: int, address: int, length: int, seed: int) -> None:
         """By the user: everybody may look at that buffer from now on; at none where `address` is 0."""
-        for word, value in ((ADDRESS, 0), (LENGTH, length), (SEED, seed), (ADDRESS, address)):
+        shown = Shown(os.getpid(), address, length, seed)
+        for word, value in ((ADDRESS, 0), (LENGTH, length), (SEED, seed), (SUM, hash(shown)), (ADDRESS, address)):
             self._words[index * WORDS + word] = value
 
     def shown(self, user: int) -> Shown | None:
         """What that user, modulo how many there are, shows. The same before and after: it was shown all the while."""
         words = self._words[user % self._users * WORDS :]
         shown = Shown(words[PID], words[ADDRESS], words[LENGTH], words[SEED])
-        return shown if shown.address else None
+        return shown if shown.address and words[SUM] == hash(shown) else None
 
     def pids(self) -> list[int]:
         return [pid for index in range(self._users) if (pid := self._words[index * WORDS + PID])]
