@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mangled import mangle
@@ -42,38 +41,22 @@ def as_decoded(data: bytes) -> tuple[int, str, list[Any]]:
     return call.id, call.name, messages.arguments(call.args)
 
 
-def plain_calls_are_read(number: int, name: str, args: list[Any]) -> None:
+@settings(max_examples=100, deadline=None)
+@given(numbers, texts, st.lists(plain, max_size=15))
+def test_plain_calls_are_read(number: int, name: str, args: list[Any]) -> None:
     data = msgspec.msgpack.encode([1, number, name, args])
     assert len(data) > 2048 or same(read_call(data), (number, name, args))
 
 
-def whatever_is_read_the_decoder_reads_alike(args: list[Any], more: st.DataObject) -> None:
+@settings(max_examples=300, deadline=None)
+@given(st.lists(values, max_size=17), st.data())
+def test_whatever_is_read_the_decoder_reads_alike(args: list[Any], more: st.DataObject) -> None:
     data = bytearray(msgspec.msgpack.encode([1, more.draw(numbers), "a name", args]))
     mangle(data, more, 3, 20)
     read = read_call(bytes(data))
     if read is not None:
         assert look_over(bytes(data)) is None
         assert same(read, as_decoded(bytes(data)))
-
-
-def an_answer_is_written_as_by_the_encoder(number: int, value: Any) -> None:
-    data = write_done(number, value)
-    if data is None:
-        assert isinstance(value, list | dict) or value == (1 << 64) - 1
-    else:
-        done = done_of(data)
-        assert same((done.id, done.value, done.descriptors), (number, value, 0))
-
-
-FEW, MANY = settings(max_examples=100, deadline=None), settings(max_examples=scaled(1500), deadline=None)
-CALLS, MANGLED = given(numbers, texts, st.lists(plain, max_size=15)), given(st.lists(values, max_size=17), st.data())
-ANSWERS = given(numbers, values)
-test_plain_calls_are_read = FEW(CALLS(plain_calls_are_read))
-test_whatever_is_read_the_decoder_reads_alike = FEW(MANGLED(whatever_is_read_the_decoder_reads_alike))
-test_an_answer_is_written_as_by_the_encoder = FEW(ANSWERS(an_answer_is_written_as_by_the_encoder))
-test_plain_calls_are_read_full_count = pytest.mark.slow(MANY(CALLS(plain_calls_are_read)))
-test_whatever_is_read_full_count = pytest.mark.slow(MANY(MANGLED(whatever_is_read_the_decoder_reads_alike)))
-test_an_answer_is_written_full_count = pytest.mark.slow(MANY(ANSWERS(an_answer_is_written_as_by_the_encoder)))
 
 
 CALL = b"\x94\x01\x05\xa1n"
@@ -105,6 +88,17 @@ def test_a_request_is_read_just_where_an_answer_can_have_its_number(number: int)
             write_done(number, None)
     else:
         assert done_of(write_done(call_of(data).id, None) or b"").id == number
+
+
+@settings(max_examples=100, deadline=None)
+@given(numbers, values)
+def test_an_answer_is_written_as_by_the_encoder(number: int, value: Any) -> None:
+    data = write_done(number, value)
+    if data is None:
+        assert isinstance(value, list | dict) or value == (1 << 64) - 1
+    else:
+        done = done_of(data)
+        assert same((done.id, done.value, done.descriptors), (number, value, 0))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from conftest import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mangled import mangle
@@ -215,7 +214,9 @@ def is_beyond(value: Any) -> bool:
     return isinstance(value, list | dict) or (type(value) is int and value >= 1 << 63)
 
 
-def a_call_is_written_and_its_answer_read_as_by_the_encoder(name: str, args: list[Any], value: Any) -> None:
+@settings(max_examples=60, deadline=None)
+@given(name=texts, args=st.lists(values, max_size=20), value=values)
+def test_a_call_is_written_and_its_answer_read_as_by_the_encoder(name: str, args: list[Any], value: Any) -> None:
     with connected() as pair:
         number = pair.endpoint.next_id() + 1
         answer = msgspec.msgpack.encode(messages.Done(number, value))
@@ -235,16 +236,6 @@ def a_call_is_written_and_its_answer_read_as_by_the_encoder(name: str, args: lis
     assert same(msgspec.msgpack.decode(call.args), args)
     assert same(done_of(got.data or b"").value if isinstance(got, Answer) else got, value)
     assert isinstance(got, Answer) == isinstance(value, list | dict)
-
-
-FEW, MANY = settings(max_examples=60, deadline=None), settings(max_examples=scaled(600), deadline=None)
-CALLS = given(name=texts, args=st.lists(values, max_size=20), value=values)
-test_a_call_is_written_and_its_answer_read_as_by_the_encoder = FEW(
-    CALLS(a_call_is_written_and_its_answer_read_as_by_the_encoder)
-)
-test_a_call_is_written_full_count = pytest.mark.slow(
-    MANY(CALLS(a_call_is_written_and_its_answer_read_as_by_the_encoder))
-)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +268,12 @@ def test_a_call_that_is_not_so_plain_is_left_to_the_encoder(pair: Pair, args: tu
     assert (pair.endpoint.pending, pair.ring._pop()) == (0, None)
 
 
-def a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_same(
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([b"\x94\x01\x01", b"\x94\x01\xcc\x01", b"\x94\x01\xcf" + bytes(7) + b"\x01", b"\x93\x01\x01"]),
+    values, st.integers(0, 1), st.data(),
+)  # fmt: skip
+def test_a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_same(
     head: bytes, value: Any, descriptors: int, more: st.DataObject
 ) -> None:
     data = bytearray(msgspec.msgpack.encode(value) + bytes([descriptors]))
@@ -297,16 +293,6 @@ def a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_same(
     if read is not NotImplemented:
         assert right.descriptors == 0
         assert same(read, right.value)
-
-
-HEADS = b"\x94\x01\x01", b"\x94\x01\xcc\x01", b"\x94\x01\xcf" + bytes(7) + b"\x01", b"\x93\x01\x01"
-ANSWERS = given(st.sampled_from(HEADS), values, st.integers(0, 1), st.data())
-test_a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_same = FEW(
-    ANSWERS(a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_same)
-)
-test_a_value_is_read_full_count = pytest.mark.slow(
-    MANY(ANSWERS(a_value_is_read_from_bytes_as_they_come_where_the_decoder_reads_the_same))
-)
 
 
 @pytest.mark.parametrize(("args", "others"), [([], {}), ((), 5), ((), ["name"]), (None, {})])
