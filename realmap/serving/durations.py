@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate, chain
 
-from realmap import _core
+from realmap._core import Durations as Counted
 
 #: Each power of two (ns) is so many buckets, so what is read is right to 6 %; and so many there are.
 PER_OCTAVE, BUCKETS = 8, 496
@@ -18,7 +18,7 @@ class Durations:
     __slots__ = ("_counted", "_others", "since")
 
     def __init__(self) -> None:
-        self._counted = _core.Durations()
+        self._counted = Counted()
         #: `since(began)`: it has ended now, and began at that time of the monotonic clock, in nanoseconds.
         self.since: Callable[[int], None] = self._counted.since
         #: What was added, as `counts`.
