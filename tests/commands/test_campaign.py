@@ -218,8 +218,8 @@ def test_percentiles_are_of_all_hosts_together_and_no_means() -> None:
     kind = done.kinds["map"]
     assert kind.count == 1000
     assert kind.per_second == 500
-    assert kind.p50 == pytest.approx(1e-6, rel=0.03)
-    assert kind.p99 == pytest.approx(1e-6, rel=0.03)  # a mean of both would be 5 ms
+    assert kind.p50 == pytest.approx(1e-6, rel=0.011)
+    assert kind.p99 == pytest.approx(1e-6, rel=0.011)  # a mean of both would be 5 ms
     assert kind.longest == 0.01
 
 

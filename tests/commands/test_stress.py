@@ -384,8 +384,8 @@ def test_patterns_differ_by_seed_and_page() -> None:
 
 def test_percentiles_and_slopes() -> None:
     buckets = Counter(report.bucket(nanoseconds) for nanoseconds in range(1000, 2_000_000, 1000))
-    assert report.percentile(buckets, 0.5) == pytest.approx(1e-3, rel=0.08)
-    assert report.percentile(buckets, 0.99) == pytest.approx(1.98e-3, rel=0.08)
+    assert report.percentile(buckets, 0.5) == pytest.approx(1e-3, rel=0.011)
+    assert report.percentile(buckets, 0.99) == pytest.approx(1.98e-3, rel=0.011)
     flat = report.slope([(at, 5.0 + at % 2) for at in range(100)])
     assert not flat.rises
     steep = report.slope([(at, 5.0 + 3 * at + at % 2) for at in range(100)])

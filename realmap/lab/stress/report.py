@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
 import msgspec
+from ddsketch import DDSketch, LogarithmicMapping
 
-FORM = 2
-#: Latencies are counted in buckets of a 32nd of a power of two: 2 % wide. Counts of several runs are added, exactly.
-STEPS_PER_OCTAVE = 32
+FORM = 3
+#: Latencies are counted in the bins of a DDSketch: right to 1 %, and those of several runs are added exactly.
+BINS = LogarithmicMapping(relative_accuracy=0.01)
 #: A kernel's memory that rises by less over the second half of a run is no growth: arenas, and logs. Bytes.
 RISE = 16 << 20
 
@@ -60,7 +61,7 @@ class Options(msgspec.Struct, frozen=True):
 
 def bucket(nanoseconds: int) -> int:
     """The bucket that a latency is counted in."""
-    return int(math.log2(max(1, nanoseconds)) * STEPS_PER_OCTAVE)
+    return BINS.key(max(1, nanoseconds))
 
 
 class Antagonism(msgspec.Struct):
@@ -216,13 +217,13 @@ def summed(tallies: Sequence[Tally]) -> dict[str, Counter[int]]:
 
 
 def percentile(buckets: Mapping[int, int], share: float) -> float:
-    """The latency, in seconds, that `share` of those counted do not exceed; in a bucket they are taken as even."""
-    left = share * sum(buckets.values())
-    for number in sorted(buckets):
-        if left <= buckets[number]:
-            break
-        left -= buckets[number]
-    return float(2 ** ((number + left / buckets[number]) / STEPS_PER_OCTAVE)) / 1e9
+    """The latency, in seconds, that `share` of those counted do not exceed."""
+    sketch = DDSketch(BINS.relative_accuracy)
+    for number, count in buckets.items():
+        sketch.add(BINS.value(number), count)
+    found = sketch.get_quantile_value(share)
+    assert found is not None
+    return found / 1e9
 
 
 def slope(samples: Sequence[tuple[float, float]]) -> Slope:
