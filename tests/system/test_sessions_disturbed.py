@@ -182,7 +182,7 @@ def test_a_caller_that_forks_while_it_waits(me: Process, spawn: Any) -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         try:
-            came: Any = me.call("nap", 0.3, timeout=BOUND)
+            came: Any = me.call("nap", 1.0, timeout=BOUND)
         except realmap.KernelError as error:
             came = error
         if os.getpid() != pid:
