@@ -241,6 +241,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
+    uint64_t count;
     uint64_t longest;      /* nanoseconds */
     uint64_t buckets[496]; /* by duration_bucket, of any 64 bits */
 } Durations;

@@ -7,7 +7,7 @@
  *   Frames, Mapping   what a mirror has to know of those of memory/, and their counts.
  *   Mirror   a window in a land, of frames that it holds a reference to; Lent: one that shows no byte beside its range.
  *   Events   what happened, in a ring of bounded size, for whoever asked to be told.
- *   Durations how long something took, each time.
+ *   Durations how long something took, each time: percentiles.
  *   Account  what is in use of a budget; Charge: a part of it, in use for as long as that lives.
  *   Ring     two queues of messages in sealed shared memory, one each way, and how to sleep and be
  *            woken without losing a wake-up.

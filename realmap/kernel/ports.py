@@ -10,11 +10,13 @@ Several seats of a name are a pool. Rights only ever narrow: a server gets no mo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from realmap._core import Durations
 from realmap.errors import (
     InvalidAddress,
     InvalidMemState,
@@ -27,7 +29,6 @@ from realmap.errors import (
 from realmap.kernel.processes import UserProcess
 from realmap.memory.frames import SharedFrames
 from realmap.memory.mapping import Mapping
-from realmap.serving.durations import Durations
 from realmap.wire import messages
 from realmap.wire.news import Served
 
@@ -87,7 +88,8 @@ class Total:
     def add(self, calls: int, failed: int, counts: list[int]) -> None:
         self.calls = min(self.calls + calls, COUNTED)
         self.failed = min(self.failed + failed, COUNTED)
-        self.durations.add(counts)
+        with contextlib.suppress(ValueError):  # more than can be counted
+            self.durations.add(counts)
 
 
 @dataclass(eq=False, slots=True)

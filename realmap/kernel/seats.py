@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from realmap._core import look_over
+from realmap._core import Durations, look_over
 from realmap.errors import InvalidAddress, KernelError, LimitReached, ServerDied
 from realmap.host import files
 from realmap.host.translate import SHORT_OF_MEMORY, shortage
@@ -31,7 +31,6 @@ from realmap.kernel.limits import require_unreserved
 from realmap.kernel.ports import Grant, Seat, Session
 from realmap.kernel.processes import UserProcess
 from realmap.kernel.services import Answer, Begun, Reply, Service, descriptors
-from realmap.serving.durations import Durations
 from realmap.serving.logs import log
 from realmap.serving.loop import Loop
 from realmap.serving.syscalls import encode

@@ -11,7 +11,6 @@ user_buffer   UserBuffer: a handler's buffer argument
 caller        what a handler sees of who called, and of the kernel that it runs in
 registry      the @syscall decorator, and the handlers by name
 signature     what a handler takes
-durations     how long calls took: sums, percentiles
 nesting       which services wait for the handler that is at work here
 logs          what a kernel has to say besides
 

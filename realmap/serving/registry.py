@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
-from realmap.serving.durations import Durations
+from realmap._core import Durations
 from realmap.serving.signature import Signature
 from realmap.wire import status
 

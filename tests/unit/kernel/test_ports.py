@@ -27,10 +27,10 @@ from realmap import (
     ServerDied,
     UnknownSyscall,
 )
+from realmap._core import Durations
 from realmap.kernel.ports import MOST, NAMES, REMEMBERED
 from realmap.observe.control import Control
 from realmap.rights import MemoryType
-from realmap.serving.durations import Durations
 from realmap.wire import channel, messages
 from realmap.wire.news import Granted, Opened, Served
 from realmap.wire.records import GrantInfo, SessionInfo
@@ -247,6 +247,7 @@ def test_what_cannot_be_lent(stage: Stage) -> None:
         msgspec.msgpack.encode(Opened(1, 2, 3, 4)),
         msgspec.msgpack.encode([5, {"name": [1, 0, [5, 496, 1]]}, [], []]),
         msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3]]}, [], []]),
+        msgspec.msgpack.encode([5, {"name": [1, 0, [5, 3, 2**63, 4, 2**63]]}, [], []]),
         msgspec.msgpack.encode([5, {"name": [1, 0, [-5, 3, 1]]}, [], []]),
         msgspec.msgpack.encode([5, {"name": [-1, 0, [0]]}, [], []]),
         b"\x94\x05" + b"\x91" * 5000,
