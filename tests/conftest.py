@@ -239,8 +239,7 @@ def me(kernel: realmap.KernelHandle) -> Iterator[realmap.Process]:
     with kernel.connect() as process:
         yield process
         report = kernel.audit()
-        if not report:  # what was brought to a call that a handler ended is given back when its process asks again
-            wait_until(lambda: process.query(USER_LAND.start) and kernel.audit(), str(report))
+        assert report, str(report)
     wait_until(lambda: not kernel.stats()["processes"], "the end of the test's processes")
     # Where a test has forked, it is looked whether a child still has what it had.
     left = ("mappings", "mirrors", "segments", "bytes", "handles")

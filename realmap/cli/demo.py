@@ -86,7 +86,7 @@ def _run(console: Console, planned: list[lab.FileReport], trace: str | None, qui
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("mirroring", total=total)
         with lab.boot(trace) as kernel:
-            return lab.run(kernel, planned, lambda check: progress.advance(task))
+            return lab.run(kernel, planned, lambda done: progress.update(task, completed=done))
 
 
 def _say(console: Console, text: str, ok: bool) -> None:

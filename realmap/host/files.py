@@ -40,7 +40,7 @@ def receive(sock: socket.socket, room: int, most: int) -> tuple[bytes, list[int]
 
     fds = array.array("i")
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-    data, ancillary, cut, _ = sock.recvmsg(room, socket.CMSG_SPACE(most * fds.itemsize), flags)
+    data, ancillary, cut, _ = sock.recvmsg(room, socket.CMSG_LEN(most * fds.itemsize), flags)
     for level, kind, rights in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])

@@ -209,7 +209,7 @@ def is_exiting(pid: int | str) -> bool:
 def is_dying(pid: int) -> bool:
     """Whether it is on its way through exit: its memory is gone, its files may not be; nobody can wait for it yet."""
     try:
-        return bool(int(_stat(pid)[6]) & PF_EXITING)
+        return bool(int(_stat(shown_by(pid))[6]) & PF_EXITING)
     except ProcessLookupError:
         return False
 

@@ -63,7 +63,7 @@ class Heirs:
                         # Asked again: the pid may have been used anew. From now on it is this one, or its end is seen.
                         maps[pid] = procfs.which_it_maps(pid, every, OWN_LAND.start, OWN_LAND.end)
                 rest, is_whole = min(rest, REST * (time.monotonic() - began)), True
-            except (OSError, MemoryError):  # no descriptor is left to look with, say
+            except Exception:  # no descriptor is left to look with, say
                 pass
             self._loop.post(lambda: self._end_search(has, pidfds, maps, is_whole))
             time.sleep(rest)

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Self, SupportsIndex, TypeVar
 
 from realmap.errors import AccessDenied, InvalidHandle, KernelDied, KernelError, PhysicalMemoryExhaustion
@@ -104,7 +105,7 @@ class Kernel:
         self.page = Page()
         self.loop = Loop(self.page)
         self.workers = Workers()
-        self.registration = Registration(self.books, self._ask_books, self.loop, self.workers)
+        self.registration = Registration(self.books, partial(self._ask_books, brief=True), self.loop, self.workers)
         self.tracer = Tracer(self.books)
         self._heirs = Heirs(self.books, self.loop, self.workers)
         admission = Admission(self.books, self.workers)
@@ -283,12 +284,18 @@ class Kernel:
         return [ProcessView(pid, self.books, self._ask_books) for pid in self._pids()]
 
     def _pids(self) -> list[int]:
-        return self._ask_books(lambda: list(dict.fromkeys(process.pid for process in self.books.processes)))
+        return self._ask_books(lambda: list(dict.fromkeys(process.pid for process in self.books.processes)), brief=True)
 
-    def _ask_books(self, question: Callable[[], T]) -> T:
-        """What it says, asked by who has the loop: this thread, or another one, for which it waits."""
-        with self.relay.kept(lambda: self.loop.thread == threading.get_ident()) as is_mine:
-            if is_mine:
+    def _ask_books(self, question: Callable[[], T], *, brief: bool = False) -> T:
+        """What it says, asked by who has the loop: this thread, or another one, for which it waits. `brief`: one step,
+        so it is asked here, too, where a destructor on the loop's thread would wait for itself, or no loop is left.
+        """
+
+        def seems_mine() -> bool:
+            return self.loop.thread == threading.get_ident()
+
+        with self.relay.kept(seems_mine) as is_mine:
+            if is_mine or (brief and (seems_mine() or not self.loop.is_open)):
                 return question()
         return self.loop.ask(question)
 

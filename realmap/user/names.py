@@ -17,11 +17,12 @@ from realmap.user.buffer import Buffer, part_of
 from realmap.user.windows import fault_in, map_window
 from realmap.wire import messages
 from realmap.wire.messages import NAMED, RECYCLED
-from realmap.wire.status import Patience
 
 if TYPE_CHECKING:
     from realmap.user.process import Process
 
+#: How long the kernel may take to hear that this process ends, in seconds: Linux has been seen to stall one for two.
+PATIENCE = 5.0
 #: Of a block, for which windows are parked.
 KIND = MemoryType.HEAP << 8 | int(u_rw)
 
@@ -117,6 +118,6 @@ def leave(process: Process) -> None:
         return
     client = process._own_client
     try:
-        client.request(messages.Leave(client.next_id()), timeout=Patience(client.path, "leave"), name="leave")
+        client.request(messages.Leave(client.next_id()), timeout=PATIENCE, name="leave")
     except KernelError:
         pass  # with the kernel, its names have ended

@@ -102,7 +102,7 @@ def test_the_demo_in_a_pipe_is_plain(files: list[str], width: int) -> None:
 
 def test_who_looks_on_is_not_taken_for_what_is_left(files: list[str]) -> None:
     with demo.boot() as kernel, ExitStack() as stack:
-        report = demo.run(kernel, demo.plan(files[:1]), lambda check: stack.enter_context(Control(kernel.path)))
+        report = demo.run(kernel, demo.plan(files[:1]), lambda done: stack.enter_context(Control(kernel.path)))
     assert report.ok
     assert report.balance["descriptors"] == 0
 

@@ -327,3 +327,10 @@ def test_in_a_real_browser(kernel: realmap.KernelHandle, me: realmap.Process, tm
             os.killpg(browser.pid, signal.SIGKILL)
             browser.wait()
         me.call("read_kept", "web")
+
+
+def test_every_address_of_ipv6_is_every_one_of_ipv4_too() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    with _listen("::", 0) as listening:
+        socket.create_connection(("127.0.0.1", listening.getsockname()[1]), BOUND).close()

@@ -211,8 +211,7 @@ class Fuzz:
         at, span = self.address(), PAGE_SIZE * self.random.randrange(1, PAGES)
         pieces = [(self.fd, 0, PAGE_SIZE)] * (span // PAGE_SIZE)
         right: dict[str, list[Any]] = {
-            "_map": [at, span, 3, self.fd, 0, 0, span, 1],
-            "_map_pieces": [at, 3, pieces, 0, span, 1],
+            "_map": [at, 3, pieces, 0, span, 1],
             "_extend": [pieces],
             "_over": [tuple(each for each in self.objects if isinstance(each, Window))[:1], at, 5, 1],
             "_open": [self.of(KernelMemory), self.of(Mapping), 0, PAGE_SIZE, k_rw, self.evil],

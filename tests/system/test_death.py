@@ -66,15 +66,21 @@ def test_an_owner_killed_while_its_handler_runs(me: Process, kernel: KernelHandl
     wait_until(lambda: kernel.stats()["segments"] == 0)
 
 
-@pytest.mark.parametrize("inherited", [False, True])
-def test_one_whose_first_thread_has_ended(kernel: KernelHandle, inherited: bool) -> None:
-    """It lives, and has its memory, mapped by itself or inherited, until its end; /proc/PID shows nothing of it."""
+@pytest.mark.parametrize("how", ["mapped", "inherited", "unmapped"])
+def test_one_whose_first_thread_has_ended(kernel: KernelHandle, how: str) -> None:
+    """It lives, and has its memory, mapped by itself or inherited, until its end; /proc/PID shows nothing of it.
+
+    Where it has unmapped that behind our back, the audit says so.
+    """
+    inherited = how == "inherited"
     lives = f"""
     import ctypes, os, threading, time, realmap
     me = realmap.connect({kernel.path!r})
     buffer = me.map({PAGE})
     if {inherited} and os.fork():
         os._exit(0)
+    if {how == "unmapped"}:
+        ctypes.CDLL(None).munmap(ctypes.c_void_p(buffer.address), ctypes.c_size_t({PAGE}))
     threading.Thread(target=time.sleep, args=({BOUND},)).start()
     print(os.getpid(), flush=True)
     ctypes.PyDLL(None).pthread_exit(None)
@@ -88,7 +94,7 @@ def test_one_whose_first_thread_has_ended(kernel: KernelHandle, inherited: bool)
             )
             wait_until(lambda: kernel.stats()["inheritances"] == inherited)
             audit = kernel.audit()
-            assert audit
+            assert len(audit.differences) == (how == "unmapped")
             assert audit.unregistered == [pid] * inherited
             assert kernel.stats()["segments"] == 1
         finally:

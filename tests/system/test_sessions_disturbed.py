@@ -256,6 +256,8 @@ def test_signal_handlers_that_raise_at_any_moment(
     gc.collect()
     me._routes.close()
     wait_until(lambda: me.call("of_the_kernel") or kernel.stats()["sessions"] == 0, "the end of all sessions")
+    # What was brought to a call that was given up is given back when this process asks again.
+    wait_until(lambda: me.call("of_the_kernel") or kernel.stats()["mappings"] == 0, "the end of all mappings")
 
 
 def test_tasks_that_are_cancelled_at_any_moment(me: Process, kernel: KernelHandle, spawn: Any) -> None:

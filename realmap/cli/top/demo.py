@@ -25,7 +25,7 @@ class DemoTop(Top):
         super().__init__(kernel.path, INTERVAL, "demo")
         self._demo = kernel, planned
         self._pace = pace
-        self._done, self._total = 0, sum(len(file.checks) for file in planned)
+        self._total = sum(len(file.checks) for file in planned)
         self._left = Flag()
         self._thread = threading.Thread(target=self._run_demo, name="realmap demo")
         self.report: lab.Report | None = None
@@ -49,9 +49,8 @@ class DemoTop(Top):
         if self._left.is_set():
             raise Left
 
-    def _checked(self, check: lab.Check) -> None:
-        self._done += 1
-        self.note = f"demo: {self._done} of {self._total} ranges"
+    def _checked(self, done: int) -> None:
+        self.note = f"demo: {done} of {self._total} ranges"
 
     def leave(self) -> None:
         """Ends the demo wherever it is, and waits for that."""

@@ -139,7 +139,8 @@ def serve(options: Sequence[str], host: str, port: int) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: is 0.0.0.0, too
+        return socket.create_server(address, family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "no name of a host"
         # In use, or one of the low ones, which are root's.

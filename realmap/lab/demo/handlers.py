@@ -22,6 +22,7 @@ ROUNDS = 9
 LOOKS = 5
 
 _held: list[CrossProcessMapping] = []
+_digested: list[int] = []
 
 
 def _frames_of(mapping: Mapping) -> SharedFrames:
@@ -57,7 +58,14 @@ def demo_digest(call: Call, data: UserBuffer, pace: float) -> dict[str, Any]:
         end = time.monotonic() + pace
         while call.process.alive and (left := end - time.monotonic()) > 0:  # nobody is kept who is to end
             time.sleep(min(left, LOOK))
+    _digested.append(len(data))
     return seen | {"refcounts": (before, during, frames.refcount)}
+
+
+@syscall
+def demo_digested(call: Call) -> int:
+    """How many ranges have been digested so far."""
+    return len(_digested)
 
 
 @syscall(blocking=True)
@@ -106,4 +114,4 @@ def demo_read(call: Call) -> dict[str, Any]:
         return {"digest": digest(mirror), "refcount": _frames_of(mirror.mapping).refcount}
 
 
-SYSCALLS = (demo_digest, demo_race, demo_write, demo_hold, demo_held, demo_read)
+SYSCALLS = (demo_digest, demo_digested, demo_race, demo_write, demo_hold, demo_held, demo_read)

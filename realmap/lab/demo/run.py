@@ -9,13 +9,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from realmap import system
+from realmap.errors import KernelError
 from realmap.host import runtime
 from realmap.lab.demo.handlers import LOOK, SYSCALLS
-from realmap.lab.demo.report import Check, FileReport, KillReport, Race, Report, digest
+from realmap.lab.demo.report import FileReport, KillReport, Race, Report, digest
 from realmap.system import KernelHandle
 from realmap.user import Buffer, Process
+from realmap.user.spawned import SpawnedProcess
 
-#: How long the end of a process may take, in seconds.
+#: How long nothing may happen, in seconds.
 PATIENCE = 120.0
 #: How many bytes are timed, mirrored and copied: few, and many (of a larger file, its first ones).
 FEW, MANY = 333, 16 << 20
@@ -52,34 +54,45 @@ def boot(trace: str | None = None) -> Iterator[KernelHandle]:
 def run(
     kernel: KernelHandle,
     files: list[FileReport],
-    on_check: Callable[[Check], None] = lambda check: None,
+    on_check: Callable[[int], None] = lambda done: None,
     *,
     on_wait: Callable[[], None] = lambda: None,
     pace: float = 0.0,
 ) -> Report:
-    """Runs the demo on planned files, with a kernel from `boot`; `on_check` is called after each check.
+    """Runs the demo on planned files, with a kernel from `boot`; `on_check` is told how many ranges were digested.
 
     `on_wait` is called again and again while the demo waits: what it raises ends the demo. `pace`: seconds that each
     mirror is kept, for somebody to see it.
 
-    KernelError: the kernel died. What a user process failed of is raised here.
+    KernelError: the kernel died, or nothing happened for `PATIENCE` seconds. What a user process failed of is raised
+    here.
     """
     baseline = _descriptors(kernel)
     with kernel.connect() as me:
         owners = [kernel.spawn(owner, file, pace) for file in files]
         for child, file in zip(owners, files, strict=True):
             file.pid = child.pid
-            while child.join(LOOK) is None:
-                on_wait()
+            _join(me, child, on_check, on_wait)
             for check, seen in zip(file.checks, child.result(), strict=True):
                 for name, value in seen.items():
                     setattr(check, name, value)
-                on_check(check)
         races, written = _race(me, files[-1])
         killed = _kill(kernel, me, files[-1], pace, on_wait)
     report = Report(kernel.pid, files, races, written, killed, _balance(kernel, baseline))
     report.ok = report.holds()
     return report
+
+
+def _join(me: Process, child: SpawnedProcess, on_check: Callable[[int], None], on_wait: Callable[[], None]) -> None:
+    """Waits for its end, and tells of what is done meanwhile."""
+    before, end = -1, 0.0
+    while child.join(LOOK) is None or before < 0:
+        on_wait()
+        if (done := me.call("demo_digested")) != before:
+            before, end = done, time.monotonic() + PATIENCE
+            on_check(done)
+        elif time.monotonic() > end:
+            raise KernelError(why=f"nothing happened for {PATIENCE:.0f} s: is a user process stopped?")
 
 
 def _pause(seconds: float, on_wait: Callable[[], None]) -> None:

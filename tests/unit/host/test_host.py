@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from conftest import PAGE, own_names, wait_until
 
 from realmap._core import map_at
 from realmap.errors import AccessDenied, InvalidHandle, PhysicalMemoryExhaustion, ProcessKilled
-from realmap.host import liveness, procfs, room, segment, translate
+from realmap.host import files, liveness, procfs, room, segment, translate
 from realmap.host.files import Descriptor
 from realmap.host.segment import Segment
 
@@ -261,3 +262,16 @@ def test_what_runs_and_what_waits() -> None:
     for ask in (procfs.would_run, procfs.cpu_time):
         with pytest.raises(OSError):
             ask(child.pid)
+
+
+@pytest.mark.parametrize(("sent", "got"), [(1, 1), (2, 0), (3, 0)])
+def test_no_more_descriptors_are_received_than_are_wanted(sent: int, got: int) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        socket.send_fds(theirs, [b"x"], [0] * sent)
+        before = len(os.listdir("/proc/self/fd"))
+        data, found = files.receive(ours, 9, 1)
+        assert (data, len(found)) == (b"x", got)
+        assert len(os.listdir("/proc/self/fd")) == before + got
+        for fd in found:
+            os.close(fd)

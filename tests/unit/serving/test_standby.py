@@ -270,6 +270,22 @@ def test_nobody_takes_the_loop_from_a_handler_while_it_changes_which_handlers_th
         assert (to_be_taken, me.call("another")) == ([0], 1)
 
 
+def test_a_destructor_on_the_loops_thread_changes_handlers_and_asks_who_is_connected() -> None:
+    """It waits for nobody: it would be itself."""
+    seen: list[Any] = []
+    with Kernel(syscalls=[nop]) as kernel, realmap.connect(kernel.path) as me:
+
+        def destructor() -> None:
+            seen.append([each.pid for each in kernel.processes()])
+            kernel.unregister("nop")
+
+        kernel.loop.post(destructor)
+        wait_until(lambda: "nop" not in kernel.books.syscalls)
+        with pytest.raises(realmap.UnknownSyscall):
+            me.call("nop", timeout=BOUND)
+    assert seen == [[os.getpid()]]
+
+
 def test_an_idle_kernel_sleeps() -> None:
     """Nothing has a time at which it would wake, and nobody looks."""
     with Kernel(syscalls=[nop], limits=Limits(seconds=0.1)) as kernel:
