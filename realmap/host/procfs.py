@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import struct
+import threading
 import time
 from collections.abc import Container
 from typing import NamedTuple
@@ -253,7 +254,21 @@ def cpu_time(pid: int) -> float:
 
 def would_run(pid: int) -> bool:
     """Whether a thread of it has a CPU, or waits for one. OSError: it has ended, or a thread of it, meanwhile."""
-    return any(_stat(f"{pid}/task/{thread}")[0] == b"R" for thread in os.listdir(f"/proc/{pid}/task"))
+    return b"R" in _states(pid)
+
+
+def is_at_rest(pid: int) -> bool:
+    """Whether all its threads but the one that asks wait: none would run, is stopped, or is kept within Linux.
+
+    OSError: as `would_run`.
+    """
+    return _states(pid) <= {b"S", b"I", b"Z", b"X"}
+
+
+def _states(pid: int) -> set[bytes]:
+    """Of its threads but the one that asks (proc_pid_stat(5): state)."""
+    asks = str(threading.get_native_id())
+    return {_stat(f"{pid}/task/{thread}")[0] for thread in os.listdir(f"/proc/{pid}/task") if thread != asks}
 
 
 def program(pid: int) -> str:

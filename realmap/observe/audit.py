@@ -21,18 +21,25 @@ from realmap.wire.records import FramesInfo, GrantInfo, LentInfo, MappingInfo, P
 
 #: A mapped range: (start, end, rwx as in /proc, inode, offset), in bytes.
 Range = tuple[int, int, str, int, int]
-#: How long to wait before each further look, in seconds: who has been given memory, and is stopped or starved just
-#: then, has not mapped it yet; and what a server has mapped it says a few times a second.
+#: How long to wait before each further look, in seconds: who has been given memory may not have mapped it yet; and
+#: what a server has mapped it says a few times a second.
 PAUSES = (0.0, 0.01, 0.05, 0.15, 0.3)
+#: So many seconds are given to whoever is kept in the middle of it: stopped, without CPU, or by Linux (munmap(2) of a
+#: page of tmpfs has taken 1.5 s).
+KEPT = 10.0
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One thing that the books and Linux disagree about: whose, where, what the books say, what Linux says."""
+    """One thing that the books and Linux disagree about: whose, where, what the books say, what Linux says.
+
+    `pid`: of the process whose land, descriptor or name it is; 0: it is within the books.
+    """
 
     where: str
     address: int
     books: str
     linux: str
+    pid: int = 0
 
     def __str__(self) -> str:
         return f"{self.where} at {self.address:#x}: the books say {self.books}, Linux says {self.linux}"
@@ -188,10 +195,10 @@ def say(entry: Range) -> str:
     return f"[{start:#x}, {end:#x}) {perms} of {what}"
 
 
-def _compare(where: str, books: list[Range], linux: list[Range]) -> list[Difference]:
+def _compare(where: str, pid: int, books: list[Range], linux: list[Range]) -> list[Difference]:
     in_books, in_linux = set(books), set(linux)
-    only_books = [Difference(where, entry[0], say(entry), "otherwise") for entry in books if entry not in in_linux]
-    only_linux = [Difference(where, entry[0], "otherwise", say(entry)) for entry in linux if entry not in in_books]
+    only_books = [Difference(where, entry[0], say(entry), "otherwise", pid) for entry in books if entry not in in_linux]
+    only_linux = [Difference(where, entry[0], "otherwise", say(entry), pid) for entry in linux if entry not in in_books]
     return only_books + only_linux
 
 
@@ -205,7 +212,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     books, faulted = user_ranges(snapshot, linux)
     for pid, ranges in books.items():
         if linux.get(pid) or not procfs.is_dying(pid):
-            differences += _compare(f"UserLand of pid {pid}", ranges, linux.get(pid, []))
+            differences += _compare(f"UserLand of pid {pid}", pid, ranges, linux.get(pid, []))
     faulted += [
         Faulted("KernelLand", mirror.zeros, mirror.base + mirror.span - mirror.zeros)
         for mirror in snapshot.mirrors
@@ -213,7 +220,7 @@ def compare(snapshot: Snapshot) -> AuditReport:
     ]
     own = KERNEL_LAND.part(KERNEL_LAND.start, FOREIGN_LAND.start - KERNEL_LAND.start)
     books_there = [each for each in kernel_ranges(snapshot) if each[0] < own.end]
-    differences += _compare("KernelLand", books_there, linux_ranges(snapshot.pid, own, snapshot.pid))
+    differences += _compare("KernelLand", snapshot.pid, books_there, linux_ranges(snapshot.pid, own, snapshot.pid))
     differences += _lent(snapshot)
     differences += _recount(snapshot)
     differences += _descriptors(snapshot)
@@ -275,9 +282,9 @@ def _lent(snapshot: Snapshot) -> list[Difference]:
         for each in told:
             for at, part in lent_parts(snapshot, each):
                 books = merged(window_ranges(at, each.rights, [part], 0, frames))
-                found += _compare(where, books, clipped(linux, at, at + part.length))
+                found += _compare(where, pid, books, clipped(linux, at, at + part.length))
         covered = [(align_down(each.at), align_up(each.at + each.length)) for each in told]
-        found += _compare(where, [], [entry for entry in linux if entry[3] and not _covers(covered, entry)])
+        found += _compare(where, pid, [], [entry for entry in linux if entry[3] and not _covers(covered, entry)])
     return found
 
 
@@ -357,6 +364,7 @@ def _descriptors(snapshot: Snapshot) -> list[Difference]:
             0,
             f"{int(key in books)} of them",
             f"{found[key]} are open in the kernel",
+            snapshot.pid,
         )
         for key in books | set(found)
         # A read-only one is open while an answer brings it to a process; the next look does not find it.
@@ -378,11 +386,13 @@ def _names(snapshot: Snapshot) -> list[Difference]:
                     inode = None
                 if inode != segment.inode:
                     linux = "the name is gone" if inode is None else f"it is inode {inode}"
-                    found.append(Difference(f"{SHM}/{segment.name}", 0, f"it is inode {segment.inode}", linux))
+                    books = f"it is inode {segment.inode}"
+                    found.append(Difference(f"{SHM}/{segment.name}", 0, books, linux, snapshot.pid))
     for name, inode in runtime.own_names(snapshot.pid).items():
         if inode in named:  # by which a sweep finds it
             continue
-        found.append(Difference(f"{SHM}/{name}", 0, "nothing has a name like this", "it is there"))
+        books = "nothing has a name like this"
+        found.append(Difference(f"{SHM}/{name}", 0, books, "it is there", snapshot.pid))
     return found
 
 
@@ -394,15 +404,27 @@ def _unregistered(snapshot: Snapshot) -> list[int]:
 def audit(take: Callable[[], Snapshot]) -> AuditReport:
     """Audits a kernel that is at work: a difference counts where every further look finds it again.
 
+    The last look is one before which all whose differences they are were at rest, or the last for which there is time.
     `take` gives a new snapshot.
     """
     report = compare(take())
-    for pause in PAUSES:
-        if report:
-            break
+    pauses = iter(PAUSES)
+    end = time.monotonic() + KEPT
+    last = False
+    while not (report or last):
+        pause = next(pauses, PAUSES[-1])
         time.sleep(pause)
+        last = pause == PAUSES[-1] and (time.monotonic() > end or not any(map(_is_kept, report.differences)))
         again = compare(take())
         before = set(report.differences)
         still = [difference for difference in again.differences if difference in before]
         report = msgspec.structs.replace(again, differences=still)
     return report
+
+
+def _is_kept(difference: Difference) -> bool:
+    """Whether whoever's it is may be in the middle of changing that, and is kept there."""
+    try:
+        return bool(difference.pid) and not procfs.is_at_rest(difference.pid)
+    except OSError:  # it ends
+        return True

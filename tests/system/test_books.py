@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +32,7 @@ from puppet import Puppet
 
 import realmap
 from realmap import KernelHandle
+from realmap.host import procfs
 from realmap.lab import workload
 from realmap.lab.stress import handlers
 from realmap.memory import USER_LAND
@@ -186,6 +192,26 @@ def test_the_books_equal_linux_after_every_step(stage: KernelHandle) -> None:
 @pytest.mark.slow
 def test_the_books_equal_linux_after_every_step_full_count(stage: KernelHandle) -> None:
     play(stage, scaled(FULL))
+
+
+def test_an_audit_waits_for_who_is_kept_in_the_middle_of_unmapping(kernel: KernelHandle) -> None:
+    """Stopped here; without CPU or kept within munmap(2), for more than a second, by Linux."""
+    lives = f"""
+    import ctypes, os, realmap, signal
+    me = realmap.connect({kernel.path!r})
+    buffer = me.map({PAGE})
+    ctypes.CDLL(None).munmap(ctypes.c_void_p(buffer.address), ctypes.c_size_t({PAGE}))
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(0)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(lives)]) as running:
+        wait_until(lambda: procfs.is_stopped(running.pid))
+        going_on = threading.Timer(1.5, running.send_signal, (signal.SIGCONT,))
+        going_on.start()
+        try:
+            assert kernel.audit()
+        finally:
+            going_on.join()
 
 
 def test_an_audit_finds_what_is_wrong(me: realmap.Process, kernel: KernelHandle) -> None:

@@ -23,7 +23,7 @@ def test_very_many_windows() -> None:
     began = time.process_time()
     found = [mapping_ranges(MappingInfo(at, PAGE, "HEAP", 3, 0, 1), frames, linux) for at in places]
     books = [entry for ranges, _ in found for entry in ranges]
-    differences = _compare("somewhere", books, linux)
+    differences = _compare("somewhere", 0, books, linux)
     assert [zeros for _, zeros in found if zeros] == [places[COUNT // 2]]
     assert {each.address for each in differences} == {places[COUNT // 3]}
     assert len(differences) == 2
