@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import syscalls
 
@@ -49,6 +50,16 @@ def scaled(count: int) -> int:
 def long(*values: object) -> Any:
     """Parameters that take the way through the code that others take: for the long tests."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@contextmanager
+def tried_with(*values: object) -> Iterator[None]:
+    """One value of several that a test tries: what fails there says which."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"tried with {', '.join(map(repr, values))}")
+        raise
 
 
 def wait_until(holds: Callable[[], object], what: str = "it") -> None:
@@ -132,11 +143,25 @@ def a_turn(alone: bool) -> Iterator[None]:
             fcntl.flock(running, fcntl.LOCK_UN)  # to close it would not do: the test may have forked
 
 
+def is_alone(item: pytest.Item | None) -> bool:
+    return item is not None and item.get_closest_marker("alone") is not None
+
+
+#: The turn of a worker that goes on with its next test: of several that are `alone` in a row the others wait once.
+kept: list[ExitStack] = []
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Of several workers each keeps its turn, from the first fixture of a test to the last."""
-    with a_turn(item.get_closest_marker("alone") is not None) if WORKER in os.environ else nullcontext():
-        return (yield)
+    has_it = bool(kept)
+    with kept.pop() if has_it else ExitStack() as turn:
+        if WORKER in os.environ and not has_it:
+            turn.enter_context(a_turn(is_alone(item)))
+        outcome = yield
+        if is_alone(item) and is_alone(nextitem):
+            kept.append(turn.pop_all())
+        return outcome
 
 
 @pytest.fixture(autouse=True)
@@ -246,9 +271,14 @@ def me(kernel: realmap.KernelHandle) -> Iterator[realmap.Process]:
     wait_until(lambda: not any(kernel.stats()[name] for name in left), "the end of everything that the test had")
 
 
-def pytest_collection_finish() -> None:
-    """To import realmap.shared_memory makes a process the root of a tree: not for what the tests start."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """To import realmap.shared_memory makes a process the root of a tree: not for what the tests start.
+
+    And what is to run elsewhere goes there by value: who imports its module imports pytest as well.
+    """
     os.environ.pop(ambient.TREE, None)
+    for module in {item.module for item in session.items if isinstance(item, pytest.Function)}:
+        cloudpickle.register_pickle_by_value(module)
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
-
 import realmap
 from realmap import Call, KernelDied, Process, ProcessKilled, SpawnedProcess, UserBuffer
 
@@ -165,7 +163,7 @@ def scale(call: Call, data: UserBuffer, by: float) -> float:
     """As an array of numbers."""
     with data.array("float64") as values:
         values *= by
-        return float(np.sum(values))
+        return float(values.sum())
 
 
 def mirror_with(call: Call, data: UserBuffer, rights: int) -> int:

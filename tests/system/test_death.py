@@ -233,7 +233,7 @@ def who_has(mark: str) -> list[str]:
     for process in Path("/proc").glob("[1-9]*"):
         seen = []
         with suppress(OSError):  # it has ended meanwhile
-            seen = [(process / "maps").read_text()]
+            seen = [(process / "maps").read_text(errors="replace")]
             for each in (process / "fd").iterdir():
                 with suppress(OSError):  # closed meanwhile
                     seen.append(os.readlink(each))

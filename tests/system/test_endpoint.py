@@ -19,6 +19,7 @@ from conftest import BOUND, PAGE, wait_until
 
 import realmap
 from realmap import KernelHandle, Process
+from realmap.host import procfs
 from realmap.wire import messages
 
 CARRIERS = ("ring", "socket")
@@ -173,6 +174,7 @@ def test_an_unmap_that_is_interrupted_before_it_was_sent_is_told_all_the_same(
     buffer = me.map(PAGE)
     try:
         os.kill(kernel.pid, signal.SIGSTOP)
+        wait_until(lambda: procfs.is_stopped(kernel.pid))
         for _ in range(2000):  # until neither ring nor socket takes any more
             me._own_client.notice(messages.Forked(0))
         with points.while_asleep(points.PPOLL) as point, pytest.raises(Stop):

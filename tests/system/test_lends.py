@@ -29,25 +29,6 @@ def look(call: Call, data: UserBuffer) -> bytes:
     return data.copy_in(1)
 
 
-at_work, let_go = threading.Event(), threading.Event()
-
-
-@realmap.syscall(blocking=True)
-def keep_at_it(call: Call, data: UserBuffer) -> None:
-    """Until it is let go."""
-    with data.mirror():
-        at_work.set()
-        let_go.wait(BOUND)
-
-
-@realmap.syscall(blocking=True)
-def end_it(call: Call, ends: bool) -> None:
-    """Once that is at work: lets it go, where this `ends` it."""
-    at_work.wait(BOUND)
-    if ends:
-        let_go.set()
-
-
 def look_too(user: Process) -> bytes:
     """Somebody else, who lends as much as one may."""
     found: bytes = user.call("look", user.map(100 * PAGE, fragment=PAGE), timeout=BOUND)
@@ -60,6 +41,22 @@ def server(kernel: KernelHandle, me: Process) -> Iterator[Callable[..., SpawnedP
     made: list[SpawnedProcess] = []
 
     def serve(process: Process, descriptors: int | None) -> None:
+        at_work, let_go = threading.Event(), threading.Event()
+
+        @realmap.syscall(blocking=True)
+        def keep_at_it(call: Call, data: UserBuffer) -> None:
+            """Until it is let go."""
+            with data.mirror():
+                at_work.set()
+                let_go.wait(BOUND)
+
+        @realmap.syscall(blocking=True)
+        def end_it(call: Call, ends: bool) -> None:
+            """Once that is at work: lets it go, where this `ends` it."""
+            at_work.wait(BOUND)
+            if ends:
+                let_go.set()
+
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors or soft, hard))
         with (
