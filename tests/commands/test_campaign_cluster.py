@@ -190,7 +190,7 @@ def by_address(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_three_hosts_of_which_one_is_cut_off_and_one_is_killed(fleet: Fleet, tmp_path: Path) -> None:
     out, xml = tmp_path / "out.json", tmp_path / "out.xml"
-    command = fleet.campaign("--seconds", 8, "--patience", 8, "--users", 1, "--json", out, "--junit", xml)
+    command = fleet.campaign("--seconds", 5, "--patience", 6, "--users", 1, "--json", out, "--junit", xml)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         for worker in fleet.workers:
             wait_until(lambda worker=worker: psutil.Process(worker.pid).children(), "a run")  # type: ignore[misc]
@@ -201,7 +201,7 @@ def test_three_hosts_of_which_one_is_cut_off_and_one_is_killed(fleet: Fleet, tmp
     assert running.returncode == 1, stdout + stderr
     found = json.loads(out.read_text())
     hosts = by_address(found)
-    assert (hosts["2"]["state"], hosts["2"]["why"]) == ("lost", "nothing was heard of it for 8 s")
+    assert (hosts["2"]["state"], hosts["2"]["why"]) == ("lost", "nothing was heard of it for 6 s")
     assert (hosts["3"]["state"], hosts["3"]["why"]) == ("lost", "its worker has left the scheduler")
     assert (hosts["4"]["state"], hosts["4"]["report"]["failures"]) == ("ok", [])
     assert not found["ok"]

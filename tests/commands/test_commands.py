@@ -28,8 +28,13 @@ from realmap.observe.control import Control
 
 #: The environment of these tests, where `tools/setup` has made it.
 VENV = ROOT / Path(sys.prefix).name
-#: What an example is given where its own size only makes it long: MiB and rounds.
-SMALLER = {"big_array": ["8", "1"]}
+#: What an example is given where its own size only makes it long.
+SMALLER = {
+    "big_array": ["8", "1"],
+    "crash_proof": ["2000", "5"],
+    "pipeline": ["190", "108", "3"],
+    "pool_of_servers": ["2", "3", "2"],
+}
 
 
 def realmap(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -227,9 +227,9 @@ def trial(stage: Stage, outer: str, inner: str) -> Trial:
     return Trial(stage, outer, nester(stage, inner), None)
 
 
-def try_points(stage: Stage, every: int) -> int:
+def try_points(stage: Stage, every: int, part: slice = slice(None)) -> int:
     tried = 0
-    for number, (outer, inner) in enumerate(itertools.product(OPERATIONS, HANDLERS)):
+    for number, (outer, inner) in list(enumerate(itertools.product(OPERATIONS, HANDLERS)))[part]:
         try:
             tried += trial(stage, outer, inner).all_points(every, number * 37 % every)
         except BaseException as error:
@@ -275,8 +275,10 @@ def company(stage: Stage) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["alone", "in company"])
 def test_a_handler_at_points_all_over(stage: Stage, kind: str) -> None:
+    """Each pair alone over one carrier, and in company over the other."""
+    half = slice(int(stage.me._own_client.endpoint.has_ring != (kind == "alone")), None, 2)
     with company(stage) if kind == "in company" else nullcontext():
-        assert try_points(stage, SPARSE[kind]) > 80
+        assert try_points(stage, SPARSE[kind], half) > 40
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import mmap
 import os
 import pickle
 import resource
+from itertools import product
 from typing import Any
 
 import posix_ipc
 import pytest
-from conftest import PAGE, land_maps, wait_until
+from conftest import PAGE, land_maps, tried_with, wait_until
 
 import realmap
 from realmap import (
@@ -54,19 +55,18 @@ def test_touching_what_was_taken_faults_no_more(me: Process, options: dict[str, 
     view.release()
 
 
-@pytest.mark.parametrize("length", [1, PAGE - 1, PAGE, PAGE + 1, 3333333])
-@pytest.mark.parametrize("fragment", [None, PAGE, 64 * PAGE])
-def test_any_length_above_zero(me: Process, length: int, fragment: int | None) -> None:
-    buffer = me.map(length, fragment=fragment)
-    assert len(buffer) == length
-    assert buffer.address % PAGE == 0
-    assert USER_LAND.holds(buffer.address, length)
-    assert sum(entry.length for entry in land_maps()) == -(-length // PAGE) * PAGE
-    assert bytes(buffer) == bytes(length)
-    buffer[length - 1] = 7
-    info = me.query(buffer.address + length - 1)
-    assert (info.address, info.length) == (buffer.address, -(-length // PAGE) * PAGE)
-    assert (info.type, info.rights, info.refcount) == (MemoryType.HEAP, realmap.u_rw, 1)
+def test_any_length_above_zero(me: Process) -> None:
+    for length, fragment in product([1, PAGE - 1, PAGE, PAGE + 1, 3333333], [None, PAGE, 64 * PAGE]):
+        with tried_with(length, fragment), me.map(length, fragment=fragment) as buffer:
+            assert len(buffer) == length
+            assert buffer.address % PAGE == 0
+            assert USER_LAND.holds(buffer.address, length)
+            assert sum(entry.length for entry in land_maps()) == -(-length // PAGE) * PAGE
+            assert bytes(buffer) == bytes(length)
+            buffer[length - 1] = 7
+            info = me.query(buffer.address + length - 1)
+            assert (info.address, info.length) == (buffer.address, -(-length // PAGE) * PAGE)
+            assert (info.type, info.rights, info.refcount) == (MemoryType.HEAP, realmap.u_rw, 1)
 
 
 def test_many_segments_come_in_batches(me: Process, kernel: KernelHandle) -> None:
@@ -86,47 +86,46 @@ def test_holes_are_queried(me: Process) -> None:
         me.query("0")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ({"length": 0}, InvalidSize),
-        ({"length": -1}, InvalidSize),
-        ({"length": 1 << 64}, InvalidSize),
-        ({"length": (1 << 64) - 1}, VirtualMemoryExhaustion),
-        ({"length": USER_LAND.length + 1}, VirtualMemoryExhaustion),
-        ({"length": 1 << 42}, PhysicalMemoryExhaustion),
-        ({"length": 1.0}, TypeError),
-        ({"length": "1"}, TypeError),
-        ({"length": None}, TypeError),
-        ({"fragment": 0}, InvalidSize),
-        ({"fragment": 100}, InvalidSize),
-        ({"fragment": -PAGE}, InvalidSize),
-        ({"fragment": 1 << 64}, InvalidSize),
-        ({"rights": 0}, AccessDenied),
-        ({"rights": 64}, InvalidRights),
-        ({"rights": realmap.k_rw}, AccessDenied),
-        ({"rights": 8}, AccessDenied),
-        ({"rights": "rw"}, TypeError),
-        ({"type": MemoryType.UNMAPPED}, InvalidMemState),
-        ({"type": MemoryType.RESERVED}, InvalidMemState),
-        ({"type": MemoryType.KERNEL_STACK}, InvalidMemState),
-        ({"type": 22}, TypeError),
-        ({"type": MemoryType.NORMAL, "fragment": PAGE}, InvalidMemState),
-        ({"name": ""}, InvalidHandle),
-        ({"name": "a/b"}, InvalidHandle),
-        ({"name": 5}, TypeError),
-        ({"name": "fragmented", "fragment": PAGE}, InvalidSize),
-    ],
-)
-def test_what_cannot_be_mapped(
-    me: Process, kernel: KernelHandle, arguments: dict[str, Any], error: type[Exception]
-) -> None:
-    with pytest.raises(error) as caught:
-        me.map(**({"length": 2 * PAGE} | arguments))
-    assert len(str(caught.value)) > 15
-    stats = kernel.stats()
-    assert (stats["mappings"], stats["segments"], stats["bytes"]) == (0, 0, 0)
-    assert land_maps() == []
+CANNOT_BE_MAPPED: list[tuple[dict[str, Any], type[Exception]]] = [
+    ({"length": 0}, InvalidSize),
+    ({"length": -1}, InvalidSize),
+    ({"length": 1 << 64}, InvalidSize),
+    ({"length": (1 << 64) - 1}, VirtualMemoryExhaustion),
+    ({"length": USER_LAND.length + 1}, VirtualMemoryExhaustion),
+    ({"length": 1 << 42}, PhysicalMemoryExhaustion),
+    ({"length": 1.0}, TypeError),
+    ({"length": "1"}, TypeError),
+    ({"length": None}, TypeError),
+    ({"fragment": 0}, InvalidSize),
+    ({"fragment": 100}, InvalidSize),
+    ({"fragment": -PAGE}, InvalidSize),
+    ({"fragment": 1 << 64}, InvalidSize),
+    ({"rights": 0}, AccessDenied),
+    ({"rights": 64}, InvalidRights),
+    ({"rights": realmap.k_rw}, AccessDenied),
+    ({"rights": 8}, AccessDenied),
+    ({"rights": "rw"}, TypeError),
+    ({"type": MemoryType.UNMAPPED}, InvalidMemState),
+    ({"type": MemoryType.RESERVED}, InvalidMemState),
+    ({"type": MemoryType.KERNEL_STACK}, InvalidMemState),
+    ({"type": 22}, TypeError),
+    ({"type": MemoryType.NORMAL, "fragment": PAGE}, InvalidMemState),
+    ({"name": ""}, InvalidHandle),
+    ({"name": "a/b"}, InvalidHandle),
+    ({"name": 5}, TypeError),
+    ({"name": "fragmented", "fragment": PAGE}, InvalidSize),
+]
+
+
+def test_what_cannot_be_mapped(me: Process, kernel: KernelHandle) -> None:
+    for arguments, error in CANNOT_BE_MAPPED:
+        with tried_with(arguments):
+            with pytest.raises(error) as caught:
+                me.map(**({"length": 2 * PAGE} | arguments))
+            assert len(str(caught.value)) > 15
+            stats = kernel.stats()
+            assert (stats["mappings"], stats["segments"], stats["bytes"]) == (0, 0, 0)
+            assert land_maps() == []
 
 
 @pytest.mark.parametrize(
@@ -140,12 +139,12 @@ def test_rights_are_page_protection(me: Process, rights: realmap.MappingAccessRi
     gc.collect()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MemoryType if kind.has_frames])
-def test_every_type_with_frames(me: Process, kind: MemoryType) -> None:
-    buffer = me.map(5000, type=kind)
-    buffer[4999] = 5
-    assert me.query(buffer.address).type is kind
-    assert (land_maps()[0].inode != 0) == kind.is_counted
+def test_every_type_with_frames(me: Process) -> None:
+    for kind in [kind for kind in MemoryType if kind.has_frames]:
+        with tried_with(kind), me.map(5000, type=kind) as buffer:
+            buffer[4999] = 5
+            assert me.query(buffer.address).type is kind
+            assert (land_maps()[0].inode != 0) == kind.is_counted
 
 
 def test_a_named_one_can_be_opened_by_others(me: Process) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import placed
 import pytest
-from conftest import BOUND, PAGE, in_threads, wait_until
+from conftest import BOUND, PAGE, in_threads, tried_with, wait_until
 from forked import in_a_child
 
 import realmap
@@ -156,23 +156,21 @@ def test_long_messages(me: Process) -> None:
 # ---- buffers ------------------------------------------------------------------------------
 
 
+RANGES = [(0, 1), (5, 100), (0, PAGE), (1, PAGE), (PAGE - 1, 2), (PAGE, 3 * PAGE), (17, 5 * PAGE + 3), (0, 100_001)]
+
+
 @pytest.mark.parametrize("fragment", [None, PAGE, 3 * PAGE])
-@pytest.mark.parametrize(
-    ("offset", "length"),
-    [(0, 1), (5, 100), (0, PAGE), (1, PAGE), (PAGE - 1, 2), (PAGE, 3 * PAGE), (17, 5 * PAGE + 3), (0, 100_001)],
-)
-def test_a_mirror_shows_the_callers_bytes_and_no_others_change(
-    me: Process, fragment: int | None, offset: int, length: int
-) -> None:
-    buffer = filled(me, 100_001, fragment=fragment)
-    before = buffer[:]
-    part = buffer.slice(offset, length)
-    assert me.call("digest", part) == sha(before[offset : offset + length])
-    assert me.call("reverse", part) == length
-    after = before[:offset] + before[offset : offset + length][::-1] + before[offset + length :]
-    assert buffer[:] == after
-    me.call("fill", part, 9)
-    assert buffer[:] == before[:offset] + b"\x09" * length + before[offset + length :]
+def test_a_mirror_shows_the_callers_bytes_and_no_others_change(me: Process, fragment: int | None) -> None:
+    for offset, length in RANGES:
+        with tried_with(offset, length), filled(me, 100_001, fragment=fragment) as buffer:
+            before = buffer[:]
+            part = buffer.slice(offset, length)
+            assert me.call("digest", part) == sha(before[offset : offset + length])
+            assert me.call("reverse", part) == length
+            after = before[:offset] + before[offset : offset + length][::-1] + before[offset + length :]
+            assert buffer[:] == after
+            me.call("fill", part, 9)
+            assert buffer[:] == before[:offset] + b"\x09" * length + before[offset + length :]
 
 
 def test_a_part_of_a_buffer_by_the_handler(me: Process) -> None:

@@ -31,7 +31,7 @@ STORM = str(SUPPORT / "shm_storm.py")
 
 @pytest.mark.parametrize("uid", ["0", "65534"])
 def test_every_byte_is_explained_in_a_storm(uid: str) -> None:
-    assert "all explained" in private(STORM, "12", "1", uid)
+    assert "all explained" in private(STORM, "7", "1", uid)
 
 
 @pytest.mark.slow
