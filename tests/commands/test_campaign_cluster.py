@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dask_cluster import Cluster, entered, namespaces, within
 
 from realmap import __version__
 
-pytest.importorskip("distributed")
+pytestmark = pytest.mark.skipif(find_spec("distributed") is None, reason="needs distributed")
 #: What makes a scheduler or a worker believe that it has another version of a package, before it looks.
 OTHER = """
 from importlib import metadata

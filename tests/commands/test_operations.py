@@ -118,7 +118,7 @@ def test_the_documented_example(tmp_path: Path) -> None:
     example = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line))
     assert len([line for line in example.splitlines() if line]) <= 10
     path, out = module(tmp_path, example), tmp_path / "report.json"
-    done = command("--ops", path, "--ops", 800, "--users", 2, "--seed", 4, "--json", out)
+    done = command("--ops", path, "--ops", 400, "--users", 2, "--seed", 4, "--json", out)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     turn = found["operations"]["turn"]
@@ -127,9 +127,9 @@ def test_the_documented_example(tmp_path: Path) -> None:
     assert (turn["failures"], turn["why"]) == (0, None)
     assert turn["longest"] > 0
     assert f"operation turn: {turn['count']} times, 0 failed" in done.stdout
-    assert found["replay"] == f"realmap stress quick --users 2 --seed 4 --ops 800 --ops {path}"
+    assert found["replay"] == f"realmap stress quick --users 2 --seed 4 --ops 400 --ops {path}"
     again = tmp_path / "again.json"
-    assert command("--ops", path, "--ops", 800, "--users", 2, "--seed", 4, "--json", again).returncode == 0
+    assert command("--ops", path, "--ops", 400, "--users", 2, "--seed", 4, "--json", again).returncode == 0
     assert json.loads(again.read_text())["choices"] == found["choices"]
 
 

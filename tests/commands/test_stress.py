@@ -119,7 +119,7 @@ def test_what_is_wrong_is_noticed(kind: str, words: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(realmap.SyscallTimeout("stats", 1.0), "cannot be asked: "), (realmap.KernelDied("/x"), "died: ")],
+    [(realmap.SyscallTimeout("stats", 1.0), "cannot be asked: "), long(realmap.KernelDied("/x"), "died: ")],
 )
 def test_a_kernel_that_does_not_answer_is_not_called_dead(
     error: Exception, words: str, monkeypatch: pytest.MonkeyPatch

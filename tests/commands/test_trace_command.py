@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import syscalls
-from conftest import BOUND, PAGE, wait_until
+from command_line import command_line
+from conftest import BOUND, PAGE, long, wait_until
 from test_commands import realmap
 from trace_format import TraceFile
 
@@ -63,7 +64,7 @@ def has_begun(file: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("status", [0, 7])
+@pytest.mark.parametrize("status", [long(0), 7])
 def test_a_command_is_traced_and_its_status_passed_on(running: KernelHandle, tmp_path: Path, status: int) -> None:
     file = tmp_path / "trace.json"
     done = realmap("trace", str(file), "--", sys.executable, "-c", PROGRAM, str(status))
@@ -97,9 +98,7 @@ for _ in range(int(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize(
-    "others", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("others", [long(0), 1, long(2)])
 def test_a_kernel_that_the_command_boots_is_traced_from_beginning_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
@@ -257,13 +256,13 @@ def test_what_is_wrong_is_said_in_one_line(running: KernelHandle, tmp_path: Path
         ((str(tmp_path / "t"), "--", "/no/such/command"), "cannot run /no/such/command: No such file or directory"),
         (("/dev/full", "--seconds", "1"), "cannot write /dev/full: No space left on device"),
     ]:
-        done = realmap("trace", *arguments)
+        done = command_line("trace", *arguments)
         assert done.returncode == (2 if "--typo" in arguments else 1)
         assert words in done.stderr
         assert done.stderr.count("\n") == 1 or "--typo" in arguments
         assert "Traceback" not in done.stderr
     running.shutdown()
-    done = realmap("trace", str(tmp_path / "t"))
+    done = command_line("trace", tmp_path / "t")
     assert "start one: realmap kernel" in done.stderr
 
 

@@ -28,7 +28,7 @@ def _odd_arguments(seed: int, count: int, log: Path) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("seed", [0, 1, *map(long, range(2, 6))])
+@pytest.mark.parametrize("seed", [0, *map(long, range(1, 6))])
 def test_odd_arguments(seed: int, tmp_path: Path) -> None:
     """No argument of any method crashes the process, nor has C return without an exception (SystemError)."""
     _odd_arguments(seed, 3000, tmp_path / "log")
