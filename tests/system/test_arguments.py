@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 import syscalls
-from conftest import BOUND, PAGE
+from conftest import BOUND, PAGE, tried_with
 
 import realmap
 from realmap import Call, KernelHandle, Process, SyscallFailed, UserBuffer, WrongArguments
@@ -210,31 +210,31 @@ def test_what_is_no_list_of_handlers() -> None:
 # ---- types --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "args", "kwargs", "argument", "says"),
-    [
-        ("typed", (1, 1), {}, "data", "UserBuffer"),
-        ("typed", ("BUFFER", "1"), {}, "count", "int"),
-        ("typed", ("BUFFER", 1.0), {}, "count", "int"),
-        ("typed", ("BUFFER", "BUFFER"), {}, "count", "a buffer"),
-        ("typed", ("BUFFER", 1, "x"), {}, "factor", "float"),
-        ("typed", ("BUFFER", 1, 1.0, 5), {}, "name", "str | None"),
-        ("typed", ("BUFFER", 1, 1.0, "x", b"", "no"), {}, "rest", "bytes"),
-        ("typed", ("BUFFER", 1), {"flag": 1}, "flag", "bool"),
-        ("typed", ("BUFFER", 1), {"other": "x"}, "more", "int"),
-        ("on_a_worker", (1,), {"data": b"x"}, "data", "UserBuffer"),
-        ("older", (5, 1, {}), {}, "items", "Optional"),
-        ("older", (None, [], {}), {}, "either", "Union"),
-        ("older", (None, 1, []), {}, "table", "dict"),
-    ],
-)
-def test_a_type_that_does_not_fit(me: Process, name: str, args: Any, kwargs: Any, argument: str, says: str) -> None:
+DO_NOT_FIT: list[tuple[str, Any, dict[str, Any], str, str]] = [
+    ("typed", (1, 1), {}, "data", "UserBuffer"),
+    ("typed", ("BUFFER", "1"), {}, "count", "int"),
+    ("typed", ("BUFFER", 1.0), {}, "count", "int"),
+    ("typed", ("BUFFER", "BUFFER"), {}, "count", "a buffer"),
+    ("typed", ("BUFFER", 1, "x"), {}, "factor", "float"),
+    ("typed", ("BUFFER", 1, 1.0, 5), {}, "name", "str | None"),
+    ("typed", ("BUFFER", 1, 1.0, "x", b"", "no"), {}, "rest", "bytes"),
+    ("typed", ("BUFFER", 1), {"flag": 1}, "flag", "bool"),
+    ("typed", ("BUFFER", 1), {"other": "x"}, "more", "int"),
+    ("on_a_worker", (1,), {"data": b"x"}, "data", "UserBuffer"),
+    ("older", (5, 1, {}), {}, "items", "Optional"),
+    ("older", (None, [], {}), {}, "either", "Union"),
+    ("older", (None, 1, []), {}, "table", "dict"),
+]
+
+
+def test_a_type_that_does_not_fit(me: Process) -> None:
     buffer = me.map(100)
-    for _ in range(2):
-        with pytest.raises(WrongArguments) as caught:
-            me.call(name, *(buffer if each == "BUFFER" else each for each in args), **kwargs)
-        assert f"argument {argument!r} of syscall {name!r}" in str(caught.value)
-        assert says in str(caught.value)
+    for name, args, kwargs, argument, says in DO_NOT_FIT * 2:
+        with tried_with(name, args, kwargs):
+            with pytest.raises(WrongArguments) as caught:
+                me.call(name, *(buffer if each == "BUFFER" else each for each in args), **kwargs)
+            assert f"argument {argument!r} of syscall {name!r}" in str(caught.value)
+            assert says in str(caught.value)
 
 
 def test_types_that_fit(me: Process) -> None:
@@ -287,14 +287,15 @@ with realmap.boot(syscalls=[one, two]) as kernel, kernel.connect() as me:
 # ---- what travels -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "says"), UNFIT, ids=[type(value).__name__ for value, _ in UNFIT])
-def test_nothing_is_converted(me: Process, value: Any, says: str) -> None:
-    for within in (value, [value], {"a": (1, [value])}):
-        with pytest.raises(TypeError, match=f"as an argument of 'echo'.*{says}"):
-            me.call("echo", within)
-    with pytest.raises(TypeError, match=says):
-        me.call("echo", 1, key=value)
-    assert me.call("nop") is None
+def test_nothing_is_converted(me: Process) -> None:
+    for value, says in UNFIT:
+        with tried_with(value):
+            for within in (value, [value], {"a": (1, [value])}):
+                with pytest.raises(TypeError, match=f"as an argument of 'echo'.*{says}"):
+                    me.call("echo", within)
+            with pytest.raises(TypeError, match=says):
+                me.call("echo", 1, key=value)
+            assert me.call("nop") is None
 
 
 def test_an_answer_is_not_converted_either(me: Process) -> None:
