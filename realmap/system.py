@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import gc
 import os
 import signal
 import socket
@@ -76,9 +75,6 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any], ow
         _say(report, error)
         return
     kernel.registration.owner = owner
-
-    gc.collect()
-    gc.freeze()  # what was imported stays: no collection has to look through it while somebody waits for an answer
 
     signals.on(lambda: kernel.stop(wait=False), END)
     interpreter.end_with(booter, GRACE)

@@ -254,7 +254,7 @@ def cpu_time(pid: int) -> float:
 
 def would_run(pid: int) -> bool:
     """Whether a thread of it has a CPU, or waits for one. OSError: it has ended, or a thread of it, meanwhile."""
-    return b"R" in _states(pid)
+    return b"R" in _states(pid).values()
 
 
 def is_at_rest(pid: int) -> bool:
@@ -262,13 +262,14 @@ def is_at_rest(pid: int) -> bool:
 
     OSError: as `would_run`.
     """
-    return _states(pid) <= {b"S", b"I", b"Z", b"X"}
+    states = _states(pid)
+    states.pop(threading.get_native_id(), None)
+    return {*states.values()} <= {b"S", b"I", b"Z", b"X"}
 
 
-def _states(pid: int) -> set[bytes]:
-    """Of its threads but the one that asks (proc_pid_stat(5): state)."""
-    asks = str(threading.get_native_id())
-    return {_stat(f"{pid}/task/{thread}")[0] for thread in os.listdir(f"/proc/{pid}/task") if thread != asks}
+def _states(pid: int) -> dict[int, bytes]:
+    """Of its threads (proc_pid_stat(5): state)."""
+    return {int(thread): _stat(f"{pid}/task/{thread}")[0] for thread in os.listdir(f"/proc/{pid}/task")}
 
 
 def program(pid: int) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import os
 import resource
@@ -65,6 +64,8 @@ def own_name(name: str | None = None) -> str:
 
 
 def _hash(name: str) -> str:
+    import hashlib  # loads OpenSSL: a tenth of what a kernel takes to start
+
     return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
 
 
