@@ -340,6 +340,7 @@ def sockets() -> list[str]:
 def _sockets() -> list[str]:
     """What sockets are there, listed again where the directory has changed."""
     global _listed
+    began = time.time_ns()
     try:
         status = os.stat(_place())
         now = (status.st_ino, status.st_mtime_ns)
@@ -350,7 +351,7 @@ def _sockets() -> list[str]:
     folder = directory()
     locks = [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.endswith(".sock.lock")]
     found = [path for lock in locks if os.path.exists(path := lock.removesuffix(".lock"))]
-    if time.time_ns() - now[1] > SETTLED and now[0]:
+    if began - now[1] > SETTLED and now[0]:
         _listed = (now, found)
     return found
 
