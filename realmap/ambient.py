@@ -38,7 +38,7 @@ TREE = "REALMAP_TREE"
 #: How often it is tried to boot it, while others of the tree seem to do the same.
 ATTEMPTS = 20
 #: How long a kernel may take to make its socket anew, in seconds.
-ANEW = 1.0
+ANEW = 5.0
 T = TypeVar("T")
 
 _booted: KernelHandle | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import gc
 import os
 import signal
 import socket
@@ -39,7 +38,8 @@ from realmap.wire.ring import SPIN, checked_spin
 KERNEL = "realmap-kernel"
 #: How long a kernel may take to say that it serves: imports on a loaded machine. Seconds.
 START_TIMEOUT = 60.0
-#: How long a handler may go on after the kernel was asked, or its booter was seen, to end. Seconds.
+#: How long the end may take after the kernel was asked to, its booter was seen to, or its sockets were: a handler may
+#: go on, and Linux has kept a process in its end for two. Seconds.
 GRACE = 5.0
 #: How long threads that a handler left may keep the process of a kernel that has ended. Seconds.
 LINGER = 1.0
@@ -76,9 +76,6 @@ def _kernel_main(report: socket.socket, booter: int, options: dict[str, Any], ow
         _say(report, error)
         return
     kernel.registration.owner = owner
-
-    gc.collect()
-    gc.freeze()  # what was imported stays: no collection has to look through it while somebody waits for an answer
 
     signals.on(lambda: kernel.stop(wait=False), END)
     interpreter.end_with(booter, GRACE)
@@ -267,7 +264,7 @@ class KernelHandle:
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            self.shutdown(1.0)
+            self.shutdown(GRACE)
 
     def __reduce__(self) -> Any:
         why = f"a spawned function has its Process, me; others connect: realmap.connect({self.path!r})"
@@ -294,7 +291,7 @@ _handles: Living[KernelHandle] = Living()
 
 def _death(child: Child) -> str | None:
     """How the process of a kernel ended, in words. Its sockets close just before it has."""
-    exitcode = child.wait(1.0)
+    exitcode = child.wait(GRACE)
     return None if exitcode is None else outcome.ended(exitcode)
 
 

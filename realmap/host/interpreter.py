@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import marshal
 import math
@@ -37,7 +38,8 @@ from realmap.host.signals import pass_on
 # directory that is named like one of the standard library must not be picked up. Its own comes behind: a frozen
 # program's has nothing for a Python that it named.
 _BOOTSTRAP = (
-    "import sys, marshal, posix, _signal\n"
+    "import gc, sys, marshal, posix, _signal\n"
+    "gc.disable()\n"
     "_signal.pthread_sigmask(_signal.SIG_SETMASK, ())\n"
     "fd = int(sys.argv[1]); size = int(sys.argv[2]); data = b''\n"
     "while len(data) < size:\n"
@@ -356,4 +358,7 @@ def _main(fd: int, booter: int) -> None:
         report.sendall(pickle.dumps((False, Unsendable(why), "")))  # as `outcome` has it
         os._exit(1)
     _is_reading = False
+    # What was imported stays: no collection looks through it, now or while somebody waits for an answer.
+    gc.freeze()
+    gc.enable()
     function(report, booter, *args)

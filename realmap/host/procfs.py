@@ -247,28 +247,30 @@ def is_stopped(pid: int) -> bool:
     return _stat(pid)[0] == b"T"
 
 
-def cpu_time(pid: int) -> float:
-    """Seconds of CPU that its threads have had so far. OSError: there is no such process."""
-    return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3)
+def user_time(pid: int) -> float:
+    """Seconds that its threads have had a CPU, but for what Linux itself did for them there.
+
+    ProcessLookupError: as `start_time`.
+    """
+    return int(_stat(pid)[11]) / os.sysconf("SC_CLK_TCK")
 
 
 def would_run(pid: int) -> bool:
-    """Whether a thread of it has a CPU, or waits for one. OSError: it has ended, or a thread of it, meanwhile."""
-    return b"R" in _states(pid)
+    """Whether a thread of it has a CPU, waits for one, or is kept within Linux.
+
+    OSError: it has ended, or a thread of it, meanwhile.
+    """
+    return not {b"R", b"D"}.isdisjoint(_states(pid))
 
 
 def is_at_rest(pid: int) -> bool:
-    """Whether all its threads but the one that asks wait: none would run, is stopped, or is kept within Linux.
-
-    OSError: as `would_run`.
-    """
-    return _states(pid) <= {b"S", b"I", b"Z", b"X"}
+    """Whether all its threads but the one that asks wait: none would run, or is stopped. OSError: as `would_run`."""
+    return _states(pid, str(threading.get_native_id())) <= {b"S", b"I", b"Z", b"X"}
 
 
-def _states(pid: int) -> set[bytes]:
-    """Of its threads but the one that asks (proc_pid_stat(5): state)."""
-    asks = str(threading.get_native_id())
-    return {_stat(f"{pid}/task/{thread}")[0] for thread in os.listdir(f"/proc/{pid}/task") if thread != asks}
+def _states(pid: int, but: str = "") -> set[bytes]:
+    """Of its threads, without one (proc_pid_stat(5): state)."""
+    return {_stat(f"{pid}/task/{thread}")[0] for thread in os.listdir(f"/proc/{pid}/task") if thread != but}
 
 
 def program(pid: int) -> str:

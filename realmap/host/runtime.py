@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import os
 import resource
@@ -65,6 +64,8 @@ def own_name(name: str | None = None) -> str:
 
 
 def _hash(name: str) -> str:
+    import hashlib  # loads OpenSSL: a tenth of what a kernel takes to start
+
     return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
 
 
@@ -339,6 +340,7 @@ def sockets() -> list[str]:
 def _sockets() -> list[str]:
     """What sockets are there, listed again where the directory has changed."""
     global _listed
+    began = time.time_ns()
     try:
         status = os.stat(_place())
         now = (status.st_ino, status.st_mtime_ns)
@@ -349,7 +351,7 @@ def _sockets() -> list[str]:
     folder = directory()
     locks = [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.endswith(".sock.lock")]
     found = [path for lock in locks if os.path.exists(path := lock.removesuffix(".lock"))]
-    if time.time_ns() - now[1] > SETTLED and now[0]:
+    if began - now[1] > SETTLED and now[0]:
         _listed = (now, found)
     return found
 

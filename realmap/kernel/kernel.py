@@ -58,7 +58,7 @@ from realmap.wire.status import Page
 
 T = TypeVar("T")
 #: How long a kernel that ends waits for who traces it to take the last that it was told, in seconds.
-LAST = 2.0
+LAST = 3.0
 #: Where no thread was to be had to stand by, another try is made so much later, in seconds.
 AGAIN = 1.0
 

@@ -249,14 +249,17 @@ class ForeignProcess:
             gone = isinstance(line, bytes) and self._stranger.look(known.mapping.address) != line
             if gone or len(self._known) > KNOWN:
                 self._known.pop(line, known).mapping.release()
+        forgotten = False
         for _ in range(TRIES):
             try:
                 return self._mirror_now(start, size, rights, prot)
             except LookupError:
                 pass  # and once more
             except PhysicalMemoryExhaustion:
-                if not self._forget():  # no descriptors, where there were some
+                if forgotten:
                     raise
+                self._forget()  # there may be descriptors then
+                forgotten = True
         raise InvalidAddress(start, why=f"process {self.pid} changes what it has mapped there all the time")
 
     def _mirror_now(self, start: int, size: int, rights: MappingAccessRights, prot: int) -> CrossProcessMapping:
@@ -295,12 +298,11 @@ class ForeignProcess:
             raise LookupError(entry)
         return found or entry[:6]
 
-    def _forget(self) -> bool:
-        """Of all that is known, whether there was any."""
+    def _forget(self) -> None:
+        """All that is known."""
         known, self._known = self._known, {}
         for each in known.values():
             each.mapping.release()
-        return bool(known)
 
     # ---- copies -----------------------------------------------------------------------------
 

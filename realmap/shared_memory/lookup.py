@@ -25,7 +25,7 @@ from realmap.user.process import Process
 #: The longest name, in bytes (NAME_MAX of limits.h, as for the standard library's names).
 LONGEST_NAME = 255
 #: How long another kernel of this user may take to let us in and look for a name, in seconds.
-PATIENCE = 2.0
+PATIENCE = 5.0
 #: How long a kernel that did not answer is not asked again, in seconds; and those, with the end of that.
 SILENCE = 60.0
 _silent: dict[str, float] = {}

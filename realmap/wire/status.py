@@ -238,7 +238,7 @@ def _unanswered(
     if stuck and not starves:
         return SyscallTimeout(what, seconds, why=str(status))
     busy = status is not None and not status.asleep and (status.work or (status.seconds or 0) >= LATE)
-    said = ": its kernel gets no CPU" if starves else f": {status}" if busy else ""
+    said = ": its kernel gets no CPU, or Linux keeps it" if starves else f": {status}" if busy else ""
     return SyscallTimeout(what, seconds, why=f"no answer to {what!r} within {seconds} s{said}")
 
 
@@ -248,7 +248,7 @@ class Patience:
 
     After `LATE` seconds a kernel that cannot answer ends it, after twice that one of which another thread seems to keep
     the GIL, else `BOUND` seconds do: SyscallTimeout, whose text says what the kernel is at. One that has had no CPU
-    since then may still answer.
+    since then, or that Linux keeps within a system call (to close a page of tmpfs has taken 2 s), may still answer.
     """
 
     def __init__(self, path: str, what: str) -> None:
@@ -258,7 +258,7 @@ class Patience:
     def __call__(self) -> float:
         """Seconds (more). SyscallTimeout: it has been long enough."""
         if self._began is None:
-            self._began, self._had = time.monotonic(), _cpu_time(self._path)
+            self._began, self._had = time.monotonic(), _user_time(self._path)
             return LATE
         status = look(self._path)
         waited = time.monotonic() - self._began
@@ -269,18 +269,18 @@ class Patience:
         return min(LATE, BOUND - waited)
 
     def _starves(self, pid: int) -> bool:
-        """Whether it would run, and has not had a CPU for half of `LATE` seconds since it was asked."""
+        """Whether it would run, and has not had a CPU of its own for half of `LATE` seconds since it was asked."""
         try:
-            return procfs.cpu_time(pid) - self._had < LATE / 2 and procfs.would_run(pid)
+            return procfs.user_time(pid) - self._had < LATE / 2 and procfs.would_run(pid)
         except OSError as error:
             pass_on(error)
             return False
 
 
-def _cpu_time(path: str) -> float:
-    """Seconds of CPU that the kernel at `path` has had; -inf: nobody can say."""
+def _user_time(path: str) -> float:
+    """`procfs.user_time` of the kernel at `path`; -inf: nobody can say."""
     try:
-        return procfs.cpu_time(runtime.kernel_at(path)[0])
+        return procfs.user_time(runtime.kernel_at(path)[0])
     except (OSError, ValueError) as error:
         pass_on(error)
         return -math.inf

@@ -31,7 +31,7 @@ from realmap.lab.campaign.page import page
 from realmap.lab.campaign.plan import Plan
 from realmap.lab.campaign.report import FORM, LOST, Host, Report, junit
 from realmap.lab.campaign.run import Campaign
-from realmap.lab.campaign.work import Lost, Outcome
+from realmap.lab.campaign.work import Lost, Outcome, _listen
 from realmap.lab.stress.report import bucket, kind_of
 
 
@@ -127,6 +127,25 @@ def test_a_run_that_is_killed_is_lost_and_the_others_are_kept(tmp_path: Path) ->
         assert running.wait(BOUND) == 1
     states = [(host["state"], host["why"]) for host in json.loads(out.read_text())["hosts"]]
     assert sorted(states) == [("lost", "its run was killed (SIGKILL)"), ("ok", "")]
+
+
+def test_the_last_line_of_a_run_is_its_last_however_late_it_is_looked_for() -> None:
+    read, write = os.pipe()
+    lines = [b"first\nlast\n"]
+
+    class Ended:
+        """It says its last line just before it is looked whether it has ended; a child that it left has its stderr."""
+
+        stderr = open(read, "rb")
+
+        def poll(self) -> int:
+            if lines:
+                os.write(write, lines.pop())
+            return 1
+
+    with Ended.stderr:
+        assert _listen(Ended(), lambda _: None) == "last"  # type: ignore[arg-type]
+    os.close(write)
 
 
 def test_ctrl_c_keeps_what_was_found(tmp_path: Path) -> None:

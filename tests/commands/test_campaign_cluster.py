@@ -123,7 +123,7 @@ def test_ctrl_c_ends_the_runs_and_so_does_the_schedulers_death(cluster: Cluster,
     for patience, end, words in (
         (BOUND, lambda running: running.send_signal(signal.SIGINT), "the campaign was interrupted"),
         (
-            2,
+            4,  # a worker tells every second, and may stand still for two
             lambda _: cluster.scheduler.kill(),
             f"replay on {socket.gethostname()}: realmap stress --seconds 120 --seed",
         ),
@@ -219,7 +219,9 @@ def test_three_hosts_are_at_work_at_the_same_time(fleet: Fleet, tmp_path: Path) 
 
     def run_alone(pid: int) -> None:
         began = time.monotonic()
-        subprocess.run([*entered(pid), sys.executable, "-m", "realmap", "stress", *given], timeout=BOUND, check=True)
+        subprocess.run(
+            [*entered(pid), sys.executable, "-m", "realmap", "stress", *given], timeout=3 * BOUND, check=True
+        )
         alone[pid] = time.monotonic() - began
 
     threads = [threading.Thread(target=run_alone, args=(pid,)) for pid in fleet.hosts]  # each has the machine as below
@@ -228,7 +230,7 @@ def test_three_hosts_are_at_work_at_the_same_time(fleet: Fleet, tmp_path: Path) 
     for thread in threads:
         thread.join()
     began = time.monotonic()
-    subprocess.run(fleet.campaign(*given, "--json", out), timeout=BOUND, check=True)
+    subprocess.run(fleet.campaign(*given, "--json", out), timeout=3 * BOUND, check=True)
     took = time.monotonic() - began
     print(f"alone {sorted(alone.values())}, the campaign {took} s: {took / max(alone.values()):.2f} of the slowest one")
     assert took < 2 * max(alone.values())  # one after the other they would take three times as long

@@ -257,10 +257,10 @@ def test_thousands_of_mappings(kernel: realmap.KernelHandle, count: int) -> None
         for key in ("1", "2", "enter", "end", "escape", "1", "enter", "end", "pageup"):
             await pilot.press(key)
             await pilot.pause()
-            start = time.process_time()
+            start = time.thread_time()
             app.show()
             await pilot.pause()
-            assert time.process_time() - start < 1.0
+            assert time.thread_time() - start < 1.0
         assert len(app.screen.query_one("Rows").shown) == count  # type: ignore[attr-defined]
 
     drive(kernel.path, steps)

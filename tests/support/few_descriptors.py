@@ -99,12 +99,13 @@ def attach(path: str) -> Callable[[], object]:
 
 
 def look(path: str) -> Callable[[], object]:
-    buffer = connect(path).map(LENGTH, name=f"few-{os.getpid()}")  # by its name anybody may find it
+    me = connect(path)
+    buffers = [me.map(PAGE_SIZE, name=f"few-{number}-{os.getpid()}") for number in range(3)]  # anybody may find them
 
     def act() -> None:
         with ForeignProcess(os.getppid()) as parent:
             parent.mappings()
-        with ForeignProcess(os.getpid()) as process, process.mirror(buffer.address, len(buffer)) as mirror:
+        with ForeignProcess(os.getpid()) as process, process.mirror(buffers[0].address, LENGTH) as mirror:
             bytes(mirror)
 
     return act

@@ -44,6 +44,13 @@ def hold_until(call: realmap.Call, fifo: str) -> None:
     os.close(ctypes.PyDLL(None).open(fifo.encode(), os.O_RDONLY))
 
 
+@realmap.syscall
+def spawn(call: realmap.Call, fifo: str) -> None:
+    """Linux keeps this thread, which has the GIL, until somebody opens it: the child has to run its program first."""
+    child = os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, fifo, os.O_RDONLY, 0)])
+    os.waitpid(child, 0)
+
+
 @realmap.syscall(blocking=True)
 def hold_beside(call: realmap.Call, seconds: float) -> None:
     """The same on a thread of its own."""
@@ -65,7 +72,7 @@ def nop(call: realmap.Call) -> int:
 
 @pytest.fixture
 def handlers() -> Iterator[KernelHandle]:
-    with realmap.boot(syscalls=[hold, hold_until, hold_beside, wait, nop]) as kernel:
+    with realmap.boot(syscalls=[hold, hold_until, spawn, hold_beside, wait, nop]) as kernel:
         yield kernel
 
 
@@ -189,6 +196,26 @@ def test_it_answers_again_when_the_handler_ends(handlers: KernelHandle, tmp_path
         os.close(os.open(fifo, os.O_WRONLY))
         wait_until(has_ended, "an answer")
         assert handlers.audit()
+
+
+def test_one_that_linux_keeps_is_waited_for(
+    handlers: KernelHandle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As it may in close(2) or munmap(2), for 2 s."""
+    monkeypatch.setattr(status, "LATE", 0.1)
+    fifo, kept = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+    starves = status.Patience._starves
+    monkeypatch.setattr(status.Patience, "_starves", lambda *args: kept.append(starves(*args)) or kept[-1])
+    with handlers.connect() as me, ThreadPoolExecutor(1) as pool:
+        with suppress(SyscallTimeout):
+            me.call("spawn", str(fifo), timeout=0.01)
+        wait_until(lambda: stuck(handlers.path), "a while in that handler")
+        asked = pool.submit(handlers.stats)
+        wait_until(lambda: kept, "that it was looked what keeps it")
+        os.close(os.open(fifo, os.O_WRONLY))
+        assert asked.result(BOUND)["processes"] == 1
+    assert all(kept)
 
 
 def test_an_answer_that_takes_longer_than_a_second_is_waited_for(

@@ -89,13 +89,14 @@ def _listen(process: subprocess.Popen[bytes], tell: Callable[[str], None]) -> st
     with selectors.DefaultSelector() as selector:
         selector.register(process.stderr, selectors.EVENT_READ)
         while True:
-            if selector.select(BEAT):
+            ended = process.poll() is not None  # before it is looked for its last line
+            if selector.select(0 if ended else BEAT):
                 data = os.read(process.stderr.fileno(), 1 << 16)
                 if not data:
                     return last
                 *lines, rest = (rest + data).split(b"\n")
                 last = lines[-1].decode(errors="replace") if lines else last
-            elif process.poll() is not None:  # something that it left behind has its stderr
+            elif ended:  # something that it left behind has its stderr
                 return last
             if time.monotonic() - told > BEAT / 2:
                 told = time.monotonic()
