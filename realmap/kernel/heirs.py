@@ -97,7 +97,9 @@ class Heirs:
             found = [
                 pid
                 for pid, mapped in maps.items()
-                if any(not _is_its_own(pid, inside.get(pid, ()), each, mapped[each]) for each in its_files & mapped.keys())
+                if any(
+                    not _is_its_own(pid, inside.get(pid, ()), each, mapped[each]) for each in its_files & mapped.keys()
+                )
             ]
             for pid in found:
                 with contextlib.suppress(OSError):  # no descriptor is left

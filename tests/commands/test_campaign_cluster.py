@@ -218,7 +218,9 @@ def test_three_hosts_are_at_work_at_the_same_time(fleet: Fleet, tmp_path: Path) 
 
     def run_alone(pid: int) -> None:
         began = time.monotonic()
-        subprocess.run([*entered(pid), sys.executable, "-m", "realmap", "stress", *given], timeout=3 * BOUND, check=True)
+        subprocess.run(
+            [*entered(pid), sys.executable, "-m", "realmap", "stress", *given], timeout=3 * BOUND, check=True
+        )
         alone[pid] = time.monotonic() - began
 
     threads = [threading.Thread(target=run_alone, args=(pid,)) for pid in fleet.hosts]  # each has the machine as below

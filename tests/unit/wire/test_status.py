@@ -309,7 +309,9 @@ def test_one_that_gets_no_cpu_is_waited_for_longer(monkeypatch: pytest.MonkeyPat
         return patience
 
     assert asked(1)() == status.LATE
-    with pytest.raises(SyscallTimeout, match=r"no answer to 'books' within 30.0 s: its kernel gets no CPU, or Linux keeps it$"):
+    with pytest.raises(
+        SyscallTimeout, match=r"no answer to 'books' within 30.0 s: its kernel gets no CPU, or Linux keeps it$"
+    ):
         asked(30)()
     would_run[0] = False  # a handler waits for something, and keeps the GIL
     with pytest.raises(SyscallTimeout, match=r"^kernel 5 is in handler"):
