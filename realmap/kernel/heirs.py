@@ -155,8 +155,8 @@ class Heirs:
 
 
 def _is_its_own(pid: int, known: Sequence[UserProcess], file: tuple[int, int], address: int) -> bool:
-    """Whether it has that by its own books, attached or adopted; or no more: who unmaps tells of it afterwards."""
-    if any(process.memory.mapping_at(address) for process in known):
+    """Whether it has that by its own books: attached, adopted, or parked; or no more: who unmaps tells of it afterwards."""
+    if not all(process.memory.is_vacant(address, 1) for process in known):
         return True
     try:
         return bool(known) and not procfs.which_it_maps(pid, {file}, address, address + 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import signal
 from contextlib import suppress
 
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, land_maps, wait_until
 from forked import in_a_child
 
 import realmap
@@ -97,6 +98,28 @@ def test_an_orphan_still_has_it(kernel: KernelHandle, me: Process, said: str) ->
     assert os.read(reader, 5) == b"right"
     wait_until(lambda: kernel.stats()["segments"] == 0, "the end of the child, and of what it had")
     for fd in (reader, writer, go, gone):
+        os.close(fd)
+
+
+def test_what_was_attached_and_is_parked_inherits_nothing(kernel: KernelHandle, me: Process) -> None:
+    """Its maker has forked, and dies; who has attached it is no child of that."""
+    said, says = os.pipe()
+    heard, tells = os.pipe()
+    maker = os.fork()
+    if not maker:
+        with suppress(BaseException):
+            buffer = kernel_connect(kernel.path).map(PAGE)
+            in_a_child(lambda: None)
+            os.write(says, pickle.dumps(buffer.process.share(buffer)))
+            os.read(heard, 1)
+        os._exit(0)
+    handle = pickle.loads(os.read(said, 10_000))
+    me.attach(handle).unmap()
+    assert any(entry.perms == "---s" for entry in land_maps(parked=True))
+    os.write(tells, b"!")
+    os.waitpid(maker, 0)
+    wait_until(lambda: kernel.stats()["segments"] == 0, "the end of what the maker had")
+    for fd in (said, says, heard, tells):
         os.close(fd)
 
 
