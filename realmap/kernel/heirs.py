@@ -155,7 +155,7 @@ class Heirs:
 
 
 def _is_its_own(pid: int, known: Sequence[UserProcess], file: tuple[int, int], address: int) -> bool:
-    """Whether it has that by its own books: attached, adopted, or parked; or no more: who unmaps tells of it afterwards."""
+    """Whether it has that by its own books: attached, adopted, parked. Or no more: who unmaps tells of it later."""
     if not all(process.memory.is_vacant(address, 1) for process in known):
         return True
     try:
