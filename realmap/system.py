@@ -38,8 +38,8 @@ from realmap.wire.ring import SPIN, checked_spin
 KERNEL = "realmap-kernel"
 #: How long a kernel may take to say that it serves: imports on a loaded machine. Seconds.
 START_TIMEOUT = 60.0
-#: How long the end may take after the kernel was asked to, its booter was seen to, or its sockets were: a handler may
-#: go on, and Linux has kept a process in its end for two. Seconds.
+#: How long the end may take once the kernel was asked for it, its booter has ended, or its sockets have: a handler may
+#: go on, and Linux has kept a process in its end for 2 s. Seconds.
 GRACE = 5.0
 #: How long threads that a handler left may keep the process of a kernel that has ended. Seconds.
 LINGER = 1.0

@@ -127,13 +127,16 @@ def process_maps(pid: int, low: int, high: int) -> list[Map]:
     return maps(thread, low, high) if not found and (thread := shown_by(pid)) != pid else found
 
 
-def which_it_maps(pid: int, files: Container[tuple[int, int]], low: int, high: int) -> set[tuple[int, int]]:
-    """Those of `files` (device, inode) that `pid` maps within [low, high). None where it is gone, or not ours."""
+def which_it_maps(pid: int, files: Container[tuple[int, int]], low: int, high: int) -> dict[tuple[int, int], int]:
+    """Those of `files` (device, inode) that `pid` maps within [low, high), with the last address of each. None where it
+    is gone, or not ours.
+    """
     try:
-        mapped = {(device_number(entry.device), entry.inode) for entry in process_maps(pid, low, high) if entry.inode}
+        entries = process_maps(pid, low, high)
     except (ProcessLookupError, PermissionError):
-        return set()
-    return {each for each in mapped if each in files}
+        return {}
+    mapped = {(device_number(entry.device), entry.inode): entry.start for entry in entries if entry.inode}
+    return {each: address for each, address in mapped.items() if each in files}
 
 
 def device_number(text: str) -> int:

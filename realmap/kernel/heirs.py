@@ -1,10 +1,11 @@
-"""Who may still come for an inheritance: whoever maps some of it, and is in no books. Looked for, and watched."""
+"""Who may still come for an inheritance: whoever maps some of it that is not in its books. Looked for, and watched."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from realmap.host import files, procfs
@@ -18,8 +19,9 @@ from realmap.serving.workers import Workers
 #: After a search nobody searches for so many times as long as it took, and for so many seconds at most: it takes the
 #: interpreter from whoever has the loop. After one that Linux had no descriptor or thread for, for as many.
 REST, LONGEST_REST = 10, 1.0
-#: Segments by device and inode.
+#: Segments by device and inode; and what somebody maps of them, with an address each.
 Files = set[tuple[int, int]]
+Mapped = dict[tuple[int, int], int]
 
 
 class Heirs:
@@ -50,16 +52,17 @@ class Heirs:
         wanted, self._wanted = self._wanted, set()
         has = {dead: _files_of(dead) for dead in wanted}
         every: Files = set().union(*has.values())
-        known = {process.pid for process in self._books.processes} | {os.getpid()}
+        known = {process.pid for process in self._books.processes}
 
         def look() -> None:
             pidfds: dict[int, int] = {}
-            maps: dict[int, Files] = {}
+            maps: dict[int, Mapped] = {}
             rest, is_whole = LONGEST_REST, False
             try:
-                for pid in procfs.who_maps(every, OWN_LAND.start, OWN_LAND.end, known):
+                for pid in procfs.who_maps(every, OWN_LAND.start, OWN_LAND.end, {os.getpid()}):
                     with contextlib.suppress(ProcessLookupError):
-                        pidfds[pid] = os.pidfd_open(pid)
+                        if pid not in known:  # who is cannot end unseen
+                            pidfds[pid] = os.pidfd_open(pid)
                         # Asked again: the pid may have been used anew. From now on it is this one, or its end is seen.
                         maps[pid] = procfs.which_it_maps(pid, every, OWN_LAND.start, OWN_LAND.end)
                 rest, is_whole = min(rest, REST * (time.monotonic() - began)), True
@@ -81,17 +84,26 @@ class Heirs:
         self._start()
 
     def _end_search(
-        self, has: dict[UserProcess, Files], pidfds: dict[int, int], maps: dict[int, Files], is_whole: bool
+        self, has: dict[UserProcess, Files], pidfds: dict[int, int], maps: dict[int, Mapped], is_whole: bool
     ) -> None:
         """`is_whole`: whether nobody can have been missed."""
+        inside: dict[int, list[UserProcess]] = {}
+        for process in self._books.processes:
+            inside.setdefault(process.pid, []).append(process)
         for dead, its_files in has.items():
             heirs = self._of.get(dead)
             if heirs is None:  # the kernel has ended meanwhile
                 continue
-            found = [pid for pid, mapped in maps.items() if mapped & its_files]
+            found = [
+                pid
+                for pid, mapped in maps.items()
+                if any(
+                    not _is_its_own(pid, inside.get(pid, ()), each, mapped[each]) for each in its_files & mapped.keys()
+                )
+            ]
             for pid in found:
                 with contextlib.suppress(OSError):  # no descriptor is left
-                    own = os.dup(pidfds[pid])
+                    own = os.dup(pidfds[pid]) if pid in pidfds else os.pidfd_open(pid)
                     try:
                         self._loop.watch(own, partial(self._on_death, dead, pid))
                         heirs[pid] = own
@@ -140,6 +152,16 @@ class Heirs:
             for pidfd in heirs.values():
                 files.close(pidfd)
             self._end(dead)
+
+
+def _is_its_own(pid: int, known: Sequence[UserProcess], file: tuple[int, int], address: int) -> bool:
+    """Whether it has that by its own books: attached, adopted, parked. Or no more: who unmaps tells of it later."""
+    if not all(process.memory.is_vacant(address, 1) for process in known):
+        return True
+    try:
+        return bool(known) and not procfs.which_it_maps(pid, {file}, address, address + 1)
+    except OSError:  # no descriptor is left to look with
+        return False
 
 
 def _files_of(dead: UserProcess) -> Files:

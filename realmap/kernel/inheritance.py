@@ -2,7 +2,7 @@
 
     fork            the parent tells the kernel that it has forked; the child says nothing, and costs nothing
     first use       the child connects, and adopts what it inherited: it is a process of its own from then on
-    parent dies     what it had stays in the books while anybody who is not in them maps it (`heirs`); then it goes
+    parent dies     what it had stays in the books while anybody maps it beside its own books (`heirs`); then it goes
 
 Whoever adopts shows the secret that its parent was given: nobody else can.
 """

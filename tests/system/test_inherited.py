@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import signal
 from contextlib import suppress
 
 import pytest
-from conftest import BOUND, PAGE, wait_until
+from conftest import BOUND, PAGE, land_maps, wait_until
 from forked import in_a_child
 
 import realmap
@@ -57,8 +58,10 @@ def test_a_child_has_what_its_parent_had(kernel: KernelHandle, me: Process) -> N
     assert kernel.audit()
 
 
-def test_an_orphan_still_has_it(kernel: KernelHandle, me: Process) -> None:
-    """The parent is killed before its child says a word; the books keep what it had for the child, and then no more."""
+@pytest.mark.parametrize("said", ["nothing", "that it is there", "something else"])
+def test_an_orphan_still_has_it(kernel: KernelHandle, me: Process, said: str) -> None:
+    """The parent is killed before its child has come for what it had; the books keep that for the child, and then no
+    more. Meanwhile the child has connected, or has a connection of its own, or not."""
     reader, writer = os.pipe()
     go, gone = os.pipe()
     parent = os.fork()
@@ -68,23 +71,55 @@ def test_an_orphan_still_has_it(kernel: KernelHandle, me: Process) -> None:
             buffer = mine.map(3 * PAGE, fragment=PAGE)
             buffer[:] = b"heirloom" * (3 * PAGE // 8)
             if not os.fork():
-                os.write(writer, b"child")
-                os.read(go, 1)
+                adopt = inheritance.adopt
+                own = kernel_connect(kernel.path) if said == "something else" else None
+
+                def wait() -> None:
+                    os.write(writer, b"child")
+                    os.read(go, 1)
+
+                if said == "that it is there":
+                    inheritance.adopt = lambda *args: [wait(), adopt(*args)][1]
+                else:
+                    wait()
                 found = mine.call("sha256", buffer) == hashlib.sha256(buffer).hexdigest()
-                os.write(writer, b"right" if found else b"wrong")
+                os.write(writer, b"right" if found and (own is None or own.pid) else b"wrong")
                 os._exit(0)
             os.read(go, 1)
         os._exit(1)
     assert os.read(reader, 5) == b"child"
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    wait_until(lambda: kernel.stats()["processes"] == 1)
+    wait_until(lambda: kernel.stats()["processes"] == (1 if said == "nothing" else 2))
+    kernel.settle(BOUND)
     assert kernel.stats()["segments"] == 3
-    assert kernel.audit()
+    assert said != "nothing" or kernel.audit()  # a process that is here is to adopt what it has
     os.write(gone, b"!")
     assert os.read(reader, 5) == b"right"
     wait_until(lambda: kernel.stats()["segments"] == 0, "the end of the child, and of what it had")
     for fd in (reader, writer, go, gone):
+        os.close(fd)
+
+
+def test_what_was_attached_and_is_parked_inherits_nothing(kernel: KernelHandle, me: Process) -> None:
+    """Its maker has forked, and dies; who has attached it is no child of that."""
+    said, says = os.pipe()
+    heard, tells = os.pipe()
+    maker = os.fork()
+    if not maker:
+        with suppress(BaseException):
+            buffer = kernel_connect(kernel.path).map(PAGE)
+            in_a_child(lambda: None)
+            os.write(says, pickle.dumps(buffer.process.share(buffer)))
+            os.read(heard, 1)
+        os._exit(0)
+    handle = pickle.loads(os.read(said, 10_000))
+    me.attach(handle).unmap()
+    assert any(entry.perms == "---s" for entry in land_maps(parked=True))
+    os.write(tells, b"!")
+    os.waitpid(maker, 0)
+    wait_until(lambda: kernel.stats()["segments"] == 0, "the end of what the maker had")
+    for fd in (said, says, heard, tells):
         os.close(fd)
 
 

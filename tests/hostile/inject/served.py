@@ -23,6 +23,7 @@ from realmap.kernel import Kernel
 from realmap.memory import KERNEL_LAND, USER_LAND
 from realmap.observe.audit import AuditReport, audit
 from realmap.observe.snapshot import Snapshot
+from realmap.serving import workers
 from realmap.wire import messages
 from realmap.wire.client import Client
 
@@ -172,6 +173,8 @@ class Served(Reaped):
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 divert(folder / f"kernel.{os.getpid()}")
                 prepare()
+                # Where Linux has no memory for a thread as it begins, threading waits for ever: none begins anew.
+                workers.IDLE = 1e6
                 kernel = Kernel(syscalls=HANDLERS, spin=spin, lazy_unmap=lazy_unmap)
                 signal.signal(signal.SIGTERM, lambda *_: kernel.stop(wait=False))
                 kernel.serve(ready=lambda: (theirs.sendall(kernel.path.encode()), theirs.close()) and None)
