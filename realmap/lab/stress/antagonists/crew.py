@@ -148,12 +148,13 @@ def _run(antagonist: Antagonist, rng: random.Random, sock: socket.socket, runner
 
 
 def _steps(antagonist: Antagonist, rng: random.Random, sock: socket.socket, runner: int, now: Antagonism) -> None:
-    told = took = 0.0
-    ends = [sock.fileno(), runner]
-    while not select.select(ends, [], [], max(antagonist.rest, min(LONGEST_REST, SHARE * took)))[0]:
+    told = 0.0
+    ends, over = [sock.fileno(), runner], False
+    while not over:  # once at least, however short the run
         began = time.process_time()
         now.count += antagonist.step(rng)
         took = time.process_time() - began
         if time.monotonic() - told > TELL:
             told = time.monotonic()
             sock.send(msgspec.msgpack.encode(now))
+        over = bool(select.select(ends, [], [], max(antagonist.rest, min(LONGEST_REST, SHARE * took)))[0])
