@@ -234,7 +234,7 @@ class _Pass:
         thread = pid
         try:
             mapped, opened = self._has(pid)
-        except GONE:
+        except (*GONE, PermissionError):  # where its first thread has ended, its folder is root's (task_dump_owner)
             if (thread := procfs.shown_by(pid)) == pid:
                 raise
         else:
