@@ -39,7 +39,7 @@ from realmap.host.signals import pass_on
 # program's has nothing for a Python that it named.
 _BOOTSTRAP = (
     "import gc, sys, marshal, posix, _signal\n"
-    "gc.disable()\n"
+    "every = gc.get_threshold(); gc.set_threshold(0)\n"
     "_signal.pthread_sigmask(_signal.SIG_SETMASK, ())\n"
     "fd = int(sys.argv[1]); size = int(sys.argv[2]); data = b''\n"
     "while len(data) < size:\n"
@@ -49,7 +49,7 @@ _BOOTSTRAP = (
     "theirs = marshal.loads(data)\n"
     "sys.path[:] = theirs + [each for each in sys.path if each and each not in theirs]\n"
     "from realmap.host.interpreter import _main\n"
-    "_main(fd, int(sys.argv[3]))\n"
+    "_main(fd, int(sys.argv[3]), every)\n"
 )
 
 
@@ -329,7 +329,7 @@ def end_within(seconds: float) -> None:
             stream.flush()
 
 
-def _main(fd: int, booter: int) -> None:
+def _main(fd: int, booter: int, every: tuple[int, int, int]) -> None:
     """In the child: reads what is to be run, and runs it."""
     os.set_inheritable(fd, False)
     os.set_inheritable(booter, False)
@@ -360,5 +360,6 @@ def _main(fd: int, booter: int) -> None:
     _is_reading = False
     # What was imported stays: no collection looks through it, now or while somebody waits for an answer.
     gc.freeze()
-    gc.enable()
+    if not gc.get_threshold()[0]:  # nobody has set another
+        gc.set_threshold(*every)
     function(report, booter, *args)

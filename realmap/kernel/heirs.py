@@ -68,7 +68,7 @@ class Heirs:
                 rest, is_whole = min(rest, REST * (time.monotonic() - began)), True
             except Exception:  # no descriptor is left to look with, say
                 pass
-            self._loop.post(lambda: self._end_search(has, pidfds, maps, is_whole))
+            self._loop.post(lambda: self._end_search(has, known, pidfds, maps, is_whole))
             time.sleep(rest)
             self._loop.post(self._go_on)
 
@@ -84,9 +84,14 @@ class Heirs:
         self._start()
 
     def _end_search(
-        self, has: dict[UserProcess, Files], pidfds: dict[int, int], maps: dict[int, Mapped], is_whole: bool
+        self,
+        has: dict[UserProcess, Files],
+        known: set[int],
+        pidfds: dict[int, int],
+        maps: dict[int, Mapped],
+        is_whole: bool,
     ) -> None:
-        """`is_whole`: whether nobody can have been missed."""
+        """`known`: who was in the books when it began. `is_whole`: whether nobody can have been missed."""
         inside: dict[int, list[UserProcess]] = {}
         for process in self._books.processes:
             inside.setdefault(process.pid, []).append(process)
@@ -98,7 +103,8 @@ class Heirs:
                 pid
                 for pid, mapped in maps.items()
                 if any(
-                    not _is_its_own(pid, inside.get(pid, ()), each, mapped[each]) for each in its_files & mapped.keys()
+                    not _is_its_own(pid, inside.get(pid, ()), pid in known, each, mapped[each])
+                    for each in its_files & mapped.keys()
                 )
             ]
             for pid in found:
@@ -154,12 +160,15 @@ class Heirs:
             self._end(dead)
 
 
-def _is_its_own(pid: int, known: Sequence[UserProcess], file: tuple[int, int], address: int) -> bool:
-    """Whether it has that by its own books: attached, adopted, parked. Or no more: who unmaps tells of it later."""
-    if not all(process.memory.is_vacant(address, 1) for process in known):
+def _is_its_own(pid: int, inside: Sequence[UserProcess], known: bool, file: tuple[int, int], address: int) -> bool:
+    """Whether it has that by its own books: attached, adopted, parked. Or, if it was `known` at the look, no more.
+
+    Who unmaps tells of it later, or has left meanwhile.
+    """
+    if not all(process.memory.is_vacant(address, 1) for process in inside):
         return True
     try:
-        return bool(known) and not procfs.which_it_maps(pid, {file}, address, address + 1)
+        return known and not procfs.which_it_maps(pid, {file}, address, address + 1)
     except OSError:  # no descriptor is left to look with
         return False
 
