@@ -68,7 +68,7 @@ class Heirs:
                 rest, is_whole = min(rest, REST * (time.monotonic() - began)), True
             except Exception:  # no descriptor is left to look with, say
                 pass
-            self._loop.post(lambda: self._end_search(has, known, pidfds, maps, is_whole))
+            self._loop.post(lambda: self._end_search(has, pidfds, maps, is_whole))
             time.sleep(rest)
             self._loop.post(self._go_on)
 
@@ -84,14 +84,9 @@ class Heirs:
         self._start()
 
     def _end_search(
-        self,
-        has: dict[UserProcess, Files],
-        known: set[int],
-        pidfds: dict[int, int],
-        maps: dict[int, Mapped],
-        is_whole: bool,
+        self, has: dict[UserProcess, Files], pidfds: dict[int, int], maps: dict[int, Mapped], is_whole: bool
     ) -> None:
-        """`known`: who was in the books when it began. `is_whole`: whether nobody can have been missed."""
+        """`pidfds`: of who was in no books then. `is_whole`: whether nobody can have been missed."""
         inside: dict[int, list[UserProcess]] = {}
         for process in self._books.processes:
             inside.setdefault(process.pid, []).append(process)
@@ -103,7 +98,7 @@ class Heirs:
                 pid
                 for pid, mapped in maps.items()
                 if any(
-                    not _is_its_own(pid, inside.get(pid, ()), pid in known, each, mapped[each])
+                    not _is_its_own(pid, inside.get(pid, ()), pid not in pidfds, each, mapped[each])
                     for each in its_files & mapped.keys()
                 )
             ]
